@@ -1,0 +1,38 @@
+"""Packaging: `pip install -e .` for the framework, extras for what only some of it needs."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+EXTRAS = {
+    "quickstart": ["scikit-learn>=1.5", "tensorboard>=2.17"],
+    "logging": ["tensorboard>=2.17"],
+    "test": ["pytest>=8.0", "ruff>=0.6", "scikit-learn>=1.5", "tensorboard>=2.17"],
+}
+
+setup(
+    name="latent-diffusion",
+    version="0.1.0",
+    description="Latent diffusion models: training, sampling and Stable Diffusion, faithful to the published framework",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="MIT",
+    python_requires=">=3.11",
+    packages=find_packages(include=["ldm", "ldm.*"]),
+    install_requires=[
+        "torch>=2.10",
+        "pytorch-lightning>=2.6.6",
+        "omegaconf>=2.3",
+        "transformers>=5.0",
+        "einops>=0.8",
+        "pillow>=11.0",
+        "numpy>=2.0",
+        "safetensors>=0.5",
+        "tqdm>=4.66",
+        "open-clip-torch>=3.0",
+        "ftfy>=6.2",
+        "invisible-watermark>=0.2.0",
+        "taming-transformers-rom1504>=0.0.6",
+    ],
+    extras_require=EXTRAS,
+)
