@@ -1,0 +1,262 @@
+"""Configs to objects: `instantiate_from_config` behind an allow-list, and the small helpers that everything shares."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import inspect
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, TypeVar
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+T = TypeVar("T")
+
+FIRST_STAGE_AS_CONDITION = "__is_first_stage__"
+UNCONDITIONAL = "__is_unconditional__"
+
+# Published targets that live elsewhere here. `main` is never imported: a stray main.py in the working directory must not run.
+ALIASES = {
+    "main.DataModuleFromConfig": "ldm.data.datamodule.DataModuleFromConfig",
+    "main.WrappedDataset": "ldm.data.datamodule.WrappedDataset",
+    "main.ImageLogger": "ldm.callbacks.ImageLogger",
+    "main.SetupCallback": "ldm.callbacks.SetupCallback",
+    "main.CUDACallback": "ldm.callbacks.CUDACallback",
+}
+MODULE_ALIASES = {
+    "taming.modules.losses.vqperceptual": "ldm.modules.losses.vqperceptual",
+    "taming.data.faceshq": "ldm.data.faceshq",
+}
+
+_BUILT_IN_PREFIXES = (
+    "ldm",
+    "torch.nn",
+    "torch.optim",
+    "pytorch_lightning.callbacks",
+    "pytorch_lightning.loggers",
+    "pytorch_lightning.plugins",
+    "pytorch_lightning.profilers",
+    "pytorch_lightning.strategies",
+)
+_user_prefixes: list[str] = []
+
+
+class ConfigError(ValueError):
+    """A YAML or override that cannot be used; the message is one line that names the place, the value and the choices."""
+
+
+def allow_targets(*prefixes: str) -> None:
+    """Let `target:` name classes and functions under these packages too, e.g. `allow_targets("my_project")`.
+
+    A config can never call this: what may be imported is decided in Python or on the command line.
+    """
+    for prefix in prefixes:
+        if not all(part.isidentifier() for part in prefix.split(".")):
+            raise ValueError(f"allow_targets({prefix!r}): expected a dotted package name such as 'my_project.models'")
+        if prefix not in _user_prefixes:
+            _user_prefixes.append(prefix)
+
+
+def resolve_alias(target: str) -> str:
+    """The place where a published target lives in this project; other names come back unchanged."""
+    if target in ALIASES:
+        return ALIASES[target]
+    module, _, name = target.rpartition(".")
+    return f"{MODULE_ALIASES[module]}.{name}" if module in MODULE_ALIASES else target
+
+
+def get_obj_from_str(string: str, reload: bool = False) -> Any:
+    """The class that a dotted name stands for.
+
+    Raises ConfigError where the name is not under an allowed prefix (checked before anything is imported), does not
+    exist, or turns out to be something that an allowed module merely imported.
+    """
+    if not isinstance(string, str) or not all(part.isidentifier() for part in string.split(".")) or "." not in string:
+        raise ConfigError(f"target {string!r}: expected a dotted name such as 'ldm.models.autoencoder.AutoencoderKL'")
+    resolved = resolve_alias(string)
+    if not _is_allowed(resolved):
+        choices = ", ".join((*_BUILT_IN_PREFIXES, *_user_prefixes))
+        near = difflib.get_close_matches(string, list(ALIASES), n=1)
+        hint = f" (did you mean {near[0]}?)" if near else ""
+        raise ConfigError(
+            f"target {string!r} is not allowed{hint}. Allowed packages: {choices}. For your own code run with --allow-targets "
+            f"{string.split('.')[0]} or call ldm.util.allow_targets({string.split('.')[0]!r})"
+        )
+    module_name, name = resolved.rsplit(".", 1)
+    module = _import_module(module_name, string)
+    if reload:
+        module = importlib.reload(module)
+    if not hasattr(module, name):
+        classes = [key for key, value in vars(module).items() if inspect.isclass(value) and value.__module__ == module.__name__]
+        raise ConfigError(f"target {string!r}: module {module_name} has no {name!r}{_nearest(name, classes)}")
+    obj = getattr(module, name)
+    home = f"{getattr(obj, '__module__', '')}.{getattr(obj, '__qualname__', '')}"
+    of_user = _under(home, _user_prefixes)
+    if not (_is_allowed(home) and (inspect.isclass(obj) or (of_user and callable(obj)))):
+        what = home.strip(".") or type(obj).__name__
+        raise ConfigError(f"target {string!r} is {what}, not a class of an allowed package")
+    return obj
+
+
+def instantiate_from_config(config: Any, **extra: Any) -> Any:
+    """The object that `{"target": ..., "params": {...}}` describes; `extra` is passed beside the params.
+
+    `__is_first_stage__` and `__is_unconditional__` give None: the model that reads them knows what they mean.
+    Raises ConfigError naming the YAML path, the target and the nearest valid name for an unknown parameter.
+    """
+    if isinstance(config, str) and config in (FIRST_STAGE_AS_CONDITION, UNCONDITIONAL):
+        return None
+    path = _yaml_path(config)
+    if not isinstance(config, Mapping) or "target" not in config:
+        shown = sorted(map(str, config)) if isinstance(config, Mapping) else repr(config)
+        raise ConfigError(f"{path or 'config'}: expected a mapping with the key 'target', got {shown}")
+    unknown = [key for key in config if key not in ("target", "params", "base_learning_rate")]
+    if unknown:
+        place = _at(path, unknown[0])
+        raise ConfigError(f"{place}: unknown key beside target; arguments of {config['target']} go under {_at(path, 'params')}")
+    target = config["target"]
+    try:
+        cls = get_obj_from_str(target)
+    except ConfigError as error:
+        raise ConfigError(f"{_at(path, 'target')}: {error}") from error
+    params = config.get("params") or {}
+    if not isinstance(params, Mapping):
+        raise ConfigError(f"{_at(path, 'params')}: expected a mapping of arguments of {target}, got {params!r}")
+    params = {**params, **extra}
+    _check_params(cls, params, target, path)
+    try:
+        return cls(**params)
+    except Exception as error:
+        error.add_note(f"while building {target}" + (f" ({path})" if path else ""))
+        raise
+
+
+def accepted_params(cls: Any) -> tuple[set[str], set[str]] | None:
+    """(accepted, required) argument names of a class, following **kwargs up to its bases; None where it takes anything."""
+    accepted: set[str] = set()
+    required: set[str] = set()
+    constructors = [vars(c)["__init__"] for c in cls.__mro__ if "__init__" in vars(c)] if inspect.isclass(cls) else [cls]
+    for position, constructor in enumerate(constructors):
+        try:
+            parameters = list(inspect.signature(constructor).parameters.values())
+        except (TypeError, ValueError):
+            return None
+        if inspect.isclass(cls):
+            parameters = parameters[1:]  # self
+        for p in parameters:
+            if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY):
+                accepted.add(p.name)
+                # A base's required argument may be supplied by the subclass itself, so only the class's own are certain.
+                if p.default is p.empty and position == 0:
+                    required.add(p.name)
+        if not any(p.kind is p.VAR_KEYWORD for p in parameters):
+            return accepted, required
+    return None
+
+
+def _check_params(cls: Any, params: Mapping[str, Any], target: str, path: str) -> None:
+    names = accepted_params(cls)
+    if names is None:
+        return
+    accepted, required = names
+    where = _at(path, "params")
+    for key in params:
+        if key not in accepted:
+            raise ConfigError(f"{where}.{key}: {target} takes no such parameter{_nearest(key, accepted)}")
+    missing = sorted(required - set(params))
+    if missing:
+        raise ConfigError(f"{where}: {target} needs {', '.join(missing)}")
+
+
+def _import_module(module_name: str, target: str) -> Any:
+    try:
+        return importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        parts = module_name.split(".")
+        ours = error.name is not None and (module_name == error.name or module_name.startswith(error.name + "."))
+        if not ours and error.name not in parts:
+            raise ConfigError(
+                f"target {target!r} needs the package {error.name!r}, which is not installed: pip install {error.name.split('.')[0]}"
+            ) from error
+        raise ConfigError(f"target {target!r}: there is no module {error.name or module_name}") from error
+
+
+def _under(name: str, prefixes: tuple[str, ...] | list[str]) -> bool:
+    return any(name == prefix or name.startswith(prefix + ".") for prefix in prefixes)
+
+
+def _is_allowed(name: str) -> bool:
+    return _under(name, _BUILT_IN_PREFIXES) or _under(name, _user_prefixes)
+
+
+def _yaml_path(config: Any) -> str:
+    """Where a config node stands in its YAML ('model.params.unet_config'), as far as it knows its parents."""
+    full_key = getattr(config, "_get_full_key", None)
+    return full_key(None) if full_key is not None else ""
+
+
+def _at(path: str, key: str) -> str:
+    return f"{path}.{key}" if path else key
+
+
+def _nearest(name: str, choices: Any) -> str:
+    choices = sorted(choices)
+    near = difflib.get_close_matches(name, choices, n=1, cutoff=0.5)
+    if near:
+        return f"; did you mean {near[0]!r}?"
+    return f"; choices: {', '.join(choices)}" if choices else ""
+
+
+def exists(x: Any) -> bool:
+    """Whether `x` is anything but None."""
+    return x is not None
+
+
+def default(value: T | None, fallback: Any) -> T:
+    """`value`, or where it is None the fallback (called, if it is a function)."""
+    if value is not None:
+        return value
+    return fallback() if inspect.isfunction(fallback) else fallback
+
+
+def ismap(x: Any) -> bool:
+    """Whether `x` is a batch of maps: (B, C, H, W) with more than three channels."""
+    return _is_tensor(x) and x.ndim == 4 and x.shape[1] > 3
+
+
+def isimage(x: Any) -> bool:
+    """Whether `x` is a batch of pictures: (B, C, H, W) with one or three channels."""
+    return _is_tensor(x) and x.ndim == 4 and x.shape[1] in (1, 3)
+
+
+def _is_tensor(x: Any) -> bool:
+    import torch
+
+    return torch.is_tensor(x)
+
+
+def mean_flat(tensor: Tensor) -> Tensor:
+    """(B, ...) -> (B,), the mean over all axes but the first."""
+    return tensor.mean(dim=list(range(1, tensor.ndim)))
+
+
+def count_params(model: nn.Module, verbose: bool = False) -> int:
+    """Number of parameters of `model`; `verbose` logs it in millions."""
+    total = sum(p.numel() for p in model.parameters())
+    if verbose:
+        import logging
+
+        logging.getLogger(__name__).info("%s has %.2f M parameters", type(model).__name__, total * 1e-6)
+    return total
+
+
+def log_txt_as_img(wh: tuple[int, int], xc: list[str], size: int = 10) -> Tensor:
+    """Texts as pictures for image logs: list of B strings -> (B, 3, wh[1], wh[0]) in [-1, 1]."""
+    import numpy as np
+    import torch
+
+    from ldm.visualize import text_image
+
+    pictures = [np.asarray(text_image(wh, text, font_size=size).convert("RGB"), dtype=np.float32) / 127.5 - 1.0 for text in xc]
+    return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).contiguous()
