@@ -1,0 +1,122 @@
+"""The Gaussian diffusion process of a model: schedule buffers, the forward process and its posterior."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ldm.modules.diffusionmodules.parameterization import get_parameterization
+from ldm.modules.diffusionmodules.schedule import Schedule, extract_into_tensor, make_beta_schedule
+
+
+class Gaussian(NamedTuple):
+    """Mean (B, C, H, W), variance and log-variance (B, 1, 1, 1) of a normal distribution."""
+
+    mean: Tensor
+    variance: Tensor
+    log_variance: Tensor
+
+
+class GaussianProcess(nn.Module):
+    """Mixin that gives a module q(x_t | x_0), q(x_{t-1} | x_t, x_0) and the tables behind them (DDPM, arXiv 2006.11239).
+
+    Tables are float32 buffers under their published names, computed in float64. `lvlb_weights`, the weight of each
+    timestep in the variational bound, is not saved, as published.
+    """
+
+    parameterization: str
+    v_posterior: float
+
+    def register_schedule(
+        self,
+        given_betas: Sequence[float] | np.ndarray | None = None,
+        beta_schedule: str = "linear",
+        timesteps: int = 1000,
+        linear_start: float = 1e-4,
+        linear_end: float = 2e-2,
+        cosine_s: float = 8e-3,
+    ) -> None:
+        """Set up the process from a named beta schedule, or from betas that are given."""
+        if given_betas is None:
+            given_betas = make_beta_schedule(beta_schedule, timesteps, linear_start, linear_end, cosine_s)
+        schedule = Schedule.from_betas(given_betas, self.v_posterior)
+        self.num_timesteps = len(schedule)
+        self.linear_start, self.linear_end = linear_start, linear_end
+        for name, table in schedule.tables().items():
+            self.register_buffer(name, _float32(table))
+        self.register_buffer("lvlb_weights", _float32(lvlb_weights(schedule, self.parameterization)), persistent=False)
+
+    def q_mean_variance(self, x_start: Tensor, t: Tensor) -> Gaussian:
+        """q(x_t | x_0) at t (B,), DDPM eq. 4."""
+        mean = extract_into_tensor(self.sqrt_alphas_cumprod, t, x_start.shape) * x_start
+        variance = extract_into_tensor(1.0 - self.alphas_cumprod, t, x_start.shape)
+        return Gaussian(mean, variance, extract_into_tensor(self.log_one_minus_alphas_cumprod, t, x_start.shape))
+
+    def q_sample(self, x_start: Tensor, t: Tensor, noise: Tensor | None = None) -> Tensor:
+        """x_t ~ q(x_t | x_0): x_start (B, C, H, W), t (B,) int64 in [0, T) -> (B, C, H, W)."""
+        noise = torch.randn_like(x_start) if noise is None else noise
+        alpha, sigma = self.alpha_sigma(t, x_start.shape)
+        return alpha * x_start + sigma * noise
+
+    def alpha_sigma(self, t: Tensor, shape: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Signal and noise scales at t (B,), each (B, 1, 1, 1)."""
+        return (
+            extract_into_tensor(self.sqrt_alphas_cumprod, t, shape),
+            extract_into_tensor(self.sqrt_one_minus_alphas_cumprod, t, shape),
+        )
+
+    def q_posterior(self, x_start: Tensor, x_t: Tensor, t: Tensor) -> Gaussian:
+        """q(x_{t-1} | x_t, x_0), DDPM eq. 6 and 7."""
+        mean = (
+            extract_into_tensor(self.posterior_mean_coef1, t, x_t.shape) * x_start
+            + extract_into_tensor(self.posterior_mean_coef2, t, x_t.shape) * x_t
+        )
+        variance = extract_into_tensor(self.posterior_variance, t, x_t.shape)
+        return Gaussian(mean, variance, extract_into_tensor(self.posterior_log_variance_clipped, t, x_t.shape))
+
+    def predict_x0(self, x_t: Tensor, t: Tensor, out: Tensor) -> Tensor:
+        """The clean signal that network output `out` at (x_t, t) stands for, whatever the parameterization."""
+        alpha, sigma = self.alpha_sigma(t, x_t.shape)
+        return get_parameterization(self.parameterization).to_x0(x_t, out, alpha, sigma)
+
+    def predict_start_from_noise(self, x_t: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+        """x_0 from x_t and the noise in it."""
+        return (
+            extract_into_tensor(self.sqrt_recip_alphas_cumprod, t, x_t.shape) * x_t
+            - extract_into_tensor(self.sqrt_recipm1_alphas_cumprod, t, x_t.shape) * noise
+        )
+
+    def get_v(self, x: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """The v target at clean x (B, C, H, W) and t (B,)."""
+        return get_parameterization("v").target(x, noise, *self.alpha_sigma(t, x.shape))
+
+    def training_target(self, x_start: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """What the network should output for x_t made of x_start and noise."""
+        return get_parameterization(self.parameterization).target(x_start, noise, *self.alpha_sigma(t, x_start.shape))
+
+
+def lvlb_weights(schedule: Schedule, parameterization: str) -> np.ndarray:
+    """Weight of each timestep's squared error in the variational bound, (T,) float64 (DDPM eq. 12 without its expectation).
+
+    For x0 the published weight divides by 2 - alphas_cumprod where the bound has 2 (1 - alphas_cumprod); the published
+    figures hold. For v the weight is 1.
+    """
+    acp = schedule.alphas_cumprod
+    with np.errstate(divide="ignore", invalid="ignore"):
+        if parameterization == "eps":
+            weights = schedule.betas**2 / (2 * schedule.posterior_variance * (1 - schedule.betas) * (1 - acp))
+        elif parameterization == "x0":
+            weights = 0.5 * np.sqrt(acp) / (2.0 - acp)
+        else:
+            weights = np.ones_like(acp)
+    weights[0] = weights[min(1, len(weights) - 1)]  # the posterior's variance is 0 at the first step
+    return np.nan_to_num(weights, posinf=0.0)
+
+
+def _float32(table: np.ndarray) -> Tensor:
+    # from_numpy stays on the CPU under `with torch.device("meta")`, so a model built there keeps its real schedule.
+    return torch.from_numpy(table.astype(np.float32))

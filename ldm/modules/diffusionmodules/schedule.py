@@ -1,0 +1,164 @@
+"""Noise schedules: betas, every table that follows from them, and the timestep grids that samplers walk."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+logger = logging.getLogger(__name__)
+
+BETA_SCHEDULES = ("linear", "cosine", "sqrt_linear", "sqrt")
+GRIDS = ("uniform", "quad")
+
+
+def make_beta_schedule(
+    schedule: str, n_timestep: int, linear_start: float = 1e-4, linear_end: float = 2e-2, cosine_s: float = 8e-3
+) -> np.ndarray:
+    """Variances beta_1..beta_T of the forward process, (n_timestep,) float64.
+
+    The published name `linear` is linear in sqrt(beta), and `sqrt_linear` is the plain linear one of DDPM
+    (arXiv 2006.11239, section 4); `cosine` is eq. 17 of arXiv 2102.09672. Raises ValueError for another name.
+    """
+    if n_timestep < 1:
+        raise ValueError(f"timesteps {n_timestep}: a schedule needs at least 1")
+    if schedule == "linear":
+        return np.linspace(linear_start**0.5, linear_end**0.5, n_timestep, dtype=np.float64) ** 2
+    if schedule == "sqrt_linear":
+        return np.linspace(linear_start, linear_end, n_timestep, dtype=np.float64)
+    if schedule == "sqrt":
+        return np.linspace(linear_start, linear_end, n_timestep, dtype=np.float64) ** 0.5
+    if schedule == "cosine":
+        t = np.arange(n_timestep + 1, dtype=np.float64) / n_timestep + cosine_s
+        alpha_bar = np.cos(t / (1 + cosine_s) * math.pi / 2) ** 2
+        return np.clip(1 - alpha_bar[1:] / alpha_bar[:-1], 0, 0.999)
+    raise ValueError(f"beta_schedule {schedule!r}: choose one of {', '.join(BETA_SCHEDULES)}")
+
+
+@dataclass(frozen=True, eq=False)
+class Schedule:
+    """Tables of the Gaussian process that follow from its betas, each (T,) float64 (DDPM, arXiv 2006.11239, section 2).
+
+    `v_posterior` mixes the two choices for the reverse variance: 0 is the true posterior's, 1 is beta.
+    """
+
+    betas: np.ndarray
+    v_posterior: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.betas.ndim != 1 or not ((self.betas >= 0) & (self.betas < 1)).all():
+            raise ValueError(f"betas must be (T,) with values in [0, 1), got shape {self.betas.shape}")
+
+    @classmethod
+    def from_betas(cls, betas: Sequence[float] | np.ndarray | Tensor, v_posterior: float = 0.0) -> Schedule:
+        """From given betas: a list, an array or a tensor."""
+        return cls(np.asarray(betas, dtype=np.float64), v_posterior)
+
+    def __len__(self) -> int:
+        return len(self.betas)
+
+    @property
+    def alphas_cumprod(self) -> np.ndarray:
+        return np.cumprod(1 - self.betas)
+
+    @property
+    def alphas_cumprod_prev(self) -> np.ndarray:
+        return np.append(1.0, self.alphas_cumprod[:-1])
+
+    @property
+    def posterior_variance(self) -> np.ndarray:
+        """Variance of q(x_{t-1} | x_t, x_0), eq. 7."""
+        true_posterior = self.betas * (1 - self.alphas_cumprod_prev) / (1 - self.alphas_cumprod)
+        return (1 - self.v_posterior) * true_posterior + self.v_posterior * self.betas
+
+    def tables(self) -> dict[str, np.ndarray]:
+        """Every table under the name that published checkpoints give its buffer."""
+        acp, acp_prev, alphas = self.alphas_cumprod, self.alphas_cumprod_prev, 1 - self.betas
+        with np.errstate(divide="ignore"):
+            return {
+                "betas": self.betas,
+                "alphas_cumprod": acp,
+                "alphas_cumprod_prev": acp_prev,
+                "sqrt_alphas_cumprod": np.sqrt(acp),
+                "sqrt_one_minus_alphas_cumprod": np.sqrt(1 - acp),
+                "log_one_minus_alphas_cumprod": np.log(1 - acp),
+                "sqrt_recip_alphas_cumprod": np.sqrt(1 / acp),
+                "sqrt_recipm1_alphas_cumprod": np.sqrt(1 / acp - 1),
+                "posterior_variance": self.posterior_variance,
+                # The variance is 0 at the first step of the chain, hence the floor under the logarithm.
+                "posterior_log_variance_clipped": np.log(np.maximum(self.posterior_variance, 1e-20)),
+                "posterior_mean_coef1": self.betas * np.sqrt(acp_prev) / (1 - acp),
+                "posterior_mean_coef2": (1 - acp_prev) * np.sqrt(alphas) / (1 - acp),
+            }
+
+
+def check_steps(steps: int, num_timesteps: int) -> None:
+    """Raise ValueError unless a grid of `steps` steps exists on a chain of `num_timesteps`."""
+    if not 1 <= steps <= num_timesteps:
+        raise ValueError(f"{steps} sampling steps: choose 1 to {num_timesteps}, the length of this model's noise schedule")
+
+
+def make_ddim_timesteps(
+    ddim_discr_method: str, num_ddim_timesteps: int, num_ddpm_timesteps: int, verbose: bool = True
+) -> np.ndarray:
+    """The timesteps that a sampler visits, increasing, (S,) int64 in [0, T).
+
+    `uniform` is the published grid 1, 1 + T/S, ... wherever S divides T and S < T; elsewhere exactly S strictly
+    increasing steps. `quad` is the published one, which repeats small steps. Raises ValueError for another name or S.
+    """
+    S, T = int(num_ddim_timesteps), int(num_ddpm_timesteps)
+    check_steps(S, T)
+    if ddim_discr_method == "uniform":
+        timesteps = np.arange(S, dtype=np.int64) * T // S
+        if S < T:
+            timesteps += 1  # the published shift, which keeps the last step away from t = 0
+    elif ddim_discr_method == "quad":
+        timesteps = (np.linspace(0, np.sqrt(T * 0.8), S) ** 2).astype(np.int64) + 1
+        timesteps = np.minimum(timesteps, T - 1)  # only chains shorter than ten steps reach this bound
+    else:
+        raise ValueError(f"ddim_discretize {ddim_discr_method!r}: choose one of {', '.join(GRIDS)}")
+    if verbose:
+        logger.info("%d sampling steps, t = %d ... %d", S, timesteps[-1], timesteps[0])
+    return timesteps
+
+
+class DDIMParameters(NamedTuple):
+    """Tables of DDIM on its grid, each (S,) float64, from the smallest timestep up."""
+
+    sigmas: np.ndarray
+    alphas: np.ndarray  # products of (1 - beta), as everywhere in DDIM's equations
+    alphas_prev: np.ndarray
+
+
+def make_ddim_sampling_parameters(
+    alphacums: np.ndarray | Tensor, ddim_timesteps: np.ndarray, eta: float, verbose: bool = True
+) -> DDIMParameters:
+    """Noise scale and alphas of each DDIM step; `eta` 0 is deterministic, 1 is DDPM's variance (arXiv 2010.02502, eq. 16).
+
+    The step that reaches x_0 goes to alphas_cumprod[0] as published, not to 1.
+    """
+    alphacums = np.asarray(alphacums.cpu() if torch.is_tensor(alphacums) else alphacums, dtype=np.float64)
+    alphas = alphacums[ddim_timesteps]
+    alphas_prev = np.append(alphacums[0], alphas[:-1])
+    sigmas = eta * np.sqrt((1 - alphas_prev) / (1 - alphas) * (1 - alphas / alphas_prev))
+    if verbose:
+        logger.info("DDIM eta %g, sigma up to %.4f", eta, sigmas.max())
+    return DDIMParameters(sigmas, alphas, alphas_prev)
+
+
+def extract_into_tensor(a: Tensor, t: Tensor, x_shape: Sequence[int]) -> Tensor:
+    """Values of table `a` (T,) at timesteps t (B,), shaped (B, 1, ..., 1) to multiply a tensor of `x_shape`."""
+    return a.gather(-1, t).reshape(-1, *(1 for _ in x_shape[1:]))
+
+
+def noise_like(shape: Sequence[int], device: torch.device | str, repeat: bool = False) -> Tensor:
+    """Standard normal noise of `shape`; `repeat` gives every sample of the batch the same."""
+    if repeat:
+        return torch.randn((1, *shape[1:]), device=device).repeat(shape[0], *(1 for _ in shape[1:]))
+    return torch.randn(tuple(shape), device=device)
