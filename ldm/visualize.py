@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -172,7 +173,7 @@ def _printable(text: str) -> str:
 
 def _fit(text: str, font: Any, width: int, max_rows: int) -> list[str]:
     """`text` broken into at most `max_rows` rows of at most `width` pixels; the last one ends in "..." where something is left out."""
-    text = _printable(text)[: 8 * max_rows * max(1, width)]           # a 10,000-character caption costs no more than it shows
+    text = _printable(text[: (max_rows + 1) * max(10, width)])              # a 10,000-character caption costs no more than it shows
     rows: list[str] = []
     for paragraph in text.splitlines() or [""]:
         row = ""
@@ -183,8 +184,8 @@ def _fit(text: str, font: Any, width: int, max_rows: int) -> list[str]:
                 continue
             if row:
                 rows.append(row)
-            while font.getlength(word) > width and len(word) > 1:           # a word wider than the picture is cut
-                cut = next(n for n in range(len(word) - 1, 0, -1) if n == 1 or font.getlength(word[:n]) <= width)
+            while len(word) > 1 and len(rows) <= max_rows and font.getlength(word) > width:  # a word wider than the picture is cut
+                cut = max(1, bisect_right(range(1, len(word)), width, key=lambda n: font.getlength(word[:n])))
                 rows.append(word[:cut])
                 word = word[cut:]
             row = word
