@@ -1,0 +1,23 @@
+"""The one guided network call."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ldm.models.diffusion.conditioning import Conditioning, join_conditions
+
+
+def guided_output(model: Any, x: Tensor, t: Tensor, cond: Conditioning, uncond: Conditioning, scale: float) -> Tensor:
+    """Network output under classifier-free guidance, u + scale * (c - u)  (Ho & Salimans 2022, eq. 6 with w = scale - 1).
+
+    x: (B, C, H, W), t: (B,) int64, or float for continuous-time solvers (never rounded) -> (B, C, H, W), in the model's
+    own parameterization. Without `uncond`, or at scale 1, this is the plain call.
+    """
+    if uncond is None or scale == 1.0:
+        return model.apply_model(x, t, cond)
+    both = join_conditions(uncond, cond)  # each tensor (2B, ...)
+    out_uncond, out_cond = model.apply_model(torch.cat([x, x]), torch.cat([t, t]), both).chunk(2)
+    return torch.lerp(out_uncond, out_cond, scale)
