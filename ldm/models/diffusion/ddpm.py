@@ -1,0 +1,7 @@
+"""The published home of the diffusion models: `target: ldm.models.diffusion.ddpm.LatentDiffusion`."""
+
+from ldm.models.diffusion.conditioning import DiffusionWrapper
+from ldm.models.diffusion.latent import LatentDiffusion
+from ldm.models.diffusion.pixel import DDPM
+
+__all__ = ["DDPM", "DiffusionWrapper", "LatentDiffusion"]

@@ -1,0 +1,48 @@
+"""Small models that samplers can walk."""
+
+import torch
+from torch import Tensor, nn
+
+from ldm.modules.diffusionmodules.parameterization import get_parameterization
+from ldm.modules.diffusionmodules.schedule import Schedule, make_beta_schedule
+
+
+class ToyModel(nn.Module):
+    """Everything that a sampler may ask of a model, with a smooth made-up network (that of the reference figures)."""
+
+    def __init__(self, parameterization: str = "eps", timesteps: int = 1000) -> None:
+        super().__init__()
+        self.parameterization, self.num_timesteps, self.device = parameterization, timesteps, torch.device("cpu")
+        self.calls: list[tuple[Tensor, Tensor]] = []
+        betas = make_beta_schedule("linear", timesteps, linear_start=0.00085, linear_end=0.0120)
+        for name, table in Schedule(betas).tables().items():
+            self.register_buffer(name, torch.from_numpy(table).float())
+
+    def apply_model(self, x: Tensor, t: Tensor, c: Tensor) -> Tensor:
+        self.calls.append((x, t))
+        w = 0.5 + 0.4 * torch.cos(t.float() / 300.0)
+        return torch.tanh(0.9 * x) * w[:, None, None, None] + 0.1 * c
+
+    def q_sample(self, x0: Tensor, t: Tensor, noise: Tensor | None = None) -> Tensor:
+        noise = torch.randn_like(x0) if noise is None else noise
+        return self.sqrt_alphas_cumprod[t][:, None, None, None] * x0 + self.sqrt_one_minus_alphas_cumprod[t][:, None, None, None] * noise
+
+
+class GaussianModel(ToyModel):
+    """The exact denoiser of data distributed as N(mean, std^2), in any parameterization."""
+
+    def __init__(self, parameterization: str = "eps", mean: float = 0.7, std: float = 0.3) -> None:
+        super().__init__(parameterization)
+        self.mean, self.std = mean, std
+
+    def apply_model(self, x: Tensor, t: Tensor, c: Tensor | None) -> Tensor:
+        position = t.float().clamp(0, self.num_timesteps - 1)
+        low = position.floor().long()
+        high = (low + 1).clamp(max=self.num_timesteps - 1)
+        log_alpha = self.alphas_cumprod.log() / 2
+        alpha = torch.lerp(log_alpha[low], log_alpha[high], position - low).exp()[:, None, None, None]
+        sigma = (1 - alpha**2).sqrt()
+        gain = alpha * self.std**2 / (alpha**2 * self.std**2 + sigma**2)  # E[x0 | x], Gaussian conjugacy
+        x0 = self.mean + gain * (x - alpha * self.mean)
+        eps = (x - alpha * x0) / sigma
+        return get_parameterization(self.parameterization).target(x0, eps, alpha, sigma)
