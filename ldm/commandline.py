@@ -1,0 +1,98 @@
+"""What the command lines share: flags that are never guessed, errors in one line, paths that work from any folder."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import logging
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+ROOT = Path(__file__).resolve().parents[1]  # the checkout, which holds configs/ and models/
+EXIT_USAGE = 2
+EXIT_INTERRUPTED = 130
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse that takes no abbreviations, names the nearest flag for an unknown one, and reports an error in one line."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(allow_abbrev=False, formatter_class=_HelpFormatter, **kwargs)
+
+    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> argparse.Namespace:
+        parsed, extra = self.parse_known_args(args, namespace)
+        if extra:
+            self.error(self._unknown(extra[0]))
+        return parsed
+
+    def error(self, message: str) -> NoReturn:
+        print(f"error: {message}", file=sys.stderr)
+        raise SystemExit(EXIT_USAGE)
+
+    def _unknown(self, word: str) -> str:
+        flag = word.split("=")[0]
+        if not flag.startswith("-"):
+            return f"unexpected argument {word!r}; put quotes around a value that holds spaces (--help lists the flags)"
+        flags = [option for action in self._actions for option in action.option_strings]
+        same = {option.lstrip("-").replace("-", "_").lower(): option for option in flags}
+        plain = flag.lstrip("-").replace("-", "_").lower()
+        near = [same[plain]] if plain in same else difflib.get_close_matches(flag, flags, n=1, cutoff=0.5)
+        return f"unknown flag {flag}" + (f"; did you mean {near[0]}?" if near else "") + " (--help lists the flags)"
+
+
+class _HelpFormatter(argparse.HelpFormatter):
+    """Help with the default of every flag that has one."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        text = action.help or ""
+        if not action.default or action.default == argparse.SUPPRESS or "%(default)" in text or "default" in text:
+            return text
+        return f"{text} (default: %(default)s)"
+
+
+def run(main: Callable[[Sequence[str]], int | None], argv: Sequence[str] | None = None) -> int:
+    """Call `main(argv)`, send log lines to the terminal, and turn errors meant for the user into one line -> exit code.
+
+    0 done, 2 for what the user can mend (ValueError, OSError, a missing package, too little memory), 130 after Ctrl-C.
+    `--debug` on the command line shows the traceback instead.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if not logging.getLogger().handlers:
+        logging.basicConfig(level=logging.INFO, format="%(message)s")
+        logging.captureWarnings(True)
+        for chatty in ("httpx", "PIL", "fsspec", "py.warnings"):
+            logging.getLogger(chatty).setLevel(logging.ERROR)
+    try:
+        return main(argv) or 0
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    except Exception as error:
+        out_of_memory = type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError)
+        if "--debug" in argv or not (out_of_memory or isinstance(error, (ValueError, OSError, ImportError))):
+            raise
+        advice = "; draw fewer pictures at once (--n_samples 1) or smaller ones (--H, --W)" if out_of_memory else ""
+        print(f"error: {one_line(error)}{advice}", file=sys.stderr)
+        return EXIT_USAGE
+
+
+def one_line(error: BaseException) -> str:
+    """The message of an error without line breaks; system errors name their file."""
+    if isinstance(error, OSError) and error.strerror:
+        where = f"{error.filename}: " if error.filename is not None else ""
+        return f"{where}{error.strerror}"
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def find_file(path: str | Path) -> Path:
+    """`path` as it stands, or inside the checkout where it is relative and only there; it need not exist."""
+    path = Path(path).expanduser()
+    return ROOT / path if not path.is_absolute() and not path.exists() and (ROOT / path).exists() else path
+
+
+def in_checkout(path: str | Path) -> str:
+    """`path` for people and metadata: without the folders above the checkout where it lies inside."""
+    path = Path(path)
+    return path.relative_to(ROOT).as_posix() if path.is_relative_to(ROOT) else str(path)

@@ -1,0 +1,163 @@
+"""What a sampling script is asked for, checked against the model's YAML before anything heavy is imported."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+SAMPLERS = {
+    "ddim": "ldm.models.diffusion.ddim.DDIMSampler",
+    "plms": "ldm.models.diffusion.plms.PLMSSampler",
+    "dpm_solver": "ldm.models.diffusion.dpm_solver.DPMSolverSampler",
+}
+STOCHASTIC = ("ddim",)  # samplers whose eta may differ from 0
+MAX_SEED = 2**32 - 1
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What can be known of a model from its YAML alone."""
+
+    timesteps: int  # length of the noise schedule, the most steps a sampler can make
+    channels: int  # of a latent
+    factor: int | None  # pixels per latent cell; None where the first stage's config does not tell
+    latent_multiple: int  # height and width of a latent must be multiples of this: the UNet halves them so often
+    use_ema: bool
+    condition: str | None  # dotted name of the condition stage's class, or one of the two words with underscores
+
+
+def read_config(path: str | Path) -> DictConfig:
+    """The section `model` of a YAML; ValueError or FileNotFoundError in one line where there is none or it cannot be read."""
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
+
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"config {path}: no such file; give --config FILE.yaml, for a run of your own its configs/*-project.yaml")
+    try:
+        config = OmegaConf.load(path)
+        if not OmegaConf.is_dict(config) or not isinstance(config.get("model"), Mapping) or "target" not in config.model:
+            raise ValueError(f"config {path}: has no section 'model' with a 'target'; is it the YAML that the model was trained with?")
+        return OmegaConf.create({"model": OmegaConf.to_container(config.model, resolve=True)})  # the data section may point anywhere
+    except (YAMLError, OmegaConfBaseException, UnicodeDecodeError, OSError) as error:
+        raise ValueError(f"config {path}: cannot be read: {error}") from error
+
+
+def model_facts(config: Mapping[str, Any]) -> ModelFacts:
+    """Facts of the model that `config` (with its key `model`) describes; nothing is imported or built."""
+    params = config["model"].get("params") or {}
+    first_stage = params.get("first_stage_config")
+    factor: int | None = 1                                                  # diffusion in pixel space
+    if isinstance(first_stage, Mapping) and not str(first_stage.get("target")).endswith("IdentityFirstStage"):
+        levels = value_at(first_stage, "params", "ddconfig", "ch_mult")
+        factor = 2 ** (len(levels) - 1) if levels is not None else None
+    unet_levels = value_at(params, "unet_config", "params", "channel_mult") or (1, 2, 4, 8)
+    condition = params.get("cond_stage_config")
+    return ModelFacts(
+        timesteps=int(params.get("timesteps", 1000)),
+        channels=int(params.get("channels", 3)),
+        factor=factor,
+        latent_multiple=2 ** (len(unet_levels) - 1),
+        use_ema=bool(params.get("use_ema", True)),
+        condition=condition.get("target") if isinstance(condition, Mapping) else condition,
+    )
+
+
+def value_at(node: Any, *keys: str) -> Any:
+    """The value under nested keys of a config; None where a key is missing."""
+    for key in keys:
+        node = node.get(key) if isinstance(node, Mapping) else None
+    return node
+
+
+def check_takes_text(facts: ModelFacts) -> None:
+    """ValueError where the model's condition cannot be a prompt."""
+    name = (facts.condition or "__is_unconditional__").rpartition(".")[2]
+    if name in ("__is_unconditional__", "__is_first_stage__", "ClassEmbedder", "SpatialRescaler"):
+        raise ValueError(f"this model's condition is no text (cond_stage_config: {name}), so that no prompt can be drawn with it")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How pictures are drawn; the defaults are the published txt2img's. All of it goes into the pictures' metadata."""
+
+    negative_prompt: str = ""  # what guidance leads away from; empty is the published "no text"
+    sampler: str = "ddim"
+    steps: int = 50
+    scale: float = 7.5  # guidance, eps = eps_uncond + scale * (eps_cond - eps_uncond)
+    eta: float = 0.0  # DDIM's noise: 0 deterministic, 1 that of DDPM
+    height: int = 512  # in pixels
+    width: int = 512
+    channels: int | None = None  # of the latent; None: the model's
+    factor: int | None = None  # pixels per latent cell; None: the model's
+    seed: int = 42
+    n_samples: int = 3  # pictures drawn at once
+    n_iter: int = 2  # how often all prompts are drawn
+    fixed_code: bool = False  # every batch starts from the same noise
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """(C, h, w) of one latent, once `checked`."""
+        return self.channels, self.height // self.factor, self.width // self.factor
+
+    def checked(self, facts: ModelFacts) -> Settings:
+        """The same settings with the model's own values filled in; ValueError names a flag, its value and the choices."""
+        for flag, value in (("--n_samples", self.n_samples), ("--n_iter", self.n_iter), ("--f", self.factor), ("--C", self.channels)):
+            if value is not None and value < 1:
+                raise ValueError(f"{flag} {value}: choose 1 or more")
+        if not 1 <= self.steps <= facts.timesteps:
+            raise ValueError(f"--ddim_steps {self.steps}: choose 1 to {facts.timesteps}, the length of this model's noise schedule")
+        if self.sampler not in SAMPLERS:
+            raise ValueError(f"sampler {self.sampler!r}: choose one of {', '.join(SAMPLERS)}")
+        if not (math.isfinite(self.eta) and self.eta >= 0):
+            raise ValueError(f"--ddim_eta {self.eta}: choose 0 (deterministic) to 1 (as noisy as DDPM)")
+        if self.eta != 0 and self.sampler not in STOCHASTIC:
+            raise ValueError(f"--ddim_eta {self.eta:g}: {self.sampler} is deterministic, so that eta must be 0; DDIM takes any eta")
+        if not math.isfinite(self.scale):
+            raise ValueError(f"--scale {self.scale}: choose a finite number; 1 is no guidance, 7.5 is usual")
+        if not 0 <= self.seed <= MAX_SEED:
+            raise ValueError(f"--seed {self.seed}: choose 0 to {MAX_SEED}")
+        if self.channels not in (None, facts.channels):
+            raise ValueError(f"--C {self.channels}: this model's latents have {facts.channels} channels; leave --C out")
+        factor = self.factor or facts.factor
+        if factor is None:
+            raise ValueError("--f: the config does not tell how much the first stage shrinks a picture; give it, e.g. --f 8")
+        check_size(self.height, self.width, factor * facts.latent_multiple)
+        return replace(self, channels=facts.channels, factor=factor)
+
+
+def check_size(height: int, width: int, multiple: int) -> None:
+    """ValueError that names the nearest sizes unless both sides are positive multiples of `multiple` pixels."""
+    if height > 0 and width > 0 and not height % multiple and not width % multiple:
+        return
+    near = {"--H": height, "--W": width}
+    near = {flag: max(multiple, round(side / multiple) * multiple) for flag, side in near.items()}
+    raise ValueError(
+        f"--H {height} --W {width}: this model needs multiples of {multiple} pixels; nearest are --H {near['--H']} --W {near['--W']}"
+    )
+
+
+def read_prompts(path: str | Path) -> list[str]:
+    """The lines of a text file, one prompt each, empty ones included; ValueError where there are none or it is no UTF-8 text."""
+    try:
+        prompts = Path(path).read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"--from-file {path}: no UTF-8 text (byte {error.start}); save it as UTF-8, one prompt a line") from error
+    except OSError as error:
+        raise ValueError(f"--from-file {path}: {error.strerror or error}; give a text file with one prompt a line") from error
+    if not prompts:
+        raise ValueError(f"--from-file {path}: the file is empty; write one prompt a line")
+    return prompts
+
+
+def batches_of(prompts: str | Sequence[str], n_samples: int) -> list[list[str]]:
+    """What is drawn at once: `n_samples` times the one prompt, or the next `n_samples` of a list; its last batch may have fewer."""
+    if isinstance(prompts, str):
+        return [[prompts] * n_samples]
+    return [list(prompts[start : start + n_samples]) for start in range(0, len(prompts), n_samples)]

@@ -1,0 +1,100 @@
+"""The way out of every script: numbers that are never used twice, metadata that comes back, a mark that can be read."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from ldm.pictures import METADATA_KEY, WATERMARK, Output, Picture, PictureFolder, Watermark, read_info
+
+
+def noise(side: int, seed: int = 0) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (side, side, 3), dtype=np.uint8))
+
+
+def picture(**info) -> Picture:
+    return Picture(noise(8), info)
+
+
+def test_files_are_numbered_as_published(tmp_path):
+    output = Output(tmp_path)
+    assert output.save_sample(picture()) == tmp_path / "samples" / "00000.png"
+    assert output.save_sample(picture()).name == "00001.png"
+    assert output.save_grid(picture()) == tmp_path / "grid-0000.png"
+
+
+def test_no_file_is_overwritten_even_after_deletions_and_by_two_runs_at_once(tmp_path):
+    first = PictureFolder(tmp_path)
+    paths = [first.save(picture()) for _ in range(4)]
+    paths[1].unlink()
+    second = PictureFolder(tmp_path)
+    assert second.save(picture()).name == "00004.png"
+    assert first.save(picture()).name == "00005.png"                        # it meant to write 00004 itself
+    assert second.save(picture()).name == "00006.png"
+
+
+def test_other_files_in_the_folder_do_not_count(tmp_path):
+    for name in ("grid-0007.png", "notes.txt", "12.jpg", "x00009.png"):
+        (tmp_path / name).touch()
+    assert PictureFolder(tmp_path).save(picture()).name == "00000.png"
+    assert PictureFolder(tmp_path, "grid-{:04}.png").save(picture()).name == "grid-0008.png"
+
+
+def test_more_pictures_than_digits(tmp_path):
+    (tmp_path / "99999.png").touch()
+    folder = PictureFolder(tmp_path)
+    assert folder.save(picture()).name == "100000.png" and PictureFolder(tmp_path).save(picture()).name == "100001.png"
+
+
+def test_a_file_where_the_folder_should_be_is_refused(tmp_path):
+    (tmp_path / "out").touch()
+    with pytest.raises(ValueError, match="is a file"):
+        PictureFolder(tmp_path / "out")
+
+
+@pytest.mark.parametrize("prompt", ["a cat", "", "日本語 🎨", 'quotes " and \\ and \n lines', "x" * 100_000, "nul \x00"])
+def test_metadata_comes_back_as_it_was_and_pixels_too(tmp_path, prompt):
+    info = {"prompt": prompt, "seed": 42, "scale": 7.5, "n": None, "list": ["ä", 1]}
+    path = PictureFolder(tmp_path).save(Picture(noise(8), info))
+    assert read_info(path) == info
+    assert np.array_equal(np.asarray(Image.open(path)), np.asarray(noise(8)))
+
+
+def test_a_file_without_settings_says_so(tmp_path):
+    noise(8).save(tmp_path / "a.png")
+    noise(8).save(tmp_path / "a.jpg")
+    for name in ("a.png", "a.jpg"):
+        with pytest.raises(ValueError, match=f"{name}: no settings"):
+            read_info(tmp_path / name)
+
+
+def test_the_mark_is_the_published_one_and_can_be_read_back(tmp_path):
+    from imwatermark import WatermarkDecoder, WatermarkEncoder
+
+    output = Output(tmp_path, Watermark())
+    path = output.save_sample(Picture(noise(512), {}))
+    bgr = np.ascontiguousarray(np.asarray(Image.open(path))[:, :, ::-1])
+    assert WatermarkDecoder("bytes", 136).decode(bgr, "dwtDct") == WATERMARK == b"StableDiffusionV1"
+    encoder = WatermarkEncoder()
+    encoder.set_watermark("bytes", b"StableDiffusionV1")
+    assert np.array_equal(bgr, encoder.encode(np.ascontiguousarray(np.asarray(noise(512))[:, :, ::-1]), "dwtDct"))
+    assert read_info(path)["watermark"] == "StableDiffusionV1, dwtDct, 136 bits"
+
+
+def test_small_pictures_are_left_as_they_are_with_one_notice(tmp_path, caplog):
+    output = Output(tmp_path, Watermark())
+    with caplog.at_level("INFO"):
+        paths = [output.save_sample(Picture(noise(side), {})) for side in (32, 255)]
+    assert [r.message for r in caplog.records] == ["no watermark on pictures under 256x256 pixels"]
+    assert read_info(paths[0])["watermark"] is None and np.array_equal(np.asarray(Image.open(paths[1])), np.asarray(noise(255)))
+
+
+def test_without_the_package_pictures_are_written_unmarked_and_say_so(tmp_path, caplog, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "imwatermark", None)
+    with caplog.at_level("INFO"):
+        path = Output(tmp_path, Watermark()).save_sample(Picture(noise(256), {}))
+    assert read_info(path)["watermark"] is None and "invisible-watermark" in caplog.text
+
+
+def test_the_text_chunk_is_plain_json_under_one_keyword(tmp_path):
+    path = PictureFolder(tmp_path).save(picture(prompt="é"))
+    assert Image.open(path).text == {METADATA_KEY: '{"prompt": "\\u00e9"}'}
