@@ -1,10 +1,16 @@
-"""CLIP's text transformer, built without network under the names of the published checkpoints, and its pretrained weights."""
+"""CLIP's text transformer (Radford et al. 2021, arXiv 2103.00020) in the published names, and its pretrained weights.
 
-from collections.abc import Mapping
+Written here rather than taken from transformers, whose model goes by other names from 5.6 on, takes eight seconds to import, and cannot be
+imported at all where torchvision does not fit torch.
+"""
+
+import json
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm.checkpoint import CheckpointError, read_weights
@@ -18,43 +24,117 @@ VIT_L_14: dict[str, Any] = {  # openai/clip-vit-large-patch14, config.json, text
     "max_position_embeddings": 77,
     "hidden_act": "quick_gelu",
     "layer_norm_eps": 1e-5,
-    "projection_dim": 768,
-    "bos_token_id": 49406,
-    "eos_token_id": 49407,
-    "pad_token_id": 49407,
 }
 KNOWN_SHAPES: dict[str, dict[str, Any]] = {"openai/clip-vit-large-patch14": VIT_L_14}
 POSITION_IDS = "text_model.embeddings.position_ids"
 _FILES = ("model.safetensors", "pytorch_model.bin")
 
 
-class CLIPText(nn.Module):
-    """Holds transformers' CLIPTextModel as `text_model`, the published name, which transformers itself dropped in 5.6.
+def quick_gelu(x: Tensor) -> Tensor:
+    """The approximation x * sigmoid(1.702 x) that OpenAI's CLIP was trained with."""
+    return x * torch.sigmoid(1.702 * x)
 
-    `position_ids` is saved, since published files hold it, and made anew on loading: some files lack it, in others it was rounded.
-    """
 
-    def __init__(self, **shape: Any) -> None:
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"quick_gelu": quick_gelu, "gelu": F.gelu}
+
+
+class Embeddings(nn.Module):
+    """Token plus position. `position_ids` is a buffer because published files hold it."""
+
+    def __init__(self, vocab_size: int, dim: int, positions: int) -> None:
         super().__init__()
-        from transformers import CLIPTextConfig
-        from transformers.models.clip.modeling_clip import CLIPTextModel
+        self.token_embedding = nn.Embedding(vocab_size, dim)
+        self.position_embedding = nn.Embedding(positions, dim)
+        self.register_buffer("position_ids", torch.arange(positions)[None])
+        nn.init.normal_(self.token_embedding.weight, std=0.02)
+        nn.init.normal_(self.position_embedding.weight, std=0.01)
 
-        model = CLIPTextModel(CLIPTextConfig(**shape))
-        self.text_model = model.text_model if hasattr(model, "text_model") else model
-        self.text_model.embeddings.register_buffer("position_ids", self._positions(), persistent=True)
+    def forward(self, tokens: Tensor) -> Tensor:
+        """tokens: (B, L) int64 -> (B, L, D)."""
+        return self.token_embedding(tokens) + self.position_embedding(self.position_ids[:, : tokens.shape[1]])
+
+
+class SelfAttention(nn.Module):
+    """Each token attends to itself and those before it. (B, L, D) -> (B, L, D)."""
+
+    def __init__(self, dim: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.q_proj, self.k_proj, self.v_proj = nn.Linear(dim, dim), nn.Linear(dim, dim), nn.Linear(dim, dim)
+        self.out_proj = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (to(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for to in (self.q_proj, self.k_proj, self.v_proj))
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True)  # (B, heads, L, D / heads)
+        return self.out_proj(out.transpose(1, 2).flatten(2))
+
+
+class MLP(nn.Module):
+    def __init__(self, dim: int, inner: int, activation: str) -> None:
+        super().__init__()
+        self.activation = ACTIVATIONS[activation]
+        self.fc1, self.fc2 = nn.Linear(dim, inner), nn.Linear(inner, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(self.activation(self.fc1(x)))
+
+
+class Layer(nn.Module):
+    """Attention and MLP, each with a LayerNorm before it and a sum around it."""
+
+    def __init__(self, dim: int, heads: int, inner: int, activation: str, eps: float) -> None:
+        super().__init__()
+        self.self_attn = SelfAttention(dim, heads)
+        self.layer_norm1 = nn.LayerNorm(dim, eps=eps)
+        self.mlp = MLP(dim, inner, activation)
+        self.layer_norm2 = nn.LayerNorm(dim, eps=eps)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.self_attn(self.layer_norm1(x))
+        return x + self.mlp(self.layer_norm2(x))
+
+
+class CLIPText(nn.Module):
+    """The text model under its published names: text_model.{embeddings, encoder.layers.N, final_layer_norm}."""
+
+    def __init__(
+        self,
+        vocab_size: int,
+        hidden_size: int,
+        intermediate_size: int,
+        num_hidden_layers: int,
+        num_attention_heads: int,
+        max_position_embeddings: int,
+        hidden_act: str,
+        layer_norm_eps: float,
+    ) -> None:
+        super().__init__()
+        if hidden_act not in ACTIVATIONS:
+            raise ValueError(f"hidden_act {hidden_act!r}: one of {', '.join(ACTIVATIONS)}")
+        if hidden_size % num_attention_heads:
+            raise ValueError(f"hidden_size {hidden_size}: no multiple of num_attention_heads {num_attention_heads}")
+        layers = (
+            Layer(hidden_size, num_attention_heads, intermediate_size, hidden_act, layer_norm_eps) for _ in range(num_hidden_layers)
+        )
+        self.text_model = nn.Module()
+        self.text_model.embeddings = Embeddings(vocab_size, hidden_size, max_position_embeddings)
+        self.text_model.encoder = nn.Module()
+        self.text_model.encoder.layers = nn.ModuleList(layers)
+        self.text_model.final_layer_norm = nn.LayerNorm(hidden_size, eps=layer_norm_eps)
         self.register_load_state_dict_pre_hook(self._renew_positions)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """tokens: (B, L) int64 -> the last layer's output after the final LayerNorm, (B, L, D)."""
-        return self.text_model(input_ids=tokens).last_hidden_state
-
-    def _positions(self) -> Tensor:
-        return torch.arange(self.text_model.embeddings.position_embedding.num_embeddings)[None]
+        x = self.text_model.embeddings(tokens)
+        for layer in self.text_model.encoder.layers:
+            x = layer(x)
+        return self.text_model.final_layer_norm(x)
 
     @staticmethod
     def _renew_positions(module: "CLIPText", state: dict[str, Any], prefix: str, *_: Any) -> None:
+        """Some files lack position_ids, in others they were rounded to half precision: 0, 1, 2, ... whatever the file says."""
         if any(name.startswith(prefix) for name in state):
-            state[prefix + POSITION_IDS] = module._positions()
+            state[prefix + POSITION_IDS] = torch.arange(module.text_model.embeddings.position_embedding.num_embeddings)[None]
 
 
 def shape_of(version: str) -> dict[str, Any]:
@@ -65,11 +145,9 @@ def shape_of(version: str) -> dict[str, Any]:
     if version in KNOWN_SHAPES:
         return KNOWN_SHAPES[version]
     if (Path(version) / "config.json").is_file():
-        import json
-
         config = json.loads((Path(version) / "config.json").read_text(encoding="utf-8"))
         text = config.get("text_config") or config
-        return {key: text.get(key, value) for key, value in VIT_L_14.items()} | {"bos_token_id": 49406, "eos_token_id": 49407}
+        return {key: text.get(key, value) for key, value in VIT_L_14.items()}
     raise ValueError(
         f"CLIP version {version!r}: neither a folder with a config.json nor one of {', '.join(KNOWN_SHAPES)}; "
         f"download it and give the folder, so that building the model needs no network"
@@ -86,7 +164,7 @@ def load_pretrained_text(module: CLIPText, version: str) -> Path:
     wanted = {name: tensor for name, tensor in module.state_dict().items() if name != POSITION_IDS}
     lacking = [name for name, tensor in wanted.items() if name not in weights or weights[name].shape != tensor.shape]
     if lacking:
-        raise CheckpointError(f"{path}: {len(lacking)} of the text model's {len(wanted)} weights are missing or differ in shape: {lacking[0]}")
+        raise CheckpointError(f"{path}: {len(lacking)} of {len(wanted)} weights of the text model are missing or differ: {lacking[0]}")
     on_meta = any(tensor.is_meta for tensor in wanted.values())
     found = {name: weights[name].to(tensor.dtype) for name, tensor in wanted.items()}
     module.load_state_dict(found, assign=on_meta)
