@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from ldm import checkpoint
 from ldm.models.diffusion.conditioning import Conditioning
 from ldm.models.diffusion.dropout import drop_samples
 from ldm.models.diffusion.image_log import log_latent_images
@@ -17,6 +19,8 @@ from ldm.modules.diffusionmodules.schedule import extract_into_tensor
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
 from ldm.modules.encoders.modules import ClassEmbedder
 from ldm.util import FIRST_STAGE_AS_CONDITION, UNCONDITIONAL, instantiate_from_config
+
+logger = logging.getLogger(__name__)
 
 
 class Encoded(NamedTuple):
@@ -125,6 +129,14 @@ class LatentDiffusion(DDPM):
         """Scaled latents (B, c, h, w) -> pictures (B, C, H, W) in about [-1, 1]."""
         return self.differentiable_decode_first_stage(z, force_not_quantize)
 
+    def on_fit_start(self) -> None:
+        """Pretrained encoders that no checkpoint has filled find their weights now; a random first stage is worth a warning."""
+        checkpoint.ensure_weights(self)
+        stage = self.first_stage_model
+        filled = self.restarted_from_ckpt or self.trainer.ckpt_path is not None or getattr(stage, "_weights_file", None)
+        if not filled and any(True for _ in stage.parameters()):
+            logger.warning("the first stage has random weights: set model.params.first_stage_config.params.ckpt_path to a trained one")
+
     @torch.no_grad()
     def on_train_start(self) -> None:
         """Measure the scale factor on a fresh run: 1 / std of the latents, over several batches and all ranks."""
@@ -148,10 +160,7 @@ class LatentDiffusion(DDPM):
         if self.cond_stage_model is None:
             return None
         if null_label is None:
-            if not hasattr(self.cond_stage_model, "unconditional_input"):
-                name = type(self.cond_stage_model).__name__
-                raise ValueError(f"{name} has no input that means 'no condition': pass null_label, or sample at scale 1")
-            null_label = self.cond_stage_model.unconditional_input(batch_size)
+            null_label = self._unconditional_input(batch_size)
         return self.get_learned_conditioning(self._on_device(null_label))
 
     def raw_condition(self, batch: Mapping[str, Any], key: str, bs: int | None = None) -> Any:
@@ -201,11 +210,15 @@ class LatentDiffusion(DDPM):
         return Encoded(z, self.get_learned_conditioning(kept) if encode else kept, x, raw_c)
 
     def _no_condition_like(self, raw_c: Any, batch_size: int) -> Any:
-        if hasattr(self.cond_stage_model, "unconditional_input"):
-            return self._on_device(self.cond_stage_model.unconditional_input(batch_size))
         if torch.is_tensor(raw_c) and raw_c.is_floating_point():
             return torch.zeros_like(raw_c)  # pictures and maps: an empty one
-        raise ValueError(f"cond_dropout: {type(self.cond_stage_model).__name__} has no input that means 'no condition'; set cond_dropout 0")
+        return self._on_device(self._unconditional_input(batch_size))
+
+    def _unconditional_input(self, batch_size: int) -> Any:
+        if not hasattr(self.cond_stage_model, "unconditional_input"):
+            name = type(self.cond_stage_model).__name__
+            raise ValueError(f"{name} has no input that means 'no condition': set cond_dropout 0, sample at scale 1 or pass null_label")
+        return self.cond_stage_model.unconditional_input(batch_size)
 
     def get_input(
         self,
@@ -255,9 +268,9 @@ class LatentDiffusion(DDPM):
         condition = list(self.cond_stage_model.parameters()) if self.cond_stage_trainable and self.cond_stage_model is not None else []
         return [*super().trainable_parameters(), *condition]
 
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+    def on_save_checkpoint(self, content: dict[str, Any]) -> None:
         """Record what a reader of the weights has to know."""
-        checkpoint["latent_diffusion"] = {
+        content["latent_diffusion"] = {
             "cond_dropout": float(self.cond_dropout),
             "parameterization": self.parameterization,
             "conditioning_key": self.model.conditioning_key,

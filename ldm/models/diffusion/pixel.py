@@ -94,7 +94,7 @@ class DDPM(pl.LightningModule, GaussianProcess):
 
     def init_from_ckpt(self, path: str, ignore_keys: Sequence[str] = (), only_model: bool = False) -> None:
         """Load weights from a file; `only_model` takes the denoising network alone. CheckpointError says what is wrong."""
-        checkpoint.load_weights(self, path, ignore_keys, only=("model.",) if only_model else None)
+        checkpoint.load_weights(self, path, ignore_keys, only="model." if only_model else None)
         self.restarted_from_ckpt = not only_model
 
     @contextmanager
