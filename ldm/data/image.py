@@ -41,13 +41,13 @@ Size = int | tuple[int, int]  # a side of a square, or (height, width)
 class BadImageError(ValueError):
     """A file that is no usable picture; the message begins with its path."""
 
-    def __init__(self, path: str | PathLike, reason: str) -> None:
-        super().__init__(f"{path}: {reason}")
-        self.path = str(path)
-        self.reason = reason
+    def __init__(self, path: str | PathLike, reason: str | None = None) -> None:
+        # PyTorch raises an error of a data worker anew from its traceback as one text: its last line is the message.
+        super().__init__(str(path).rstrip().rpartition("BadImageError: ")[2] if reason is None else f"{path}: {reason}")
+        self.path, self.reason = str(path), reason
 
     def __reduce__(self) -> tuple:
-        return type(self), (self.path, self.reason)  # data workers send their errors as pickles
+        return type(self), (self.path, self.reason)
 
 
 def load_image(path: str | PathLike, max_pixels: int = MAX_PIXELS, background: tuple[int, int, int] = WHITE) -> Image.Image:
@@ -56,7 +56,7 @@ def load_image(path: str | PathLike, max_pixels: int = MAX_PIXELS, background: t
     Raises BadImageError naming the path: missing, empty, truncated, an HTML page, no image at all, more than `max_pixels`.
     """
     try:
-        # An open file, not its name: PIL maps uncompressed TIFFs that it opens by name, and turns those with orientation 5..8 wrongly (13.0).
+        # An open file, not its name: PIL 13.0 maps uncompressed TIFFs that it opens by name, and turns orientations 5..8 wrongly.
         with Path(path).open("rb") as file, Image.open(file) as image:
             pixels = image.width * image.height
             if pixels > max_pixels:
