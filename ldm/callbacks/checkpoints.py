@@ -1,0 +1,134 @@
+"""Which checkpoints a run keeps: `last.ckpt` at every occasion, the best few of a figure, `crash.ckpt` after an error."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import time
+import uuid
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+from pytorch_lightning.callbacks import ModelCheckpoint
+from torch import Tensor
+
+from ldm.callbacks.signals import Stopped
+from ldm.util import ConfigError
+
+log = logging.getLogger(__name__)
+
+
+class CheckpointPolicy(ModelCheckpoint):
+    """Lightning's ModelCheckpoint, with a `last.ckpt` that is always the newest state.
+
+    Lightning renews `last.ckpt` only where a best-of checkpoint was written too, stops the run where the monitored figure is
+    not logged, writes the same state twice, and may save in the middle of accumulated gradients. Here `last.ckpt` is renewed
+    after every validation (or epoch, where there is none), and every `every_n_train_steps`; it shares the bytes on the disk
+    with the best-of file of the same step.
+    """
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
+        self._last_global_step_saved = trainer.global_step  # what was loaded needs no saving, nor do initial weights
+        self._step_before = trainer.global_step
+        self._warned = False
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+        stepped, self._step_before = trainer.global_step != self._step_before, trainer.global_step
+        if not stepped:
+            return
+        every = self._every_n_train_steps
+        if self._train_time_interval is not None:
+            super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        elif every > 0 and trainer.global_step % every == 0:
+            self._save(trainer)
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self._should_save_on_train_epoch_end(trainer):
+            self._save(trainer, best=self._every_n_epochs >= 1 and (trainer.current_epoch + 1) % self._every_n_epochs == 0)
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if not self._should_save_on_train_epoch_end(trainer):
+            self._save(trainer, best=self._every_n_epochs >= 1 and (trainer.current_epoch + 1) % self._every_n_epochs == 0)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._save(trainer, best=False)
+
+    def _save(self, trainer: pl.Trainer, best: bool = True) -> None:
+        if self._should_skip_saving_checkpoint(trainer):
+            return
+        candidates = self._monitor_candidates(trainer)
+        if best:
+            self._save_topk_checkpoint(trainer, candidates)
+        if self.save_last:
+            self._save_last_checkpoint(trainer, candidates)
+
+    def _save_topk_checkpoint(self, trainer: pl.Trainer, monitor_candidates: dict[str, Tensor]) -> None:
+        if self.monitor is not None and self.monitor not in monitor_candidates:
+            if not self._warned and self.save_top_k != 0:
+                self._warned = True
+                log.warning("%-11s nothing logged %r so far, so only last.ckpt is kept", "checkpoint", self.monitor)
+            return
+        super()._save_topk_checkpoint(trainer, monitor_candidates)
+
+    def _save_last_checkpoint(self, trainer: pl.Trainer, monitor_candidates: dict[str, Tensor]) -> None:
+        path = os.path.join(str(self.dirpath), self.CHECKPOINT_NAME_LAST + self.FILE_EXTENSION)
+        twin = self._last_checkpoint_saved if self._last_global_step_saved == trainer.global_step else ""
+        self.last_model_path = path
+        shared = trainer.is_global_zero and bool(twin) and twin != path and share_file(twin, path)
+        if not trainer.strategy.broadcast(shared):
+            self._save_checkpoint(trainer, path)
+
+    def _save_checkpoint(self, trainer: pl.Trainer, filepath: str) -> None:
+        start = time.monotonic()
+        super()._save_checkpoint(trainer, filepath)
+        if trainer.is_global_zero:
+            log.info("%-11s step %d -> %s", "checkpoint", trainer.global_step, describe(Path(filepath), time.monotonic() - start))
+
+
+def share_file(source: str | Path, target: str | Path) -> bool:
+    """Let `target` be a second name of a finished file, replacing what it named; False where the disk knows no such names."""
+    temporary = Path(target).with_name(f".{Path(target).name}.{uuid.uuid4().hex[:12]}.tmp")
+    try:
+        os.link(source, temporary)
+        os.replace(temporary, target)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        return False
+    return True
+
+
+def describe(path: Path, seconds: float) -> str:
+    """A file's path, size and how long it took to write."""
+    size = path.stat().st_size if path.is_file() else 0
+    with contextlib.suppress(ValueError):
+        path = path.relative_to(Path.cwd())
+    return f"{path} ({size / 2**20:.1f} MiB in {seconds:.1f} s)"
+
+
+class CrashCheckpoint(pl.Callback):
+    """Saves `crash.ckpt` where an exception ends training; `last.ckpt` is left alone, and the exception goes on its way."""
+
+    def __init__(self, path: str | Path) -> None:
+        super().__init__()
+        self.path = Path(path)
+        self.started = False
+
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
+        self.started = True
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        no_crash = isinstance(exception, ConfigError | Stopped | KeyboardInterrupt | SystemExit)
+        if no_crash or not self.started or trainer.fast_dev_run:
+            return
+        try:
+            # Not trainer.save_checkpoint: it waits for the other ranks, which may go on without this one.
+            state = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
+            trainer.strategy.save_checkpoint(state, self.path)
+        except Exception as error:
+            log.error("%-11s the state at the error could not be saved: %s: %s", "checkpoint", type(error).__name__, error)
+            return
+        if trainer.is_global_zero:
+            log.error("%-11s the state at the error is in %s", "checkpoint", self.path)

@@ -1,0 +1,176 @@
+"""Pictures of how training goes, as PNG files and in TensorBoard; they never stop training and never change it."""
+
+from __future__ import annotations
+
+import logging
+import math
+import random
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.loggers import TensorBoardLogger
+from torch import Tensor, nn
+
+from ldm.callbacks.steps import seed_generators
+from ldm.data.image import from_tensor
+
+log = logging.getLogger(__name__)
+
+GRID_COLUMNS = 4
+GRID_PADDING = 2
+SEED = 23  # every log draws from the same noise, so that successive pictures show what training changed
+
+
+class ImageLogger(pl.Callback):
+    """Calls `log_images(batch, split=...)` of the model now and then and writes what it gives.
+
+    batch_frequency: every so many optimizer steps; with `increase_log_steps` also at 1, 2, 4, 8, ... of them.
+    log_on_batch_idx: count batches instead. log_first_step: the very first one too.
+    clamp, rescale: to [-1, 1], and from there to [0, 1]; without `rescale` pictures are taken to be in [0, 1].
+    Validation logs its first batch, and no more often than every `batch_frequency` steps.
+    Files are `images/<split>/<key>_gs-<step>_e-<epoch>_b-<batch>.png`, where steps count from 0.
+    """
+
+    def __init__(
+        self,
+        batch_frequency: int,
+        max_images: int,
+        clamp: bool = True,
+        increase_log_steps: bool = True,
+        rescale: bool = True,
+        disabled: bool = False,
+        log_on_batch_idx: bool = False,
+        log_first_step: bool = False,
+        log_images_kwargs: Mapping[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        if batch_frequency < 1:
+            raise ValueError(f"batch_frequency {batch_frequency}: choose at least 1, or disabled: true for no pictures")
+        self.batch_freq, self.max_images = batch_frequency, max_images
+        self.early_steps = {2**n for n in range(int(math.log2(batch_frequency)) + 1)} if increase_log_steps else set()
+        self.clamp, self.rescale, self.disabled = clamp, rescale, disabled
+        self.log_on_batch_idx, self.log_first_step = log_on_batch_idx, log_first_step
+        self.log_images_kwargs = dict(log_images_kwargs or {})
+        self._seen: dict[str, int] = {}  # split -> the last step that was looked at or drawn
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if not self.log_on_batch_idx:
+            self._seen["train"] = training_step_index(trainer, pl_module)  # a resumed run does not draw its last step again
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+        step = training_step_index(trainer, pl_module)
+        index = batch_idx if self.log_on_batch_idx else step
+        if self._seen.get("train") == index:  # the other batches of an accumulated step
+            return
+        self._seen["train"] = index
+        if self.is_due(index):
+            self._log(trainer, pl_module, batch, batch_idx, "train", step)
+
+    def on_validation_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        step = training_step_index(trainer, pl_module)
+        if trainer.sanity_checking or trainer.state.fn != "fit" or step < 0:
+            return
+        if self.log_on_batch_idx:
+            due = self.is_due(batch_idx)
+        else:
+            last = self._seen.get("val")
+            due = batch_idx == 0 and dataloader_idx == 0 and (last is None or step - last >= self.batch_freq)
+        if due:
+            self._seen["val"] = step
+            self._log(trainer, pl_module, batch, batch_idx, "val", step)
+
+    def is_due(self, index: int) -> bool:
+        """Whether the step (or batch) with this index, counted from 0, is logged."""
+        if index < 0 or (index == 0 and not self.log_first_step):
+            return False
+        return index % self.batch_freq == 0 or index in self.early_steps
+
+    def _log(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, split: str, step: int) -> None:
+        draw = getattr(pl_module, "log_images", None)
+        if self.disabled or not callable(draw) or self.max_images < 1 or not trainer.is_global_zero:
+            return
+        try:
+            with _unchanged(pl_module), torch.no_grad():
+                seed_generators(SEED)
+                images = draw(batch, split=split, **self.log_images_kwargs)
+            grids = {key: self._grid(value) for key, value in images.items()}
+            folder = Path(trainer.default_root_dir) / "images" / split
+            folder.mkdir(parents=True, exist_ok=True)
+            for key, grid in grids.items():
+                name = f"{key.replace('/', '_')}_gs-{step:06}_e-{trainer.current_epoch:06}_b-{batch_idx:06}.png"
+                from_tensor(grid).save(folder / name)
+            self._to_tensorboard(trainer, grids, split, step)
+        except Exception as error:
+            log.warning("%-11s %s, step %d: not drawn, training goes on: %s: %s", "images", split, step, type(error).__name__, error)
+            log.debug("where it happened:", exc_info=True)
+            return
+        log.info("%-11s %s, step %d: %s", "images", split, step, ", ".join(grids))
+
+    def _grid(self, images: Tensor) -> Tensor:
+        """A few of (B, C, H, W), or a finished (C, H, W), as one picture (3, H', W') in [-1, 1]."""
+        images = images.detach().float().cpu()
+        images = images[None] if images.ndim == 3 else images[: self.max_images]
+        if self.clamp:
+            images = images.clamp(-1.0, 1.0)
+        if not self.rescale:
+            images = images * 2 - 1
+        return make_grid(_three_channels(images))
+
+    def _to_tensorboard(self, trainer: pl.Trainer, grids: Mapping[str, Tensor], split: str, step: int) -> None:
+        for logger in trainer.loggers:
+            if isinstance(logger, TensorBoardLogger):
+                for key, grid in grids.items():
+                    logger.experiment.add_image(f"{split}/{key}", (grid.clamp(-1, 1) + 1) / 2, global_step=step)
+
+
+def training_step_index(trainer: pl.Trainer, pl_module: pl.LightningModule) -> int:
+    """Index, from 0, of the optimizer step that was made last; -1 before the first one.
+
+    A model with several optimizers counts by its own `logging_step`.
+    """
+    return int(getattr(pl_module, "logging_step", trainer.global_step)) - 1
+
+
+def make_grid(images: Tensor, columns: int = GRID_COLUMNS, padding: int = GRID_PADDING) -> Tensor:
+    """(B, C, H, W) -> one picture (C, H', W') of up to `columns` a row, on black (-1)."""
+    count, channels, height, width = images.shape
+    columns = min(columns, count)
+    rows = math.ceil(count / columns)
+    grid = images.new_full((channels, rows * (height + padding) + padding, columns * (width + padding) + padding), -1.0)
+    for position, image in enumerate(images):
+        row, column = divmod(position, columns)
+        top, left = padding + row * (height + padding), padding + column * (width + padding)
+        grid[:, top : top + height, left : left + width] = image
+    return grid if count > 1 else images[0]
+
+
+def _three_channels(images: Tensor) -> Tensor:
+    """Grey as grey, latents and maps by their first three channels: (B, C, H, W) -> (B, 3, H, W)."""
+    if images.shape[1] == 1:
+        return images.expand(-1, 3, -1, -1)
+    if images.shape[1] == 2:
+        return torch.cat([images, torch.full_like(images[:, :1], -1.0)], dim=1)
+    return images[:, :3]
+
+
+@contextmanager
+def _unchanged(module: nn.Module) -> Iterator[None]:
+    """The module in evaluation mode; afterwards its modes and all random generators are what they were."""
+    modes = {part: part.training for part in module.modules()}
+    states = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count()) if torch.cuda.is_available() else []):
+        module.eval()
+        try:
+            yield
+        finally:
+            for part, training in modes.items():
+                part.training = training
+            random.setstate(states[0])
+            np.random.set_state(states[1])

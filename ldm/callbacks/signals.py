@@ -1,0 +1,144 @@
+"""Signals: they set a flag, and what they ask for happens at the end of a step, on all ranks."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+import threading
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+
+log = logging.getLogger(__name__)
+
+SAVE, TERMINATE, INTERRUPT = 1, 2, 3  # what the ranks agree on: the largest wins
+_EXIT_CODES = {TERMINATE: 143, INTERRUPT: 130}  # 128 + the signal's number
+_NAMES = {TERMINATE: "SIGTERM", INTERRUPT: "Ctrl-C"}
+
+
+class Stopped(BaseException):
+    """Training was told to stop by a signal and has saved its state; `exit_code` is what the process ends with.
+
+    Not an Exception: nothing that guards against failures may take it for one.
+    """
+
+    def __init__(self, reason: str, exit_code: int, checkpoint: Path | None) -> None:
+        super().__init__(reason)
+        self.reason, self.exit_code, self.checkpoint = reason, exit_code, checkpoint
+
+
+class SignalCallback(pl.Callback):
+    """SIGUSR1 saves `last.ckpt`; SIGTERM and Ctrl-C save it and stop; a second Ctrl-C ends the process at once; SIGUSR2 opens a debugger.
+
+    "End of a step" means after an optimizer step, so that no accumulated gradient is lost, or between two validation batches.
+    path: where the state is saved; None saves nothing.
+    """
+
+    def __init__(self, path: str | Path | None) -> None:
+        super().__init__()
+        self.path = None if path is None else Path(path)
+        self._wanted = 0
+        self._pid = os.getpid()
+        self._step_before = -1
+        self._previous: dict[int, Any] = {}
+        self._group: Any = None
+
+    # Handlers are there before the data workers start, which inherit them, and again after Lightning has set its own.
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        if stage == "fit":
+            self._install()
+
+    def on_sanity_check_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._install()
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._install()
+        self._step_before = trainer.global_step
+        if trainer.world_size > 1:
+            self._group = torch.distributed.new_group(backend="gloo")  # on the CPU: asking the others never waits for a GPU
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        self.restore()
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        self.restore()
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+        stepped = trainer.global_step != self._step_before
+        self._step_before = trainer.global_step
+        if stepped:
+            self._act(trainer, self._agreed())
+
+    def on_validation_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        if trainer.state.fn == "fit":
+            self._act(trainer, self._agreed())
+
+    def _agreed(self) -> int:
+        if self._group is None:
+            return self._wanted
+        wanted = torch.tensor([self._wanted])
+        torch.distributed.all_reduce(wanted, torch.distributed.ReduceOp.MAX, group=self._group)
+        return int(wanted)
+
+    def _act(self, trainer: pl.Trainer, wanted: int) -> None:
+        if not wanted:
+            return
+        saved = self._save(trainer)  # the flag stays up meanwhile: a second Ctrl-C during a long save ends the process
+        if wanted in _EXIT_CODES:
+            raise Stopped(_NAMES[wanted], _EXIT_CODES[wanted], saved)
+        if self._wanted == SAVE:
+            self._wanted = 0
+
+    def _save(self, trainer: pl.Trainer) -> Path | None:
+        if self.path is None or trainer.sanity_checking or trainer.fast_dev_run:
+            return None
+        trainer.save_checkpoint(self.path)
+        if trainer.is_global_zero:
+            log.info("%-11s step %d -> %s", "checkpoint", trainer.global_step, self.path)
+        return self.path
+
+    def _install(self) -> None:
+        if threading.current_thread() is not threading.main_thread():
+            return
+        handlers = {signal.SIGINT: self._on_interrupt, signal.SIGTERM: self._on_terminate}
+        if os.name != "nt":
+            handlers |= {signal.SIGUSR1: self._on_save, signal.SIGUSR2: self._on_debug}
+        for number, handler in handlers.items():
+            previous = signal.signal(number, handler)
+            self._previous.setdefault(number, previous)
+
+    def restore(self) -> None:
+        """Give the signals their former handlers back."""
+        if threading.current_thread() is threading.main_thread():
+            for number, handler in self._previous.items():
+                signal.signal(number, handler if handler is not None else signal.SIG_DFL)
+        self._previous = {}
+
+    def _on_interrupt(self, number: int, frame: FrameType | None) -> None:
+        if os.getpid() != self._pid:
+            return  # a data worker: the terminal sends Ctrl-C to all, and the main process decides
+        if self._wanted == INTERRUPT:
+            os.write(2, b"\nstopped at once; nothing was saved since the last checkpoint\n")
+            os._exit(_EXIT_CODES[INTERRUPT])
+        self._wanted = INTERRUPT
+        os.write(2, b"\nCtrl-C: saving at the end of this step; once more to stop at once\n")
+
+    def _on_terminate(self, number: int, frame: FrameType | None) -> None:
+        if os.getpid() != self._pid:
+            sys.exit(0)
+        self._wanted = max(self._wanted, TERMINATE)
+
+    def _on_save(self, number: int, frame: FrameType | None) -> None:
+        if os.getpid() == self._pid:
+            self._wanted = max(self._wanted, SAVE)
+
+    def _on_debug(self, number: int, frame: FrameType | None) -> None:
+        if os.getpid() == self._pid:
+            breakpoint()

@@ -1,0 +1,102 @@
+"""Around every training step: random numbers that depend on its place alone, and a stop before anything that is not finite is learned."""
+
+from __future__ import annotations
+
+import logging
+import random
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+import pytorch_lightning as pl
+import torch
+from torch import Tensor
+from torch.nn.utils import get_total_norm
+
+from ldm.data.order import mix
+
+log = logging.getLogger(__name__)
+
+TRAIN, EVALUATE = 11, 12  # purposes of random numbers, beside those of ldm.data.order
+
+
+class NonFiniteError(RuntimeError):
+    """A loss or gradient that is NaN or infinite; raised before the optimizer's step, so that the weights are still good."""
+
+
+class StepSeed(pl.Callback):
+    """Seeds Python, NumPy and PyTorch at every batch from (seed, rank, epoch, batch).
+
+    A resumed run therefore draws what an uninterrupted one would have drawn, validation and image logs change nothing, ranks
+    draw different numbers, and every validation sees the same noise, so that its figures compare.
+    """
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        self.seed = seed
+
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
+        seed_generators(mix(self.seed, TRAIN, trainer.global_rank, trainer.current_epoch, batch_idx))
+
+    def on_validation_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        seed_generators(mix(self.seed, EVALUATE, trainer.global_rank, dataloader_idx, batch_idx))
+
+    def on_test_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        self.on_validation_batch_start(trainer, pl_module, batch, batch_idx, dataloader_idx)
+
+
+def seed_generators(seed: int) -> None:
+    """Seed the global generators of Python, NumPy and PyTorch (all devices) with 63 bits."""
+    random.seed(seed)
+    np.random.seed(seed & 0xFFFFFFFF)
+    torch.manual_seed(seed)
+
+
+class StopOnNonFinite(pl.Callback):
+    """Raises NonFiniteError before the optimizer's step where a loss or a gradient is NaN or infinite.
+
+    With float16's loss scaling an infinite gradient is normal (the scaler skips that step): there only a NaN loss stops the run.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._losses: list[Tensor] = []
+
+    def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
+        self._losses.append(loss.detach())
+
+    def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: torch.optim.Optimizer) -> None:
+        losses, self._losses = self._losses, []
+        scaled = getattr(trainer.precision_plugin, "scaler", None) is not None
+        loss = torch.stack([each.float().reshape(()) for each in losses]).sum() if losses else torch.zeros(())
+        if scaled:
+            fine = not bool(loss.isnan())
+        else:
+            largest = _largest(p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None)
+            fine = bool((loss.to(largest.device) + largest).isfinite())  # one read from the device for both
+        if not fine:
+            raise NonFiniteError(self._message(trainer, pl_module, losses))
+
+    def _message(self, trainer: pl.Trainer, pl_module: pl.LightningModule, losses: list[Tensor]) -> str:
+        place = f"epoch {trainer.current_epoch}, step {trainer.global_step}, rank {trainer.global_rank}"
+        bad = [name for name, p in pl_module.named_parameters() if p.grad is not None and not bool(_values(p.grad).isfinite().all())]
+        values = [float(loss) for loss in losses]
+        what = f"the loss is {values[-1]:g}" if not np.isfinite(values).all() else f"the loss is finite ({sum(values):g})"
+        if bad:
+            what += f", gradients of {len(bad)} tensors are not finite ({', '.join(bad[:3])}{', ...' if len(bad) > 3 else ''})"
+        advice = "a lower model.base_learning_rate, --gradient_clip_val 1 or --precision 32 often helps"
+        return f"{place}: {what}; stopped before the update, so the weights and last.ckpt are good; {advice}"
+
+
+def _largest(gradients: Iterable[Tensor]) -> Tensor:
+    """The largest absolute value, NaN if there is one: a scalar on the gradients' device."""
+    values = [_values(gradient) for gradient in gradients]
+    return get_total_norm(values, norm_type=float("inf")).float() if values else torch.zeros(())
+
+
+def _values(gradient: Tensor) -> Tensor:
+    return gradient.coalesce().values() if gradient.is_sparse else gradient

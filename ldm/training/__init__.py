@@ -1,0 +1,1 @@
+"""Training from the command line: flags, config merge, run folders, resume and the Trainer, as plain functions."""

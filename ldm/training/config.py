@@ -1,0 +1,212 @@
+"""One config from YAML files and dotted overrides, checked from the text of the classes it names, before any of them is imported."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from ldm.commandline import ROOT, find_file
+from ldm.training.flags import NOT_FLAGS, trainer_settings
+from ldm.training.signature import constructor_arguments
+from ldm.util import FIRST_STAGE_AS_CONDITION, UNCONDITIONAL, ConfigError
+
+# The callbacks of every run; `lightning.callbacks` in a YAML is merged over them, and `NAME: null` leaves one out.
+DEFAULT_CALLBACKS: dict[str, dict[str, Any]] = {
+    "setup_callback": {"target": "ldm.callbacks.SetupCallback"},
+    "image_logger": {"target": "ldm.callbacks.ImageLogger", "params": {"batch_frequency": 750, "max_images": 4, "clamp": True}},
+    "learning_rate_logger": {"target": "pytorch_lightning.callbacks.LearningRateMonitor", "params": {"logging_interval": "step"}},
+    "cuda_callback": {"target": "ldm.callbacks.CUDACallback"},
+}
+DEFAULT_CHECKPOINT: dict[str, Any] = {
+    "target": "ldm.callbacks.CheckpointPolicy",
+    "params": {"filename": "{epoch:06}", "save_last": True},
+}
+# Every 10,000 steps, all kept: built only where `lightning.callbacks` names it.
+STEP_CHECKPOINTS = "metrics_over_trainsteps_checkpoint"
+DEFAULT_STEP_CHECKPOINTS: dict[str, Any] = {
+    "target": "pytorch_lightning.callbacks.ModelCheckpoint",
+    "params": {"filename": "{epoch:06}-{step:09}", "save_top_k": -1, "every_n_train_steps": 10000, "save_weights_only": True},
+}
+
+_TOP = ("model", "data", "lightning")
+_LIGHTNING = ("trainer", "callbacks", "modelcheckpoint", "logger", "seed", "scale_lr")
+_BESIDE_TARGET = ("target", "params")
+
+
+def find_config(path: str | Path) -> Path:
+    """The YAML at `path`, seen from the working directory or else from the project's own folder."""
+    found = find_file(path)
+    if found.is_file():
+        return found
+    raise ConfigError(f"--base {path}: there is no such file here or in {ROOT}{_nearest_file(Path(path))}")
+
+
+def load(path: Path) -> DictConfig:
+    """A YAML file as a config; raises ConfigError naming the file where it is not a mapping."""
+    try:
+        config = OmegaConf.load(path)
+    except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not a YAML file that can be read: {' '.join(str(error).split())}") from error
+    if not isinstance(config, DictConfig):
+        raise ConfigError(f"{path}: expected a mapping with the keys {', '.join(_TOP)}, got a list")
+    return config
+
+
+def merge(files: Iterable[Path], overrides: Iterable[str] = ()) -> DictConfig:
+    """The files, left to right, then the overrides; each override's path has to exist already, or to be a constructor's argument.
+
+    Raises ConfigError for a misspelt path, naming the nearest one.
+    """
+    config = OmegaConf.create({})
+    for path in files:
+        part = load(path)
+        _check_sections(part, str(path))
+        try:
+            config = OmegaConf.merge(config, part)
+        except (OmegaConfBaseException, ValueError, TypeError) as error:
+            raise ConfigError(f"{path}: does not merge with the configs before it: {_line(error)}") from error
+    for override in overrides:
+        config = _apply(config, override)
+    return config
+
+
+def check(config: DictConfig) -> None:
+    """Raises ConfigError for what is missing, unknown or misspelt in a merged config, as far as the classes' texts tell."""
+    _check_sections(config, "config")
+    for section in ("model", "data"):
+        node = config.get(section)
+        if not isinstance(node, DictConfig) or "target" not in node:
+            raise ConfigError(f"{section}: the configs name no {section}; expected {section}.target and {section}.params")
+    try:
+        plain = OmegaConf.to_container(config, resolve=True)
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"config: {_line(error)}") from error
+    _check_params(plain, "")
+
+
+def _check_sections(config: DictConfig, where: str) -> None:
+    _check_keys(config, _TOP, where, "")
+    lightning = config.get("lightning")
+    if lightning is None:
+        return
+    if not isinstance(lightning, DictConfig):
+        raise ConfigError(f"{where}: lightning: expected a mapping with the keys {', '.join(_LIGHTNING)}, got {lightning!r}")
+    _check_keys(lightning, _LIGHTNING, where, "lightning.")
+    trainer = lightning.get("trainer") or {}
+    if not isinstance(trainer, Mapping):
+        raise ConfigError(f"{where}: lightning.trainer: expected a mapping of Trainer settings, got {trainer!r}")
+    for key in trainer:
+        if key in NOT_FLAGS:
+            raise ConfigError(f"{where}: lightning.trainer.{key}: {NOT_FLAGS[key]}")
+    _check_keys(trainer, trainer_settings(), where, "lightning.trainer.")
+
+
+def _check_keys(config: Mapping, known: Iterable[str], where: str, prefix: str) -> None:
+    known = sorted(known) if isinstance(known, set) else list(known)
+    for key in config:
+        if key not in known:
+            raise ConfigError(f"{where}: unknown key {prefix}{key}{_nearest(str(key), known)}")
+
+
+def _check_params(node: Any, path: str) -> None:
+    """Walk a plain config; below each `target`, the params have to be arguments of its constructor."""
+    if isinstance(node, list):
+        for position, item in enumerate(node):
+            _check_params(item, f"{path}[{position}]")
+    if not isinstance(node, dict):
+        return
+    target, params = node.get("target"), node.get("params")
+    if isinstance(target, str) and isinstance(params, dict):
+        accepted = constructor_arguments(target)
+        for key in params:
+            if accepted is not None and key not in accepted:
+                raise ConfigError(f"{path}.params.{key}: {target} takes no such parameter{_nearest(key, list(accepted))}")
+    for key, value in node.items():
+        _check_params(value, f"{path}.{key}" if path else str(key))
+
+
+def _apply(config: DictConfig, override: str) -> DictConfig:
+    path, _, value = override.partition("=")
+    adds = path.startswith("+")
+    path = path.removeprefix("+")
+    keys = path.split(".")
+    if not adds:
+        _check_path(config, keys, path)
+    try:
+        return OmegaConf.merge(config, OmegaConf.from_dotlist([f"{path}={value}"]))
+    except (OmegaConfBaseException, yaml.YAMLError, ValueError, TypeError) as error:
+        raise ConfigError(f"{override}: cannot be applied: {_line(error)}") from error
+
+
+def _check_path(config: DictConfig, keys: list[str], path: str) -> None:
+    node = OmegaConf.merge(_schema(), config)
+    for depth, key in enumerate(keys):
+        above = ".".join(keys[:depth])
+        if not isinstance(node, DictConfig):
+            raise ConfigError(f"{path}: {above} is {_shown(node)}, not a mapping")
+        if key in node:
+            node = node[key] if not OmegaConf.is_missing(node, key) else None
+            continue
+        choices = [str(name) for name in node]
+        arguments = _new_keys(config, keys[:depth], node)
+        if arguments is None or key in arguments:
+            return
+        choices += [name for name in arguments if name not in choices]
+        near = difflib.get_close_matches(key, choices, n=1, cutoff=0.5)
+        hint = f"did you mean {'.'.join([*keys[:depth], near[0], *keys[depth + 1:]])}?" if near else f"{above} has {', '.join(choices)}"
+        if "." not in path or above == "":
+            raise ConfigError(f"{path}: there is no {key}; {hint} (the sections are {', '.join(_TOP)})")
+        raise ConfigError(f"{path}: {above} has no {key}; {hint} (+{path}=... adds it all the same)")
+
+
+def _schema() -> DictConfig:
+    """What an override may name although no YAML does: the defaults that this package puts under `lightning`."""
+    lightning = {"trainer": {}, "callbacks": DEFAULT_CALLBACKS, "modelcheckpoint": DEFAULT_CHECKPOINT, "logger": {}}
+    lightning |= {"seed": None, "scale_lr": None}
+    return OmegaConf.create({"model": {"base_learning_rate": None}, "lightning": lightning})
+
+
+def _new_keys(config: DictConfig, above: list[str], node: DictConfig) -> set[str] | None:
+    """Keys that may be new at `node`; None where anything may be."""
+    if above == ["lightning", "trainer"]:
+        return trainer_settings()
+    if above == ["lightning", "callbacks"]:
+        return {STEP_CHECKPOINTS}
+    if "target" in node:
+        return set(_BESIDE_TARGET)
+    if above and above[-1] == "params":
+        parent = OmegaConf.select(OmegaConf.merge(_schema(), config), ".".join(above[:-1]))
+        if isinstance(parent, DictConfig) and "target" in parent:
+            arguments = constructor_arguments(str(parent["target"]))
+            return None if arguments is None else set(arguments)
+    return set()
+
+
+def _shown(value: Any) -> str:
+    if value in (FIRST_STAGE_AS_CONDITION, UNCONDITIONAL):
+        return f"{value!r}"
+    return repr(OmegaConf.to_container(value)) if OmegaConf.is_config(value) else repr(value)
+
+
+def _line(error: Exception) -> str:
+    return ", ".join(str(error).strip().split("\n")[:2])
+
+
+def _nearest(name: str, choices: list[str]) -> str:
+    near = difflib.get_close_matches(name, choices, n=1, cutoff=0.5)
+    if near:
+        return f"; did you mean {near[0]}?"
+    return f"; choices: {', '.join(sorted(choices))}" if choices else ""
+
+
+def _nearest_file(path: Path) -> str:
+    folders = [folder for folder in (path.parent, ROOT / path.parent) if folder.is_dir()]
+    names = [str(path.parent / file.name) for folder in folders for file in sorted(folder.glob("*.y*ml"))]
+    near = difflib.get_close_matches(str(path), names, n=1, cutoff=0.5)
+    return f"; did you mean {near[0]}?" if near else ""
