@@ -81,7 +81,8 @@ def log_latent_images(
         if unconditional_guidance_scale is None and c is not None and model.cond_dropout > 0:
             unconditional_guidance_scale = GUIDANCE_SCALE
         if unconditional_guidance_scale is not None and unconditional_guidance_scale != 1.0:
-            uncond = model.get_unconditional_conditioning(len(z), unconditional_guidance_label)
+            label = unconditional_guidance_label
+            uncond = model.get_unconditional_conditioning(len(z), model.no_condition_like(raw_c, len(z)) if label is None else label)
             guided = draw(unconditional_guidance_scale=unconditional_guidance_scale, unconditional_conditioning=uncond)
             log[f"samples_cfg_scale_{unconditional_guidance_scale:.2f}"] = model.decode_first_stage(guided.samples)
         if inpaint:

@@ -205,11 +205,12 @@ class LatentDiffusion(DDPM):
         kept = raw_c
         if self.training and self.cond_dropout > 0:
             dropped = torch.rand(x.shape[0], device=self.device) < self.cond_dropout
-            kept = drop_samples(raw_c, self._no_condition_like(raw_c, x.shape[0]), dropped)
+            kept = drop_samples(raw_c, self.no_condition_like(raw_c, x.shape[0]), dropped)
         encode = force_c_encode or not self.cond_stage_trainable
         return Encoded(z, self.get_learned_conditioning(kept) if encode else kept, x, raw_c)
 
-    def _no_condition_like(self, raw_c: Any, batch_size: int) -> Any:
+    def no_condition_like(self, raw_c: Any, batch_size: int) -> Any:
+        """The raw input that means "no condition", in the form of `raw_c`."""
         if torch.is_tensor(raw_c) and raw_c.is_floating_point():
             return torch.zeros_like(raw_c)  # pictures and maps: an empty one
         return self._on_device(self._unconditional_input(batch_size))
