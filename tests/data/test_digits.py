@@ -1,0 +1,98 @@
+"""The digits: a fixed, stratified split, pictures as the models take them, and captions in several phrasings."""
+
+import builtins
+
+import numpy as np
+import pytest
+import torch
+
+from ldm.data import digits as module
+
+pytest.importorskip("sklearn")
+
+
+@pytest.fixture(scope="module")
+def splits() -> dict[str, module.Digits]:
+    return {split: module.Digits(split) for split in module.SPLITS}
+
+
+def test_train_and_held_out_are_a_partition_of_all_scans(splits):
+    labels = module.load_scans()[1]
+    train, held_out = (set(module.split_indices(labels, split)) for split in ("train", "held_out"))
+    assert not train & held_out
+    assert train | held_out == set(range(1797)) == set(module.split_indices(labels, "all"))
+    assert (len(splits["train"]), len(splits["held_out"]), len(splits["all"])) == (1442, 355, 1797)
+
+
+def test_every_digit_has_the_same_share_held_out(splits):
+    share = np.bincount(splits["held_out"].labels) / np.bincount(splits["all"].labels)
+    assert share.shape == (10,) and share.min() > 0.19 and share.max() <= 0.2
+
+
+def test_the_split_never_changes():
+    assert module.split_indices(np.arange(20) % 2, "held_out").tolist() == [8, 9, 18, 19]
+
+
+def test_pictures_are_hwc_float32_dark_ink_on_white(splits):
+    image = splits["train"][0]["image"]
+    assert image.shape == (32, 32, 3) and image.dtype == np.float32
+    assert image.min() < -0.8 and image[0, 0, 0] == 1.0 and image.mean() > 0
+    assert np.array_equal(image[..., 0], image[..., 1]) and np.array_equal(image[..., 0], image[..., 2])
+    assert np.abs(splits["all"].images).max() <= 1
+
+
+def test_block_means_of_the_enlarged_picture_are_the_scan():
+    scan = module.load_scans()[0][3]
+    ink = (1 - module.enlarge(scan, 32)[..., 0]) / 2
+    small = ink.reshape(8, 4, 8, 4).mean(axis=(1, 3))
+    assert np.corrcoef(small.ravel(), scan.ravel())[0, 1] > 0.98
+
+
+def test_captions_name_the_digit_of_the_picture(splits):
+    for index in range(0, 200, 7):
+        item = splits["train"][index]
+        digit = item["class_label"]
+        assert item["human_label"] == module.WORDS[digit]
+        assert item["caption"] in module.captions(digit)
+        assert str(digit) in item["caption"] or module.WORDS[digit] in item["caption"]
+
+
+def test_no_caption_stands_for_two_digits():
+    every = [caption for digit in range(10) for caption in module.captions(digit)]
+    assert len(set(every)) == len(every) == 10 * 2 * len(module.PHRASES)
+
+
+def test_training_captions_are_drawn_from_all_phrasings_by_torchs_generator(splits):
+    torch.manual_seed(0)
+    first = [splits["train"][5]["caption"] for _ in range(200)]
+    torch.manual_seed(0)
+    assert [splits["train"][5]["caption"] for _ in range(200)] == first
+    assert set(first) == set(module.captions(splits["train"][5]["class_label"]))
+
+
+def test_held_out_captions_never_change(splits):
+    assert [splits["held_out"][k]["caption"] for k in range(30)] == [splits["held_out"][k]["caption"] for k in range(30)]
+
+
+def test_other_sizes(splits):
+    assert module.Digits("held_out", size=16)[0]["image"].shape == (16, 16, 3)
+
+
+@pytest.mark.parametrize("arguments", [{"split": "validation"}, {"size": 4}])
+def test_wrong_arguments_are_refused_with_the_choices(arguments):
+    with pytest.raises(ValueError, match="choose"):
+        module.Digits(**arguments)
+
+
+def test_without_scikit_learn_the_error_names_the_extra(monkeypatch):
+    real_import = builtins.__import__
+
+    def without_sklearn(name, *rest, **kwargs):
+        if name.startswith("sklearn"):
+            raise ImportError(name)
+        return real_import(name, *rest, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", without_sklearn)
+    module.load_scans.cache_clear()
+    with pytest.raises(ImportError, match="quickstart"):
+        module.Digits()
