@@ -52,6 +52,18 @@ class _HelpFormatter(argparse.HelpFormatter):
         return f"{text} (default: %(default)s)"
 
 
+class _TerminalHandler(logging.StreamHandler):
+    """Log lines on stderr, above a progress bar where one is running."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if "tqdm" not in sys.modules:
+            super().emit(record)
+            return
+        from tqdm import tqdm
+
+        tqdm.write(self.format(record), file=sys.stderr)
+
+
 def run(main: Callable[[Sequence[str]], int | None], argv: Sequence[str] | None = None) -> int:
     """Call `main(argv)`, send log lines to the terminal, and turn errors meant for the user into one line -> exit code.
 
@@ -60,7 +72,7 @@ def run(main: Callable[[Sequence[str]], int | None], argv: Sequence[str] | None 
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     if not logging.getLogger().handlers:
-        logging.basicConfig(level=logging.INFO, format="%(message)s")
+        logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[_TerminalHandler()])
         logging.captureWarnings(True)
         for chatty in ("httpx", "PIL", "fsspec", "py.warnings"):
             logging.getLogger(chatty).setLevel(logging.ERROR)

@@ -140,10 +140,13 @@ def load_model(
     where = choose_device(device)
     dtype = autocast_dtype(precision, where)
 
-    config = for_inference(config, set(read_weights(ckpt)))
+    weights = read_weights(ckpt)
+    config = for_inference(config, set(weights))
     with weights_on_meta():
         model = instantiate_from_config(config.model)
-    load_weights(model, ckpt, use_ema=use_ema)
+    ignore_keys = rounded_tables(model, weights)
+    del weights                                                             # old formats are read into memory, which should not hold two
+    load_weights(model, ckpt, ignore_keys, use_ema=use_ema)
     ensure_weights(model)
     absent = [key for key, tensor in model.named_parameters() if tensor.is_meta]
     if absent:
@@ -178,6 +181,15 @@ def for_inference(config: DictConfig, names: set[str]) -> DictConfig:
                 stage.lossconfig = {"target": "torch.nn.Identity"}
                 stage.pop("learn_logvar", None)                             # a number of the loss
     return config
+
+
+def rounded_tables(model: nn.Module, weights: Mapping[str, Tensor]) -> list[str]:
+    """Tables of the noise schedule that a half-precision file holds: there the first alphas_cumprod are 1, which divides by zero.
+
+    They follow from the config, so that the model's own float32 ones are right.
+    """
+    own = {name for name, buffer in model.named_buffers() if buffer.shape == (getattr(model, "num_timesteps", None),)}
+    return [name for name in own & weights.keys() if weights[name].itemsize < 4]
 
 
 @contextmanager

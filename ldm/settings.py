@@ -121,6 +121,8 @@ class Settings:
             raise ValueError(f"--ddim_eta {self.eta:g}: {self.sampler} is deterministic, so that eta must be 0; DDIM takes any eta")
         if not math.isfinite(self.scale):
             raise ValueError(f"--scale {self.scale}: choose a finite number; 1 is no guidance, 7.5 is usual")
+        if self.negative_prompt and self.scale == 1.0:
+            raise ValueError("--negative_prompt with --scale 1: without guidance nothing leads away from it; choose another scale, 7.5 is usual")
         if not 0 <= self.seed <= MAX_SEED:
             raise ValueError(f"--seed {self.seed}: choose 0 to {MAX_SEED}")
         if self.channels not in (None, facts.channels):

@@ -89,6 +89,7 @@ def test_an_unknown_first_stage_needs_f():
         ({"eta": 0.5, "sampler": "plms"}, "--ddim_eta 0.5: plms is deterministic"),
         ({"eta": 0.5, "sampler": "dpm_solver"}, "dpm_solver is deterministic"),
         ({"scale": float("nan")}, "--scale nan"),
+        ({"scale": 1.0, "negative_prompt": "blurry"}, "--negative_prompt with --scale 1"),
         ({"seed": -1}, "--seed -1"),
         ({"seed": 2**32}, "--seed 4294967296"),
     ],

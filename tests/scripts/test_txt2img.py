@@ -1,0 +1,183 @@
+"""scripts/txt2img.py as a user runs it, on a model of 0.1 M parameters."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from ldm.commandline import ROOT, run
+from ldm.pictures import read_info
+from scripts.txt2img import main, parser
+from tests.tiny import SavedModel, save_text_model
+
+SCRIPT = ROOT / "scripts" / "txt2img.py"
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory) -> SavedModel:
+    return save_text_model(tmp_path_factory.mktemp("tiny"))
+
+
+def arguments(saved: SavedModel, outdir, *flags: str) -> list[str]:
+    """A quick command line; later flags win."""
+    model = ["--config", str(saved.config), "--ckpt", str(saved.ckpt), "--outdir", str(outdir), "--device", "cpu", "--precision", "full"]
+    return [*model, "--H", "16", "--W", "16", "--ddim_steps", "2", "--n_samples", "2", "--n_iter", "1", *flags]
+
+
+def pixels(outdir) -> list[np.ndarray]:
+    return [np.asarray(Image.open(path)) for path in sorted((outdir / "samples").glob("*.png"))]
+
+
+def refused(argv: list[str], capsys) -> str:
+    """The one line that the script ends with, exit code 2."""
+    try:
+        code = run(main, argv)
+    except SystemExit as stop:
+        code = stop.code
+    err = capsys.readouterr().err
+    assert code == 2 and err.startswith("error: ") and err.count("\n") == 1
+    return err
+
+
+def test_flags_have_the_published_defaults():
+    """Figures of cli.md, the list of the published command lines; C and f come from the model, which for Stable Diffusion is 4 and 8."""
+    opt = vars(parser().parse_args([]))
+    published = {"prompt": "a painting of a virus monster playing guitar", "ddim_steps": 50, "ddim_eta": 0.0, "n_iter": 2}
+    published |= {"H": 512, "W": 512, "n_samples": 3, "n_rows": 0, "scale": 7.5, "seed": 42, "precision": "autocast", "from_file": None}
+    flags = ("plms", "dpm_solver", "laion400m", "fixed_code", "skip_grid", "skip_save")
+    assert {name: opt[name] for name in published} == published and not any(opt[name] for name in flags)
+
+
+@pytest.mark.parametrize("solver", [[], ["--plms"], ["--dpm_solver"]])
+@pytest.mark.parametrize("scale", ["1", "7.5"])
+def test_samples_and_grid_are_written_as_published(saved, tmp_path, solver, scale, capsys):
+    assert run(main, arguments(saved, tmp_path, *solver, "--scale", scale, "--n_iter", "2")) == 0
+    written = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*.png"))
+    assert written == ["grid-0000.png", *(f"samples/0000{k}.png" for k in range(4))]
+    assert np.asarray(Image.open(tmp_path / "grid-0000.png")).shape == (2 * 18 + 2, 2 * 18 + 2, 3)
+    info = read_info(tmp_path / "samples" / "00003.png")
+    assert info["sampler"] == (solver[0].strip("-") if solver else "ddim") and info["scale"] == float(scale)
+    out = capsys.readouterr().out
+    assert "4 pictures in" in out and str(tmp_path / "samples" / "00000.png") in out
+
+
+def test_the_same_command_draws_the_same_pictures_under_new_numbers(saved, tmp_path):
+    for _ in range(2):
+        run(main, arguments(saved, tmp_path, "--seed", "3"))
+    a, b, c, d = pixels(tmp_path)
+    assert np.array_equal(a, c) and np.array_equal(b, d) and (tmp_path / "grid-0001.png").exists()
+    (tmp_path / "samples" / "00001.png").unlink()
+    run(main, arguments(saved, tmp_path, "--seed", "4", "--n_samples", "1"))
+    assert sorted(p.name for p in (tmp_path / "samples").iterdir()) == ["00000.png", "00002.png", "00003.png", "00004.png"]
+
+
+@pytest.mark.parametrize("n_prompts", [1, 2, 3, 4, 7])
+def test_a_file_of_prompts_gives_a_picture_of_each_whatever_their_number(saved, tmp_path, n_prompts):
+    prompts = [f"picture number {k}" for k in range(n_prompts)]
+    (tmp_path / "prompts.txt").write_text("\n".join(prompts) + "\n", encoding="utf-8")
+    flags = ["--from-file", str(tmp_path / "prompts.txt"), "--n_samples", "3", "--n_iter", "2", "--ddim_steps", "1"]
+    assert run(main, arguments(saved, tmp_path / "out", *flags)) == 0
+    infos = [read_info(path) for path in sorted((tmp_path / "out" / "samples").iterdir())]
+    assert [info["prompt"] for info in infos] == prompts * 2
+    assert read_info(tmp_path / "out" / "grid-0000.png")["prompts"] == prompts * 2
+
+
+def test_a_grid_with_captions_and_the_number_of_columns_asked_for(saved, tmp_path):
+    run(main, arguments(saved, tmp_path, "--n_samples", "3", "--n_rows", "1", "--H", "64", "--W", "64", "--captions"))
+    image = Image.open(tmp_path / "grid-0000.png")
+    assert image.width == 64 + 2 * 12 and image.height > 3 * (64 + 12) + 12 + 3 * 10
+
+
+def test_skipping_samples_or_grid(saved, tmp_path):
+    run(main, arguments(saved, tmp_path / "a", "--skip_save"))
+    run(main, arguments(saved, tmp_path / "b", "--skip_grid"))
+    assert [p.name for p in (tmp_path / "a").rglob("*.png")] == ["grid-0000.png"]
+    assert sorted(p.name for p in (tmp_path / "b").rglob("*.png")) == ["00000.png", "00001.png"]
+
+
+def test_everything_that_was_asked_for_is_in_the_metadata(saved, tmp_path):
+    flags = ["--prompt", "a «cat»", "--negative_prompt", "blurry", "--seed", "9", "--ddim_eta", "0.5", "--scale", "3", "--fixed_code"]
+    run(main, arguments(saved, tmp_path, *flags))
+    expected = {"prompt": "a «cat»", "negative_prompt": "blurry", "seed": 9, "eta": 0.5, "scale": 3.0, "steps": 2, "sampler": "ddim"}
+    expected |= {"height": 16, "width": 16, "channels": 4, "factor": 4, "n_samples": 2, "n_iter": 1, "fixed_code": True}
+    expected |= {"config": str(saved.config), "ckpt": str(saved.ckpt), "ckpt_bytes": saved.ckpt.stat().st_size, "use_ema": True}
+    expected |= {"device": "cpu", "precision": "full"}
+    for k in range(2):
+        info = read_info(tmp_path / "samples" / f"0000{k}.png")
+        assert {key: info[key] for key in expected} == expected
+        assert (info["task"], info["image_index"], info["index_in_batch"], info["watermark"]) == ("txt2img", k, k, None)
+        assert info["version"] and len(info["ckpt_fingerprint"]) == len(info["config_fingerprint"]) == 16
+
+
+def test_laion400m_changes_what_is_not_given(saved, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert "txt2img-1p4B-eval.yaml" in refused(["--laion400m", "--config", "configs/latent-diffusion/txt2img-1p4B-eval.yaml.no"], capsys)
+    config = ["--config", str(saved.config), "--H", "16", "--W", "16"]
+    assert "models/ldm/text2img-large/model.ckpt" in refused(["--laion400m", *config], capsys)
+    run(main, [*arguments(saved, tmp_path / "own", "--laion400m")])
+    assert (tmp_path / "own" / "grid-0000.png").exists() and not (tmp_path / "outputs").exists()
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--H", "20"], "--H 20 --W 16: this model needs multiples of 8 pixels; nearest are --H 16 --W 16"),
+        (["--ddim_steps", "101"], "--ddim_steps 101: choose 1 to 100"),
+        (["--n_samples", "0"], "--n_samples 0"),
+        (["--n_iter", "0"], "--n_iter 0"),
+        (["--n_rows", "-1"], "--n_rows -1"),
+        (["--C", "3"], "--C 3: this model's latents have 4 channels"),
+        (["--plms", "--ddim_eta", "1"], "--ddim_eta 1"),
+        (["--plms", "--dpm_solver"], "not allowed with"),
+        (["--from-file", "nowhere.txt"], "--from-file nowhere.txt: No such file"),
+        (["--ckpt", "nowhere.ckpt"], "checkpoint nowhere.ckpt: no such file"),
+        (["--config", "nowhere.yaml"], "config nowhere.yaml: no such file"),
+        (["--device", "cuda:77"], "--device cuda:77: not on this machine; choose auto"),
+        (["--precision", "half"], "invalid choice: 'half'"),
+        (["--n_sample", "3"], "unknown flag --n_sample; did you mean --n_samples?"),
+        (["stray"], "unexpected argument 'stray'"),
+    ],
+)
+def test_a_mistake_is_one_line_before_the_model_is_loaded(saved, tmp_path, flags, words, capsys, monkeypatch):
+    def loaded(*args, **kwargs):
+        raise AssertionError("the model was loaded")
+
+    monkeypatch.setattr("scripts.txt2img.load_model", loaded)
+    assert words in refused(arguments(saved, tmp_path / "out", *flags), capsys)
+    assert not (tmp_path / "out").exists()
+
+
+def test_weights_of_another_model_are_refused_in_one_line(saved, tmp_path, capsys):
+    (tmp_path / "broken.ckpt").write_bytes(b"no weights")
+    assert "broken.ckpt" in refused(arguments(saved, tmp_path / "out", "--ckpt", str(tmp_path / "broken.ckpt")), capsys)
+
+
+def test_without_stable_diffusions_weights_the_defaults_say_where_to_get_them(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    if not (ROOT / "models/ldm/stable-diffusion-v1/model.ckpt").exists():
+        assert "huggingface.co/CompVis" in refused([], capsys)
+
+
+MISSPELT = (
+    "promt prompts outdirs skipgrid skip-save ddim_step ddimsteps pmls dpm-solver laion400 "
+    "fixedcode ddim_ete niter h w n-samples nrows scales form-file sed"
+)
+
+
+@pytest.mark.parametrize("flag", MISSPELT.split())
+def test_a_misspelt_flag_is_refused_with_a_suggestion(flag, capsys):
+    assert "did you mean --" in refused([f"--{flag}", "1"], capsys)
+
+
+def test_it_runs_from_any_folder_without_being_installed_and_its_help_is_quick(tmp_path):
+    code = (
+        "import runpy, sys; sys.argv = ['txt2img.py', sys.argv[2]]\n"
+        "try: runpy.run_path(sys.orig_argv[-2], run_name='__main__')\n"
+        "except SystemExit as stop: print('code', stop.code, [m for m in ('torch', 'omegaconf', 'numpy') if m in sys.modules])"
+    )
+    shown = subprocess.run([sys.executable, "-I", "-c", code, str(SCRIPT), "--help"], cwd=tmp_path, capture_output=True, text=True)
+    assert "--from-file" in shown.stdout and shown.stdout.strip().endswith("code 0 []"), shown.stderr
+    wrong = subprocess.run([sys.executable, "-I", "-c", code, str(SCRIPT), "--H=100"], cwd=tmp_path, capture_output=True, text=True)
+    assert "multiples of 64" in wrong.stderr and "code 2 ['omegaconf']" in wrong.stdout

@@ -1,0 +1,93 @@
+"""A text-to-image latent diffusion model of 0.1 M parameters, as a YAML and a weights file, for tests that draw with it."""
+
+from copy import deepcopy
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from omegaconf import OmegaConf
+from torch import nn
+
+from ldm.util import instantiate_from_config
+from tests.reference import seed_weights
+
+UNET = {
+    "target": "ldm.modules.diffusionmodules.openaimodel.UNetModel",
+    "params": {
+        "image_size": 8,
+        "in_channels": 4,
+        "out_channels": 4,
+        "model_channels": 32,
+        "attention_resolutions": [2],
+        "num_res_blocks": 1,
+        "channel_mult": [1, 1],
+        "num_heads": 2,
+        "use_spatial_transformer": True,
+        "transformer_depth": 1,
+        "context_dim": 16,
+        "legacy": False,
+    },
+}
+FIRST_STAGE = {
+    "target": "ldm.models.autoencoder.AutoencoderKL",
+    "params": {
+        "embed_dim": 4,
+        "ddconfig": {
+            "double_z": True,
+            "z_channels": 4,
+            "resolution": 32,
+            "in_channels": 3,
+            "out_ch": 3,
+            "ch": 32,
+            "ch_mult": [1, 1, 1],
+            "num_res_blocks": 1,
+            "attn_resolutions": [],
+            "dropout": 0.0,
+        },
+        "lossconfig": {"target": "torch.nn.Identity"},
+    },
+}
+CAPTIONS = {
+    "target": "ldm.modules.encoders.modules.CaptionEmbedder",
+    "params": {"n_embed": 16, "n_layer": 1, "max_seq_len": 12, "vocab_rows": 64, "heads": 2, "dim_head": 8},
+}
+
+
+def text_model_config(**params: Any) -> dict[str, Any]:
+    """Config of the model: f = 4, a UNet of two levels, 100 timesteps, pictures in multiples of 8 pixels."""
+    defaults = {
+        "timesteps": 100,
+        "channels": 4,
+        "image_size": 8,
+        "first_stage_key": "image",
+        "cond_stage_key": "caption",
+        "conditioning_key": "crossattn",
+        "cond_stage_trainable": True,
+        "scale_factor": 0.5,
+        "use_ema": True,
+        "unet_config": UNET,
+        "first_stage_config": FIRST_STAGE,
+        "cond_stage_config": CAPTIONS,
+    }
+    return {"model": {"target": "ldm.models.diffusion.ddpm.LatentDiffusion", "params": deepcopy({**defaults, **params})}}
+
+
+class SavedModel(NamedTuple):
+    """Where a model lies, and the model itself: trained weights and averages differ."""
+
+    config: Path
+    ckpt: Path
+    model: nn.Module
+
+
+def save_text_model(folder: Path, **params: Any) -> SavedModel:
+    """Write `tiny.yaml` and `tiny.ckpt` (as Lightning does: weights under `state_dict`) with seeded weights."""
+    config = text_model_config(**params)
+    model = seed_weights(instantiate_from_config(OmegaConf.create(config)["model"]))
+    if model.use_ema:
+        for name, parameter in model.model.named_parameters():
+            getattr(model.model_ema, name.replace(".", "")).copy_(0.9 * parameter.detach())
+    saved = SavedModel(folder / "tiny.yaml", folder / "tiny.ckpt", model)
+    OmegaConf.save(OmegaConf.create(config), saved.config)
+    torch.save({"state_dict": model.state_dict(), "global_step": 7}, saved.ckpt)
+    return saved
