@@ -1,0 +1,161 @@
+"""Laws of the first stage's networks. Figures under tests/golden/modules are the published implementation's (tests/golden/README.md)."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from ldm.modules.diffusionmodules.model import (
+    AttnBlock,
+    Decoder,
+    Downsample,
+    Encoder,
+    LinAttnBlock,
+    Model,
+    Normalize,
+    ResnetBlock,
+    Upsample,
+    get_timestep_embedding,
+    make_attn,
+)
+from tests.reference import GOLDEN, TOLERANCE, randn, rel_error, seed_weights
+
+DDCONFIG = {
+    "double_z": True, "z_channels": 4, "resolution": 32, "in_channels": 3, "out_ch": 3, "ch": 32, "ch_mult": [1, 2, 4],
+    "num_res_blocks": 1, "attn_resolutions": [8], "dropout": 0.0,
+}  # fmt: skip
+TINY = {**DDCONFIG, "resolution": 16, "ch_mult": [1, 1], "attn_resolutions": []}
+UNET = {"ch": 32, "out_ch": 3, "ch_mult": [1, 2], "num_res_blocks": 1, "attn_resolutions": [8], "in_channels": 3, "resolution": 16}
+
+
+@pytest.mark.parametrize(
+    ("name", "network", "options", "inputs", "kwargs"),
+    [
+        ("encoder_kl", Encoder, DDCONFIG, (9, 2, 3, 32, 32), {}),
+        ("decoder_kl", Decoder, DDCONFIG, (10, 2, 4, 8, 8), {}),
+        (
+            "encoder_attn_none",
+            Encoder,
+            {**DDCONFIG, "double_z": False, "z_channels": 3, "attn_resolutions": [], "attn_type": "none"},
+            (11, 1, 3, 32, 32),
+            {},
+        ),
+        ("ddpm_model_unet", Model, UNET, (12, 2, 3, 16, 16), {"t": torch.tensor([5, 600])}),
+    ],
+)
+@torch.no_grad()
+def test_networks_agree_with_the_published_figures(name, network, options, inputs, kwargs):
+    out = seed_weights(network(**options))(randn(*inputs), **kwargs)
+    assert rel_error(out, np.load(GOLDEN / f"modules/{name}.npz")["out0"]) < TOLERANCE
+
+
+def test_timestep_embedding_is_sines_then_cosines_with_frequencies_from_1_to_1e_4():
+    t = torch.tensor([0, 1, 500])
+    embedding = get_timestep_embedding(t, 9)
+    frequencies = torch.tensor([1e4 ** (-i / 3) for i in range(4)])
+    assert embedding.shape == (3, 9) and embedding.dtype == torch.float32
+    torch.testing.assert_close(embedding[:, :4], torch.sin(t[:, None] * frequencies), atol=1e-4, rtol=0)
+    torch.testing.assert_close(embedding[:, 4:8], torch.cos(t[:, None] * frequencies), atol=1e-4, rtol=0)
+    assert (embedding[:, 8] == 0).all()
+
+
+def test_timestep_embedding_refuses_wrong_shapes():
+    with pytest.raises(ValueError, match=r"shape \(B,\)"):
+        get_timestep_embedding(torch.zeros(2, 1), 8)
+    with pytest.raises(ValueError, match="embedding_dim=2"):
+        get_timestep_embedding(torch.zeros(2), 2)
+
+
+def test_downsampling_pads_right_and_bottom_only():
+    down = Downsample(1, with_conv=True)
+    with torch.no_grad():
+        down.conv.weight.fill_(1.0)
+        down.conv.bias.zero_()
+        out = down(torch.ones(1, 1, 4, 4))[0, 0]
+    assert out.tolist() == [[9.0, 6.0], [6.0, 4.0]]
+
+
+def test_resampling_without_convolution_is_mean_and_nearest():
+    x = randn(1, 1, 2, 4, 4)
+    torch.testing.assert_close(Downsample(2, with_conv=False)(x), F.avg_pool2d(x, 2))
+    assert torch.equal(Upsample(2, with_conv=False)(x), x.repeat_interleave(2, 2).repeat_interleave(2, 3))
+
+
+@torch.no_grad()
+def test_attention_is_softmax_over_all_positions_plus_its_input():
+    block = seed_weights(AttnBlock(32))
+    x = randn(2, 2, 32, 4, 3)
+    h = block.norm(x)
+    q, k, v = (f(h).flatten(2) for f in (block.q, block.k, block.v))  # (B, C, N)
+    weights = torch.softmax(torch.einsum("bci,bcj->bij", q, k) / math.sqrt(32), dim=-1)
+    expected = x + block.proj_out(torch.einsum("bij,bcj->bci", weights, v).reshape(x.shape))
+    assert rel_error(block(x), expected) < 1e-5
+
+
+def test_attention_types():
+    assert isinstance(make_attn(32), AttnBlock)
+    assert isinstance(make_attn(32, "linear"), LinAttnBlock)
+    x = randn(3, 1, 32, 4, 4)
+    assert torch.equal(make_attn(32, "none")(x), x)
+    assert make_attn(32, "linear")(x).shape == x.shape
+    with pytest.raises(ValueError, match=r"'linaer'.*vanilla, linear, none"):
+        make_attn(32, "linaer")
+
+
+def test_use_linear_attn_replaces_every_attention():
+    encoder = Encoder(**DDCONFIG, use_linear_attn=True)
+    assert isinstance(encoder.mid.attn_1, LinAttnBlock) and isinstance(encoder.down[2].attn[0], LinAttnBlock)
+
+
+def test_norms_have_the_first_stages_eps():
+    norms = [m for m in Encoder(**TINY).modules() if isinstance(m, torch.nn.GroupNorm)]
+    assert norms and all(norm.eps == 1e-6 for norm in norms)
+
+
+@torch.no_grad()
+def test_decoder_options_stop_before_the_last_norm_or_bound_the_output():
+    z = 5 * randn(4, 1, 4, 8, 8)
+    plain, early, bounded = (seed_weights(Decoder(**TINY, **options)) for options in ({}, {"give_pre_end": True}, {"tanh_out": True}))
+    assert early(z).shape == (1, 32, 16, 16)
+    torch.testing.assert_close(bounded(z), torch.tanh(plain(z)))
+
+
+@torch.no_grad()
+def test_decoder_takes_other_sizes_than_its_resolution():
+    assert seed_weights(Decoder(**TINY))(randn(5, 1, 4, 6, 10)).shape == (1, 3, 12, 20)
+
+
+def test_every_parameter_of_the_unet_gets_a_gradient():
+    model = seed_weights(Model(**{**UNET, "in_channels": 5}))
+    model(randn(6, 1, 3, 16, 16), torch.tensor([3]), context=randn(7, 1, 2, 16, 16)).square().mean().backward()
+    silent = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
+    # A bias of the keys moves all scores of a query alike, which softmax ignores.
+    assert [name for name in silent if not name.endswith(".k.bias")] == []
+
+
+def test_unet_built_for_time_needs_it():
+    with pytest.raises(ValueError, match="use_timestep"):
+        Model(**UNET)(randn(8, 1, 3, 16, 16))
+
+
+def test_wrong_sizes_are_refused_when_building():
+    with pytest.raises(ValueError, match=r"resolution=30.*multiple of 4"):
+        Encoder(**{**DDCONFIG, "resolution": 30})
+    with pytest.raises(ValueError, match="48 channels are not a multiple of 32"):
+        Normalize(48)
+
+
+def test_networks_build_without_memory():
+    with torch.device("meta"):
+        networks = [Encoder(**DDCONFIG), Decoder(**DDCONFIG), Model(**UNET)]
+    assert all(p.is_meta for network in networks for p in network.parameters())
+
+
+def test_residual_block_shortcuts():
+    x = randn(9, 1, 32, 4, 4)
+    narrow = seed_weights(ResnetBlock(in_channels=32, out_channels=64, dropout=0.0, temb_channels=0))
+    wide = seed_weights(ResnetBlock(in_channels=32, out_channels=64, conv_shortcut=True, dropout=0.0, temb_channels=0))
+    assert narrow.nin_shortcut.kernel_size == (1, 1) and wide.conv_shortcut.kernel_size == (3, 3)
+    assert narrow(x).shape == wide(x).shape == (1, 64, 4, 4)
