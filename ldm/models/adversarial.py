@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -192,7 +193,12 @@ class AdversarialAutoencoder(pl.LightningModule):
         if update:
             self.generator_updates += 1
             self.on_generator_update()
-            schedulers = self.lr_schedulers() or []
+            self._step_schedules()
+
+    def _step_schedules(self) -> None:
+        schedulers = self.lr_schedulers() or []
+        with warnings.catch_warnings():  # PyTorch finds it odd that the discriminator's optimizer waits for disc_start
+            warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
             for scheduler in schedulers if isinstance(schedulers, list) else [schedulers]:
                 scheduler.step()
 
