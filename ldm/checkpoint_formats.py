@@ -3,6 +3,7 @@
 Internal to `ldm.checkpoint`, which is what to import from.
 """
 
+import _compat_pickle
 import contextlib
 import io
 import os
@@ -116,6 +117,9 @@ def load_pickle(path: Path, map_location: Any, mmap: bool) -> Any:
     try:
         with torch.serialization.safe_globals(list(_STUBS)), warnings.catch_warnings():
             warnings.simplefilter("ignore")
+            if path.suffix == ".safetensors":  # a misnamed file: by its path torch would take it for what its ending says
+                with open(path, "rb") as file:
+                    return torch.load(file, map_location=map_location, weights_only=True)
             return torch.load(path, map_location=map_location, weights_only=True, mmap=mmap)
     except Exception as error:  # torch reports a damaged file by a dozen types, and every one of them means the same to the user
         if isinstance(error, pickle.UnpicklingError) and (refused := _refused_global(path, str(error))):
@@ -178,8 +182,15 @@ _STUBS: tuple[tuple[Any, str], ...] = (
 def _refused_global(path: Path, message: str) -> str | None:
     """The dotted name that the safe loader stopped at; None where the file is damaged rather than hostile."""
     if match := re.search(r"GLOBAL (\S+)", message):
-        return match[1] if "." in match[1] else f"builtins.{match[1]}"
+        return _present_name(match[1] if "." in match[1] else f"builtins.{match[1]}")
     return next((name for name in _globals_in(path) if not _harmless(name)), None)
+
+
+def _present_name(name: str) -> str:
+    """A dotted name of Python 3, where pickles of protocol 2 and below use Python 2's."""
+    module, _, attribute = name.rpartition(".")
+    module, attribute = _compat_pickle.NAME_MAPPING.get((module, attribute), (_compat_pickle.IMPORT_MAPPING.get(module, module), attribute))
+    return f"{module}.{attribute}"
 
 
 def _harmless(name: str) -> bool:
@@ -206,7 +217,7 @@ def _globals_of(file: io.BufferedIOBase) -> Iterator[str]:
                 if isinstance(argument, str) and operation.name not in ("GLOBAL", "INST"):
                     strings.append(argument)
                 if operation.name in ("GLOBAL", "INST"):
-                    yield str(argument).replace(" ", ".")
+                    yield _present_name(str(argument).replace(" ", "."))
                 elif operation.name == "STACK_GLOBAL" and len(strings) > 1:
                     yield ".".join(strings[-2:])
 

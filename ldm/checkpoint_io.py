@@ -94,11 +94,11 @@ def _without_shared_memory(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     seen: set[int] = set()
     apart: dict[str, Tensor] = {}
     for name, tensor in weights.items():
-        storage = tensor.untyped_storage().data_ptr()
-        whole = tensor.is_contiguous() and tensor.numel() * tensor.element_size() == tensor.untyped_storage().nbytes()
-        alone = whole and storage not in seen
-        apart[name] = tensor.detach() if alone else tensor.detach().clone(memory_format=torch.contiguous_format)
-        seen.add(storage)
+        own = _own_memory(tensor.detach())
+        if own.untyped_storage().data_ptr() in seen or not own.is_contiguous():
+            own = own.clone(memory_format=torch.contiguous_format)
+        seen.add(own.untyped_storage().data_ptr())
+        apart[name] = own
     return apart
 
 
@@ -191,7 +191,7 @@ def plain(value: Any, where: str) -> Any:
     if isinstance(value, enum.Enum):
         return plain(value.value, where)
     if isinstance(value, Tensor):
-        return value.detach() if type(value) is Tensor or isinstance(value, torch.nn.Parameter) else value
+        return _own_memory(value.detach())
     if type(value) in _PLAIN:
         return value
     if isinstance(value, Mapping):  # OmegaConf's DictConfig too
@@ -203,6 +203,14 @@ def plain(value: Any, where: str) -> Any:
     if isinstance(value, set | frozenset):
         return {plain(item, where) for item in value}
     return _plain_leaf(value, where)
+
+
+def _own_memory(tensor: Tensor) -> Tensor:
+    """A copy of what is a view of larger memory (torch would save all of it) or empty (its address may be a neighbor's)."""
+    if tensor.layout != torch.strided or tensor.is_meta:
+        return tensor
+    whole = tensor.numel() * tensor.element_size() == tensor.untyped_storage().nbytes()
+    return tensor if whole and tensor.numel() else tensor.clone()
 
 
 def _plain_leaf(value: Any, where: str) -> Any:
