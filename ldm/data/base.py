@@ -9,10 +9,12 @@ from typing import Any
 
 from torch.utils.data import IterableDataset, get_worker_info
 
+from ldm.util import ConfigError
+
 log = logging.getLogger(__name__)
 
 
-class DataConfigError(ValueError):
+class DataConfigError(ConfigError):
     """A dataset's parameter that cannot be used: one line with the parameter, its value, what is wrong and what to do.
 
     Datasets name their own parameter; `DataModuleFromConfig` adds where it stands in the YAML. `{param}` in `advice` becomes that place.

@@ -43,7 +43,7 @@ class ImageFolder(Dataset):
     captions: None; "sidecar" (cat.jpg has cat.txt beside it, each line one caption); or a .csv, .tsv or .jsonl table, which then also lists
     the pictures (paths relative to root). image_column, caption_column: its columns; None takes the first there is of file_name, filename,
     file, image, image_path, path, and of text, caption, captions, prompt, txt. A picture may have several captions (lines, records, a JSON
-    list): each sample draws one. caption_encoding: for text that is not UTF-8. missing_caption: raise, skip (leave the picture out) or empty
+    list): each sample draws one. caption_encoding: if not UTF-8. missing_caption: raise, skip (leave the picture out) or empty
     (caption ""); blank is missing. long_caption: above max_caption_chars truncate (what is dropped is logged once), raise or skip.
 
     class_labels: number the folders directly below root, in the order of their names. classes: another order, as a list of names or as the

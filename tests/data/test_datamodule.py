@@ -1,0 +1,174 @@
+"""The data module: datasets are built once, loaders are what the config says, ranks share, errors name their place."""
+
+from itertools import chain
+from types import SimpleNamespace
+
+import pytest
+import pytorch_lightning as pl
+from omegaconf import OmegaConf
+from torch.utils.data import IterableDataset
+
+from ldm.data.base import DataConfigError
+from ldm.data.datamodule import SPLITS, DataModuleFromConfig, WrappedDataset
+from ldm.data.order import usable_cpus
+from ldm.util import ConfigError, allow_targets, instantiate_from_config
+from tests.data.toys import LENGTH, Numbers
+
+TARGET = "tests.data.toys.Numbers"
+
+
+@pytest.fixture(autouse=True)
+def toys_may_be_built(monkeypatch):
+    monkeypatch.setattr("ldm.util._user_prefixes", [])
+    allow_targets("tests")
+
+
+def data(**params):
+    return DataModuleFromConfig(**{"batch_size": 3, "num_workers": 0, "train": {"target": TARGET}, **params})
+
+
+def indices(loader):
+    return [batch["index"].tolist() for batch in loader]
+
+
+def test_a_published_yaml_builds_by_its_published_name():
+    config = OmegaConf.create(
+        {"target": "main.DataModuleFromConfig", "params": {"batch_size": 4, "num_workers": 5, "wrap": True, "train": {"target": TARGET}}}
+    )
+    module = instantiate_from_config(config)
+    module.setup()
+    assert module.batch_size == 4 and module.num_workers == 5 and isinstance(module.datasets["train"], WrappedDataset)
+    assert isinstance(module.datasets["train"].data, Numbers) and len(module.datasets["train"]) == LENGTH
+
+
+def test_datasets_are_built_once_however_often_setup_is_called():
+    before = Numbers.built
+    module = data(validation={"target": TARGET})
+    for stage in (None, "fit", "fit", "test"):
+        module.prepare_data()
+        module.setup(stage)
+    module.train_dataloader()
+    assert Numbers.built == before + 2
+
+
+def test_only_splits_with_a_config_have_a_loader():
+    from pytorch_lightning.utilities.model_helpers import is_overridden
+
+    module = data(test={"target": TARGET})
+    assert is_overridden("train_dataloader", module) and is_overridden("test_dataloader", module)
+    assert not is_overridden("val_dataloader", module) and not is_overridden("predict_dataloader", module)
+
+
+def test_training_data_is_shuffled_and_the_rest_only_on_request():
+    splits = {split: {"target": TARGET} for split in SPLITS}
+    plain, shuffled = data(**splits), data(**splits, shuffle_test_loader=True, shuffle_val_dataloader=True)
+    in_order = [[0, 1, 2], [3, 4, 5], [6, 7, 8], [9]]
+    assert indices(plain.train_dataloader()) != in_order
+    assert sorted(chain(*indices(plain.train_dataloader()))) == list(range(LENGTH))
+    assert indices(plain.val_dataloader()) == indices(plain.test_dataloader()) == indices(plain.predict_dataloader()) == in_order
+    assert indices(shuffled.val_dataloader()) != in_order != indices(shuffled.test_dataloader())
+    assert indices(shuffled.predict_dataloader()) == in_order
+
+
+def test_the_order_follows_the_seed():
+    orders = []
+    for seed in (1, 1, 2):
+        module = data()
+        module.seed = seed
+        orders.append(indices(module.train_dataloader()))
+    assert orders[0] == orders[1] != orders[2]
+
+
+def test_set_epoch_works_without_a_trainer():
+    loader = data().train_dataloader()
+    first = indices(loader)
+    loader.sampler.set_epoch(1)
+    assert indices(loader) != first
+    loader.sampler.set_epoch(0)
+    assert indices(loader) == first
+
+
+def test_the_default_number_of_workers_is_the_published_one_within_the_cpus():
+    assert DataModuleFromConfig(1).num_workers == min(2, usable_cpus())
+    assert DataModuleFromConfig(4096).num_workers == usable_cpus()
+    assert DataModuleFromConfig(4, num_workers=99).num_workers == 99
+
+
+@pytest.mark.parametrize(
+    ("params", "message"),
+    [
+        ({"batch_size": 0}, "data.params.batch_size 0: expected an integer of at least 1"),
+        ({"batch_size": "4"}, "data.params.batch_size '4': expected an integer"),
+        ({"num_workers": -1}, "data.params.num_workers -1: expected an integer of at least 0"),
+    ],
+)
+def test_counts_are_checked(params, message):
+    with pytest.raises(ConfigError) as caught:
+        data(**params)
+    assert message in str(caught.value)
+
+
+def test_a_missing_folder_is_one_line_that_says_what_to_do():
+    module = data(train={"target": "ldm.data.folder.ImageFolder", "params": {"root": "/x/y"}})
+    with pytest.raises(DataConfigError) as caught:
+        module.setup()
+    expected = "data.params.train root '/x/y': no such folder; set data.params.train.params.root to a folder of pictures"
+    assert str(caught.value) == expected
+
+
+def test_an_empty_dataset_is_named():
+    module = data(train={"target": TARGET, "params": {"length": 0}})
+    with pytest.raises(ConfigError, match=r"data.params.train: Numbers is empty"):
+        module.train_dataloader()
+
+
+def test_splits_must_number_their_classes_alike():
+    config = {"target": TARGET, "params": {"class_names": ["ape", "tench"]}}
+    data(train=config, validation=config).setup()
+    data(train=config, validation={"target": TARGET}).setup()
+    for wrap in (False, True):
+        with pytest.raises(ConfigError, match=r"data.params.validation: its 1 classes are not the 2 of train \(differing: ape\)"):
+            data(train=config, validation={"target": TARGET, "params": {"class_names": ["tench"]}}, wrap=wrap).setup()
+
+
+def as_rank(module, rank, world_size):
+    """The module as it is attached to a trainer of that rank."""
+    fit_loop = pl.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False).fit_loop
+    module.trainer = SimpleNamespace(global_rank=rank, world_size=world_size, num_devices=world_size, accelerator=None, fit_loop=fit_loop)
+    return module
+
+
+@pytest.mark.parametrize("target", [TARGET, "tests.data.toys.NumberStream"])
+def test_ranks_share_the_data(target):
+    params = {"num_records": LENGTH} if target.endswith("Stream") else {}
+    modules = [as_rank(data(train={"target": target, "params": params}), rank, 2) for rank in range(2)]
+    shares = [list(chain(*indices(module.train_dataloader()))) for module in modules]
+    assert sorted(shares[0] + shares[1]) == list(range(LENGTH)) and len(shares[0]) == len(shares[1])
+    assert len(modules[0].train_dataloader()) == 2
+
+
+def test_lightning_keeps_the_sampler_of_a_distributed_run():
+    trainer = pl.Trainer(accelerator="cpu", devices=2, strategy="ddp", logger=False, enable_checkpointing=False, enable_progress_bar=False)
+    loader = data().train_dataloader()
+    assert not trainer._data_connector._requires_distributed_sampler(loader)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_streams_count_the_batches_that_their_workers_give():
+    stream = {"target": "tests.data.toys.NumberStream", "params": {"num_records": LENGTH}}
+    for workers in (0, 2, 3):
+        loader = data(train=stream, num_workers=workers).train_dataloader()
+        batches = indices(loader)
+        assert len(batches) == len(loader) and sorted(chain(*batches)) == list(range(LENGTH))
+
+
+class Foreign(IterableDataset):
+    def __iter__(self):
+        return iter(range(3))
+
+
+def test_a_stream_that_may_not_split_itself_is_warned_about(caplog):
+    module = data(num_workers=2)
+    module.datasets["train"] = Foreign()
+    module.train_dataloader()
+    assert "Foreign streams and is no Txt2ImgIterableBaseDataset" in caplog.text

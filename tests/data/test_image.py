@@ -1,0 +1,288 @@
+"""Pictures in and out: every mode and orientation comes out as documented, and nothing broken comes through."""
+
+import contextlib
+import pickle
+import random
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from ldm.data.image import (
+    BadImageError,
+    center_crop,
+    flip,
+    from_array,
+    from_tensor,
+    load_image,
+    random_crop,
+    resize_to_cover,
+    to_array,
+    to_rgb,
+)
+
+# A picture whose four corners and proportions differ, so that no two orientations look alike.
+COLORS = np.zeros((4, 6, 3), np.uint8)
+COLORS[0, 0], COLORS[0, -1], COLORS[-1, 0], COLORS[-1, -1] = (250, 10, 20), (20, 200, 30), (40, 50, 220), (230, 220, 60)
+COLORS[1:3, 1:5] = (120, 130, 140)
+GREY = COLORS.astype(np.float64).mean(-1).round().astype(np.uint8)
+ALPHA = np.full((4, 6), 255, np.uint8)
+ALPHA[0, 0], ALPHA[1, 1] = 0, 128
+
+# What a viewer must do for each EXIF orientation; a file is made by doing the opposite.
+UPRIGHT = {
+    1: lambda a: a,
+    2: lambda a: a[:, ::-1],
+    3: lambda a: a[::-1, ::-1],
+    4: lambda a: a[::-1],
+    5: lambda a: a.swapaxes(0, 1),
+    6: lambda a: np.rot90(a, -1),
+    7: lambda a: np.rot90(a, 2).swapaxes(0, 1),
+    8: lambda a: np.rot90(a),
+}
+
+
+def over_white(rgb, alpha):
+    a = alpha[..., None] / 255
+    return rgb * a + 255 * (1 - a)
+
+
+def rgb_of(grey):
+    return np.repeat(grey[..., None], 3, -1)
+
+
+def palette(image):
+    return image.quantize(16)
+
+
+RGB = Image.fromarray(COLORS)
+L = Image.fromarray(GREY)
+A = Image.fromarray(ALPHA)
+WIDE = GREY.astype(np.uint16) * 257
+# mode -> (what is stored, what must come out, file type, tolerance in levels)
+MODES = {
+    "1": (Image.fromarray(GREY > 100), rgb_of((GREY > 100) * 255), "png", 0),
+    "L": (L, rgb_of(GREY), "tif", 0),
+    "P": (palette(RGB), COLORS, "png", 0),
+    "RGB": (RGB, COLORS, "png", 0),
+    "CMYK": (RGB.convert("CMYK"), COLORS, "tif", 1),
+    "YCbCr": (RGB.convert("YCbCr"), COLORS, "tif", 3),
+    "LAB": (RGB, COLORS, "tif", 12),  # converted below; 8-bit LAB is coarse
+    "I;16": (Image.fromarray(WIDE), rgb_of(GREY), "png", 0),
+    "I": (Image.fromarray(WIDE.astype(np.int32)), rgb_of(GREY), "tif", 0),
+    "F": (Image.fromarray(GREY.astype(np.float32) / 255), rgb_of(GREY), "tif", 0),
+    "RGBA": (Image.merge("RGBA", [*RGB.split(), A]), over_white(COLORS, ALPHA), "png", 1),
+    "LA": (Image.merge("LA", [L, A]), over_white(rgb_of(GREY), ALPHA), "png", 1),
+    "RGBA tif": (Image.merge("RGBA", [*RGB.split(), A]), over_white(COLORS, ALPHA), "tif", 1),
+}
+
+
+def lab(image):
+    from PIL import ImageCms
+
+    return ImageCms.profileToProfile(image, ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB"), outputMode="LAB")
+
+
+def stored(image, orientation):
+    """The picture as a camera writes it that was held so."""
+    method = {
+        2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM, 5: Image.Transpose.TRANSPOSE,
+        6: Image.Transpose.ROTATE_90, 7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_270,
+    }.get(orientation)  # fmt: skip
+    return image if method is None else image.transpose(method)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("mode", MODES)
+def test_every_mode_comes_upright_opaque_and_rgb(tmp_path, mode, orientation):
+    image, expected, suffix, tolerance = MODES[mode]
+    image = lab(image) if mode == "LAB" else image
+    exif = Image.Exif()
+    exif[274] = orientation
+    path = tmp_path / f"x.{suffix}"
+    stored(image, orientation).save(path, exif=exif)
+    loaded = load_image(path)
+    assert loaded.mode == "RGB" and loaded.size == (6, 4)
+    assert np.abs(np.asarray(loaded).astype(int) - expected).max() <= tolerance + 0.5
+
+
+@pytest.mark.parametrize("orientation", range(2, 9))
+def test_the_test_turns_pictures_as_exif_says(orientation):
+    seen = UPRIGHT[orientation](np.asarray(stored(RGB, orientation)))
+    assert (seen == COLORS).all()
+
+
+@pytest.mark.parametrize(
+    ("image", "options"),
+    [
+        (RGB, {"transparency": (250, 10, 20)}),
+        (L, {"transparency": int(GREY[0, 0])}),
+        (Image.fromarray(WIDE), {"transparency": int(WIDE[0, 0])}),
+        (palette(RGB), {"transparency": palette(RGB).getpixel((0, 0))}),
+    ],
+    ids=["RGB", "L", "I;16", "P"],
+)
+def test_a_transparent_color_becomes_white(tmp_path, image, options):
+    image.save(tmp_path / "x.png", **options)
+    pixels = np.asarray(load_image(tmp_path / "x.png"))
+    assert (pixels[0, 0] == 255).all() and not (pixels[-1, -1] == 255).all()
+
+
+@pytest.mark.parametrize("mode", ["La", "RGBa", "PA", "RGBX", "HSV", "I;16B"])
+def test_modes_that_no_file_has_convert_too(mode):
+    source = {"La": Image.merge("LA", [L, A]), "RGBa": MODES["RGBA"][0], "I;16B": Image.fromarray(WIDE.astype(np.int32))}.get(mode, RGB)
+    pixels = np.asarray(to_rgb(source.convert(mode)))
+    assert pixels.shape == (4, 6, 3) and pixels.std() > 10
+
+
+def test_cmyk_jpeg_is_not_inverted(tmp_path):
+    Image.new("RGB", (16, 16), (200, 30, 60)).convert("CMYK").save(tmp_path / "x.jpg", quality=95)
+    assert np.abs(np.asarray(load_image(tmp_path / "x.jpg")).astype(int) - (200, 30, 60)).max() < 12
+
+
+def test_unreadable_exif_leaves_the_picture_as_it_is(tmp_path):
+    RGB.save(tmp_path / "x.jpg", exif=b"Exif\0\0MM\0*\0\0\0\x08\0\xff" + b"\x01\x12" * 40)
+    assert load_image(tmp_path / "x.jpg").size == (6, 4)
+
+
+def test_float_greys_have_two_ranges_and_no_nan(tmp_path):
+    Image.fromarray(np.array([[0.0, 300.0], [64.0, -5.0]], np.float32)).save(tmp_path / "x.tif")
+    assert np.asarray(load_image(tmp_path / "x.tif"))[..., 0].tolist() == [[0, 255], [64, 0]]
+    Image.fromarray(np.array([[0.0, np.nan]], np.float32)).save(tmp_path / "x.tif")
+    with pytest.raises(BadImageError, match="not finite"):
+        load_image(tmp_path / "x.tif")
+
+
+def write_bad(path, kind):
+    noise = Image.fromarray(np.random.RandomState(0).randint(0, 256, (64, 64, 3), dtype=np.uint8))
+    if kind == "empty":
+        path.write_bytes(b"")
+    elif kind == "html":
+        path.write_text("\ufeff\n<!DOCTYPE html><html><body>404</body></html>")
+    elif kind == "text":
+        path.write_text("not a picture")
+    elif kind == "svg":
+        path.write_text('<?xml version="1.0"?><svg/>')
+    elif kind == "folder":
+        path.mkdir()
+    elif kind.startswith("truncated"):
+        noise.save(path, kind.split()[1])
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    elif kind == "bomb":
+        noise.save(path, "png")
+        data = bytearray(path.read_bytes())
+        data[16:24] = (60000).to_bytes(4, "big") * 2  # IHDR says 60000 x 60000
+        path.write_bytes(data)
+    elif kind == "bad header":
+        noise.save(path, "png")
+        data = bytearray(path.read_bytes())
+        data[24] = 99  # bit depth
+        path.write_bytes(data)
+
+
+BAD = {
+    "empty": "empty file", "html": "an HTML page", "text": "not a picture", "svg": "SVG", "folder": "a folder", "missing": "no such file",
+    "truncated png": "cannot be decoded", "truncated jpeg": "truncated", "truncated webp": "", "truncated gif": "", "truncated tiff": "",
+    "bomb": "", "bad header": "",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", BAD)
+def test_a_bad_file_is_named_with_what_is_wrong(tmp_path, kind):
+    path = tmp_path / "photo.jpg"
+    write_bad(path, kind)
+    with pytest.raises(BadImageError) as caught:
+        load_image(path)
+    assert str(caught.value).startswith(f"{path}: ") and BAD[kind] in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_picture_above_max_pixels_is_refused_before_it_is_decoded(tmp_path):
+    RGB.save(tmp_path / "x.png")
+    with pytest.raises(BadImageError, match="6x4 is 24 pixels, more than max_pixels 23"):
+        load_image(tmp_path / "x.png", max_pixels=23)
+
+
+def test_a_wrong_extension_does_not_matter(tmp_path):
+    RGB.save(tmp_path / "x.jpg", "png")
+    assert (np.asarray(load_image(tmp_path / "x.jpg")) == COLORS).all()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_random_damage_never_escapes_as_another_error(tmp_path):
+    rng = np.random.RandomState(0)
+    noise = Image.fromarray(rng.randint(0, 256, (16, 16, 3), dtype=np.uint8))
+    path = tmp_path / "x"
+    for kind in ("png", "jpeg", "webp", "gif", "bmp", "tiff", "ppm"):
+        noise.save(path, kind)
+        whole = path.read_bytes()
+        for i in range(40):
+            data = bytearray(whole[: rng.randint(1, len(whole))] if i % 2 else whole)
+            for place in rng.randint(0, min(len(data), 64), 4):
+                data[place] = rng.randint(256)
+            path.write_bytes(data)
+            with contextlib.suppress(BadImageError):
+                load_image(path, max_pixels=1 << 20)
+
+
+def test_bad_image_error_survives_a_worker():
+    error = BadImageError("/x/y.jpg", "empty file")
+    assert str(pickle.loads(pickle.dumps(error))) == "/x/y.jpg: empty file"
+    text = 'Caught BadImageError in DataLoader worker process 0.\nOriginal Traceback (most recent call last):\n  File "a.py"\n'
+    assert str(BadImageError(f"{text}ldm.data.image.BadImageError: /x/y.jpg: empty file\n")) == "/x/y.jpg: empty file"
+
+
+def test_arrays_and_pictures_are_inverse_and_rounded():
+    levels = np.arange(256, dtype=np.uint8).reshape(16, 16)
+    image = Image.fromarray(rgb_of(levels))
+    array = to_array(image)
+    assert array.dtype == np.float32 and array.min() == -1 and array.max() == 1
+    assert (np.asarray(from_array(array)) == np.asarray(image)).all()
+    assert (np.asarray(from_tensor(torch.from_numpy(array).permute(2, 0, 1))) == np.asarray(image)).all()
+    for offset in (-0.4, 0.4):  # in levels: the nearest one, where truncation would give the one below
+        near = np.clip(array + offset / 127.5, -1, 1)
+        assert (np.asarray(from_array(near)) == np.asarray(image)).all()
+
+
+def test_values_out_of_range_are_clipped_and_nan_is_refused():
+    assert np.asarray(from_array(np.array([[-3.0, 3.0]]))).tolist() == [[0, 255]]
+    assert from_tensor(torch.zeros(1, 2, 3, dtype=torch.bfloat16)).size == (3, 2)
+    with pytest.raises(ValueError, match="2 values that are not finite"):
+        from_array(np.array([[np.nan, np.inf, 0.0]]))
+    with pytest.raises(ValueError, match="one by one"):
+        from_tensor(torch.zeros(2, 3, 4, 4))
+    with pytest.raises(ValueError, match="expected"):
+        from_array(np.zeros((2, 2, 4)))
+
+
+@pytest.mark.parametrize(("size", "expected"), [(8, (12, 8)), ((8, 30), (30, 20)), ((100, 8), (150, 100))])
+def test_resize_covers_with_the_same_proportions(size, expected):
+    assert resize_to_cover(Image.new("RGB", (60, 40)), size).size == expected
+
+
+def test_odd_proportions_still_cover():
+    for width in range(1, 60):
+        image = resize_to_cover(Image.new("RGB", (width, 37)), 16)
+        assert min(image.size) == 16 and center_crop(image, 16).size == (16, 16)
+
+
+@pytest.mark.parametrize("how", ["bicubic", "lanczos", "bilinear", "box"])
+def test_shrinking_is_antialiased(how):
+    stripes = Image.fromarray(rgb_of(np.tile(np.array([0, 255], np.uint8), (64, 32))))
+    pixels = np.asarray(resize_to_cover(stripes, 8, how)).astype(int)
+    assert np.abs(pixels - 127).max() < 24  # picking single pixels would give 0 or 255
+
+
+def test_crops_and_flips():
+    pixels = np.asarray(center_crop(RGB, (2, 4)))
+    assert (pixels == COLORS[1:3, 1:5]).all()
+    assert (np.asarray(flip(RGB)) == COLORS[:, ::-1]).all()
+    spots = {random_crop(L, 3, random.Random(i)).tobytes() for i in range(60)}
+    assert len(spots) > 4
+    assert random_crop(RGB, (4, 6)).tobytes() == RGB.tobytes()
+    with pytest.raises(ValueError, match="resize it first"):
+        center_crop(RGB, 5)
+    with pytest.raises(ValueError, match="positive integer"):
+        center_crop(RGB, 0)
+    with pytest.raises(ValueError, match="choose one of nearest"):
+        resize_to_cover(RGB, 3, "sinc")

@@ -1,0 +1,154 @@
+"""A run that stops anywhere and goes on sees the batches, random numbers included, of a run that never stopped.
+
+These are laws of the data module together with the installed Lightning, whose epoch counters alone would not give them.
+"""
+
+import logging
+
+import pytest
+import pytorch_lightning as pl
+
+from ldm.data.datamodule import DataModuleFromConfig
+from tests.data.toys import LENGTH, Numbers, NumberStream, Recorder
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+def data(workers=0, batch_size=3, seed=5, stream=False):
+    module = DataModuleFromConfig(batch_size, train={}, validation={}, num_workers=workers)
+    module.datasets = {"train": NumberStream(LENGTH) if stream else Numbers(), "validation": Numbers(4)}
+    module.seed = seed
+    return module
+
+
+class SaveAndStop(pl.Callback):
+    """Saves at a hook once the run has made so many steps, and ends the run as Ctrl-C does."""
+
+    def __init__(self, hook, step, path):
+        super().__init__()
+        self.path, self.step = path, step
+        setattr(self, hook, self._save)
+
+    def _save(self, trainer, *args, **kwargs):
+        if trainer.global_step == self.step and not trainer.sanity_checking and not self.path.exists():
+            trainer.save_checkpoint(self.path)
+            raise KeyboardInterrupt
+
+
+def fit(module, ckpt_path=None, callbacks=(), **options):
+    model = Recorder()
+    trainer = pl.Trainer(
+        accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+        callbacks=list(callbacks), num_sanity_val_steps=1, **options,
+    )  # fmt: skip
+    try:
+        trainer.fit(model, datamodule=module, ckpt_path=ckpt_path, weights_only=True if ckpt_path else None)
+    except (KeyboardInterrupt, SystemExit):
+        assert callbacks
+    return model, trainer
+
+
+@pytest.fixture(autouse=True)
+def quiet():
+    logger = logging.getLogger("pytorch_lightning")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    yield
+    logger.setLevel(level)
+
+
+EPOCHS = {"max_epochs": 3}
+STEPS = {"max_steps": 11, "max_epochs": -1}
+
+
+@pytest.mark.parametrize("hook", ["on_train_batch_start", "on_train_batch_end", "on_validation_end", "on_train_epoch_end"])
+@pytest.mark.parametrize(
+    "options",
+    [EPOCHS, STEPS, {**EPOCHS, "val_check_interval": 2}, {**EPOCHS, "limit_train_batches": 3}, {**EPOCHS, "limit_val_batches": 0}],
+    ids=["epochs", "steps", "validation within", "limited", "no validation"],
+)
+def test_a_run_stopped_at_any_step_goes_on_with_the_next_batch(tmp_path, options, hook):
+    whole = fit(data(), **options)[0].seen
+    assert len(set(whole)) == len(whole) > 8
+    stopped = 0
+    for step in range(1, 10):
+        path = tmp_path / f"{step}.ckpt"
+        before = fit(data(), callbacks=[SaveAndStop(hook, step, path)], **options)[0].seen
+        if path.exists():
+            after = fit(data(), path, **options)[0].seen
+            assert before + after == whole, f"stopped at step {step}"
+            stopped += 1
+    assert stopped > 1 or (hook == "on_validation_end" and "limit_val_batches" in options)
+
+
+@pytest.mark.parametrize(("steps", "workers"), [(2, 0), (4, 0), (7, 0), (7, 2)])
+def test_a_run_that_max_steps_ended_goes_on_where_it_was(tmp_path, steps, workers):
+    whole = fit(data(), **STEPS)[0].seen
+    first, trainer = fit(data(), **{**STEPS, "max_steps": steps})
+    trainer.save_checkpoint(tmp_path / "x.ckpt")
+    second, _ = fit(data(workers), tmp_path / "x.ckpt", **STEPS)
+    assert first.seen + second.seen == whole
+
+
+def test_a_run_may_be_stopped_again_and_again(tmp_path):
+    whole = fit(data(), **EPOCHS)[0].seen
+    seen, path = [], None
+    for step in (2, 3, 6, 9):
+        following = tmp_path / f"{step}.ckpt"
+        seen += fit(data(), path, [SaveAndStop("on_train_batch_end", step, following)], **EPOCHS)[0].seen
+        path = following
+    assert seen + fit(data(), path, **EPOCHS)[0].seen == whole
+
+
+@pytest.mark.parametrize("accumulate", [2, 3])
+def test_accumulated_batches_are_counted_one_by_one(tmp_path, accumulate):
+    options = {**EPOCHS, "accumulate_grad_batches": accumulate}
+    whole = fit(data(), **options)[0].seen
+    before = fit(data(), callbacks=[SaveAndStop("on_train_batch_end", 3, tmp_path / "x.ckpt")], **options)[0].seen
+    assert before + fit(data(), tmp_path / "x.ckpt", **options)[0].seen == whole
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_stream_goes_on_too(tmp_path, workers):
+    options = {"max_epochs": 2, "limit_val_batches": 0}
+    whole = fit(data(workers, stream=True), **options)[0].seen
+    assert len(set(whole)) == len(whole)
+    before = fit(data(workers, stream=True), callbacks=[SaveAndStop("on_train_batch_end", 5, tmp_path / "x.ckpt")], **options)[0].seen
+    assert before + fit(data(workers, stream=True), tmp_path / "x.ckpt", **options)[0].seen == whole
+
+
+def test_the_number_of_workers_changes_nothing_in_a_run():
+    alone, helped = (fit(data(workers), max_epochs=2)[0] for workers in (0, 2))
+    assert alone.seen == helped.seen and alone.validated == helped.validated
+
+
+def test_validation_draws_the_same_every_time():
+    validated = fit(data(), **EPOCHS)[0].validated
+    assert len(validated) == 7 and set(validated[1:]) == set(validated[1:3])  # one batch of sanity check, then two in each epoch
+
+
+def test_the_position_is_plain_numbers_and_knows_what_was_trained_on(tmp_path):
+    _, trainer = fit(data(), max_steps=6, max_epochs=-1)
+    expected = {"seed": 5, "epoch": 1, "batch": 2, "trained": 6, "global_batch_size": 3}
+    assert trainer.datamodule.state_dict() == expected
+
+
+def test_another_seed_on_the_command_line_does_not_change_a_resumed_order(tmp_path, caplog):
+    whole = fit(data(), **EPOCHS)[0].seen
+    before = fit(data(), callbacks=[SaveAndStop("on_train_batch_end", 5, tmp_path / "x.ckpt")], **EPOCHS)[0].seen
+    assert before + fit(data(seed=99), tmp_path / "x.ckpt", **EPOCHS)[0].seen == whole
+    assert "the order goes on with the seed of the checkpoint, 5, not with 99" in caplog.text
+
+
+def test_another_batch_size_goes_on_after_the_samples_that_were_used(caplog):
+    module = data(batch_size=5)
+    module.load_state_dict({"seed": 5, "epoch": 2, "batch": 3, "trained": 11, "global_batch_size": 3})
+    assert module._origin.position == (2, 1) and "5 samples a step, 3 before" in caplog.text
+
+
+def test_a_fresh_fit_with_the_same_module_begins_at_the_start(tmp_path):
+    module = data()
+    whole = fit(module, **EPOCHS)[0].seen
+    fit(data(), callbacks=[SaveAndStop("on_train_batch_end", 5, tmp_path / "x.ckpt")], **EPOCHS)
+    fit(module, tmp_path / "x.ckpt", **EPOCHS)
+    assert fit(module, **EPOCHS)[0].seen == whole
