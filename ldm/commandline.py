@@ -73,8 +73,7 @@ def run(main: Callable[[Sequence[str]], int | None], argv: Sequence[str] | None 
     argv = list(sys.argv[1:] if argv is None else argv)
     if not logging.getLogger().handlers:
         logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[_TerminalHandler()])
-        logging.captureWarnings(True)
-        for chatty in ("httpx", "PIL", "fsspec", "py.warnings"):
+        for chatty in ("httpx", "PIL", "fsspec"):
             logging.getLogger(chatty).setLevel(logging.ERROR)
     try:
         return main(argv) or 0

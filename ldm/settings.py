@@ -122,7 +122,7 @@ class Settings:
         if not math.isfinite(self.scale):
             raise ValueError(f"--scale {self.scale}: choose a finite number; 1 is no guidance, 7.5 is usual")
         if self.negative_prompt and self.scale == 1.0:
-            raise ValueError("--negative_prompt with --scale 1: without guidance nothing leads away from it; choose another scale, 7.5 is usual")
+            raise ValueError("--negative_prompt with --scale 1: there is no guidance at 1; choose another scale, 7.5 is usual")
         if not 0 <= self.seed <= MAX_SEED:
             raise ValueError(f"--seed {self.seed}: choose 0 to {MAX_SEED}")
         if self.channels not in (None, facts.channels):
