@@ -8,6 +8,20 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset
 
+CONFIG = {
+    "model": {"base_learning_rate": 1e-3, "target": "tests.toys.Toy", "params": {"width": 3}},
+    "data": {
+        "target": "main.DataModuleFromConfig",
+        "params": {
+            "batch_size": 2,
+            "num_workers": 0,
+            "train": {"target": "tests.toys.Pictures"},
+            "validation": {"target": "tests.toys.Pictures", "params": {"length": 4}},
+        },
+    },
+    "lightning": {"trainer": {"max_epochs": 3, "accelerator": "cpu", "enable_progress_bar": False, "logger": False}},
+}
+
 
 class Pictures(Dataset):
     """`length` pictures (2, 2, 3) in [-1, 1], each augmented with noise that is new in every epoch."""

@@ -3,16 +3,17 @@
 from ldm.callbacks.checkpoints import CheckpointPolicy, CrashCheckpoint
 from ldm.callbacks.image_logger import ImageLogger
 from ldm.callbacks.progress import ProgressBar, RunReport
+from ldm.callbacks.resume import ExactResume
 from ldm.callbacks.run import CUDACallback, SetupCallback
 from ldm.callbacks.signals import SignalCallback, Stopped
-from ldm.callbacks.steps import NonFiniteError, StepSeed, StopOnNonFinite
+from ldm.callbacks.steps import StepSeed, StopOnNonFinite
 
 __all__ = [
     "CUDACallback",
     "CheckpointPolicy",
     "CrashCheckpoint",
+    "ExactResume",
     "ImageLogger",
-    "NonFiniteError",
     "ProgressBar",
     "RunReport",
     "SetupCallback",

@@ -65,9 +65,6 @@ class SignalCallback(pl.Callback):
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         self.restore()
 
-    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        self.restore()
-
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         stepped = trainer.global_step != self._step_before
         self._step_before = trainer.global_step
@@ -115,11 +112,10 @@ class SignalCallback(pl.Callback):
             self._previous.setdefault(number, previous)
 
     def restore(self) -> None:
-        """Give the signals their former handlers back."""
+        """Give the signals their former handlers back; after an exception Lightning puts ours in place again, so the caller does this."""
         if threading.current_thread() is threading.main_thread():
             for number, handler in self._previous.items():
                 signal.signal(number, handler if handler is not None else signal.SIG_DFL)
-        self._previous = {}
 
     def _on_interrupt(self, number: int, frame: FrameType | None) -> None:
         if os.getpid() != self._pid:

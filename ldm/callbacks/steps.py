@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import logging
+import math
 import random
 from collections.abc import Iterable
 from typing import Any
@@ -10,18 +10,14 @@ from typing import Any
 import numpy as np
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.utilities.model_helpers import is_overridden
 from torch import Tensor
 from torch.nn.utils import get_total_norm
 
 from ldm.data.order import mix
-
-log = logging.getLogger(__name__)
+from ldm.finite import NonFiniteError
 
 TRAIN, EVALUATE = 11, 12  # purposes of random numbers, beside those of ldm.data.order
-
-
-class NonFiniteError(RuntimeError):
-    """A loss or gradient that is NaN or infinite; raised before the optimizer's step, so that the weights are still good."""
 
 
 class StepSeed(pl.Callback):
@@ -34,8 +30,10 @@ class StepSeed(pl.Callback):
     def __init__(self, seed: int) -> None:
         super().__init__()
         self.seed = seed
+        self.began = False  # whether a training batch has begun: what fails before is a mistake of the start
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
+        self.began = True
         seed_generators(mix(self.seed, TRAIN, trainer.global_rank, trainer.current_epoch, batch_idx))
 
     def on_validation_batch_start(
@@ -60,16 +58,23 @@ class StopOnNonFinite(pl.Callback):
     """Raises NonFiniteError before the optimizer's step where a loss or a gradient is NaN or infinite.
 
     With float16's loss scaling an infinite gradient is normal (the scaler skips that step): there only a NaN loss stops the run.
+    A module that steps its optimizers itself and checks them in `on_before_optimizer_step` is left to do so.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self._losses: list[Tensor] = []
 
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        self._active = pl_module.automatic_optimization or not is_overridden("on_before_optimizer_step", pl_module)
+
     def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
-        self._losses.append(loss.detach())
+        if self._active:
+            self._losses.append(loss.detach())
 
     def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: torch.optim.Optimizer) -> None:
+        if not self._active:
+            return
         losses, self._losses = self._losses, []
         scaled = getattr(trainer.precision_plugin, "scaler", None) is not None
         loss = torch.stack([each.float().reshape(()) for each in losses]).sum() if losses else torch.zeros(())
@@ -84,8 +89,8 @@ class StopOnNonFinite(pl.Callback):
     def _message(self, trainer: pl.Trainer, pl_module: pl.LightningModule, losses: list[Tensor]) -> str:
         place = f"epoch {trainer.current_epoch}, step {trainer.global_step}, rank {trainer.global_rank}"
         bad = [name for name, p in pl_module.named_parameters() if p.grad is not None and not bool(_values(p.grad).isfinite().all())]
-        values = [float(loss) for loss in losses]
-        what = f"the loss is {values[-1]:g}" if not np.isfinite(values).all() else f"the loss is finite ({sum(values):g})"
+        bad_losses = [value for value in map(float, losses) if not math.isfinite(value)]
+        what = f"the loss is {bad_losses[0]:g}" if bad_losses else f"the loss is finite ({sum(map(float, losses)):g})"
         if bad:
             what += f", gradients of {len(bad)} tensors are not finite ({', '.join(bad[:3])}{', ...' if len(bad) > 3 else ''})"
         advice = "a lower model.base_learning_rate, --gradient_clip_val 1 or --precision 32 often helps"

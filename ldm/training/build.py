@@ -96,7 +96,7 @@ def _callbacks(
 ) -> list[Any]:
     from pytorch_lightning.callbacks import Callback, LearningRateMonitor
 
-    from ldm.callbacks import CrashCheckpoint, ProgressBar, RunReport, SignalCallback, StepSeed, StopOnNonFinite
+    from ldm.callbacks import CrashCheckpoint, ExactResume, ProgressBar, RunReport, SignalCallback, StepSeed, StopOnNonFinite
 
     nodes = callback_nodes(settings.lightning, folder, getattr(model, "monitor", None), saves)
     project = OmegaConf.create({key: value for key, value in config.items() if key != "lightning"})
@@ -109,7 +109,7 @@ def _callbacks(
         "config": project,
         "lightning_config": settings.lightning,
     }
-    callbacks: list[Any] = [StepSeed(settings.seed), StopOnNonFinite()]
+    callbacks: list[Any] = [StepSeed(settings.seed), ExactResume(), StopOnNonFinite()]
     callbacks.append(RunReport(rate.value, rate.rule) if rate else RunReport())
     if arguments.get("enable_progress_bar", True) not in (False, None):
         callbacks.append(ProgressBar())

@@ -14,7 +14,7 @@ from omegaconf.errors import OmegaConfBaseException
 from ldm.commandline import ROOT, find_file
 from ldm.training.flags import NOT_FLAGS, trainer_settings
 from ldm.training.signature import constructor_arguments
-from ldm.util import FIRST_STAGE_AS_CONDITION, UNCONDITIONAL, ConfigError
+from ldm.util import ConfigError
 
 # The callbacks of every run; `lightning.callbacks` in a YAML is merged over them, and `NAME: null` leaves one out.
 DEFAULT_CALLBACKS: dict[str, dict[str, Any]] = {
@@ -36,7 +36,6 @@ DEFAULT_STEP_CHECKPOINTS: dict[str, Any] = {
 
 _TOP = ("model", "data", "lightning")
 _LIGHTNING = ("trainer", "callbacks", "modelcheckpoint", "logger", "seed", "scale_lr")
-_BESIDE_TARGET = ("target", "params")
 
 
 def find_config(path: str | Path) -> Path:
@@ -145,22 +144,25 @@ def _apply(config: DictConfig, override: str) -> DictConfig:
 
 
 def _check_path(config: DictConfig, keys: list[str], path: str) -> None:
-    node = OmegaConf.merge(_schema(), config)
+    node: Any = OmegaConf.merge(_schema(), config)
+    parent: Any = None
     for depth, key in enumerate(keys):
         above = ".".join(keys[:depth])
         if not isinstance(node, DictConfig):
-            raise ConfigError(f"{path}: {above} is {_shown(node)}, not a mapping")
+            raise ConfigError(f"{path}: {above} is {node!r}, not a mapping")
         if key in node:
-            node = node[key] if not OmegaConf.is_missing(node, key) else None
+            parent, node = node, node[key] if not OmegaConf.is_missing(node, key) else None
             continue
-        choices = [str(name) for name in node]
-        arguments = _new_keys(config, keys[:depth], node)
-        if arguments is None or key in arguments:
+        if key == "params" and "target" in node:
+            parent, node = node, OmegaConf.create({})
+            continue
+        allowed = _new_keys(above, node, parent)
+        if allowed is None or key in allowed:
             return
-        choices += [name for name in arguments if name not in choices]
+        choices = [str(name) for name in node] + sorted(allowed)
         near = difflib.get_close_matches(key, choices, n=1, cutoff=0.5)
-        hint = f"did you mean {'.'.join([*keys[:depth], near[0], *keys[depth + 1:]])}?" if near else f"{above} has {', '.join(choices)}"
-        if "." not in path or above == "":
+        hint = f"did you mean {'.'.join([*keys[:depth], near[0], *keys[depth + 1 :]])}?" if near else f"choices: {', '.join(choices)}"
+        if depth == 0:
             raise ConfigError(f"{path}: there is no {key}; {hint} (the sections are {', '.join(_TOP)})")
         raise ConfigError(f"{path}: {above} has no {key}; {hint} (+{path}=... adds it all the same)")
 
@@ -172,26 +174,16 @@ def _schema() -> DictConfig:
     return OmegaConf.create({"model": {"base_learning_rate": None}, "lightning": lightning})
 
 
-def _new_keys(config: DictConfig, above: list[str], node: DictConfig) -> set[str] | None:
-    """Keys that may be new at `node`; None where anything may be."""
-    if above == ["lightning", "trainer"]:
+def _new_keys(above: str, node: DictConfig, parent: Any) -> set[str] | None:
+    """Keys that may be new in the mapping `node`, which stands at the path `above`; None where anything may be."""
+    if above == "lightning.trainer":
         return trainer_settings()
-    if above == ["lightning", "callbacks"]:
+    if above == "lightning.callbacks":
         return {STEP_CHECKPOINTS}
-    if "target" in node:
-        return set(_BESIDE_TARGET)
-    if above and above[-1] == "params":
-        parent = OmegaConf.select(OmegaConf.merge(_schema(), config), ".".join(above[:-1]))
-        if isinstance(parent, DictConfig) and "target" in parent:
-            arguments = constructor_arguments(str(parent["target"]))
-            return None if arguments is None else set(arguments)
+    if above.endswith(".params") and isinstance(parent, DictConfig) and "target" in parent:
+        arguments = constructor_arguments(str(parent["target"]))
+        return None if arguments is None else set(arguments)
     return set()
-
-
-def _shown(value: Any) -> str:
-    if value in (FIRST_STAGE_AS_CONDITION, UNCONDITIONAL):
-        return f"{value!r}"
-    return repr(OmegaConf.to_container(value)) if OmegaConf.is_config(value) else repr(value)
 
 
 def _line(error: Exception) -> str:

@@ -120,9 +120,9 @@ def fit(trainer: Any, model: Any, data: Any, folder: RunFolder) -> int:
     """Train -> 0, or the exit code of the signal that stopped it. Raises TrainingFailed for an exception after the first batch began."""
     from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
-    from ldm.callbacks import CrashCheckpoint, Stopped
+    from ldm.callbacks import SignalCallback, StepSeed, Stopped
 
-    watch = next((callback for callback in trainer.callbacks if isinstance(callback, CrashCheckpoint)), None)
+    signals, steps = (next(each for each in trainer.callbacks if isinstance(each, kind)) for kind in (SignalCallback, StepSeed))
     try:
         trainer.fit(model, data, ckpt_path=None if folder.checkpoint is None else str(folder.checkpoint), weights_only=True)
     except Stopped as stop:
@@ -143,9 +143,11 @@ def fit(trainer: Any, model: Any, data: Any, folder: RunFolder) -> int:
     except ConfigError:
         raise
     except Exception as error:
-        if watch is None or watch.started or not isinstance(error, ValueError | OSError):
+        if steps.began or not isinstance(error, ValueError | OSError):
             raise TrainingFailed from error
         raise
+    finally:
+        signals.restore()
     return 0
 
 
@@ -203,7 +205,7 @@ def _precision_text(trainer: Any, accelerator: str) -> str:
 def _one_line_errors() -> tuple[type[BaseException], ...]:
     """Errors whose message says all; known only once what raises them has been imported."""
     found = [ConfigError]
-    for module, name in (("ldm.callbacks", "NonFiniteError"), ("ldm.checkpoint", "CheckpointError"), ("ldm.data.image", "BadImageError")):
+    for module, name in (("ldm.finite", "NonFiniteError"), ("ldm.checkpoint", "CheckpointError"), ("ldm.data.image", "BadImageError")):
         if module in sys.modules:
             found.append(getattr(sys.modules[module], name))
     return tuple(found)
@@ -214,8 +216,9 @@ def _show(error: BaseException | None, whole: bool) -> None:
         return
     if whole:
         traceback.print_exception(error)
+    notes = "".join(f", {note}" for note in getattr(error, "__notes__", [])[:1])
     hint = "" if whole or isinstance(error, (UsageError, *_one_line_errors())) else " (--debug shows where)"
-    print(f"error: {one_line(error)}{hint}", file=sys.stderr)
+    print(f"error: {one_line(error)}{notes}{hint}", file=sys.stderr)
 
 
 def _debugger(error: BaseException | None, debug: bool) -> None:

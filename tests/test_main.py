@@ -1,0 +1,358 @@
+"""main.py from its command line to the files of a run, on a model of a few numbers."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+from PIL import Image
+
+import main
+from ldm.checkpoint import read_checkpoint
+from tests import toys
+
+ROOT = Path(__file__).parents[1]
+GAN = "model.target=tests.toys.ToyGan"
+QUIET = ["lightning.callbacks.image_logger=null", "lightning.callbacks.cuda_callback=null"]
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    """A function that gives main.py the words of a command line -> exit code, in a folder of its own."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("ldm.util._user_prefixes", [])
+    OmegaConf.save(OmegaConf.create(toys.CONFIG), "toy.yaml")
+
+    def call(*words):
+        return main.main(["--allow-targets", "tests", *words])
+
+    return call
+
+
+@pytest.fixture
+def start(run):
+    """A function that starts a run called `name` -> (exit code, run folder)."""
+
+    def call(name, *words):
+        return run("-b", "toy.yaml", "-t", "-n", name, *words), folder_of(name)
+
+    return call
+
+
+def folder_of(name):
+    folders = sorted(Path("logs").glob(f"*_{name}"))
+    return folders[-1] if folders else None
+
+
+def last(folder):
+    return read_checkpoint(folder / "checkpoints" / "last.ckpt")
+
+
+def training_state(checkpoint):
+    """All that decides how training goes on, and nothing else."""
+    return {key: checkpoint[key] for key in ("state_dict", "optimizer_states", "lr_schedulers", "global_step", "DataModuleFromConfig")}
+
+
+def differences(a, b, path=""):
+    """Paths at which two nested values differ in a bit."""
+    if isinstance(a, torch.Tensor):
+        return [] if torch.equal(a, b) else [path]
+    if isinstance(a, dict):
+        return [p for key in sorted(set(a) | set(b), key=str) for p in differences(a.get(key), b.get(key), f"{path}.{key}")]
+    if isinstance(a, list | tuple):
+        return [p for i, (x, y) in enumerate(zip(a, b, strict=True)) for p in differences(x, y, f"{path}[{i}]")]
+    return [] if a == b else [f"{path}: {a} != {b}"]
+
+
+# ------------------------------------------------------------------------------------------------------------ run folders
+
+
+def test_a_run_leaves_its_configs_checkpoints_logs_and_pictures(start, caplog):
+    code, folder = start("whole", "--logger", "true", "--max_steps", "8", "data.params.batch_size=4", "-s", "7")
+    assert code == 0
+    files = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+    now = folder.name.split("_")[0]
+    assert {f"configs/{now}-project.yaml", f"configs/{now}-lightning.yaml", "checkpoints/last.ckpt", f"csv/{now}/metrics.csv"} <= files
+    assert {"checkpoints/epoch=000000.ckpt", "checkpoints/epoch=000001.ckpt", "checkpoints/epoch=000002.ckpt"} <= files
+    assert any(name.startswith("tensorboard/events") for name in files)
+    assert {"images/train/inputs_gs-000001_e-000000_b-000001.png", "images/val/film_gs-000001_e-000000_b-000000.png"} <= files
+    project = OmegaConf.load(folder / f"configs/{now}-project.yaml")
+    lightning = OmegaConf.load(folder / f"configs/{now}-lightning.yaml").lightning
+    assert set(project) == {"model", "data"} and project.data.params.batch_size == 4
+    assert lightning.trainer.max_steps == 8 and lightning.seed == 7
+    assert "val/loss" in (folder / f"csv/{now}/metrics.csv").read_text()
+
+
+def test_the_learning_rate_is_that_of_the_optimizer_and_is_reported(start, caplog):
+    caplog.set_level("INFO", logger="ldm")
+    _, folder = start("rate", *QUIET, "--accumulate_grad_batches", "2", "--max_steps", "1")
+    rate = 2 * 1 * 2 * 1e-3
+    assert last(folder)["optimizer_states"][0]["param_groups"][0]["initial_lr"] == pytest.approx(rate)
+    assert "effective batch 4 = 2 x 1 device x 2 accumulated; learning rate 4.000e-03 = 4 x 1.000e-03" in caplog.text
+    assert "Adam, learning rate 4.000e-03" in caplog.text
+    _, folder = start("unscaled", *QUIET, "--scale_lr", "False", "--max_steps", "1")
+    assert last(folder)["optimizer_states"][0]["param_groups"][0]["initial_lr"] == pytest.approx(1e-3)
+
+
+def test_manual_optimization_gets_the_trainers_accumulation_and_clipping(start, monkeypatch):
+    seen = {}
+    monkeypatch.setattr(toys.ToyGan, "on_train_end", lambda self: seen.update(a=self.accumulate_grad_batches, c=self.gradient_clip_val))
+    code, folder = start("gan", GAN, *QUIET, "--accumulate_grad_batches", "2", "--gradient_clip_val", "0.5", "--max_epochs", "1")
+    assert code == 0 and seen == {"a": 2, "c": 0.5} and last(folder)["global_step"] == 2
+
+
+def test_the_three_best_checkpoints_of_the_monitor_are_kept_and_last_is_the_newest(start):
+    _, folder = start("best", *QUIET, "--max_epochs", "6")
+    names = sorted(path.name for path in (folder / "checkpoints").iterdir())
+    assert len(names) == 4 and "last.ckpt" in names and last(folder)["global_step"] == 24
+
+
+def test_without_validation_or_monitor_last_is_still_kept(start, caplog):
+    for name, words in (("a", ["data.params.validation=null"]), ("b", ["model.params.monitor=nothing"])):
+        code, folder = start(name, *QUIET, *words)
+        assert code == 0 and last(folder)["global_step"] == 12
+    _, folder = start("c", *QUIET, "model.params.monitor=null")
+    assert {path.name for path in (folder / "checkpoints").iterdir()} == {"epoch=000002.ckpt", "last.ckpt"}
+
+
+def test_yaml_decides_on_callbacks_and_checkpoints(start):
+    steps = "lightning.callbacks.metrics_over_trainsteps_checkpoint.params.every_n_train_steps=5"
+    code, folder = start("yaml", *QUIET, "lightning.modelcheckpoint.params.every_n_train_steps=4", "+" + steps)
+    assert code == 0
+    assert {path.name for path in (folder / "checkpoints" / "trainstep_checkpoints").iterdir()} == {
+        "epoch=000001-step=000000005.ckpt",
+        "epoch=000002-step=000000010.ckpt",
+    }
+    assert not (folder / "images").exists()
+
+
+def test_checkpoints_can_be_switched_off(start):
+    code, folder = start("none", *QUIET, "--enable_checkpointing", "false", "--max_epochs", "1")
+    assert code == 0 and not list(folder.rglob("*.ckpt"))
+
+
+def test_the_test_set_is_evaluated_where_there_is_one_and_no_test_leaves_it_out(start, run, caplog):
+    caplog.set_level("INFO", logger="ldm")
+    test_set = ["+data.params.test.target=tests.toys.Pictures"]
+    assert start("t", *QUIET, "--max_epochs", "1", *test_set)[0] == 0 and "test/loss" in caplog.text
+    caplog.clear()
+    assert start("n", *QUIET, "--max_epochs", "1", *test_set, "--no-test")[0] == 0 and "test/loss" not in caplog.text
+    assert run("-b", "toy.yaml", *test_set) == 0 and "test/loss" in caplog.text
+
+
+# ----------------------------------------------------------------------------------------------------------------- resume
+
+
+# Words, batches at which a signal comes, and the optimizer steps at whose ends the run stops.
+WAYS = {
+    "plain": ([], (0, 2, 3, 6, 9), [1, 3, 4, 7, 10]),
+    "accumulated": (["--accumulate_grad_batches", "3"], (0, 3, 5, 7, 9), [1, 2, 3, 4, 5]),
+    "gan": ([GAN, "--accumulate_grad_batches", "2"], (0, 2, 5, 6, 9), [1, 2, 3, 4, 5]),
+    "max_steps": (["--max_epochs", "none", "--max_steps", "11"], (3, 5, 7), [4, 6, 8]),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_run_stopped_anywhere_resumes_bitwise(start, run, way):
+    """Stops within a window of accumulated gradients, within an epoch, and at its first and last batch."""
+    words, batches, steps = WAYS[way]
+    _, whole = start("whole", *QUIET, *words)
+    code, folder = start("stopped", *QUIET, *words, f"+model.params.at.{batches[0]}=SIGTERM")
+    stopped_at = [(code, last(folder)["global_step"])]
+    for batch in batches[1:]:
+        code = run("-r", str(folder), "-t", f"+model.params.at.{batch}=SIGTERM")
+        stopped_at.append((code, last(folder)["global_step"]))
+    assert stopped_at == [(143, step) for step in steps]
+    assert run("-r", str(folder), "-t") == 0
+    assert differences(training_state(last(whole)), training_state(last(folder))) == []
+
+
+def test_a_run_stopped_in_validation_resumes_bitwise(start, run):
+    _, whole = start("whole", *QUIET)
+    code, folder = start("stopped", *QUIET, "+model.params.at_validation.1=SIGTERM")
+    assert code == 143 and last(folder)["global_step"] == 8
+    assert run("-r", str(folder), "-t") == 0
+    assert differences(training_state(last(whole)), training_state(last(folder))) == []
+
+
+@pytest.mark.parametrize("file", ["last.ckpt", "epoch=000000.ckpt"])
+def test_a_run_goes_on_from_a_file_of_its_own(start, run, file):
+    _, whole = start("whole", *QUIET)
+    _, folder = start("short", *QUIET, "--max_epochs", "2")
+    assert run("-r", str(folder / "checkpoints" / file), "-t", "--max_epochs", "3") == 0
+    assert differences(training_state(last(whole)), training_state(last(folder))) == []
+    assert len(list((folder / "configs").glob("*-project.yaml"))) >= 1
+
+
+def test_resume_goes_on_with_the_saved_seed_and_scaling(start, run):
+    _, whole = start("whole", *QUIET, "-s", "5", "--scale_lr", "false")
+    _, folder = start("stopped", *QUIET, "-s", "5", "--scale_lr", "false", "+model.params.at.5=SIGTERM")
+    assert run("-r", str(folder), "-t") == 0
+    assert differences(training_state(last(whole)), training_state(last(folder))) == []
+
+
+def test_a_truncated_last_checkpoint_gives_way_to_the_newest_whole_one(start, run, caplog):
+    _, whole = start("whole", *QUIET)
+    _, folder = start("short", *QUIET, "--max_epochs", "2")
+    damaged = folder / "checkpoints" / "last.ckpt"
+    content = damaged.read_bytes()
+    damaged.unlink()
+    damaged.write_bytes(content[: len(content) // 2])
+    assert run("-r", str(folder), "-t", "--max_epochs", "3") == 0
+    assert "last.ckpt" in caplog.text and "epoch=00000" in caplog.text
+    assert differences(training_state(last(whole)), training_state(last(folder))) == []
+
+
+def test_a_new_run_starts_from_the_full_state_of_another(start):
+    _, whole = start("whole", *QUIET)
+    _, short = start("short", *QUIET, "--max_epochs", "2")
+    code, folder = start("new", *QUIET, "--resume_from_checkpoint", str(short / "checkpoints" / "last.ckpt"))
+    assert code == 0 and folder != short
+    assert differences(training_state(last(whole)), training_state(last(folder))) == []
+
+
+def test_observers_change_nothing(start):
+    _, plain = start("plain", *QUIET, "data.params.validation=null", "--max_epochs", "2")
+    pictures = "lightning.callbacks.image_logger.params.batch_frequency=1"
+    for observed in ([], [pictures, "--val_check_interval", "1", "--num_sanity_val_steps", "0"]):
+        _, watched = start("watched", "--max_epochs", "2", *observed)
+        assert differences(training_state(last(plain)), training_state(last(watched))) == []
+
+
+def test_ranks_and_steps_draw_different_numbers_and_the_same_ones_again(start):
+    weights = [last(start(f"r{i}", *QUIET, "-s", seed)[1])["state_dict"]["net.weight"] for i, seed in enumerate(("1", "1", "2"))]
+    assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
+
+
+# ---------------------------------------------------------------------------------------------------------------- signals
+
+
+def test_sigusr1_saves_and_training_goes_on(start):
+    code, folder = start("usr1", *QUIET, "+model.params.at.2=SIGUSR1", "+model.params.at.3=error")
+    assert code == 1 and last(folder)["global_step"] == 3
+
+
+def test_sigusr2_opens_a_debugger(start, monkeypatch):
+    opened = []
+    monkeypatch.setattr(sys, "breakpointhook", lambda: opened.append(True))
+    assert start("usr2", *QUIET, "+model.params.at.2=SIGUSR2", "--max_epochs", "1")[0] == 0 and opened == [True]
+
+
+@pytest.mark.parametrize("event, code", [("SIGINT", 130), ("SIGTERM", 143)])
+def test_signals_stop_the_run_with_its_state_saved(start, event, code, caplog):
+    caplog.set_level("INFO", logger="ldm")
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)]
+    stopped, folder = start("signal", *QUIET, f"+model.params.at.5={event}")
+    assert stopped == code and last(folder)["global_step"] == 6
+    assert f"go on with --resume {folder}" in caplog.text
+    assert before == [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)]
+
+
+def test_a_second_ctrl_c_ends_the_process_at_once(run):
+    code = (
+        "import os, signal, sys, time\n"
+        "import main\n"
+        "from tests import toys\n"
+        "def press_twice(self):\n"
+        "    if self.trainer.global_step == 2:\n"
+        "        for _ in range(2): os.kill(os.getpid(), signal.SIGINT); time.sleep(0.01)\n"
+        "toys.Toy.event = press_twice\n"
+        "sys.exit(main.main(sys.argv[1:]))\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    words = ["--allow-targets", "tests", "-b", "toy.yaml", "-t", "-n", "twice", *QUIET]
+    result = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, env=environment)
+    assert result.returncode == 130 and "Traceback" not in result.stderr, result.stderr
+    assert "once more to stop at once" in result.stderr and not (folder_of("twice") / "checkpoints" / "last.ckpt").exists()
+
+
+# ----------------------------------------------------------------------------------------------------------------- errors
+
+
+def test_an_exception_saves_crash_and_leaves_last_alone_and_shows_itself(start, capsys):
+    code, folder = start("crash", *QUIET, "+model.params.at.6=error")
+    assert code == 1
+    errors = capsys.readouterr().err
+    assert "Traceback" in errors and "RuntimeError: a bug in the model" in errors and "error: a bug in the model" in errors
+    assert last(folder)["global_step"] == 4
+    assert read_checkpoint(folder / "checkpoints" / "crash.ckpt")["global_step"] == 6
+
+
+@pytest.mark.parametrize("words", [[], [GAN], ["--accumulate_grad_batches", "2"]], ids=["plain", "gan", "acc2"])
+def test_a_loss_that_is_not_finite_stops_before_the_update(start, words, capsys):
+    _, before = start("before", *QUIET, *words, "--max_epochs", "1")
+    code, folder = start("nan", *QUIET, *words, "+model.params.at.4=nan")
+    errors = capsys.readouterr().err
+    assert code == 1 and "Traceback" not in errors and re.search("rank 0: the loss is nan", errors)
+    for file in ("last.ckpt", "crash.ckpt"):
+        state = read_checkpoint(folder / "checkpoints" / file)["state_dict"]
+        assert differences(last(before)["state_dict"], state) == []
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["-b", "toy.yaml", "-t", "model.params.widht=3"], "did you mean model.params.width"),
+        (["-b", "toy.yaml", "-t", "--max_epoch", "3"], "did you mean --max_epochs"),
+        (["-b", "missing.yaml", "-t"], "missing.yaml"),
+        (["-b", "toy.yaml"], "nothing to do"),
+        (["-b", "toy.yaml", "-t", "--gpus", "0,9"], "--gpus 0,9: there is no GPU"),
+        (["-b", "toy.yaml", "-t", "--accelerator", "dp"], "use --strategy ddp"),
+        (["-b", "toy.yaml", "-t", "model.base_learning_rate=null"], "model.base_learning_rate"),
+        (["-b", "toy.yaml", "-t", "model.target=os.system"], "'os.system' is not allowed"),
+        (["-b", "toy.yaml", "-t", "data.params.train.target=ldm.data.folder.ImageFolder", "+data.params.train.params.root=gone"], "gone"),
+        (["-b", "toy.yaml", "-t", "--val_check_interval", "100"], "val_check_interval"),
+        (["-b", "toy.yaml", "-t", "--resume_from_checkpoint", "gone.ckpt"], "gone.ckpt"),
+        (["-r", "logs/gone", "-t"], "logs/gone"),
+        (["-b", "toy.yaml", "-t", "--max_epochs", "-3"], "max_epochs"),
+        (["-b", "toy.yaml", "-t", "-n", "../up"], "--name"),
+    ],
+)
+def test_mistakes_are_one_line_and_exit_code_2(run, capsys, words, message):
+    assert run(*words) == 2
+    out = capsys.readouterr()
+    errors = [line for line in out.err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and message in errors[0] and "Traceback" not in out.err
+    assert not list(Path().rglob("*.ckpt"))
+
+
+def test_debug_shows_where_a_mistake_was_found(run, capsys):
+    assert run("-b", "toy.yaml", "-t", "--debug", "model.params.widht=3") == 2
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_a_file_of_weights_alone_cannot_be_resumed_and_says_so(start, run, capsys):
+    _, folder = start("w", *QUIET, "+lightning.modelcheckpoint.params.save_weights_only=true", "--max_epochs", "1")
+    assert run("-r", str(folder), "-t", "--max_epochs", "2") == 2
+    assert "holds weights alone" in capsys.readouterr().err
+
+
+def test_hostile_configs_in_a_resumed_folder_are_refused(start, run, capsys):
+    _, folder = start("h", *QUIET, "--max_epochs", "1")
+    (folder / "configs" / "zzz.yaml").write_text("lightning:\n  callbacks:\n    x: {target: os.system, params: {command: 'touch owned'}}\n")
+    assert run("-r", str(folder), "-t", "--max_epochs", "2") == 2
+    assert "os.system" in capsys.readouterr().err and not Path("owned").exists()
+
+
+# ------------------------------------------------------------------------------------------------------------------ module
+
+
+def test_main_gives_the_published_names():
+    from ldm.callbacks import CUDACallback, ImageLogger, SetupCallback
+    from ldm.data.datamodule import DataModuleFromConfig
+
+    assert (main.DataModuleFromConfig, main.ImageLogger, main.SetupCallback) == (DataModuleFromConfig, ImageLogger, SetupCallback)
+    assert main.CUDACallback is CUDACallback
+    with pytest.raises(AttributeError):
+        main.nothing  # noqa: B018
+
+
+def test_pictures_are_written_as_grids(start):
+    _, folder = start("pictures", "--max_epochs", "1", "lightning.callbacks.image_logger.params.log_first_step=true")
+    picture = Image.open(folder / "images/train/inputs_gs-000000_e-000000_b-000000.png")
+    assert picture.mode == "RGB" and picture.size == (2 + 2 * (2 + 2), 2 + (2 + 2))
