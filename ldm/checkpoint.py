@@ -23,7 +23,7 @@ from ldm.checkpoint_formats import (
     some,
     verify_checkpoint,
 )
-from ldm.checkpoint_names import EMA, EXCUSES, published_names, start_ema, use_ema_weights
+from ldm.checkpoint_names import EMA, EXCUSES, published_name, published_names, start_ema, use_ema_weights
 
 __all__ = [
     "CheckpointError",
@@ -107,16 +107,21 @@ def load_weights(
         EXCUSES in ldm.checkpoint_names; a submodule loaded from a file of its own; one that finds its weights itself (`ensure_weights`).
     use_ema: load the file's moving averages as the weights.
     Weights on the meta device are replaced by the file's (memory-mapped, in the module's dtype), others are overwritten in place.
+    Tables of a noise schedule that the file holds in half precision are left as the module computed them (`_rounded_tables`).
     Raises CheckpointError when nothing matches, a shape differs or a block is missing.
     """
     path = Path(path)
     skip = (ignore_keys,) if isinstance(ignore_keys, str) else tuple(ignore_keys)
-    wanted = {name: tensor for name, tensor in module.state_dict().items() if not name.startswith(skip) and name.startswith(only or "")}
+    state = module.state_dict()
+    own_name = {name: own for own in state if (name := published_name(own)) and name.startswith(only or "") and not name.startswith(skip)}
+    wanted = {name: state[own] for name, own in own_name.items()}
     weights = read_weights(path, use_ema)
     if only and not any(name.startswith(only) for name in weights):
         weights = {only + name: tensor for name, tensor in weights.items()}
     weights = {name: tensor for name, tensor in weights.items() if not name.startswith(skip) and name.startswith(only or "")}
     ema_started = start_ema(weights, wanted)
+    for name in _rounded_tables(module, own_name, weights):
+        del weights[name], wanted[name], own_name[name]
 
     found = {name: tensor for name, tensor in weights.items() if name in wanted}
     if not found:
@@ -129,7 +134,7 @@ def load_weights(
         shapes = "; ".join(f"{name}: {tuple(found[name].shape)}, the model's {tuple(wanted[name].shape)}" for name in reshaped[:3])
         raise CheckpointError(f"{path}: {len(reshaped)} tensors have other shapes: {shapes}; is this the config that the file belongs to?")
 
-    missing = _missing(module, wanted, found)
+    missing = _missing(module, own_name, found)
     excused, gone = _absent_blocks(module, wanted, missing)
     if gone and strict_blocks:
         raise CheckpointError(
@@ -139,7 +144,7 @@ def load_weights(
     on_meta = any(tensor.is_meta for tensor in wanted.values())
     if on_meta:
         found = {name: tensor.to(wanted[name].dtype) for name, tensor in found.items()}
-    module.load_state_dict(found, strict=False, assign=on_meta)
+    module.load_state_dict({own_name[name]: tensor for name, tensor in found.items()}, strict=False, assign=on_meta)
     module._weights_file = str(path)  # excuses this module where a later file for its parent lacks it
 
     unexpected = tuple(name for name in weights if name not in wanted and not name.startswith(EMA))
@@ -155,11 +160,23 @@ def ensure_weights(module: nn.Module) -> None:
             submodule.ensure_weights()
 
 
-def _missing(module: nn.Module, wanted: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> tuple[str, ...]:
+def _rounded_tables(module: nn.Module, own_name: Mapping[str, str], weights: Mapping[str, Tensor]) -> list[str]:
+    """Tables of the noise schedule that a half-precision file holds: there the first alphas_cumprod are 1, which divides by zero.
+
+    They follow from the config, so that the module's own float32 ones are right.
+    """
+    tables = set()
+    for prefix, process in module.named_modules():
+        shape = (getattr(process, "num_timesteps", None),)  # (T,)
+        tables |= {name for name, buffer in process.named_buffers(prefix, recurse=False) if buffer.shape == shape and not buffer.is_meta}
+    return [name for name in own_name if own_name[name] in tables and name in weights and weights[name].itemsize < 4]
+
+
+def _missing(module: nn.Module, own_name: Mapping[str, str], found: Mapping[str, Tensor]) -> tuple[str, ...]:
     """Names that the file lacks, without those that share their tensor with a loaded one (a first stage that is also the condition)."""
     own = dict(module.named_parameters(remove_duplicate=False)) | dict(module.named_buffers(remove_duplicate=False))
-    filled = {id(own[name]) for name in found if name in own}
-    return tuple(name for name in wanted if name not in found and id(own.get(name)) not in filled and not name.endswith("position_ids"))
+    filled = {id(own[own_name[name]]) for name in found if own_name[name] in own}
+    return tuple(name for name in own_name if name not in found and id(own.get(own_name[name])) not in filled)
 
 
 def _absent_blocks(module: nn.Module, wanted: Mapping[str, Tensor], missing: tuple[str, ...]) -> tuple[tuple[str, ...], tuple[str, ...]]:

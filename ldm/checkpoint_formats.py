@@ -124,7 +124,15 @@ def load_pickle(path: Path, map_location: Any, mmap: bool) -> Any:
     except Exception as error:  # torch reports a damaged file by a dozen types, and every one of them means the same to the user
         if isinstance(error, pickle.UnpicklingError) and (refused := _refused_global(path, str(error))):
             raise UnsafeCheckpointError(path, refused) from error
+        if _is_other_archive(path):
+            raise CheckpointError(f"{path}: an archive without weights of its own: unpack it and give the .ckpt file inside") from error
         raise CheckpointError(f"{path}: cannot be read, it is truncated or corrupt ({_first_line(error)})") from error
+
+
+def _is_other_archive(path: Path) -> bool:
+    with contextlib.suppress(zipfile.BadZipFile, OSError), zipfile.ZipFile(path) as archive:
+        return not any(name.endswith("data.pkl") for name in archive.namelist())
+    return False
 
 
 def _no_weights(path: Path, start: bytes) -> CheckpointError:

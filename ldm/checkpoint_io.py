@@ -207,7 +207,7 @@ def plain(value: Any, where: str) -> Any:
 
 def _own_memory(tensor: Tensor) -> Tensor:
     """A copy of what is a view of larger memory (torch would save all of it) or empty (its address may be a neighbor's)."""
-    if tensor.layout != torch.strided or tensor.is_meta:
+    if type(tensor) is not Tensor or tensor.layout != torch.strided or tensor.is_meta:
         return tensor
     whole = tensor.numel() * tensor.element_size() == tensor.untyped_storage().nbytes()
     return tensor if whole and tensor.numel() else tensor.clone()
@@ -251,7 +251,8 @@ def find_checkpoint(run_folder: str | os.PathLike) -> Path:
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: no such folder")
     folder = folder / "checkpoints" if (folder / "checkpoints").is_dir() else folder
-    others = [path for path in folder.rglob("*.ckpt") if path.name not in ("last.ckpt", "crash.ckpt") and not path.name.startswith(".")]
+    files = [*folder.glob("*.ckpt"), *folder.glob("*/*.ckpt")]  # checkpoints/trainstep_checkpoints/ too
+    others = [path for path in files if path.name not in ("last.ckpt", "crash.ckpt") and not path.name.startswith(".")]
     candidates = [folder / "last.ckpt", *sorted(others, key=lambda path: path.stat().st_mtime, reverse=True)]
     damaged: list[str] = []
     for path in candidates:

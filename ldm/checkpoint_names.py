@@ -47,19 +47,19 @@ EXCUSES: tuple[Excuse, ...] = (
 )
 
 
+def published_name(name: str) -> str | None:
+    """The published form of a name; None for a tensor that is not a weight."""
+    for rule in RENAMES:
+        if rule.pattern.search(name):
+            if rule.to is None:
+                return None
+            name = rule.pattern.sub(rule.to, name)
+    return name
+
+
 def published_names(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The same tensors under the published names."""
-    renamed: dict[str, Tensor] = {}
-    for name, tensor in weights.items():
-        target: str | None = name
-        for rule in RENAMES:
-            if rule.pattern.search(target):
-                target = rule.pattern.sub(rule.to, target) if rule.to is not None else None
-            if target is None:
-                break
-        if target is not None:
-            renamed[target] = tensor
-    return renamed
+    """The weights among `weights` under their published names."""
+    return {published: tensor for name, tensor in weights.items() if (published := published_name(name)) is not None}
 
 
 def ema_name(name: str, has: Callable[[str], bool]) -> str | None:

@@ -128,6 +128,13 @@ def test_what_is_no_weights_file_is_called_by_its_name(tmp_path, content, says):
         read_weights(tmp_path / "model.ckpt")
 
 
+def test_an_archive_around_a_checkpoint_is_to_be_unpacked(tmp_path):
+    with zipfile.ZipFile(tmp_path / "kl-f8.ckpt", "w") as archive:
+        archive.write(save(tmp_path / "model.ckpt", WEIGHTS), "kl-f8/model.ckpt")
+    with pytest.raises(CheckpointError, match="unpack it"):
+        read_weights(tmp_path / "kl-f8.ckpt")
+
+
 def test_missing_files_folders_and_files_without_tensors_are_refused(tmp_path):
     with pytest.raises(CheckpointError, match="no such file"):
         read_weights(tmp_path / "nothing.ckpt")
@@ -336,6 +343,13 @@ def test_a_model_on_the_meta_device_takes_the_tensors_of_the_file_in_its_own_dty
     for name, value in target.state_dict().items():
         assert value.dtype == torch.float32 and torch.equal(value, source.state_dict()[name].half().float())
     assert target.model.diffusion_model.encoder.weight.requires_grad and not target.first_stage_model.encoder.weight.requires_grad
+
+
+def test_a_compiled_model_loads_and_its_file_has_plain_names(tmp_path):
+    source, target = Model(), Model()
+    target.model["diffusion_model"] = nn.ModuleDict({"_orig_mod": target.model["diffusion_model"]})  # as torch.compile(module) nests it
+    assert load_weights(target, save(tmp_path / "a.ckpt", source.state_dict())).missing == ()
+    assert same(read_weights(save(tmp_path / "b.ckpt", target.state_dict())), source.state_dict())
 
 
 def test_nothing_that_fits_is_an_error_that_shows_both_sides(tmp_path):

@@ -150,9 +150,8 @@ class HashedEmbedding(nn.Module):
 
     def rows_of(self, tokens: Tensor) -> Tensor:
         """The two rows of each token, (..., 2). The constants are part of every trained model: they never change."""
-        factors = tokens.new_tensor([1_000_003, 998_244_353])
-        offsets = tokens.new_tensor([12_345_701, 67_867_979])
-        return (tokens[..., None] * factors + offsets) % 2_147_483_647 % self.weight.shape[0]
+        hashes = (tokens * factor + offset for factor, offset in ((1_000_003, 12_345_701), (998_244_353, 67_867_979)))
+        return torch.stack([value % 2_147_483_647 % self.weight.shape[0] for value in hashes], dim=-1)
 
 
 class CaptionEmbedder(TransformerEmbedder):
@@ -231,14 +230,15 @@ class FrozenCLIPEmbedder(AbstractEncoder):
         max_length: int = 77,
         text_config: Mapping[str, Any] | None = None,
     ) -> None:
-        """text_config: values that replace those of the ViT-L/14 text model, for tiny models: hidden_size, num_hidden_layers, ..."""
+        """text_config: values that replace those of `version`'s text model (hidden_size, num_hidden_layers, ...), for tiny models; these
+        have no pretrained weights, so a checkpoint must hold them."""
         super().__init__()
         from ldm.modules.encoders.clip_text import CLIPText, text_shape
 
         shape = text_shape(version, text_config)
         if not 2 <= max_length <= shape["max_position_embeddings"]:
             raise ValueError(f"max_length {max_length}: from 2 to {shape['max_position_embeddings']}, the positions of {version}")
-        self.version, self.max_length = version, max_length
+        self.version, self.max_length, self.finds_own_weights = version, max_length, not text_config
         self.transformer = CLIPText(**shape)
         self.has_weights = False  # until a checkpoint or `load_pretrained` brings them
         self.register_load_state_dict_pre_hook(self._note_weights)

@@ -194,11 +194,19 @@ def test_weights_that_are_nowhere_to_be_had_are_one_clear_line(tmp_path, no_hub)
         FrozenCLIPEmbedder(version=str(tmp_path)).ensure_weights()
 
 
+def test_a_tiny_text_model_has_no_pretrained_weights_to_find(tmp_path, no_hub):
+    parent = nn.ModuleDict({"cond_stage_model": tiny_clip(), "model": nn.Linear(2, 2)})
+    ensure_weights(parent)
+    write_weights(nn.ModuleDict({"model": nn.Linear(2, 2)}).state_dict(), tmp_path / "a.ckpt")
+    with pytest.raises(CheckpointError, match="lacks all weights of cond_stage_model"):
+        load_weights(parent, tmp_path / "a.ckpt")
+
+
 def test_a_checkpoint_that_holds_the_weights_asks_no_hub(tmp_path, no_hub):
     model = tiny_clip()
     write_weights(seed_weights(tiny_clip()).state_dict(), tmp_path / "a.ckpt")
     load_weights(model, tmp_path / "a.ckpt")
-    ensure_weights(model)
+    model.ensure_weights()
 
 
 def test_clip_refuses_unknown_versions_and_lengths_while_building():
