@@ -13,6 +13,7 @@ from typing import Any
 # Lightning's remarks about what is intended here, or what this package takes care of.
 _NOISE = (
     ".*does not have many workers.*",
+    ".*but have no `val_dataloader`.*",
     ".*is smaller than the logging interval.*",
     ".*exists and is not empty.*",
     ".*in eval mode at the start of training.*",
