@@ -134,7 +134,7 @@ class UNetModel(UNetTrunk):
         )
         self.image_size = image_size
         self.out_channels = out_channels
-        self.num_res_blocks = num_res_blocks
+        self.num_res_blocks = num_res_blocks if isinstance(num_res_blocks, int) else tuple(num_res_blocks)
         self.attention_resolutions = tuple(attention_resolutions)
         self.channel_mult = tuple(channel_mult)
         self.num_heads = num_heads

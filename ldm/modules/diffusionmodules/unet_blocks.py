@@ -136,7 +136,7 @@ class ResBlock(TimestepBlock):
         if self.updown:
             h, x = self.h_upd(h), self.x_upd(x)
         h = conv(h)  # (B, C', ...)
-        emb = self.emb_layers(emb).to(h.dtype)  # (B, C') or (B, 2C')
+        emb = self.emb_layers(emb)  # (B, C') or (B, 2C')
         emb = emb.view(*emb.shape, *[1] * (h.ndim - 2))
         if self.use_scale_shift_norm:
             scale, shift = emb.chunk(2, dim=1)

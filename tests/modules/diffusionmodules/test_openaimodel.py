@@ -108,6 +108,23 @@ def test_heads_of_the_expanding_half_are_its_own_only_under_legacy(legacy, heads
     assert model.input_blocks[1][1].num_heads == model.middle_block[1].num_heads == 2
 
 
+def test_attention_is_where_its_options_put_it():
+    model = UNetModel(**{**TINY, "num_res_blocks": 2, "attention_resolutions": [2], "num_attention_blocks": [2, 1], **ATTEND})
+    places = [name for name, m in model.named_modules() if isinstance(m, SpatialTransformer)]
+    # The second level has one block with attention on either side, the first none: its factor 1 is not among the resolutions.
+    assert places == ["input_blocks.4.1", "middle_block.1", "output_blocks.0.1"]
+
+
+def test_self_attention_is_disabled_where_asked():
+    options = {**TINY, **ATTEND, "disable_self_attentions": [True, False]}
+    for middle in (False, True):
+        model = UNetModel(**options, disable_middle_self_attn=middle)
+        disabled = [name for name, m in model.named_modules() if getattr(m, "disable_self_attn", False)]
+        level = ["input_blocks.1.1", "output_blocks.2.1", "output_blocks.3.1"]
+        expected = [level[0], *(["middle_block.1"] if middle else []), *level[1:]]
+        assert disabled == [f"{name}.transformer_blocks.0" for name in expected]
+
+
 # Number of parameters, and CRC-32 of the sorted "name shape" lines, of the published models' `model.diffusion_model`.
 PUBLISHED = {
     "configs/latent-diffusion/celebahq-ldm-vq-4.yaml": (

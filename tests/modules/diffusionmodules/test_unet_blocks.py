@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ldm.modules.attention import SpatialTransformer
+from ldm.modules.attention import BasicTransformerBlock, SpatialTransformer
 from ldm.modules.diffusionmodules.unet_blocks import (
     AttentionBlock,
     AttentionPool2d,
@@ -118,3 +118,16 @@ def test_sequence_hands_each_layer_what_it_takes():
     )
     x, emb, context = randn(1, 2, 4, 4, 4), randn(2, 2, 16), randn(3, 2, 3, 8)
     torch.testing.assert_close(sequence(x, emb, context), sequence[2](sequence[1](sequence[0](x), emb), context))
+
+
+@pytest.mark.parametrize("flag, calls", [(False, 1), (True, 2)])
+def test_only_checkpointed_layers_are_computed_again(flag, calls):
+    x, emb, count = randn(1, 2, 32, 4, 4), randn(2, 2, 16), []
+    res, attention = ResBlock(32, 16, 0.0, use_checkpoint=flag), AttentionBlock(32, use_checkpoint=flag)
+    block = BasicTransformerBlock(32, 2, 16, checkpoint=flag)
+    for first in (res.in_layers[0], attention.norm, block.norm1):
+        first.register_forward_hook(lambda *_: count.append(1))
+    for out in (res(x, emb), attention(x), block(x.flatten(2).transpose(1, 2))):
+        count.clear()
+        out.sum().backward()
+        assert len(count) == calls - 1
