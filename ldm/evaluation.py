@@ -3,7 +3,6 @@
 Pictures are float arrays (N, H, W, C) in [-1, 1]; distances are Euclidean over pixels.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -87,7 +86,7 @@ def digit_features(pictures: np.ndarray) -> np.ndarray:
     return (blocks.mean(axis=(2, 4)).reshape(n, -1) + 1) / 2
 
 
-@dataclass
+@dataclass(frozen=True)
 class DigitReport:
     """Figures of a set of drawn digits, as `judge_digits` finds them."""
 
@@ -96,14 +95,6 @@ class DigitReport:
     accuracy: float  # the judge's own, on held-out real digits
     variety: dict[int, float]  # by digit, 1 is as varied as real ones
     novelty: float  # 0 for copies of training pictures, about 1 for new ones
-
-    def rows(self) -> Iterator[tuple[str, str]]:
-        """Name and value of each figure, for a table."""
-        by_digit = self.variety.values()
-        yield "digits recognized as their prompt", f"{100 * self.recognized:.1f} % of {self.drawn}"
-        yield "the judge's accuracy on held-out real digits", f"{100 * self.accuracy:.1f} %"
-        yield "variety (1 = real digits)", f"{np.mean([*by_digit]):.2f} ({min(by_digit):.2f} to {max(by_digit):.2f} by digit)"
-        yield "distance to nearest training scan (0 = copies, 1 = held-out scans)", f"{self.novelty:.2f}"
 
 
 def judge_digits(drawn: np.ndarray, asked: np.ndarray, train: Labeled, held_out: Labeled) -> DigitReport:
