@@ -205,8 +205,9 @@ class ImageFolder(Dataset):
         return [item for item, why in zip(items, problems) if not why]
 
     def _report(self) -> None:
-        captions, classes = sum(len(item.captions) for item in self.items), len(self.class_names or ())
-        log.info("%s: %d pictures, %d captions, %d classes", self.root, len(self), captions, classes)
+        captions = f", {sum(len(item.captions) for item in self.items)} captions" if self.captioned else ""
+        classes = f", {len(self.class_names)} classes" if self.class_names is not None else ""
+        log.info("%s: %d pictures%s%s", self.root, len(self), captions, classes)
         if self.skipped:
             first = "; ".join(f"{what}: {why}" for what, why in list(self.skipped.items())[:3])
             total = len(self) + len(self.skipped)

@@ -146,6 +146,12 @@ def test_unreadable_exif_leaves_the_picture_as_it_is(tmp_path):
     assert load_image(tmp_path / "x.jpg").size == (6, 4)
 
 
+def test_sixteen_bits_become_the_nearest_of_256_levels(tmp_path):
+    values = np.array([[0, 128, 129, 256, 257, 65406, 65407, 65535]], np.uint16)
+    Image.fromarray(values).save(tmp_path / "x.png")
+    assert np.asarray(load_image(tmp_path / "x.png"))[0, :, 0].tolist() == [0, 0, 1, 1, 1, 254, 255, 255]
+
+
 def test_float_greys_have_two_ranges_and_no_nan(tmp_path):
     Image.fromarray(np.array([[0.0, 300.0], [64.0, -5.0]], np.float32)).save(tmp_path / "x.tif")
     assert np.asarray(load_image(tmp_path / "x.tif"))[..., 0].tolist() == [[0, 255], [64, 0]]

@@ -1,0 +1,91 @@
+"""Every recipe builds as it stands, names its folder once, and trains when it is made small."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import pytorch_lightning as pl
+import torch
+from omegaconf import OmegaConf
+from PIL import Image
+
+from ldm.data.base import DataConfigError
+from ldm.util import instantiate_from_config
+
+RECIPES = sorted((Path(__file__).parents[2] / "configs" / "recipes").glob("*.yaml"))
+SMALL_UNET = {"model_channels": 32, "channel_mult": [1, 1], "num_res_blocks": 1, "attention_resolutions": [1], "context_dim": 32}
+SMALL_STAGE = {"ch": 32, "ch_mult": [1, 1], "num_res_blocks": 1, "resolution": 16}
+
+
+def load(path):
+    config = OmegaConf.load(path)
+    first_stage = OmegaConf.select(config, "model.params.first_stage_config.params")
+    if first_stage is not None:
+        first_stage.ckpt_path = None  # a download
+    return config
+
+
+def small(config, root):
+    """The recipe with the same classes and keys in tiny sizes."""
+    model, data = config.model.params, config.data.params
+    is_latent = "first_stage_config" in model
+    OmegaConf.update(model, "first_stage_config.params.ddconfig" if is_latent else "ddconfig", SMALL_STAGE)
+    if is_latent:
+        OmegaConf.update(model, "unet_config.params", SMALL_UNET)
+        embedder = model.cond_stage_config.params
+        width = {"embed_dim": 32} if "n_classes" in embedder else {"n_embed": 32, "n_layer": 1, "heads": 2, "dim_head": 16}
+        OmegaConf.update(model, "cond_stage_config.params", {**width, **({"n_classes": 3} if "n_classes" in embedder else {})})
+        model.image_size = 8
+    else:
+        OmegaConf.update(model, "lossconfig.params", {"perceptual_init": "random", "disc_start": 0, "disc_ndf": 8, "disc_num_layers": 1})
+    data.batch_size, data.num_workers = 2, 0
+    data.train.params.root = str(root)
+    for split in (data.train.params, data.validation.params):
+        split.size = 16
+    if "crop_size" in data.train.params:
+        data.train.params.crop_size = 16
+    return config
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for i in range(6):
+        path = tmp_path / ("ape", "tench")[i % 2] / f"{i}.png"
+        path.parent.mkdir(exist_ok=True)
+        Image.fromarray(np.random.RandomState(i).randint(0, 256, (20, 24, 3), dtype=np.uint8)).save(path)
+        path.with_suffix(".txt").write_text(f"picture {i}\nanother caption of {i}")
+    return tmp_path
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_a_recipe_builds(path):
+    config = load(path)
+    with torch.device("meta"):
+        model = instantiate_from_config(config.model)
+    assert sum(p.numel() for p in model.parameters()) > 5e7
+    instantiate_from_config(config.data)
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_a_recipe_without_a_folder_asks_for_it(path):
+    with pytest.raises(DataConfigError, match=r"^data.params.train root None: not set; set data.params.train.params.root to a folder"):
+        instantiate_from_config(load(path).data).setup()
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_a_small_recipe_trains_validates_and_logs_pictures(path, folder):
+    config = small(load(path), folder)
+    torch.manual_seed(0)
+    model, data = instantiate_from_config(config.model), instantiate_from_config(config.data)
+    model.learning_rate = 1e-4
+    trainer = pl.Trainer(
+        accelerator="cpu", max_steps=2, limit_val_batches=1, logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False,
+    )  # fmt: skip
+    trainer.fit(model, data)
+    assert trainer.global_step == 2 and all(p.isfinite().all() for p in model.parameters())
+    batch = next(iter(data.val_dataloader()))
+    with torch.no_grad():
+        pictures = model.log_images(batch, N=1) if path.stem.startswith("autoencoder") else model.log_images(batch, N=1, ddim_steps=2)
+    assert pictures and all(torch.is_tensor(p) and p.isfinite().all() for p in pictures.values())
