@@ -139,12 +139,13 @@ class RunReport(pl.Callback):
         log.info("%-11s %s", "model", parameters_line(pl_module))
         if self.rule:
             log.info("%-11s %s", "batch", self.rule)
-        for optimizer in trainer.optimizers:
+        for position, optimizer in enumerate(trainer.optimizers):
             rates = [float(group.get("initial_lr", group["lr"])) for group in optimizer.param_groups]
             now = [float(group["lr"]) for group in optimizer.param_groups]
             tensors = sum(len(group["params"]) for group in optimizer.param_groups)
             scheduled = "" if now == rates else f", scheduled: {now[0]:.3e} at step {trainer.global_step}"
-            log.info("%-11s %s, learning rate %.3e%s, %d tensors", "optimizer", type(optimizer).__name__, rates[0], scheduled, tensors)
+            name = type(optimizer).__name__ + (f" ({position + 1} of {len(trainer.optimizers)})" if len(trainer.optimizers) > 1 else "")
+            log.info("%-11s %s, learning rate %.3e%s, %d tensors", "optimizer", name, rates[0], scheduled, tensors)
             if self.expected_rate is not None and trainer.ckpt_path and not math.isclose(rates[0], self.expected_rate, rel_tol=1e-6):
                 log.warning(
                     "%-11s the checkpoint's learning rate %.3e goes on, not the configs' %.3e", "optimizer", rates[0], self.expected_rate

@@ -110,9 +110,9 @@ def _callbacks(
         "lightning_config": settings.lightning,
     }
     callbacks: list[Any] = [StepSeed(settings.seed), ExactResume(), StopOnNonFinite()]
-    callbacks.append(RunReport(rate.value, rate.rule) if rate else RunReport())
     if arguments.get("enable_progress_bar", True) not in (False, None):
         callbacks.append(ProgressBar())
+    callbacks.append(RunReport(rate.value, rate.rule) if rate else RunReport())
     for name, node in nodes.items():
         cls = get_obj_from_str(node["target"])
         if not (inspect.isclass(cls) and issubclass(cls, Callback)):

@@ -14,6 +14,7 @@ from typing import Any
 _NOISE = (
     ".*does not have many workers.*",
     ".*but have no `val_dataloader`.*",
+    ".*but have no logger configured.*",
     ".*is smaller than the logging interval.*",
     ".*exists and is not empty.*",
     ".*in eval mode at the start of training.*",

@@ -1,0 +1,111 @@
+"""main.py with the real models, tiny: a first stage, then latent diffusion on its latents, stopped and resumed."""
+
+import os
+import subprocess
+import sys
+from copy import deepcopy
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from omegaconf import OmegaConf
+from PIL import Image
+
+import main
+from tests.test_main import differences, folder_of, last, training_state
+from tests.tiny import FIRST_STAGE, text_model_config
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """A folder with captioned pictures and the YAMLs of both stages, as the working directory."""
+    monkeypatch.chdir(tmp_path)
+    random = np.random.RandomState(0)
+    for split, count in (("train", 8), ("val", 4)):
+        (tmp_path / split).mkdir()
+        for index in range(count):
+            Image.fromarray(random.randint(0, 256, (16, 16, 3), dtype=np.uint8)).save(tmp_path / split / f"{index}.png")
+            (tmp_path / split / f"{index}.txt").write_text(f"picture number {index}")
+    folders = {
+        key: {"target": "ldm.data.folder.ImageFolder", "params": {"root": str(tmp_path / split), "size": 16, "captions": "sidecar"}}
+        for key, split in (("train", "train"), ("validation", "val"))
+    }
+    common = {
+        "data": {"target": "main.DataModuleFromConfig", "params": {"batch_size": 2, "num_workers": 0, **folders}},
+        "lightning": {
+            "trainer": {"max_steps": 4, "accelerator": "cpu", "logger": False, "num_sanity_val_steps": 0, "val_check_interval": 2},
+            "callbacks": {"image_logger": {"params": {"max_images": 2, "batch_frequency": 2}}},
+        },
+    }
+    first = deepcopy(FIRST_STAGE)
+    first["params"]["ddconfig"]["resolution"] = 16
+    diffusion = text_model_config(timesteps=8, image_size=4, cond_dropout=0.2, monitor="val/loss_simple_ema")["model"]
+    diffusion["params"]["first_stage_config"] = deepcopy(first)
+    diffusion["params"]["unet_config"]["params"]["image_size"] = 4
+    loss = {"disc_start": 1, "perceptual_weight": 0.0, "disc_num_layers": 1, "disc_ndf": 8}
+    first["params"] |= {"monitor": "val/rec_loss", "lossconfig": {"target": "ldm.modules.losses.LPIPSWithDiscriminator", "params": loss}}
+    for name, model in (("first", first), ("diffusion", diffusion)):
+        OmegaConf.save(OmegaConf.create({"model": {"base_learning_rate": 1e-4, **model}, **common}), f"{name}.yaml")
+    return tmp_path
+
+
+def start(name, yaml, *words):
+    return main.main(["-b", f"{yaml}.yaml", "-t", "-n", name, *words]), folder_of(name)
+
+
+def stop_after(monkeypatch, module, batches):
+    """Send SIGTERM in the training step with this number; once."""
+    import signal
+
+    original = module.training_step
+    count = iter(range(1000))
+
+    def step(self, batch, batch_idx):
+        if next(count) == batches - 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(self, batch, batch_idx)
+
+    monkeypatch.setattr(module, "training_step", step)
+
+
+@pytest.mark.parametrize("yaml, words, steps", [("first", ["--accumulate_grad_batches", "2"], 2), ("diffusion", [], 3)])
+def test_a_stopped_model_resumes_bitwise(here, monkeypatch, yaml, words, steps):
+    from ldm.models.autoencoder import AutoencoderKL
+    from ldm.models.diffusion.ddpm import LatentDiffusion
+
+    code, whole = start("whole", yaml, *words)
+    assert code == 0 and last(whole)["global_step"] == 4
+    stop_after(monkeypatch, AutoencoderKL if yaml == "first" else LatentDiffusion, 3)
+    code, folder = start("stopped", yaml, *words, "lightning.callbacks.image_logger=null")  # nor do pictures change anything
+    assert code == 143 and last(folder)["global_step"] == steps
+    assert main.main(["-r", str(folder), "-t"]) == 0
+    assert differences(training_state(last(whole)), training_state(last(folder))) == []
+    assert last(folder).get("generator_updates") == last(whole).get("generator_updates") == (4 if yaml == "first" else None)
+
+
+def test_diffusion_trains_on_a_first_stage_that_was_trained_before(here):
+    """The second stage as a process of its own, from another folder, as a person would start it."""
+    code, first = start("first", "first", "--max_steps", "2")
+    assert code == 0
+    pictures = {path.name.split("_gs-")[0] for path in (first / "images" / "val").iterdir()}
+    assert pictures == {"inputs", "reconstructions", "samples"}
+    elsewhere = here / "elsewhere"
+    elsewhere.mkdir()
+    weights = here / first / "checkpoints" / "last.ckpt"
+    words = ["-b", "../diffusion.yaml", "-t", "-n", "ldm", f"+model.params.first_stage_config.params.ckpt_path={weights}"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    result = subprocess.run([sys.executable, ROOT / "main.py", *words], cwd=elsewhere, capture_output=True, text=True, env=environment)
+    assert result.returncode == 0, result.stderr
+    (run,) = (elsewhere / "logs").iterdir()
+    trained = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
+    assert trained["global_step"] == 4 and trained["latent_diffusion"]["cond_dropout"] == 0.2
+    before = torch.load(weights, weights_only=True)["state_dict"]
+    for name, value in before.items():
+        if name.startswith(("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")):
+            assert torch.equal(trained["state_dict"][f"first_stage_model.{name}"], value)
+    pictures = {path.name.split("_gs-")[0] for path in (run / "images" / "train").iterdir()}
+    assert {"inputs", "reconstruction", "conditioning", "samples", "denoise_row", "samples_cfg_scale_3.00"} <= pictures
+    assert "warning" not in result.stderr, result.stderr
