@@ -200,7 +200,7 @@ class ImageFolder(Dataset):
             return ""
 
         with ThreadPoolExecutor(usable_cpus()) as pool:  # decoders release the interpreter's lock
-            problems = list(tqdm(pool.map(problem, items), "checking pictures", len(items), leave=False, delay=3))
+            problems = list(tqdm(pool.map(problem, items), "checking pictures", len(items), leave=False, delay=3, disable=None))
         self.skipped |= {item.name: why for item, why in zip(items, problems) if why}
         return [item for item, why in zip(items, problems) if not why]
 

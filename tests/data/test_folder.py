@@ -182,7 +182,8 @@ def test_a_fraction_divides_a_folder_and_pictures_keep_their_side(tmp_path):
     train = ImageFolder(str(tmp_path), size=4, split="train", validation_fraction=0.25)
     held_out = ImageFolder(str(tmp_path), size=4, split="validation", validation_fraction=0.25)
     assert len(held_out) == 10 and sorted(names(train) + names(held_out)) == names(ImageFolder(str(tmp_path), size=4))
-    (tmp_path / "0.png").rename(tmp_path / "x.png")
+    for i in range(8):
+        picture(tmp_path / f"00 new {i}.png", i, (4, 4))
     again = ImageFolder(str(tmp_path), size=4, split="validation", validation_fraction=0.25)
     assert len(set(names(held_out)) & set(names(again))) >= 8
 
