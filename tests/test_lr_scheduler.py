@@ -36,7 +36,7 @@ def test_stays_at_its_minimum_after_the_last_cycle(name):
 
 def test_numpy_arguments_leave_no_trace():
     schedule = LambdaLinearScheduler(*(np.array(values) for values in TWO_CYCLES))
-    assert type(schedule(3)) is float and type(schedule(70)) is float
+    assert type(schedule(np.int64(3))) is float and type(schedule(np.int64(70))) is float
 
 
 def test_its_state_in_a_checkpoint_is_plain(tmp_path):

@@ -114,6 +114,14 @@ def test_under_autocast_the_loss_is_float32(picture):
     assert value.dtype == d_loss.dtype == log["train/d_weight"].dtype == torch.float32
 
 
+def test_half_precision_pictures_are_summed_in_float32(picture):
+    loss = LPIPSWithDiscriminator(**SMALL, use_discriminator=False)
+    x, reconstruction = (value.detach().bfloat16() for value in (picture.x, picture.decoder(picture.h)))
+    value, _ = loss(x, reconstruction, picture.posterior, 0, 0)
+    exact, _ = loss(x.float(), reconstruction.float(), picture.posterior, 0, 0)
+    assert value.dtype == torch.float32 and torch.equal(value, exact)
+
+
 def test_without_a_graph_there_is_no_weight_to_adapt(picture):
     with torch.no_grad():
         value, log = picture.loss_of(LPIPSWithDiscriminator(**SMALL), 0, 9, split="val")
