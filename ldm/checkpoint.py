@@ -32,6 +32,7 @@ __all__ = [
     "ensure_weights",
     "load_weights",
     "read_checkpoint",
+    "read_step",
     "read_weights",
     "verify_checkpoint",
 ]
@@ -67,6 +68,16 @@ def read_checkpoint(path: str | os.PathLike, map_location: Any = "cpu", verify: 
     if not isinstance(content, dict):
         raise CheckpointError(f"{path}: not a checkpoint: it holds a {type(content).__name__}")
     return content
+
+
+def read_step(path: str | os.PathLike) -> int | None:
+    """The optimizer step at which a Lightning checkpoint was written; None for a file that holds weights alone."""
+    path = existing_file(path)
+    with open(path, "rb") as file:
+        zipped = file.read(2) == b"PK"
+    content = load_pickle(path, map_location="cpu", mmap=True) if zipped else None
+    step = content.get("global_step") if isinstance(content, Mapping) else None
+    return step if isinstance(step, int) else None
 
 
 # ------------------------------------------------------------------------------------------------------ into a module

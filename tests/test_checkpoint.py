@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from ldm import checkpoint, checkpoint_io
-from ldm.checkpoint import CheckpointError, UnsafeCheckpointError, load_weights, read_checkpoint, read_weights
+from ldm.checkpoint import CheckpointError, UnsafeCheckpointError, load_weights, read_checkpoint, read_step, read_weights
 from ldm.checkpoint_io import AtomicCheckpointIO, CheckpointWriteError, find_checkpoint, sweep_temporaries, write_checkpoint, write_weights
 from tests.reference import randn
 
@@ -395,6 +395,30 @@ def test_a_block_with_weights_of_its_own_may_be_missing(tmp_path):
 def test_a_first_stage_that_is_also_the_condition_needs_its_weights_once(tmp_path):
     weights = {name: value for name, value in Model(shared=True).state_dict().items() if not name.startswith("cond_stage_model.")}
     assert load_weights(Model(shared=True), save(tmp_path / "a.ckpt", weights)).missing == ()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_schedule_in_half_precision_is_left_as_the_module_computed_it(tmp_path, dtype):
+    """Rounded, the first alphas_cumprod are 1, which samplers divide by one minus of."""
+    module = Model()
+    module.num_timesteps = 5
+    module.register_buffer("alphas_cumprod", torch.linspace(0.9999, 0.1, 5))
+    module.register_buffer("scale_factor", torch.tensor(1.0))
+    halves = {name: (2 * tensor).to(dtype) for name, tensor in module.state_dict().items()}
+    report = load_weights(module, save(tmp_path / "half.ckpt", halves))
+    assert torch.equal(module.alphas_cumprod, torch.linspace(0.9999, 0.1, 5)) and module.scale_factor == 2.0
+    assert report.missing == report.unexpected == () and report.loaded == len(halves) - 1
+    floats = {name: tensor.float() for name, tensor in halves.items()}      # a file in full precision is believed
+    load_weights(module, save(tmp_path / "full.ckpt", floats))
+    assert torch.equal(module.alphas_cumprod, floats["alphas_cumprod"])
+
+
+def test_the_step_of_a_checkpoint_is_read_without_its_weights(tmp_path):
+    assert read_step(save(tmp_path / "a.ckpt", Model().state_dict(), global_step=7)) == 7
+    torch.save(Model().state_dict(), tmp_path / "b.ckpt")
+    assert read_step(tmp_path / "b.ckpt") is None
+    write_weights(Model().state_dict(), tmp_path / "c.safetensors")
+    assert read_step(tmp_path / "c.safetensors") is None
 
 
 def test_ignored_names_are_not_read(tmp_path):
