@@ -367,6 +367,17 @@ def test_every_pool_gives_scores(pool, options):
     assert out.shape == (2, 10) and out.dtype == torch.float32 and out.isfinite().all()
 
 
+@pytest.mark.parametrize("pool", ["spatial", "spatial_v2"])
+def test_spatial_pools_read_the_average_of_every_block(pool):
+    model, averages = encoder(pool=pool), []
+    for block in (*model.input_blocks, model.middle_block):
+        block.register_forward_hook(lambda m, args, out: averages.append(out.mean(dim=(2, 3))))
+    out = model(X, T)
+    h = model.out[0](torch.cat(averages, dim=1))
+    h = h.relu() if pool == "spatial" else torch.nn.functional.silu(model.out[1](h))
+    torch.testing.assert_close(out, model.out[-1](h))
+
+
 def test_averaging_pools_take_any_size_and_attention_its_own():
     assert encoder(pool="adaptive")(randn(1, 2, 4, 7, 9), T).shape == (2, 10)
     with pytest.raises(ValueError, match="image_size"):
