@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import logging
+import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -13,16 +14,24 @@ from typing import Any, NoReturn
 ROOT = Path(__file__).resolve().parents[1]  # the checkout, which holds configs/ and models/
 EXIT_USAGE = 2
 EXIT_INTERRUPTED = 130
+_OVERRIDE = re.compile(r"\+?\w+(\.\w+)+=")
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse that takes no abbreviations, names the nearest flag for an unknown one, and reports an error in one line."""
+    """argparse that takes no abbreviations, names the nearest flag for an unknown one, and reports an error in one line.
 
-    def __init__(self, **kwargs: Any) -> None:
+    takes_overrides: words such as model.params.key=value, anywhere among the flags, become the list `overrides`.
+    """
+
+    def __init__(self, takes_overrides: bool = False, **kwargs: Any) -> None:
         super().__init__(allow_abbrev=False, formatter_class=_HelpFormatter, **kwargs)
+        self.takes_overrides = takes_overrides
 
     def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> argparse.Namespace:
         parsed, extra = self.parse_known_args(args, namespace)
+        if self.takes_overrides:
+            parsed.overrides = [word for word in extra if _OVERRIDE.match(word)]
+            extra = [word for word in extra if word not in parsed.overrides]
         if extra:
             self.error(self._unknown(extra[0]))
         return parsed

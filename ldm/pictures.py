@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import logging
 import re
-from collections.abc import Mapping
+import zipfile
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,6 +27,7 @@ class Picture(NamedTuple):
 
     image: Image.Image
     info: dict[str, Any]
+    drawn: Image.Image | None = None  # mode 1: where the pixels were drawn; the others are a person's own and are never marked
 
 
 class Watermark:
@@ -50,6 +53,20 @@ class Watermark:
             return self._mark(image), True
         except ImportError as error:
             return image, self._skip(f"no watermark ({error}): pip install invisible-watermark brings it")
+
+    def read(self, image: Image.Image) -> bytes:
+        """As many bytes as the mark has, read out of a picture; noise where there is none. ValueError where it is too small for one."""
+        if image.width * image.height < WATERMARK_MIN_PIXELS:
+            raise ValueError(f"{image.width}x{image.height} pixels hold no watermark: it needs 256x256 or more")
+        import numpy as np
+        from imwatermark import WatermarkDecoder
+
+        bgr = np.ascontiguousarray(np.asarray(image.convert("RGB"))[:, :, ::-1])
+        return WatermarkDecoder("bytes", 8 * len(self.content)).decode(bgr, self.method)
+
+    def agreement(self, read: bytes) -> int:
+        """How many bits of `read` are the mark's; about half of them by chance."""
+        return sum(8 - (a ^ b).bit_count() for a, b in zip(read, self.content, strict=True))
 
     def _mark(self, image: Image.Image) -> Image.Image:
         import numpy as np
@@ -77,26 +94,40 @@ class PictureFolder:
         self.folder, self.pattern = Path(folder), pattern
         before, after = re.split(r"\{[^}]*\}", pattern)
         self._name = re.compile(re.escape(before) + r"(\d+)" + re.escape(after))
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        except FileExistsError as error:
-            raise ValueError(f"{self.folder} is a file; give a folder for the pictures") from error
+        make_folder(self.folder)
         taken = [int(match[1]) for path in self.folder.iterdir() if (match := self._name.fullmatch(path.name))]
         self._next = max(taken, default=-1) + 1
 
     def save(self, picture: Picture) -> Path:
         """Write one picture with its settings in the metadata -> its path."""
-        data = io.BytesIO()
-        picture.image.save(data, "PNG", pnginfo=png_info(picture.info))
+        return write_new(self._names(), picture)
+
+    def _names(self) -> Iterator[Path]:
         while True:
-            path = self.folder / self.pattern.format(self._next)
             self._next += 1
-            try:
-                with path.open("xb") as file:                               # fails where another run took the number meanwhile
-                    file.write(data.getbuffer())
-                return path
-            except FileExistsError:
-                continue
+            yield self.folder / self.pattern.format(self._next - 1)
+
+
+def make_folder(folder: Path) -> None:
+    """The folder, with those above it; ValueError where a file has its name."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise ValueError(f"{folder} is a file or lies in one; give a folder for the pictures") from error
+
+
+def write_new(names: Iterator[Path], picture: Picture) -> Path:
+    """Write one picture with its settings in the metadata under the first of the names that is free -> that name."""
+    data = io.BytesIO()
+    picture.image.save(data, "PNG", pnginfo=png_info(picture.info))
+    for path in names:
+        try:
+            with path.open("xb") as file:                                   # fails where the name is taken, by another run meanwhile too
+                file.write(data.getbuffer())
+            return path
+        except FileExistsError:
+            continue
+    raise AssertionError("names go on for ever")
 
 
 def png_info(info: Mapping[str, Any]) -> PngInfo:
@@ -116,19 +147,83 @@ def read_info(path: str | Path) -> dict[str, Any]:
 
 
 class Output:
-    """Where every script's pictures leave the program: marked, described, written."""
+    """Where every script's pictures leave the program: marked, described, written.
 
-    def __init__(self, folder: str | Path, watermark: Watermark | None = None) -> None:
-        self.watermark = watermark
-        self.samples = PictureFolder(Path(folder) / "samples")
+    samples: names of the numbered samples, as seen from the folder.
+    """
+
+    def __init__(self, folder: str | Path, watermark: Watermark | None = None, samples: str = "samples/{:05}.png") -> None:
+        self.folder, self.watermark = Path(folder), watermark
+        names = self.folder / samples
+        self.samples = PictureFolder(names.parent, names.name)
         self.grids = PictureFolder(folder, "grid-{:04}.png")
 
     def save_sample(self, picture: Picture) -> Path:
-        return self._save(picture, self.samples)
+        return self.samples.save(marked(picture, self.watermark))
 
     def save_grid(self, picture: Picture) -> Path:
-        return self._save(picture, self.grids)
+        return self.grids.save(marked(picture, self.watermark))
 
-    def _save(self, picture: Picture, folder: PictureFolder) -> Path:
-        image, marked = self.watermark(picture.image) if self.watermark is not None else (picture.image, False)
-        return folder.save(Picture(image, {**picture.info, "watermark": str(self.watermark) if marked else None}))
+
+class NamedOutput:
+    """The way out of scripts that change pictures: each result has the name of its original, `x.png`, or `x-1.png` where that is taken."""
+
+    def __init__(self, folder: str | Path, watermark: Watermark | None = None) -> None:
+        self.folder, self.watermark = Path(folder), watermark
+        make_folder(self.folder)
+
+    def save(self, picture: Picture, stem: str) -> Path:
+        names = itertools.chain([f"{stem}.png"], (f"{stem}-{k}.png" for k in itertools.count(1)))
+        return write_new((self.folder / name for name in names), marked(picture, self.watermark))
+
+
+def marked(picture: Picture, watermark: Watermark | None) -> Picture:
+    """The picture with the mark in it where it can hold one, and with a word about it in its metadata."""
+    image, done = watermark(picture.image) if watermark is not None else (picture.image, False)
+    if done and picture.drawn is not None:
+        image = Image.composite(image, picture.image, picture.drawn)
+    return Picture(image, {**picture.info, "watermark": str(watermark) if done else None})
+
+
+class SampleArray:
+    """All samples of a run in one file, `numpy/<shape>-samples.npz`: arr_0 uint8 (N, H, W, 3) and, with classes, arr_1 int64 (N,).
+
+    They go to the disk as they come, so that memory holds one; the file appears when all N are there.
+    """
+
+    def __init__(self, folder: str | Path, count: int) -> None:
+        self.folder, self.count, self.classes = Path(folder), count, []
+        self._part, self._array, self._filled = self.folder / ".samples.npy.part", None, 0
+        make_folder(self.folder)
+
+    def append(self, image: Image.Image, label: int | None = None) -> None:
+        import numpy as np
+
+        pixels = np.asarray(image)
+        if self._array is None:
+            self._array = np.lib.format.open_memmap(self._part, "w+", np.uint8, (self.count, *pixels.shape))
+        self._array[self._filled] = pixels
+        self._filled += 1
+        if label is not None:
+            self.classes.append(label)
+
+    def finish(self) -> Path:
+        """Write the file -> its path; ValueError unless exactly N samples have come."""
+        import numpy as np
+
+        if self._array is None or self._filled != self.count:
+            raise ValueError(f"{self._filled} samples of {self.count} have come")
+        path = self.folder / f"{'x'.join(map(str, self._array.shape))}-samples.npz"
+        self._array.flush()
+        self._array = None
+        with zipfile.ZipFile(path, "x", zipfile.ZIP_STORED) as archive:     # what np.savez writes, without the array in memory
+            archive.write(self._part, "arr_0.npy")
+            if self.classes:
+                with archive.open("arr_1.npy", "w") as file:
+                    np.lib.format.write_array(file, np.asarray(self.classes, dtype=np.int64))
+        return path
+
+    def close(self) -> None:
+        """Take away what an unfinished or finished run leaves beside the file."""
+        self._array = None
+        self._part.unlink(missing_ok=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +17,7 @@ SAMPLERS = {
     "dpm_solver": "ldm.models.diffusion.dpm_solver.DPMSolverSampler",
 }
 STOCHASTIC = ("ddim",)  # samplers whose eta may differ from 0
+PRECISIONS = ("autocast", "full")
 MAX_SEED = 2**32 - 1
 
 
@@ -30,18 +31,45 @@ class ModelFacts:
     latent_multiple: int  # height and width of a latent must be multiples of this: the UNet halves them so often
     use_ema: bool
     condition: str | None  # dotted name of the condition stage's class, or one of the two words with underscores
+    image_size: tuple[int, int]  # height and width of the latents that the model was trained on
+    unet_channels: int | None  # what the network takes: the latent's channels and, where it is concatenated, the condition's
+    n_classes: int | None  # of a class-conditional model, "no class" included where it has one; else None
+    null_class: int | None  # the class that means "no class", where the model was trained with one
+
+    @property
+    def condition_name(self) -> str:
+        """The condition's class without its module; `__is_unconditional__` where there is none."""
+        return (self.condition or "__is_unconditional__").rpartition(".")[2]
+
+    @property
+    def multiple(self) -> int:
+        """Height and width of a picture must be multiples of this, in pixels (with the factor unknown, of a latent)."""
+        return (self.factor or 1) * self.latent_multiple
 
 
-def read_config(path: str | Path) -> DictConfig:
-    """The section `model` of a YAML; ValueError or FileNotFoundError in one line where there is none or it cannot be read."""
+def read_config(path: str | Path | Sequence[Path], overrides: Iterable[str] = ()) -> DictConfig:
+    """The section `model` of a YAML; ValueError or FileNotFoundError in one line where there is none or it cannot be read.
+
+    Several files are merged left to right, and then the `overrides`, `model.params.key=value`, whose paths are checked.
+    """
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
     from yaml import YAMLError
 
+    files, overrides = [path] if isinstance(path, (str, Path)) else list(path), list(overrides)
+    for override in overrides:
+        if not override.startswith(("model.", "+model.")):
+            raise ValueError(f"{override}: only the model is built here; an override begins with model., e.g. model.params.use_ema=false")
+    path = files[-1]
     if not Path(path).is_file():
         raise FileNotFoundError(f"config {path}: no such file; give --config FILE.yaml, for a run of your own its configs/*-project.yaml")
     try:
-        config = OmegaConf.load(path)
+        if len(files) > 1 or overrides:
+            from ldm.training.config import merge
+
+            config = merge(files, overrides)
+        else:
+            config = OmegaConf.load(path)
         if not OmegaConf.is_dict(config) or not isinstance(config.get("model"), Mapping) or "target" not in config.model:
             raise ValueError(f"config {path}: has no section 'model' with a 'target'; is it the YAML that the model was trained with?")
         return OmegaConf.create({"model": OmegaConf.to_container(config.model, resolve=True)})  # the data section may point anywhere
@@ -59,6 +87,12 @@ def model_facts(config: Mapping[str, Any]) -> ModelFacts:
         factor = 2 ** (len(levels) - 1) if levels is not None else None
     unet_levels = value_at(params, "unet_config", "params", "channel_mult") or (1, 2, 4, 8)
     condition = params.get("cond_stage_config")
+    n_classes = null_class = None
+    if isinstance(condition, Mapping) and str(condition.get("target")).endswith(".ClassEmbedder"):
+        n_classes = int(value_at(condition, "params", "n_classes") or 1000)
+        # Published: 1001 classes of ImageNet's 1000. A model of our own says by its dropout that it has such a class.
+        null_class = n_classes - 1 if n_classes == 1001 or params.get("cond_dropout") else None
+    size = params.get("image_size", 256)
     return ModelFacts(
         timesteps=int(params.get("timesteps", 1000)),
         channels=int(params.get("channels", 3)),
@@ -66,6 +100,10 @@ def model_facts(config: Mapping[str, Any]) -> ModelFacts:
         latent_multiple=2 ** (len(unet_levels) - 1),
         use_ema=bool(params.get("use_ema", True)),
         condition=condition.get("target") if isinstance(condition, Mapping) else condition,
+        image_size=(size, size) if isinstance(size, int) else tuple(size),
+        unet_channels=value_at(params, "unet_config", "params", "in_channels"),
+        n_classes=n_classes,
+        null_class=null_class,
     )
 
 
@@ -78,8 +116,8 @@ def value_at(node: Any, *keys: str) -> Any:
 
 def check_takes_text(facts: ModelFacts) -> None:
     """ValueError where the model's condition cannot be a prompt."""
-    name = (facts.condition or "__is_unconditional__").rpartition(".")[2]
-    if name in ("__is_unconditional__", "__is_first_stage__", "ClassEmbedder", "SpatialRescaler"):
+    name = facts.condition_name
+    if name in ("__is_unconditional__", "__is_first_stage__", "ClassEmbedder", "SpatialRescaler", "Identity"):
         raise ValueError(f"this model's condition is no text (cond_stage_config: {name}), so that no prompt can be drawn with it")
 
 
@@ -111,20 +149,16 @@ class Settings:
         for flag, value in (("--n_samples", self.n_samples), ("--n_iter", self.n_iter), ("--f", self.factor), ("--C", self.channels)):
             if value is not None and value < 1:
                 raise ValueError(f"{flag} {value}: choose 1 or more")
-        if not 1 <= self.steps <= facts.timesteps:
-            raise ValueError(f"--ddim_steps {self.steps}: choose 1 to {facts.timesteps}, the length of this model's noise schedule")
+        check_steps("--ddim_steps", self.steps, facts)
         if self.sampler not in SAMPLERS:
             raise ValueError(f"sampler {self.sampler!r}: choose one of {', '.join(SAMPLERS)}")
-        if not (math.isfinite(self.eta) and self.eta >= 0):
-            raise ValueError(f"--ddim_eta {self.eta}: choose 0 (deterministic) to 1 (as noisy as DDPM)")
+        check_eta("--ddim_eta", self.eta)
         if self.eta != 0 and self.sampler not in STOCHASTIC:
             raise ValueError(f"--ddim_eta {self.eta:g}: {self.sampler} is deterministic, so that eta must be 0; DDIM takes any eta")
-        if not math.isfinite(self.scale):
-            raise ValueError(f"--scale {self.scale}: choose a finite number; 1 is no guidance, 7.5 is usual")
+        check_scale(self.scale)
         if self.negative_prompt and self.scale == 1.0:
             raise ValueError("--negative_prompt with --scale 1: there is no guidance at 1; choose another scale, 7.5 is usual")
-        if not 0 <= self.seed <= MAX_SEED:
-            raise ValueError(f"--seed {self.seed}: choose 0 to {MAX_SEED}")
+        check_seed(self.seed)
         if self.channels not in (None, facts.channels):
             raise ValueError(f"--C {self.channels}: this model's latents have {facts.channels} channels; leave --C out")
         factor = self.factor or facts.factor
@@ -134,15 +168,40 @@ class Settings:
         return replace(self, channels=facts.channels, factor=factor)
 
 
+def check_steps(flag: str, steps: int, facts: ModelFacts) -> None:
+    if not 1 <= steps <= facts.timesteps:
+        raise ValueError(f"{flag} {steps}: choose 1 to {facts.timesteps}, the length of this model's noise schedule")
+
+
+def check_eta(flag: str, eta: float) -> None:
+    if not (math.isfinite(eta) and eta >= 0):
+        raise ValueError(f"{flag} {eta}: choose 0 (deterministic) to 1 (as noisy as DDPM)")
+
+
+def check_scale(scale: float) -> None:
+    if not math.isfinite(scale):
+        raise ValueError(f"--scale {scale}: choose a finite number; 1 is no guidance, 7.5 is usual")
+
+
+def check_seed(seed: int) -> None:
+    if not 0 <= seed <= MAX_SEED:
+        raise ValueError(f"--seed {seed}: choose 0 to {MAX_SEED}")
+
+
 def check_size(height: int, width: int, multiple: int) -> None:
     """ValueError that names the nearest sizes unless both sides are positive multiples of `multiple` pixels."""
     if height > 0 and width > 0 and not height % multiple and not width % multiple:
         return
     near = {"--H": height, "--W": width}
-    near = {flag: max(multiple, round(side / multiple) * multiple) for flag, side in near.items()}
+    near = {flag: nearest(side, multiple) for flag, side in near.items()}
     raise ValueError(
         f"--H {height} --W {width}: this model needs multiples of {multiple} pixels; nearest are --H {near['--H']} --W {near['--W']}"
     )
+
+
+def nearest(side: int, multiple: int) -> int:
+    """The multiple that is nearest to a side in pixels, at least one."""
+    return max(multiple, round(side / multiple) * multiple)
 
 
 def read_prompts(path: str | Path) -> list[str]:

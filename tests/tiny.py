@@ -72,6 +72,40 @@ def text_model_config(**params: Any) -> dict[str, Any]:
     return {"model": {"target": "ldm.models.diffusion.ddpm.LatentDiffusion", "params": deepcopy({**defaults, **params})}}
 
 
+def _unet(**changes: Any) -> dict[str, Any]:
+    return {"target": UNET["target"], "params": {**UNET["params"], **changes}}
+
+
+_NO_TEXT = _unet(use_spatial_transformer=False, context_dim=None, transformer_depth=1)
+KINDS: dict[str, dict[str, Any]] = {
+    "text": {},
+    "unconditional": {"cond_stage_config": "__is_unconditional__", "conditioning_key": None, "unet_config": _NO_TEXT},
+    "class": {
+        "cond_stage_key": "class_label",
+        "cond_dropout": 0.1,
+        "cond_stage_config": {
+            "target": "ldm.modules.encoders.modules.ClassEmbedder",
+            "params": {"n_classes": 6, "embed_dim": 16, "key": "class_label"},
+        },
+    },
+    # Laid out as models/ldm/inpainting_big: latent, masked picture's latent and mask.
+    "fill": {
+        "cond_stage_key": "masked_image",
+        "cond_stage_config": "__is_first_stage__",
+        "conditioning_key": "concat",
+        "unet_config": _unet(in_channels=9, use_spatial_transformer=False, context_dim=None),
+    },
+    # Laid out as models/ldm/bsr_sr: latent and low-resolution picture.
+    "enlarge": {
+        "cond_stage_key": "LR_image",
+        "cond_stage_config": {"target": "torch.nn.Identity"},
+        "conditioning_key": "concat",
+        "unet_config": _unet(in_channels=7, use_spatial_transformer=False, context_dim=None),
+    },
+}
+"""Parameters that make the text model one of another kind, by what it is for."""
+
+
 class SavedModel(NamedTuple):
     """Where a model lies, and the model itself: trained weights and averages differ."""
 
@@ -82,7 +116,13 @@ class SavedModel(NamedTuple):
 
 def save_text_model(folder: Path, **params: Any) -> SavedModel:
     """Write `tiny.yaml` and `tiny.ckpt` (as Lightning does: weights under `state_dict`) with seeded weights."""
-    config = text_model_config(**params)
+    return save_model(folder, "text", **params)
+
+
+def save_model(folder: Path, kind: str, **params: Any) -> SavedModel:
+    """As `save_text_model`, of any of KINDS; those without a trained condition only train the network."""
+    trained = {} if kind in ("text", "class") else {"cond_stage_trainable": False}
+    config = text_model_config(**{**trained, **KINDS[kind], **params})
     model = seed_weights(instantiate_from_config(OmegaConf.create(config)["model"]))
     if model.use_ema:
         for name, parameter in model.model.named_parameters():

@@ -1,8 +1,4 @@
-"""One pipeline for all sampling scripts: checks before anything heavy is loaded, the model, conditions, latents, pictures.
-
-A script reads `model_facts` off the YAML and checks its `Settings` against them (ldm.settings), gets a `Pipeline` from `load_model` and
-writes the pictures that `text_to_image` yields through `ldm.pictures.Output`. Importing this module imports neither torch nor Lightning.
-"""
+"""A model that is ready to draw: its device, its precision, its weights, and what tells it from another."""
 
 from __future__ import annotations
 
@@ -11,22 +7,19 @@ import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ldm.commandline import in_checkout
-from ldm.pictures import Picture
-from ldm.settings import SAMPLERS, ModelFacts, Settings, batches_of, check_takes_text, model_facts, read_config, value_at
+from ldm.settings import PRECISIONS, SAMPLERS, ModelFacts, model_facts, read_config, value_at
 
 if TYPE_CHECKING:
     import torch
     from omegaconf import DictConfig
+    from PIL import Image
     from torch import Tensor, nn
 
 logger = logging.getLogger(__name__)
-
-PRECISIONS = ("autocast", "full")
 
 
 # ------------------------------------------------------------------------------------------------------- device, precision
@@ -98,12 +91,22 @@ class Pipeline:
         module, _, cls = SAMPLERS[name].rpartition(".")
         return getattr(importlib.import_module(module), cls)(self.model)
 
+    def tensor(self, image: Image.Image) -> Tensor:
+        """A picture as (1, 3, H, W) float32 in [-1, 1] on the model's device."""
+        import torch
+
+        from ldm.data.image import to_array
+
+        return torch.from_numpy(to_array(image)).permute(2, 0, 1)[None].contiguous().to(self.device)
+
     def decode(self, z: Tensor) -> Tensor:
         """Latents (B, c, h, w) -> float32 pictures (B, 3, H, W) in [-1, 1]; again in float32 where half precision overflows."""
         import torch
 
         if not torch.isfinite(z).all():
             raise ValueError("sampling gave values that are not finite; try --precision full, another sampler or more steps")
+        if not hasattr(self.model, "decode_first_stage"):                   # diffusion of the pictures themselves
+            return z.float().clamp(-1.0, 1.0)
         x = self.model.decode_first_stage(z).float()
         if self.dtype is not None and not torch.isfinite(x).all():
             logger.info("the first stage overflows in %s: decoding in float32", self.dtype)
@@ -140,13 +143,11 @@ def load_model(
     where = choose_device(device)
     dtype = autocast_dtype(precision, where)
 
-    weights = read_weights(ckpt)
-    config = for_inference(config, set(weights))
+    names = set(read_weights(ckpt))                                         # the names alone: memory should not hold the weights twice
+    config = for_inference(config, names)
     with weights_on_meta():
         model = instantiate_from_config(config.model)
-    ignore_keys = rounded_tables(model, weights)
-    del weights                                                             # old formats are read into memory, which should not hold two
-    load_weights(model, ckpt, ignore_keys, use_ema=use_ema)
+    load_weights(model, ckpt, use_ema=use_ema)
     ensure_weights(model)
     absent = [key for key, tensor in model.named_parameters() if tensor.is_meta]
     if absent:
@@ -181,15 +182,6 @@ def for_inference(config: DictConfig, names: set[str]) -> DictConfig:
                 stage.lossconfig = {"target": "torch.nn.Identity"}
                 stage.pop("learn_logvar", None)                             # a number of the loss
     return config
-
-
-def rounded_tables(model: nn.Module, weights: Mapping[str, Tensor]) -> list[str]:
-    """Tables of the noise schedule that a half-precision file holds: there the first alphas_cumprod are 1, which divides by zero.
-
-    They follow from the config, so that the model's own float32 ones are right.
-    """
-    own = {name for name, buffer in model.named_buffers() if buffer.shape == (getattr(model, "num_timesteps", None),)}
-    return [name for name in own & weights.keys() if weights[name].itemsize < 4]
 
 
 @contextmanager
@@ -234,94 +226,3 @@ def fingerprint(path: str | Path, pieces: int = 64, piece: int = 16384) -> str:
             file.seek(k * max(0, size - piece) // (pieces - 1))
             digest.update(file.read(piece))
     return digest.hexdigest()[:16]
-
-
-# ----------------------------------------------------------------------------------------------------------------- drawing
-
-
-class Randomness:
-    """Torch's random numbers of one run: seeded at its start, continued batch after batch, whatever the caller draws in between."""
-
-    def __init__(self, seed: int, device: torch.device) -> None:
-        self.seed, self.device = seed, device
-        self._states: list[Tensor] | None = None
-
-    @contextmanager
-    def __call__(self) -> Iterator[None]:
-        """Within it torch's generators are the run's; afterwards they are the caller's again."""
-        import torch
-
-        outside = self._read()
-        if self._states is None:
-            torch.manual_seed(self.seed)                                    # of every device, as seed_everything does
-        else:
-            self._write(self._states)
-        try:
-            yield
-            self._states = self._read()
-        finally:
-            self._write(outside)
-
-    def _read(self) -> list[Tensor]:
-        import torch
-
-        states = [torch.get_rng_state()]
-        if self.device.type != "cpu":
-            states.append(getattr(torch, self.device.type).get_rng_state(self.device))
-        return states
-
-    def _write(self, states: Sequence[Tensor]) -> None:
-        import torch
-
-        torch.set_rng_state(states[0])
-        if self.device.type != "cpu":
-            getattr(torch, self.device.type).set_rng_state(states[1], self.device)
-
-
-def text_to_image(pipeline: Pipeline, prompts: str | Sequence[str], settings: Settings, progress: bool = True) -> Iterator[Picture]:
-    """Draw `settings.n_iter` times: `n_samples` pictures of the one prompt, or one of each prompt of a list, `n_samples` at a time.
-
-    Noise is drawn as published (first the fixed code, then batch after batch), so that a seed gives the published picture.
-    """
-    import torch
-    from tqdm import tqdm
-
-    settings = settings.checked(pipeline.facts)
-    check_takes_text(pipeline.facts)
-    n_prompts = 1 if isinstance(prompts, str) else len(prompts)             # fixes the sizes of the batches, and so the noise
-    batches = batches_of(prompts, settings.n_samples) * settings.n_iter
-    shape, device = settings.latent_shape, pipeline.device
-    sampler, randomness, start, index = pipeline.sampler(settings.sampler), Randomness(settings.seed, device), None, 0
-    bar = tqdm(total=len(batches) * settings.steps, desc="drawing", unit="step", disable=not progress)
-    for number, batch in enumerate(batches):
-        with randomness(), pipeline.drawing():
-            if settings.fixed_code and start is None:
-                start = torch.randn((settings.n_samples, *shape), device=device)
-            cond, uncond = pipeline.encode_prompts(batch, settings.negative_prompt, settings.scale)
-            z, _ = sampler.sample(
-                S=settings.steps,
-                batch_size=len(batch),
-                shape=shape,
-                conditioning=cond,
-                eta=settings.eta,
-                x_T=start[: len(batch)] if start is not None else None,
-                unconditional_guidance_scale=settings.scale,
-                unconditional_conditioning=uncond,
-                callback=lambda i: bar.update(),
-                log_every_t=settings.steps + 1,
-                verbose=False,
-            )
-            images = pipeline.decode(z)
-        for k, picture in enumerate(finished(images, batch, pipeline, settings)):
-            position = {"image_index": index, "batch_index": number, "index_in_batch": k, "batch_size": len(batch), "n_prompts": n_prompts}
-            yield Picture(picture.image, {"task": "txt2img", **picture.info, **position})
-            index += 1
-    bar.close()
-
-
-def finished(images: Tensor, prompts: Sequence[str], pipeline: Pipeline, settings: Settings) -> Iterator[Picture]:
-    """Pictures of one batch (B, 3, H, W) in [-1, 1], each with its prompt, the settings and the model's identity."""
-    from ldm.data.image import from_tensor
-
-    for image, prompt in zip(images, prompts, strict=True):
-        yield Picture(from_tensor(image), {"prompt": prompt, **asdict(settings), **pipeline.identity})

@@ -1,0 +1,41 @@
+"""One pipeline for all sampling scripts: checks before anything heavy is loaded, the model, conditions, latents, pictures.
+
+A script reads `model_facts` off the YAML and checks its settings against them (ldm.settings, ldm.task_settings), gets a `Pipeline` from
+`load_model`, and writes the pictures that a task yields (`text_to_image`, `image_to_image`, `fill`, `enlarge`, `draw_samples`) through
+ldm.pictures. Importing this package imports neither torch nor Lightning.
+"""
+
+from ldm.inference.beside import enlarge, fill
+from ldm.inference.pipeline import (
+    Pipeline,
+    autocast_dtype,
+    choose_device,
+    fingerprint,
+    for_inference,
+    identify,
+    load_model,
+    weights_on_meta,
+)
+from ldm.inference.prompts import finished, image_to_image, text_to_image
+from ldm.inference.randomness import Randomness
+from ldm.inference.samples import draw_samples
+from ldm.settings import PRECISIONS
+
+__all__ = [
+    "PRECISIONS",
+    "Pipeline",
+    "Randomness",
+    "autocast_dtype",
+    "choose_device",
+    "draw_samples",
+    "enlarge",
+    "fill",
+    "fingerprint",
+    "finished",
+    "for_inference",
+    "identify",
+    "image_to_image",
+    "load_model",
+    "text_to_image",
+    "weights_on_meta",
+]

@@ -1,0 +1,126 @@
+"""What the sampling scripts share: their common flags, the checks before a model is loaded, and how pictures are written and reported."""
+
+from __future__ import annotations
+
+import time
+from argparse import BooleanOptionalAction, Namespace
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ldm.commandline import Parser
+from ldm.pictures import Output, Picture
+from ldm.settings import PRECISIONS, read_prompts
+
+STABLE_DIFFUSION = {
+    "config": "configs/stable-diffusion/v1-inference.yaml",
+    "ckpt": "models/ldm/stable-diffusion-v1/model.ckpt",
+}
+WHERE = {
+    STABLE_DIFFUSION["ckpt"]: "put sd-v1-4.ckpt of https://huggingface.co/CompVis/stable-diffusion-v-1-4-original there",
+    "models/ldm/text2img-large/model.ckpt": "put https://ommer-lab.com/files/latent-diffusion/nitro/txt2img-f8-large/model.ckpt there",
+}
+
+
+def add_prompt_flags(parser: Parser, scale: float, n_iter: int, n_samples: int) -> None:
+    """The flags of scripts that draw prompts, with the published defaults of the script."""
+    add = parser.add_argument
+    add("--prompt", nargs="?", default="a painting of a virus monster playing guitar", help="what to draw")
+    add("--negative_prompt", default="", metavar="TEXT", help="what to lead away from; needs a --scale other than 1")
+    add("--from-file", metavar="FILE", help="draw every line of this file instead of --prompt, n_samples lines at once")
+    add("--skip_grid", action="store_true", help="write no grid")
+    add("--skip_save", action="store_true", help="write no single samples")
+    add("--captions", action="store_true", help="write each prompt under its picture in the grid")
+    add("--ddim_steps", type=int, default=50, metavar="S", help="number of sampling steps")
+    add("--fixed_code", action="store_true", help="start every batch from the same noise")
+    add("--ddim_eta", type=float, default=0.0, metavar="ETA", help="noise of DDIM: 0 is deterministic")
+    add("--n_iter", type=int, default=n_iter, metavar="N", help="how often to draw all prompts")
+    add("--C", type=int, help="channels of the latents (default: the model's; Stable Diffusion 4)")
+    add("--f", type=int, help="pixels per latent cell (default: the model's; Stable Diffusion 8)")
+    add("--n_samples", type=int, default=n_samples, metavar="N", help="how many pictures to draw at once")
+    add("--n_rows", type=int, default=0, metavar="N", help="pictures in a row of the grid (default: n_samples)")
+    add("--scale", type=float, default=scale, help="guidance scale; 1 is none")
+
+
+def add_model_flags(parser: Parser, config: str | None, ckpt: str | None, precision: str = "autocast", fill_in: bool = True) -> None:
+    """The flags that name a model and how to compute with it; `config` None leaves both files out.
+
+    fill_in: whether the files are the flags' defaults, or only named as such, for a script that has several.
+    """
+    add = parser.add_argument
+    if config is not None:
+        default = {} if fill_in else {"config": None, "ckpt": None}
+        add("--config", default=default.get("config", config), metavar="YAML", help=f"the model's config (default: {config})")
+        text = f"the model's weights, .ckpt or .safetensors (default: {ckpt})"
+        add("--ckpt", default=default.get("ckpt", ckpt), metavar="FILE", help=text)
+    text = "draw with the averaged weights of a file, or with the trained ones (default: as the config says)"
+    add("--use_ema", action=BooleanOptionalAction, help=text)
+    text = "autocast: half precision where the device gains by it; full: float32"
+    add("--precision", choices=PRECISIONS, default=precision, help=text)
+    add("--device", default="auto", metavar="NAME", help="auto, cpu, cuda, cuda:1 or mps")
+    add("--allow-targets", action="append", default=[], metavar="PACKAGE", help="let the config name classes of this package too")
+    add("--debug", action="store_true", help="show the traceback of an error")
+
+
+def prompt_settings(opt: Namespace) -> dict[str, Any]:
+    """The values of `add_prompt_flags` under the names of `Settings`."""
+    names = {"negative_prompt": "negative_prompt", "steps": "ddim_steps", "scale": "scale", "eta": "ddim_eta", "channels": "C"}
+    names |= {"factor": "f", "seed": "seed", "n_samples": "n_samples", "n_iter": "n_iter", "fixed_code": "fixed_code"}
+    return {name: getattr(opt, flag) for name, flag in names.items()}
+
+
+def prompts_of(opt: Namespace) -> str | list[str]:
+    """The one prompt, or the lines of the file."""
+    return read_prompts(opt.from_file) if opt.from_file else opt.prompt or ""
+
+
+def check_ready(opt: Namespace, ckpt: Path, where: Mapping[str, str] = WHERE) -> None:
+    """The last checks before the model is loaded: its file, the grid, the device. Only the device needs torch.
+
+    where: how to get the file that a flag's default names.
+    """
+    if getattr(opt, "n_rows", 0) < 0:
+        raise ValueError(f"--n_rows {opt.n_rows}: choose 1 or more, or 0 for n_samples")
+    if not ckpt.is_file():
+        hint = where.get(getattr(opt, "ckpt", ""), "a run of your own has it in <run folder>/checkpoints/last.ckpt")
+        raise FileNotFoundError(f"checkpoint {ckpt}: no such file; {hint}, or give --ckpt FILE with its --config")
+    from ldm.inference import choose_device
+
+    choose_device(opt.device)
+    if opt.allow_targets:
+        from ldm.util import allow_targets
+
+        allow_targets(*opt.allow_targets)
+
+
+def write_prompt_pictures(drawn: Iterable[Picture], output: Output, opt: Namespace) -> None:
+    """Write samples as they come, then their grid, and report."""
+    start, files, pictures, count = time.perf_counter(), [], [], 0
+    for picture in drawn:
+        count += 1
+        if not opt.skip_save:
+            files.append(output.save_sample(picture))
+        if not opt.skip_grid:
+            pictures.append(picture)
+    seconds = time.perf_counter() - start
+    if pictures:
+        files.append(output.save_grid(grid_of(pictures, opt.n_rows or opt.n_samples, opt.captions)))
+    report(count, seconds, files)
+
+
+def report(count: int, seconds: float, files: Sequence[Path]) -> None:
+    """How many pictures in which time, and where they are."""
+    print(f"{count} pictures in {seconds:.1f} s, {seconds / count:.2f} s each" if count != 1 else f"1 picture in {seconds:.1f} s")
+    if files:
+        names = [str(file) for file in files]
+        print("\n".join(names if len(names) <= 8 else [*names[:3], f"... {len(names) - 5} more", *names[-2:]]))
+
+
+def grid_of(pictures: list[Picture], columns: int, captions: bool) -> Picture:
+    """All pictures in the published grid; with captions, roomier and on white."""
+    from ldm.visualize import grid
+
+    images, prompts = [picture.image for picture in pictures], [picture.info["prompt"] for picture in pictures]
+    image = grid(images, prompts, columns, padding=12) if captions else grid(images, columns=columns, background="black")
+    shared = {key: value for key, value in pictures[0].info.items() if all(picture.info[key] == value for picture in pictures)}
+    return Picture(image, {**shared, "prompts": prompts})

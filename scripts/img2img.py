@@ -1,0 +1,65 @@
+"""Pictures from a picture and a prompt, e.g. python scripts/img2img.py --init-img sketch.png --prompt "a landscape" --strength 0.8."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout that this script is in, installed or not
+
+from ldm.commandline import Parser, find_file, run
+from ldm.inference import image_to_image, load_model
+from ldm.pictures import Output, Watermark
+from ldm.scripting import (
+    STABLE_DIFFUSION,
+    add_model_flags,
+    add_prompt_flags,
+    check_ready,
+    prompt_settings,
+    prompts_of,
+    write_prompt_pictures,
+)
+from ldm.settings import check_takes_text, model_facts, read_config
+from ldm.task_settings import ImageSettings
+
+
+def parser() -> Parser:
+    parser = Parser(prog="img2img.py", description="Draw pictures from a picture and prompts with a latent diffusion model.")
+    add = parser.add_argument
+    add("--init-img", metavar="FILE", help="the picture to start from, any size; it is resized to the nearest one that the model takes")
+    text = "0 gives the picture back as the first stage sees it, 1 draws from noise alone; strength * ddim_steps are walked"
+    add("--strength", type=float, default=0.75, help=text)
+    add_prompt_flags(parser, scale=5.0, n_iter=1, n_samples=2)
+    add("--outdir", default="outputs/img2img-samples", metavar="DIR", help="folder for samples/ and grids")
+    add("--plms", action="store_true", help="refused, as published: img2img walks with DDIM")
+    add("--seed", type=int, default=42, help="seed of the noise")
+    add_model_flags(parser, **STABLE_DIFFUSION)
+    return parser
+
+
+def main(argv: Sequence[str]) -> None:
+    opt = parser().parse_args(argv)
+    # What is wrong with the command line is said before torch is imported.
+    if opt.plms:
+        raise ValueError("--plms: PLMS cannot start from a picture; leave it out, DDIM can")
+    if not opt.init_img:
+        raise ValueError("--init-img: give the picture to start from, e.g. --init-img sketch.png")
+    config, ckpt = find_file(opt.config), find_file(opt.ckpt)
+    facts = model_facts(read_config(config))
+    check_takes_text(facts)
+    prompts = prompts_of(opt)
+    from ldm.data.image import load_image
+
+    image = load_image(opt.init_img)
+    settings = ImageSettings(**prompt_settings(opt), strength=opt.strength).fitted(image.height, image.width, facts).checked(facts)
+    check_ready(opt, ckpt)
+    output = Output(opt.outdir, Watermark())
+
+    pipeline = load_model(config, ckpt, opt.device, opt.precision, opt.use_ema)
+    pipeline.identity = {**pipeline.identity, "init_img": str(opt.init_img)}
+    write_prompt_pictures(image_to_image(pipeline, image, prompts, settings), output, opt)
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))

@@ -1,0 +1,36 @@
+"""Read the invisible watermark of a picture: python scripts/tests/test_watermark.py IMAGE."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the checkout that this script is in, installed or not
+
+from ldm.commandline import Parser, run
+from ldm.pictures import Watermark
+
+
+def parser() -> Parser:
+    parser = Parser(prog="test_watermark.py", description="Print the watermark that is read out of a picture, and how much of it is there.")
+    parser.add_argument("image", metavar="IMAGE", help="the picture")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    return parser
+
+
+def main(argv: Sequence[str]) -> None:
+    opt = parser().parse_args(argv)
+    from ldm.data.image import load_image
+
+    watermark = Watermark()
+    found = watermark.read(load_image(opt.image))
+    bits = 8 * len(watermark.content)
+    agree = watermark.agreement(found)
+    print(found.decode("ascii", errors="backslashreplace"))
+    if agree < bits:
+        print(f"{agree} of {bits} bits are those of {watermark.content.decode()}; about {bits // 2} are by chance")
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))

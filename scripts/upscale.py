@@ -1,0 +1,62 @@
+"""Enlarge pictures with a super-resolution model: python scripts/upscale.py --init-img small.png."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout that this script is in, installed or not
+
+from ldm.commandline import Parser, find_file, run
+from ldm.inference import enlarge, load_model
+from ldm.pictures import NamedOutput, Watermark
+from ldm.scripting import add_model_flags, check_ready, report
+from ldm.settings import model_facts, read_config
+from ldm.task_settings import UpscaleSettings, check_enlarges
+
+CONFIG, CKPT = "models/ldm/bsr_sr/config.yaml", "models/ldm/bsr_sr/model.ckpt"
+WHERE = {CKPT: "bash scripts/download_models.sh sr_bsr brings it"}
+
+
+def parser() -> Parser:
+    parser = Parser(prog="upscale.py", description="Draw pictures in a multiple of their size, four times with the released model.")
+    add = parser.add_argument
+    add("--init-img", nargs="+", default=[], metavar="FILE", help="the pictures to enlarge, any size")
+    add("--outdir", default="outputs/upscale-samples", metavar="DIR", help="folder for the results, which have the names of the pictures")
+    add("--steps", type=int, default=100, metavar="S", help="number of DDIM steps")
+    add("--ddim_eta", type=float, default=1.0, metavar="ETA", help="noise of DDIM: 0 is deterministic")
+    add("--seed", type=int, default=42, help="seed of each picture's noise")
+    add_model_flags(parser, CONFIG, CKPT, precision="full")
+    return parser
+
+
+def main(argv: Sequence[str]) -> None:
+    opt = parser().parse_args(argv)
+    # What is wrong with the command line is said before torch is imported.
+    if not opt.init_img:
+        raise ValueError("--init-img: give the pictures to enlarge, e.g. --init-img small.png")
+    config, ckpt = find_file(opt.config), find_file(opt.ckpt)
+    facts = model_facts(read_config(config))
+    check_enlarges(facts)
+    settings = UpscaleSettings(steps=opt.steps, eta=opt.ddim_eta, seed=opt.seed).checked(facts)
+    from ldm.data.image import load_image
+
+    for path in opt.init_img:
+        load_image(path)
+    check_ready(opt, ckpt, WHERE)
+    output = NamedOutput(opt.outdir, Watermark())
+
+    from tqdm import tqdm
+
+    pipeline = load_model(config, ckpt, opt.device, opt.precision, opt.use_ema)
+    start, files = time.perf_counter(), []
+    for path in tqdm(opt.init_img, desc="pictures", unit="picture"):
+        picture = enlarge(pipeline, load_image(path), settings)
+        files.append(output.save(picture._replace(info={**picture.info, "init_img": str(path)}), Path(path).stem))
+    report(len(files), time.perf_counter() - start, files)
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))

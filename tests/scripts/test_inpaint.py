@@ -1,0 +1,162 @@
+"""scripts/inpaint.py as a user runs it, on a model laid out as the published one."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from ldm.commandline import ROOT, run
+from ldm.inference import Pipeline, fill, load_model
+from ldm.models.diffusion.ddim import DDIMSampler
+from ldm.pictures import Watermark, read_info
+from ldm.task_settings import FillSettings
+from scripts.inpaint import main, parser
+from tests.scripts.refusals import help_without_heavy_imports, refused
+from tests.tiny import SavedModel, save_model, save_text_model
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory) -> SavedModel:
+    return save_model(tmp_path_factory.mktemp("tiny"), "fill")
+
+
+@pytest.fixture(scope="module")
+def pipeline(saved) -> Pipeline:
+    return load_model(saved.config, saved.ckpt, device="cpu", precision="full")
+
+
+def picture(width: int = 24, height: int = 16, seed: int = 0) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+def hole(width: int = 24, height: int = 16) -> Image.Image:
+    mask = np.zeros((height, width), dtype=np.uint8)
+    mask[3:10, 5:17] = 255
+    return Image.fromarray(mask)
+
+
+def pair(folder, stem: str = "x", width: int = 24, height: int = 16) -> None:
+    folder.mkdir(exist_ok=True)
+    picture(width, height).save(folder / f"{stem}.png")
+    hole(width, height).save(folder / f"{stem}_mask.png")
+
+
+def arguments(saved: SavedModel, indir, outdir, *flags: str) -> list[str]:
+    model = ["--config", str(saved.config), "--ckpt", str(saved.ckpt), "--device", "cpu"]
+    return [*model, "--indir", str(indir), "--outdir", str(outdir), "--steps", "3", *flags]
+
+
+def test_the_result_is_the_published_one(saved, pipeline):
+    """Condition: the first stage's view of the picture with a black hole, and the mask as -1 and 1 on the latent's grid."""
+    image, model = np.asarray(picture()) / 255.0, saved.model
+    mask = (np.asarray(hole())[:, :, None] / 255.0 >= 0.5).astype(np.float64)
+
+    def batch(array) -> torch.Tensor:
+        return torch.from_numpy(2.0 * array - 1.0).float().permute(2, 0, 1)[None]
+
+    torch.manual_seed(7)
+    with torch.no_grad(), model.ema_scope():
+        c = model.cond_stage_model.encode(batch((1 - mask) * image)).mode()
+        cc = torch.nn.functional.interpolate(batch(mask), size=c.shape[-2:])
+        cond = torch.cat([c, cc], dim=1)
+        z, _ = DDIMSampler(model).sample(S=3, batch_size=1, shape=(4, *c.shape[-2:]), conditioning=cond, verbose=False)
+        predicted = ((model.decode_first_stage(z).clamp(-1, 1) + 1) / 2)[0].permute(1, 2, 0).numpy()
+    expected = (1 - mask) * image + mask * predicted
+    result = np.asarray(fill(pipeline, picture(), hole(), FillSettings(steps=3, seed=7), progress=False).image)
+    assert np.abs(result - 255 * expected).max() <= 0.51
+    assert np.abs(result - np.asarray(picture()).astype(int)).max() > 20
+
+
+@pytest.mark.parametrize("width, height", [(24, 16), (16, 9), (29, 17), (12, 3)])
+def test_what_is_not_masked_is_the_pictures_own_at_any_size(pipeline, width, height):
+    image, mask = picture(width, height), hole(width, height)
+    result = fill(pipeline, image, mask, FillSettings(steps=2), progress=False).image
+    kept = np.asarray(mask) == 0
+    assert result.size == (width, height) and np.array_equal(np.asarray(result)[kept], np.asarray(image)[kept])
+
+
+def test_the_masked_pixels_have_no_influence(pipeline):
+    image, mask = picture(), hole()
+    other = np.asarray(image).copy()
+    other[np.asarray(mask) > 0] = 77
+    results = [fill(pipeline, x, mask, FillSettings(steps=2), progress=False).image for x in (image, Image.fromarray(other))]
+    assert np.array_equal(*map(np.asarray, results))
+
+
+def test_the_mark_is_in_the_drawn_pixels_alone(saved, tmp_path):
+    pair(tmp_path / "in", width=264, height=264)
+    run(main, arguments(saved, tmp_path / "in", tmp_path / "out", "--steps", "1"))
+    info = read_info(tmp_path / "out" / "x.png")
+    assert info["watermark"] == str(Watermark())
+    mask, result = hole(264, 264), np.asarray(Image.open(tmp_path / "out" / "x.png"))
+    kept = np.asarray(mask) == 0
+    assert np.array_equal(result[kept], np.asarray(picture(264, 264))[kept])
+
+
+def test_every_pair_gives_a_file_of_its_name_and_none_is_overwritten(saved, tmp_path, capsys):
+    for stem in ("a", "b_mask_c"):
+        pair(tmp_path / "in", stem)
+    Image.new("RGB", (4, 4)).save(tmp_path / "in" / "alone.png")
+    picture().save(tmp_path / "in" / "photo.jpg")
+    hole().save(tmp_path / "in" / "photo_mask.png")
+    for _ in range(2):
+        assert run(main, arguments(saved, tmp_path / "in", tmp_path / "out")) == 0
+    names = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert names == sorted(f"{stem}{k}.png" for stem in ("a", "b_mask_c", "photo") for k in ("", "-1"))
+    one, two = (np.asarray(Image.open(tmp_path / "out" / name)) for name in ("a.png", "a-1.png"))
+    assert np.array_equal(one, two) and "3 pictures in" in capsys.readouterr().out
+    info = read_info(tmp_path / "out" / "a.png")
+    expected = {"task": "inpaint", "steps": 3, "eta": 0.0, "seed": 42, "mask": str(tmp_path / "in" / "a_mask.png"), "width": 24}
+    assert {key: info[key] for key in expected} == expected and info["ckpt"] == str(saved.ckpt)
+
+
+def test_results_in_the_folder_of_the_pictures_leave_them_alone(saved, tmp_path):
+    pair(tmp_path)
+    before = (tmp_path / "x.png").read_bytes()
+    run(main, arguments(saved, tmp_path, tmp_path))
+    assert (tmp_path / "x.png").read_bytes() == before and (tmp_path / "x-1.png").exists()
+
+
+def test_flags_have_the_published_defaults():
+    opt = vars(parser().parse_args([]))
+    published = {"steps": 50, "config": "models/ldm/inpainting_big/config.yaml", "ckpt": "models/ldm/inpainting_big/last.ckpt"}
+    assert {name: opt[name] for name in published} == published
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--indir", ""], "--indir: give a folder"),
+        (["--indir", "nowhere"], "--indir nowhere: no such folder"),
+        (["--steps", "0"], "--steps 0: choose 1 to 100"),
+        (["--ddim_eta", "-1"], "--ddim_eta -1.0"),
+        (["--ckpt", "nowhere.ckpt"], "checkpoint nowhere.ckpt: no such file"),
+        (["--step", "3"], "did you mean --steps?"),
+    ],
+)
+def test_a_mistake_is_one_line_before_the_model_is_loaded(saved, tmp_path, flags, words, capsys, monkeypatch):
+    monkeypatch.setattr("scripts.inpaint.load_model", None)
+    pair(tmp_path / "in")
+    assert words in refused(main, arguments(saved, tmp_path / "in", tmp_path / "out", *flags), capsys)
+    assert not (tmp_path / "out").exists()
+
+
+def test_pictures_and_masks_that_do_not_belong_together_are_refused_by_name(saved, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("scripts.inpaint.load_model", None)
+    command = arguments(saved, tmp_path, tmp_path / "out")
+    assert "holds no x_mask.png" in refused(main, command, capsys)
+    hole().save(tmp_path / "x_mask.png")
+    assert "there is no" in refused(main, command, capsys)
+    picture(25).save(tmp_path / "x.png")
+    assert "x_mask.png is 24x16 pixels" in refused(main, command, capsys)
+    (tmp_path / "x.png").write_bytes(b"")
+    assert "x.png: empty file" in refused(main, command, capsys)
+
+
+def test_a_model_of_another_kind_is_refused(tmp_path, capsys):
+    text = save_text_model(tmp_path)
+    assert "fills no masks" in refused(main, arguments(text, tmp_path, tmp_path / "out"), capsys)
+
+
+def test_help_is_quick_and_works_anywhere(tmp_path):
+    assert "--indir" in help_without_heavy_imports(ROOT / "scripts" / "inpaint.py", tmp_path)

@@ -1,0 +1,36 @@
+"""scripts/tests/test_watermark.py as a user runs it."""
+
+import numpy as np
+from PIL import Image
+
+from ldm.commandline import ROOT, run
+from ldm.pictures import Output, Picture, Watermark
+from scripts.tests.test_watermark import main
+from tests.scripts.refusals import help_without_heavy_imports, refused
+
+
+def noise(side: int) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (side, side, 3), dtype=np.uint8))
+
+
+def test_the_mark_of_a_sample_is_printed(tmp_path, capsys):
+    path = Output(tmp_path, Watermark()).save_sample(Picture(noise(512), {}))
+    assert run(main, [str(path)]) == 0
+    assert capsys.readouterr().out == "StableDiffusionV1\n"
+
+
+def test_a_picture_without_mark_says_how_little_of_it_is_there(tmp_path, capsys):
+    noise(512).save(tmp_path / "a.png")
+    assert run(main, [str(tmp_path / "a.png")]) == 0
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert int(last.split()[0]) < 110 and "of 136 bits" in last
+
+
+def test_pictures_too_small_for_a_mark_and_missing_files_are_refused(tmp_path, capsys):
+    noise(64).save(tmp_path / "a.png")
+    assert "64x64 pixels hold no watermark" in refused(main, [str(tmp_path / "a.png")], capsys)
+    assert "nowhere.png: no such file" in refused(main, ["nowhere.png"], capsys)
+
+
+def test_help_is_quick_and_works_anywhere(tmp_path):
+    assert "IMAGE" in help_without_heavy_imports(ROOT / "scripts" / "tests" / "test_watermark.py", tmp_path)
