@@ -1,8 +1,10 @@
 """The callbacks one by one, on a model of a few numbers and a Trainer where one is needed."""
 
 import logging
+import os
 import random
 import re
+import signal
 
 import numpy as np
 import pytest
@@ -24,6 +26,7 @@ from ldm.callbacks import (
 from ldm.callbacks.checkpoints import share_file
 from ldm.callbacks.image_logger import make_grid
 from ldm.callbacks.progress import total_batches
+from ldm.callbacks.signals import outlive_signals
 from ldm.checkpoint import AtomicCheckpointIO
 from ldm.finite import NonFiniteError
 from tests.reference import randn
@@ -338,3 +341,13 @@ def test_lightnings_remarks_are_silent_and_other_warnings_are_one_line(capsys):
     lines = capsys.readouterr().err.splitlines()
     assert [re.sub(r"^[\d:]{8}  ", "", line) for line in lines] == ["warning     something to know", "event       1"]
     assert not logging.getLogger("ldm").handlers
+
+
+def test_data_workers_outlive_signals_that_reach_the_whole_job():
+    loader = outlive_signals(DataLoader(Pictures(40), batch_size=2, num_workers=1))
+    batches = iter(loader)
+    seen = [next(batches)]
+    for number in (signal.SIGTERM, signal.SIGINT):
+        os.kill(batches._workers[0].pid, number)
+    seen += list(batches)
+    assert torch.cat([batch["index"] for batch in seen]).tolist() == list(range(40))

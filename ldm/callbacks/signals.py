@@ -5,20 +5,23 @@ from __future__ import annotations
 import logging
 import os
 import signal
-import sys
 import threading
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from torch.utils.data import DataLoader
 
 log = logging.getLogger(__name__)
 
 SAVE, TERMINATE, INTERRUPT = 1, 2, 3  # what the ranks agree on: the largest wins
 _EXIT_CODES = {TERMINATE: 143, INTERRUPT: 130}  # 128 + the signal's number
 _NAMES = {TERMINATE: "SIGTERM", INTERRUPT: "Ctrl-C"}
+_WORKER_SECONDS = 60  # for which a data worker goes on after SIGTERM, so that the step can be finished
 
 
 class Stopped(BaseException):
@@ -48,10 +51,12 @@ class SignalCallback(pl.Callback):
         self._previous: dict[int, Any] = {}
         self._group: Any = None
 
-    # Handlers are there before the data workers start, which inherit them, and again after Lightning has set its own.
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        if stage == "fit":
-            self._install()
+        if stage != "fit":
+            return
+        self._install()  # and again after Lightning has set its own handlers
+        process = trainer.strategy.process_dataloader
+        trainer.strategy.process_dataloader = lambda loader: process(outlive_signals(loader))
 
     def on_sanity_check_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._install()
@@ -119,7 +124,7 @@ class SignalCallback(pl.Callback):
 
     def _on_interrupt(self, number: int, frame: FrameType | None) -> None:
         if os.getpid() != self._pid:
-            return  # a data worker: the terminal sends Ctrl-C to all, and the main process decides
+            return  # a child that has just been forked
         if self._wanted == INTERRUPT:
             os.write(2, b"\nstopped at once; nothing was saved since the last checkpoint\n")
             os._exit(_EXIT_CODES[INTERRUPT])
@@ -127,9 +132,8 @@ class SignalCallback(pl.Callback):
         os.write(2, b"\nCtrl-C: saving at the end of this step; once more to stop at once\n")
 
     def _on_terminate(self, number: int, frame: FrameType | None) -> None:
-        if os.getpid() != self._pid:
-            sys.exit(0)
-        self._wanted = max(self._wanted, TERMINATE)
+        if os.getpid() == self._pid:
+            self._wanted = max(self._wanted, TERMINATE)
 
     def _on_save(self, number: int, frame: FrameType | None) -> None:
         if os.getpid() == self._pid:
@@ -138,3 +142,18 @@ class SignalCallback(pl.Callback):
     def _on_debug(self, number: int, frame: FrameType | None) -> None:
         if os.getpid() == self._pid:
             breakpoint()
+
+
+def outlive_signals(loader: Any) -> Any:
+    """Let a loader's workers go on after signals that reach all processes of a job: the main one needs their batches to stop well."""
+    if isinstance(loader, DataLoader) and loader.num_workers > 0 and os.name != "nt":
+        loader.worker_init_fn = partial(_start_worker, loader.worker_init_fn)
+    return loader
+
+
+def _start_worker(worker_init_fn: Callable[[int], None] | None, worker_id: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # An alarm and not nothing: a worker that hangs must not keep the main process from ending, which waits for it.
+    signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(_WORKER_SECONDS))
+    if worker_init_fn is not None:
+        worker_init_fn(worker_id)

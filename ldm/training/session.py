@@ -97,7 +97,7 @@ def _execute(options: Options, folder: RunFolder, config: DictConfig, settings: 
     import pytorch_lightning as pl
 
     logging.getLogger("pytorch_lightning").setLevel(logging.DEBUG if options.debug else logging.WARNING)
-    pl.seed_everything(settings.seed, workers=True, verbose=False)
+    pl.seed_everything(settings.seed, verbose=False)
     data = _build_data(config, settings)
     model = instantiate_from_config(config.model)
     if rate is not None:
