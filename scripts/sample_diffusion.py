@@ -23,7 +23,10 @@ logger = logging.getLogger(__name__)
 
 
 def parser() -> Parser:
-    text = "Draw samples of a model without condition, or of classes. Words such as model.params.use_ema=false change its config."
+    text = (
+        "Draw samples of a model without condition, or of classes, as img/*.png and as one array of the pixels as drawn (the files carry "
+        "a watermark where they are large enough). Words such as model.params.use_ema=false change the config."
+    )
     parser = Parser(prog="sample_diffusion.py", description=text, takes_overrides=True)
     add = parser.add_argument
     add("-r", "--resume", metavar="PATH", help="run folder or checkpoint; its config is config.yaml beside it or the run's own")

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ldm.pictures import METADATA_KEY, WATERMARK, Output, Picture, PictureFolder, Watermark, read_info
+from ldm.pictures import METADATA_KEY, WATERMARK, NamedOutput, Output, Picture, PictureFolder, SampleArray, Watermark, read_info
 
 
 def noise(side: int, seed: int = 0) -> Image.Image:
@@ -98,3 +98,44 @@ def test_without_the_package_pictures_are_written_unmarked_and_say_so(tmp_path, 
 def test_the_text_chunk_is_plain_json_under_one_keyword(tmp_path):
     path = PictureFolder(tmp_path).save(picture(prompt="é"))
     assert Image.open(path).text == {METADATA_KEY: '{"prompt": "\\u00e9"}'}
+
+
+def test_results_have_the_name_of_their_original_and_replace_none(tmp_path):
+    output = NamedOutput(tmp_path / "a" / "b")
+    assert [output.save(picture(), "x").name for _ in range(3)] == ["x.png", "x-1.png", "x-2.png"]
+    with pytest.raises(ValueError, match="is a file or lies in one"):
+        NamedOutput(tmp_path / "a" / "b" / "x.png" / "c")
+
+
+def test_only_drawn_pixels_are_marked_and_their_mark_can_still_be_read(tmp_path):
+    drawn = Image.new("1", (512, 512), 0)
+    drawn.paste(1, (0, 0, 512, 448))
+    path = Output(tmp_path, Watermark()).save_sample(Picture(noise(512), {}, drawn))
+    marked, plain, inside = np.asarray(Image.open(path)), np.asarray(noise(512)), np.asarray(drawn)
+    assert np.array_equal(marked[~inside], plain[~inside]) and (marked[inside] != plain[inside]).any()
+    assert Watermark().agreement(Watermark().read(Image.open(path))) == 136
+    with pytest.raises(ValueError, match="64x64 pixels hold no watermark"):
+        Watermark().read(noise(64))
+
+
+@pytest.mark.parametrize("classes", [None, [3, 1, 2]])
+def test_the_array_of_samples_is_what_numpy_writes(tmp_path, classes):
+    images = [noise(8, seed) for seed in range(3)]
+    array = SampleArray(tmp_path / "numpy", 3)
+    for k, image in enumerate(images):
+        array.append(image, classes[k] if classes else None)
+    path = array.finish()
+    array.close()
+    loaded = np.load(path)
+    assert path.name == "3x8x8x3-samples.npz" and [p.name for p in path.parent.iterdir()] == [path.name]
+    assert np.array_equal(loaded["arr_0"], np.stack([np.asarray(image) for image in images])) and loaded["arr_0"].dtype == np.uint8
+    assert (loaded["arr_1"].tolist() == classes) if classes else loaded.files == ["arr_0"]
+
+
+def test_an_array_that_lacks_samples_is_never_written(tmp_path):
+    array = SampleArray(tmp_path, 3)
+    array.append(noise(8))
+    with pytest.raises(ValueError, match="1 samples of 3"):
+        array.finish()
+    array.close()
+    assert list(tmp_path.iterdir()) == []

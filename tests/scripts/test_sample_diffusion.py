@@ -15,9 +15,11 @@ from ldm.inference import draw_samples, load_model
 from ldm.models.diffusion.ddim import DDIMSampler
 from ldm.pictures import read_info
 from ldm.task_settings import SampleSettings
+from ldm.util import instantiate_from_config
 from scripts.sample_diffusion import main, parser
+from tests.reference import seed_weights
 from tests.scripts.refusals import help_without_heavy_imports, refused
-from tests.tiny import SavedModel, save_model, save_text_model
+from tests.tiny import KINDS, SavedModel, save_model, save_text_model
 
 
 @pytest.fixture(scope="module")
@@ -129,6 +131,17 @@ def test_the_class_and_guidance_matter(classes, tmp_path):
     guided = draw(scale=4.0)
     assert np.array_equal(guided, draw(scale=4.0, null_class=5)) and not np.array_equal(guided, draw(scale=4.0, null_class=0))
     assert not np.array_equal(draw(vanilla=True), draw(vanilla=True, scale=4.0))
+
+
+@pytest.mark.parametrize("flags", [["-c", "3"], ["-v"]])
+def test_a_model_of_pixels_draws_too(tmp_path, flags):
+    params = {"unet_config": KINDS["unconditional"]["unet_config"], "channels": 3, "image_size": 8, "timesteps": 10}
+    params["unet_config"] = {**params["unet_config"], "params": {**params["unet_config"]["params"], "in_channels": 3, "out_channels": 3}}
+    config = OmegaConf.create({"model": {"target": "ldm.models.diffusion.ddpm.DDPM", "params": params}})
+    OmegaConf.save(config, tmp_path / "config.yaml")
+    torch.save({"state_dict": seed_weights(instantiate_from_config(config["model"])).state_dict()}, tmp_path / "model.ckpt")
+    assert run(main, arguments(tmp_path, tmp_path / "out", "-n", "3", *flags)) == 0
+    assert result(tmp_path / "out")[2] == "3x8x8x3-samples.npz"
 
 
 def test_overrides_change_the_config_wherever_they_stand(released, tmp_path):
