@@ -145,6 +145,28 @@ def test_the_test_set_is_evaluated_where_there_is_one_and_no_test_leaves_it_out(
     assert run("-b", "toy.yaml", *test_set) == 0 and "test/loss" in caplog.text
 
 
+def test_a_logger_of_the_yaml_takes_tensorboards_place(start):
+    logger = "lightning.logger.target=pytorch_lightning.loggers.CSVLogger"
+    code, folder = start("log", *QUIET, "--logger", "true", logger, "--max_epochs", "1")
+    assert code == 0 and list((folder / "logger").rglob("metrics.csv")) and not (folder / "tensorboard").exists()
+
+
+def test_precision_16_is_bfloat16_on_the_cpu_and_says_so(start, caplog):
+    caplog.set_level("INFO", logger="ldm")
+    assert start("half", *QUIET, "--precision", "16", "--max_steps", "1")[0] == 0
+    assert "precision bf16-mixed (16-bit on the CPU is bfloat16)" in caplog.text
+
+
+def test_a_module_that_cannot_accumulate_is_not_asked_to(start, capsys, monkeypatch):
+    def init(self, width):
+        toys.Toy.__init__(self, width)
+        self.automatic_optimization = False
+
+    monkeypatch.setattr(toys.ToyGan, "__init__", init)
+    assert start("no", GAN, "--accumulate_grad_batches", "2")[0] == 2
+    assert "--accumulate_grad_batches 2: ToyGan steps its optimizers itself" in capsys.readouterr().err
+
+
 # ----------------------------------------------------------------------------------------------------------------- resume
 
 
@@ -187,6 +209,11 @@ def test_a_run_goes_on_from_a_file_of_its_own(start, run, file):
     assert run("-r", str(folder / "checkpoints" / file), "-t", "--max_epochs", "3") == 0
     assert differences(training_state(last(whole)), training_state(last(folder))) == []
     assert len(list((folder / "configs").glob("*-project.yaml"))) >= 1
+
+
+def test_a_finished_run_that_is_resumed_says_that_nothing_is_left(start, run, caplog):
+    _, folder = start("done", *QUIET, "--max_epochs", "1")
+    assert run("-r", str(folder), "-t") == 0 and "no step was made: the run is at epoch 1, step 4 already" in caplog.text
 
 
 def test_resume_goes_on_with_the_saved_seed_and_scaling(start, run):

@@ -180,6 +180,8 @@ def _new_keys(above: str, node: DictConfig, parent: Any) -> set[str] | None:
         return trainer_settings()
     if above == "lightning.callbacks":
         return {STEP_CHECKPOINTS}
+    if above == "lightning.logger" and "target" not in node:
+        return None
     if above.endswith(".params") and isinstance(parent, DictConfig) and "target" in parent:
         arguments = constructor_arguments(str(parent["target"]))
         return None if arguments is None else set(arguments)

@@ -106,4 +106,4 @@ def _from_gpus(value: Any, machine: Machine, where: str, name: str = "gpus") -> 
 def _what(machine: Machine) -> str:
     if machine.cuda:
         return f"{machine.cuda} GPU{'s' if machine.cuda > 1 else ''} (CUDA)"
-    return "1 GPU (MPS)" if machine.mps else "no GPU"
+    return "1 GPU (MPS)" if machine.mps else "no GPU (--gpus 0 is the CPU)"

@@ -26,7 +26,7 @@ _NOISE = (
     ".*The dirpath has changed from.*",
     ".*Please use the new API settings to control TF32.*",
     ".*The `srun` command.*",
-    ".*[Uu]sing 16bit .*CPU.*",
+    ".*AMP with fp16 is not supported on CPU.*",
     ".*lr_scheduler.step\\(\\)` before `optimizer.step\\(\\)`.*",  # a false alarm when the first steps follow a resume
     ".*val_dataloader.*has `shuffle=True`.*",
 )

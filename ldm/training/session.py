@@ -39,7 +39,7 @@ def main(argv: list[str] | None = None) -> int:
         with console(debug):
             return run(options)
     except KeyboardInterrupt:
-        print("stopped before the first step: nothing to save", file=sys.stderr)
+        print("stopped; nothing was saved", file=sys.stderr)
         return EXIT_INTERRUPTED
     except TrainingFailed as error:
         _show(error.__cause__, whole=not isinstance(error.__cause__, _one_line_errors()) or debug)
@@ -148,6 +148,10 @@ def fit(trainer: Any, model: Any, data: Any, folder: RunFolder) -> int:
         raise
     finally:
         signals.restore()
+    if not steps.began and trainer.limit_train_batches != 0:
+        at = f"epoch {trainer.current_epoch}, step {trainer.global_step}"
+        limits = f"max_epochs {trainer.max_epochs}, max_steps {trainer.max_steps}"
+        log.warning("%-11s no step was made: the run is at %s already (%s)", "trained", at, limits)
     return 0
 
 
