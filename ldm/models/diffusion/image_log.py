@@ -131,8 +131,8 @@ def _condition_pictures(model: Any, batch: Mapping[str, Any], raw_c: Any, x: Ten
     """The condition as pictures beside the inputs: text and class names drawn, maps coloured, pictures as they are."""
     if raw_c is None:
         return None
-    height, width = x.shape[2:]
-    font_size = max(8, width // 25)
+    height, width = (max(side, 128) for side in x.shape[2:])  # text in the size of small pictures could not be read
+    font_size = max(10, width // 25)
     if isinstance(raw_c, Mapping):
         labels = next(iter(raw_c.values()))
         names = batch.get("human_label") or [str(label) for label in labels.tolist()]
