@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -11,6 +12,8 @@ from torch import Tensor, nn
 
 from ldm.modules.diffusionmodules.parameterization import get_parameterization
 from ldm.modules.diffusionmodules.schedule import Schedule, extract_into_tensor, make_beta_schedule
+
+logger = logging.getLogger(__name__)
 
 
 class Gaussian(NamedTuple):
@@ -39,16 +42,25 @@ class GaussianProcess(nn.Module):
         linear_start: float = 1e-4,
         linear_end: float = 2e-2,
         cosine_s: float = 8e-3,
+        zero_terminal_snr: bool = False,
     ) -> None:
-        """Set up the process from a named beta schedule, or from betas that are given."""
+        """Set up the process from a named beta schedule, or from betas that are given.
+
+        `zero_terminal_snr` rescales it so that no signal is left at the last timestep, whatever schedule a weights file holds;
+        ValueError unless the network predicts v or x0.
+        """
+        if zero_terminal_snr and self.parameterization == "eps":
+            raise ValueError("zero_terminal_snr: the last timestep is pure noise, which tells eps nothing; set parameterization v or x0")
         if given_betas is None:
             given_betas = make_beta_schedule(beta_schedule, timesteps, linear_start, linear_end, cosine_s)
-        schedule = Schedule.from_betas(given_betas, self.v_posterior)
+        schedule = Schedule.from_betas(given_betas, self.v_posterior, zero_terminal_snr)
         self.num_timesteps = len(schedule)
         self.linear_start, self.linear_end = linear_start, linear_end
         for name, table in schedule.tables().items():
             self.register_buffer(name, _float32(table))
         self.register_buffer("lvlb_weights", _float32(lvlb_weights(schedule, self.parameterization)), persistent=False)
+        if zero_terminal_snr:
+            self.register_load_state_dict_post_hook(lambda module, keys: keep_tables(module, schedule))
 
     def q_mean_variance(self, x_start: Tensor, t: Tensor) -> Gaussian:
         """q(x_t | x_0) at t (B,), DDPM eq. 4."""
@@ -97,6 +109,15 @@ class GaussianProcess(nn.Module):
     def training_target(self, x_start: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """What the network should output for x_t made of x_start and noise."""
         return get_parameterization(self.parameterization).target(x_start, noise, *self.alpha_sigma(t, x_start.shape))
+
+
+def keep_tables(module: nn.Module, schedule: Schedule) -> None:
+    """Put back the tables of `schedule` where a file of weights brought others: fine-tuning would lose its zero terminal SNR."""
+    if float(module.alphas_cumprod[-1]) == 0.0:
+        return
+    logger.info("zero_terminal_snr: the schedule is the config's, not that of the weights file")
+    for name, table in schedule.tables().items():
+        setattr(module, name, _float32(table).to(module.alphas_cumprod.device))
 
 
 def lvlb_weights(schedule: Schedule, parameterization: str) -> np.ndarray:

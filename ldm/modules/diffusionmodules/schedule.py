@@ -15,7 +15,7 @@ from torch import Tensor
 logger = logging.getLogger(__name__)
 
 BETA_SCHEDULES = ("linear", "cosine", "sqrt_linear", "sqrt")
-GRIDS = ("uniform", "quad")
+GRIDS = ("uniform", "quad", "trailing")
 
 
 def make_beta_schedule(
@@ -41,24 +41,42 @@ def make_beta_schedule(
     raise ValueError(f"beta_schedule {schedule!r}: choose one of {', '.join(BETA_SCHEDULES)}")
 
 
+def rescale_zero_terminal_snr(betas: np.ndarray) -> np.ndarray:
+    """Betas (T,) shifted and scaled so that no signal is left at the last timestep (Lin et al. 2023, arXiv 2305.08891, algorithm 1).
+
+    The first timestep's noise stays as it is; the last beta is 1. Raises ValueError for fewer than 2 timesteps.
+    """
+    if len(betas) < 2:
+        raise ValueError(f"zero_terminal_snr needs at least 2 timesteps, got {len(betas)}")
+    alpha = np.sqrt(np.cumprod(1 - np.asarray(betas, dtype=np.float64)))
+    alpha = (alpha - alpha[-1]) * (alpha[0] / (alpha[0] - alpha[-1]))
+    return 1 - alpha**2 / np.append(1.0, alpha[:-1] ** 2)
+
+
 @dataclass(frozen=True, eq=False)
 class Schedule:
     """Tables of the Gaussian process that follow from its betas, each (T,) float64 (DDPM, arXiv 2006.11239, section 2).
 
-    `v_posterior` mixes the two choices for the reverse variance: 0 is the true posterior's, 1 is beta.
+    `v_posterior` mixes the two choices for the reverse variance: 0 is the true posterior's, 1 is beta. The last beta
+    may be 1 where `zero_terminal_snr` says so; the tables that divide by alphas_cumprod are infinite there.
     """
 
     betas: np.ndarray
     v_posterior: float = 0.0
+    zero_terminal_snr: bool = False
 
     def __post_init__(self) -> None:
-        if self.betas.ndim != 1 or not ((self.betas >= 0) & (self.betas < 1)).all():
+        bounded = self.betas[:-1] if self.zero_terminal_snr and self.betas.ndim == 1 and self.betas[-1:] == 1.0 else self.betas
+        if self.betas.ndim != 1 or not ((bounded >= 0) & (bounded < 1)).all():
             raise ValueError(f"betas must be (T,) with values in [0, 1), got shape {self.betas.shape}")
 
     @classmethod
-    def from_betas(cls, betas: Sequence[float] | np.ndarray | Tensor, v_posterior: float = 0.0) -> Schedule:
-        """From given betas: a list, an array or a tensor."""
-        return cls(np.asarray(betas, dtype=np.float64), v_posterior)
+    def from_betas(
+        cls, betas: Sequence[float] | np.ndarray | Tensor, v_posterior: float = 0.0, zero_terminal_snr: bool = False
+    ) -> Schedule:
+        """From given betas: a list, an array or a tensor; `zero_terminal_snr` rescales them."""
+        schedule = cls(np.asarray(betas, dtype=np.float64), v_posterior)
+        return cls(rescale_zero_terminal_snr(schedule.betas), v_posterior, True) if zero_terminal_snr else schedule
 
     def __len__(self) -> int:
         return len(self.betas)
@@ -110,7 +128,8 @@ def make_ddim_timesteps(
     """The timesteps that a sampler visits, increasing, (S,) int64 in [0, T).
 
     `uniform` is the published grid 1, 1 + T/S, ... wherever S divides T and S < T; elsewhere exactly S strictly
-    increasing steps. `quad` is the published one, which repeats small steps. Raises ValueError for another name or S.
+    increasing steps. `quad` is the published one, which repeats small steps. `trailing` ends at T - 1, as a schedule with zero
+    terminal SNR needs (Lin et al. 2023, arXiv 2305.08891, table 2). Raises ValueError for another name or S.
     """
     S, T = int(num_ddim_timesteps), int(num_ddpm_timesteps)
     check_steps(S, T)
@@ -121,6 +140,8 @@ def make_ddim_timesteps(
     elif ddim_discr_method == "quad":
         timesteps = (np.linspace(0, np.sqrt(T * 0.8), S) ** 2).astype(np.int64) + 1
         timesteps = np.minimum(timesteps, T - 1)  # only chains shorter than ten steps reach this bound
+    elif ddim_discr_method == "trailing":
+        timesteps = np.round(np.arange(1, S + 1) * (T / S)).astype(np.int64) - 1
     else:
         raise ValueError(f"ddim_discretize {ddim_discr_method!r}: choose one of {', '.join(GRIDS)}")
     if verbose:

@@ -3,7 +3,13 @@
 import numpy as np
 import pytest
 
-from ldm.modules.diffusionmodules.schedule import Schedule, make_beta_schedule, make_ddim_sampling_parameters, make_ddim_timesteps
+from ldm.modules.diffusionmodules.schedule import (
+    Schedule,
+    make_beta_schedule,
+    make_ddim_sampling_parameters,
+    make_ddim_timesteps,
+    rescale_zero_terminal_snr,
+)
 from tests.reference import GOLDEN, TOLERANCE, rel_error
 
 FIGURES = np.load(GOLDEN / "numerics" / "schedules.npz")
@@ -32,10 +38,12 @@ def test_ddim_tables_meet_the_published_figures(key):
             assert rel_error(table, FIGURES[f"ddim_{method}_{steps}_eta{eta}_{part}"]) < TOLERANCE
 
 
-def test_every_grid_has_exactly_the_steps_asked_for():
+@pytest.mark.parametrize("name", ["uniform", "trailing"])
+def test_every_grid_has_exactly_the_steps_asked_for(name):
     for T in (1, 7, 30, 1000):
         for steps in range(1, T + 1):
-            grid = make_ddim_timesteps("uniform", steps, T, verbose=False)
+            grid = make_ddim_timesteps(name, steps, T, verbose=False)
+            assert name == "uniform" or grid[-1] == T - 1
             assert len(grid) == steps and (np.diff(grid) > 0).all() and grid[0] >= 0 and grid[-1] < T
 
 
@@ -67,3 +75,24 @@ def test_posterior_variance_mixes_towards_beta():
 def test_betas_outside_their_range_are_refused(betas):
     with pytest.raises(ValueError, match=r"betas must be \(T,\) with values in \[0, 1\)"):
         Schedule.from_betas(betas)
+
+
+def test_trailing_steps_count_back_from_the_last_timestep():
+    assert make_ddim_timesteps("trailing", 5, 1000, verbose=False).tolist() == [199, 399, 599, 799, 999]
+    assert make_ddim_timesteps("trailing", 3, 1000, verbose=False).tolist() == [332, 666, 999]
+
+
+def test_zero_terminal_snr_keeps_the_first_timestep_and_leaves_no_signal_at_the_last():
+    betas = make_beta_schedule("linear", 1000, linear_start=0.00085, linear_end=0.0120)
+    schedule = Schedule.from_betas(betas, zero_terminal_snr=True)
+    before, after = np.sqrt(Schedule(betas).alphas_cumprod), np.sqrt(schedule.alphas_cumprod)
+    assert after[-1] == 0.0 and schedule.betas[-1] == 1.0 and abs(after[0] - before[0]) < 1e-12
+    assert np.allclose((after - after[-1]) / (after[0] - after[-1]), (before - before[-1]) / (before[0] - before[-1]))  # shifted and scaled
+    tables = schedule.tables()
+    assert all(np.isfinite(table[:-1]).all() for table in tables.values())
+    assert np.isfinite(tables["posterior_mean_coef1"]).all() and tables["posterior_mean_coef2"][-1] == 0.0
+
+
+def test_zero_terminal_snr_of_a_single_timestep_is_refused():
+    with pytest.raises(ValueError, match="at least 2 timesteps"):
+        rescale_zero_terminal_snr(np.array([0.1]))
