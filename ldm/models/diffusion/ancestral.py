@@ -1,29 +1,37 @@
-"""The ancestral loop of DDPM, over every timestep of the chain."""
+"""The ancestral loop of DDPM, over every timestep of the chain or over some of them."""
 
 from __future__ import annotations
 
 import numpy as np
 from torch import Tensor
 
-from ldm.models.diffusion.sampler import Grid, Run, Sampler
-from ldm.modules.diffusionmodules.schedule import Schedule
+from ldm.models.diffusion.grids import chain_alphas
+from ldm.models.diffusion.run import Grid, Run
+from ldm.models.diffusion.sampler import Sampler
+from ldm.modules.diffusionmodules.schedule import Schedule, make_ddim_timesteps
 
 
 class AncestralSampler(Sampler):
-    """Denoising diffusion probabilistic models, https://arxiv.org/abs/2006.11239 (Algorithm 2)."""
+    """Denoising diffusion probabilistic models, https://arxiv.org/abs/2006.11239 (Algorithm 2).
 
-    blends_mask_after_step = True
+    Fewer steps than the chain has walk the chain of those steps alone (Nichol & Dhariwal 2021, arXiv 2102.09672, section 4).
+    """
 
-    def grid(self, S: int, eta: float = 1.0, discretize: str = "uniform") -> Grid:
-        T = self.model.num_timesteps
-        if S != T:
-            raise ValueError(f"ancestral sampling visits all {T} timesteps: S must be {T}, got {S}; DDIM takes fewer")
-        betas = np.asarray(self.model.betas.cpu(), dtype=np.float64)
-        tables = Schedule.from_betas(betas, getattr(self.model, "v_posterior", 0.0)).tables()
+    default_eta = 1.0
+    adds_noise = True
+    mask_blend = "after"
+
+    def make_grid(self, S: int, eta: float, discretize: str) -> Grid:
+        t = make_ddim_timesteps(discretize, S, self.model.num_timesteps, verbose=False)
+        alphas = chain_alphas(self.model)[t]
+        betas = 1 - alphas / np.append(1.0, alphas[:-1])
+        if self.model.num_timesteps == S:
+            betas = np.asarray(self.model.betas.cpu(), dtype=np.float64)
+        tables = Schedule(betas, getattr(self.model, "v_posterior", 0.0), zero_terminal_snr=alphas[-1] == 0.0).tables()
         sigmas = np.exp(0.5 * tables["posterior_log_variance_clipped"])
         sigmas[0] = 0.0  # the last step of the chain adds no noise
         coefs = {"mean_x0": tables["posterior_mean_coef1"], "mean_xt": tables["posterior_mean_coef2"]}
-        return Grid(np.arange(T), tables["alphas_cumprod"], tables["alphas_cumprod_prev"], sigmas, coefs)
+        return Grid(t, tables["alphas_cumprod"], tables["alphas_cumprod_prev"], sigmas, coefs)
 
     def step(self, x: Tensor, k: int, run: Run) -> tuple[Tensor, Tensor]:
         _, x0 = run.predict(x, k)

@@ -16,7 +16,7 @@ from ldm.models.diffusion.ancestral import AncestralSampler
 from ldm.models.diffusion.conditioning import Conditioning, DiffusionWrapper, normalize_condition
 from ldm.models.diffusion.image_log import log_pixel_images
 from ldm.models.diffusion.process import GaussianProcess
-from ldm.models.diffusion.sampler import Options, Run
+from ldm.models.diffusion.run import Options, Run
 from ldm.modules.diffusionmodules.parameterization import get_parameterization
 from ldm.modules.ema import LitEma
 from ldm.util import instantiate_from_config
@@ -60,6 +60,7 @@ class DDPM(pl.LightningModule, GaussianProcess):
         learn_logvar: bool = False,
         logvar_init: float = 0.0,
         ema_decay: float = 0.9999,
+        zero_terminal_snr: bool = False,
     ) -> None:
         super().__init__()
         get_parameterization(parameterization)
@@ -79,7 +80,7 @@ class DDPM(pl.LightningModule, GaussianProcess):
         self._ema_scopes = 0
         if use_ema:
             self.model_ema = LitEma(self.model, decay=ema_decay)
-        self.register_schedule(given_betas, beta_schedule, timesteps, linear_start, linear_end, cosine_s)
+        self.register_schedule(given_betas, beta_schedule, timesteps, linear_start, linear_end, cosine_s, zero_terminal_snr)
         self.learn_logvar = learn_logvar
         logvar = torch.full((self.num_timesteps,), float(logvar_init))
         if learn_logvar:

@@ -4,22 +4,25 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ldm.models.diffusion.sampler import Grid, Run, Sampler
+from ldm.models.diffusion.run import Grid, Run
+from ldm.models.diffusion.sampler import Sampler
 from ldm.modules.diffusionmodules.schedule import make_ddim_sampling_parameters, make_ddim_timesteps
 
 
 class PLMSSampler(Sampler):
     """Pseudo linear multistep sampling, https://arxiv.org/abs/2202.09778 (Algorithm 2, with Euler's first step improved)."""
 
-    def grid(self, S: int, eta: float = 0.0, discretize: str = "uniform") -> Grid:
-        if eta != 0:
-            raise ValueError(f"PLMS is deterministic: eta must be 0, got {eta:g}; DDIM takes any eta")
+    mask_blend = "before"
+
+    def make_grid(self, S: int, eta: float, discretize: str) -> Grid:
         t = make_ddim_timesteps(discretize, S, self.model.num_timesteps, verbose=False)
-        sigmas, alphas, alphas_prev = make_ddim_sampling_parameters(self.model.alphas_cumprod, t, 0.0, verbose=False)
+        sigmas, alphas, alphas_prev = make_ddim_sampling_parameters(self.model.alphas_cumprod, t, eta, verbose=False)
         return Grid(t, alphas, alphas_prev, sigmas)
 
     def step(self, x: Tensor, k: int, run: Run) -> tuple[Tensor, Tensor]:
-        eps, _ = run.predict(x, k)
+        eps, x0 = run.predict(x, k)
+        if run.starts_from_noise(k):  # no x_0 can be had from pure noise and a slope: Euler's step, and the history starts after it
+            return run.alpha_prev[k].sqrt() * x0 + (1 - run.alpha_prev[k]).sqrt() * eps, x0
         match run.history:
             case []:  # Heun: average with the noise seen after an Euler step
                 x_euler, _ = self.transfer(x, eps, k, run)

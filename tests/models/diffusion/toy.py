@@ -10,12 +10,12 @@ from ldm.modules.diffusionmodules.schedule import Schedule, make_beta_schedule
 class ToyModel(nn.Module):
     """Everything that a sampler may ask of a model, with a smooth made-up network (that of the reference figures)."""
 
-    def __init__(self, parameterization: str = "eps", timesteps: int = 1000) -> None:
+    def __init__(self, parameterization: str = "eps", timesteps: int = 1000, zero_terminal_snr: bool = False) -> None:
         super().__init__()
         self.parameterization, self.num_timesteps, self.device = parameterization, timesteps, torch.device("cpu")
         self.calls: list[tuple[Tensor, Tensor]] = []
         betas = make_beta_schedule("linear", timesteps, linear_start=0.00085, linear_end=0.0120)
-        for name, table in Schedule(betas).tables().items():
+        for name, table in Schedule.from_betas(betas, zero_terminal_snr=zero_terminal_snr).tables().items():
             self.register_buffer(name, torch.from_numpy(table).float())
 
     def apply_model(self, x: Tensor, t: Tensor, c: Tensor) -> Tensor:
@@ -31,8 +31,8 @@ class ToyModel(nn.Module):
 class GaussianModel(ToyModel):
     """The exact denoiser of data distributed as N(mean, std^2), in any parameterization."""
 
-    def __init__(self, parameterization: str = "eps", mean: float = 0.7, std: float = 0.3) -> None:
-        super().__init__(parameterization)
+    def __init__(self, parameterization: str = "eps", mean: float = 0.7, std: float = 0.3, **kwargs: bool) -> None:
+        super().__init__(parameterization, **kwargs)
         self.mean, self.std = mean, std
 
     def apply_model(self, x: Tensor, t: Tensor, c: Tensor | None) -> Tensor:
@@ -40,9 +40,20 @@ class GaussianModel(ToyModel):
         low = position.floor().long()
         high = (low + 1).clamp(max=self.num_timesteps - 1)
         log_alpha = self.alphas_cumprod.log() / 2
-        alpha = torch.lerp(log_alpha[low], log_alpha[high], position - low).exp()[:, None, None, None]
+        between = torch.lerp(log_alpha[low], log_alpha[high], position - low).exp()
+        alpha = torch.where(position == low, self.sqrt_alphas_cumprod[low], between)[:, None, None, None]
         sigma = (1 - alpha**2).sqrt()
-        gain = alpha * self.std**2 / (alpha**2 * self.std**2 + sigma**2)  # E[x0 | x], Gaussian conjugacy
-        x0 = self.mean + gain * (x - alpha * self.mean)
+        x0 = self.clean(x, alpha, sigma)
         eps = (x - alpha * x0) / sigma
         return get_parameterization(self.parameterization).target(x0, eps, alpha, sigma)
+
+    def clean(self, x: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+        """E[x0 | x], by Gaussian conjugacy."""
+        return self.mean + alpha * self.std**2 / (alpha**2 * self.std**2 + sigma**2) * (x - alpha * self.mean)
+
+
+class GaussianConsistencyModel(GaussianModel):
+    """The exact consistency function of the same data: the clean end of the probability flow through x."""
+
+    def clean(self, x: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+        return self.mean + self.std * (x - alpha * self.mean) / (alpha**2 * self.std**2 + sigma**2).sqrt()
