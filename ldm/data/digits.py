@@ -21,6 +21,7 @@ PHRASES = (
     "{}",
 )
 SPLITS = ("train", "held_out", "all")
+MARGIN = 1  # pixels of white paper around a scan, whose ink often touches its edge
 HELD_OUT_EVERY = 5  # of each digit's scans, in the order of the file, the 5th, 10th, ... are held out
 
 
@@ -41,8 +42,8 @@ class Digits(Dataset):
     def __init__(self, split: str = "train", size: int = 32) -> None:
         if split not in SPLITS:
             raise ValueError(f"split {split!r}: choose one of {', '.join(SPLITS)}")
-        if size < 8:
-            raise ValueError(f"size {size}: the scans are 8x8, choose 8 or more")
+        if size < 16:
+            raise ValueError(f"size {size}: the scans are 8x8, choose 16 or more")
         self.split = split
         self.size = size
         scans, labels = load_scans()
@@ -85,6 +86,6 @@ def split_indices(labels: np.ndarray, split: str) -> np.ndarray:
 
 
 def enlarge(scan: np.ndarray, size: int) -> np.ndarray:
-    """Ink 0..16 (8, 8) -> float32 (size, size, 3) in [-1, 1], bicubic, dark on white."""
-    paper = Image.fromarray(np.round(255 * (1 - scan / 16)).astype(np.uint8))
+    """Ink 0..16 (8, 8) -> float32 (size, size, 3) in [-1, 1], bicubic, dark on white, with a margin of one pixel of the scan."""
+    paper = Image.fromarray(np.round(255 * (1 - np.pad(scan, MARGIN) / 16)).astype(np.uint8))  # (10, 10)
     return to_array(paper.resize((size, size), Image.Resampling.BICUBIC).convert("RGB"))
