@@ -31,6 +31,7 @@ class ModelFacts:
     latent_multiple: int  # height and width of a latent must be multiples of this: the UNet halves them so often
     use_ema: bool
     condition: str | None  # dotted name of the condition stage's class, or one of the two words with underscores
+    takes_tokens: bool  # the condition stage is given token ids, e.g. of bounding boxes, and no text
     image_size: tuple[int, int]  # height and width of the latents that the model was trained on
     unet_channels: int | None  # what the network takes: the latent's channels and, where it is concatenated, the condition's
     n_classes: int | None  # of a class-conditional model, "no class" included where it has one; else None
@@ -100,6 +101,7 @@ def model_facts(config: Mapping[str, Any]) -> ModelFacts:
         latent_multiple=2 ** (len(unet_levels) - 1),
         use_ema=bool(params.get("use_ema", True)),
         condition=condition.get("target") if isinstance(condition, Mapping) else condition,
+        takes_tokens=value_at(condition, "params", "use_tokenizer") is False,
         image_size=(size, size) if isinstance(size, int) else tuple(size),
         unet_channels=value_at(params, "unet_config", "params", "in_channels"),
         n_classes=n_classes,
@@ -117,7 +119,7 @@ def value_at(node: Any, *keys: str) -> Any:
 def check_takes_text(facts: ModelFacts) -> None:
     """ValueError where the model's condition cannot be a prompt."""
     name = facts.condition_name
-    if name in ("__is_unconditional__", "__is_first_stage__", "ClassEmbedder", "SpatialRescaler", "Identity"):
+    if name in ("__is_unconditional__", "__is_first_stage__", "ClassEmbedder", "SpatialRescaler", "Identity") or facts.takes_tokens:
         raise ValueError(f"this model's condition is no text (cond_stage_config: {name}), so that no prompt can be drawn with it")
 
 

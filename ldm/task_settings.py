@@ -125,7 +125,7 @@ def check_samples_freely(facts: ModelFacts) -> None:
         return
     scripts = {"__is_first_stage__": "scripts/inpaint.py", "Identity": "scripts/upscale.py"}
     hint = scripts.get(name, "scripts/txt2img.py if that is text")
-    if name == "SpatialRescaler":
+    if name == "SpatialRescaler" or facts.takes_tokens:
         hint = "a script of your own over ldm.inference"
     raise ValueError(f"this model draws only under a condition (cond_stage_config: {name}); use {hint}")
 

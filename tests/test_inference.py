@@ -200,6 +200,18 @@ def test_prompts_negative_prompts_and_guidance_matter(pipeline):
     assert not same(base, draw(pipeline, negative_prompt="blurry")) and same(base, draw(pipeline, negative_prompt=""))
 
 
+def test_conditions_of_another_origin_take_the_place_of_the_models_own(pipeline):
+    seen = []
+
+    def encode(prompts):
+        seen.append(list(prompts))
+        return pipeline.encode_prompts(["a dog"] * len(prompts), "", 3.0)
+
+    pictures = list(text_to_image(pipeline, "a cat", Settings(**TINY), progress=False, encode=encode, task="knn2img"))
+    assert same([np.asarray(p.image) for p in pictures], draw(pipeline, "a dog")) and seen == [["a cat"] * 2]
+    assert (pictures[0].info["task"], pictures[0].info["prompt"]) == ("knn2img", "a cat")
+
+
 def test_the_metadata_holds_all_that_is_needed_to_draw_again(saved, pipeline):
     settings = Settings(**{**TINY, "negative_prompt": "blurry", "seed": 7, "n_iter": 2})
     pictures = list(text_to_image(pipeline, ["a", "b", "c"], settings, progress=False))

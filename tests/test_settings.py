@@ -107,7 +107,10 @@ def test_every_step_count_of_the_schedule_is_accepted(steps):
 CLASSES = {"target": "ldm.modules.encoders.modules.ClassEmbedder"}
 
 
-@pytest.mark.parametrize("condition", ["__is_unconditional__", "__is_first_stage__", CLASSES])
+BOXES = {"target": "ldm.modules.encoders.modules.BERTEmbedder", "params": {"use_tokenizer": False}}
+
+
+@pytest.mark.parametrize("condition", ["__is_unconditional__", "__is_first_stage__", CLASSES, BOXES, {"target": "torch.nn.Identity"}])
 def test_a_model_without_a_text_condition_is_refused(condition):
     with pytest.raises(ValueError, match="is no text"):
         check_takes_text(model_facts(config(cond_stage_config=condition)))

@@ -20,14 +20,29 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-def text_to_image(pipeline: Pipeline, prompts: str | Sequence[str], settings: Settings, progress: bool = True) -> Iterator[Picture]:
+Encode = Callable[[Sequence[str]], tuple[Any, Any]]
+"""A batch of prompts -> (condition, what guidance leads away from; None without guidance)."""
+
+
+def text_to_image(
+    pipeline: Pipeline,
+    prompts: str | Sequence[str],
+    settings: Settings,
+    progress: bool = True,
+    encode: Encode | None = None,
+    task: str = "txt2img",
+) -> Iterator[Picture]:
     """Draw `settings.n_iter` times: `n_samples` pictures of the one prompt, or one of each prompt of a list, `n_samples` at a time.
 
     Noise is drawn as published (first the fixed code, then batch after batch), so that a seed gives the published picture.
+    encode: makes conditions of prompts where the model's own condition stage does not (retrieval-augmented models).
+    task: the name of it all in the metadata.
     """
     import torch
 
     settings = settings.checked(pipeline.facts)
+    if encode is None:
+        encode = _own_encoder(pipeline, settings)
     shape, sampler, randomness = settings.latent_shape, pipeline.sampler(settings.sampler), Randomness(settings.seed, pipeline.device)
     start = None
     if settings.fixed_code:
@@ -50,7 +65,7 @@ def text_to_image(pipeline: Pipeline, prompts: str | Sequence[str], settings: Se
         )
         return z
 
-    yield from _drawn("txt2img", pipeline, prompts, settings, settings.steps, draw, randomness, progress)
+    yield from _drawn(task, pipeline, prompts, settings, settings.steps, encode, draw, randomness, progress)
 
 
 def image_to_image(
@@ -65,6 +80,7 @@ def image_to_image(
     import torch
 
     settings = settings.checked(pipeline.facts)
+    encode = _own_encoder(pipeline, settings)
     randomness, model, walked = Randomness(settings.seed, pipeline.device), pipeline.model, settings.encode_steps
     sampler = pipeline.sampler(settings.sampler)
     sampler.make_schedule(ddim_num_steps=settings.steps, ddim_eta=settings.eta, verbose=False)
@@ -81,7 +97,7 @@ def image_to_image(
         z = sampler.stochastic_encode(z, t, noise=noise[:batch_size] if noise is not None else None)
         return sampler.decode(z, cond, walked, settings.scale, uncond, callback=tick, verbose=False)
 
-    yield from _drawn("img2img", pipeline, prompts, settings, walked, draw, randomness, progress)
+    yield from _drawn("img2img", pipeline, prompts, settings, walked, encode, draw, randomness, progress)
 
 
 def fit(image: Image.Image, height: int, width: int) -> Image.Image:
@@ -94,12 +110,19 @@ def fit(image: Image.Image, height: int, width: int) -> Image.Image:
     return image.resize((width, height), resampling("lanczos"))
 
 
+def _own_encoder(pipeline: Pipeline, settings: Settings) -> Encode:
+    """The model's condition stage, which has to take text."""
+    check_takes_text(pipeline.facts)
+    return lambda prompts: pipeline.encode_prompts(prompts, settings.negative_prompt, settings.scale)
+
+
 def _drawn(
     task: str,
     pipeline: Pipeline,
     prompts: str | Sequence[str],
     settings: Settings,
     steps: int,
+    encode: Encode,
     draw: Callable[[int, Any, Any, Callable[[int], None]], Tensor],
     randomness: Randomness,
     progress: bool,
@@ -107,13 +130,12 @@ def _drawn(
     """Finished pictures of what `draw` makes of every batch of prompts: latents (B, c, h, w)."""
     from tqdm import tqdm
 
-    check_takes_text(pipeline.facts)
     n_prompts = 1 if isinstance(prompts, str) else len(prompts)             # fixes the sizes of the batches, and so the noise
     batches, index = batches_of(prompts, settings.n_samples) * settings.n_iter, 0
     with tqdm(total=len(batches) * steps, desc="drawing", unit="step", disable=not progress) as bar:
         for number, batch in enumerate(batches):
             with randomness(), pipeline.drawing():
-                cond, uncond = pipeline.encode_prompts(batch, settings.negative_prompt, settings.scale)
+                cond, uncond = encode(batch)
                 images = pipeline.decode(draw(len(batch), cond, uncond, lambda i: bar.update()))
             for k, picture in enumerate(finished(images, batch, pipeline, settings)):
                 place = {"image_index": index, "batch_index": number, "index_in_batch": k, "batch_size": len(batch), "n_prompts": n_prompts}
