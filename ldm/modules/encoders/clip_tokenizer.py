@@ -88,7 +88,10 @@ class CLIPTokenizer:
         )  # fmt: skip
 
     def _merge_word(self, word: str) -> tuple[int, ...]:
-        """Join neighbours in the order in which their pairs were merged in training; n log n, for a caption may be one long word."""
+        """Join neighbors in the order in which their pairs were merged in training; n log n, for a caption may be one long word.
+
+        A pair that a join makes comes later in that order than the join's own, because no two merges make the same token.
+        """
         if word in (BEGIN, END):
             return (self.token_ids[word],)
         parts: list[str] = [self._byte_symbols[byte] for byte in word.encode("utf-8")]
@@ -103,11 +106,8 @@ class CLIPTokenizer:
         for i in range(len(parts)):
             note(i)
         while due:
-            rank, places = due[0][0], []
-            while due and due[0][0] == rank:  # every place of this pair, from left to right, before any pair that it makes
-                places.append(heapq.heappop(due)[1])
-            joined = [i for i in places if self._join(parts, following, before, i, rank)]
-            for i in joined:
+            rank, i = heapq.heappop(due)
+            if self._join(parts, following, before, i, rank):
                 note(before[i])
                 note(i)
         return tuple(self.token_ids[part] for part in parts if part)
