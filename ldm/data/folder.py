@@ -16,8 +16,8 @@ from tqdm import tqdm
 from ldm.data import image as pictures
 from ldm.data.base import DataConfigError
 from ldm.data.captions import SIDECAR, TABLES, CaptionPolicy, read_sidecar, read_table
-from ldm.data.image import MAX_PIXELS, RESAMPLING, BadImageError, Size
-from ldm.data.listing import SPLIT_FOLDERS, class_of, class_order, divided, existing_folder, part, scan, split_folder
+from ldm.data.image import EXTENSIONS, MAX_PIXELS, RESAMPLING, BadImageError, Size, View
+from ldm.data.listing import SPLIT_FOLDERS, class_of, class_order, divided, existing_folder, part, read_list, scan, split_folder
 from ldm.data.order import usable_cpus
 
 log = logging.getLogger(__name__)
@@ -36,9 +36,10 @@ class ImageFolder(Dataset):
     An item holds `image` float32 (H, W, 3) in [-1, 1] and `file_path_`; with captions `caption` and the same as `txt`; with class labels
     `class_label` (int64 in a batch) and `human_label`.
 
-    root: the folder. size: pictures are scaled, proportions kept, to cover this (a side, or [height, width]). crop_size: so much of them is
-    kept (None is all of `size`), the middle or, with random_crop, any place. flip_p: how likely a picture is mirrored.
-    interpolation: bicubic, lanczos, bilinear, box or nearest; antialiased when shrinking.
+    root: the folder. size: pictures are scaled, proportions kept, to cover this (a side, or [height, width]); None leaves those that cover
+    crop_size as they are. crop_size: so much of them is kept (None is all of `size`), the middle or, with random_crop, any place.
+    flip_p: how likely a picture is mirrored. files: a text file with the pictures of this dataset, one path below root on each line; it
+    takes the place of split. interpolation: bicubic, lanczos, bilinear, box or nearest; antialiased when shrinking.
 
     captions: None; "sidecar" (cat.jpg has cat.txt beside it, each line one caption); or a .csv, .tsv or .jsonl table, which then also lists
     the pictures (paths relative to root). image_column, caption_column: its columns; None takes the first there is of file_name, filename,
@@ -57,14 +58,19 @@ class ImageFolder(Dataset):
     pixels). max_pixels: nor can larger pictures. image_key, caption_key: names in the batch (Stable Diffusion's YAML says jpg and txt).
     """
 
+    root_param = "root"  # what a subclass calls it
+    files_param = "files"
+    suffixes = EXTENSIONS
+
     def __init__(
         self,
         root: str | None = None,
-        size: Size = 256,
+        size: Size | None = 256,
         crop_size: Size | None = None,
         random_crop: bool = False,
         flip_p: float = 0.0,
         interpolation: str = "bicubic",
+        files: str | None = None,
         captions: str | None = None,
         image_column: str | None = None,
         caption_column: str | None = None,
@@ -96,13 +102,18 @@ class ImageFolder(Dataset):
         self.caption_encoding, self.caption_policy = caption_encoding, CaptionPolicy(missing_caption, max_caption_chars, long_caption)
         self.skipped: dict[str, str] = {}  # what was left out -> why
 
-        whole = existing_folder("root", root, "pictures")
-        self.root = split_folder(whole, split) if divided(whole) else whole
+        whole = existing_folder(self.root_param, root, "pictures")
+        by_folders = files is None and divided(whole)
+        self.root = split_folder(whole, split) if by_folders else whole
         table = _table(captions, (self.root, whole))
         texts = self._table_captions(table, image_column, caption_column) if table is not None else None
-        names = list(texts) if texts is not None else scan(self.root)
+        if files is not None:
+            listed = dict.fromkeys(read_list(self.files_param, files, self.root, self.suffixes))
+            names = list(listed) if texts is None else [name for name in texts if name in listed]
+        else:
+            names = list(texts) if texts is not None else scan(self.root, self.suffixes)
         self.class_names = class_order(names, classes) if class_labels else None
-        if not divided(whole):
+        if files is None and not by_folders:
             chosen = part(names, split, validation_fraction)
             names = [name for name in names if name in chosen]
         items = [item for name in names if (item := self._item(name, texts)) is not None]
@@ -113,7 +124,7 @@ class ImageFolder(Dataset):
             why = "no pictures in it" + (f" for split {split}" if split else "")
             if self.skipped:
                 why += f" can be used: {len(self.skipped)} skipped, first {': '.join(next(iter(self.skipped.items())))}"
-            raise DataConfigError("root", str(self.root), why, "set {param} to a folder of pictures")
+            raise DataConfigError(self.root_param, str(self.root), why, "set {param} to a folder of pictures")
         self._report()
 
     def __len__(self) -> int:
@@ -125,7 +136,7 @@ class ImageFolder(Dataset):
             picture = self._read(name)
         except BadImageError as error:
             raise BadImageError(error.path, f"{error.reason}; mend or remove it, or set on_error to skip") from error
-        sample: dict[str, Any] = {self.image_key: pictures.to_array(self._augmented(picture)), "file_path_": str(self.root / name)}
+        sample = {**self._values(picture, index), "file_path_": str(self.root / name)}
         if self.captioned:
             caption = random.choice(captions) if len(captions) > 1 else captions[0]
             sample |= {"caption": caption, "txt": caption, self.caption_key: caption}
@@ -140,10 +151,17 @@ class ImageFolder(Dataset):
             raise BadImageError(path, f"{picture.width}x{picture.height} pixels, below min_size {self.min_size}")
         return picture
 
-    def _augmented(self, picture: Image.Image) -> Image.Image:
-        picture = pictures.resize_to_cover(picture, self.size, self.interpolation)
-        picture = (pictures.random_crop if self.random_crop else pictures.center_crop)(picture, self.crop_size)
-        return pictures.flip(picture) if self.flip_p and random.random() < self.flip_p else picture
+    def _values(self, picture: Image.Image, index: int) -> dict[str, Any]:
+        """What a sample holds of its picture; families that need more than the picture say it here."""
+        return {self.image_key: pictures.to_array(self._view(picture).of(picture, self.interpolation))}
+
+    def _view(self, picture: Image.Image) -> View:
+        """What is seen of a picture, drawn anew for each sample."""
+        small = self.size is None and (picture.height < self.crop_size[0] or picture.width < self.crop_size[1])
+        target = self.crop_size if small else self.size
+        scaled = pictures.cover(picture, target) if target is not None else picture.size
+        box = (pictures.random_box if self.random_crop else pictures.center_box)(scaled, self.crop_size)
+        return View(scaled, box, bool(self.flip_p) and random.random() < self.flip_p)
 
     def _table_captions(self, table: Path, image_column: str | None, caption_column: str | None) -> dict[str, list[str]]:
         """Captions by picture, in the order of the table."""
@@ -219,15 +237,18 @@ def _choice(param: str, value: object, choices: tuple) -> None:
         raise DataConfigError(param, value, "unknown", f"set {{param}} to one of {', '.join('null' if c is None else c for c in choices)}")
 
 
-def _sizes(size: Size, crop_size: Size | None) -> tuple[tuple[int, int], tuple[int, int]]:
+def _sizes(size: Size | None, crop_size: Size | None) -> tuple[tuple[int, int] | None, tuple[int, int]]:
     """(height, width) that a picture is scaled to cover, and (height, width) that is kept of it."""
-    pairs = []
+    pairs: list[tuple[int, int] | None] = []
     for param, value in (("size", size), ("crop_size", size if crop_size is None else crop_size)):
+        if param == "size" and size is None and crop_size is not None:
+            pairs.append(None)
+            continue
         try:
             pairs.append(pictures.height_and_width(value))
         except (TypeError, ValueError) as error:
             raise DataConfigError(param, value, "no size", "set {param} to a positive integer or [height, width]") from error
-    if any(kept > scaled for kept, scaled in zip(pairs[1], pairs[0])):
+    if size is not None and any(kept > scaled for kept, scaled in zip(pairs[1], pairs[0])):
         raise DataConfigError("crop_size", crop_size, f"larger than size {size}", f"set {{param}} to at most {size}")
     return pairs[0], pairs[1]
 

@@ -18,7 +18,7 @@ from __future__ import annotations
 import random
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
@@ -37,6 +37,23 @@ RESAMPLING = {
     "lanczos": Image.Resampling.LANCZOS,
 }
 Size = int | tuple[int, int]  # a side of a square, or (height, width)
+
+
+class View(NamedTuple):
+    """What is seen of a picture: it is scaled, cut and perhaps mirrored, in this order."""
+
+    scaled: tuple[int, int]  # width, height
+    box: tuple[int, int, int, int]  # left, top, right, bottom in the scaled picture
+    mirrored: bool = False
+
+    def of(self, image: Image.Image, how: str = "bicubic") -> Image.Image:
+        """`image` so seen; maps that belong to a picture are cut alike with the same view."""
+        if image.size != self.scaled:
+            image = image.resize(self.scaled, resampling(how))
+        if self.box != (0, 0, *image.size):
+            image = image.crop(self.box)
+        return flip(image) if self.mirrored else image
+
 
 class BadImageError(ValueError):
     """A file that is no usable picture; the message begins with its path."""
@@ -118,27 +135,63 @@ def from_tensor(x: Tensor) -> Image.Image:
     return from_array(x.detach().float().cpu().permute(1, 2, 0).numpy())
 
 
-def resize_to_cover(image: Image.Image, size: Size, how: str = "bicubic") -> Image.Image:
-    """`image` scaled, with its proportions kept, to the smallest picture that covers `size`; antialiased when it shrinks."""
+def load_labels(path: str | PathLike, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """A map of class numbers 0..255 in a file of grey levels or of palette entries (which are the numbers) -> mode L, as it is stored.
+
+    Raises BadImageError naming the path, as `load_image` does, and for files in color.
+    """
+    try:
+        with Path(path).open("rb") as file, Image.open(file) as image:
+            if image.width * image.height > max_pixels:
+                raise BadImageError(path, f"{image.width}x{image.height} pixels, more than max_pixels {max_pixels:,}")
+            numbers = np.asarray(image)
+            if image.mode not in ("L", "P", "1") and not image.mode.startswith("I"):
+                raise BadImageError(path, f"is of mode {image.mode}, no map of class numbers (grey levels or a palette)")
+    except (BadImageError, MemoryError):
+        raise
+    except Exception as error:
+        raise BadImageError(path, _why_broken(path, error)) from error
+    if numbers.min(initial=0) < 0 or numbers.max(initial=0) > 255:
+        raise BadImageError(path, f"holds class numbers from {numbers.min()} to {numbers.max()}, expected 0 .. 255")
+    return Image.fromarray(numbers.astype(np.uint8))
+
+
+def cover(image: Image.Image, size: Size) -> tuple[int, int]:
+    """(width, height) of the smallest picture with the proportions of `image` that covers `size`."""
     height, width = height_and_width(size)
     scale = max(height / image.height, width / image.width)
-    target = (max(width, round(image.width * scale)), max(height, round(image.height * scale)))
+    return max(width, round(image.width * scale)), max(height, round(image.height * scale))
+
+
+def resize_to_cover(image: Image.Image, size: Size, how: str = "bicubic") -> Image.Image:
+    """`image` scaled, with its proportions kept, to the smallest picture that covers `size`; antialiased when it shrinks."""
+    target = cover(image, size)
     return image if target == image.size else image.resize(target, resampling(how))
 
 
 def center_crop(image: Image.Image, size: Size) -> Image.Image:
     """The middle (height, width) of `image`."""
-    height, width = _crop_size(image, size)
-    left, top = (image.width - width) // 2, (image.height - height) // 2
-    return image.crop((left, top, left + width, top + height))
+    return image.crop(center_box(image.size, size))
 
 
 def random_crop(image: Image.Image, size: Size, rng: random.Random | None = None) -> Image.Image:
     """A (height, width) window of `image`, every place equally likely; `rng` None is Python's global generator."""
-    height, width = _crop_size(image, size)
+    return image.crop(random_box(image.size, size, rng))
+
+
+def center_box(of: tuple[int, int], size: Size) -> tuple[int, int, int, int]:
+    """(left, top, right, bottom) of the middle (height, width) of a picture of (width, height) `of`."""
+    height, width = _crop_size(of, size)
+    left, top = (of[0] - width) // 2, (of[1] - height) // 2
+    return left, top, left + width, top + height
+
+
+def random_box(of: tuple[int, int], size: Size, rng: random.Random | None = None) -> tuple[int, int, int, int]:
+    """(left, top, right, bottom) of a (height, width) window of a picture of (width, height) `of`, every place equally likely."""
+    height, width = _crop_size(of, size)
     draw = rng or random
-    left, top = draw.randint(0, image.width - width), draw.randint(0, image.height - height)
-    return image.crop((left, top, left + width, top + height))
+    left, top = draw.randint(0, of[0] - width), draw.randint(0, of[1] - height)
+    return left, top, left + width, top + height
 
 
 def flip(image: Image.Image) -> Image.Image:
@@ -161,10 +214,10 @@ def resampling(how: str) -> Image.Resampling:
     return RESAMPLING[how]
 
 
-def _crop_size(image: Image.Image, size: Size) -> tuple[int, int]:
+def _crop_size(of: tuple[int, int], size: Size) -> tuple[int, int]:
     height, width = height_and_width(size)
-    if height > image.height or width > image.width:
-        raise ValueError(f"crop of {height}x{width} (height x width) from a picture of {image.height}x{image.width}: resize it first")
+    if height > of[1] or width > of[0]:
+        raise ValueError(f"crop of {height}x{width} (height x width) from a picture of {of[1]}x{of[0]}: resize it first")
     return height, width
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from ldm.data.base import DataConfigError
@@ -24,7 +24,7 @@ def existing_folder(param: str, value: str | None, holding: str) -> Path:
     return folder
 
 
-def scan(root: Path) -> list[str]:
+def scan(root: Path, suffixes: Collection[str] = EXTENSIONS) -> list[str]:
     """Pictures below `root` by suffix, as sorted relative names with forward slashes; hidden files and folders are left out."""
     names, seen = [], set()
     for folder, subfolders, files in os.walk(root, followlinks=True):
@@ -35,8 +35,26 @@ def scan(root: Path) -> list[str]:
         seen.add(real)
         subfolders[:] = [name for name in subfolders if not name.startswith(".") and name != "__MACOSX"]
         below = Path(folder).relative_to(root)
-        names += [(below / name).as_posix() for name in files if not name.startswith(".") and Path(name).suffix.lower() in EXTENSIONS]
+        names += [(below / name).as_posix() for name in files if not name.startswith(".") and Path(name).suffix.lower() in suffixes]
     return sorted(names)
+
+
+def read_list(param: str, file: str, root: Path, suffixes: Collection[str] = EXTENSIONS) -> list[str]:
+    """Pictures that a text file lists, one path below `root` on each line, in its order."""
+    path = Path(file).expanduser()
+    if not path.is_file():
+        raise DataConfigError(param, str(file), "no such file", "set {param} to a text file with one path on each line, or to null")
+    try:
+        names = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+    except UnicodeError as error:
+        raise DataConfigError(param, str(file), f"no text in UTF-8 ({error})", "set {param} to a text file") from error
+    for name in names:
+        # A list may come from anywhere: it chooses among the pictures of the folder and reaches no other file.
+        if os.path.isabs(name) or ".." in Path(name).parts:
+            raise DataConfigError(param, str(file), f"its path {name!r} leaves {root}", "set {param} to a list of paths below that folder")
+        if Path(name).suffix.lower() not in suffixes:
+            raise DataConfigError(param, str(file), f"{name!r} is no picture", "set {param} to a list of pictures")
+    return names
 
 
 def split_folder(root: Path, split: str | None) -> Path:

@@ -271,3 +271,36 @@ def test_links_in_a_circle_end(tmp_path):
     picture(tmp_path / "a" / "x.png")
     (tmp_path / "a" / "up").symlink_to(tmp_path)
     assert names(ImageFolder(str(tmp_path), size=8)) == ["a/x.png"]
+
+
+def test_a_list_names_the_pictures_of_a_dataset_in_its_order(captioned, tmp_path):
+    (tmp_path / "list.txt").write_text("sub/c.webp\n\nb.png\nb.png\n")
+    assert names(ImageFolder(str(captioned), size=8, files=str(tmp_path / "list.txt"))) == ["sub/c.webp", "b.png"]
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        ("../x.png\n", "its path '../x.png' leaves"),
+        ("/etc/x.png\n", "leaves"),
+        ("notes.md\n", "'notes.md' is no picture"),
+        (None, "no such file"),
+    ],
+)
+def test_a_list_reaches_no_file_outside_the_root(captioned, content, problem):
+    path = captioned / "list.txt"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(DataConfigError, match=problem):
+        ImageFolder(str(captioned), size=8, files=str(path))
+
+
+def test_without_a_size_the_crop_is_taken_of_the_picture_as_it_is(tmp_path):
+    picture(tmp_path / "a.png", 0, (20, 16))
+    picture(tmp_path / "b.png", 1, (6, 5))
+    large, small = (ImageFolder(str(tmp_path), size=None, crop_size=10)[i]["image"] for i in (0, 1))
+    expected = np.asarray(Image.open(tmp_path / "a.png"))[3:13, 5:15] / 127.5 - 1
+    np.testing.assert_allclose(large, expected, atol=1e-6)
+    assert small.shape == (10, 10, 3)  # enlarged to cover the crop
+    with pytest.raises(DataConfigError, match="size None: no size"):
+        ImageFolder(str(tmp_path), size=None)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
+from ldm.data import image as pictures
 from ldm.data.image import (
     BadImageError,
     center_crop,
@@ -292,3 +293,31 @@ def test_crops_and_flips():
         center_crop(RGB, 0)
     with pytest.raises(ValueError, match="choose one of nearest"):
         resize_to_cover(RGB, 3, "sinc")
+
+
+@pytest.mark.parametrize("mode", ["L", "P", "I;16", "I"])
+def test_a_map_of_class_numbers_is_read_as_it_is_stored(tmp_path, mode):
+    numbers = np.array([[0, 7, 181], [182, 255, 3]])
+    image = Image.fromarray(numbers.astype({"I;16": np.uint16, "I": np.int32}.get(mode, np.uint8)))
+    if mode == "P":
+        image.putpalette([k % 256 for k in range(768)])
+    image.save(tmp_path / "map.png" if mode != "I" else tmp_path / "map.tif")
+    assert (np.asarray(pictures.load_labels(next(tmp_path.iterdir()))) == numbers).all()
+
+
+def test_a_map_in_color_or_of_too_large_numbers_is_refused(tmp_path):
+    Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
+    Image.fromarray(np.full((4, 4), 300, np.uint16)).save(tmp_path / "b.png")
+    with pytest.raises(BadImageError, match=r"a\.png: is of mode RGB"):
+        pictures.load_labels(tmp_path / "a.png")
+    with pytest.raises(BadImageError, match=r"b\.png: holds class numbers from 300 to 300"):
+        pictures.load_labels(tmp_path / "b.png")
+    with pytest.raises(BadImageError, match=r"c\.png: no such file"):
+        pictures.load_labels(tmp_path / "c.png")
+
+
+def test_a_view_scales_cuts_and_mirrors():
+    image = Image.fromarray(np.random.RandomState(0).randint(0, 256, (6, 8, 3), dtype=np.uint8))
+    view = pictures.View((8, 6), (1, 2, 5, 6), mirrored=True)
+    assert (np.asarray(view.of(image)) == np.asarray(image)[2:6, 1:5][:, ::-1]).all()
+    assert pictures.View((4, 3), (0, 0, 4, 3)).of(image, "box").size == (4, 3)
