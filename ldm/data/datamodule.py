@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import pytorch_lightning as pl
@@ -14,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from ldm.data.base import DataConfigError, Txt2ImgIterableBaseDataset
 from ldm.data.order import EpochSampler, Position, SeededDataset, StreamLoader, usable_cpus
-from ldm.util import ConfigError, instantiate_from_config
+from ldm.util import ConfigError, get_obj_from_str, instantiate_from_config
 
 log = logging.getLogger(__name__)
 
@@ -88,6 +89,18 @@ class DataModuleFromConfig(pl.LightningDataModule):
             hook = "val_dataloader" if split == "validation" else f"{split}_dataloader"
             setattr(self, hook, getattr(self, f"_{hook}"))
 
+    def prepare_data(self) -> None:
+        """What must be done once before the datasets are built: those that have a `prepare_data` of their own unpack, or fetch on request.
+
+        Lightning calls it in one process of each machine, and main before it; what is done already is left alone.
+        """
+        for split, config in self.dataset_configs.items():
+            if split in self.datasets or not isinstance(config, Mapping) or "target" not in config:
+                continue
+            if prepare := getattr(get_obj_from_str(config["target"]), "prepare_data", None):
+                with _placed(split):
+                    prepare(**(config.get("params") or {}))
+
     def setup(self, stage: str | None = None) -> None:
         """Build every dataset that is not built yet; Lightning and main both call it."""
         self._origin = Origin(Position(0, 0), 0)  # a new fit begins at the start, unless load_state_dict says otherwise
@@ -134,11 +147,8 @@ class DataModuleFromConfig(pl.LightningDataModule):
         return self._loader("predict")
 
     def _build(self, split: str, config: Any) -> Any:
-        where = f"data.params.{split}"
-        try:
+        with _placed(split):
             return instantiate_from_config(config)
-        except DataConfigError as error:
-            raise error.at(where) from error
 
     def _loader(self, split: str) -> DataLoader:
         if split not in self.datasets:
@@ -192,6 +202,15 @@ class DataModuleFromConfig(pl.LightningDataModule):
         from pytorch_lightning.accelerators import CUDAAccelerator
 
         return self.trainer is not None and isinstance(self.trainer.accelerator, CUDAAccelerator)
+
+
+@contextmanager
+def _placed(split: str) -> Iterator[None]:
+    """A dataset's errors with their place in the YAML."""
+    try:
+        yield
+    except DataConfigError as error:
+        raise error.at(f"data.params.{split}") from error
 
 
 def _check_count(name: str, value: object, least: int) -> None:

@@ -172,3 +172,28 @@ def test_a_stream_that_may_not_split_itself_is_warned_about(caplog):
     module.datasets["train"] = Foreign()
     module.train_dataloader()
     assert "Foreign streams and is no Txt2ImgIterableBaseDataset" in caplog.text
+
+
+class Prepared(Numbers):
+    calls = ()
+
+    @classmethod
+    def prepare_data(cls, root=None, **_):
+        if root is None:
+            raise DataConfigError("root", None, "not set", "set {param}")
+        cls.calls += ((root, Numbers.built),)
+
+    def __init__(self, root=None):
+        super().__init__()
+
+
+def test_datasets_are_prepared_before_they_are_built_and_not_again():
+    target = f"{Prepared.__module__}.Prepared"
+    before = Numbers.built
+    module = data(train={"target": target, "params": {"root": "somewhere"}}, validation={"target": TARGET})
+    for _ in range(2):
+        module.prepare_data()
+        module.setup("fit")
+    assert Prepared.calls == (("somewhere", before),)
+    with pytest.raises(DataConfigError, match=r"data.params.train root None: not set; set data.params.train.params.root"):
+        data(train={"target": target}).prepare_data()
