@@ -1,0 +1,19 @@
+"""The lighter degradation that the released super-resolution model was trained with (LDM, arXiv 2112.10752, section 4.4).
+
+One narrow blur instead of two, next to no noise, JPEG of high quality.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from ldm.modules.image_degradation.pipeline import Degradation
+
+BSRGAN_LIGHT = Degradation(
+    blurs=1, blur_scale=0.25, kernel_sizes=(5, 13), round_kernel_sizes=(5, 7), resized=0.8, noise=(1, 2), jpeg_quality=(80, 95)
+)
+
+
+def degradation_bsrgan_variant(image: np.ndarray, sf: int = 4) -> dict[str, np.ndarray]:
+    """`image` uint8 (H, W, 3) -> {"image": uint8 (H // sf, W // sf, 3)}."""
+    return {"image": BSRGAN_LIGHT(image, sf)}
