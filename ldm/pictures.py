@@ -180,9 +180,10 @@ class NamedOutput:
 def marked(picture: Picture, watermark: Watermark | None) -> Picture:
     """The picture with the mark in it where it can hold one, and with a word about it in its metadata."""
     image, done = watermark(picture.image) if watermark is not None else (picture.image, False)
+    text = str(watermark) if done else None
     if done and picture.drawn is not None:
-        image = Image.composite(image, picture.image, picture.drawn)
-    return Picture(image, {**picture.info, "watermark": str(watermark) if done else None})
+        image, text = Image.composite(image, picture.image, picture.drawn), f"{text}, in the drawn pixels alone"
+    return Picture(image, {**picture.info, "watermark": text})
 
 
 class SampleArray:

@@ -132,7 +132,7 @@ def _drawn(
 
     n_prompts = 1 if isinstance(prompts, str) else len(prompts)             # fixes the sizes of the batches, and so the noise
     batches, index = batches_of(prompts, settings.n_samples) * settings.n_iter, 0
-    with tqdm(total=len(batches) * steps, desc="drawing", unit="step", disable=not progress) as bar:
+    with tqdm(total=len(batches) * steps, desc="drawing", unit="step", disable=not progress or steps == 0) as bar:
         for number, batch in enumerate(batches):
             with randomness(), pipeline.drawing():
                 cond, uncond = encode(batch)

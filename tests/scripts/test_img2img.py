@@ -79,6 +79,7 @@ def test_strength_0_gives_back_the_picture_as_the_first_stage_sees_it(saved, pip
         expected = [np.asarray(from_tensor(x)) for x in saved.model.decode_first_stage(z)]
     assert same(draw(pipeline, image, strength=0.0), expected)
     assert same(draw(pipeline, image, strength=0.19), expected)             # int(0.19 * 5) is 0
+    assert len(list(image_to_image(pipeline, image, "", ImageSettings(**{**TINY, "strength": 0.0})))) == 2
 
 
 def test_strength_1_draws_from_noise_alone(pipeline, image):

@@ -90,7 +90,7 @@ def test_the_mark_is_in_the_drawn_pixels_alone(saved, tmp_path):
     pair(tmp_path / "in", width=264, height=264)
     run(main, arguments(saved, tmp_path / "in", tmp_path / "out", "--steps", "1"))
     info = read_info(tmp_path / "out" / "x.png")
-    assert info["watermark"] == str(Watermark())
+    assert info["watermark"] == f"{Watermark()}, in the drawn pixels alone"
     mask, result = hole(264, 264), np.asarray(Image.open(tmp_path / "out" / "x.png"))
     kept = np.asarray(mask) < 128
     assert np.array_equal(result[kept], np.asarray(picture(264, 264))[kept])
