@@ -84,6 +84,26 @@ def normalize_condition(cond: Conditioning, conditioning_key: str | None) -> Par
     return parts
 
 
+def main_part(conditioning_key: str | None) -> str | None:
+    """The part that a condition stage's output is: the context where there is one, else channels or labels."""
+    needs = route(conditioning_key).needs
+    return "c_crossattn" if "c_crossattn" in needs else next(iter(needs), None)
+
+
+def compose_condition(main: Any, conditioning_key: str | None, further: Mapping[str, Any]) -> Any:
+    """A main condition and further parts in the normal form; the main condition as it is where there are none."""
+    if not further:
+        return main
+    part = main_part(conditioning_key)
+    return {**further, part: main if part == "c_adm" else [main, *further.get(part, ())]}
+
+
+def map_main(f: Callable[[Any], Any], cond: Parts, conditioning_key: str | None) -> Parts:
+    """`cond`, as compose_condition makes it with further parts, with `f` applied to its main condition."""
+    part = main_part(conditioning_key)
+    return {**cond, part: f(cond[part]) if part == "c_adm" else [f(cond[part][0]), *cond[part][1:]]}
+
+
 class DiffusionWrapper(nn.Module):
     """The denoising network behind its conditioning key."""
 

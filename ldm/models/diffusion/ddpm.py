@@ -3,5 +3,6 @@
 from ldm.models.diffusion.conditioning import DiffusionWrapper
 from ldm.models.diffusion.latent import LatentDiffusion
 from ldm.models.diffusion.pixel import DDPM
+from ldm.models.diffusion.variants import Layout2ImgDiffusion
 
-__all__ = ["DDPM", "DiffusionWrapper", "LatentDiffusion"]
+__all__ = ["DDPM", "DiffusionWrapper", "LatentDiffusion", "Layout2ImgDiffusion"]

@@ -13,6 +13,7 @@ from ldm.models.diffusion.ancestral import AncestralSampler
 from ldm.models.diffusion.ddim import DDIMSampler
 from ldm.models.diffusion.sampler import Options, Run, Samples
 from ldm.util import isimage, ismap, log_txt_as_img
+from ldm.visualize import labels_to_rgb
 
 GUIDANCE_SCALE = 3.0  # of the guided samples that a model trained with cond_dropout logs by itself
 
@@ -53,15 +54,20 @@ def log_latent_images(
 ) -> dict[str, Tensor]:
     """Pictures of a latent diffusion model, each (B, C, H, W) in about [-1, 1].
 
-    Always `inputs` and `reconstruction`, and `conditioning` where there is one. `ddim_steps` None means the whole
-    ancestral chain. A model trained with `cond_dropout` also logs `samples_cfg_scale_...` under classifier-free guidance,
-    at `unconditional_guidance_scale` (default 3). `return_keys` keeps only these pictures; ValueError for an unknown one.
+    Always `inputs` and `reconstruction`, and `conditioning` (with a picture for each of `concat_keys`) where there is one.
+    `ddim_steps` None means the whole ancestral chain. A model trained with `cond_dropout` also logs `samples_cfg_scale_...`
+    under classifier-free guidance, at `unconditional_guidance_scale` (default 3). `return_keys` keeps only these pictures;
+    ValueError for an unknown one.
     """
     z, c, x, raw_c = model.encode_batch(batch, bs=N, force_c_encode=True)
     log = {"inputs": x, "reconstruction": model.decode_first_stage(z)}
     shown = _condition_pictures(model, batch, raw_c, x)
     if shown is not None:
         log["conditioning"] = shown
+    for key in model.concat_keys:
+        joined = model.get_pictures(batch, key, N)
+        if isimage(joined):
+            log[f"conditioning_{key}"] = joined
     if plot_diffusion_rows:
         log["diffusion_row"] = film([model.decode_first_stage(frame) for frame in _noised(model, z[:n_row])])
 
@@ -81,8 +87,7 @@ def log_latent_images(
         if unconditional_guidance_scale is None and c is not None and model.cond_dropout > 0:
             unconditional_guidance_scale = GUIDANCE_SCALE
         if unconditional_guidance_scale is not None and unconditional_guidance_scale != 1.0:
-            label = unconditional_guidance_label
-            uncond = model.get_unconditional_conditioning(len(z), model.no_condition_like(raw_c, len(z)) if label is None else label)
+            uncond = model.unconditional_like(c, raw_c, len(z), unconditional_guidance_label)
             guided = draw(unconditional_guidance_scale=unconditional_guidance_scale, unconditional_conditioning=uncond)
             log[f"samples_cfg_scale_{unconditional_guidance_scale:.2f}"] = model.decode_first_stage(guided.samples)
         if inpaint:
@@ -133,8 +138,8 @@ def _condition_pictures(model: Any, batch: Mapping[str, Any], raw_c: Any, x: Ten
         return None
     height, width = (max(side, 128) for side in x.shape[2:])  # text in the size of small pictures could not be read
     font_size = max(10, width // 25)
-    if isinstance(raw_c, Mapping):
-        labels = next(iter(raw_c.values()))
+    labels = next(iter(raw_c.values())) if isinstance(raw_c, Mapping) else raw_c
+    if torch.is_tensor(labels) and labels.ndim == 1:
         names = batch.get("human_label") or [str(label) for label in labels.tolist()]
         return log_txt_as_img((width, height), list(names)[: len(x)], size=font_size)
     if isinstance(raw_c, list):
@@ -142,10 +147,7 @@ def _condition_pictures(model: Any, batch: Mapping[str, Any], raw_c: Any, x: Ten
     if isimage(raw_c):
         return raw_c
     if ismap(raw_c):
-        weights = torch.randn(3, raw_c.shape[1], generator=torch.Generator().manual_seed(0)).to(raw_c)
-        colours = torch.einsum("kc,bchw->bkhw", weights, raw_c)
-        low, high = colours.amin(), colours.amax()
-        return 2 * (colours - low) / (high - low).clamp(min=1e-6) - 1
+        return labels_to_rgb(raw_c)  # the largest channel counts: one-hot maps and scores alike
     return None
 
 

@@ -10,14 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from ldm import checkpoint
-from ldm.models.diffusion.conditioning import Conditioning
+from ldm.models.diffusion.condition_stage import ConditionStage
+from ldm.models.diffusion.conditioning import Conditioning, compose_condition
 from ldm.models.diffusion.dropout import drop_samples
 from ldm.models.diffusion.image_log import log_latent_images
 from ldm.models.diffusion.pixel import DDPM
 from ldm.models.diffusion.scale import measure_latent_std
 from ldm.modules.diffusionmodules.schedule import extract_into_tensor
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
-from ldm.modules.encoders.modules import ClassEmbedder
 from ldm.util import FIRST_STAGE_AS_CONDITION, UNCONDITIONAL, instantiate_from_config
 
 logger = logging.getLogger(__name__)
@@ -32,9 +32,10 @@ class Encoded(NamedTuple):
     raw_c: Any  # the condition as the encoder takes it; None without one
 
 
-class LatentDiffusion(DDPM):
+class LatentDiffusion(ConditionStage, DDPM):
     """Diffusion in the latent space of a frozen first stage, under a condition (arXiv 2112.10752, section 3).
 
+    `concat_keys`, `masked_image_key` and `adm_key` add parts to the condition that comes from `cond_stage_key`: see ConditionStage.
     `cond_dropout` is the share of training samples whose condition is replaced by the encoder's "no condition", which
     classifier-free guidance needs (Ho & Salimans 2022, algorithm 1); it is recorded in the checkpoint.
     """
@@ -52,6 +53,9 @@ class LatentDiffusion(DDPM):
         scale_factor: float = 1.0,
         scale_by_std: bool = False,
         cond_dropout: float = 0.0,
+        concat_keys: Sequence[str] = (),
+        masked_image_key: str | None = "masked_image",
+        adm_key: str | None = None,
         ckpt_path: str | None = None,
         ignore_keys: Sequence[str] = (),
         load_only_unet: bool = False,
@@ -66,6 +70,7 @@ class LatentDiffusion(DDPM):
         if scale_by_std and scale_factor != 1.0:
             raise ValueError(f"scale_by_std measures the scale factor: leave scale_factor out, got {scale_factor}")
         super().__init__(conditioning_key=conditioning_key, **kwargs)
+        self.set_further_parts(concat_keys, masked_image_key, adm_key)
         self.num_timesteps_cond = 1 if num_timesteps_cond is None else num_timesteps_cond
         if not 1 <= self.num_timesteps_cond <= self.num_timesteps:
             raise ValueError(f"num_timesteps_cond {self.num_timesteps_cond}: choose 1 to {self.num_timesteps}")
@@ -145,43 +150,6 @@ class LatentDiffusion(DDPM):
             self.scale_factor.fill_(1.0)
             self.scale_factor.copy_(1.0 / measure_latent_std(self, self.trainer.train_dataloader))
 
-    # ------------------------------------------------------------------------------------------------------ condition
-
-    def get_learned_conditioning(self, c: Any) -> Any:
-        """The condition stage's output for its raw input: text (list of B strings) -> (B, L, D), and so on."""
-        stage = self.cond_stage_model
-        if self.cond_stage_forward is not None:
-            return getattr(stage, self.cond_stage_forward)(c)
-        c = stage.encode(c) if callable(getattr(stage, "encode", None)) else stage(c)
-        return c.mode() if isinstance(c, DiagonalGaussianDistribution) else c
-
-    def get_unconditional_conditioning(self, batch_size: int, null_label: Any = None) -> Any:
-        """The encoded "no condition" of `batch_size` samples, for guidance; `null_label` is a raw input to use instead."""
-        if self.cond_stage_model is None:
-            return None
-        if null_label is None:
-            null_label = self._unconditional_input(batch_size)
-        return self.get_learned_conditioning(self._on_device(null_label))
-
-    def raw_condition(self, batch: Mapping[str, Any], key: str, bs: int | None = None) -> Any:
-        """The condition as its encoder takes it: {key: labels}, list of strings, pictures (B, C, H, W), or a tensor as it is."""
-        if isinstance(self.cond_stage_model, ClassEmbedder):
-            key = self.cond_stage_model.key if key not in batch else key
-            return {self.cond_stage_model.key: self.batch_value(batch, key)[:bs].to(self.device)}
-        value = self.batch_value(batch, key)
-        if torch.is_tensor(value):
-            if value.ndim == 4 or (value.ndim == 3 and value.is_floating_point()):
-                return self.get_pictures(batch, key, bs)
-            return value[:bs].to(self.device)
-        return list(value)[:bs]
-
-    def _on_device(self, value: Any) -> Any:
-        if torch.is_tensor(value):
-            return value.to(self.device)
-        if isinstance(value, Mapping):
-            return {key: self._on_device(item) for key, item in value.items()}
-        return value
-
     # -------------------------------------------------------------------------------------------------------- batches
 
     def encode_batch(
@@ -207,19 +175,9 @@ class LatentDiffusion(DDPM):
             dropped = torch.rand(x.shape[0], device=self.device) < self.cond_dropout
             kept = drop_samples(raw_c, self.no_condition_like(raw_c, x.shape[0]), dropped)
         encode = force_c_encode or not self.cond_stage_trainable
-        return Encoded(z, self.get_learned_conditioning(kept) if encode else kept, x, raw_c)
-
-    def no_condition_like(self, raw_c: Any, batch_size: int) -> Any:
-        """The raw input that means "no condition", in the form of `raw_c`."""
-        if torch.is_tensor(raw_c) and raw_c.is_floating_point():
-            return torch.zeros_like(raw_c)  # pictures and maps: an empty one
-        return self._on_device(self._unconditional_input(batch_size))
-
-    def _unconditional_input(self, batch_size: int) -> Any:
-        if not hasattr(self.cond_stage_model, "unconditional_input"):
-            name = type(self.cond_stage_model).__name__
-            raise ValueError(f"{name} has no input that means 'no condition': set cond_dropout 0, sample at scale 1 or pass null_label")
-        return self.cond_stage_model.unconditional_input(batch_size)
+        main = self.get_learned_conditioning(kept) if encode else kept
+        c = compose_condition(main, self.model.conditioning_key, self.further_parts(batch, z.shape[2:], bs))
+        return Encoded(z, c, x, raw_c)
 
     def get_input(
         self,
@@ -248,7 +206,7 @@ class LatentDiffusion(DDPM):
         """Loss of latents x (B, c, h, w) under a condition, raw where its encoder is trained, at random timesteps."""
         t = self.draw_timesteps(x.shape[0])
         if self.model.conditioning_key is not None and self.cond_stage_trainable:
-            c = self.get_learned_conditioning(c)
+            c = self.map_main_condition(self.get_learned_conditioning, c)
         if self.num_timesteps_cond > 1 and torch.is_tensor(c):
             c = self.q_sample(c, self.cond_ids[t], torch.randn_like(c))  # a noise schedule of the condition's own
         return self.p_losses(x, c, t, *args, **kwargs)
