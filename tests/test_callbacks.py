@@ -5,6 +5,8 @@ import os
 import random
 import re
 import signal
+from datetime import timedelta
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -178,7 +180,10 @@ def test_last_survives_the_pruning_of_its_twin(tmp_path):
     assert torch.load(tmp_path / "last.ckpt", weights_only=True)["global_step"] == 24
 
 
-def test_nothing_is_saved_within_accumulated_gradients(tmp_path):
+@pytest.mark.parametrize("when", [{"every_n_train_steps": 1}, {"train_time_interval": timedelta(seconds=2)}])
+def test_nothing_is_saved_within_accumulated_gradients(tmp_path, when, monkeypatch):
+    clock = SimpleNamespace(monotonic=iter(range(1000)).__next__)  # a second goes by whenever somebody looks
+    monkeypatch.setattr("pytorch_lightning.callbacks.model_checkpoint.time", clock)
     saved = []
 
     class Spy(CheckpointPolicy):
@@ -186,9 +191,9 @@ def test_nothing_is_saved_within_accumulated_gradients(tmp_path):
             saved.append(trainer.fit_loop.epoch_loop.batch_idx)
             super()._save_checkpoint(trainer, filepath)
 
-    policy = Spy(dirpath=tmp_path, filename="{step}", save_last=True, every_n_train_steps=1, save_top_k=-1)
-    fit(tmp_path, [policy], batches=9, validate=False, enable_checkpointing=True, accumulate_grad_batches=3)
-    assert saved == [2, 5, 8]
+    policy = Spy(dirpath=tmp_path, filename="{step}", save_last=True, save_top_k=-1, **when)
+    fit(tmp_path, [policy], batches=12, validate=False, enable_checkpointing=True, accumulate_grad_batches=3)
+    assert saved and all(batch % 3 == 2 for batch in saved)
 
 
 def test_share_file_replaces_and_leaves_nothing_behind(tmp_path):

@@ -175,7 +175,7 @@ WAYS = {
     "plain": ([], (0, 2, 3, 6, 9), [1, 3, 4, 7, 10]),
     "accumulated": (["--accumulate_grad_batches", "3"], (0, 3, 5, 7, 9), [1, 2, 3, 4, 5]),
     "gan": ([GAN, "--accumulate_grad_batches", "2"], (0, 2, 5, 6, 9), [1, 2, 3, 4, 5]),
-    "max_steps": (["--max_epochs", "none", "--max_steps", "11"], (3, 5, 7), [4, 6, 8]),
+    "max_steps": (["--max_epochs", "none", "--max_steps", "18"], (3, 7, 11, 15), [4, 8, 12, 16]),
 }
 
 
@@ -223,14 +223,15 @@ def test_resume_goes_on_with_the_saved_seed_and_scaling(start, run):
     assert differences(training_state(last(whole)), training_state(last(folder))) == []
 
 
-def test_a_truncated_last_checkpoint_gives_way_to_the_newest_whole_one(start, run, caplog):
+@pytest.mark.parametrize("named", ["", "checkpoints/last.ckpt"])
+def test_a_truncated_last_checkpoint_gives_way_to_the_newest_whole_one(start, run, caplog, named):
     _, whole = start("whole", *QUIET)
     _, folder = start("short", *QUIET, "--max_epochs", "2")
     damaged = folder / "checkpoints" / "last.ckpt"
     content = damaged.read_bytes()
     damaged.unlink()
     damaged.write_bytes(content[: len(content) // 2])
-    assert run("-r", str(folder), "-t", "--max_epochs", "3") == 0
+    assert run("-r", str(folder / named), "-t", "--max_epochs", "3") == 0
     assert "last.ckpt" in caplog.text and "epoch=00000" in caplog.text
     assert differences(training_state(last(whole)), training_state(last(folder))) == []
 

@@ -227,6 +227,12 @@ def test_a_missing_rate_or_batch_size_is_named(path):
         learning_rate(config, settle(Options(base=("a",)), OmegaConf.create({})), devices=1)
 
 
+@pytest.mark.parametrize("flag, yaml, scaled", [(None, None, True), (None, False, False), (True, False, True), (False, True, False)])
+def test_scaling_comes_from_the_flag_then_the_yaml_then_is_on(flag, yaml, scaled):
+    settings = settle(Options(scale_lr=flag), OmegaConf.create({} if yaml is None else {"scale_lr": yaml}))
+    assert settings.scale_lr is scaled and settings.lightning.scale_lr is scaled
+
+
 def test_seed_comes_from_the_flag_then_the_yaml_then_is_23():
     assert settle(Options(), OmegaConf.create({})).seed == 23
     assert settle(Options(), OmegaConf.create({"seed": 4})).seed == 4
@@ -299,7 +305,7 @@ def test_an_override_that_cannot_be_is_refused_in_one_line(yaml, override):
         ({"model": {"params": {"widht": 2}}}, r"model.params.widht: tests.toys.Toy takes no such parameter; did you mean width"),
         ({"data": {"params": {"train": {"params": {"size": 2}}}}}, "data.params.train.params.size: tests.toys.Pictures takes no such"),
         ({"model": {"params": {"monitor": "${nowhere}"}}}, "nowhere"),
-        ({"data": None}, "data: the configs name no data"),
+        ({"data": None}, "data: the configs name none"),
     ],
 )
 def test_wrong_keys_of_a_yaml_are_found_before_anything_is_imported(yaml, change, message):

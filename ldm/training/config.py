@@ -81,7 +81,7 @@ def check(config: DictConfig) -> None:
     for section in ("model", "data"):
         node = config.get(section)
         if not isinstance(node, DictConfig) or "target" not in node:
-            raise ConfigError(f"{section}: the configs name no {section}; expected {section}.target and {section}.params")
+            raise ConfigError(f"{section}: the configs name none; add a YAML with {section}.target and {section}.params to --base")
     try:
         plain = OmegaConf.to_container(config, resolve=True)
     except OmegaConfBaseException as error:

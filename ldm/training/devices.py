@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from ldm.training.legacy import DEVICE_SETTINGS
+from ldm.util import ConfigError
 
 
 class Machine(NamedTuple):
@@ -42,12 +43,12 @@ def choose(settings: dict[str, Any], machine: Machine, where: str = "--") -> Dev
     """The devices that Trainer settings ask for; without any setting one GPU where there is one, else the CPU.
 
     settings: modernized Trainer settings. A comma in `gpus` means indices, a bare number a count, 0 the CPU, -1 all GPUs.
-    Raises ValueError in one line for devices that are not there; `where` stands before the setting's name ('--' for flags).
+    Raises ConfigError in one line for devices that are not there; `where` stands before the setting's name ('--' for flags).
     """
     given = {name: settings[name] for name in DEVICE_SETTINGS if settings.get(name) is not None}
     if "gpus" in given:
         if others := [name for name in given if name != "gpus" and not (name == "accelerator" and given[name] in ("gpu", "cuda", "auto"))]:
-            raise ValueError(f"{where}gpus and {where}{others[0]}: give the devices in one way only")
+            raise ConfigError(f"{where}gpus and {where}{others[0]}: give the devices in one way only")
         return _from_gpus(given["gpus"], machine, where)
     accelerator = str(given.get("accelerator", "auto"))
     if accelerator == "auto":
@@ -55,7 +56,7 @@ def choose(settings: dict[str, Any], machine: Machine, where: str = "--") -> Dev
     if accelerator in ("gpu", "cuda", "mps"):
         missing = {"gpu": not machine.gpus, "cuda": not machine.cuda, "mps": not machine.mps}[accelerator]
         if missing:
-            raise ValueError(f"{where}accelerator {accelerator}: this machine has {_what(machine)}; leave it out to use what is there")
+            raise ConfigError(f"{where}accelerator {accelerator}: this machine has {_what(machine)}; leave it out to use what is there")
         wanted = given.get("devices", 1)
         if wanted in ("auto", "-1", -1):
             wanted = machine.gpus
@@ -65,7 +66,7 @@ def choose(settings: dict[str, Any], machine: Machine, where: str = "--") -> Dev
     if devices in ("auto", None):
         devices = 1
     if not str(devices).isdigit() or int(devices) < 1:
-        raise ValueError(f"{where}devices {devices}: on the {accelerator} it is a number of processes, at least 1")
+        raise ConfigError(f"{where}devices {devices}: on the {accelerator} it is a number of processes, at least 1")
     text = f"{accelerator.upper()}, {devices} processes" if int(devices) > 1 else accelerator.upper()
     return Devices(accelerator, int(devices), int(devices), text)
 
@@ -81,24 +82,24 @@ def _from_gpus(value: Any, machine: Machine, where: str, name: str = "gpus") -> 
     if isinstance(value, list | tuple) or (isinstance(value, str) and "," in value):
         words = [word.strip() for word in value.split(",") if word.strip()] if isinstance(value, str) else list(map(str, value))
         if not words or not all(word.isdigit() for word in words):
-            raise ValueError(f"{shown}: expected indices such as 0,1 or 0,")
+            raise ConfigError(f"{shown}: expected indices such as 0,1 or 0,")
         indices = [int(word) for word in words]
         if len(set(indices)) < len(indices):
-            raise ValueError(f"{shown}: an index is named twice")
+            raise ConfigError(f"{shown}: an index is named twice")
         if absent := [index for index in indices if index >= machine.gpus]:
-            raise ValueError(f"{shown}: there is no GPU {absent[0]}; this machine has {_what(machine)}")
+            raise ConfigError(f"{shown}: there is no GPU {absent[0]}; this machine has {_what(machine)}")
         numbers = ", ".join(map(str, indices))
         return Devices(machine.gpu_kind, indices, len(indices), f"{machine.gpu_kind.upper()} {numbers} ({shown})")
     try:
         count = int(value)
     except (TypeError, ValueError):
-        raise ValueError(f"{shown}: expected indices such as 0,1 or 0, or a count such as 2 (0 is the CPU, -1 all GPUs)") from None
+        raise ConfigError(f"{shown}: expected indices such as 0,1 or 0, or a count such as 2 (0 is the CPU, -1 all GPUs)") from None
     if count == 0:
         return Devices("cpu", 1, 1, f"CPU ({shown})")
     if count == -1 and machine.gpus:
         count = machine.gpus
     if count < 0 or count > machine.gpus:
-        raise ValueError(f"{shown}: this machine has {_what(machine)}")
+        raise ConfigError(f"{shown}: this machine has {_what(machine)}")
     first = ", ".join(map(str, range(count)))
     return Devices(machine.gpu_kind, list(range(count)), count, f"{machine.gpu_kind.upper()} {first} ({shown})")
 
