@@ -51,16 +51,17 @@ class Member(NamedTuple):
     open: Callable[[], IO[bytes]]
 
 
-def unpack(archive: Path, folder: Path, nested: bool = False) -> None:
+def unpack(archive: Path, folder: Path, nested: bool = False, place: Callable[[str], str] = str) -> None:
     """Unpack a tar or zip file into `folder`, which must not exist yet.
 
-    nested: tar files in it are unpacked too, each into a folder with its name (ImageNet's training data).
+    nested: tar files in it are unpacked too, each into a folder with its name (ImageNet's training data). place: where a member goes, from
+    its name; both are paths below the folder.
     Raises ArchiveError for what it refuses; then nothing is left behind.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}-unpacking-", dir=folder.parent))
     try:
-        _unpack_into(archive, staging)
+        _unpack_into(archive, staging, place)
         for inner in sorted(staging.rglob("*.tar")) if nested else ():
             _unpack_into(inner, inner.with_suffix(""))
             inner.unlink()
@@ -119,10 +120,11 @@ def is_archive(path: Path) -> bool:
     return path.name.lower().endswith((*TAR_SUFFIXES, ".zip"))
 
 
-def _unpack_into(archive: Path, folder: Path) -> None:
+def _unpack_into(archive: Path, folder: Path, place: Callable[[str], str] = str) -> None:
     folder.mkdir(exist_ok=True)
     try:
-        with _members(archive) as members:
+        with _members(archive) as listed:
+            members = [member._replace(name=place(member.name)) for member in listed]
             _check(archive, members, folder)
             for member in tqdm(members, f"unpacking {archive.name}", unit="file", delay=3, leave=False, disable=None):
                 target = folder / member.name

@@ -58,8 +58,7 @@ class ImageFolder(Dataset):
     pixels). max_pixels: nor can larger pictures. image_key, caption_key: names in the batch (Stable Diffusion's YAML says jpg and txt).
     """
 
-    root_param = "root"  # what a subclass calls it
-    files_param = "files"
+    holding = "pictures"  # what root is a folder of
     suffixes = EXTENSIONS
 
     def __init__(
@@ -102,13 +101,13 @@ class ImageFolder(Dataset):
         self.caption_encoding, self.caption_policy = caption_encoding, CaptionPolicy(missing_caption, max_caption_chars, long_caption)
         self.skipped: dict[str, str] = {}  # what was left out -> why
 
-        whole = existing_folder(self.root_param, root, "pictures")
+        whole = existing_folder("root", root, self.holding)
         by_folders = files is None and divided(whole)
         self.root = split_folder(whole, split) if by_folders else whole
         table = _table(captions, (self.root, whole))
         texts = self._table_captions(table, image_column, caption_column) if table is not None else None
         if files is not None:
-            listed = dict.fromkeys(read_list(self.files_param, files, self.root, self.suffixes))
+            listed = dict.fromkeys(read_list(files, self.root, self.suffixes))
             names = list(listed) if texts is None else [name for name in texts if name in listed]
         else:
             names = list(texts) if texts is not None else scan(self.root, self.suffixes)
@@ -124,7 +123,7 @@ class ImageFolder(Dataset):
             why = "no pictures in it" + (f" for split {split}" if split else "")
             if self.skipped:
                 why += f" can be used: {len(self.skipped)} skipped, first {': '.join(next(iter(self.skipped.items())))}"
-            raise DataConfigError(self.root_param, str(self.root), why, "set {param} to a folder of pictures")
+            raise DataConfigError("root", str(self.root), why, f"set {{param}} to a folder of {self.holding}")
         self._report()
 
     def __len__(self) -> int:

@@ -39,21 +39,21 @@ def scan(root: Path, suffixes: Collection[str] = EXTENSIONS) -> list[str]:
     return sorted(names)
 
 
-def read_list(param: str, file: str, root: Path, suffixes: Collection[str] = EXTENSIONS) -> list[str]:
+def read_list(file: str, root: Path, suffixes: Collection[str] = EXTENSIONS) -> list[str]:
     """Pictures that a text file lists, one path below `root` on each line, in its order."""
     path = Path(file).expanduser()
     if not path.is_file():
-        raise DataConfigError(param, str(file), "no such file", "set {param} to a text file with one path on each line, or to null")
+        raise DataConfigError("files", str(file), "no such file", f"set {{param}} to a text file with one path below {root} on each line")
     try:
         names = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
     except UnicodeError as error:
-        raise DataConfigError(param, str(file), f"no text in UTF-8 ({error})", "set {param} to a text file") from error
+        raise DataConfigError("files", str(file), f"no text in UTF-8 ({error})", "set {param} to a text file") from error
     for name in names:
         # A list may come from anywhere: it chooses among the pictures of the folder and reaches no other file.
         if os.path.isabs(name) or ".." in Path(name).parts:
-            raise DataConfigError(param, str(file), f"its path {name!r} leaves {root}", "set {param} to a list of paths below that folder")
+            raise DataConfigError("files", str(file), f"its path {name!r} leaves {root}", "set {param} to a list of paths below it")
         if Path(name).suffix.lower() not in suffixes:
-            raise DataConfigError(param, str(file), f"{name!r} is no picture", "set {param} to a list of pictures")
+            raise DataConfigError("files", str(file), f"{name!r} is no picture", "set {param} to a list of pictures")
     return names
 
 
