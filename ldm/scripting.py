@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import time
 from argparse import BooleanOptionalAction, Namespace
 from collections.abc import Iterable, Mapping, Sequence
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ldm.commandline import Parser
+from ldm.models.diffusion.samplers import SAMPLERS
 from ldm.pictures import Output, Picture
 from ldm.settings import PRECISIONS, read_prompts
 
@@ -33,13 +35,19 @@ def add_prompt_flags(parser: Parser, scale: float, n_iter: int, n_samples: int) 
     add("--captions", action="store_true", help="write each prompt under its picture in the grid")
     add("--ddim_steps", type=int, default=50, metavar="S", help="number of sampling steps")
     add("--fixed_code", action="store_true", help="start every batch from the same noise")
-    add("--ddim_eta", type=float, default=0.0, metavar="ETA", help="noise of DDIM: 0 is deterministic")
+    text = "noise of the steps (default: 0 with DDIM, which is deterministic, else the sampler's own)"
+    add("--ddim_eta", type=float, metavar="ETA", help=text)
     add("--n_iter", type=int, default=n_iter, metavar="N", help="how often to draw all prompts")
     add("--C", type=int, help="channels of the latents (default: the model's; Stable Diffusion 4)")
     add("--f", type=int, help="pixels per latent cell (default: the model's; Stable Diffusion 8)")
     add("--n_samples", type=int, default=n_samples, metavar="N", help="how many pictures to draw at once")
     add("--n_rows", type=int, default=0, metavar="N", help="pictures in a row of the grid (default: n_samples)")
     add("--scale", type=float, default=scale, help="guidance scale; 1 is none")
+
+
+def add_sampler_flag(parser: argparse._ActionsContainer) -> None:
+    """`--sampler`, on a parser or in one of its groups."""
+    parser.add_argument("--sampler", metavar="NAME", help=f"{', '.join(SAMPLERS)} (default: ddim)")
 
 
 def add_model_flags(parser: Parser, config: str | None, ckpt: str | None, precision: str = "autocast", fill_in: bool = True) -> None:

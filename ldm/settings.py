@@ -8,15 +8,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ldm.models.diffusion.samplers import SAMPLERS
+
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
-SAMPLERS = {
-    "ddim": "ldm.models.diffusion.ddim.DDIMSampler",
-    "plms": "ldm.models.diffusion.plms.PLMSSampler",
-    "dpm_solver": "ldm.models.diffusion.dpm_solver.DPMSolverSampler",
-}
-STOCHASTIC = ("ddim",)  # samplers whose eta may differ from 0
 PRECISIONS = ("autocast", "full")
 MAX_SEED = 2**32 - 1
 
@@ -131,7 +127,7 @@ class Settings:
     sampler: str = "ddim"
     steps: int = 50
     scale: float = 7.5  # guidance, eps = eps_uncond + scale * (eps_cond - eps_uncond)
-    eta: float = 0.0  # DDIM's noise: 0 deterministic, 1 that of DDPM
+    eta: float | None = None  # noise of the steps: 0 deterministic, 1 that of DDPM; None: the sampler's own, 0 for DDIM
     height: int = 512  # in pixels
     width: int = 512
     channels: int | None = None  # of the latent; None: the model's
@@ -152,11 +148,7 @@ class Settings:
             if value is not None and value < 1:
                 raise ValueError(f"{flag} {value}: choose 1 or more")
         check_steps("--ddim_steps", self.steps, facts)
-        if self.sampler not in SAMPLERS:
-            raise ValueError(f"sampler {self.sampler!r}: choose one of {', '.join(SAMPLERS)}")
-        check_eta("--ddim_eta", self.eta)
-        if self.eta != 0 and self.sampler not in STOCHASTIC:
-            raise ValueError(f"--ddim_eta {self.eta:g}: {self.sampler} is deterministic, so that eta must be 0; DDIM takes any eta")
+        eta = sampler_eta(self.sampler, self.eta)
         check_scale(self.scale)
         if self.negative_prompt and self.scale == 1.0:
             raise ValueError("--negative_prompt with --scale 1: there is no guidance at 1; choose another scale, 7.5 is usual")
@@ -167,7 +159,7 @@ class Settings:
         if factor is None:
             raise ValueError("--f: the config does not tell how much the first stage shrinks a picture; give it, e.g. --f 8")
         check_size(self.height, self.width, factor * facts.latent_multiple)
-        return replace(self, channels=facts.channels, factor=factor)
+        return replace(self, channels=facts.channels, factor=factor, eta=eta)
 
 
 def check_steps(flag: str, steps: int, facts: ModelFacts) -> None:
@@ -178,6 +170,21 @@ def check_steps(flag: str, steps: int, facts: ModelFacts) -> None:
 def check_eta(flag: str, eta: float) -> None:
     if not (math.isfinite(eta) and eta >= 0):
         raise ValueError(f"{flag} {eta}: choose 0 (deterministic) to 1 (as noisy as DDPM)")
+
+
+def sampler_eta(sampler: str, eta: float | None) -> float:
+    """The eta that a sampler walks with; ValueError for an unknown sampler and for an eta that it cannot have."""
+    if sampler not in SAMPLERS:
+        raise ValueError(f"--sampler {sampler}: choose one of {', '.join(SAMPLERS)}")
+    entry = SAMPLERS[sampler]
+    if eta is None:
+        return entry.default_eta
+    check_eta("--ddim_eta", eta)
+    if eta != entry.default_eta and not entry.takes_eta:
+        nature = "is deterministic, so that eta must be 0" if entry.default_eta == 0 else "has a noise of its own, eta 1"
+        takers = ", ".join(name for name, other in SAMPLERS.items() if other.takes_eta)
+        raise ValueError(f"--ddim_eta {eta:g}: {sampler} {nature}; leave it out, or choose a sampler that takes any: {takers}")
+    return eta
 
 
 def check_scale(scale: float) -> None:

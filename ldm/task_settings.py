@@ -27,8 +27,6 @@ class ImageSettings(Settings):
     def checked(self, facts: ModelFacts) -> ImageSettings:
         if not 0.0 <= self.strength <= 1.0:
             raise ValueError(f"--strength {self.strength}: choose 0 (keep the picture) to 1 (draw from noise alone); 0.75 is usual")
-        if self.sampler != "ddim":
-            raise ValueError(f"sampler {self.sampler!r}: pictures are drawn from a picture with DDIM alone")
         return super().checked(facts)
 
     def fitted(self, height: int, width: int, facts: ModelFacts) -> ImageSettings:

@@ -15,6 +15,7 @@ from ldm.scripting import (
     STABLE_DIFFUSION,
     add_model_flags,
     add_prompt_flags,
+    add_sampler_flag,
     check_ready,
     prompt_settings,
     prompts_of,
@@ -32,7 +33,8 @@ def parser() -> Parser:
     add("--strength", type=float, default=0.75, help=text)
     add_prompt_flags(parser, scale=5.0, n_iter=1, n_samples=2)
     add("--outdir", default="outputs/img2img-samples", metavar="DIR", help="folder for samples/ and grids")
-    add("--plms", action="store_true", help="refused, as published: img2img walks with DDIM")
+    add("--plms", action="store_true", help="refused, as published; --sampler plms starts from a picture too")
+    add_sampler_flag(parser)
     add("--seed", type=int, default=42, help="seed of the noise")
     add_model_flags(parser, **STABLE_DIFFUSION)
     return parser
@@ -42,7 +44,7 @@ def main(argv: Sequence[str]) -> None:
     opt = parser().parse_args(argv)
     # What is wrong with the command line is said before torch is imported.
     if opt.plms:
-        raise ValueError("--plms: PLMS cannot start from a picture; leave it out, DDIM can")
+        raise ValueError("--plms: img2img refuses this flag, as published; --sampler plms starts from a picture too")
     if not opt.init_img:
         raise ValueError("--init-img: give the picture to start from, e.g. --init-img sketch.png")
     config, ckpt = find_file(opt.config), find_file(opt.ckpt)
@@ -52,7 +54,8 @@ def main(argv: Sequence[str]) -> None:
     from ldm.data.image import load_image
 
     image = load_image(opt.init_img)
-    settings = ImageSettings(**prompt_settings(opt), strength=opt.strength).fitted(image.height, image.width, facts).checked(facts)
+    settings = ImageSettings(**prompt_settings(opt), strength=opt.strength, sampler=opt.sampler or "ddim")
+    settings = settings.fitted(image.height, image.width, facts).checked(facts)
     check_ready(opt, ckpt)
     output = Output(opt.outdir, Watermark())
 

@@ -16,6 +16,7 @@ from ldm.scripting import (
     STABLE_DIFFUSION,
     add_model_flags,
     add_prompt_flags,
+    add_sampler_flag,
     check_ready,
     prompt_settings,
     prompts_of,
@@ -41,6 +42,7 @@ def parser() -> Parser:
     solver = parser.add_mutually_exclusive_group()
     solver.add_argument("--plms", action="store_true", help="use PLMS instead of DDIM")
     solver.add_argument("--dpm_solver", action="store_true", help="use DPM-Solver++ instead of DDIM")
+    add_sampler_flag(solver)
     add("--laion400m", action="store_true", help="config, checkpoint and folder of the LAION-400M model, where not given")
     add("--seed", type=int, default=42, help="seed of the noise")
     add_model_flags(parser, DEFAULTS["config"], DEFAULTS["ckpt"], fill_in=False)
@@ -48,7 +50,7 @@ def parser() -> Parser:
 
 
 def settings_of(opt: Namespace) -> Settings:
-    sampler = "plms" if opt.plms else "dpm_solver" if opt.dpm_solver else "ddim"
+    sampler = "plms" if opt.plms else "dpm_solver" if opt.dpm_solver else opt.sampler or "ddim"
     return Settings(**prompt_settings(opt), sampler=sampler, height=opt.H, width=opt.W)
 
 

@@ -84,10 +84,11 @@ def test_an_unknown_first_stage_needs_f():
         ({"channels": 3}, "--C 3: this model's latents have 4"),
         ({"channels": 0}, "--C 0"),
         ({"factor": 0}, "--f 0"),
-        ({"sampler": "euler"}, "'euler': choose one of ddim, plms, dpm_solver"),
+        ({"sampler": "eular"}, "--sampler eular: choose one of ddim, plms, "),
         ({"eta": -0.1}, "--ddim_eta -0.1"),
         ({"eta": 0.5, "sampler": "plms"}, "--ddim_eta 0.5: plms is deterministic"),
         ({"eta": 0.5, "sampler": "dpm_solver"}, "dpm_solver is deterministic"),
+        ({"eta": 0.5, "sampler": "ancestral"}, "ancestral has a noise of its own, eta 1; .* any: ddim, "),
         ({"scale": float("nan")}, "--scale nan"),
         ({"scale": 1.0, "negative_prompt": "blurry"}, "--negative_prompt with --scale 1"),
         ({"seed": -1}, "--seed -1"),
@@ -102,6 +103,12 @@ def test_what_cannot_work_is_refused_with_flag_value_and_choices(change, words):
 @pytest.mark.parametrize("steps", [1, 2, 7, 999, 1000])
 def test_every_step_count_of_the_schedule_is_accepted(steps):
     assert Settings(steps=steps).checked(model_facts(config())).steps == steps
+
+
+@pytest.mark.parametrize("sampler, eta", [("ddim", 0.0), ("plms", 0.0), ("ancestral", 1.0), ("euler_ancestral", 1.0), ("heun", 0.0)])
+def test_without_eta_every_sampler_has_its_own(sampler, eta):
+    assert Settings(sampler=sampler).checked(model_facts(config())).eta == eta
+    assert Settings(sampler=sampler, eta=eta).checked(model_facts(config())).eta == eta
 
 
 CLASSES = {"target": "ldm.modules.encoders.modules.ClassEmbedder"}

@@ -43,11 +43,6 @@ def test_a_picture_of_any_size_is_brought_to_the_nearest_the_model_takes(height,
     assert ImageSettings(factor=8).fitted(16, 40, facts("text")).width % 16 == 0
 
 
-def test_one_sampler_starts_from_a_picture():
-    with pytest.raises(ValueError, match=r"'plms'.* DDIM alone"):
-        ImageSettings(sampler="plms", height=16, width=16).checked(facts("text"))
-
-
 @pytest.mark.parametrize("words, classes", [(["207"], (207,)), (["1,2", "10-12"], (1, 2, 10, 11, 12)), (["3", "3-3"], (3, 3))])
 def test_classes_are_numbers_lists_and_ranges(words, classes):
     assert parse_classes(words) == classes

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,13 +10,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ldm.commandline import in_checkout
-from ldm.settings import PRECISIONS, SAMPLERS, ModelFacts, model_facts, read_config, value_at
+from ldm.models.diffusion.samplers import make_sampler
+from ldm.settings import PRECISIONS, ModelFacts, model_facts, read_config, value_at
 
 if TYPE_CHECKING:
     import torch
     from omegaconf import DictConfig
     from PIL import Image
     from torch import Tensor, nn
+
+    from ldm.models.diffusion.sampler import Sampler
 
 logger = logging.getLogger(__name__)
 
@@ -86,10 +88,9 @@ class Pipeline:
         uncond = self.model.get_learned_conditioning([negative_prompt] * len(prompts)) if scale != 1.0 else None
         return self.model.get_learned_conditioning(list(prompts)), uncond
 
-    def sampler(self, name: str) -> Any:
-        """A sampler over this model, by its name in SAMPLERS."""
-        module, _, cls = SAMPLERS[name].rpartition(".")
-        return getattr(importlib.import_module(module), cls)(self.model)
+    def sampler(self, name: str) -> Sampler:
+        """A sampler over this model, by its name in ldm.models.diffusion.samplers."""
+        return make_sampler(name, self.model)
 
     def tensor(self, image: Image.Image) -> Tensor:
         """A picture as (1, 3, H, W) float32 in [-1, 1] on the model's device."""

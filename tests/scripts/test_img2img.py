@@ -9,6 +9,8 @@ from ldm.commandline import ROOT, run
 from ldm.data.image import from_tensor, to_array
 from ldm.inference import Pipeline, image_to_image, load_model
 from ldm.models.diffusion.ddim import DDIMSampler
+from ldm.models.diffusion.sampler import Sampler
+from ldm.models.diffusion.samplers import SAMPLERS
 from ldm.pictures import read_info
 from ldm.task_settings import ImageSettings
 from scripts.img2img import main, parser
@@ -64,7 +66,7 @@ def test_a_seed_gives_the_published_picture(saved, pipeline, image, strength, et
 @pytest.mark.parametrize("steps", [1, 5, 20, 50])
 def test_every_strength_works_with_every_number_of_steps(pipeline, image, steps, monkeypatch):
     walked = []
-    monkeypatch.setattr(DDIMSampler, "decode", lambda self, z, cond, t_start, *a, **k: walked.append(t_start) or z)
+    monkeypatch.setattr(Sampler, "decode", lambda self, z, cond, t_start, *a, **k: walked.append(t_start) or z)
     strengths = [k / 20 for k in range(21)]
     for strength in strengths:
         draw(pipeline, image, strength=strength, steps=steps, n_samples=1)
@@ -92,6 +94,16 @@ def test_more_strength_moves_further_from_the_picture(pipeline, image):
     start = draw(pipeline, image, strength=0.0, n_samples=1)[0].astype(float)
     moved = [np.abs(draw(pipeline, image, strength=s, n_samples=1)[0] - start).mean() for s in (0.2, 0.6, 1.0)]
     assert moved[0] < moved[1] < moved[2]
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_every_sampler_starts_from_a_picture(pipeline, image, name):
+    other = Image.fromarray(255 - np.asarray(image))
+    some = {"n_samples": 1, "sampler": name}
+    assert same(draw(pipeline, image, strength=0.0, **some), draw(pipeline, image, strength=0.0, n_samples=1))
+    assert same(draw(pipeline, image, strength=1.0, **some), draw(pipeline, other, strength=1.0, **some))
+    halves = draw(pipeline, image, strength=0.6, **some)
+    assert not same(halves, draw(pipeline, other, strength=0.6, **some)) and same(halves, draw(pipeline, image, strength=0.6, **some))
 
 
 def test_fixed_code_starts_every_batch_from_the_same_noise(pipeline, image):
@@ -125,7 +137,7 @@ def test_a_picture_of_any_size_is_resized_to_the_nearest_that_the_model_takes_in
 
 def test_flags_have_the_published_defaults():
     opt = vars(parser().parse_args([]))
-    published = {"prompt": "a painting of a virus monster playing guitar", "ddim_steps": 50, "ddim_eta": 0.0, "n_iter": 1, "n_samples": 2}
+    published = {"prompt": "a painting of a virus monster playing guitar", "ddim_steps": 50, "ddim_eta": None, "n_iter": 1, "n_samples": 2}
     published |= {"n_rows": 0, "scale": 5.0, "strength": 0.75, "seed": 42, "precision": "autocast", "outdir": "outputs/img2img-samples"}
     published |= {"config": "configs/stable-diffusion/v1-inference.yaml", "ckpt": "models/ldm/stable-diffusion-v1/model.ckpt"}
     flags = ("plms", "fixed_code", "skip_grid", "skip_save")
@@ -136,13 +148,14 @@ def test_flags_have_the_published_defaults():
 @pytest.mark.parametrize(
     "flags, words",
     [
-        (["--plms"], "--plms: PLMS cannot start from a picture"),
+        (["--plms"], "--plms: img2img refuses this flag"),
         (["--init-img", ""], "--init-img: give the picture"),
         (["--init-img", "nowhere.png"], "nowhere.png: no such file"),
         (["--strength", "1.5"], "--strength 1.5: choose 0"),
         (["--strength", "nan"], "--strength nan"),
         (["--ddim_steps", "101"], "--ddim_steps 101: choose 1 to 100"),
         (["--n_samples", "0"], "--n_samples 0"),
+        (["--sampler", "pmls"], "--sampler pmls: choose one of ddim, plms"),
         (["--ckpt", "nowhere.ckpt"], "checkpoint nowhere.ckpt: no such file"),
         (["--init_img", "a.png"], "did you mean --init-img?"),
         (["--H", "512"], "unknown flag --H"),

@@ -9,10 +9,12 @@ from PIL import Image
 
 from ldm.commandline import ROOT, run
 from ldm.pictures import read_info
-from scripts.txt2img import main, parser
+from ldm.settings import model_facts, read_config
+from scripts.txt2img import main, parser, settings_of
 from tests.tiny import SavedModel, save_text_model
 
 SCRIPT = ROOT / "scripts" / "txt2img.py"
+FACTS = model_facts(read_config(ROOT / "configs" / "stable-diffusion" / "v1-inference.yaml"))
 
 
 @pytest.fixture(scope="module")
@@ -44,13 +46,14 @@ def refused(argv: list[str], capsys) -> str:
 def test_flags_have_the_published_defaults():
     """Figures of cli.md, the list of the published command lines; C and f come from the model, which for Stable Diffusion is 4 and 8."""
     opt = vars(parser().parse_args([]))
-    published = {"prompt": "a painting of a virus monster playing guitar", "ddim_steps": 50, "ddim_eta": 0.0, "n_iter": 2}
+    assert settings_of(parser().parse_args([])).checked(FACTS).eta == 0.0
+    published = {"prompt": "a painting of a virus monster playing guitar", "ddim_steps": 50, "n_iter": 2}
     published |= {"H": 512, "W": 512, "n_samples": 3, "n_rows": 0, "scale": 7.5, "seed": 42, "precision": "autocast", "from_file": None}
     flags = ("plms", "dpm_solver", "laion400m", "fixed_code", "skip_grid", "skip_save")
     assert {name: opt[name] for name in published} == published and not any(opt[name] for name in flags)
 
 
-@pytest.mark.parametrize("solver", [[], ["--plms"], ["--dpm_solver"]])
+@pytest.mark.parametrize("solver", [[], ["--plms"], ["--dpm_solver"], ["--sampler", "dpmpp_2m_sde"]])
 @pytest.mark.parametrize("scale", ["1", "7.5"])
 def test_samples_and_grid_are_written_as_published(saved, tmp_path, solver, scale, capsys):
     assert run(main, arguments(saved, tmp_path, *solver, "--scale", scale, "--n_iter", "2")) == 0
@@ -58,7 +61,7 @@ def test_samples_and_grid_are_written_as_published(saved, tmp_path, solver, scal
     assert written == ["grid-0000.png", *(f"samples/0000{k}.png" for k in range(4))]
     assert np.asarray(Image.open(tmp_path / "grid-0000.png")).shape == (2 * 18 + 2, 2 * 18 + 2, 3)
     info = read_info(tmp_path / "samples" / "00003.png")
-    assert info["sampler"] == (solver[0].strip("-") if solver else "ddim") and info["scale"] == float(scale)
+    assert info["sampler"] == (solver[-1].strip("-") if solver else "ddim") and info["scale"] == float(scale)
     out = capsys.readouterr().out
     assert "4 pictures in" in out and str(tmp_path / "samples" / "00000.png") in out
 
@@ -131,6 +134,8 @@ def test_laion400m_changes_what_is_not_given(saved, tmp_path, capsys, monkeypatc
         (["--C", "3"], "--C 3: this model's latents have 4 channels"),
         (["--plms", "--ddim_eta", "1"], "--ddim_eta 1"),
         (["--plms", "--dpm_solver"], "not allowed with"),
+        (["--plms", "--sampler", "heun"], "not allowed with"),
+        (["--sampler", "huen"], "--sampler huen: choose one of ddim, plms"),
         (["--from-file", "nowhere.txt"], "--from-file nowhere.txt: No such file"),
         (["--ckpt", "nowhere.ckpt"], "checkpoint nowhere.ckpt: no such file"),
         (["--config", "nowhere.yaml"], "config nowhere.yaml: no such file"),
