@@ -1,5 +1,6 @@
 """main.py from its command line to the files of a run, on a model of a few numbers."""
 
+import builtins
 import os
 import re
 import signal
@@ -347,6 +348,19 @@ def test_mistakes_are_one_line_and_exit_code_2(run, capsys, words, message):
     errors = [line for line in out.err.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1 and message in errors[0] and "Traceback" not in out.err
     assert not list(Path().rglob("*.ckpt"))
+
+
+def test_a_torchvision_that_does_not_fit_torch_is_named_with_what_mends_it(run, capsys, monkeypatch):
+    original = builtins.__import__
+
+    def broken(name, *args, **kwargs):
+        if name == "pytorch_lightning" and args and (args[0] or {}).get("__name__") == "ldm.training.session":
+            raise RuntimeError("operator torchvision::nms does not exist")
+        return original(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", broken)
+    assert run("-b", "toy.yaml", "-t") == 2
+    assert "pip uninstall torchvision" in capsys.readouterr().err
 
 
 def test_debug_shows_where_a_mistake_was_found(run, capsys):
