@@ -1,0 +1,218 @@
+"""Laws of the classifier of noisy latents and of guidance by it."""
+
+import numpy as np
+import pytest
+import pytorch_lightning as pl
+import torch
+from omegaconf import OmegaConf
+
+from ldm.checkpoint_io import write_weights
+from ldm.models.diffusion.classifier import ClassifierGuidance, top_k_accuracy
+from ldm.models.diffusion.ddim import DDIMSampler
+from ldm.models.diffusion.dpm_solver import DPMSolverSampler
+from ldm.models.diffusion.plms import PLMSSampler
+from ldm.util import instantiate_from_config
+from tests.models.diffusion.test_condition_modes import MODES, Everything
+from tests.models.diffusion.tiny import ATTEND, AUTOENCODER, CLASSES, unet
+from tests.models.diffusion.toy import GaussianModel
+from tests.reference import randn, seed_weights
+
+QUIET = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
+
+
+def loader(batch_size=4):
+    return torch.utils.data.DataLoader(Everything(), batch_size=batch_size)
+
+
+def diffusion_config(mode="class"):
+    key, changes, cond, params = {"class": ("crossattn", ATTEND, CLASSES, {"cond_stage_key": "class_label"}), **MODES}[mode]
+    network = unet(**{**changes, "num_heads": -1, "num_head_channels": 16})
+    base = {"conditioning_key": key, "timesteps": 100, "image_size": 8, "channels": 4, "scale_factor": 0.5, "use_ema": False}
+    stages = {"unet_config": network, "first_stage_config": AUTOENCODER, "cond_stage_config": cond}
+    return {"model": {"target": "ldm.models.diffusion.ddpm.LatentDiffusion", "params": {**base, **stages, **params}}}
+
+
+@pytest.fixture
+def diffusion(tmp_path):
+    """A diffusion model as a run leaves it: project YAML and checkpoint."""
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "checkpoints").mkdir()
+    OmegaConf.save(OmegaConf.create(diffusion_config()), tmp_path / "configs" / "2026-01-01T00-00-00-project.yaml")
+    model = seed_weights(instantiate_from_config(OmegaConf.create(diffusion_config()["model"])))
+    write_weights(model.state_dict(), tmp_path / "checkpoints" / "last.ckpt")
+    return tmp_path
+
+
+def classifier(path, **changes):
+    params = {"diffusion_path": str(path), "num_classes": 8, "log_steps": 2, **changes}
+    torch.manual_seed(0)
+    return instantiate_from_config({"target": "ldm.models.diffusion.classifier.NoisyLatentImageClassifier", "params": params})
+
+
+def fit(model, steps=2, lr=1e-3):
+    model.learning_rate = lr
+    trainer = pl.Trainer(max_steps=steps, num_sanity_val_steps=0, val_check_interval=min(2, steps), **QUIET)
+    trainer.fit(model, loader(), loader())
+    return trainer
+
+
+@pytest.mark.parametrize("pool", ["attention", "adaptive", "spatial_v2"])
+def test_it_trains_validates_and_logs_images_and_leaves_the_diffusion_model_alone(diffusion, pool):
+    model = classifier(diffusion, pool=pool)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    trainer = fit(model)
+    assert trainer.global_step == 2
+    assert all(np.isfinite(trainer.callback_metrics[name]) for name in ("val/loss", "val/acc@1", "val/acc@5", "val/acc@1_t0050"))
+    moved = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+    assert moved and all(name.startswith("model.") for name in moved)
+    log = model.eval().log_images(next(iter(loader())), N=2)
+    assert set(log) == {"inputs", "noisy", "labels", "predictions"} and all(torch.isfinite(picture).all() for picture in log.values())
+
+
+def test_a_run_folder_gives_the_weights_of_the_diffusion_model(diffusion):
+    model = classifier(diffusion)
+    wanted = seed_weights(instantiate_from_config(OmegaConf.create(diffusion_config()["model"])))
+    name = "first_stage_model.encoder.conv_in.weight"
+    assert torch.equal(model.diffusion_model.state_dict()[name], wanted.state_dict()[name])
+    assert model.label_key == "class_label" and model.model.out_channels == 8
+
+
+def test_the_diffusion_model_stays_frozen_and_in_evaluation_mode(diffusion):
+    model = classifier(diffusion).train()
+    assert model.model.training and not any(module.training for module in model.diffusion_model.modules())
+    assert not any(p.requires_grad for p in model.diffusion_model.parameters())
+
+
+def test_it_learns_what_it_is_shown(diffusion):
+    model = classifier(diffusion, pool="spatial_v2")
+    data = next(iter(loader(8)))
+    optimizer = torch.optim.AdamW(model.model.parameters(), lr=1e-3)
+    model.train()
+    torch.manual_seed(0)
+    losses = []
+    for _ in range(18):
+        loss, _ = model.shared_step(data, torch.zeros(8, dtype=torch.long))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.5 * losses[0]
+
+
+def test_segmentation_maps_are_labels_of_every_latent_pixel(tmp_path):
+    OmegaConf.save(OmegaConf.create(diffusion_config("segmentation")), tmp_path / "model.yaml")
+    model = classifier(tmp_path / "model.yaml", num_classes=5)
+    data = next(iter(loader()))
+    labels = model.get_labels(data, (8, 8))
+    assert labels.shape == (4, 8, 8) and torch.equal(labels, data["segmentation"].argmax(-1)[:, ::4, ::4])
+    trainer = fit(model)
+    assert np.isfinite(trainer.callback_metrics["val/acc@1"])
+    assert model.eval().log_images(data, N=2)["labels"].shape == (2, 3, 8, 8)
+
+
+def test_accuracy_counts_the_best_k():
+    scores = torch.tensor([[0.1, 0.9, 0.5], [0.8, 0.1, 0.3]])
+    assert float(top_k_accuracy(scores, torch.tensor([2, 0]), 1)) == 0.5 and float(top_k_accuracy(scores, torch.tensor([2, 0]), 2)) == 1.0
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [({"num_classes": 3}, "labels from 0 to 7, but num_classes is 3"), ({"label_key": "label"}, "the batch has no 'label'")],
+)
+def test_labels_that_do_not_fit_are_refused(diffusion, changes, message):
+    model = classifier(diffusion, **changes)
+    with pytest.raises(ValueError, match=message):
+        model.shared_step(next(iter(loader(8))))
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [({"diffusion_path": "nowhere"}, "neither a YAML file nor a run's folder"), ({"log_steps": 101}, "log_steps 101: choose 1 to 100")],
+)
+def test_settings_that_cannot_be_honoured_are_refused(diffusion, changes, message):
+    with pytest.raises(ValueError, match=message):
+        classifier(diffusion, **changes)
+
+
+# ------------------------------------------------------------------------------------------------------------ guidance
+
+
+class TwoGaussians:
+    """Exact p(label | x_t) of two equal classes N(-1, s^2) and N(+1, s^2), for each value by itself."""
+
+    def __init__(self, model, std=0.3):
+        self.model, self.std = model, std
+
+    def __call__(self, x, t):
+        alpha2 = self.model.alphas_cumprod[t.long()][:, None, None, None]
+        variance = alpha2 * self.std**2 + 1 - alpha2
+        logit = 2 * alpha2.sqrt() * x / variance  # log N(x; alpha, v) - log N(x; -alpha, v)
+        return torch.stack([torch.zeros_like(logit), logit], dim=1)[:, :, 0]  # (B, 2, H, W) of one channel
+
+
+class Mixture(GaussianModel):
+    """The exact denoiser of both classes together."""
+
+    def apply_model(self, x, t, c):
+        low, high = (GaussianModel(self.parameterization, mean, 0.3).apply_model(x, t, None) for mean in (-1.0, 1.0))
+        alpha2 = self.alphas_cumprod[t.long()][:, None, None, None]
+        share = torch.sigmoid(2 * alpha2.sqrt() * x / (alpha2 * 0.3**2 + 1 - alpha2))
+        return torch.lerp(low, high, share)
+
+
+@pytest.mark.parametrize("parameterization", ["eps", "v", "x0"])
+@pytest.mark.parametrize("sampler", [DDIMSampler, PLMSSampler, DPMSolverSampler])
+def test_guidance_by_an_exact_classifier_turns_the_mixture_into_the_class(sampler, parameterization):
+    model = Mixture(parameterization)
+    labels = torch.ones(4, 16, 16, dtype=torch.long)
+    x_T = randn(3, 4, 1, 16, 16)
+
+    def draw(**kwargs):
+        return sampler(model).sample(30, 4, (1, 16, 16), torch.zeros(4), x_T=x_T, verbose=False, **kwargs).samples
+
+    plain = draw()
+    assert abs(float(plain.mean())) < 0.15 and float(plain.std()) > 0.9
+    led = draw(score_corrector=ClassifierGuidance(TwoGaussians(model), labels, 1.0))
+    assert abs(float(led.mean()) - 1.0) < 0.1 and abs(float(led.std()) - 0.3) < 0.06
+
+
+def test_the_gradient_is_that_of_the_chosen_label():
+    model = Mixture()
+    x, t = randn(5, 2, 1, 4, 4), torch.tensor([100, 700])
+    guidance = ClassifierGuidance(TwoGaussians(model), torch.stack([torch.ones(4, 4), torch.zeros(4, 4)]).long())
+    alpha2 = model.alphas_cumprod[t][:, None, None, None]
+    slope = 2 * alpha2.sqrt() / (alpha2 * 0.09 + 1 - alpha2)
+    p = torch.sigmoid(slope * x)
+    wanted = torch.stack([(slope * (1 - p))[0], (-slope * p)[1]])
+    with torch.no_grad():
+        assert torch.allclose(guidance.gradient(x, t), wanted, atol=1e-5)
+        eps = guidance.modify_score(model, torch.zeros_like(x), x, t)
+    assert torch.allclose(eps, -(1 - alpha2).sqrt() * wanted, atol=1e-5)
+
+
+def test_a_scale_of_zero_changes_nothing_and_labels_must_fit():
+    guidance = ClassifierGuidance(None, torch.zeros(2, dtype=torch.long), 0.0)
+    x = randn(1, 2, 1, 4, 4)
+    assert guidance.modify_score(Mixture(), x, x, torch.tensor([1, 2])) is x
+    with pytest.raises(ValueError, match="2 labels for 3 samples"):
+        guidance.modify_score(Mixture(), x, randn(1, 3, 1, 4, 4), torch.tensor([1, 2, 3]))
+
+
+def test_a_trained_classifier_leads_a_latent_diffusion_model_with_guidance_of_both_kinds(diffusion):
+    model = classifier(diffusion).eval()
+    seed_weights(model.model)
+    z = model.diffusion_model
+    cond, null = (z.get_learned_conditioning({"class_label": torch.full((2,), label)}) for label in (3, 9))
+    guidance = ClassifierGuidance(model, torch.tensor([1, 7]), 5.0)
+
+    def draw(**kwargs):
+        both = {"unconditional_guidance_scale": 2.0, "unconditional_conditioning": null}
+        return DDIMSampler(z).sample(4, 2, (4, 8, 8), cond, x_T=randn(1, 2, 4, 8, 8), verbose=False, **both, **kwargs).samples
+
+    plain, led = draw(), draw(score_corrector=guidance)
+    t = torch.zeros(2, dtype=torch.long)
+
+    def log_p(x):
+        return model(x, t).log_softmax(1).gather(1, guidance.labels[:, None]).mean()
+
+    assert torch.isfinite(led).all() and log_p(led) > log_p(plain)
