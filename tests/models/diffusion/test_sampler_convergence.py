@@ -69,6 +69,19 @@ def test_the_grid_uniform_in_time_converges_with_many_steps(name, fall):
     assert coarse > fall * fine
 
 
+@pytest.mark.parametrize("zero_terminal_snr", [False, True])
+@pytest.mark.parametrize("name", [name for name, entry in SAMPLERS.items() if entry.takes_eta or entry.default_eta == 0.0])
+def test_a_constant_prediction_is_followed_exactly(name, zero_terminal_snr):
+    model, clean = ToyModel("x0", zero_terminal_snr=zero_terminal_snr), torch.full((1, *SHAPE), 0.5)
+    model.apply_model = lambda x, t, c: clean
+    sampler, x_T = make_sampler(name, model), randn(3, 1, *SHAPE)
+    grid = sampler.grid(9, 0.0, "trailing")
+    _, inter = sampler.sample(9, 1, SHAPE, x_T=x_T, eta=0.0, verbose=False, log_every_t=1, ddim_discretize="trailing")
+    eps = (x_T - grid.alphas[-1] ** 0.5 * clean) / (1 - grid.alphas[-1]) ** 0.5
+    for x, alpha in zip(inter["x_inter"][1:], grid.alphas_prev[::-1]):
+        assert torch.allclose(x, alpha**0.5 * clean + (1 - alpha) ** 0.5 * eps, atol=1e-4)
+
+
 def test_order_three_multistep_converges_at_its_order_once_it_has_a_history():
     def error(steps):
         model, u = GaussianModel(), randn(3, 1, *SHAPE)
