@@ -28,6 +28,7 @@ LATER = {
     "ldm.data.faceshq": "data: CelebA-HQ and FFHQ",
     "taming.data.faceshq": "data: CelebA-HQ and FFHQ",
     "ldm.data.imagenet": "data: ImageNet",
+    "ldm.data.inpainting": "data: pictures with holes",
     "ldm.data.landscapes": "data: landscapes with segmentation maps",
     "ldm.data.lsun": "data: LSUN",
     "ldm.data.openimages": "data: OpenImages",
