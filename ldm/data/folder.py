@@ -150,6 +150,10 @@ class ImageFolder(Dataset):
             raise BadImageError(path, f"{picture.width}x{picture.height} pixels, below min_size {self.min_size}")
         return picture
 
+    def _check(self, name: str) -> None:
+        """Raise BadImageError for a picture that cannot be used."""
+        self._read(name)
+
     def _values(self, picture: Image.Image, index: int) -> dict[str, Any]:
         """What a sample holds of its picture; families that need more than the picture say it here."""
         return {self.image_key: pictures.to_array(self._view(picture).of(picture, self.interpolation))}
@@ -211,7 +215,7 @@ class ImageFolder(Dataset):
 
         def problem(item: Item) -> str:
             try:
-                self._read(item.name)
+                self._check(item.name)
             except BadImageError as error:
                 return error.reason or str(error)
             return ""
