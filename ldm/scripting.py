@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ldm.commandline import Parser
+from ldm.commandline import Parser, find_file
 from ldm.models.diffusion.samplers import SAMPLERS
 from ldm.pictures import Output, Picture
 from ldm.settings import PRECISIONS, read_prompts
@@ -80,6 +80,13 @@ def prompt_settings(opt: Namespace) -> dict[str, Any]:
 def prompts_of(opt: Namespace) -> str | list[str]:
     """The one prompt, or the lines of the file."""
     return read_prompts(opt.from_file) if opt.from_file else opt.prompt or ""
+
+
+def released_weights(path: str) -> Path:
+    """The file of a released model, which its archive may hold under either of the published names, last.ckpt and model.ckpt."""
+    other = {"last.ckpt": "model.ckpt", "model.ckpt": "last.ckpt"}[Path(path).name]
+    names = [find_file(path), find_file(Path(path).with_name(other))]
+    return next((file for file in names if file.is_file()), names[0])
 
 
 def check_ready(opt: Namespace, ckpt: Path, where: Mapping[str, str] = WHERE) -> None:

@@ -12,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout tha
 from ldm.commandline import Parser, find_file, run
 from ldm.inference import fill, load_model
 from ldm.pictures import NamedOutput, Watermark
-from ldm.scripting import add_model_flags, check_ready, report
+from ldm.scripting import add_model_flags, check_ready, released_weights, report
 from ldm.settings import model_facts, read_config
 from ldm.task_settings import FillSettings, check_fills_masks, find_pairs
 
@@ -38,7 +38,7 @@ def main(argv: Sequence[str]) -> None:
     for flag in ("indir", "outdir"):
         if not getattr(opt, flag):
             raise ValueError(f"--{flag}: give a folder, e.g. --indir pictures --outdir results")
-    config, ckpt = find_file(opt.config), find_file(opt.ckpt)
+    config, ckpt = find_file(opt.config), released_weights(CKPT) if opt.ckpt == CKPT else find_file(opt.ckpt)
     facts = model_facts(read_config(config))
     check_fills_masks(facts)
     settings = FillSettings(steps=opt.steps, eta=opt.ddim_eta, seed=opt.seed).checked(facts)

@@ -12,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout tha
 from ldm.commandline import Parser, find_file, run
 from ldm.inference import enlarge, load_model
 from ldm.pictures import NamedOutput, Watermark
-from ldm.scripting import add_model_flags, check_ready, report
+from ldm.scripting import add_model_flags, check_ready, released_weights, report
 from ldm.settings import model_facts, read_config
 from ldm.task_settings import UpscaleSettings, check_enlarges
 
@@ -37,7 +37,7 @@ def main(argv: Sequence[str]) -> None:
     # What is wrong with the command line is said before torch is imported.
     if not opt.init_img:
         raise ValueError("--init-img: give the pictures to enlarge, e.g. --init-img small.png")
-    config, ckpt = find_file(opt.config), find_file(opt.ckpt)
+    config, ckpt = find_file(opt.config), released_weights(CKPT) if opt.ckpt == CKPT else find_file(opt.ckpt)
     facts = model_facts(read_config(config))
     check_enlarges(facts)
     settings = UpscaleSettings(steps=opt.steps, eta=opt.ddim_eta, seed=opt.seed).checked(facts)

@@ -1,5 +1,7 @@
 """scripts/inpaint.py as a user runs it, on a model laid out as the published one."""
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -118,6 +120,26 @@ def test_results_in_the_folder_of_the_pictures_leave_them_alone(saved, tmp_path)
     before = (tmp_path / "x.png").read_bytes()
     run(main, arguments(saved, tmp_path, tmp_path))
     assert (tmp_path / "x.png").read_bytes() == before and (tmp_path / "x-1.png").exists()
+
+
+@pytest.mark.parametrize("name", ["last.ckpt", "model.ckpt"])
+def test_the_released_model_is_found_under_either_name(saved, tmp_path, monkeypatch, name):
+    folder = tmp_path / "models" / "ldm" / "inpainting_big"
+    folder.mkdir(parents=True)
+    shutil.copy(saved.config, folder / "config.yaml")
+    shutil.copy(saved.ckpt, folder / name)
+    pair(tmp_path / "in")
+    monkeypatch.chdir(tmp_path)
+    assert run(main, ["--indir", "in", "--outdir", "out", "--steps", "1", "--device", "cpu"]) == 0
+    assert read_info("out/x.png")["ckpt"] == f"models/ldm/inpainting_big/{name}"
+
+
+def test_without_the_released_weights_the_defaults_say_how_to_get_them(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    pair(tmp_path / "in")
+    if not any((ROOT / "models/ldm/inpainting_big").glob("*.ckpt")):
+        line = refused(main, ["--indir", "in", "--outdir", "out"], capsys)
+        assert "models/ldm/inpainting_big/last.ckpt" in line and "download_models.sh inpainting_big" in line
 
 
 def test_flags_have_the_published_defaults():
