@@ -1,70 +1,66 @@
-"""Holes in the pictures of a folder: what an inpainting model is trained on."""
+"""Pictures with holes: the condition of the inpainting models (LDM, arXiv 2112.10752, section 4.5)."""
 
 from __future__ import annotations
 
 import math
+import random
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image, ImageDraw
 
+from ldm.data import image as pictures
+from ldm.data.base import DataConfigError
 from ldm.data.folder import ImageFolder
 
-MAX_STROKES, MAX_BOXES = 5, 4
 
+class Inpainting(ImageFolder):
+    """Pictures as `image`, with `mask` float32 (H, W, 1), 1 in the hole and -1 elsewhere, and `masked_image` float32 (H, W, 3), the picture
+    with its hole black (-1). For a folder of any kind, and a mixin of the families.
 
-class InpaintingFolder(ImageFolder):
-    """A folder of pictures with a hole drawn at random in each: free-hand strokes or boxes (after LaMa, arXiv 2109.07161, section 3.3).
-
-    Beside what ImageFolder gives, whose parameters are all taken: `mask` float32 (H, W, 1), 1 in the hole and -1 elsewhere, and
-    `masked_image` float32 (H, W, 3) in [-1, 1], black in the hole. The random numbers are torch's, which the data module seeds by sample.
-    fixed_holes: each picture's hole follows from its place in the folder, so that validation is the same each time.
+    min_masked, max_masked: the share of the picture that the hole takes: strokes and boxes are drawn until it is reached, wide ones
+    as in LaMa (Suvorov et al. 2022, arXiv 2109.07161, section 2.3). Other parameters are those of ImageFolder.
     """
 
-    def __init__(self, root: str | None = None, split: str | None = "train", fixed_holes: bool | None = None, **options: Any) -> None:
-        super().__init__(root, split=split, **options)
-        self.fixed_holes = split == "validation" if fixed_holes is None else fixed_holes
+    def __init__(self, root: str | None = None, min_masked: float = 0.1, max_masked: float = 0.5, **options: Any) -> None:
+        if not 0 < min_masked <= max_masked < 1:
+            raise DataConfigError("min_masked", min_masked, f"with max_masked {max_masked} no range in (0, 1)", "set {param} to a share")
+        self.min_masked, self.max_masked = min_masked, max_masked
+        super().__init__(root, **options)
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        item = super().__getitem__(index)
-        height, width, _ = item["image"].shape
-        seed = index if self.fixed_holes else int(torch.randint(2**31, ()))
-        hole = draw_hole(width, height, np.random.default_rng(seed))
-        mask = np.where(hole, 1.0, -1.0).astype(np.float32)[..., None]
-        return {**item, "mask": mask, "masked_image": np.where(mask > 0, -1.0, item["image"]).astype(np.float32)}
+    def _values(self, picture: Image.Image, index: int) -> dict[str, Any]:
+        image = pictures.to_array(self._view(picture).of(picture, self.interpolation))
+        hole = draw_hole(image.shape[0], image.shape[1], random.uniform(self.min_masked, self.max_masked))
+        masked = np.where(hole[..., None], np.float32(-1), image)
+        return {self.image_key: image, "mask": np.where(hole[..., None], 1, -1).astype(np.float32), "masked_image": masked}
 
 
-def draw_hole(width: int, height: int, random: np.random.Generator) -> np.ndarray:
-    """A hole (height, width) of bool, never empty and never all of the picture: thick strokes or boxes, half of the time each."""
-    side = min(width, height)
-    for _ in range(20):
-        picture = Image.new("1", (width, height))
-        draw = ImageDraw.Draw(picture)
+def draw_hole(height: int, width: int, share: float) -> np.ndarray:
+    """Strokes and boxes that together take about `share` of the picture -> bool (height, width); Python's global generator draws them."""
+    canvas = Image.new("1", (width, height))
+    draw = ImageDraw.Draw(canvas)
+    side = min(height, width)
+    while True:
+        before = canvas.copy()
         if random.random() < 0.5:
-            for _ in range(random.integers(1, MAX_STROKES + 1)):
-                _stroke(draw, width, height, max(1, round(side * random.uniform(0.04, 0.16))), random)
+            _stroke(draw, height, width, max(1, round(side * random.uniform(0.03, 0.15))))
         else:
-            for _ in range(random.integers(1, MAX_BOXES + 1)):
-                extent = np.array([width, height]) * random.uniform(0.1, 0.5, 2)
-                corner = random.uniform(0.0, 1.0, 2) * (np.array([width, height]) - extent)
-                draw.rectangle((*corner, *(corner + extent)), fill=1)
-        hole = np.asarray(picture, dtype=bool)
-        if 0.01 < hole.mean() < 0.9:
-            return hole
-    hole = np.zeros((height, width), dtype=bool)
-    hole[height // 4 : math.ceil(height * 3 / 4), width // 4 : math.ceil(width * 3 / 4)] = True
-    return hole
+            w, h = (max(1, round(length * random.uniform(0.1, 0.4))) for length in (width, height))
+            left, top = random.randint(0, width - w), random.randint(0, height - h)
+            draw.rectangle((left, top, left + w - 1, top + h - 1), fill=1)
+        hole, last = np.asarray(canvas), np.asarray(before)
+        if hole.mean() >= share:  # the nearer of the last two
+            return hole if not last.any() or hole.mean() - share <= share - last.mean() else last
 
 
-def _stroke(draw: ImageDraw.ImageDraw, width: int, height: int, thickness: int, random: np.random.Generator) -> None:
-    """A line of a few bends, as a hand would draw it."""
-    point = random.uniform(0.0, 1.0, 2) * (width, height)
-    angle = random.uniform(0.0, 2 * math.pi)
-    points = [tuple(point)]
-    for _ in range(random.integers(2, 6)):
-        angle += random.uniform(-1.2, 1.2)
-        step = min(width, height) * random.uniform(0.1, 0.4)
-        point = np.clip(point + step * np.array([math.cos(angle), math.sin(angle)]), 0, (width, height))
-        points.append(tuple(point))
-    draw.line(points, fill=1, width=thickness, joint="curve")
+def _stroke(draw: ImageDraw.ImageDraw, height: int, width: int, thickness: int) -> None:
+    """A line of a few bends with round ends."""
+    x, y, angle = random.uniform(0, width), random.uniform(0, height), random.uniform(0, 2 * math.pi)
+    for _ in range(random.randint(1, 5)):
+        angle += random.uniform(-1, 1)
+        length = min(height, width) * random.uniform(0.1, 0.4)
+        end = (min(max(x + length * math.cos(angle), 0), width), min(max(y + length * math.sin(angle), 0), height))
+        draw.line((x, y, *end), fill=1, width=thickness)
+        for cx, cy in ((x, y), end):
+            draw.ellipse((cx - thickness / 2, cy - thickness / 2, cx + thickness / 2, cy + thickness / 2), fill=1)
+        x, y = end
