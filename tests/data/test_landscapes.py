@@ -104,5 +104,5 @@ def test_missing_folders_are_told(tmp_path, monkeypatch):
     (tmp_path / "data/rfw/segmentations").mkdir(parents=True)
     with pytest.raises(DataConfigError, match=r"root 'data/rfw/images': no such folder"):
         RFWTrain()
-    with pytest.raises(DataConfigError, match="n_labels 256: no number of classes; set n_labels to 1 .. 255"):
+    with pytest.raises(DataConfigError, match=r"n_labels 256: no number of classes; set n_labels to 1 .. 255"):
         RFWTrain(n_labels=256)
