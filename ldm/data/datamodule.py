@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -95,9 +95,7 @@ class DataModuleFromConfig(pl.LightningDataModule):
         Lightning calls it in one process of each machine, and main before it; what is done already is left alone.
         """
         for split, config in self.dataset_configs.items():
-            if split in self.datasets or not isinstance(config, Mapping) or "target" not in config:
-                continue
-            if prepare := getattr(get_obj_from_str(config["target"]), "prepare_data", None):
+            if split not in self.datasets and (prepare := _preparation(config)) is not None:
                 with _placed(split):
                     prepare(**(config.get("params") or {}))
 
@@ -202,6 +200,14 @@ class DataModuleFromConfig(pl.LightningDataModule):
         from pytorch_lightning.accelerators import CUDAAccelerator
 
         return self.trainer is not None and isinstance(self.trainer.accelerator, CUDAAccelerator)
+
+
+def _preparation(config: Any) -> Callable[..., None] | None:
+    """A dataset's own `prepare_data`; None without one, and for a config that cannot be built, which `setup` says more about."""
+    try:
+        return getattr(get_obj_from_str(config["target"]), "prepare_data", None)
+    except (ConfigError, KeyError, TypeError):
+        return None
 
 
 @contextmanager

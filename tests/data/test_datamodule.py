@@ -197,3 +197,10 @@ def test_datasets_are_prepared_before_they_are_built_and_not_again():
     assert Prepared.calls == (("somewhere", before),)
     with pytest.raises(DataConfigError, match=r"data.params.train root None: not set; set data.params.train.params.root"):
         data(train={"target": target}).prepare_data()
+
+
+def test_a_target_that_is_not_there_is_told_with_its_place():
+    module = data(train=OmegaConf.create({"train": {"target": "ldm.data.lsun.LSUNDogsTrain"}}).train)
+    module.prepare_data()
+    with pytest.raises(ConfigError, match=r"train.target: target .*LSUNDogsTrain"):
+        module.setup()
