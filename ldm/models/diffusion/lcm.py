@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from ldm.models.diffusion.grids import chain_alphas
@@ -53,6 +52,4 @@ class LCMSampler(Sampler):
     def step(self, x: Tensor, k: int, run: Run) -> tuple[Tensor, Tensor]:
         _, x0 = run.predict(x, k)
         clean = run.coefs["c_skip"][k] * x + run.coefs["c_out"][k] * x0
-        if k == 0:
-            return clean, clean
-        return torch.sqrt(run.alpha_prev[k]) * clean + run.sigma[k] * run.noise(x), clean
+        return run.alpha_prev[k].sqrt() * clean + run.sigma[k] * run.noise(x), clean
