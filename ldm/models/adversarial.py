@@ -37,6 +37,9 @@ class AdversarialAutoencoder(pl.LightningModule):
     `trainer.global_step` and so `max_steps` count too, and it is saved beside the state_dict.
     """
 
+    loss_target = "ldm.modules.losses.LPIPSWithDiscriminator"  # what a config without a loss is told to name
+    lr_g_factor = 1.0  # the generator's learning rate as a multiple of `learning_rate`
+
     def __init__(
         self,
         ddconfig: Mapping[str, Any],
@@ -142,7 +145,7 @@ class AdversarialAutoencoder(pl.LightningModule):
         if isinstance(self.loss, (nn.Identity, DummyLoss)):
             raise ValueError(
                 f"lossconfig.target is {type(self.loss).__name__}, which cannot train: this config only encodes and decodes; "
-                f"name ldm.modules.losses.LPIPSWithDiscriminator with its params to train"
+                f"name {self.loss_target} with its params to train"
             )
         load = getattr(self.loss, "load_pretrained", None)
         if load is None:
@@ -264,7 +267,8 @@ class AdversarialAutoencoder(pl.LightningModule):
     def _log_validation(self, batch: Mapping[str, Any], split: str) -> None:
         inputs = self.get_input(batch, self.image_key)
         reconstructions, latent = self.reconstruct(inputs)
-        _, logs = self.loss_of(inputs, reconstructions, latent, GENERATOR, split)
+        loss, logs = self.loss_of(inputs, reconstructions, latent, GENERATOR, split)
+        logs[f"{split}/aeloss"] = loss
         if self.adversarial:
             logs |= self.loss_of(inputs, reconstructions, latent, DISCRIMINATOR, split)[1]
         self.log_dict(logs, on_step=False, on_epoch=True, batch_size=len(inputs), sync_dist=True)
@@ -276,19 +280,19 @@ class AdversarialAutoencoder(pl.LightningModule):
     def configure_optimizers(self) -> Any:
         if self.learning_rate is None:
             raise ValueError("learning_rate is not set: assign model.learning_rate first (main.py takes it from base_learning_rate)")
-        optimizers = [self._adam(self.generator_parameters())]
+        optimizers = [self._adam(self.generator_parameters(), self.lr_g_factor * self.learning_rate)]
         discriminator = getattr(self.loss, "discriminator", None)
         if discriminator is not None:
-            optimizers.append(self._adam(discriminator.parameters()))
+            optimizers.append(self._adam(discriminator.parameters(), self.learning_rate))
         if self.scheduler_config is None:
             return optimizers
         schedule = instantiate_from_config(self.scheduler_config)
         return optimizers, [{"scheduler": LambdaLR(o, lr_lambda=schedule.schedule), "interval": "step", "frequency": 1} for o in optimizers]
 
-    def _adam(self, parameters: Any) -> torch.optim.Adam:
+    def _adam(self, parameters: Any, lr: float) -> torch.optim.Adam:
         # On a CPU the fused step saves a Python loop over hundreds of small tensors; on a GPU the default already is foreach.
         fused = True if self.device.type == "cpu" else None
-        return torch.optim.Adam(parameters, lr=self.learning_rate, betas=ADAM_BETAS, fused=fused)
+        return torch.optim.Adam(parameters, lr=lr, betas=ADAM_BETAS, fused=fused)
 
     # ---------------------------------------------------------------------------------------------------------- pictures
 

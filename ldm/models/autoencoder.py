@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from ldm.models.adversarial import AdversarialAutoencoder
+from ldm.models.vq import VQModel, VQModelInterface
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
 
-__all__ = ["AutoencoderKL", "IdentityFirstStage"]
+__all__ = ["AutoencoderKL", "IdentityFirstStage", "VQModel", "VQModelInterface"]
 
 
 class AutoencoderKL(AdversarialAutoencoder):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from ldm.models.autoencoder import AutoencoderKL
+from ldm.models.autoencoder import AutoencoderKL, VQModel
 from tests.reference import randn
 
 DDCONFIG = {
@@ -29,6 +29,31 @@ def make_autoencoder(
     """The tiny KL autoencoder, always with the same first weights."""
     torch.manual_seed(0)
     model = AutoencoderKL(DDCONFIG, loss_config(**(loss or {})), embed_dim=2, monitor="val/rec_loss", **options)
+    model.learning_rate = learning_rate
+    model.accumulate_grad_batches = accumulation
+    return model
+
+
+VQ_TARGET = "taming.modules.losses.vqperceptual.VQLPIPSWithDiscriminator"
+VQ_LOSS = {"disc_start": 0, "perceptual_weight": 0, "disc_num_layers": 2, "disc_ndf": 8, "disc_weight": 0.5}
+
+
+def vq_config(loss: dict[str, Any] | None = None, **options: Any) -> dict[str, Any]:
+    """Arguments of the tiny VQ autoencoder."""
+    lossconfig = {"target": VQ_TARGET, "params": {**VQ_LOSS, **(loss or {})}}
+    options = {"n_embed": 16, "embed_dim": 2, "monitor": "val/rec_loss", **options}
+    return {"ddconfig": {**DDCONFIG, "double_z": False}, "lossconfig": lossconfig, **options}
+
+
+def make_vq(
+    learning_rate: float | None = 1e-3, accumulation: int = 1, loss: dict[str, Any] | None = None, cls: type = VQModel, **options: Any
+) -> VQModel:
+    """The tiny VQ autoencoder, always with the same first weights; its codebook is as spread out as its latents are."""
+    torch.manual_seed(0)
+    model = cls(**vq_config(loss, **options))
+    torch.nn.init.normal_(model.quantize.embedding.weight, std=0.3)
+    if model.use_ema:
+        model.model_ema.quantizeembeddingweight.copy_(model.quantize.embedding.weight.detach())
     model.learning_rate = learning_rate
     model.accumulate_grad_batches = accumulation
     return model
