@@ -77,13 +77,14 @@ class ConditionStage:
         return parts
 
     def raw_condition(self, batch: Mapping[str, Any], key: str, bs: int | None = None) -> Any:
-        """The condition as its encoder takes it: {key: labels}, list of strings, pictures (B, C, H, W), or a tensor as it is."""
+        """The condition as its encoder takes it: {key: labels}, list of strings, pictures (B, C, H, W), or a tensor (labels, tokens, vectors) as it is."""
         if isinstance(self.cond_stage_model, ClassEmbedder):
             key = self.cond_stage_model.key if key not in batch else key
             return {self.cond_stage_model.key: self.batch_value(batch, key)[:bs].to(self.device)}
         value = self.batch_value(batch, key)
         if torch.is_tensor(value):
-            if value.ndim == 4 or (value.ndim == 3 and value.is_floating_point()):
+            vectors = main_part(self.model.conditioning_key) == "c_crossattn"  # (B, L, D), where maps would be (B, H, W)
+            if value.ndim == 4 or (value.ndim == 3 and value.is_floating_point() and not vectors):
                 return self.get_pictures(batch, key, bs)
             return value[:bs].to(self.device)
         return list(value)[:bs]
