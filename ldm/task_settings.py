@@ -58,6 +58,13 @@ class UpscaleSettings(FillSettings):
 
     steps: int = 100
     eta: float = 1.0
+    tile: int = 128  # side of a tile in pixels of the small picture; larger pictures are drawn in tiles; 0: always in one piece
+
+    def checked(self, facts: ModelFacts) -> UpscaleSettings:
+        unit = facts.latent_multiple
+        if self.tile != 0 and (self.tile < 2 * unit or self.tile % unit):
+            raise ValueError(f"--tile {self.tile}: choose a multiple of {unit} from {2 * unit} on, or 0 for one piece; 128 is usual")
+        return super().checked(facts)
 
 
 @dataclass(frozen=True)

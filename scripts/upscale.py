@@ -27,6 +27,8 @@ def parser() -> Parser:
     add("--outdir", default="outputs/upscale-samples", metavar="DIR", help="folder for the results, which have the names of the pictures")
     add("--steps", type=int, default=100, metavar="S", help="number of DDIM steps")
     add("--ddim_eta", type=float, default=1.0, metavar="ETA", help="noise of DDIM: 0 is deterministic")
+    text = "side of a tile in pixels of the small picture; what is larger is drawn in overlapping tiles; 0: always in one piece"
+    add("--tile", type=int, default=128, metavar="SIDE", help=text)
     add("--seed", type=int, default=42, help="seed of each picture's noise")
     add_model_flags(parser, CONFIG, CKPT, precision="full")
     return parser
@@ -40,7 +42,7 @@ def main(argv: Sequence[str]) -> None:
     config, ckpt = find_file(opt.config), released_weights(CKPT) if opt.ckpt == CKPT else find_file(opt.ckpt)
     facts = model_facts(read_config(config))
     check_enlarges(facts)
-    settings = UpscaleSettings(steps=opt.steps, eta=opt.ddim_eta, seed=opt.seed).checked(facts)
+    settings = UpscaleSettings(steps=opt.steps, eta=opt.ddim_eta, seed=opt.seed, tile=opt.tile).checked(facts)
     from ldm.data.image import load_image
 
     for path in opt.init_img:

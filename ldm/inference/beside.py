@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
@@ -13,6 +14,8 @@ from ldm.task_settings import FillSettings, UpscaleSettings, check_enlarges, che
 if TYPE_CHECKING:
     from PIL import Image
     from torch import Tensor
+
+logger = logging.getLogger(__name__)
 
 
 def fill(pipeline: Pipeline, image: Image.Image, mask: Image.Image, settings: FillSettings, progress: bool = True) -> Picture:
@@ -45,18 +48,30 @@ def fill(pipeline: Pipeline, image: Image.Image, mask: Image.Image, settings: Fi
 def enlarge(pipeline: Pipeline, image: Image.Image, settings: UpscaleSettings, progress: bool = True) -> Picture:
     """The picture in `facts.factor` times its size: the network sees it beside a latent of the same height and width.
 
-    image: RGB, any size (LDM, arXiv 2112.10752, section 4.4).
+    image: RGB, any size (LDM, arXiv 2112.10752, section 4.4); what is larger than `settings.tile` is drawn in overlapping tiles.
     """
     from ldm.data.image import from_tensor
 
     check_enlarges(pipeline.facts)
     settings, factor = settings.checked(pipeline.facts), pipeline.facts.factor
+    if settings.tile and max(image.size) > settings.tile:
+        logger.info("%dx%d pixels are drawn in tiles of %d", image.width, image.height, settings.tile)
+        pipeline = in_tiles(pipeline, settings.tile)
     with Randomness(settings.seed, pipeline.device)(), pipeline.drawing():
         small = pipeline.model.get_learned_conditioning(padded(pipeline.tensor(image), pipeline.facts.latent_multiple))
         x = _draw(pipeline, small, settings, progress)
     result = from_tensor(x[0, :, : factor * image.height, : factor * image.width])
     info = {"task": "upscale", **asdict(settings), "width": result.width, "height": result.height, **pipeline.identity}
     return Picture(result, info)
+
+
+def in_tiles(pipeline: Pipeline, side: int) -> Pipeline:
+    """The pipeline with a network and a first stage that see square tiles of `side` latent cells, half of which neighbors share."""
+    from ldm.models.diffusion.tiling import TiledModel, Tiling
+
+    facts = pipeline.facts
+    model = TiledModel(pipeline.model, Tiling(side, side // 2), facts.factor, facts.latent_multiple)
+    return Pipeline(model, facts, pipeline.device, pipeline.dtype, pipeline.identity)
 
 
 def padded(x: Tensor, multiple: int) -> Tensor:

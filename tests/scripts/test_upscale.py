@@ -51,6 +51,17 @@ def test_any_size_becomes_four_times_that(pipeline, width, height):
     assert result.image.size == (4 * width, 4 * height) == (result.info["width"], result.info["height"])
 
 
+def test_the_network_sees_no_more_than_a_tile_and_what_fits_is_drawn_in_one_piece(pipeline, monkeypatch):
+    def draw(**changes) -> np.ndarray:
+        return np.asarray(enlarge(pipeline, picture(22, 13), UpscaleSettings(**{"steps": 2, **changes}), progress=False).image)
+
+    whole, seen, apply_model = draw(tile=0), set(), pipeline.model.apply_model
+    assert np.array_equal(draw(tile=22), whole) and whole.shape == (52, 88, 3)
+    monkeypatch.setattr(pipeline.model, "apply_model", lambda x, *rest: seen.add(tuple(x.shape[-2:])) or apply_model(x, *rest))
+    tiled = draw(tile=8)
+    assert seen == {(8, 8)} and tiled.shape == whole.shape and not np.array_equal(tiled, whole)
+
+
 def test_a_picture_does_not_depend_on_those_before_it_and_none_is_overwritten(saved, tmp_path, capsys):
     for k in range(2):
         picture(seed=k).save(tmp_path / f"{k}.png")
@@ -67,7 +78,8 @@ def test_a_picture_does_not_depend_on_those_before_it_and_none_is_overwritten(sa
 
 def test_the_defaults_are_the_released_models():
     opt = vars(parser().parse_args([]))
-    expected = {"steps": 100, "ddim_eta": 1.0, "config": "models/ldm/bsr_sr/config.yaml", "ckpt": "models/ldm/bsr_sr/model.ckpt"}
+    expected = {"steps": 100, "ddim_eta": 1.0, "tile": 128}
+    expected |= {"config": "models/ldm/bsr_sr/config.yaml", "ckpt": "models/ldm/bsr_sr/model.ckpt"}
     assert {name: opt[name] for name in expected} == expected
 
 
@@ -77,7 +89,8 @@ def test_the_defaults_are_the_released_models():
         (["--init-img", "nowhere.png"], "nowhere.png: no such file"),
         (["--steps", "101"], "--steps 101: choose 1 to 100"),
         (["--ckpt", "nowhere.ckpt"], "checkpoint nowhere.ckpt: no such file"),
-        (["--tiles"], "unknown flag --tiles"),
+        (["--tile", "3"], "--tile 3: choose a multiple of 2 from 4 on, or 0"),
+        (["--tiles"], "unknown flag --tiles; did you mean --tile?"),
     ],
 )
 def test_a_mistake_is_one_line_before_the_model_is_loaded(saved, tmp_path, flags, words, capsys, monkeypatch):
