@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ldm.models.diffusion.conditioning import main_part, map_main, route
+from ldm.models.diffusion.conditioning import condition_batch_size, main_part, map_main, map_tensors, route
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
 from ldm.modules.encoders.modules import ClassEmbedder
 
@@ -77,7 +77,10 @@ class ConditionStage:
         return parts
 
     def raw_condition(self, batch: Mapping[str, Any], key: str, bs: int | None = None) -> Any:
-        """The condition as its encoder takes it: {key: labels}, list of strings, pictures (B, C, H, W), or a tensor (labels, tokens, vectors) as it is."""
+        """The condition as its encoder takes it: {key: labels}, list of strings, pictures (B, C, H, W), or a tensor as it is.
+
+        Such tensors are labels, tokens, and vectors (B, L, D) to attend to.
+        """
         if isinstance(self.cond_stage_model, ClassEmbedder):
             key = self.cond_stage_model.key if key not in batch else key
             return {self.cond_stage_model.key: self.batch_value(batch, key)[:bs].to(self.device)}
@@ -92,12 +95,22 @@ class ConditionStage:
     # ---------------------------------------------------------------------------------------------------- no condition
 
     def get_unconditional_conditioning(self, batch_size: int, null_label: Any = None) -> Any:
-        """The encoded "no condition" of `batch_size` samples, for guidance; `null_label` is a raw input to use instead."""
+        """The encoded "no condition" of `batch_size` samples, for guidance; `null_label` is a raw input to use instead.
+
+        A `null_label` for one sample (a text, say) serves all; ValueError where it is for another number.
+        """
         if self.cond_stage_model is None:
             return None
         if null_label is None:
             null_label = self._unconditional_input(batch_size)
-        return self.get_learned_conditioning(self._on_device(null_label))
+        null_label = [null_label] if isinstance(null_label, str) else null_label
+        c = self.get_learned_conditioning(self._on_device(null_label))
+        size = condition_batch_size(c)
+        if size == 1 and batch_size > 1:
+            return map_tensors(lambda leaf: leaf.expand(batch_size, *leaf.shape[1:]) if torch.is_tensor(leaf) else leaf, c)
+        if size is not None and size != batch_size:
+            raise ValueError(f"null_label is for {size} samples: give it for one or for all {batch_size}")
+        return c
 
     def unconditional_like(self, c: Any, raw_c: Any, batch_size: int, null_label: Any = None) -> Any:
         """The encoded "no condition" in the form of the encoded condition `c` of raw input `raw_c`: what guidance sets against it."""

@@ -148,6 +148,8 @@ def join_conditions(first: Conditioning, second: Conditioning) -> Conditioning:
 
     def join(a: Any, b: Any) -> Any:
         if not torch.is_tensor(a) or not torch.is_tensor(b):
+            if torch.is_tensor(a) or torch.is_tensor(b) or a != b:
+                raise ValueError(f"conditions differ in {a!r} and {b!r}, which is no tensor and cannot share a batch")
             return a
         if a.shape[1:] != b.shape[1:]:
             raise ValueError(f"conditions of shapes {tuple(a.shape)} and {tuple(b.shape)} cannot share a batch")

@@ -57,8 +57,7 @@ class DDIMSampler(Sampler):
         options = Options(temperature, noise_dropout, repeat_noise, quantize_denoised, False, score_corrector, corrector_kwargs or {})
         grid = self._grid_of(use_original_steps)
         run = Run(self.model, grid, x, c, unconditional_conditioning, unconditional_guidance_scale, options)
-        run.t = run.t.clone().to(t.dtype)
-        run.t[index] = t[0]
+        run.t = t.expand(len(grid.t), len(x))  # (S, B): this step's time, which may differ between samples
         return self.step(x, index, run)
 
     def _encoding_alphas(self, grid: Grid) -> np.ndarray:

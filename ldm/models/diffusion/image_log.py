@@ -59,8 +59,11 @@ def log_latent_images(
     under classifier-free guidance, at `unconditional_guidance_scale` (default 3). `return_keys` keeps only these pictures;
     ValueError for an unknown one.
     """
-    z, c, x, raw_c = model.encode_batch(batch, bs=N, force_c_encode=True)
-    log = {"inputs": x, "reconstruction": model.decode_first_stage(z)}
+    # Through the published hook, which downstream models override to add to the condition.
+    z, c, x, reconstruction, raw_c = model.get_input(
+        batch, model.first_stage_key, return_first_stage_outputs=True, force_c_encode=True, return_original_cond=True, bs=N
+    )
+    log = {"inputs": x, "reconstruction": reconstruction}
     shown = _condition_pictures(model, batch, raw_c, x)
     if shown is not None:
         log["conditioning"] = shown

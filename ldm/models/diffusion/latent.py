@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from ldm import checkpoint
 from ldm.models.diffusion.condition_stage import ConditionStage
 from ldm.models.diffusion.conditioning import Conditioning, compose_condition
+from ldm.models.diffusion.ddim import DDIMSampler
 from ldm.models.diffusion.dropout import drop_samples
 from ldm.models.diffusion.image_log import log_latent_images
-from ldm.models.diffusion.pixel import DDPM
+from ldm.models.diffusion.pixel import DDPM, latent_size
 from ldm.models.diffusion.scale import measure_latent_std
 from ldm.modules.diffusionmodules.schedule import extract_into_tensor
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
@@ -77,6 +78,7 @@ class LatentDiffusion(ConditionStage, DDPM):
         self.cond_stage_key, self.cond_stage_trainable, self.cond_stage_forward = cond_stage_key, cond_stage_trainable, cond_stage_forward
         self.concat_mode, self.cond_dropout, self.scale_by_std = concat_mode, cond_dropout, scale_by_std
         self.clip_denoised = False
+        self._scale_factor_loaded = False
         if scale_by_std:
             self.register_buffer("scale_factor", torch.tensor(float(scale_factor), device="cpu"))
         else:
@@ -142,10 +144,24 @@ class LatentDiffusion(ConditionStage, DDPM):
         if not filled and any(True for _ in stage.parameters()):
             logger.warning("the first stage has random weights: set model.params.first_stage_config.params.ckpt_path to a trained one")
 
+    def init_from_ckpt(self, path: str, ignore_keys: Sequence[str] = (), only_model: bool = False) -> None:
+        """Load weights from a file, see DDPM. A scale factor that is measured comes from the file where it has one.
+
+        Raises ValueError where the file was trained with another scale factor than the config's.
+        """
+        super().init_from_ckpt(path, ignore_keys, only_model)
+        given = None if only_model or "scale_factor" in ignore_keys else checkpoint.read_weights(path).get("scale_factor")
+        self._scale_factor_loaded = given is not None
+        if given is not None and not self.scale_by_std and abs(float(given) / float(self.scale_factor) - 1) > 1e-3:
+            raise ValueError(
+                f"{path}: trained with scale_factor {float(given):.6g}, the config has {float(self.scale_factor):.6g}: set "
+                f"model.params.scale_factor={float(given):.6g}, or name scale_factor in ignore_keys"
+            )
+
     @torch.no_grad()
     def on_train_start(self) -> None:
         """Measure the scale factor on a fresh run: 1 / std of the latents, over several batches and all ranks."""
-        fresh = self.global_step == 0 and not self.restarted_from_ckpt and self.trainer.ckpt_path is None
+        fresh = self.global_step == 0 and not self._scale_factor_loaded and self.trainer.ckpt_path is None
         if self.scale_by_std and fresh:
             self.scale_factor.fill_(1.0)
             self.scale_factor.copy_(1.0 / measure_latent_std(self, self.trainer.train_dataloader))
@@ -235,6 +251,14 @@ class LatentDiffusion(ConditionStage, DDPM):
             "conditioning_key": self.model.conditioning_key,
             "scale_factor": float(self.scale_factor),
         }
+
+    @torch.no_grad()
+    def sample_log(self, cond: Conditioning, batch_size: int, ddim: bool, ddim_steps: int, **kwargs: Any) -> tuple[Tensor, Any]:
+        """(samples, intermediates) of DDIM, or of the ancestral chain: the published hook of image logs."""
+        if not ddim:
+            return self.sample(cond, batch_size, return_intermediates=True, **kwargs)
+        shape = (self.channels, *latent_size(self.image_size))
+        return DDIMSampler(self).sample(ddim_steps, batch_size, shape, cond, verbose=False, **kwargs)
 
     @torch.no_grad()
     def log_images(self, batch: Mapping[str, Any], N: int = 8, n_row: int = 4, **kwargs: Any) -> dict[str, Tensor]:

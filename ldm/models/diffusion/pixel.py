@@ -13,7 +13,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from ldm import checkpoint
 from ldm.models.diffusion.ancestral import AncestralSampler
-from ldm.models.diffusion.conditioning import Conditioning, DiffusionWrapper, normalize_condition
+from ldm.models.diffusion.conditioning import Conditioning, DiffusionWrapper, condition_batch_size, map_tensors, normalize_condition
 from ldm.models.diffusion.image_log import log_pixel_images
 from ldm.models.diffusion.process import GaussianProcess
 from ldm.models.diffusion.run import Options, Run
@@ -208,8 +208,11 @@ class DDPM(pl.LightningModule, GaussianProcess):
         self.log_dict(logs, logger=True, on_step=False, on_epoch=True, batch_size=self._batch_size(batch), sync_dist=True)
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
+        scale = None if scaler is None else scaler.get_scale()
         super().optimizer_step(*args, **kwargs)
-        if self.use_ema:  # here and not at the batch's end: a checkpoint written then must hold this step's average
+        skipped = scaler is not None and scaler.get_scale() < scale  # float16 met an infinite gradient and left the weights alone
+        if self.use_ema and not skipped:  # here and not at the batch's end: a checkpoint written then must hold this step's average
             self.model_ema(self.model)
 
     def trainable_parameters(self) -> list[nn.Parameter]:
@@ -254,7 +257,12 @@ class DDPM(pl.LightningModule, GaussianProcess):
 
         `shape` is the whole batch's; `return_intermediates` adds the latents on the way.
         """
-        shape = (batch_size, self.channels, *_square(self.image_size)) if shape is None else tuple(shape)
+        shape = (batch_size, self.channels, *latent_size(self.image_size)) if shape is None else tuple(shape)
+        size = condition_batch_size(cond)
+        if size is not None and size < shape[0]:
+            raise ValueError(f"the condition is for {size} samples, batch_size is {shape[0]}")
+        if size is not None and size > shape[0]:  # as published: the first samples' conditions
+            cond = map_tensors(lambda leaf: leaf[: shape[0]] if torch.is_tensor(leaf) else leaf, cond)
         x = torch.randn(shape, device=self.device) if x_T is None else x_T
         start = self.num_timesteps if timesteps is None else timesteps
         if not 0 <= start <= self.num_timesteps:
@@ -279,5 +287,5 @@ def fixed_noise(seed: int, device: torch.device) -> Iterator[None]:
         yield
 
 
-def _square(size: int | Sequence[int]) -> tuple[int, int]:
+def latent_size(size: int | Sequence[int]) -> tuple[int, int]:
     return (size, size) if isinstance(size, int) else (size[0], size[1])

@@ -122,6 +122,7 @@ class Sampler(ABC):
         if x_T is not None and tuple(x_T.shape) != expected:
             raise ValueError(f"x_T has shape {tuple(x_T.shape)}, expected {expected}")
         self._check_run(batch_size, conditioning, unconditional_guidance_scale, unconditional_conditioning, options)
+        self._scheduled, self._eta = grid, self.default_eta if eta is None else eta  # published: callbacks read the ddim_* tables
         x = torch.randn(expected, device=self.model.device) if x_T is None else x_T
         run = Run(self.model, grid, x, conditioning, unconditional_conditioning, unconditional_guidance_scale, options)
         return self.loop(x, run, len(grid.t), mask, x0, callback, img_callback, log_every_t, verbose)

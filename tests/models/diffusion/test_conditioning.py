@@ -99,6 +99,12 @@ def test_conditions_of_different_form_cannot_be_joined():
         join_conditions(CONTEXT, CONTEXT[:, :3])
 
 
+def test_leaves_that_are_no_tensors_must_agree():
+    assert join_conditions({"c_crossattn": [CONTEXT], "w": 3.0}, {"c_crossattn": [CONTEXT], "w": 3.0})["w"] == 3.0
+    with pytest.raises(ValueError, match=r"3\.0 and 1\.0"):
+        join_conditions({"w": 3.0}, {"w": 1.0})
+
+
 def test_dropping_replaces_only_the_chosen_samples():
     dropped = torch.tensor([True, False, True])
     assert drop_samples(["a", "b", "c"], ["", "", ""], dropped) == ["", "b", ""]

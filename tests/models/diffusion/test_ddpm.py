@@ -273,3 +273,65 @@ def test_the_first_stage_trains_nothing_and_needs_no_loss():
 def test_training_without_a_learning_rate_says_so():
     with pytest.raises(ValueError, match="learning_rate is not set"):
         latent_diffusion(None, {}, "__is_unconditional__").configure_optimizers()
+
+
+def test_a_null_label_for_one_sample_serves_the_batch():
+    model = latent_diffusion("crossattn", ATTEND, CAPTIONS, cond_stage_key="caption")
+    for label in ("blurry", ["blurry"]):
+        c = model.get_unconditional_conditioning(3, label)
+        assert torch.equal(c, model.get_learned_conditioning(["blurry"] * 3))
+    with pytest.raises(ValueError, match="null_label is for 2 samples: give it for one or for all 3"):
+        model.get_unconditional_conditioning(3, ["a", "b"])
+
+
+def test_a_file_without_a_scale_factor_leaves_it_to_be_measured(tmp_path):
+    model = latent_diffusion("crossattn", ATTEND, CLASSES, cond_stage_key="class_label")
+    torch.save({"state_dict": model.state_dict()}, tmp_path / "fixed.ckpt")
+    measured = {"cond_stage_key": "class_label", "scale_factor": 1.0, "scale_by_std": True}
+    tuned = latent_diffusion("crossattn", ATTEND, CLASSES, ckpt_path=str(tmp_path / "fixed.ckpt"), **measured)
+    fit(tuned, steps=1)
+    assert float(tuned.scale_factor) != 1.0
+    torch.save({"state_dict": tuned.state_dict()}, tmp_path / "measured.ckpt")
+    again = latent_diffusion("crossattn", ATTEND, CLASSES, ckpt_path=str(tmp_path / "measured.ckpt"), **measured)
+    fit(again, steps=1)
+    assert torch.equal(again.scale_factor, tuned.scale_factor)
+    with pytest.raises(ValueError, match=r"set model\.params\.scale_factor="):
+        latent_diffusion("crossattn", ATTEND, CLASSES, ckpt_path=str(tmp_path / "measured.ckpt"))
+
+
+def test_averages_stand_still_where_the_scaler_skipped_the_step():
+    model = latent_diffusion(None, {}, "__is_unconditional__", use_ema=True)
+
+    class Scaler:
+        scales = iter([1024.0, 512.0, 512.0, 512.0])
+
+        def get_scale(self):
+            return next(self.scales)
+
+    class Trainer:
+        precision_plugin = type("Precision", (), {"scaler": Scaler()})()
+
+    model._trainer = Trainer()
+    step = lambda: model.optimizer_step(0, 0, type("Optimizer", (), {"step": lambda self, closure=None: None})(), None)  # noqa: E731
+    step()
+    assert int(model.model_ema.num_updates) == 0
+    step()
+    assert int(model.model_ema.num_updates) == 1
+
+
+def test_image_logs_go_through_the_hook_that_downstream_models_override():
+    model = latent_diffusion("crossattn", ATTEND, CLASSES, cond_stage_key="class_label")
+    seen = []
+    published = model.get_input
+    model.get_input = lambda *args, **kwargs: seen.append(kwargs["bs"]) or published(*args, **kwargs)
+    model.log_images(batch(), N=2, sample=False)
+    assert seen == [2]
+
+
+def test_the_ancestral_chain_takes_the_first_conditions_and_refuses_too_few():
+    model = latent_diffusion("crossattn", ATTEND, CLASSES, timesteps=3)
+    x, _ = model.sample_log(randn(0, 4, 1, 16), 2, ddim=False, ddim_steps=None)
+    assert x.shape == (2, 4, 8, 8)
+    assert model.sample_log(randn(0, 2, 1, 16), 2, ddim=True, ddim_steps=2)[0].shape == (2, 4, 8, 8)
+    with pytest.raises(ValueError, match="condition is for 2 samples, batch_size is 16"):
+        model.sample(randn(0, 2, 1, 16))

@@ -206,4 +206,18 @@ def test_one_published_step_equals_the_loops_step():
 def test_a_sampler_stores_no_run():
     sampler = PLMSSampler(ToyModel())
     first = draw(sampler, 6, x_T=TENSORS["x_T"]).samples
-    assert torch.equal(draw(sampler, 6, x_T=TENSORS["x_T"]).samples, first) and set(vars(sampler)) == {"model"}
+    assert torch.equal(draw(sampler, 6, x_T=TENSORS["x_T"]).samples, first) and set(vars(sampler)) == {"model", "_scheduled", "_eta"}
+
+
+def test_a_published_step_takes_each_samples_own_time():
+    sampler, model = DDIMSampler(ToyModel()), ToyModel()
+    sampler.model = model
+    sampler.make_schedule(20, verbose=False)
+    sampler.p_sample_ddim(TENSORS["x_T"], COND, torch.tensor([951, 3]), 19)
+    assert model.calls[-1][1].tolist() == [951, 3]
+
+
+def test_callbacks_can_read_the_schedule():
+    sampler, seen = DDIMSampler(ToyModel()), []
+    draw(sampler, 4, callback=lambda i: seen.append(sampler.ddim_timesteps.tolist()))
+    assert seen == [[1, 251, 501, 751]] * 4
