@@ -143,3 +143,19 @@ def test_a_weights_file_that_a_config_needs_is_one_that_the_scripts_download(nam
         if path:
             assert Path(path).name == "model.ckpt" and Path(path).parent.parent == Path("models/first_stage_models")
             assert (ROOT / path).with_name("config.yaml").is_file()
+
+
+def table():
+    """What stands in configs/README.md: each published config, what it is by its own first line, and what can be done with it."""
+    rows = ["| config | what it is | |", "|---|---|---|"]
+    for name in sorted(PUBLISHED):
+        what = (ROOT / name).read_text().splitlines()[0].removeprefix("# ").rstrip(".;")
+        use = "train, draw" if "data" in load(name) else "draw"
+        use = "train" if "loss" in load(name).model.params.get("lossconfig", {}).get("target", "") else use
+        rows.append(f"| [{name}](../{name}) | {what} | {use}{' (mended)' if name in {*MENDED, *DATA_ADDED} else ''} |")
+    return "\n".join(rows)
+
+
+def test_the_table_of_configs_tells_the_truth():
+    text = (ROOT / "configs" / "README.md").read_text()
+    assert text[text.index("| config |") :].strip() == table()
