@@ -66,23 +66,29 @@ def resolve_alias(target: str) -> str:
     return f"{MODULE_ALIASES[module]}.{name}" if module in MODULE_ALIASES else target
 
 
+def check_allowed(target: Any) -> str:
+    """The place that a target stands for; nothing is imported. Raises ConfigError unless it is a name under an allowed prefix."""
+    if not isinstance(target, str) or not all(part.isidentifier() for part in target.split(".")) or "." not in target:
+        raise ConfigError(f"target {target!r}: expected a dotted name such as 'ldm.models.autoencoder.AutoencoderKL'")
+    resolved = resolve_alias(target)
+    if not _is_allowed(resolved):
+        choices = ", ".join((*_BUILT_IN_PREFIXES, *_user_prefixes))
+        near = difflib.get_close_matches(target, list(ALIASES), n=1)
+        hint = f" (did you mean {near[0]}?)" if near else ""
+        raise ConfigError(
+            f"target {target!r} is not allowed{hint}. Allowed packages: {choices}. For your own code run with --allow-targets "
+            f"{target.split('.')[0]} or call ldm.util.allow_targets({target.split('.')[0]!r})"
+        )
+    return resolved
+
+
 def get_obj_from_str(string: str, reload: bool = False) -> Any:
     """The class that a dotted name stands for.
 
     Raises ConfigError where the name is not under an allowed prefix (checked before anything is imported), does not
     exist, or turns out to be something that an allowed module merely imported.
     """
-    if not isinstance(string, str) or not all(part.isidentifier() for part in string.split(".")) or "." not in string:
-        raise ConfigError(f"target {string!r}: expected a dotted name such as 'ldm.models.autoencoder.AutoencoderKL'")
-    resolved = resolve_alias(string)
-    if not _is_allowed(resolved):
-        choices = ", ".join((*_BUILT_IN_PREFIXES, *_user_prefixes))
-        near = difflib.get_close_matches(string, list(ALIASES), n=1)
-        hint = f" (did you mean {near[0]}?)" if near else ""
-        raise ConfigError(
-            f"target {string!r} is not allowed{hint}. Allowed packages: {choices}. For your own code run with --allow-targets "
-            f"{string.split('.')[0]} or call ldm.util.allow_targets({string.split('.')[0]!r})"
-        )
+    resolved = check_allowed(string)
     module_name, name = resolved.rsplit(".", 1)
     module = _import_module(module_name, string)
     if reload:

@@ -1,5 +1,7 @@
 """The command line, config merge and run folders, as far as they need no Trainer."""
 
+import inspect
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,10 +16,17 @@ from ldm.training.folder import new_run, resumed_run, saved_configs
 from ldm.training.legacy import GONE, TRANSLATED, modernize
 from ldm.training.settings import learning_rate, settle
 from ldm.training.signature import constructor_arguments
+from ldm.training.targets import check_targets
 from ldm.util import ConfigError, accepted_params, get_obj_from_str
 
 ROOT = Path(__file__).parents[1]
+SHIPPED = sorted(path for folder in ("configs", "models") for path in (ROOT / folder).rglob("*.yaml"))
 NO_GPU, TWO_GPUS = Machine(), Machine(cuda=2)
+
+
+@pytest.fixture(autouse=True)
+def toys_are_allowed(monkeypatch):
+    monkeypatch.setattr("ldm.util._user_prefixes", ["tests"])
 
 
 @pytest.fixture
@@ -72,8 +81,6 @@ def test_only_explicit_trainer_flags_are_passed_on():
 
 
 def test_flags_are_those_of_the_installed_trainer():
-    import inspect
-
     import pytorch_lightning as pl
 
     signature = inspect.signature(pl.Trainer.__init__)
@@ -306,6 +313,14 @@ def test_an_override_that_cannot_be_is_refused_in_one_line(yaml, override):
         ({"data": {"params": {"train": {"params": {"size": 2}}}}}, "data.params.train.params.size: tests.toys.Pictures takes no such"),
         ({"model": {"params": {"monitor": "${nowhere}"}}}, "nowhere"),
         ({"data": None}, "data: the configs name none"),
+        ({"model": {"target": "os.system"}}, r"model.target: target 'os.system' is not allowed"),
+        ({"model": {"target": "Toy"}}, r"model.target: target 'Toy': expected a dotted name"),
+        ({"model": {"target": "ldm.models.autoencoder.AutoencoderLK"}}, r"has no 'AutoencoderLK'; did you mean AutoencoderKL\?"),
+        ({"model": {"target": "ldm.models.autoencodr.AutoencoderKL"}}, r"no module ldm.models.autoencodr; did you mean ldm.models.autoenc"),
+        ({"model": {"params": {"at": {"target": "ldm.modules.losses.LPIPSWithDiscriminatr"}}}}, "did you mean LPIPSWithDiscriminator"),
+        ({"data": {"params": {"train": {"target": "ldm.data.lsun.LSUNCatTrain"}}}}, r"train.target: .* did you mean LSUNCatsTrain"),
+        ({"lightning": {"callbacks": {"mine": {"target": "main.ImageLoger"}}}}, r"mine.target: .* \(did you mean main.ImageLogger\?\)"),
+        ({"model": {"params": {"at": [{"target": "builtins.eval"}]}}}, r"model.params.at\[0\].target: .*not allowed"),
     ],
 )
 def test_wrong_keys_of_a_yaml_are_found_before_anything_is_imported(yaml, change, message):
@@ -313,6 +328,38 @@ def test_wrong_keys_of_a_yaml_are_found_before_anything_is_imported(yaml, change
     with pytest.raises(ConfigError, match=message) as error:
         configs.check(configs.merge([yaml(config)]))
     assert "\n" not in str(error.value)
+
+
+def test_an_argument_may_be_called_target():
+    params = {"target": "eps", "head": {"target": "torch.nn.Identity"}}
+    check_targets({"model": {"target": "torch.nn.Identity", "params": params}})
+    with pytest.raises(ConfigError, match=r"model.params.head.target: target 'os.system' is not allowed"):
+        check_targets({"model": {"target": "torch.nn.Identity", "params": params | {"head": {"target": "os.system"}}}})
+
+
+@pytest.mark.parametrize(
+    "file, advice",
+    [
+        ("gone.ckpt", "put it there, or name another with {place}=FILE"),
+        ("models/first_stage_models/kl-f8/model.ckpt", "it comes with: bash scripts/download_first_stages.sh"),
+        ("models/ldm/cin256/model.ckpt", "it comes with: bash scripts/download_models.sh"),
+        ("models/ldm/stable-diffusion-v1/model.ckpt", "put it there"),
+        ("configs/quickstart/text2image.yaml", f"it is in {ROOT}: start there"),
+    ],
+)
+def test_weights_that_are_not_there_are_named_with_where_they_come_from(file, advice, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    first_stage = {"target": "ldm.models.autoencoder.AutoencoderKL", "params": {"ckpt_path": file}}
+    model = {"target": "ldm.models.diffusion.ddpm.LatentDiffusion", "params": {"ckpt_path": None, "first_stage_config": first_stage}}
+    config = OmegaConf.merge(toy_config(), {"model": {"target": None}}, {"model": model})
+    del config.model.params["width"]
+    place = "model.params.first_stage_config.params.ckpt_path"
+    with pytest.raises(ConfigError, match=re.escape(f"{place}: there is no file {file}; {advice.format(place=place)}")):
+        configs.check(config)
+    configs.check(config, weights=False)
+    Path(file).parent.mkdir(parents=True, exist_ok=True)
+    Path(file).touch()
+    configs.check(config)
 
 
 @pytest.mark.parametrize("content", ["- a\n- b\n", "a: [1,\n", "a: 1\na: 2\n", "\x00"])
@@ -331,10 +378,17 @@ def test_configs_are_found_from_any_folder(tmp_path, monkeypatch):
     assert configs.find_config("configs/autoencoder/autoencoder_kl_32x32x4.yaml").is_file()
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "configs").rglob("*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: str(path.relative_to(ROOT).with_suffix("")))
 def test_every_shipped_config_passes_the_check(path):
     config = OmegaConf.merge({"data": {"target": "main.DataModuleFromConfig", "params": {"batch_size": 1}}}, configs.merge([path]))
-    configs.check(config)
+    configs.check(config, weights=False)
+
+
+def test_every_target_of_the_shipped_configs_is_a_class_that_can_be_imported():
+    targets = set()
+    for path in SHIPPED:
+        targets |= set(re.findall(r"^\s*target: *([\w.]+)", path.read_text(), re.MULTILINE))
+    assert len(targets) > 40 and all(inspect.isclass(get_obj_from_str(target)) for target in targets)
 
 
 # ------------------------------------------------------------------------------------------------------------ signatures
@@ -355,8 +409,7 @@ def test_every_shipped_config_passes_the_check(path):
         "torch.optim.AdamW",
     ],
 )
-def test_constructors_read_as_text_agree_with_the_imported_ones(target, monkeypatch):
-    monkeypatch.setattr("ldm.util._user_prefixes", ["tests"])
+def test_constructors_read_as_text_agree_with_the_imported_ones(target):
     names = constructor_arguments(target)
     accepted = accepted_params(get_obj_from_str(target))
     assert names is not None and accepted is not None and set(names) == accepted[0]
@@ -425,6 +478,8 @@ def test_help_and_refusals_import_neither_torch_nor_lightning(yaml):
         "assert not {'torch', 'pytorch_lightning', 'transformers', 'torchvision'} & set(sys.modules)\n"
     )
     words = ["--help", "-b nowhere.yaml", "-b a --max_epoch 3", f"-b {yaml(toy_config())} -t model.params.widht=3"]
+    words += ["-t -b configs/recipes/class-conditional-folder.yaml model.params.first_stage_config.params.ckpt_path=gone.ckpt"]
+    words += ["-t -b configs/recipes/class-conditional-folder.yaml model.target=os.system"]
     result = subprocess.run([sys.executable, "-c", code, *words], cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    assert result.stderr.count("error: ") == 3 and "Traceback" not in result.stderr
+    assert result.stderr.count("error: ") == 5 and "Traceback" not in result.stderr

@@ -14,6 +14,7 @@ from omegaconf.errors import OmegaConfBaseException
 from ldm.commandline import ROOT, find_file
 from ldm.training.flags import NOT_FLAGS, trainer_settings
 from ldm.training.signature import constructor_arguments
+from ldm.training.targets import check_targets, check_weights, nearest
 from ldm.util import ConfigError
 
 # The callbacks of every run; `lightning.callbacks` in a YAML is merged over them, and `NAME: null` leaves one out.
@@ -75,8 +76,11 @@ def merge(files: Iterable[Path], overrides: Iterable[str] = ()) -> DictConfig:
     return config
 
 
-def check(config: DictConfig) -> None:
-    """Raises ConfigError for what is missing, unknown or misspelt in a merged config, as far as the classes' texts tell."""
+def check(config: DictConfig, weights: bool = True) -> None:
+    """Raises ConfigError for what is missing, unknown, misspelt or forbidden in a merged config, as far as the classes' texts tell.
+
+    weights: also for files of weights that a model is to begin with and that are not there.
+    """
     _check_sections(config, "config")
     for section in ("model", "data"):
         node = config.get(section)
@@ -86,7 +90,9 @@ def check(config: DictConfig) -> None:
         plain = OmegaConf.to_container(config, resolve=True)
     except OmegaConfBaseException as error:
         raise ConfigError(f"config: {_line(error)}") from error
-    _check_params(plain, "")
+    check_targets(plain)
+    if weights:
+        check_weights(plain)
 
 
 def _check_sections(config: DictConfig, where: str) -> None:
@@ -110,24 +116,7 @@ def _check_keys(config: Mapping, known: Iterable[str], where: str, prefix: str) 
     known = sorted(known) if isinstance(known, set) else list(known)
     for key in config:
         if key not in known:
-            raise ConfigError(f"{where}: unknown key {prefix}{key}{_nearest(str(key), known)}")
-
-
-def _check_params(node: Any, path: str) -> None:
-    """Walk a plain config; below each `target`, the params have to be arguments of its constructor."""
-    if isinstance(node, list):
-        for position, item in enumerate(node):
-            _check_params(item, f"{path}[{position}]")
-    if not isinstance(node, dict):
-        return
-    target, params = node.get("target"), node.get("params")
-    if isinstance(target, str) and isinstance(params, dict):
-        accepted = constructor_arguments(target)
-        for key in params:
-            if accepted is not None and key not in accepted:
-                raise ConfigError(f"{path}.params.{key}: {target} takes no such parameter{_nearest(key, list(accepted))}")
-    for key, value in node.items():
-        _check_params(value, f"{path}.{key}" if path else str(key))
+            raise ConfigError(f"{where}: unknown key {prefix}{key}{nearest(str(key), known)}")
 
 
 def _apply(config: DictConfig, override: str) -> DictConfig:
@@ -190,13 +179,6 @@ def _new_keys(above: str, node: DictConfig, parent: Any) -> set[str] | None:
 
 def _line(error: Exception) -> str:
     return ", ".join(str(error).strip().split("\n")[:2])
-
-
-def _nearest(name: str, choices: list[str]) -> str:
-    near = difflib.get_close_matches(name, choices, n=1, cutoff=0.5)
-    if near:
-        return f"; did you mean {near[0]}?"
-    return f"; choices: {', '.join(sorted(choices))}" if choices else ""
 
 
 def _nearest_file(path: Path) -> str:

@@ -38,6 +38,33 @@ def constructor_arguments(target: str) -> dict[str, Argument] | None:
     return None if found is None else _accepted(found, depth=0)
 
 
+def classes_of_module(module: str) -> list[str] | None:
+    """The public classes that a module's text defines, or that a package gathers from its modules; None where there is no such module."""
+    tree, source = _tree(module), _source(module)
+    if tree is None or source is None:
+        return None
+    names = [node.name for node in tree.body if isinstance(node, ast.ClassDef)]
+    if source.name == "__init__.py":
+        names += [name for name, home in _imports(module).items() if home.startswith(f"{module}.") and name[:1].isupper()]
+    return [name for name in names if not name.startswith("_")]
+
+
+def may_hold(module: str, name: str) -> bool:
+    """Whether a module's text gives `name` a meaning anywhere, or might do so as it runs."""
+    tree = _tree(module)
+    if tree is None:
+        return False
+    names: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ClassDef | ast.FunctionDef):
+            names.add(node.name)
+        elif isinstance(node, ast.Name):
+            names.add(node.id)
+        elif isinstance(node, ast.alias):
+            names.add(node.asname or node.name)
+    return bool(names & {name, "*", "__getattr__"})
+
+
 def argument_help(target: str) -> dict[str, str]:
     """The first sentence that a class's own docstring or its constructor's says of each argument ('Args:' section)."""
     module, _, name = resolve_alias(target).rpartition(".")

@@ -1,0 +1,99 @@
+"""What the nodes of a config name: classes that are allowed and exist, arguments that they take, weights that are there.
+
+Nothing is imported and nothing is built, so that a mistake shows at once and not after torch, the data and half of the model.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from ldm.commandline import ROOT
+from ldm.training.signature import classes_of_module, constructor_arguments, may_hold
+from ldm.util import ConfigError, check_allowed, resolve_alias
+
+# Where the scripts put what they download, below the checkout.
+DOWNLOADS = {"models/first_stage_models": "scripts/download_first_stages.sh", "models/ldm": "scripts/download_models.sh"}
+
+
+def check_targets(config: dict[str, Any]) -> None:
+    """Raises ConfigError for a target that is not allowed or is not in this package, and for params that its constructor does not take."""
+    for path, target, params in _nodes(config, ""):
+        try:
+            _check_exists(target, check_allowed(target))
+        except ConfigError as error:
+            raise ConfigError(f"{path}.target: {error}") from error
+        accepted = constructor_arguments(target)
+        for key in params:
+            if accepted is not None and key not in accepted:
+                raise ConfigError(f"{path}.params.{key}: {target} takes no such parameter{nearest(key, list(accepted))}")
+
+
+def check_weights(config: dict[str, Any]) -> None:
+    """Raises ConfigError for a `ckpt_path` of one of our classes that names no file, saying where the file comes from."""
+    for path, target, params in _nodes(config.get("model"), "model"):
+        file = params.get("ckpt_path")
+        if isinstance(file, str) and resolve_alias(target).startswith("ldm.") and not Path(file).is_file():
+            place = f"{path}.params.ckpt_path"
+            raise ConfigError(f"{place}: there is no file {file}; {_source(file)}, or name another with {place}=FILE")
+
+
+def nearest(name: str, choices: list[str]) -> str:
+    """What to add to a message about an unknown name: the choice that was meant, or else all of them."""
+    near = difflib.get_close_matches(name, choices, n=1, cutoff=0.5)
+    if near:
+        return f"; did you mean {near[0]}?"
+    return f"; choices: {', '.join(sorted(choices))}" if choices else ""
+
+
+def _nodes(node: Any, path: str) -> Iterator[tuple[str, str, dict[str, Any]]]:
+    """(place, target, params) of every node with a target, outer ones first."""
+    if isinstance(node, list):
+        for position, item in enumerate(node):
+            yield from _nodes(item, f"{path}[{position}]")
+    if not isinstance(node, dict):
+        return
+    target, params = node.get("target"), node.get("params") or {}
+    if isinstance(target, str) and isinstance(params, dict):
+        yield path, target, params
+    for key, value in node.items():
+        place = f"{path}.{key}" if path else str(key)
+        if key == "params" and "target" in node and isinstance(value, dict):  # an argument may be called target too
+            for name, argument in value.items():
+                yield from _nodes(argument, f"{place}.{name}")
+        else:
+            yield from _nodes(value, place)
+
+
+def _check_exists(target: str, resolved: str) -> None:
+    """Only of this package is the text sure to say what a module holds."""
+    if not resolved.startswith("ldm."):
+        return
+    module, _, name = resolved.rpartition(".")
+    classes = classes_of_module(module)
+    if classes is None:
+        raise ConfigError(f"target {target!r}: there is no module {module}{nearest(module, _modules())}")
+    if not may_hold(module, name):
+        raise ConfigError(f"target {target!r}: module {module} has no {name!r}{nearest(name, classes)}")
+
+
+def _modules() -> list[str]:
+    package = Path(__file__).parents[1]
+    files = [file.relative_to(package.parent).with_suffix("") for file in package.rglob("*.py")]
+    return [".".join(file.parts).removesuffix(".__init__") for file in files]
+
+
+def _source(file: str) -> str:
+    """Where a file of weights is to be had."""
+    inside = Path(file)
+    if inside.is_absolute() and inside.is_relative_to(ROOT):
+        inside = inside.relative_to(ROOT)
+    if not inside.is_absolute() and (ROOT / inside).exists():
+        return f"it is in {ROOT}: start there"
+    for folder, script in DOWNLOADS.items():
+        # Beside each released model stands its config.
+        if inside.is_relative_to(folder) and (ROOT / inside).with_name("config.yaml").is_file():
+            return f"it comes with: bash {script}"
+    return "put it there"
