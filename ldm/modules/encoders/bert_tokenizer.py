@@ -1,13 +1,14 @@
 """BERT's uncased WordPiece tokenizer, from a vocab.txt that no package ships: a file, a folder that holds one, or the model hub."""
 
-import logging
+import functools
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-log = logging.getLogger(__name__)
+from ldm.modules.encoders.cut import CutTexts
 
 _REPOSITORIES = ("google-bert/bert-base-uncased", "bert-base-uncased")  # the hub's present name, and the one in older caches
 
@@ -18,6 +19,7 @@ class BERTTokenizer:
     def __init__(self, vocab_path: str | Path | None = None, max_length: int = 77) -> None:
         self.vocab_path, self.max_length = vocab_path, max_length
         self._tokenizer = None
+        self._cut = CutTexts()
 
     def __call__(self, texts: str | Sequence[str]) -> Tensor:
         """[CLS], the text, [SEP], padding with [PAD] (0) -> (B, max_length) int64. What does not fit is dropped with a warning."""
@@ -27,8 +29,7 @@ class BERTTokenizer:
         encoded = self._tokenizer.encode_batch(texts)
         for text, one in zip(texts, encoded):
             if one.overflowing:
-                kept = max((end for (_, end), special in zip(one.offsets, one.special_tokens_mask) if not special), default=0)
-                log.warning("text cut to the %d tokens that fit; dropped: %r", self.max_length - 2, text[kept : kept + 500].strip())
+                self._cut.tell(text, self.max_length - 2, functools.partial(_dropped, text, one))
         return torch.tensor([one.ids for one in encoded], dtype=torch.int64)
 
     def _load(self) -> object:
@@ -58,3 +59,9 @@ class BERTTokenizer:
             f"BERT's tokenizer needs the vocab.txt of {_REPOSITORIES[0]}, which is neither in the hub's cache nor to be downloaded "
             f"({type(reason).__name__}); put it on this machine and name it in the config: cond_stage_config.params.tokenizer_path"
         ) from reason
+
+
+def _dropped(text: str, encoded: Any) -> str:
+    """The end of a text that is not in its encoding."""
+    kept = max((end for (_, end), special in zip(encoded.offsets, encoded.special_tokens_mask) if not special), default=0)
+    return text[kept:].strip()

@@ -9,21 +9,19 @@ import gzip
 import heapq
 import importlib.util
 import itertools
-import logging
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-log = logging.getLogger(__name__)
+from ldm.modules.encoders.cut import CutTexts
 
 BEGIN, END = "<|startoftext|>", "<|endoftext|>"
 VOCAB_SIZE = 49408
 _MERGES = VOCAB_SIZE - 2 * 256 - 2  # the vocabulary: 256 bytes, the same at a word's end, one token per merge, begin and end
 _FILE = "bpe_simple_vocab_16e6.txt.gz"
 _WORD = r"""'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"""
-_SHOWN = 500  # characters of a dropped text in a warning
 
 
 class CLIPTokenizer:
@@ -43,7 +41,7 @@ class CLIPTokenizer:
         self._rank = {pair: i for i, pair in enumerate(merges)}
         self._words = regex.compile(f"{regex.escape(BEGIN)}|{regex.escape(END)}|{_WORD}", regex.IGNORECASE)
         self._ids_of_word = functools.lru_cache(maxsize=65536)(self._merge_word)
-        self._warned: set[str] = set()
+        self._cut = CutTexts()
 
     def encode(self, text: str) -> list[int]:
         """The ids of a text of any length, without begin and end. A literal begin or end token in the text stands for itself."""
@@ -70,22 +68,10 @@ class CLIPTokenizer:
                 raise TypeError(f"a text to encode is a {type(text).__name__}: {text!r}")
             tokens = self.encode(text)
             if len(tokens) > max_length - 2:
-                self._warn(text, tokens, max_length)
+                self._cut.tell(text, max_length - 2, functools.partial(self.decode, tokens[max_length - 2 :]))
                 tokens = tokens[: max_length - 2]
             row[: len(tokens) + 2] = torch.tensor([self.begin_id, *tokens, self.end_id])
         return ids
-
-    def _warn(self, text: str, tokens: list[int], max_length: int) -> None:
-        """Once for each text, so that a caption that is seen in every epoch is reported in the first."""
-        if text in self._warned or len(self._warned) > 10_000:
-            return
-        self._warned.add(text)
-        dropped = self.decode(tokens[max_length - 2 :])
-        more = f"... and {len(dropped) - _SHOWN:,} more characters" if len(dropped) > _SHOWN else ""
-        log.warning(
-            "text of %d tokens cut to the %d that fit (max_length %d); dropped: %r%s",
-            len(tokens), max_length - 2, max_length, dropped[:_SHOWN], more,
-        )  # fmt: skip
 
     def _merge_word(self, word: str) -> tuple[int, ...]:
         """Join neighbors in the order in which their pairs were merged in training; n log n, for a caption may be one long word.

@@ -264,8 +264,12 @@ def test_bert_reads_its_vocabulary_from_a_path_at_the_first_text(tmp_path, form,
     assert model.encode(["a horse", ""]).shape == (2, 8, 16)
     assert model.unconditional_input(2) == ["", ""]
     with caplog.at_level(logging.WARNING, "ldm"):
-        model.encode(["a horse riding a horse a virus"])
-    assert "dropped: 'a virus'" in caplog.text
+        for _ in range(3):
+            model.encode(["a horse riding a horse a virus"])
+        model.encode(["a horse riding a horse a " + "horse " * 100])
+    messages = [record.getMessage() for record in caplog.records]
+    assert len(messages) == 2, "each caption is told once, not in every epoch"
+    assert "dropped: 'a virus'" in messages[0] and "more characters" in messages[1]
 
 
 def test_bert_without_its_vocabulary_says_what_to_do(tmp_path, no_hub):
