@@ -11,7 +11,7 @@ from omegaconf import OmegaConf
 
 from ldm.training import config as configs
 from ldm.training.devices import Machine, choose
-from ldm.training.flags import Options, UsageError, parse, trainer_settings
+from ldm.training.flags import EPILOG, Options, UsageError, parse, trainer_settings
 from ldm.training.folder import new_run, resumed_run, saved_configs
 from ldm.training.legacy import GONE, TRANSLATED, modernize
 from ldm.training.settings import learning_rate, settle
@@ -295,6 +295,57 @@ def test_a_misspelt_override_is_refused_with_the_nearest_path(yaml, override, me
         configs.merge([yaml(toy_config())], [override])
 
 
+@pytest.mark.parametrize(
+    "path",
+    [
+        "model.params.zzz",  # the constructor is known
+        "model.prams",
+        "data.params.train.zzz",
+        "lightning.zzz",
+        "lightning.trainer.zzz",
+        "lightning.callbacks.zzz",
+        "model.params.at.zzz",
+    ],
+)
+def test_a_plus_is_advised_exactly_where_it_helps(yaml, path):
+    """at: a mapping that no class describes, with something in it."""
+    files = [yaml(OmegaConf.merge(toy_config(), {"model": {"params": {"at": {"3": "nan"}}}}))]
+    with pytest.raises(ConfigError, match=f"has no {path.rpartition('.')[2]}") as error:
+        configs.merge(files, [f"{path}=1"])
+    helps = True
+    try:
+        configs.check(configs.merge(files, [f"+{path}=1"]))
+    except ConfigError:
+        helps = False
+    assert (f"+{path}=..." in str(error.value)) is helps
+
+
+def test_the_help_shows_overrides_that_can_be(yaml):
+    words = [word for line in EPILOG.splitlines()[:2] for word in line.split() if "=" in word]
+    assert len(words) == 4
+    config = configs.merge([ROOT / "configs/recipes/class-conditional-folder.yaml"], [w for w in words if "ddconfig" not in w])
+    configs.check(config, weights=False)
+    get_obj_from_str(config.lightning.callbacks.timer.target)
+    configs.check(configs.merge([ROOT / "configs/recipes/autoencoder-folder.yaml"], [w for w in words if "ddconfig" in w]), weights=False)
+
+
+@pytest.mark.parametrize(
+    "override, whole",
+    [
+        ("model.params.at.steps.1=5", r"model.params.at.steps=\[1,5,3\]"),
+        ("+model.params.at.steps.1=5", r"model.params.at.steps=\[1,5,3\]"),
+        ("model.params.at.steps.7=5", r"model.params.at.steps=\[1,2,3\]"),
+        ("model.params.at.steps.1.x=5", r"model.params.at.steps=\[1,2,3\]"),
+        ("model.params.at.nodes.0=5", "model.params.at.nodes is a list; give the whole list$"),
+    ],
+)
+def test_an_item_of_a_list_is_refused_with_the_whole_list(yaml, override, whole):
+    files = [yaml(OmegaConf.merge(toy_config(), {"model": {"params": {"at": {"steps": [1, 2, 3], "nodes": [{"a": 1}]}}}}))]
+    with pytest.raises(ConfigError, match=f"{re.escape(override)}: .* is a list; give the whole list.*") as error:
+        configs.merge(files, [override])
+    assert re.search(whole, str(error.value))
+
+
 @pytest.mark.parametrize("override", ["data.params.batch_size.x=3", "model.params.width=[1,", "model.params.zzz=1"])
 def test_an_override_that_cannot_be_is_refused_in_one_line(yaml, override):
     with pytest.raises(ConfigError, match=override.split("=")[0]) as error:
@@ -314,6 +365,7 @@ def test_an_override_that_cannot_be_is_refused_in_one_line(yaml, override):
         ({"model": {"params": {"monitor": "${nowhere}"}}}, "nowhere"),
         ({"data": None}, "data: the configs name none"),
         ({"model": {"target": "os.system"}}, r"model.target: target 'os.system' is not allowed"),
+        ({"model": {"prams": {}}}, "model.prams: unknown key beside target; arguments of tests.toys.Toy go under model.params"),
         ({"model": {"target": "Toy"}}, r"model.target: target 'Toy': expected a dotted name"),
         ({"model": {"target": "ldm.models.autoencoder.AutoencoderLK"}}, r"has no 'AutoencoderLK'; did you mean AutoencoderKL\?"),
         ({"model": {"target": "ldm.models.autoencodr.AutoencoderKL"}}, r"no module ldm.models.autoencodr; did you mean ldm.models.autoenc"),
@@ -331,7 +383,7 @@ def test_wrong_keys_of_a_yaml_are_found_before_anything_is_imported(yaml, change
 
 
 def test_an_argument_may_be_called_target():
-    params = {"target": "eps", "head": {"target": "torch.nn.Identity"}}
+    params = {"target": "my.own", "loss": {"target": "eps", "weight": 1}, "head": {"target": "torch.nn.Identity"}}
     check_targets({"model": {"target": "torch.nn.Identity", "params": params}})
     with pytest.raises(ConfigError, match=r"model.params.head.target: target 'os.system' is not allowed"):
         check_targets({"model": {"target": "torch.nn.Identity", "params": params | {"head": {"target": "os.system"}}}})

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from ldm.commandline import ROOT, find_file
@@ -124,6 +124,7 @@ def _apply(config: DictConfig, override: str) -> DictConfig:
     adds = path.startswith("+")
     path = path.removeprefix("+")
     keys = path.split(".")
+    _check_lists(config, keys, override)
     if not adds:
         _check_path(config, keys, path)
     try:
@@ -153,7 +154,22 @@ def _check_path(config: DictConfig, keys: list[str], path: str) -> None:
         hint = f"did you mean {'.'.join([*keys[:depth], near[0], *keys[depth + 1 :]])}?" if near else f"choices: {', '.join(choices)}"
         if depth == 0:
             raise ConfigError(f"{path}: there is no {key}; {hint} (the sections are {', '.join(_TOP)})")
-        raise ConfigError(f"{path}: {above} has no {key}; {hint} (+{path}=... adds it all the same)")
+        new = f" (if it is new on purpose: +{path}=...)" if _may_be_new(above, node, parent) else ""
+        raise ConfigError(f"{path}: {above} has no {key}; {hint}{new}")
+
+
+def _check_lists(config: DictConfig, keys: list[str], override: str) -> None:
+    """Refuse an override of a part of a list, which would put a mapping in the list's place."""
+    for depth in range(1, len(keys)):
+        above = ".".join(keys[:depth])
+        items = OmegaConf.select(config, above, throw_on_resolution_failure=False, throw_on_missing=False)
+        if not isinstance(items, ListConfig):
+            continue
+        shown = list(items)
+        if depth == len(keys) - 1 and keys[depth].isdigit() and int(keys[depth]) < len(shown):
+            shown[int(keys[depth])] = override.partition("=")[2]
+        whole = f"{above}=[{','.join(map(str, shown))}]" if not any(isinstance(item, DictConfig | ListConfig) for item in items) else ""
+        raise ConfigError(f"{override}: {above} is a list; give the whole list{whole and ': '}{whole}")
 
 
 def _schema() -> DictConfig:
@@ -175,6 +191,12 @@ def _new_keys(above: str, node: DictConfig, parent: Any) -> set[str] | None:
         arguments = constructor_arguments(str(parent["target"]))
         return None if arguments is None else set(arguments)
     return set()
+
+
+def _may_be_new(above: str, node: DictConfig, parent: Any) -> bool:
+    """Whether a key that nobody knows may be meant in the mapping `node`, which stands at `above`: it is no section and no class's."""
+    of_class = "target" in node or (above.endswith(".params") and isinstance(parent, DictConfig) and "target" in parent)
+    return above == "lightning.callbacks" or (".params." in above and not of_class)
 
 
 def _line(error: Exception) -> str:

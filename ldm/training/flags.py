@@ -26,7 +26,8 @@ NOT_FLAGS = {
 _OVERRIDE = re.compile(r"\+?[A-Za-z_]\w*(\.[\w-]+)+=", re.ASCII)
 
 EPILOG = """\
-dotted overrides stand anywhere:  model.params.image_size=32  data.params.batch_size=4  +model.params.ddconfig.new_key=1
+dotted overrides stand anywhere:  model.params.image_size=32  data.params.batch_size=4  model.params.ddconfig.ch_mult=[1,2,4]
+with a + a key is new, where any may be:  +lightning.callbacks.timer.target=pytorch_lightning.callbacks.Timer
 
 exit codes: 0 done; 1 an exception in training (checkpoints/crash.ckpt holds the state); 2 a mistake in flags, configs or
 files; 130 stopped by Ctrl-C and 143 by SIGTERM, both with checkpoints/last.ckpt saved at the end of the step.

@@ -20,11 +20,13 @@ DOWNLOADS = {"models/first_stage_models": "scripts/download_first_stages.sh", "m
 
 def check_targets(config: dict[str, Any]) -> None:
     """Raises ConfigError for a target that is not allowed or is not in this package, and for params that its constructor does not take."""
-    for path, target, params in _nodes(config, ""):
+    for path, target, params, keys in _nodes(config, ""):
         try:
             _check_exists(target, check_allowed(target))
         except ConfigError as error:
             raise ConfigError(f"{path}.target: {error}") from error
+        for key in keys - {"target", "params", "base_learning_rate"}:
+            raise ConfigError(f"{path}.{key}: unknown key beside target; arguments of {target} go under {path}.params")
         accepted = constructor_arguments(target)
         for key in params:
             if accepted is not None and key not in accepted:
@@ -33,7 +35,7 @@ def check_targets(config: dict[str, Any]) -> None:
 
 def check_weights(config: dict[str, Any]) -> None:
     """Raises ConfigError for a `ckpt_path` of one of our classes that names no file, saying where the file comes from."""
-    for path, target, params in _nodes(config.get("model"), "model"):
+    for path, target, params, _ in _nodes(config.get("model"), "model"):
         file = params.get("ckpt_path")
         if isinstance(file, str) and resolve_alias(target).startswith("ldm.") and not Path(file).is_file():
             place = f"{path}.params.ckpt_path"
@@ -48,16 +50,19 @@ def nearest(name: str, choices: list[str]) -> str:
     return f"; choices: {', '.join(sorted(choices))}" if choices else ""
 
 
-def _nodes(node: Any, path: str) -> Iterator[tuple[str, str, dict[str, Any]]]:
-    """(place, target, params) of every node with a target, outer ones first."""
+def _nodes(node: Any, path: str) -> Iterator[tuple[str, str, dict[str, Any], set[str]]]:
+    """(place, target, params, keys) of every node with a target, outer ones first.
+
+    A target of one word, {target: eps}, is somebody's own, unless it stands where a class has to.
+    """
     if isinstance(node, list):
         for position, item in enumerate(node):
             yield from _nodes(item, f"{path}[{position}]")
     if not isinstance(node, dict):
         return
     target, params = node.get("target"), node.get("params") or {}
-    if isinstance(target, str) and isinstance(params, dict):
-        yield path, target, params
+    if isinstance(target, str) and isinstance(params, dict) and ("." in target or path in ("model", "data")):
+        yield path, target, params, set(map(str, node))
     for key, value in node.items():
         place = f"{path}.{key}" if path else str(key)
         if key == "params" and "target" in node and isinstance(value, dict):  # an argument may be called target too
