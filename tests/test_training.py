@@ -204,7 +204,7 @@ def test_devices_are_indices_where_there_is_a_comma_and_a_count_otherwise(settin
     ],
 )
 def test_devices_that_are_not_there_are_refused_in_one_line(settings, machine, message):
-    with pytest.raises(ValueError, match=message) as error:
+    with pytest.raises(ConfigError, match=message) as error:
         choose(settings, machine)
     assert "\n" not in str(error.value)
 
