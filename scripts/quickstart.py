@@ -44,6 +44,8 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--fast", action="store_true", help=f"1/{FAST} of the steps: see that everything works, without quality figures")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     opt = parser.parse_args(argv)
+    if opt.seed < 0:
+        raise ValueError(f"--seed {opt.seed}: expected an integer of at least 0")
     load_scans()  # where scikit-learn is missing, say so now
     opt.outdir.mkdir(parents=True, exist_ok=True)
     prompts = prompts_for(4 if opt.fast else SHOWN, 0 if opt.fast else DRAWN - SHOWN)
@@ -82,11 +84,12 @@ def main(argv: Sequence[str]) -> int:
 
 
 def prompts_for(plain: int, varied: int) -> list[tuple[int, str]]:
-    """(digit, prompt) pairs, digit by digit: first `plain` times "a handwritten seven", then `varied` prompts in all phrasings."""
+    """(digit, prompt) pairs, digit by digit: first `plain` times "a handwritten seven", then `varied` other phrasings of it."""
     pairs = []
     for digit in range(10):
         phrasings = captions(digit)
-        pairs += [(digit, phrasings[0])] * plain + [(digit, phrasings[k % len(phrasings)]) for k in range(varied)]
+        others = np.linspace(1, len(phrasings) - 1, varied).astype(int)
+        pairs += [(digit, phrasings[0])] * plain + [(digit, phrasings[k]) for k in others]
     return pairs
 
 
