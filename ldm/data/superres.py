@@ -12,6 +12,7 @@ from ldm.data import image as pictures
 from ldm.data.base import DataConfigError
 from ldm.data.folder import ImageFolder
 from ldm.modules.image_degradation import degradation_fn_bsr, degradation_fn_bsr_light
+from ldm.modules.image_degradation.opencv import load_cv2
 
 PIL_FILTERS = {f"pil_{name}": Image.Resampling[name.upper()] for name in ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")}
 CV_FILTERS = {
@@ -81,6 +82,5 @@ def degrade(image: np.ndarray, how: str, factor: int) -> np.ndarray:
     size = (image.shape[1] // factor, image.shape[0] // factor)
     if how in PIL_FILTERS:
         return np.asarray(Image.fromarray(image).resize(size, PIL_FILTERS[how]))
-    import cv2
-
+    cv2 = load_cv2()
     return cv2.resize(image, size, interpolation=getattr(cv2, CV_FILTERS[how]))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from ldm.modules.image_degradation.opencv import load_cv2
+
 
 def gaussian_kernel(size: int, widths: tuple[float, float], angle: float = 0.0, shift: float = 0.0) -> np.ndarray:
     """An odd kernel that sums to 1 -> (size, size) float32.
@@ -25,6 +27,5 @@ def gaussian_kernel(size: int, widths: tuple[float, float], angle: float = 0.0, 
 
 def blur(image: np.ndarray, kernel: np.ndarray) -> np.ndarray:
     """`image` (H, W, 3) weighted by the kernel around each pixel, reflected at the borders -> (H, W, 3)."""
-    import cv2
-
+    cv2 = load_cv2()
     return cv2.filter2D(image, -1, kernel, borderType=cv2.BORDER_REFLECT_101)

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ldm.modules.image_degradation.kernels import blur, gaussian_kernel
+from ldm.modules.image_degradation.opencv import load_cv2
 
 LEVELS = 255.0
 
@@ -83,8 +84,7 @@ class Degradation:
 
 def resize(x: np.ndarray, height: int, width: int) -> np.ndarray:
     """`x` at that size by a filter drawn of bilinear, bicubic and area -> (height, width, 3), in [0, 1]."""
-    import cv2
-
+    cv2 = load_cv2()
     how = random.choice((cv2.INTER_LINEAR, cv2.INTER_CUBIC, cv2.INTER_AREA))
     return np.clip(cv2.resize(x, (width, height), interpolation=how), 0.0, 1.0)
 
@@ -106,8 +106,7 @@ def add_noise(x: np.ndarray, level: float, widest: float) -> np.ndarray:
 
 def compress(x: np.ndarray, quality: int) -> np.ndarray:
     """`x` (H, W, 3) in [0, 1] as JPEG of that quality gives it back."""
-    import cv2
-
+    cv2 = load_cv2()
     _, code = cv2.imencode(".jpg", to_levels(x)[:, :, ::-1], [cv2.IMWRITE_JPEG_QUALITY, quality])
     return cv2.imdecode(code, cv2.IMREAD_COLOR)[:, :, ::-1].astype(np.float32) / LEVELS
 

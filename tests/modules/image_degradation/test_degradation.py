@@ -1,15 +1,17 @@
 """Degradations: sizes, seeds, strengths, and that no picture is moved."""
 
 import random
+import sys
 
 import numpy as np
 import pytest
 
+from ldm.data.superres import degrade
 from ldm.modules.image_degradation import degradation_fn_bsr, degradation_fn_bsr_light
 from ldm.modules.image_degradation.bsrgan import BSRGAN
 from ldm.modules.image_degradation.bsrgan_light import BSRGAN_LIGHT
 from ldm.modules.image_degradation.kernels import blur, gaussian_kernel
-from ldm.modules.image_degradation.pipeline import Degradation, add_noise, compress
+from ldm.modules.image_degradation.pipeline import Degradation, add_noise, compress, resize
 
 VARIANTS = [degradation_fn_bsr, degradation_fn_bsr_light]
 
@@ -119,3 +121,19 @@ def test_what_is_no_picture_is_refused():
         degradation_fn_bsr(np.zeros((8, 8, 3), np.float32))
     with pytest.raises(ValueError, match=r"downscaling by 9: a picture of 8x8 allows 1 .. 8"):
         degradation_fn_bsr(np.zeros((8, 8, 3), np.uint8), sf=9)
+
+
+@pytest.mark.parametrize(
+    "work",
+    [
+        lambda: blur(smooth().astype(np.float32), gaussian_kernel(5, (1.0, 1.0))),
+        lambda: compress(smooth().astype(np.float32) / 255, 90),
+        lambda: resize(smooth().astype(np.float32) / 255, 16, 12),
+        lambda: degrade(smooth(), "cv_area", 2),
+    ],
+)
+def test_without_opencv_the_package_to_install_is_named(work, monkeypatch):
+    work()
+    monkeypatch.setitem(sys.modules, "cv2", None)
+    with pytest.raises(ImportError, match="pip install opencv-python-headless"):
+        work()
