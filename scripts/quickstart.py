@@ -84,12 +84,11 @@ def main(argv: Sequence[str]) -> int:
 
 
 def prompts_for(plain: int, varied: int) -> list[tuple[int, str]]:
-    """(digit, prompt) pairs, digit by digit: first `plain` times "a handwritten seven", then `varied` other phrasings of it."""
+    """(digit, prompt) pairs, digit by digit: first `plain` times "a handwritten seven", then `varied` prompts in all phrasings."""
     pairs = []
     for digit in range(10):
         phrasings = captions(digit)
-        others = np.linspace(1, len(phrasings) - 1, varied).astype(int)
-        pairs += [(digit, phrasings[0])] * plain + [(digit, phrasings[k]) for k in others]
+        pairs += [(digit, phrasings[0])] * plain + [(digit, phrasings[k % len(phrasings)]) for k in range(varied)]
     return pairs
 
 
