@@ -267,8 +267,7 @@ class AdversarialAutoencoder(pl.LightningModule):
     def _log_validation(self, batch: Mapping[str, Any], split: str) -> None:
         inputs = self.get_input(batch, self.image_key)
         reconstructions, latent = self.reconstruct(inputs)
-        loss, logs = self.loss_of(inputs, reconstructions, latent, GENERATOR, split)
-        logs[f"{split}/aeloss"] = loss
+        _, logs = self.loss_of(inputs, reconstructions, latent, GENERATOR, split)
         if self.adversarial:
             logs |= self.loss_of(inputs, reconstructions, latent, DISCRIMINATOR, split)[1]
         self.log_dict(logs, on_step=False, on_epoch=True, batch_size=len(inputs), sync_dist=True)

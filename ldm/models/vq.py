@@ -135,7 +135,7 @@ class VQModel(AdversarialAutoencoder):
         if optimizer_idx == GENERATOR:
             counts = torch.bincount(codes.flatten(), minlength=self.n_codes)
             self._counts[split] = self._counts[split] + counts if split in self._counts else counts
-        return self.loss(
+        loss, log = self.loss(
             codebook_loss,
             inputs,
             reconstructions,
@@ -145,6 +145,9 @@ class VQModel(AdversarialAutoencoder):
             split=split,
             predicted_indices=codes,
         )
+        if optimizer_idx == GENERATOR and split != "train":
+            log[f"{split}/aeloss"] = loss.detach()  # published beside total_loss, so that monitors may name it
+        return loss, log
 
     def latent_parameters(self) -> list[nn.Parameter]:
         return [*self.quantize.parameters(), *self.quant_conv.parameters(), *self.post_quant_conv.parameters()]
