@@ -1,5 +1,6 @@
 """scripts/txt2img.py as a user runs it, on a model of 0.1 M parameters."""
 
+import shutil
 import subprocess
 import sys
 
@@ -160,9 +161,14 @@ def test_weights_of_another_model_are_refused_in_one_line(saved, tmp_path, capsy
 
 
 def test_without_stable_diffusions_weights_the_defaults_say_where_to_get_them(tmp_path, capsys, monkeypatch):
+    """In a checkout without weights, whatever this one holds."""
+    config = tmp_path / "checkout" / "configs" / "stable-diffusion" / "v1-inference.yaml"
+    config.parent.mkdir(parents=True)
+    shutil.copy(ROOT / "configs" / "stable-diffusion" / "v1-inference.yaml", config)
+    monkeypatch.setattr("ldm.commandline.ROOT", tmp_path / "checkout")
     monkeypatch.chdir(tmp_path)
-    if not (ROOT / "models/ldm/stable-diffusion-v1/model.ckpt").exists():
-        assert "huggingface.co/CompVis" in refused([], capsys)
+    missing = "models/ldm/stable-diffusion-v1/model.ckpt: no such file; put sd-v1-4.ckpt of https://huggingface.co/CompVis"
+    assert missing in refused([], capsys)
 
 
 MISSPELT = (
