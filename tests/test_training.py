@@ -396,17 +396,23 @@ def test_an_argument_may_be_called_target():
         ("models/first_stage_models/kl-f8/model.ckpt", "it comes with: bash scripts/download_first_stages.sh"),
         ("models/ldm/cin256/model.ckpt", "it comes with: bash scripts/download_models.sh"),
         ("models/ldm/stable-diffusion-v1/model.ckpt", "put it there"),
-        ("configs/quickstart/text2image.yaml", f"it is in {ROOT}: start there"),
+        ("models/ldm/mine/model.ckpt", "it is in {root}: start there"),
     ],
 )
 def test_weights_that_are_not_there_are_named_with_where_they_come_from(file, advice, tmp_path, monkeypatch):
+    """In a checkout with the configs of the released models and with one file of weights, whatever this one holds."""
+    root = tmp_path / "checkout"
+    for name in ("first_stage_models/kl-f8/config.yaml", "ldm/cin256/config.yaml", "ldm/mine/model.ckpt"):
+        (root / "models" / name).parent.mkdir(parents=True)
+        (root / "models" / name).touch()
+    monkeypatch.setattr("ldm.training.targets.ROOT", root)
     monkeypatch.chdir(tmp_path)
     first_stage = {"target": "ldm.models.autoencoder.AutoencoderKL", "params": {"ckpt_path": file}}
     model = {"target": "ldm.models.diffusion.ddpm.LatentDiffusion", "params": {"ckpt_path": None, "first_stage_config": first_stage}}
     config = OmegaConf.merge(toy_config(), {"model": {"target": None}}, {"model": model})
     del config.model.params["width"]
     place = "model.params.first_stage_config.params.ckpt_path"
-    with pytest.raises(ConfigError, match=re.escape(f"{place}: there is no file {file}; {advice.format(place=place)}")):
+    with pytest.raises(ConfigError, match=re.escape(f"{place}: there is no file {file}; {advice.format(place=place, root=root)}")):
         configs.check(config)
     configs.check(config, weights=False)
     Path(file).parent.mkdir(parents=True, exist_ok=True)
