@@ -84,11 +84,12 @@ def main(argv: Sequence[str]) -> int:
 
 
 def prompts_for(plain: int, varied: int) -> list[tuple[int, str]]:
-    """(digit, prompt) pairs, digit by digit: first `plain` times "a handwritten seven", then `varied` prompts in all phrasings."""
+    """(digit, prompt) pairs, digit by digit: first `plain` times "a handwritten seven", then `varied` other phrasings of it."""
     pairs = []
     for digit in range(10):
         phrasings = captions(digit)
-        pairs += [(digit, phrasings[0])] * plain + [(digit, phrasings[k % len(phrasings)]) for k in range(varied)]
+        others = np.linspace(1, len(phrasings) - 1, varied).astype(int)
+        pairs += [(digit, phrasings[0])] * plain + [(digit, phrasings[k]) for k in others]
     return pairs
 
 

@@ -1,5 +1,6 @@
 """Scanned handwritten digits with captions, from scikit-learn: nothing is downloaded."""
 
+import itertools
 from functools import cache
 
 import numpy as np
@@ -10,16 +11,31 @@ from torch.utils.data import Dataset
 from ldm.data.image import to_array
 
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
-PHRASES = (
-    "a handwritten {}",
-    "the digit {}",
-    "the number {}",
-    "a handwritten digit {}",
-    "a scan of a handwritten {}",
-    "a picture of the number {}",
-    "{}, written by hand",
-    "{}",
+# A caption is one of each. Many words that mean nothing here teach a model to look for the one that does, also among words it never saw.
+OPENINGS = (
+    "",
+    "draw ",
+    "please write ",
+    "a photo of ",
+    "a scan of ",
+    "a picture of ",
+    "a drawing of ",
+    "this is ",
+    "show me ",
+    "someone wrote ",
 )
+SUBJECTS = (
+    "a handwritten {name}",
+    "{name}",
+    "{article} {name}",
+    "handwritten {name}",
+    "the digit {name}",
+    "the number {name}",
+    "the numeral {name}",
+    "a handwritten digit {name}",
+)
+ENDINGS = ("", ", please", ", written by hand", " in black ink", " on white paper", " with a pen", " by a child", " in an old letter")
+PLAIN = 2 * len(SUBJECTS)
 SPLITS = ("train", "held_out", "all")
 MARGIN = 1  # pixels of white paper around a scan, whose ink often touches its edge
 HELD_OUT_EVERY = 5  # of each digit's scans, in the order of the file, the 5th, 10th, ... are held out
@@ -57,13 +73,28 @@ class Digits(Dataset):
     def __getitem__(self, index: int) -> dict:
         digit = int(self.labels[index])
         phrasings = captions(digit)
-        drawn = int(torch.randint(len(phrasings), ())) if self.split == "train" else index % len(phrasings)
-        return {"image": self.images[index], "caption": phrasings[drawn], "class_label": digit, "human_label": WORDS[digit]}
+        caption = draw_caption(phrasings) if self.split == "train" else phrasings[index % len(phrasings)]
+        return {"image": self.images[index], "caption": caption, "class_label": digit, "human_label": WORDS[digit]}
 
 
+def draw_caption(phrasings: list[str]) -> str:
+    """One phrasing by torch's generator, every second time without opening and ending: a lone "nine" must not be a rarity."""
+    plain = int(torch.randint(2, ()))
+    return phrasings[int(torch.randint(PLAIN if plain else len(phrasings), ()))]
+
+
+@cache
 def captions(digit: int) -> list[str]:
-    """Every phrasing of one digit, each with the word and with the numeral: "the digit seven", "the digit 7", ..."""
-    return [phrase.format(name) for phrase in PHRASES for name in (WORDS[digit], str(digit))]
+    """Every phrasing of one digit, each with the word and with the numeral: "a handwritten seven", "a handwritten 7", ...
+
+    The first PLAIN have neither opening nor ending.
+    """
+    article = "an" if digit == 8 else "a"
+    return [
+        opening + subject.format(article=article, name=name) + ending
+        for opening, ending, subject in itertools.product(OPENINGS, ENDINGS, SUBJECTS)
+        for name in (WORDS[digit], str(digit))
+    ]
 
 
 @cache

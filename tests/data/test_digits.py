@@ -61,15 +61,18 @@ def test_captions_name_the_digit_of_the_picture(splits):
 
 def test_no_caption_stands_for_two_digits():
     every = [caption for digit in range(10) for caption in module.captions(digit)]
-    assert len(set(every)) == len(every) == 10 * 2 * len(module.PHRASES)
+    assert len(set(every)) == len(every) > 10_000
+    assert module.captions(7)[:2] == ["a handwritten seven", "a handwritten 7"] and "draw an eight, please" in module.captions(8)
 
 
-def test_training_captions_are_drawn_from_all_phrasings_by_torchs_generator(splits):
+def test_training_captions_are_drawn_from_many_phrasings_by_torchs_generator(splits):
     torch.manual_seed(0)
-    first = [splits["train"][5]["caption"] for _ in range(200)]
+    first = [splits["train"][5]["caption"] for _ in range(400)]
     torch.manual_seed(0)
-    assert [splits["train"][5]["caption"] for _ in range(200)] == first
-    assert set(first) == set(module.captions(splits["train"][5]["class_label"]))
+    assert [splits["train"][5]["caption"] for _ in range(400)] == first
+    assert set(first) < set(module.captions(splits["train"][5]["class_label"])) and len(set(first)) > 150
+    plain = set(module.captions(splits["train"][5]["class_label"])[: module.PLAIN])
+    assert plain < set(first) and 0.4 < np.mean([caption in plain for caption in first]) < 0.65
 
 
 def test_held_out_captions_never_change(splits):

@@ -14,13 +14,13 @@ pytest.importorskip("sklearn")
 from scripts import quickstart
 
 
-def test_prompts_cover_every_digit_and_every_phrasing():
+def test_prompts_ask_for_every_digit_in_many_phrasings():
     prompts = quickstart.prompts_for(quickstart.SHOWN, quickstart.DRAWN - quickstart.SHOWN)
     assert len(prompts) == 10 * quickstart.DRAWN >= 500
     for digit in range(10):
         own = [prompt for asked, prompt in prompts if asked == digit]
         assert own[: quickstart.SHOWN] == [f"a handwritten {WORDS[digit]}"] * quickstart.SHOWN
-        assert set(own) == set(captions(digit))
+        assert set(own) < set(captions(digit)) and len(set(own)) == 1 + quickstart.DRAWN - quickstart.SHOWN
 
 
 def test_configs_agree_on_the_first_stage_and_train_without_downloads():
@@ -44,8 +44,9 @@ def test_captions_fit_the_text_encoder(caplog):
     from ldm.modules.encoders.clip_tokenizer import clip_tokenizer
 
     length = OmegaConf.load(quickstart.ROOT / quickstart.TEXT2IMAGE).model.params.cond_stage_config.params.max_seq_len
-    tokens = clip_tokenizer()([caption for digit in range(10) for caption in captions(digit)], length)
-    assert tokens.shape == (10 * 2 * len(quickstart.captions(0)) // 2, length) and "cut" not in caplog.text
+    every = [caption for digit in range(10) for caption in captions(digit)]
+    assert clip_tokenizer()(every, length).shape == (len(every), length)
+    assert not caplog.records, "a caption that does not fit is reported"
 
 
 def test_a_stage_prints_a_command_that_can_be_repeated_and_gives_its_seconds(capfd, tmp_path, monkeypatch):
