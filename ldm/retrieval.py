@@ -163,7 +163,7 @@ def import_faiss() -> Any:
 
 
 class RetrievalCondition:
-    """Prompts -> the context of a retrieval-augmented model: CLIP's vector of the text and those of its neighbors.
+    """Prompts -> the context of a retrieval-augmented model: CLIP's vector of the text and those of its neighbors, all of length 1.
 
     clip: embeds texts, (B, n_repeat, D). searcher: None leaves the neighbors out. It is an `encode` of ldm.inference.text_to_image.
     """
@@ -200,4 +200,5 @@ class RetrievalCondition:
                 names = ", ".join(str(name) for name in self.searcher.database.img_id(ids[:5]))
                 more = ", ..." if len(ids) > 5 else ""
                 logger.info("%r: neighbors %s%s, cosine %.3f to %.3f", prompt, names, more, cosine[0], cosine[-1])
-        return torch.cat([text, torch.from_numpy(found.embedding).to(text)], dim=1)
+        neighbors = torch.from_numpy(unit(found.embedding)).to(text)            # (B, knn, D), of length 1 as published
+        return torch.cat([text, neighbors], dim=1)

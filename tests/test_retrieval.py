@@ -163,7 +163,7 @@ class Clip:
         return torch.nn.functional.normalize(torch.stack([randn(len(text), 16) for text in texts]), dim=-1)[:, None].repeat(1, 2, 1)
 
 
-def test_a_context_is_the_text_and_then_its_neighbors_as_they_are_stored(tmp_path, caplog):
+def test_a_context_is_the_text_and_then_its_neighbors_at_length_one(tmp_path, caplog):
     database = Database(write_database(tmp_path, 30))
     encode = RetrievalCondition(Clip(), Searcher.train(database, 1), knn=4, scale=5.0)
     with caplog.at_level("INFO"):
@@ -171,7 +171,8 @@ def test_a_context_is_the_text_and_then_its_neighbors_as_they_are_stored(tmp_pat
         encode(["a cat"])
     assert cond.shape == (3, 6, 16) and torch.equal(cond[:, :2], Clip().encode(["a cat", "a house", "a cat"]))
     order = np.argsort(-cosines(database, cond[:, 0].numpy()), axis=1)[:, :4]
-    assert np.array_equal(cond[:, 2:].numpy(), database.embedding(order))
+    assert np.array_equal(cond[:, 2:].numpy(), unit(database.embedding(order)))
+    assert torch.allclose(cond.norm(dim=-1), torch.ones(3, 6), atol=1e-5)
     assert torch.equal(uncond, torch.zeros_like(cond))
     assert caplog.text.count("'a cat'") == 1 and str(order[0, 0]) in caplog.text
 
