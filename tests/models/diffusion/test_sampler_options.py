@@ -120,6 +120,12 @@ def test_full_rescale_gives_the_guided_output_the_deviation_of_the_conditional_o
     assert rel_error(full / deviations[3][:, None, None, None], guided / deviations[1][:, None, None, None]) < 1e-5
 
 
+def test_rescaling_the_zeros_of_an_untrained_network_leaves_them_zero():
+    model = ToyModel()
+    model.apply_model = lambda x, t, c: torch.zeros_like(x)
+    assert torch.equal(guided_output(model, X_T, torch.tensor([500, 500]), COND, UNCOND, 5.0, 0.7), torch.zeros_like(X_T))
+
+
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_every_sampler_rescales_guidance(name):
     assert rel_error(draw(name, ToyModel(), **GUIDED, guidance_rescale=0.7), draw(name, ToyModel(), **GUIDED)) > 1e-4
