@@ -1,7 +1,8 @@
 # Sourced by download_models.sh and download_first_stages.sh: fetch, test, check and unpack archives of released weights.
 #
-# A download goes on where it stopped. An archive is tested as a whole and, where models/SHA256SUMS has a line for it, compared with
-# that before anything is unpacked. Files that are there already are kept.
+# A download goes on where it stopped. An archive is tested as a whole and its SHA-256 is printed; where models/SHA256SUMS has a line for it,
+# it is compared with that before anything is unpacked. The publisher gives no sums, so none are shipped: whoever has fetched an archive
+# once and trusts it keeps the printed line there, and every later download is held to it. Files that are there already are kept.
 
 set -euo pipefail
 
@@ -30,8 +31,13 @@ checked() {
     local archive=$1 name=$2 sum expected=""
     sum=$(sha256 "$archive")
     echo "$sum  $name"
-    [ -f "$MODELS/SHA256SUMS" ] && expected=$(awk -v name="$name" '$2 == name || $2 == "*" name { print $1; exit }' "$MODELS/SHA256SUMS")
-    [ -z "$expected" ] && return
+    if [ -f "$MODELS/SHA256SUMS" ]; then
+        expected=$(awk -v name="$name" '{ sub(/\r$/, "") } $2 == name || $2 == "*" name { print tolower($1); exit }' "$MODELS/SHA256SUMS")
+    fi
+    if [ -z "$expected" ]; then
+        echo "not compared: $MODELS/SHA256SUMS has no line for $name; the one above, put there, holds later downloads to this archive"
+        return
+    fi
     [ "$expected" = "$sum" ] || fail "$archive: models/SHA256SUMS has $expected for $name; delete the file and start again, or mend that line"
     echo "as in models/SHA256SUMS"
 }
@@ -97,6 +103,7 @@ main_with() {
                 echo "usage: $(basename "$0") [--list] [NAME...]"
                 echo "Fetch $what into models/, all of them or those named. A stopped download goes on where it was."
                 echo "names: ${known[*]%%=*}"
+                echo "sums: an archive is compared with its line in models/SHA256SUMS (\"<sha256>  NAME.zip\"), where you have put one"
                 echo "environment: LDM_DOWNLOADS, a mirror of $SOURCE; LDM_MODELS, where to put them ($MODELS)"
                 return
                 ;;

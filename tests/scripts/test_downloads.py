@@ -40,7 +40,8 @@ def test_weights_come_beside_the_config_that_is_there_and_the_sum_is_printed(mir
     assert done.returncode == 0, done.stderr
     assert (folder / "model.ckpt").read_bytes() == PAYLOAD and (folder / "config.yaml").read_text() == "ours"
     assert here(mirror) == {"model.ckpt", "config.yaml"}
-    assert hashlib.sha256((mirror / "kl-f4.zip").read_bytes()).hexdigest() in done.stdout
+    sum_ = hashlib.sha256((mirror / "kl-f4.zip").read_bytes()).hexdigest()
+    assert f"{sum_}  kl-f4.zip\nnot compared" in done.stdout                 # no list of sums is shipped
     assert "already" in download(mirror, "kl-f4").stdout
 
 
@@ -67,6 +68,18 @@ def test_the_sum_is_compared_where_the_list_has_a_line(mirror, right):
     done = download(mirror, "kl-f4")
     assert done.returncode == (0 if right else 2) and ("model.ckpt" in here(mirror)) is right
     assert ("as in models/SHA256SUMS" in done.stdout) is right and ("0" * 64 in done.stderr) is not right
+
+
+def test_the_printed_line_is_a_line_of_the_list_however_it_is_written(mirror):
+    sums, weights = mirror.parent / "models" / "SHA256SUMS", mirror.parent / "models" / "first_stage_models" / "kl-f4" / "model.ckpt"
+    printed = next(line for line in download(mirror, "kl-f4").stdout.splitlines() if line.endswith("  kl-f4.zip"))
+    for content in (printed, printed.replace("  ", " *"), printed.upper().replace("KL-F4.ZIP", "kl-f4.zip"), printed + "\r\n"):
+        weights.unlink()
+        sums.write_text(content)
+        assert "as in models/SHA256SUMS" in download(mirror, "kl-f4").stdout and weights.is_file()
+    weights.unlink()
+    sums.write_text("")                                                     # a list without the archive's line changes nothing
+    assert "not compared" in download(mirror, "kl-f4").stdout and weights.is_file()
 
 
 def test_a_damaged_archive_is_not_unpacked(mirror):
