@@ -123,12 +123,12 @@ class DataModuleFromConfig(pl.LightningDataModule):
         saved, now = state_dict["global_batch_size"], self.batch_size * self._ranks()[1]
         batch = state_dict["batch"] * saved // now
         if saved != now:
-            log.warning("data: %d samples a step, %d before: this epoch goes on after the samples that were used", now, saved)
+            log.warning("%-11s %d samples a step, %d before: this epoch goes on after the samples that were used", "data", now, saved)
         if state_dict["seed"] != self.seed:
-            log.warning("data: the order goes on with the seed of the checkpoint, %d, not with %d", state_dict["seed"], self.seed)
+            log.warning("%-11s the order goes on with the seed of the checkpoint, %d, not with %d", "data", state_dict["seed"], self.seed)
             self.seed = state_dict["seed"]
         self._origin = Origin(Position(state_dict["epoch"], batch), state_dict["trained"])
-        log.info("data: going on in epoch %d after %d batches", *self._origin.position)
+        log.info("%-11s going on in epoch %d after %d batches", "data", *self._origin.position)
         # Lightning asks the loader itself whether it can resume; here the data module does that.
         warnings.filterwarnings("ignore", message=".*your dataloader is not resumable.*")
 

@@ -142,7 +142,10 @@ def test_another_seed_on_the_command_line_does_not_change_a_resumed_order(tmp_pa
 
 def test_another_batch_size_goes_on_after_the_samples_that_were_used(caplog):
     module = data(batch_size=5)
-    module.load_state_dict({"seed": 5, "epoch": 2, "batch": 3, "trained": 11, "global_batch_size": 3})
+    with caplog.at_level("INFO", "ldm.data"):
+        module.load_state_dict({"seed": 5, "epoch": 2, "batch": 3, "trained": 11, "global_batch_size": 3})
+    told = [record.getMessage() for record in caplog.records if record.name == "ldm.data.datamodule"]
+    assert len(told) == 2 and all(line.startswith("data        ") for line in told)  # aligned as all lines of a run are
     assert module._position() is None and module._origin.position == (2, 1) and "5 samples a step, 3 before" in caplog.text
     assert fit(module, **EPOCHS)[0].seen == fit(data(batch_size=5), **EPOCHS)[0].seen  # without a checkpoint: from the start
 
