@@ -15,6 +15,7 @@ class AncestralSampler(Sampler):
     """Denoising diffusion probabilistic models, https://arxiv.org/abs/2006.11239 (Algorithm 2).
 
     Fewer steps than the chain has walk the chain of those steps alone (Nichol & Dhariwal 2021, arXiv 2102.09672, section 4).
+    The reverse variance is mixed as the model's `v_posterior` says; a model without one has that of the true posterior (0).
     """
 
     default_eta = 1.0
@@ -27,7 +28,8 @@ class AncestralSampler(Sampler):
         betas = 1 - alphas / np.append(1.0, alphas[:-1])
         if self.model.num_timesteps == S:
             betas = np.asarray(self.model.betas.cpu(), dtype=np.float64)
-        tables = Schedule(betas, getattr(self.model, "v_posterior", 0.0), zero_terminal_snr=alphas[-1] == 0.0).tables()
+        v_posterior = getattr(self.model, "v_posterior", 0.0)
+        tables = Schedule(betas, v_posterior, zero_terminal_snr=alphas[-1] == 0.0).tables()
         sigmas = np.exp(0.5 * tables["posterior_log_variance_clipped"])
         sigmas[0] = 0.0  # the last step of the chain adds no noise
         coefs = {"mean_x0": tables["posterior_mean_coef1"], "mean_xt": tables["posterior_mean_coef2"]}

@@ -28,7 +28,8 @@ class Sampler(ABC):
     """Base of all samplers. It stores the model alone (and what `make_schedule` fixes); a run's values live in its `Run`.
 
     Of the model it uses `num_timesteps, parameterization, device, betas, alphas_cumprod, alphas_cumprod_prev, apply_model`
-    (and `first_stage_model.quantize` for `quantize_x0`), so anything that has these can be sampled.
+    (and `first_stage_model.quantize` for `quantize_x0`), so anything that has these can be sampled. The ancestral chain also takes
+    `v_posterior`, its choice of the reverse variance, from a model that has one.
     """
 
     grids: ClassVar[tuple[str, ...]] = ("uniform", "quad", "trailing")  # what `ddim_discretize` may be

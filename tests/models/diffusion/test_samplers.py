@@ -121,6 +121,17 @@ def test_eta_zero_is_deterministic_and_eta_one_is_not():
     assert not torch.equal(run(1, 1.0), run(2, 1.0))
 
 
+def test_the_ancestral_chain_has_the_reverse_variance_of_its_model_and_the_true_posteriors_without_one():
+    model = ToyModel()
+    betas, posterior = model.betas.double().numpy(), model.posterior_variance.double().numpy()
+    for v_posterior in (None, 0.0, 0.25, 1.0):
+        if v_posterior is not None:
+            model.v_posterior = v_posterior
+        share = v_posterior or 0.0
+        sigmas = make_sampler("ancestral", model).grid(1000).sigmas
+        np.testing.assert_allclose(sigmas[1:] ** 2, ((1 - share) * posterior + share * betas)[1:], rtol=1e-3)
+
+
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_guidance_scale_one_is_the_plain_call(name):
     plain, guided = ToyModel(), ToyModel()
