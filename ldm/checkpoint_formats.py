@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 _LEGACY_START = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."  # torch's magic number, pickled: files of torch < 1.6
+_SLACK = 16 << 20  # bytes that a compressed file of any size may unpack to
 _NOT_WEIGHTS = (  # (how a file begins that is no weights, what it is and what to do)
     (b"version https://git-lfs", "a git-lfs pointer, not the weights: run `git lfs pull` where it came from"),
     (b"<", "a web page, not the weights: the download failed or asked for a login"),
@@ -57,13 +58,23 @@ def check_archive(path: Path) -> None:
     """Raise CheckpointError where a zip file's records do not agree with their checksums; other formats carry none."""
     if not zipfile.is_zipfile(path):
         return
+    _check_no_bomb(path)
     try:
         with zipfile.ZipFile(path) as archive:
             bad = archive.testzip()
-    except (zipfile.BadZipFile, OSError, EOFError, ValueError, struct.error, NotImplementedError) as error:
+    except (zipfile.BadZipFile, OSError, EOFError, ValueError, RuntimeError, struct.error, NotImplementedError) as error:
         raise CheckpointError(f"{path}: corrupt: {error}") from error
     if bad is not None:
         raise CheckpointError(f"{path}: corrupt: the checksum of {bad} is wrong")
+
+
+def _check_no_bomb(path: Path) -> None:
+    """Raise CheckpointError for a zip file whose records unpack to far more than it takes itself: torch stores them as they are."""
+    unpacked, size = 0, path.stat().st_size
+    with contextlib.suppress(zipfile.BadZipFile, OSError, ValueError, struct.error), zipfile.ZipFile(path) as archive:
+        unpacked = sum(info.file_size for info in archive.infolist())
+    if unpacked > 4 * size + _SLACK:
+        raise CheckpointError(f"{path}: refused, because its {size:,} bytes unpack to {unpacked:,}, and weights are never so compressed")
 
 
 def existing_file(path: str | os.PathLike) -> Path:
@@ -114,6 +125,7 @@ def load_pickle(path: Path, map_location: Any, mmap: bool) -> Any:
         start = file.read(64)
     if not start.startswith((b"PK\x03\x04", _LEGACY_START)):
         raise _no_weights(path, start)
+    _check_no_bomb(path)
     try:
         with torch.serialization.safe_globals(list(_STUBS)), warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -124,6 +136,8 @@ def load_pickle(path: Path, map_location: Any, mmap: bool) -> Any:
     except Exception as error:  # torch reports a damaged file by a dozen types, and every one of them means the same to the user
         if isinstance(error, pickle.UnpicklingError) and (refused := _refused_global(path, str(error))):
             raise UnsafeCheckpointError(path, refused) from error
+        if "TorchScript" in str(error):
+            raise CheckpointError(f"{path}: a TorchScript program, and no weights alone: save its state_dict() with torch.save") from error
         if _is_other_archive(path):
             raise CheckpointError(f"{path}: an archive without weights of its own: unpack it and give the .ckpt file inside") from error
         raise CheckpointError(f"{path}: cannot be read, it is truncated or corrupt ({_first_line(error)})") from error
@@ -187,6 +201,13 @@ _STUBS: tuple[tuple[Any, str], ...] = (
 )
 
 
+_PARTS_OF_TENSORS = re.compile(
+    r"torch\.(\w*(Storage|Tensor)|Size|device|b?float\w*|[ug]?int\w*|complex\w*|bool|double|half|long|short|storage\.\w+Storage|_utils\._rebuild_\w+"
+    r"|_tensor\._rebuild_from_type_v2|nn\.parameter\.Parameter|serialization\._get_layout)|collections\.(OrderedDict|Counter)|_codecs\.encode"
+    r"|builtins\.(bytearray|set|complex)"
+)
+
+
 def _refused_global(path: Path, message: str) -> str | None:
     """The dotted name that the safe loader stopped at; None where the file is damaged rather than hostile."""
     if match := re.search(r"GLOBAL (\S+)", message):
@@ -202,7 +223,7 @@ def _present_name(name: str) -> str:
 
 
 def _harmless(name: str) -> bool:
-    return name.startswith(("torch.", "collections.OrderedDict", "_codecs.encode")) or name in {stub for _, stub in _STUBS}
+    return bool(_PARTS_OF_TENSORS.fullmatch(name)) or name in {stub for _, stub in _STUBS}
 
 
 def _globals_in(path: Path) -> Iterator[str]:
@@ -218,16 +239,21 @@ def _globals_in(path: Path) -> Iterator[str]:
 
 
 def _globals_of(file: io.BufferedIOBase) -> Iterator[str]:
-    strings: list[str] = []
     with contextlib.suppress(ValueError, EOFError, struct.error, MemoryError, OverflowError):
         while True:
+            memo: dict[int, Any] = {}
+            values: list[Any] = [None, None]  # what was put on the stack last; texts alone matter
             for operation, argument, _ in pickletools.genops(file):
-                if isinstance(argument, str) and operation.name not in ("GLOBAL", "INST"):
-                    strings.append(argument)
                 if operation.name in ("GLOBAL", "INST"):
                     yield _present_name(str(argument).replace(" ", "."))
-                elif operation.name == "STACK_GLOBAL" and len(strings) > 1:
-                    yield ".".join(strings[-2:])
+                elif operation.name == "STACK_GLOBAL":
+                    yield _present_name(".".join(map(str, values[-2:])))
+                elif "PUT" in operation.name or operation.name == "MEMOIZE":
+                    memo[len(memo) if argument is None else argument] = values[-1]
+                elif "GET" in operation.name:
+                    values.append(memo.get(argument))
+                elif operation.stack_after:
+                    values.append(argument)
 
 
 def some(names: Iterable[str], count: int = 3) -> str:
@@ -237,4 +263,5 @@ def some(names: Iterable[str], count: int = 3) -> str:
 
 
 def _first_line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0][:200]
+    text = str(error).rpartition("WeightsUnpickler error: ")[2]  # torch wraps the reason in advice to turn the safety off
+    return (text.strip() or type(error).__name__).splitlines()[0][:200]

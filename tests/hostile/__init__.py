@@ -1,0 +1,1 @@
+"""Files, configs and names that mean harm: what they ask for never happens."""
