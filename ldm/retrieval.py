@@ -131,6 +131,8 @@ class Searcher:
             index = import_faiss().read_index(str(folder / INDEX))
         except RuntimeError as error:
             raise ValueError(f"{folder / INDEX}: cannot be read; {_again(database, folder)}") from error
+        if not _is_own_kind(index) or (index.d, index.ntotal) != (database.dim, len(database)):
+            raise ValueError(f"{folder / INDEX}: no index of {database.folder}; {_again(database, folder)}")
         return cls(database, index, record)
 
     @classmethod
@@ -141,6 +143,14 @@ class Searcher:
         if len(database) > EXACT_UP_TO:
             raise ValueError(f"{folder}: no searcher of {len(database)} vectors; {_again(database, Path(folder))}")
         return cls.train(database, knn=1)
+
+
+def _is_own_kind(index: Any) -> bool:
+    """Whether it is an index as `Searcher.train` makes them, whose vectors lie in its own file: other kinds can point at any file."""
+    faiss = import_faiss()
+    if type(index) is faiss.IndexFlatIP:
+        return True
+    return type(index) is faiss.IndexIVFScalarQuantizer and type(faiss.downcast_InvertedLists(index.invlists)) is faiss.ArrayInvertedLists
 
 
 def _again(database: Database, folder: Path) -> str:

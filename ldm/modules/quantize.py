@@ -43,7 +43,10 @@ class VectorQuantizer2(TamingVectorQuantizer2):
             self._remap(remap, unknown_index)
 
     def _remap(self, remap: str | os.PathLike, unknown_index: str | int) -> None:
-        used = np.load(remap)
+        try:
+            used = np.load(remap, allow_pickle=False)
+        except (ValueError, EOFError) as error:
+            raise ValueError(f"remap={remap}: no .npy file of numbers ({error})") from error
         if used.ndim != 1 or not len(used) or not np.issubdtype(used.dtype, np.integer) or used.min() < 0 or used.max() >= self.n_e:
             raise ValueError(f"remap={remap}: expected a list of codes from 0 to {self.n_e - 1}, got {used.dtype} of shape {used.shape}")
         self.remap = remap
