@@ -25,3 +25,35 @@ class AbstractEncoder(nn.Module):
     @property
     def device(self) -> torch.device:
         return next(self.parameters()).device
+
+
+class PretrainedEncoder(AbstractEncoder):
+    """An encoder whose weights come with the loaded checkpoint, or else from `load_pretrained`; `freeze` keeps it from training."""
+
+    finds_own_weights = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.has_weights, self.frozen = False, False
+        self.register_load_state_dict_pre_hook(self._note_weights)
+
+    def load_pretrained(self) -> None:
+        """Read the weights from a local place, else from the hub. CheckpointError, in one line, where that fails."""
+        raise NotImplementedError
+
+    def ensure_weights(self) -> None:
+        if not self.has_weights:
+            self.load_pretrained()
+
+    def freeze(self) -> None:
+        """No gradients, and evaluation mode whatever the parent does."""
+        self.requires_grad_(False)
+        self.frozen = True
+        self.eval()
+
+    def train(self, mode: bool = True) -> "PretrainedEncoder":
+        return super().train(mode and not self.frozen)
+
+    @staticmethod
+    def _note_weights(module: "PretrainedEncoder", state: dict[str, Any], prefix: str, *_: Any) -> None:
+        module.has_weights |= any(name.startswith(prefix) and name.endswith(".weight") for name in state)

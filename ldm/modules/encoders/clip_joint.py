@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ldm.checkpoint import CheckpointError, read_weights
-from ldm.modules.encoders.base import AbstractEncoder
+from ldm.modules.encoders.base import PretrainedEncoder
 from ldm.modules.encoders.clip_tokenizer import clip_tokenizer
 
 log = logging.getLogger(__name__)
@@ -28,7 +28,7 @@ _TEXT_PARTS = ("transformer", "token_embedding", "ln_final", "positional_embeddi
 _HUB_FILE = "open_clip_model.safetensors"
 
 
-class _FrozenCLIP(AbstractEncoder):
+class _FrozenCLIP(PretrainedEncoder):
     """A half of CLIP that is never trained and finds its pretrained weights where no checkpoint holds them."""
 
     def __init__(self, version: str, weights: str | None, clip_config: Mapping[str, Any] | None, drop: tuple[str, ...]) -> None:
@@ -49,14 +49,7 @@ class _FrozenCLIP(AbstractEncoder):
             delattr(self.model, name)
         self.version, self.weights, self.finds_own_weights = version, weights, clip_config is None or weights is not None
         self.width = int(shape["embed_dim"])
-        self.has_weights = False
-        self.register_load_state_dict_pre_hook(self._note_weights)
-        self.requires_grad_(False)
-        self.eval()
-
-    def ensure_weights(self) -> None:
-        if not self.has_weights:
-            self.load_pretrained()
+        self.freeze()
 
     def load_pretrained(self) -> None:
         """Read the weights from the file `weights`, else from the hub (its cache first). CheckpointError, in one line, where that fails."""
@@ -83,14 +76,6 @@ class _FrozenCLIP(AbstractEncoder):
                 f"the weights of CLIP {self.version} are in no loaded checkpoint, not in the hub's cache and not to be downloaded "
                 f"({type(error).__name__}); fetch {_HUB_FILE} of {repository} and name it in `weights`"
             ) from error
-
-    def train(self, mode: bool = True) -> "_FrozenCLIP":
-        """Stays in eval mode whatever its parent does."""
-        return super().train(False)
-
-    @staticmethod
-    def _note_weights(module: "_FrozenCLIP", state: dict[str, Any], prefix: str, *_: Any) -> None:
-        module.has_weights |= any(name.startswith(prefix) and name.endswith(".weight") for name in state)
 
 
 class FrozenCLIPTextEmbedder(_FrozenCLIP):

@@ -13,10 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ldm.modules.encoders.base import AbstractEncoder
+from ldm.modules.encoders.base import AbstractEncoder, PretrainedEncoder
 from ldm.modules.encoders.bert_tokenizer import BERTTokenizer
 from ldm.modules.encoders.clip_joint import FrozenClipImageEmbedder, FrozenCLIPTextEmbedder
 from ldm.modules.encoders.clip_tokenizer import VOCAB_SIZE, clip_tokenizer
+from ldm.modules.encoders.open_clip_text import FrozenOpenCLIPEmbedder
 from ldm.modules.x_transformer import Encoder, TransformerWrapper
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "FrozenCLIPEmbedder",
     "FrozenCLIPTextEmbedder",
     "FrozenClipImageEmbedder",
+    "FrozenOpenCLIPEmbedder",
     "HashedEmbedding",
     "SpatialRescaler",
     "TransformerEmbedder",
@@ -208,14 +210,12 @@ class SpatialRescaler(AbstractEncoder):
         return self.channel_mapper(x) if self.channel_mapper is not None else x
 
 
-class FrozenCLIPEmbedder(AbstractEncoder):
+class FrozenCLIPEmbedder(PretrainedEncoder):
     """CLIP's text encoder as in Stable Diffusion v1: 77 tokens, the last layer after the final LayerNorm, never trained.
 
     Building it needs no network. Its weights are those of the loaded checkpoint; where it holds none, `ensure_weights` takes them from
     `version` as a local folder or from the hub.
     """
-
-    finds_own_weights = True
 
     def __init__(
         self,
@@ -234,8 +234,6 @@ class FrozenCLIPEmbedder(AbstractEncoder):
             raise ValueError(f"max_length {max_length}: from 2 to {shape['max_position_embeddings']}, the positions of {version}")
         self.version, self.max_length, self.finds_own_weights = version, max_length, not text_config
         self.transformer = CLIPText(**shape)
-        self.has_weights = False  # until a checkpoint or `load_pretrained` brings them
-        self.register_load_state_dict_pre_hook(self._note_weights)
         self.freeze()
         if device is not None and self.device.type != "meta":
             self.to(device)
@@ -247,10 +245,6 @@ class FrozenCLIPEmbedder(AbstractEncoder):
     def unconditional_input(self, batch_size: int) -> list[str]:
         return [""] * batch_size
 
-    def ensure_weights(self) -> None:
-        if not self.has_weights:
-            self.load_pretrained()
-
     def load_pretrained(self) -> None:
         """Read the weights from `version`: a local folder, else the hub. CheckpointError, in one line, where that fails."""
         from ldm.modules.encoders.clip_text import load_pretrained_text
@@ -258,15 +252,3 @@ class FrozenCLIPEmbedder(AbstractEncoder):
         path = load_pretrained_text(self.transformer, self.version)
         self.has_weights = True
         log.info("text encoder: weights of %s", path)
-
-    def freeze(self) -> None:
-        self.requires_grad_(False)
-        self.eval()
-
-    def train(self, mode: bool = True) -> "FrozenCLIPEmbedder":
-        """Stays in eval mode whatever its parent does."""
-        return super().train(False)
-
-    @staticmethod
-    def _note_weights(module: "FrozenCLIPEmbedder", state: dict[str, Any], prefix: str, *_: Any) -> None:
-        module.has_weights |= any(name.startswith(prefix) and name.endswith(".weight") for name in state)
