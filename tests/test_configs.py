@@ -20,6 +20,16 @@ SHIPPED = sorted(str(path.relative_to(ROOT)) for folder in ("configs", "models")
 PUBLISHED = json.loads(gzip.decompress((GOLDEN / "hyperparameters.json.gz").read_bytes()))
 MANIFESTS = json.loads(gzip.decompress((GOLDEN / "manifests" / "zoo.json.gz").read_bytes()))
 
+# Stable Diffusion's later models and fine-tunes: {config: millions of parameters of the network}, as released.
+STABLE_DIFFUSION = {
+    "configs/stable-diffusion/v1-inpainting-inference.yaml": 859.54,
+    "configs/stable-diffusion/v2-inference-v.yaml": 865.91,
+    "configs/stable-diffusion/v2-inference.yaml": 865.91,
+    "configs/stable-diffusion/v2-inpainting-inference.yaml": 865.93,
+    "configs/stable-diffusion/v2-midas-inference.yaml": 865.91,
+    "configs/stable-diffusion/x4-upscaling.yaml": 473.4,
+}
+
 FIRST_STAGE = "model.params.first_stage_config.params.ckpt_path"
 ABSENT = "(absent)"
 # What a shipped YAML says otherwise than the published one, {place: (published, shipped)}, each with a comment in the YAML that says so.
@@ -136,6 +146,14 @@ def test_our_own_configs_build_without_memory(name):
     assert all(parameter.is_meta for parameter in model.parameters())
 
 
+@pytest.mark.parametrize("name", STABLE_DIFFUSION)
+def test_later_stable_diffusion_models_have_the_released_size(name):
+    model = build_on_meta(load(name).model)
+    assert round(sum(p.numel() for p in model.model.parameters()) / 1e6, 2) == STABLE_DIFFUSION[name]
+    text_encoder = [key for key in model.state_dict() if key.startswith("cond_stage_model.")]
+    assert len(text_encoder) == (197 if "/v1-" in name else 294)
+
+
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_a_weights_file_that_a_config_needs_is_one_that_the_scripts_download(name):
     for node in nodes(plain(load(name))):
@@ -148,7 +166,7 @@ def test_a_weights_file_that_a_config_needs_is_one_that_the_scripts_download(nam
 def table():
     """What stands in configs/README.md: each published config, what it is by its own first line, and what can be done with it."""
     rows = ["| config | what it is | |", "|---|---|---|"]
-    for name in sorted(PUBLISHED):
+    for name in sorted({*PUBLISHED, *STABLE_DIFFUSION}):
         what = (ROOT / name).read_text().splitlines()[0].removeprefix("# ").rstrip(".;")
         use = "train, draw" if "data" in load(name) else "draw"
         use = "train" if "loss" in load(name).model.params.get("lossconfig", {}).get("target", "") else use

@@ -33,7 +33,8 @@ CLASSES = {
     "ldm.data.base": "Txt2ImgIterableBaseDataset",
     "ldm.data.previews.pytorch_dataset": "PreviewsTrain PreviewsValidation",
     "ldm.models.autoencoder": "AutoencoderKL VQModel VQModelInterface IdentityFirstStage",
-    "ldm.models.diffusion.ddpm": "DDPM LatentDiffusion",
+    "ldm.models.diffusion.ddpm": "DDPM LatentDiffusion LatentFinetuneDiffusion LatentInpaintDiffusion LatentDepth2ImageDiffusion "
+    "LatentUpscaleDiffusion",
     "ldm.models.diffusion.ddim": "DDIMSampler",
     "ldm.models.diffusion.plms": "PLMSSampler",
     "ldm.models.diffusion.dpm_solver": "DPMSolverSampler",

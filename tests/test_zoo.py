@@ -1,4 +1,4 @@
-"""A shrunken copy of every published config trains, validates, logs images, saves, reloads and samples."""
+"""A shrunken copy of every published config, and of Stable Diffusion's later ones, trains, logs images, saves, reloads and samples."""
 
 import copy
 import json
@@ -13,11 +13,12 @@ from ldm.layout import Box, LayoutTokens
 from ldm.models.diffusion.ddim import DDIMSampler
 from ldm.util import instantiate_from_config
 from tests.reference import randn
-from tests.test_configs import PUBLISHED, load, nodes, plain
+from tests.test_configs import PUBLISHED, STABLE_DIFFUSION, load, nodes, plain
 
 SIDE, FACTOR = 32, 4  # of pictures, and from pictures to latents
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "small", "picture"]
 TEXT_MODEL = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+OPEN_CLIP = {"width": 16, "heads": 2, "layers": 2, "embed_dim": 8}
 
 
 def shrink(model):
@@ -31,6 +32,7 @@ def shrink(model):
             params["attention_resolutions"] = [a for a in (1, 2) if a in params["attention_resolutions"]] or [32]
             params |= {name: 16 for name in ("context_dim", "num_head_channels") if name in params}
             params |= {name: 1 for name in ("num_heads", "transformer_depth") if name in params}
+            params |= {"disable_self_attentions": [True, False]} if "disable_self_attentions" in params else {}
         if "ddconfig" in params:
             attention = [SIDE // FACTOR] if params["ddconfig"]["attn_resolutions"] else []
             params["ddconfig"] |= {"ch": 32, "ch_mult": [1, 1, 2], "num_res_blocks": 1, "resolution": SIDE, "attn_resolutions": attention}
@@ -46,6 +48,8 @@ def shrink(model):
             params["embed_dim"] = 16
         if kind == "FrozenCLIPEmbedder":
             node["params"] = {"text_config": TEXT_MODEL}
+        if kind == "FrozenOpenCLIPEmbedder":
+            node["params"]["text_config"] = OPEN_CLIP
     if "unet_config" in model["params"]:
         model["params"] |= {"image_size": SIDE // FACTOR, "timesteps": 20, "log_every_t": 10}
     return model
@@ -53,7 +57,7 @@ def shrink(model):
 
 # Published configs that differ in their data or sizes alone are one copy: {its JSON: the first of their names}.
 COPIES = {}
-for published in PUBLISHED:
+for published in (*PUBLISHED, *STABLE_DIFFUSION):
     COPIES.setdefault(json.dumps(shrink(plain(load(published).model)), sort_keys=True), published)
 
 
@@ -74,6 +78,8 @@ class Everything(Dataset):
             "mask": mask,
             "masked_image": torch.where(mask > 0, -1.0, image),
             "LR_image": image[::FACTOR, ::FACTOR],
+            "lr": image[::FACTOR, ::FACTOR],
+            "depth": image[:, :, :1],
             "segmentation": torch.nn.functional.one_hot(labels, 182).float(),
             "coordinates_bbox": torch.as_tensor(LayoutTokens(40).encode([Box(index, (0.1, 0.2, 0.3, 0.4))])),
             "class_label": index,

@@ -51,6 +51,10 @@ CAPTIONS = {
     "target": "ldm.modules.encoders.modules.CaptionEmbedder",
     "params": {"n_embed": 16, "n_layer": 1, "max_seq_len": 12, "vocab_rows": 64, "heads": 2, "dim_head": 8},
 }
+OPEN_CLIP = {
+    "target": "ldm.modules.encoders.modules.FrozenOpenCLIPEmbedder",
+    "params": {"freeze": True, "layer": "penultimate", "text_config": {"width": 16, "heads": 2, "layers": 2, "embed_dim": 8}},
+}
 
 
 def text_model_config(**params: Any) -> dict[str, Any]:
@@ -69,11 +73,16 @@ def text_model_config(**params: Any) -> dict[str, Any]:
         "first_stage_config": FIRST_STAGE,
         "cond_stage_config": CAPTIONS,
     }
-    return {"model": {"target": "ldm.models.diffusion.ddpm.LatentDiffusion", "params": deepcopy({**defaults, **params})}}
+    target = params.pop("target", "LatentDiffusion")
+    return {"model": {"target": f"ldm.models.diffusion.ddpm.{target}", "params": deepcopy({**defaults, **params})}}
 
 
 def _unet(**changes: Any) -> dict[str, Any]:
     return {"target": UNET["target"], "params": {**UNET["params"], **changes}}
+
+
+_HEADS = {"num_heads": -1, "num_head_channels": 16, "use_linear_in_transformer": True}
+_V2 = _unet(**_HEADS)
 
 
 _NO_TEXT = _unet(use_spatial_transformer=False, context_dim=None, transformer_depth=1)
@@ -101,6 +110,36 @@ KINDS: dict[str, dict[str, Any]] = {
         "cond_stage_config": {"target": "torch.nn.Identity"},
         "conditioning_key": "concat",
         "unet_config": _unet(in_channels=7, use_spatial_transformer=False, context_dim=None),
+    },
+    # Laid out as configs/stable-diffusion/: v2-inference, v2-inference-v, v2-inpainting-, v2-midas-inference and x4-upscaling.
+    "v2": {"cond_stage_config": OPEN_CLIP, "unet_config": _V2},
+    "v2-v": {"cond_stage_config": OPEN_CLIP, "unet_config": _V2, "parameterization": "v"},
+    "sd-fill": {
+        "target": "LatentInpaintDiffusion",
+        "cond_stage_config": OPEN_CLIP,
+        "conditioning_key": "hybrid",
+        "finetune_keys": None,
+        "unet_config": _unet(**_HEADS, in_channels=9),
+    },
+    "depth": {
+        "target": "LatentDepth2ImageDiffusion",
+        "cond_stage_config": OPEN_CLIP,
+        "conditioning_key": "hybrid",
+        "finetune_keys": None,
+        "depth_stage_config": {"target": "ldm.modules.midas.api.MiDaSInference", "params": {"model_type": "dpt_hybrid"}},
+        "unet_config": _unet(**_HEADS, in_channels=5),
+    },
+    "x4": {
+        "target": "LatentUpscaleDiffusion",
+        "cond_stage_config": OPEN_CLIP,
+        "conditioning_key": "hybrid-adm",
+        "parameterization": "v",
+        "low_scale_key": "lr",
+        "low_scale_config": {
+            "target": "ldm.modules.diffusionmodules.upscaling.ImageConcatWithNoiseAugmentation",
+            "params": {"noise_schedule_config": {"linear_start": 0.0001, "linear_end": 0.02}, "max_noise_level": 350},
+        },
+        "unet_config": _unet(**_HEADS, in_channels=7, num_classes=1000),
     },
 }
 """Parameters that make the text model one of another kind, by what it is for."""

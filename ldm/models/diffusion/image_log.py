@@ -68,7 +68,7 @@ def log_latent_images(
     if shown is not None:
         log["conditioning"] = shown
     for key in model.concat_keys:
-        joined = model.get_pictures(batch, key, N)
+        joined = model.get_pictures(batch, key, N) if key in batch else None  # a depth map may be there in the place of its picture
         if isimage(joined):
             log[f"conditioning_{key}"] = joined
     if plot_diffusion_rows:

@@ -1,0 +1,203 @@
+"""Stable Diffusion's fine-tunes: what their networks see, and how they start from a text-to-image model."""
+
+import logging
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+
+from ldm.checkpoint import CheckpointError, write_weights
+from ldm.models.diffusion.ddim import DDIMSampler
+from ldm.modules.diffusionmodules.upscaling import TABLES, ImageConcatWithNoiseAugmentation
+from ldm.modules.midas.api import MiDaSInference
+from ldm.util import instantiate_from_config
+from tests.reference import randn, seed_weights
+from tests.tiny import KINDS, text_model_config
+
+FIRST = "model.diffusion_model.input_blocks.0.0.weight"
+FIRST_EMA = "model_ema.diffusion_modelinput_blocks00weight"
+TEXTS = ["a horse", "a red kite"]
+
+
+def build(kind: str, **params):
+    config = text_model_config(**{"cond_stage_trainable": False, **KINDS[kind], **params})
+    return instantiate_from_config(OmegaConf.create(config)["model"]).eval()
+
+
+def tiny(kind: str, **params):
+    return seed_weights(build(kind, **params))
+
+
+def batch():
+    image = torch.tanh(randn(1, 2, 32, 32, 3))
+    mask = torch.zeros(2, 32, 32, 1)
+    mask[:, 8:16, 8:24] = 1.0
+    return {
+        "image": image,
+        "caption": TEXTS,
+        "mask": mask,
+        "masked_image": image * (mask < 0.5),
+        "depth": randn(2, 2, 64, 48).abs(),
+        "lr": image[:, ::4, ::4],
+    }
+
+
+# --------------------------------------------------------------------------------------------- start from fewer channels
+
+
+@pytest.mark.parametrize("averages", ["absent", "present"])
+def test_a_text_model_gives_its_weights_and_the_new_channels_start_at_zero(tmp_path, averages, caplog):
+    source = tiny("v2")
+    for name, parameter in source.model.named_parameters():
+        getattr(source.model_ema, name.replace(".", "")).copy_(0.9 * parameter.detach())
+    weights = {name: tensor for name, tensor in source.state_dict().items() if averages == "present" or not name.startswith("model_ema.")}
+    write_weights(weights, tmp_path / "a.safetensors")
+    with caplog.at_level(logging.INFO):
+        model = build("sd-fill", finetune_keys=[FIRST, FIRST_EMA], ckpt_path=str(tmp_path / "a.safetensors"))
+    state, factor = model.state_dict(), 0.9 if averages == "present" else 1.0
+    for key, scale in ((FIRST, 1.0), (FIRST_EMA, factor)):
+        assert torch.allclose(state[key][:, :4], scale * source.state_dict()[FIRST]) and state[key][:, 4:].eq(0).all()
+        assert f"{key}: the first 4 input channels are kept, 5 new ones start at zero" in caplog.text
+    assert all(torch.equal(state[name], tensor) for name, tensor in weights.items() if name not in (FIRST, FIRST_EMA))
+    x, t, text = randn(3, 2, 4, 8, 8), torch.tensor([3, 70]), model.get_learned_conditioning(TEXTS)
+    cond = {"c_concat": [randn(4, 2, 5, 8, 8)], "c_crossattn": [text]}
+    with torch.no_grad():
+        assert torch.allclose(model.apply_model(x, t, cond), source.apply_model(x, t, text), atol=1e-5)
+        with model.ema_scope(), source.ema_scope():
+            if averages == "present":
+                assert torch.allclose(model.apply_model(x, t, cond), source.apply_model(x, t, text), atol=1e-5)
+
+
+def test_the_network_alone_and_a_file_of_the_same_kind_load_too(tmp_path):
+    source, own = tiny("v2"), tiny("sd-fill")
+    write_weights({name: tensor for name, tensor in source.state_dict().items() if name.startswith("model.")}, tmp_path / "net.ckpt")
+    model = build("sd-fill", finetune_keys=[FIRST, FIRST_EMA], ckpt_path=str(tmp_path / "net.ckpt"), load_only_unet=True)
+    assert torch.equal(model.state_dict()[FIRST][:, :4], source.state_dict()[FIRST]) and model.state_dict()[FIRST][:, 4:].eq(0).all()
+    bare = {name.removeprefix("model."): tensor for name, tensor in source.model.state_dict(prefix="model.").items()}
+    write_weights(bare, tmp_path / "bare.ckpt")
+    model = build("sd-fill", finetune_keys=[FIRST], ckpt_path=str(tmp_path / "bare.ckpt"), load_only_unet=True)
+    assert torch.equal(model.state_dict()[FIRST][:, :4], source.state_dict()[FIRST])
+    write_weights(own.state_dict(), tmp_path / "own.ckpt")
+    again = build("sd-fill", finetune_keys=[FIRST, FIRST_EMA], ckpt_path=str(tmp_path / "own.ckpt"))
+    assert all(torch.equal(tensor, again.state_dict()[name]) for name, tensor in own.state_dict().items())
+
+
+def test_a_file_that_does_not_fit_is_refused_unless_its_keys_are_named(tmp_path):
+    write_weights(tiny("v2").state_dict(), tmp_path / "a.ckpt")
+    with pytest.raises(CheckpointError, match="have other shapes"):
+        build("sd-fill", finetune_keys=None, ckpt_path=str(tmp_path / "a.ckpt"))
+    with pytest.raises(CheckpointError, match="these cannot share 6 input channels"):
+        build("sd-fill", finetune_keys=[FIRST, FIRST_EMA], keep_finetune_dims=6, ckpt_path=str(tmp_path / "a.ckpt"))
+
+
+# --------------------------------------------------------------------------------------------------- what they are given
+
+
+def test_inpainting_sees_mask_and_masked_latent_beside_the_noise():
+    model, data = tiny("sd-fill"), batch()
+    torch.manual_seed(0)
+    z, c = model.get_input(data, "image")
+    torch.manual_seed(0)
+    with torch.no_grad():
+        model.encode_first_stage(data["image"].permute(0, 3, 1, 2)).sample()
+        masked = 0.5 * model.encode_first_stage(data["masked_image"].permute(0, 3, 1, 2)).sample()
+    mask, latent = c["c_concat"]
+    assert z.shape == (2, 4, 8, 8) and torch.equal(mask, data["mask"].permute(0, 3, 1, 2)[:, :, ::4, ::4])
+    assert torch.allclose(latent, masked, atol=1e-5)
+    assert torch.equal(c["c_crossattn"][0], model.get_learned_conditioning(TEXTS))
+
+
+def test_the_image_log_decodes_what_was_concatenated_where_asked():
+    model = tiny("sd-fill", c_concat_log_start=1, c_concat_log_end=5)
+    log = model.log_images(batch(), N=2, ddim_steps=1, plot_denoise_rows=False, unconditional_guidance_scale=3.0)
+    assert log["c_concat_decoded"].shape == (2, 3, 32, 32) and {"conditioning_mask", "samples_cfg_scale_3.00"} <= set(log)
+
+
+def test_depth_is_given_or_estimated_and_spans_each_samples_range(monkeypatch):
+    model, data = tiny("depth"), batch()
+    _, c = model.get_input(data, "image")
+    (depth,) = c["c_concat"]
+    assert depth.shape == (2, 1, 8, 8) and torch.allclose(depth.amin((1, 2, 3)), -torch.ones(2))
+    assert torch.allclose(depth.amax((1, 2, 3)), torch.ones(2), atol=5e-3)
+    scaled = model.get_input({**data, "depth": 1000 * data["depth"]}, "image")[1]["c_concat"][0]
+    assert torch.allclose(scaled, depth, atol=5e-3)
+    data["midas_in"] = data["image"]
+    del data["depth"]
+    monkeypatch.setattr(MiDaSInference, "forward", lambda self, x: x[:, :1])
+    estimated = model.get_input(data, "image")[1]["c_concat"][0]
+    assert torch.equal(estimated, model.normalized_depth(data["image"].permute(0, 3, 1, 2)[:, :1], (8, 8)))
+    assert "depth" in model.log_images(data, N=1, ddim_steps=1, plot_denoise_rows=False)
+
+
+def test_without_a_depth_map_or_an_estimate_the_error_says_what_to_do():
+    data = batch()
+    del data["depth"]
+    data["midas_in"] = data["image"]
+    with pytest.raises(ValueError, match=r"weights is not set: give a folder with transformers' DPT \(Intel/dpt-hybrid-midas"):
+        tiny("depth").get_input(data, "image")
+    with pytest.raises(ValueError, match="the batch has no 'depth' and the model no depth_stage_config"):
+        tiny("depth", depth_stage_config=None).get_input(data, "image")
+    with pytest.raises(ValueError, match="a depth map has one channel, these have 3"):
+        tiny("depth").get_input({**data, "depth": data["image"]}, "image")
+
+
+def test_depth_comes_from_transformers_dpt_in_a_local_folder(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    shape = {"hidden_size": 16, "num_hidden_layers": 4, "num_attention_heads": 2, "intermediate_size": 16, "image_size": 32}
+    neck = {"backbone_out_indices": [0, 1, 2, 3], "neck_hidden_sizes": [8, 8, 8, 8], "fusion_hidden_size": 8, "is_hybrid": False, "patch_size": 16}
+    torch.manual_seed(0)
+    network = transformers.DPTForDepthEstimation(transformers.DPTConfig(**shape, **neck)).eval()
+    network.save_pretrained(tmp_path)
+    model, x = MiDaSInference(weights=str(tmp_path)), torch.tanh(randn(0, 2, 3, 24, 40))
+    depth = model(x)
+    assert depth.shape == (2, 1, 24, 40) and depth.isfinite().all() and model.state_dict() == {}
+    square = torch.tanh(randn(0, 1, 3, 32, 32))
+    with torch.no_grad():
+        assert torch.allclose(model(square)[:, 0], network(pixel_values=square).predicted_depth, atol=1e-5)
+    with pytest.raises(ValueError, match=r"holds no config\.json"):
+        MiDaSInference(weights=str(tmp_path / "nowhere"))(x)
+
+
+def test_the_upscaler_sees_the_small_picture_with_noise_of_the_level_it_is_told():
+    model, data = tiny("x4"), batch()
+    _, c = model.get_input(data, "image")
+    level, (noised,) = c["c_adm"], c["c_concat"]
+    assert level.dtype == torch.int64 and noised.shape == (2, 3, 8, 8) and level.min() >= 0 and level.max() < 350
+    told = tiny("x4", noise_level_key="level")
+    _, c = told.get_input({**data, "level": torch.tensor([0, 349])}, "image")
+    error = (c["c_concat"][0] - data["lr"].permute(0, 3, 1, 2)).flatten(1).std(dim=1)
+    assert c["c_adm"].tolist() == [0, 349] and error[0] < 0.05 < 0.3 < error[1]
+    with pytest.raises(ValueError, match="lr: pictures of 32x32 pixels beside latents of 8x8"):
+        model.get_input({**data, "lr": data["image"]}, "image")
+    with pytest.raises(ValueError, match="LatentUpscaleDiffusion takes hybrid-adm"):
+        tiny("x4", conditioning_key="hybrid")
+
+
+def test_the_small_pictures_noise_is_the_diffusions_own_and_its_tables_have_the_published_names():
+    module = ImageConcatWithNoiseAugmentation({"linear_start": 0.0001, "linear_end": 0.02}, max_noise_level=350)
+    assert tuple(module.state_dict()) == TABLES and all(table.shape == (1000,) for table in module.state_dict().values())
+    x, level = randn(0, 2, 3, 4, 4), torch.tensor([10, 300])
+    torch.manual_seed(0)
+    noised, same = module(x, level)
+    torch.manual_seed(0)
+    noise = torch.randn_like(x)
+    alpha = module.alphas_cumprod[level][:, None, None, None]
+    assert same is level and torch.allclose(noised, alpha.sqrt() * x + (1 - alpha).sqrt() * noise, atol=1e-6)
+    with pytest.raises(ValueError, match="max_noise_level 2000: choose 1 to 1000"):
+        ImageConcatWithNoiseAugmentation(max_noise_level=2000)
+    with pytest.raises(ValueError, match="unknown linear_stop"):
+        ImageConcatWithNoiseAugmentation({"linear_stop": 1})
+
+
+@pytest.mark.parametrize("kind", ["v2", "v2-v", "sd-fill", "depth", "x4"])
+def test_guidance_leads_away_from_no_text_under_the_same_further_parts(kind):
+    model = tiny(kind)
+    encoded = model.encode_batch(batch())
+    uncond = model.unconditional_like(encoded.c, encoded.raw_c, 2)
+    options = {"verbose": False, "x_T": randn(9, 2, 4, 8, 8), "unconditional_guidance_scale": 4.0}
+    with torch.no_grad():
+        guided = DDIMSampler(model).sample(2, 2, (4, 8, 8), encoded.c, unconditional_conditioning=uncond, **options).samples
+        plain = DDIMSampler(model).sample(2, 2, (4, 8, 8), encoded.c, unconditional_conditioning=encoded.c, **options).samples
+    assert guided.isfinite().all() and not torch.allclose(guided, plain)
+    if isinstance(uncond, dict):
+        assert all(a is b for a, b in zip(uncond["c_concat"], encoded.c["c_concat"], strict=True))
