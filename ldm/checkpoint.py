@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ldm.checkpoint_formats import (
@@ -117,7 +118,7 @@ def load_weights(
     strict_blocks: a block (a child of the module or a child's child) that the file lacks as a whole is an error, unless a rule excuses it:
         EXCUSES in ldm.checkpoint_names; a submodule loaded from a file of its own; one that finds its weights itself (`ensure_weights`).
     use_ema: load the file's moving averages as the weights.
-    Weights on the meta device are replaced by the file's (memory-mapped, in the module's dtype), others are overwritten in place.
+    Weights on the meta device are replaced by the file's (memory-mapped, in their dtype and layout), others are overwritten in place.
     Tables of a noise schedule that the file holds in half precision are left as the module computed them (`_rounded_tables`).
     Raises CheckpointError when nothing matches, a shape differs or a block is missing.
     """
@@ -154,7 +155,7 @@ def load_weights(
         )
     on_meta = any(tensor.is_meta for tensor in wanted.values())
     if on_meta:
-        found = {name: tensor.to(wanted[name].dtype) for name, tensor in found.items()}
+        found = {name: _shaped_like(tensor, wanted[name]) for name, tensor in found.items()}
     module.load_state_dict({own_name[name]: tensor for name, tensor in found.items()}, strict=False, assign=on_meta)
     module._weights_file = str(path)  # excuses this module where a later file for its parent lacks it
 
@@ -162,6 +163,13 @@ def load_weights(
     report = LoadReport(path, len(found), missing, unexpected, excused, ema_started)
     log.log(logging.INFO if all(_has_excuse(module, name) for name in missing) else logging.WARNING, "%s", report)
     return report
+
+
+def _shaped_like(tensor: Tensor, wanted: Tensor) -> Tensor:
+    """`tensor` in the dtype of `wanted` and with its channels innermost where they are; itself, still in its file, where it is so."""
+    if wanted.ndim == 4 and not wanted.is_contiguous():
+        return tensor.to(wanted.dtype, memory_format=torch.channels_last)
+    return tensor.to(wanted.dtype)
 
 
 def ensure_weights(module: nn.Module) -> None:

@@ -50,7 +50,7 @@ def add_sampler_flag(parser: argparse._ActionsContainer) -> None:
     parser.add_argument("--sampler", metavar="NAME", help=f"{', '.join(SAMPLERS)} (default: ddim)")
 
 
-def add_model_flags(parser: Parser, config: str | None, ckpt: str | None, precision: str = "autocast", fill_in: bool = True) -> None:
+def add_model_flags(parser: Parser, config: str | None, ckpt: str | None, fill_in: bool = True) -> None:
     """The flags that name a model and how to compute with it; `config` None leaves both files out.
 
     fill_in: whether the files are the flags' defaults, or only named as such, for a script that has several.
@@ -63,8 +63,11 @@ def add_model_flags(parser: Parser, config: str | None, ckpt: str | None, precis
         add("--ckpt", default=default.get("ckpt", ckpt), metavar="FILE", help=text)
     text = "draw with the averaged weights of a file, or with the trained ones (default: as the config says)"
     add("--use_ema", action=BooleanOptionalAction, help=text)
-    text = "autocast: half precision where the device gains by it; full: float32"
-    add("--precision", choices=PRECISIONS, default=precision, help=text)
+    text = (
+        "numbers that the networks compute in. auto: bf16 where the device has instructions for it, else full. full: float32. autocast: "
+        "float32 weights, computed in half precision where that is faster. bf16, fp16: weights of 16 bits (default: auto)"
+    )
+    add("--precision", choices=PRECISIONS, default="auto", help=text)
     add("--device", default="auto", metavar="NAME", help="auto, cpu, cuda, cuda:1 or mps")
     add("--allow-targets", action="append", default=[], metavar="PACKAGE", help="let the config name classes of this package too")
     add("--debug", action="store_true", help="show the traceback of an error")

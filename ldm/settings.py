@@ -13,7 +13,7 @@ from ldm.models.diffusion.samplers import SAMPLERS
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
-PRECISIONS = ("autocast", "full")
+PRECISIONS = ("auto", "full", "autocast", "bf16", "fp16")
 MAX_SEED = 2**32 - 1
 
 

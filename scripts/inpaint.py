@@ -28,7 +28,7 @@ def parser() -> Parser:
     add("--steps", type=int, default=50, metavar="S", help="number of DDIM steps")
     add("--ddim_eta", type=float, default=0.0, metavar="ETA", help="noise of DDIM: 0 is deterministic")
     add("--seed", type=int, default=42, help="seed of each picture's noise")
-    add_model_flags(parser, CONFIG, CKPT, precision="full")
+    add_model_flags(parser, CONFIG, CKPT)
     return parser
 
 

@@ -40,7 +40,7 @@ def parser() -> Parser:
     add("--scale", type=float, default=1.0, help="guidance scale of class-conditional models; 1 is none")
     add("--null_class", type=int, metavar="CLASS", help="the class that means 'no class' (default: the last, where there is one)")
     add("--seed", type=int, metavar="SEED", help="seed of the noise and of the order of classes (default: a new one, which is printed)")
-    add_model_flags(parser, None, None, precision="full")
+    add_model_flags(parser, None, None)
     return parser
 
 

@@ -30,7 +30,7 @@ def parser() -> Parser:
     text = "side of a tile in pixels of the small picture; what is larger is drawn in overlapping tiles; 0: always in one piece"
     add("--tile", type=int, default=128, metavar="SIDE", help=text)
     add("--seed", type=int, default=42, help="seed of each picture's noise")
-    add_model_flags(parser, CONFIG, CKPT, precision="full")
+    add_model_flags(parser, CONFIG, CKPT)
     return parser
 
 

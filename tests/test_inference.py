@@ -10,7 +10,7 @@ from PIL import Image
 
 from ldm.checkpoint import CheckpointError
 from ldm.data.image import from_tensor
-from ldm.inference import Pipeline, autocast_dtype, choose_device, fingerprint, for_inference, load_model, text_to_image, weights_on_meta
+from ldm.inference import Pipeline, choose_device, fingerprint, for_inference, load_model, text_to_image, weights_on_meta
 from ldm.models.diffusion.ddim import DDIMSampler
 from ldm.models.diffusion.dpm_solver import DPMSolverSampler
 from ldm.models.diffusion.plms import PLMSSampler
@@ -260,13 +260,6 @@ def test_a_device_that_is_not_there_is_refused_with_those_that_are():
     for name in ("tpu", "cuda:99", "gpu", ""):
         with pytest.raises(ValueError, match=r"choose auto, .*cpu"):
             choose_device(name)
-
-
-def test_precision_is_a_dtype_to_compute_in():
-    assert autocast_dtype("full", torch.device("cuda")) is None and autocast_dtype("autocast", torch.device("cuda")) is torch.float16
-    assert autocast_dtype("autocast", torch.device("cpu")) in (None, torch.bfloat16)
-    with pytest.raises(ValueError, match="choose one of autocast, full"):
-        autocast_dtype("half", torch.device("cpu"))
 
 
 def test_autocast_draws_nearly_the_same_pictures(saved, pipeline):

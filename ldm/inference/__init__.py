@@ -6,16 +6,8 @@ ldm.pictures. Importing this package imports neither torch nor Lightning.
 """
 
 from ldm.inference.beside import enlarge, fill
-from ldm.inference.pipeline import (
-    Pipeline,
-    autocast_dtype,
-    choose_device,
-    fingerprint,
-    for_inference,
-    identify,
-    load_model,
-    weights_on_meta,
-)
+from ldm.inference.pipeline import Pipeline, fingerprint, for_inference, identify, load_model, weights_on_meta
+from ldm.inference.precision import Numbers, choose_device, choose_numbers
 from ldm.inference.prompts import finished, image_to_image, text_to_image
 from ldm.inference.randomness import Randomness
 from ldm.inference.samples import draw_samples
@@ -23,10 +15,11 @@ from ldm.settings import PRECISIONS
 
 __all__ = [
     "PRECISIONS",
+    "Numbers",
     "Pipeline",
     "Randomness",
-    "autocast_dtype",
     "choose_device",
+    "choose_numbers",
     "draw_samples",
     "enlarge",
     "fill",

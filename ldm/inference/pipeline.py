@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ldm.commandline import in_checkout
+from ldm.inference.precision import choose_device, choose_numbers, shape_weights
 from ldm.models.diffusion.samplers import make_sampler
-from ldm.settings import PRECISIONS, ModelFacts, model_facts, read_config, value_at
+from ldm.settings import ModelFacts, model_facts, read_config, value_at
 
 if TYPE_CHECKING:
     import torch
@@ -24,47 +25,14 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-# ------------------------------------------------------------------------------------------------------- device, precision
-
-
-def choose_device(name: str = "auto") -> torch.device:
-    """`auto`: CUDA, then MPS, then the CPU; any other name must be a device that is there, else ValueError with those that are."""
-    import torch
-
-    there = [f"cuda:{k}" for k in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
-    there += ["mps"] if torch.backends.mps.is_available() else []
-    there += ["cpu"]
-    wanted = there[0] if name == "auto" else "cuda:0" if name == "cuda" else name
-    if wanted not in there:
-        raise ValueError(f"--device {name}: not on this machine; choose auto, {', '.join(there)}")
-    return torch.device(wanted)
-
-
-def autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:
-    """The dtype that `precision` computes convolutions and products in; None is plain float32.
-
-    `autocast` is half precision on a GPU as published, and bfloat16 on a CPU that has instructions for it; weights stay float32.
-    `auto` is what suits the device, which today is the same.
-    """
-    import torch
-
-    if precision not in (*PRECISIONS, "auto"):
-        raise ValueError(f"--precision {precision}: choose one of {', '.join(PRECISIONS)}")
-    if precision == "full":
-        return None
-    if device.type != "cpu":
-        return torch.float16
-    can = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-    return torch.bfloat16 if can.get("amx_bf16") or can.get("avx512_bf16") else None
-
-
 # --------------------------------------------------------------------------------------------------------------- the model
 
 
 class Pipeline:
     """A model that is ready to draw, with all that does not change from picture to picture.
 
-    identity: what the metadata says of the model: config, checkpoint, version.
+    dtype: what convolutions and products are computed in under autocast; None: in the dtype of the weights.
+    identity: what the metadata says of the model: config, checkpoint, version, precision.
     """
 
     def __init__(self, model: Any, facts: ModelFacts, device: torch.device, dtype: torch.dtype | None, identity: Mapping[str, Any]) -> None:
@@ -101,16 +69,25 @@ class Pipeline:
         return torch.from_numpy(to_array(image)).permute(2, 0, 1)[None].contiguous().to(self.device)
 
     def decode(self, z: Tensor) -> Tensor:
-        """Latents (B, c, h, w) -> float32 pictures (B, 3, H, W) in [-1, 1]; again in float32 where half precision overflows."""
+        """Latents (B, c, h, w) -> float32 pictures (B, 3, H, W) in [-1, 1].
+
+        Where half precision overflows, the first stage decodes again in float32, and its weights stay so.
+        """
         import torch
+
+        from ldm.modules.numbers import weights_dtype
 
         if not torch.isfinite(z).all():
             raise ValueError("sampling gave values that are not finite; try --precision full, another sampler or more steps")
         if not hasattr(self.model, "decode_first_stage"):                   # diffusion of the pictures themselves
             return z.float().clamp(-1.0, 1.0)
         x = self.model.decode_first_stage(z).float()
-        if self.dtype is not None and not torch.isfinite(x).all():
-            logger.info("the first stage overflows in %s: decoding in float32", self.dtype)
+        stage = getattr(self.model, "first_stage_model", None)
+        used = self.dtype or (weights_dtype(stage) if stage is not None else None)
+        if used in (torch.float16, torch.bfloat16) and not torch.isfinite(x).all():
+            logger.info("the first stage overflows in %s: decoding in float32", used)
+            if stage is not None:
+                stage.float()
             with torch.autocast(self.device.type, enabled=False):
                 x = self.model.decode_first_stage(z.float())
         if not torch.isfinite(x).all():
@@ -122,15 +99,17 @@ def load_model(
     config: str | Path | Mapping[str, Any],
     ckpt: str | Path,
     device: str = "auto",
-    precision: str = "autocast",
+    precision: str = "auto",
     use_ema: bool | None = None,
 ) -> Pipeline:
     """The model of a YAML with the weights of a file, ready to draw.
 
-    It is built without initializing a weight and filled from the memory-mapped file; nothing is downloaded that the file holds.
+    It is built without initializing a weight and filled from the memory-mapped file, tensor by tensor where that holds other numbers than
+    `precision` asks for; nothing is downloaded that the file holds.
     use_ema: draw with the file's averaged weights (as the published scripts do where the config keeps an average: the default, None)
         or with the trained ones. Raises ValueError or OSError in one line for what the user can mend.
     """
+    import torch
     from omegaconf import OmegaConf
 
     from ldm.checkpoint import CheckpointError, ensure_weights, load_weights, read_weights
@@ -142,12 +121,13 @@ def load_model(
     facts = model_facts(config)
     use_ema = facts.use_ema if use_ema is None else use_ema
     where = choose_device(device)
-    dtype = autocast_dtype(precision, where)
+    numbers = choose_numbers(precision, where)
 
     names = set(read_weights(ckpt))                                         # the names alone: memory should not hold the weights twice
     config = for_inference(config, names)
     with weights_on_meta():
         model = instantiate_from_config(config.model)
+    shape_weights(model, numbers.weights, channels_last=where.type == "cpu" and numbers.weights != torch.float32)
     load_weights(model, ckpt, use_ema=use_ema)
     ensure_weights(model)
     absent = [key for key, tensor in model.named_parameters() if tensor.is_meta]
@@ -155,10 +135,9 @@ def load_model(
         raise CheckpointError(f"{ckpt}: lacks {len(absent)} weights of this model ({', '.join(absent[:3])}, ...); is the config its own?")
     model = model.requires_grad_(False).eval().to(where)
     millions = sum(p.numel() for p in model.parameters()) / 1e6
-    numbers = "float32" if dtype is None else f"autocast to {str(dtype).removeprefix('torch.')}"
-    logger.info("model ready in %.1f s: %.1f M parameters on %s, %s", time.perf_counter() - start, millions, where, numbers)
-    identity = {**identify(ckpt, name), "use_ema": use_ema, "precision": precision, "device": where.type}
-    return Pipeline(model, facts, where, dtype, identity)
+    logger.info("model ready in %.1f s: %.1f M parameters on %s, precision %s", time.perf_counter() - start, millions, where, numbers)
+    identity = {**identify(ckpt, name), "use_ema": use_ema, "device": where.type, "precision": precision, "precision_used": numbers.name}
+    return Pipeline(model, facts, where, numbers.autocast, identity)
 
 
 def for_inference(config: DictConfig, names: set[str]) -> DictConfig:

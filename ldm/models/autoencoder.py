@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ldm.models.adversarial import AdversarialAutoencoder
 from ldm.models.vq import VQModel, VQModelInterface
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
+from ldm.modules.numbers import in_dtype, weights_dtype
 
 __all__ = ["AutoencoderKL", "IdentityFirstStage", "VQModel", "VQModelInterface"]
 
@@ -53,11 +54,12 @@ class AutoencoderKL(AdversarialAutoencoder):
 
     def encode(self, x: Tensor) -> DiagonalGaussianDistribution:
         """The posterior over latents (B, embed_dim, H/f, W/f) of pictures x (B, C, H, W) in [-1, 1]."""
-        return DiagonalGaussianDistribution(self.quant_conv(self.encoder(x)))
+        moments = in_dtype(weights_dtype(self.encoder), lambda x: self.quant_conv(self.encoder(x)), x)
+        return DiagonalGaussianDistribution(moments)
 
     def decode(self, z: Tensor) -> Tensor:
         """Pictures (B, C, H, W), about [-1, 1], of latents z (B, embed_dim, H/f, W/f)."""
-        return self.decoder(self.post_quant_conv(z))
+        return in_dtype(weights_dtype(self.decoder), lambda z: self.decoder(self.post_quant_conv(z)), z)
 
     def forward(self, input: Tensor, sample_posterior: bool = True) -> tuple[Tensor, DiagonalGaussianDistribution]:
         """(reconstruction, posterior) of pictures (B, C, H, W); from the posterior's mode where `sample_posterior` is false."""

@@ -14,6 +14,7 @@ from ldm.models.adversarial import AdversarialAutoencoder
 from ldm.modules.ema import LitEma
 from ldm.modules.losses.adversarial import GENERATOR
 from ldm.modules.losses.vqperceptual import codebook_use
+from ldm.modules.numbers import in_dtype, weights_dtype
 
 COMMITMENT = 0.25  # beta of the quantizer, the same in all published models
 RESIZE_STEP = 16
@@ -86,7 +87,7 @@ class VQModel(AdversarialAutoencoder):
 
     def encode_to_prequant(self, x: Tensor) -> Tensor:
         """Latents before quantization, (B, embed_dim, H/f, W/f), of pictures x (B, C, H, W) in [-1, 1]."""
-        return self.quant_conv(self.encoder(x))
+        return in_dtype(weights_dtype(self.encoder), lambda x: self.quant_conv(self.encoder(x)), x)
 
     def encode(self, x: Tensor) -> Any:
         """(quantized latents (B, embed_dim, H/f, W/f), codebook loss, (None, None, codes)) of pictures x (B, C, H, W) in [-1, 1]."""
@@ -103,7 +104,7 @@ class VQModel(AdversarialAutoencoder):
         return self._decode_quantized(self.quantize.get_codebook_entry(code_b, (*code_b.shape, self.embed_dim)))
 
     def _decode_quantized(self, quant: Tensor) -> Tensor:
-        return self.decoder(self.post_quant_conv(quant))
+        return in_dtype(weights_dtype(self.decoder), lambda quant: self.decoder(self.post_quant_conv(quant)), quant)
 
     def forward(self, input: Tensor, return_pred_indices: bool = False) -> tuple[Tensor, ...]:
         """(reconstruction, codebook loss) of pictures (B, C, H, W), and their codes where `return_pred_indices` is true."""

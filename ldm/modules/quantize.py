@@ -26,6 +26,8 @@ class VectorQuantizer2(TamingVectorQuantizer2):
         'random' (any of them), 'extra' (k) or a number.
     """
 
+    keeps_float32 = True  # where weights are loaded in 16 bits: entries that are rounded would be the nearest of other latents
+
     def __init__(
         self,
         n_e: int,

@@ -138,7 +138,7 @@ def test_a_picture_of_any_size_is_resized_to_the_nearest_that_the_model_takes_in
 def test_flags_have_the_published_defaults():
     opt = vars(parser().parse_args([]))
     published = {"prompt": "a painting of a virus monster playing guitar", "ddim_steps": 50, "ddim_eta": None, "n_iter": 1, "n_samples": 2}
-    published |= {"n_rows": 0, "scale": 5.0, "strength": 0.75, "seed": 42, "precision": "autocast", "outdir": "outputs/img2img-samples"}
+    published |= {"n_rows": 0, "scale": 5.0, "strength": 0.75, "seed": 42, "precision": "auto", "outdir": "outputs/img2img-samples"}
     published |= {"config": "configs/stable-diffusion/v1-inference.yaml", "ckpt": "models/ldm/stable-diffusion-v1/model.ckpt"}
     flags = ("plms", "fixed_code", "skip_grid", "skip_save")
     assert {name: opt[name] for name in published} == published and not any(opt[name] for name in flags)

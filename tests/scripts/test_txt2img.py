@@ -49,7 +49,7 @@ def test_flags_have_the_published_defaults():
     opt = vars(parser().parse_args([]))
     assert settings_of(parser().parse_args([])).checked(FACTS).eta == 0.0
     published = {"prompt": "a painting of a virus monster playing guitar", "ddim_steps": 50, "n_iter": 2}
-    published |= {"H": 512, "W": 512, "n_samples": 3, "n_rows": 0, "scale": 7.5, "seed": 42, "precision": "autocast", "from_file": None}
+    published |= {"H": 512, "W": 512, "n_samples": 3, "n_rows": 0, "scale": 7.5, "seed": 42, "precision": "auto", "from_file": None}
     flags = ("plms", "dpm_solver", "laion400m", "fixed_code", "skip_grid", "skip_save")
     assert {name: opt[name] for name in published} == published and not any(opt[name] for name in flags)
 

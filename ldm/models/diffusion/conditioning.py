@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ldm.modules.numbers import in_dtype, weights_dtype
 from ldm.util import instantiate_from_config
 
 Conditioning = Tensor | Sequence[Tensor] | Mapping[str, Any] | None
@@ -18,6 +19,9 @@ Conditioning = Tensor | Sequence[Tensor] | Mapping[str, Any] | None
 
 Parts = dict[str, Any]
 """The normal form: {"c_concat": [(B, C', H, W), ...], "c_crossattn": [(B, L, D), ...], "c_adm": (B,) or (B, D)}, each part optional."""
+
+
+HALF = (torch.float16, torch.bfloat16)
 
 
 class Route(NamedTuple):
@@ -121,10 +125,17 @@ class DiffusionWrapper(nn.Module):
         c_crossattn: Sequence[Tensor] | None = None,
         c_adm: Tensor | None = None,
     ) -> Tensor:
-        """x: (B, C, H, W), t: (B,) and the parts that the key needs -> (B, C_out, H, W)."""
+        """x: (B, C, H, W), t: (B,) and the parts that the key needs -> (B, C_out, H, W), in the dtype of x.
+
+        A network with 16-bit weights is given its inputs in their dtype.
+        """
         given = {"c_concat": c_concat, "c_crossattn": c_crossattn, "c_adm": c_adm}
         parts = normalize_condition({name: part for name, part in given.items() if part is not None}, self.conditioning_key)
-        return route(self.conditioning_key).call(self.diffusion_model, x, t, parts)
+        dtype = weights_dtype(self.diffusion_model)
+        if dtype not in HALF or x.dtype == dtype:
+            return route(self.conditioning_key).call(self.diffusion_model, x, t, parts)
+        parts = map_tensors(lambda leaf: leaf.to(dtype) if torch.is_tensor(leaf) and leaf.is_floating_point() else leaf, parts)
+        return in_dtype(dtype, lambda x: route(self.conditioning_key).call(self.diffusion_model, x, t, parts), x)
 
 
 def map_tensors(f: Callable[..., Any], *trees: Any) -> Any:

@@ -17,6 +17,7 @@ from torch import Tensor
 from ldm.checkpoint import CheckpointError, read_weights
 from ldm.modules.encoders.base import PretrainedEncoder
 from ldm.modules.encoders.clip_tokenizer import clip_tokenizer
+from ldm.modules.numbers import in_dtype, weights_dtype
 
 log = logging.getLogger(__name__)
 
@@ -153,7 +154,7 @@ class FrozenClipImageEmbedder(_FrozenCLIP):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (B, 3, H, W) in [-1, 1] -> (B, D)."""
-        return self.model.encode_image(self.preprocess(x), normalize=self.normalize)
+        return in_dtype(weights_dtype(self), lambda x: self.model.encode_image(x, normalize=self.normalize), self.preprocess(x))
 
     def encode(self, x: Tensor) -> Tensor:
         """x: (B, 3, H, W) in [-1, 1] -> (B, 1, D)."""

@@ -18,6 +18,7 @@ from ldm.modules.encoders.bert_tokenizer import BERTTokenizer
 from ldm.modules.encoders.clip_joint import FrozenClipImageEmbedder, FrozenCLIPTextEmbedder
 from ldm.modules.encoders.clip_tokenizer import VOCAB_SIZE, clip_tokenizer
 from ldm.modules.encoders.open_clip_text import FrozenOpenCLIPEmbedder
+from ldm.modules.numbers import in_dtype, weights_dtype
 from ldm.modules.x_transformer import Encoder, TransformerWrapper
 
 __all__ = [
@@ -207,7 +208,7 @@ class SpatialRescaler(AbstractEncoder):
         """x: (B, in_channels, H, W) -> (B, out_channels or in_channels, H * multiplier**n_stages, W * multiplier**n_stages)."""
         for _ in range(self.n_stages):
             x = F.interpolate(x, scale_factor=self.multiplier, mode=self.method)
-        return self.channel_mapper(x) if self.channel_mapper is not None else x
+        return in_dtype(weights_dtype(self), self.channel_mapper, x) if self.channel_mapper is not None else x
 
 
 class FrozenCLIPEmbedder(PretrainedEncoder):
