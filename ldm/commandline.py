@@ -15,6 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]  # the checkout, which holds configs/
 EXIT_USAGE = 2
 EXIT_INTERRUPTED = 130
 _OVERRIDE = re.compile(r"\+?\w+(\.\w+)+=")
+_NO_MEMORY = ("OutOfMemoryError", "DefaultCPUAllocator: ")  # of a GPU, by its class; of the CPU, a RuntimeError
 
 
 class Parser(argparse.ArgumentParser):
@@ -36,6 +37,11 @@ class Parser(argparse.ArgumentParser):
             self.error(self._unknown(extra[0]))
         return parsed
 
+    @property
+    def flags(self) -> list[str]:
+        """Every spelling of every flag."""
+        return [option for action in self._actions for option in action.option_strings]
+
     def error(self, message: str) -> NoReturn:
         print(f"error: {message}", file=sys.stderr)
         raise SystemExit(EXIT_USAGE)
@@ -44,7 +50,7 @@ class Parser(argparse.ArgumentParser):
         flag = word.split("=")[0]
         if not flag.startswith("-"):
             return f"unexpected argument {word!r}; put quotes around a value that holds spaces (--help lists the flags)"
-        flags = [option for action in self._actions for option in action.option_strings]
+        flags = self.flags
         same = {option.lstrip("-").replace("-", "_").lower(): option for option in flags}
         plain = flag.lstrip("-").replace("-", "_").lower()
         near = [same[plain]] if plain in same else difflib.get_close_matches(flag, flags, n=1, cutoff=0.5)
@@ -73,11 +79,23 @@ class _TerminalHandler(logging.StreamHandler):
         tqdm.write(self.format(record), file=sys.stderr)
 
 
-def run(main: Callable[[Sequence[str]], int | None], argv: Sequence[str] | None = None) -> int:
+# What takes less memory, by the flag that a script has for it; `--n_samples` is how many are drawn at once only where no batch size is.
+_LESS_MEMORY = {
+    "--batch_size": "draw fewer pictures at once (--batch_size 1)",
+    "--n_samples": "draw fewer pictures at once (--n_samples 1)",
+    "--H": "smaller ones (--H, --W)",
+    "--tile": "smaller tiles (--tile 64)",
+    "--precision": "16-bit weights (--precision bf16)",
+}
+
+
+def run(
+    main: Callable[[Sequence[str]], int | None], argv: Sequence[str] | None = None, parser: Callable[[], Parser] | None = None
+) -> int:
     """Call `main(argv)`, send log lines to the terminal, and turn errors meant for the user into one line -> exit code.
 
     0 done, 2 for what the user can mend (ValueError, OSError, a missing package, too little memory), 130 after Ctrl-C.
-    `--debug` on the command line shows the traceback instead.
+    `--debug` on the command line shows the traceback instead. parser: makes main's, whose flags advice may name.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     if not logging.getLogger().handlers:
@@ -90,12 +108,18 @@ def run(main: Callable[[Sequence[str]], int | None], argv: Sequence[str] | None 
         print("stopped", file=sys.stderr)
         return EXIT_INTERRUPTED
     except Exception as error:
-        out_of_memory = type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError)
+        out_of_memory = isinstance(error, MemoryError) or any(words in f"{type(error).__name__} {error}" for words in _NO_MEMORY)
         if "--debug" in argv or not (out_of_memory or isinstance(error, (ValueError, OSError, ImportError))):
             raise
-        advice = "; draw fewer pictures at once (--n_samples 1) or smaller ones (--H, --W)" if out_of_memory else ""
+        advice = less_memory(parser().flags) if out_of_memory and parser is not None else ""
         print(f"error: {one_line(error)}{advice}", file=sys.stderr)
         return EXIT_USAGE
+
+
+def less_memory(flags: Sequence[str]) -> str:
+    """What may help where memory runs out, by the flags that a script has; nothing where it has none of them."""
+    known = [flag for flag in _LESS_MEMORY if flag in flags and not (flag == "--n_samples" and "--batch_size" in flags)]
+    return f"; try: {', '.join(_LESS_MEMORY[flag] for flag in known)}" if known else ""
 
 
 def one_line(error: BaseException) -> str:

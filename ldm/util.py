@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import inspect
+import traceback
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -212,6 +213,24 @@ def _nearest(name: str, choices: Any) -> str:
     if near:
         return f"; did you mean {near[0]!r}?"
     return f"; choices: {', '.join(choices)}" if choices else ""
+
+
+def import_lightning() -> Any:
+    """pytorch_lightning, which imports torchvision wherever that is installed (by way of torchmetrics).
+
+    ImportError says what mends it where the two do not fit together.
+    """
+    try:
+        import pytorch_lightning
+    except Exception as error:
+        if "torchvision" not in "".join(traceback.format_exception(error)):
+            raise
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ImportError(
+            f"torchvision does not fit this torch ({reason}), and Lightning imports it where it is there: pip install --upgrade torch "
+            f"torchvision, or pip uninstall torchvision, which only retrieval needs"
+        ) from error
+    return pytorch_lightning
 
 
 def exists(x: Any) -> bool:

@@ -110,4 +110,4 @@ def retrieval_of(opt: Namespace) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    sys.exit(run(main))
+    sys.exit(run(main, parser=parser))

@@ -110,4 +110,4 @@ def new_folder(saved: SavedRun, opt: Namespace) -> Path:
 
 
 if __name__ == "__main__":
-    sys.exit(run(main))
+    sys.exit(run(main, parser=parser))

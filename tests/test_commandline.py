@@ -1,8 +1,11 @@
 """What the command lines share: no guessing, one-line errors, paths from any folder."""
 
+import importlib
+import re
+
 import pytest
 
-from ldm.commandline import EXIT_INTERRUPTED, EXIT_USAGE, ROOT, Parser, find_file, in_checkout, run
+from ldm.commandline import EXIT_INTERRUPTED, EXIT_USAGE, ROOT, Parser, find_file, in_checkout, less_memory, run
 
 
 def parser() -> Parser:
@@ -45,19 +48,29 @@ def test_help_shows_defaults(capsys):
         (FileNotFoundError(2, "No such file or directory", "a.ckpt"), "a.ckpt: No such file or directory"),
         (OSError("disk is full"), "disk is full"),
         (ImportError("needs sklearn"), "needs sklearn"),
-        (MemoryError(), "--n_samples 1"),
-        (type("OutOfMemoryError", (RuntimeError,), {})("CUDA out of memory"), "--n_samples 1"),
+        (MemoryError(), "MemoryError"),
+        (type("OutOfMemoryError", (RuntimeError,), {})("CUDA out of memory"), "CUDA out of memory"),
+        (RuntimeError("[enforce fail at alloc.cpp] DefaultCPUAllocator: no memory"), "no memory; try: smaller ones"),
     ],
 )
 def test_what_the_user_can_mend_is_one_line_and_exit_code_2(error, words, capsys):
     def fail(argv):
         raise error
 
-    assert run(fail, []) == EXIT_USAGE
+    assert run(fail, [], parser) == EXIT_USAGE
     err = capsys.readouterr().err
     assert err.startswith("error: ") and words in err and err.count("\n") == 1
     with pytest.raises(type(error)):
         run(fail, ["--debug"])
+
+
+@pytest.mark.parametrize("script", ["txt2img", "img2img", "knn2img", "inpaint", "sample_diffusion", "upscale"])
+def test_advice_against_too_little_memory_names_flags_of_the_script_alone(script):
+    flags = importlib.import_module(f"scripts.{script}").parser().flags
+    advice = less_memory(flags)
+    assert "--precision bf16" in advice and set(re.findall(r"--\w+", advice)) <= set(flags)
+    assert ("--n_samples 1" in advice) == (script in ("txt2img", "img2img", "knn2img"))  # of sample_diffusion it is how many in all
+    assert ("--batch_size 1" in advice) == (script == "sample_diffusion") and less_memory(["--debug"]) == ""
 
 
 def test_a_bug_shows_its_traceback():

@@ -1,5 +1,6 @@
 """The pipeline: what is loaded is the file's, a seed gives the published noise, and nothing outside a run touches its numbers."""
 
+import builtins
 import copy
 
 import numpy as np
@@ -120,6 +121,19 @@ def test_building_on_meta_keeps_tables_and_ends_with_the_context():
     assert all(p.is_meta for p in model.parameters())
     assert not any(b.is_meta for b in model.buffers()) and model.betas.shape == (100,)
     assert not torch.nn.Linear(2, 2).weight.is_meta
+
+
+def test_a_torchvision_that_does_not_fit_torch_is_named_with_what_mends_it(saved, monkeypatch):
+    original = builtins.__import__
+
+    def broken(name, *args, **kwargs):
+        if name == "pytorch_lightning":
+            raise RuntimeError("operator torchvision::nms does not exist")
+        return original(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", broken)
+    with pytest.raises(ImportError, match="pip install --upgrade torch torchvision, or pip uninstall torchvision"):
+        load_model(saved.config, saved.ckpt, "cpu")
 
 
 def test_a_fingerprint_changes_with_the_content(tmp_path):

@@ -113,9 +113,10 @@ def load_model(
     from omegaconf import OmegaConf
 
     from ldm.checkpoint import CheckpointError, ensure_weights, load_weights, read_weights
-    from ldm.util import instantiate_from_config
+    from ldm.util import import_lightning, instantiate_from_config
 
     start = time.perf_counter()
+    import_lightning()                                                      # models are its modules
     name = str(config) if isinstance(config, (str, Path)) else None
     config = read_config(config) if name is not None else OmegaConf.create(dict(config))
     facts = model_facts(config)

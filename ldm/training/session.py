@@ -18,7 +18,7 @@ from ldm.training.flags import Options, UsageError, parse
 from ldm.training.folder import RunFolder, new_run, resumed_run, saved_configs, with_checkpoint
 from ldm.training.report import console, is_main_process
 from ldm.training.settings import Settings, learning_rate, settle
-from ldm.util import ConfigError, allow_targets, instantiate_from_config
+from ldm.util import ConfigError, allow_targets, import_lightning, instantiate_from_config
 
 log = logging.getLogger(__name__)
 
@@ -94,7 +94,7 @@ def _execute(options: Options, folder: RunFolder, config: DictConfig, settings: 
 
     devices = settings.devices(this_machine())
     rate = learning_rate(config, settings, devices.count * int(settings.trainer.get("num_nodes", 1))) if options.train else None
-    pl = _import_lightning()
+    pl = import_lightning()
     logging.getLogger("pytorch_lightning").setLevel(logging.DEBUG if options.debug else logging.WARNING)
     pl.seed_everything(settings.seed, verbose=False)
     data = _build_data(config, settings)
@@ -183,20 +183,6 @@ def _build_data(config: DictConfig, settings: Settings) -> Any:
             size = f"{len(dataset):,} samples" if hasattr(dataset, "__len__") else "a stream"
             log.info("%-11s %s: %s, %s", "data", name, type(dataset).__name__, size)
     return data
-
-
-def _import_lightning() -> Any:
-    """pytorch_lightning, which imports torchvision wherever that is installed (by way of torchmetrics)."""
-    try:
-        import pytorch_lightning
-    except Exception as error:
-        if "torchvision" not in "".join(traceback.format_exception(error)):
-            raise
-        raise ImportError(
-            f"torchvision does not fit this torch ({one_line(error)}), and Lightning imports it where it is there: "
-            f"pip install --upgrade torch torchvision, or pip uninstall torchvision, which training does not need"
-        ) from error
-    return pytorch_lightning
 
 
 def _existing(path: str) -> Path:
