@@ -51,7 +51,8 @@ def read_config(path: str | Path | Sequence[Path], overrides: Iterable[str] = ()
     """
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
-    from yaml import YAMLError
+
+    from ldm.yaml_files import load_yaml
 
     files, overrides = [path] if isinstance(path, (str, Path)) else list(path), list(overrides)
     for override in overrides:
@@ -66,11 +67,11 @@ def read_config(path: str | Path | Sequence[Path], overrides: Iterable[str] = ()
 
             config = merge(files, overrides)
         else:
-            config = OmegaConf.load(path)
+            config = load_yaml(path)
         if not OmegaConf.is_dict(config) or not isinstance(config.get("model"), Mapping) or "target" not in config.model:
             raise ValueError(f"config {path}: has no section 'model' with a 'target'; is it the YAML that the model was trained with?")
         return OmegaConf.create({"model": OmegaConf.to_container(config.model, resolve=True)})  # the data section may point anywhere
-    except (YAMLError, OmegaConfBaseException, UnicodeDecodeError, OSError) as error:
+    except (OmegaConfBaseException, OSError) as error:
         raise ValueError(f"config {path}: cannot be read: {error}") from error
 
 

@@ -72,6 +72,9 @@ def check_allowed(target: Any) -> str:
     if not isinstance(target, str) or not all(part.isidentifier() for part in target.split(".")) or "." not in target:
         raise ConfigError(f"target {target!r}: expected a dotted name such as 'ldm.models.autoencoder.AutoencoderKL'")
     resolved = resolve_alias(target)
+    private = any(part.startswith("_") for part in resolved.split(".")) and not _under(resolved, _user_prefixes)
+    if private:
+        raise ConfigError(f"target {target!r}: names that begin with an underscore are a package's own and no targets")
     if not _is_allowed(resolved):
         choices = ", ".join((*_BUILT_IN_PREFIXES, *_user_prefixes))
         near = difflib.get_close_matches(target, list(ALIASES), n=1)

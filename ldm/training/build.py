@@ -5,6 +5,9 @@ from __future__ import annotations
 import importlib.util
 import inspect
 import logging
+import os
+import re
+from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -67,13 +70,16 @@ def _move_to_module(arguments: dict[str, Any], model: Any) -> None:
 
 def _loggers(lightning: DictConfig, folder: RunFolder) -> list[Any]:
     """TensorBoard where it is installed, or what `lightning.logger` names; always CSV, a file for each start of a run."""
-    from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
+    from pytorch_lightning.loggers import CSVLogger, Logger, TensorBoardLogger
 
     own = lightning.get("logger")
     loggers: list[Any] = []
     if own:
         places = {"save_dir": str(folder.path), "name": "logger"}
-        names = accepted_params(get_obj_from_str(own["target"]))
+        cls = get_obj_from_str(own["target"])
+        if not issubclass(cls, Logger):
+            raise ConfigError(f"lightning.logger.target: {own['target']} is no Lightning logger")
+        names = accepted_params(cls)
         given = own.get("params") or {}
         loggers.append(
             instantiate_from_config(own, **{k: v for k, v in places.items() if k not in given and (names is None or k in names[0])})
@@ -94,7 +100,7 @@ def _callbacks(
     logs: bool,
     arguments: dict[str, Any],
 ) -> list[Any]:
-    from pytorch_lightning.callbacks import Callback, LearningRateMonitor
+    from pytorch_lightning.callbacks import Callback, Checkpoint, LearningRateMonitor
 
     from ldm.callbacks import CrashCheckpoint, ExactResume, ProgressBar, RunReport, SignalCallback, StepSeed, StopOnNonFinite
 
@@ -117,6 +123,8 @@ def _callbacks(
         cls = get_obj_from_str(node["target"])
         if not (inspect.isclass(cls) and issubclass(cls, Callback)):
             raise ConfigError(f"lightning.callbacks.{name}.target: {node['target']} is no Lightning callback")
+        if issubclass(cls, Checkpoint):
+            _check_filename(f"lightning.callbacks.{name}.params.filename", (node.get("params") or {}).get("filename"))
         if issubclass(cls, LearningRateMonitor) and not logs:
             continue
         if name == "setup_callback":
@@ -128,6 +136,15 @@ def _callbacks(
     if saves:
         callbacks.append(CrashCheckpoint(folder.checkpoints / "crash.ckpt"))
     return callbacks
+
+
+def _check_filename(place: str, filename: str | None) -> None:
+    """Raises ConfigError for a checkpoint's name that would lead out of the folder to which Lightning joins it, as `{../figure}` does."""
+    if filename is None:
+        return
+    parts = Path(re.sub("[{}]", "", str(filename))).parts
+    if not parts or ".." in parts or parts[0] in ("/", "~") or "\0" in str(filename) or len(os.fsencode(str(filename))) > 200:
+        raise ConfigError(f"{place}: {str(filename)[:60]!r} is no name of a file below the folder of the checkpoints, in up to 200 bytes")
 
 
 def callback_nodes(lightning: DictConfig, folder: RunFolder, monitor: str | None, saves: bool) -> dict[str, DictConfig]:

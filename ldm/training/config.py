@@ -16,6 +16,7 @@ from ldm.training.flags import NOT_FLAGS, trainer_settings
 from ldm.training.signature import constructor_arguments
 from ldm.training.targets import check_targets, check_weights, nearest
 from ldm.util import ConfigError
+from ldm.yaml_files import load_yaml
 
 # The callbacks of every run; `lightning.callbacks` in a YAML is merged over them, and `NAME: null` leaves one out.
 DEFAULT_CALLBACKS: dict[str, dict[str, Any]] = {
@@ -49,10 +50,7 @@ def find_config(path: str | Path) -> Path:
 
 def load(path: Path) -> DictConfig:
     """A YAML file as a config; raises ConfigError naming the file where it is not a mapping."""
-    try:
-        config = OmegaConf.load(path)
-    except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: not a YAML file that can be read: {' '.join(str(error).split())}") from error
+    config = load_yaml(path)
     if not isinstance(config, DictConfig):
         raise ConfigError(f"{path}: expected a mapping with the keys {', '.join(_TOP)}, got a list")
     return config

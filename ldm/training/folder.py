@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import os
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -51,8 +52,8 @@ def new_run(options: Options, now: str | None = None) -> RunFolder:
 
 def _file_name(text: str, flag: str) -> str:
     """`text` if it may be a part of one file name: runs never write outside of the log folder."""
-    if len(text) > 150 or text in (".", "..") or re.search(r'[/\\\x00-\x1f:*?"<>|]', text):
-        raise ConfigError(f"{flag} {text[:60]!r}: expected a part of a file name: up to 150 characters, without / \\ : * ? \" < > |")
+    if len(os.fsencode(text)) > 100 or text in (".", "..") or re.search(r'[/\\\x00-\x1f:*?"<>|]', text):
+        raise ConfigError(f"{flag} {text[:60]!r}: expected a part of a file name: up to 100 bytes, without / \\ : * ? \" < > |")
     return text
 
 

@@ -9,7 +9,6 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
-from omegaconf import OmegaConf
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -18,6 +17,7 @@ from ldm.models.diffusion.image_log import film
 from ldm.models.diffusion.pixel import fixed_noise
 from ldm.modules.diffusionmodules.openaimodel import EncoderUNetModel, UNetModel
 from ldm.util import accepted_params, instantiate_from_config, log_txt_as_img
+from ldm.yaml_files import load_yaml
 
 SEGMENTATION = "segmentation"
 
@@ -243,7 +243,7 @@ def _read_diffusion(path: str) -> tuple[Any, Path | None]:
         if not projects:
             raise ValueError(f"diffusion_path {path!r}: neither a YAML file nor a run's folder with configs/*-project.yaml")
         config, weights = projects[-1], checkpoint.find_checkpoint(place)
-    config = OmegaConf.load(config)
+    config = load_yaml(config)
     if "model" not in config:
         raise ValueError(f"diffusion_path {path!r}: the YAML has no `model`")
     return config.model, weights
