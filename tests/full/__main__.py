@@ -1,0 +1,27 @@
+"""The command line: python -m tests.full [NAME ...]"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import time
+
+CHECKS = {"step_counts": "about 15 minutes"}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m tests.full", description="Check for every value what the test suite checks for some.")
+    parser.add_argument("checks", nargs="*", metavar="NAME", help="; ".join(f"{name} ({cost})" for name, cost in CHECKS.items()))
+    parser.add_argument("--only", nargs="+", metavar="PART", help="parts of the one check that is named, e.g. samplers")
+    opt = parser.parse_args()
+    unknown = [name for name in opt.checks if name not in CHECKS]
+    if unknown or (opt.only and len(opt.checks) != 1):
+        parser.error(f"{unknown[0]}: choose among {', '.join(CHECKS)}" if unknown else "--only needs the name of one check")
+    for name in opt.checks or CHECKS:
+        start = time.monotonic()
+        for line in importlib.import_module(f"tests.full.{name}").run(*([opt.only] if opt.only else [])):
+            print(f"{name}: {line} ({time.monotonic() - start:.0f} s)", flush=True)
+
+
+if __name__ == "__main__":
+    main()

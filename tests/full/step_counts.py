@@ -1,0 +1,69 @@
+"""Every sampler makes every number of steps that the noise schedule allows, and refuses every other one before a model is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch import Tensor
+
+from ldm.models.diffusion.samplers import SAMPLERS, check_request, make_sampler
+from tests.models.diffusion.toy import ToyModel
+
+MORE_CALLS = ("plms", "heun")  # they ask the network again at a time that they have been at, or are about to come to
+T = 1000
+
+
+class Clock(ToyModel):
+    """A network of one multiplication, which keeps the times that it was asked for."""
+
+    def __init__(self, timesteps: int = T) -> None:
+        super().__init__(timesteps=timesteps)
+        self.times: list[Tensor] = []
+
+    def apply_model(self, x: Tensor, t: Tensor, c: None) -> Tensor:
+        self.times.append(t)
+        return 0.5 * x
+
+
+def check(name: str, counts: Iterable[int] = range(1, T + 1), clock: Clock | None = None) -> Iterator[int]:
+    """Draw one number in each count of steps; AssertionError unless the sampler makes exactly as many, on falling times."""
+    clock = clock or Clock()
+    sampler = make_sampler(name, clock)
+    for count in counts:
+        clock.times.clear()
+        made: list[int] = []
+        check_request(name, count, clock.num_timesteps)
+        x, _ = sampler.sample(count, 1, (1, 1, 1), callback=made.append, log_every_t=count + 1, verbose=False)
+        times = torch.cat(clock.times)
+        if name in MORE_CALLS:
+            times = times.unique().flip(0)
+        assert torch.isfinite(x).all(), f"{name}, {count} steps: the sample is not finite"
+        assert made == list(range(count)), f"{name}, {count} steps: {len(made)} were made"
+        assert len(times) == count, f"{name}, {count} steps: the network was asked at {len(times)} times"
+        assert (times.diff() < 0).all() and times[-1] >= 0 and times[0] < clock.num_timesteps, f"{name}, {count} steps: times {times}"
+        yield count
+
+
+def check_refused(name: str, counts: Iterable[int] = (-1000, -1, 0, T + 1, 10 * T)) -> Iterator[int]:
+    """AssertionError unless these counts of steps are refused without a model, and by the sampler before the network runs."""
+    clock = Clock()
+    for count in counts:
+        for ask in (lambda n: check_request(name, n, T), lambda n: make_sampler(name, clock).sample(n, 1, (1, 1, 1), verbose=False)):
+            try:
+                ask(count)
+            except ValueError as error:
+                assert f"choose 1 to {T}" in str(error), error
+            else:
+                raise AssertionError(f"{name}, {count} steps: not refused")
+        assert not clock.times
+        yield count
+
+
+def run(names: Iterable[str] = SAMPLERS) -> Iterator[str]:
+    """One line for each sampler."""
+    clock = Clock()
+    for name in names:
+        done = sum(1 for _ in check(name, clock=clock))
+        refused = sum(1 for _ in check_refused(name))
+        yield f"{name}: {done} of {T} step counts run exactly, {refused} others refused before loading"
