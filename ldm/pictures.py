@@ -139,11 +139,20 @@ def png_info(info: Mapping[str, Any]) -> PngInfo:
 
 def read_info(path: str | Path) -> dict[str, Any]:
     """The settings that a picture of this project was drawn with; ValueError where the file holds none."""
-    with Image.open(path) as image:
-        text = getattr(image, "text", {}).get(METADATA_KEY)
+    try:
+        with Image.open(path) as image:
+            text = getattr(image, "text", {}).get(METADATA_KEY)
+    except (Image.DecompressionBombError, SyntaxError, ValueError) as error:  # PIL's errors for files that lie about themselves
+        raise ValueError(f"{path}: no picture whose metadata can be read ({error})") from error
     if text is None:
         raise ValueError(f"{path}: no settings in this file's metadata; only PNG files as written by this project's scripts hold them")
-    return json.loads(text)
+    try:
+        info = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: its metadata is damaged ({error})") from error
+    if not isinstance(info, dict):
+        raise ValueError(f"{path}: its metadata is damaged (no settings but a {type(info).__name__})")
+    return info
 
 
 class Output:
@@ -173,6 +182,8 @@ class NamedOutput:
         make_folder(self.folder)
 
     def save(self, picture: Picture, stem: str) -> Path:
+        if Path(stem).name != stem:
+            raise ValueError(f"{stem!r}: expected the name of a picture without folders")
         names = itertools.chain([f"{stem}.png"], (f"{stem}-{k}.png" for k in itertools.count(1)))
         return write_new((self.folder / name for name in names), marked(picture, self.watermark))
 

@@ -16,9 +16,9 @@ import tarfile
 import tempfile
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import IO, NamedTuple
 
 from tqdm import tqdm
@@ -28,6 +28,7 @@ from ldm.util import ConfigError
 log = logging.getLogger(__name__)
 
 CHUNK = 1 << 20
+BOMB_BYTES, BOMB_RATIO = 1 << 30, 200  # what unpacks to more than the first, and to so many times its own size, is refused
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
 
 
@@ -123,30 +124,43 @@ def is_archive(path: Path) -> bool:
 def _unpack_into(archive: Path, folder: Path, place: Callable[[str], str] = str) -> None:
     folder.mkdir(exist_ok=True)
     try:
-        with _members(archive) as listed:
-            members = [member._replace(name=place(member.name)) for member in listed]
-            _check(archive, members, folder)
+        with _members(archive) as found:
+            members = [member._replace(name=place(member.name)) for member in _listed(archive, found, folder)]
+            _check(archive, members)
             for member in tqdm(members, f"unpacking {archive.name}", unit="file", delay=3, leave=False, disable=None):
                 target = folder / member.name
                 target.parent.mkdir(parents=True, exist_ok=True)
                 with member.open() as source, target.open("xb") as file:
                     _copy(archive, member, source, file)
-    except (tarfile.TarError, zipfile.BadZipFile, EOFError, RuntimeError, NotImplementedError, zlib.error) as error:
+    except (tarfile.TarError, zipfile.BadZipFile, EOFError, RuntimeError, NotImplementedError, UnicodeError, zlib.error) as error:
         raise ArchiveError(f"{archive}: damaged or no archive ({error})") from error
 
 
-def _check(archive: Path, members: list[Member], folder: Path) -> None:
+def _listed(archive: Path, members: Iterable[Member], folder: Path) -> Iterator[Member]:
+    """The members, while there is space for them; counted as they are listed, since listing a bomb unpacks it."""
+    packed, free = archive.stat().st_size, shutil.disk_usage(folder).free
+    needed = unpacked = 0
+    for member in members:
+        if member.size < 0:
+            raise ArchiveError(f"{archive}: its member {member.name!r} claims {member.size} bytes")
+        needed, unpacked = needed + member.size, unpacked + member.size + 512  # a tar file's header
+        if needed > free:
+            raise ArchiveError(f"{archive}: its files take {needed:,} bytes or more, and {folder.parent} has {free:,} free")
+        if unpacked > max(BOMB_BYTES, BOMB_RATIO * packed):
+            raise ArchiveError(f"{archive}: refused, because its {packed:,} bytes unpack to {unpacked:,} or more; a bomb?")
+        yield member
+
+
+def _check(archive: Path, members: list[Member]) -> None:
     seen: set[str] = set()
     for member in members:
         parts = Path(member.name).parts
-        if os.path.isabs(member.name) or ".." in parts or "\\" in member.name or "\0" in member.name or not parts:
+        outside = os.path.isabs(member.name) or PureWindowsPath(member.name).drive or ".." in parts
+        if outside or "\\" in member.name or "\0" in member.name or not parts:
             raise ArchiveError(f"{archive}: its member {member.name!r} lies outside the folder")
         if member.name in seen:
             raise ArchiveError(f"{archive}: its member {member.name!r} comes twice")
         seen.add(member.name)
-    needed, free = sum(member.size for member in members), shutil.disk_usage(folder).free
-    if needed > free:
-        raise ArchiveError(f"{archive}: its files take {needed:,} bytes, and {folder.parent} has {free:,} free")
 
 
 def _copy(archive: Path, member: Member, source: IO[bytes], file: IO[bytes]) -> None:
@@ -162,14 +176,14 @@ def _copy(archive: Path, member: Member, source: IO[bytes], file: IO[bytes]) -> 
 
 
 @contextmanager
-def _members(archive: Path) -> Iterator[list[Member]]:
+def _members(archive: Path) -> Iterator[Iterator[Member]]:
     """The files of an archive; ArchiveError where something in it is neither a file nor a folder."""
     if archive.name.lower().endswith(".zip"):
         with zipfile.ZipFile(archive) as opened:
-            yield [_zip_member(archive, opened, info) for info in opened.infolist() if not info.is_dir()]
+            yield (_zip_member(archive, opened, info) for info in opened.infolist() if not info.is_dir())
     else:
         with tarfile.open(archive) as opened:
-            yield [_tar_member(archive, opened, info) for info in opened if not info.isdir()]
+            yield (_tar_member(archive, opened, info) for info in opened if not info.isdir())
 
 
 def _zip_member(archive: Path, opened: zipfile.ZipFile, info: zipfile.ZipInfo) -> Member:
