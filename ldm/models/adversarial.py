@@ -87,7 +87,7 @@ class AdversarialAutoencoder(pl.LightningModule):
         raise NotImplementedError
 
     def on_generator_update(self) -> None:
-        """Called after each step of the generator's optimizer."""
+        """Called after each step of the generator's optimizer that moved its weights."""
 
     # --------------------------------------------------------------------------------------------------------- weights
 
@@ -178,8 +178,7 @@ class AdversarialAutoencoder(pl.LightningModule):
             reconstructions, latent = self.reconstruct(inputs)
             loss, log = self.loss_of(inputs, reconstructions, latent, GENERATOR, "train")
             self._backward(loss, log)
-            if update:
-                self._update(generator)
+            moved = self._update(generator, discriminator) if update else False
         self.log("aeloss", loss.detach(), prog_bar=True, on_step=True, on_epoch=True, batch_size=len(inputs))
         self.log_dict(log, on_step=True, on_epoch=False, batch_size=len(inputs))
 
@@ -195,7 +194,8 @@ class AdversarialAutoencoder(pl.LightningModule):
 
         if update:
             self.generator_updates += 1
-            self.on_generator_update()
+            if moved:
+                self.on_generator_update()
             self._step_schedules()
 
     def _step_schedules(self) -> None:
@@ -230,12 +230,28 @@ class AdversarialAutoencoder(pl.LightningModule):
         self._window.append({"loss": loss.detach(), **log})
         self.manual_backward(loss / self.accumulate_grad_batches)
 
-    def _update(self, optimizer: LightningOptimizer) -> None:
+    def _update(self, optimizer: LightningOptimizer, waiting: LightningOptimizer | None = None) -> bool:
+        """One optimizer's step -> whether its weights moved: float16's scaler leaves them alone where it met an infinite gradient.
+
+        `waiting` holds gradients of this window's earlier micro-batches; they follow where the step changes float16's loss scale.
+        """
+        scaler = self._scaler
+        scale = 1.0 if scaler is None else scaler.get_scale()
         try:
             optimizer.step()
         finally:
             self._window.clear()
             optimizer.zero_grad()
+        change = 1.0 if scaler is None else scaler.get_scale() / scale
+        if waiting is not None and change != 1.0:
+            for p in (p for group in waiting.param_groups for p in group["params"] if p.grad is not None):
+                p.grad.mul_(change)
+        return change >= 1.0
+
+    @property
+    def _scaler(self) -> Any:
+        """The scaler of float16's losses; None in other precisions."""
+        return getattr(self.trainer.precision_plugin, "scaler", None)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Clip the gradient of a whole window, after float16's unscaling; raise NonFiniteError where it, or a loss, must not be learned."""
@@ -243,8 +259,7 @@ class AdversarialAutoencoder(pl.LightningModule):
         norm = get_total_norm([p.grad for p in parameters])
         total = sum(log["loss"] for log in self._window)
         # Under float16's loss scaling an infinite gradient is normal, and the scaler skips that step.
-        scaled = getattr(self.trainer.precision_plugin, "scaler", None) is not None
-        if not bool(torch.isfinite(total if scaled else total + norm)):  # one read from the device for both
+        if not bool(torch.isfinite(total if self._scaler is not None else total + norm)):  # one read from the device for both
             self._raise_non_finite(norm)
         if self.gradient_clip_val is not None and self.gradient_clip_val > 0:
             if self.gradient_clip_algorithm == "norm":

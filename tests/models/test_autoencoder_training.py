@@ -7,6 +7,7 @@ import pytest
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.loggers.logger import DummyLogger
+from pytorch_lightning.plugins.precision import MixedPrecision
 
 from ldm.finite import NonFiniteError
 from ldm.models.adversarial import ADAM_BETAS
@@ -239,6 +240,41 @@ def test_bfloat16_autocast_trains():
     trainer = fit(model, batches(2), precision="bf16-mixed")
     assert torch.isfinite(trainer.callback_metrics["train/total_loss"])
     assert all(p.dtype == torch.float32 and torch.isfinite(p).all() for p in model.parameters())
+
+
+class LossScaling(MixedPrecision):
+    """float16's scaling of losses by itself: the arithmetic stays float32, in which scaling by powers of 2 is exact."""
+
+    def __init__(self, **options) -> None:
+        super().__init__("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=256.0, **options))
+
+    def autocast_context_manager(self):
+        return nullcontext()
+
+
+@pytest.mark.parametrize("accumulation", [1, 2, 3])
+def test_a_changing_loss_scale_changes_nothing_of_what_is_learned(accumulation):
+    plain, scaled = make_autoencoder(accumulation=accumulation), make_autoencoder(accumulation=accumulation)
+    fit(plain, batches(6))
+    plugin = LossScaling(growth_interval=1)  # the scale doubles at every step of either optimizer
+    fit(scaled, batches(6), plugins=[plugin])
+    assert plugin.scaler.get_scale() == 256.0 * 2 ** (2 * plain.generator_updates)
+    assert differing(state(scaled), state(plain)) == []
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_an_update_that_float16s_scaler_skips_moves_the_discriminator_alone(accumulation):
+    model, moved = make_autoencoder(accumulation=accumulation), []
+    model.on_generator_update = lambda: moved.append(model.generator_updates)
+    start = state(model)
+    model.encoder.conv_in.weight.register_hook(lambda gradient: gradient * float("inf") if model.generator_updates == 0 else gradient)
+    plugin = LossScaling(growth_interval=100)
+    fit(model, batches(accumulation), plugins=[plugin])
+    assert plugin.scaler.get_scale() == 128.0 and model.generator_updates == 1 and moved == []
+    changed = differing(state(model), start)
+    assert changed and all(name.startswith("loss.discriminator.") for name in changed)
+    fit(model, batches(accumulation), plugins=[LossScaling(growth_interval=100)])
+    assert moved == [2]
 
 
 def test_a_config_that_only_encodes_and_decodes_does_not_train():
