@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import logging
 import math
-import random
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.loggers import TensorBoardLogger
@@ -18,6 +16,7 @@ from torch import Tensor, nn
 
 from ldm.callbacks.steps import seed_generators
 from ldm.data.image import from_tensor
+from ldm.generators import generators_kept
 
 log = logging.getLogger(__name__)
 
@@ -97,7 +96,7 @@ class ImageLogger(pl.Callback):
         if self.disabled or not callable(draw) or self.max_images < 1 or not trainer.is_global_zero:
             return
         try:
-            with _unchanged(pl_module), torch.no_grad():
+            with _unchanged(pl_module, pl_module.device), torch.no_grad():
                 seed_generators(SEED)
                 images = draw(batch, split=split, **self.log_images_kwargs)
             grids = {key: self._grid(value) for key, value in images.items()}
@@ -161,16 +160,13 @@ def _three_channels(images: Tensor) -> Tensor:
 
 
 @contextmanager
-def _unchanged(module: nn.Module) -> Iterator[None]:
-    """The module in evaluation mode; afterwards its modes and all random generators are what they were."""
+def _unchanged(module: nn.Module, device: torch.device) -> Iterator[None]:
+    """The module in evaluation mode; afterwards its modes and the random generators are what they were."""
     modes = {part: part.training for part in module.modules()}
-    states = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count()) if torch.cuda.is_available() else []):
+    with generators_kept(device):
         module.eval()
         try:
             yield
         finally:
             for part, training in modes.items():
                 part.training = training
-            random.setstate(states[0])
-            np.random.set_state(states[1])

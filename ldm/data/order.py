@@ -20,6 +20,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, get_worker_info
 
 from ldm.data.base import Txt2ImgIterableBaseDataset
+from ldm.generators import generators_kept
 
 ORDER, SAMPLE, WORKERS = 1, 2, 3  # purposes of random numbers
 
@@ -147,10 +148,5 @@ def _generators_kept() -> Iterator[None]:
     if get_worker_info() is not None:
         yield
         return
-    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    try:
+    with generators_kept():
         yield
-    finally:
-        random.setstate(states[0])
-        np.random.set_state(states[1])
-        torch.set_rng_state(states[2])

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from ldm import checkpoint
+from ldm.generators import torch_generators_kept
 from ldm.models.diffusion.ancestral import AncestralSampler
 from ldm.models.diffusion.conditioning import Conditioning, DiffusionWrapper, condition_batch_size, map_tensors, normalize_condition
 from ldm.models.diffusion.image_log import log_pixel_images
@@ -282,7 +283,7 @@ class DDPM(pl.LightningModule, GaussianProcess):
 @contextmanager
 def fixed_noise(seed: int, device: torch.device) -> Iterator[None]:
     """Within it random numbers follow from `seed`; afterwards the generators are where they were."""
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+    with torch_generators_kept(device):
         torch.manual_seed(seed)
         yield
 

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ldm.generators import torch_generators_kept
+
 logger = logging.getLogger(__name__)
 
 BATCHES = 8  # one batch gives a factor that is off by a few percent; eight are close and still quick
@@ -22,12 +24,11 @@ def measure_latent_std(model: Any, batches: Iterable[Any]) -> Tensor:
     (LDM, arXiv 2112.10752, appendix G: latents of KL-regularised first stages are divided by it.)
     """
     sums = torch.zeros(3, dtype=torch.float64, device="cpu")  # count, sum, sum of squares
-    state = torch.random.get_rng_state()
-    for batch in islice(iter(batches), BATCHES):
-        x = model.get_pictures(batch, model.first_stage_key)
-        z = model.get_first_stage_encoding(model.encode_first_stage(x)).cpu().double()
-        sums += torch.tensor([z.numel(), float(z.sum()), float(z.square().sum())], dtype=torch.float64)
-    torch.random.set_rng_state(state)  # measuring leaves training's random numbers where they were
+    with torch_generators_kept(model.device):  # measuring leaves training's random numbers where they were
+        for batch in islice(iter(batches), BATCHES):
+            x = model.get_pictures(batch, model.first_stage_key)
+            z = model.get_first_stage_encoding(model.encode_first_stage(x)).cpu().double()
+            sums += torch.tensor([z.numel(), float(z.sum()), float(z.square().sum())], dtype=torch.float64)
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         gathered = sums.float().to(model.device)  # not every backend reduces float64
         torch.distributed.all_reduce(gathered)
