@@ -4,6 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ldm.modules.attention import FeedForward
+
 
 class AbsolutePositionalEmbedding(nn.Module):
     """One learned vector for each position."""
@@ -16,31 +18,6 @@ class AbsolutePositionalEmbedding(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x: (B, L, ...) -> the vectors of positions 0..L-1, (1, L, dim)."""
         return self.emb(torch.arange(x.shape[1], device=x.device))[None]
-
-
-class GEGLU(nn.Module):
-    """A linear layer gated by the GELU of another (Shazeer 2020, arXiv 2002.05202)."""
-
-    def __init__(self, dim_in: int, dim_out: int) -> None:
-        super().__init__()
-        self.proj = nn.Linear(dim_in, 2 * dim_out)
-
-    def forward(self, x: Tensor) -> Tensor:
-        value, gate = self.proj(x).chunk(2, dim=-1)
-        return value * F.gelu(gate)
-
-
-class FeedForward(nn.Module):
-    """Two linear layers with a GELU, or a GEGLU, between them. (B, L, dim) -> (B, L, dim)."""
-
-    def __init__(self, dim: int, mult: int = 4, glu: bool = False, dropout: float = 0.0) -> None:
-        super().__init__()
-        inner = dim * mult
-        first = GEGLU(dim, inner) if glu else nn.Sequential(nn.Linear(dim, inner), nn.GELU())
-        self.net = nn.Sequential(first, nn.Dropout(dropout), nn.Linear(inner, dim))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.net(x)
 
 
 class Attention(nn.Module):
@@ -104,7 +81,7 @@ class AttentionLayers(nn.Module):
         make = {
             "attention": lambda: Attention(dim, heads, dim_head, causal=causal, dropout=attn_dropout),
             "cross": lambda: Attention(dim, heads, dim_head, dropout=attn_dropout),
-            "feedforward": lambda: FeedForward(dim, ff_mult, glu=ff_glu, dropout=ff_dropout),
+            "feedforward": lambda: FeedForward(dim, mult=ff_mult, glu=ff_glu, dropout=ff_dropout),
         }
         self.layers = nn.ModuleList(nn.ModuleList([nn.LayerNorm(dim), make[kind](), Residual()]) for kind in self.kinds)
 
