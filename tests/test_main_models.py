@@ -17,6 +17,7 @@ from tests.test_main import differences, folder_of, last, training_state
 from tests.tiny import FIRST_STAGE, text_model_config
 
 ROOT = Path(__file__).parents[1]
+VQ_LOSS = "taming.modules.losses.vqperceptual.VQLPIPSWithDiscriminator"
 
 
 @pytest.fixture
@@ -46,8 +47,13 @@ def here(tmp_path, monkeypatch):
     diffusion["params"]["first_stage_config"] = deepcopy(first)
     diffusion["params"]["unet_config"]["params"]["image_size"] = 4
     loss = {"disc_start": 1, "perceptual_weight": 0.0, "disc_num_layers": 1, "disc_ndf": 8}
-    first["params"] |= {"monitor": "val/rec_loss", "lossconfig": {"target": "ldm.modules.losses.LPIPSWithDiscriminator", "params": loss}}
-    for name, model in (("first", first), ("diffusion", diffusion)):
+    vq = deepcopy(first)
+    vq["target"] = "ldm.models.autoencoder.VQModel"
+    vq["params"]["ddconfig"]["double_z"] = False
+    vq["params"] |= {"n_embed": 16, "use_ema": True}
+    for model, target in ((first, "ldm.modules.losses.LPIPSWithDiscriminator"), (vq, VQ_LOSS)):
+        model["params"] |= {"monitor": "val/rec_loss", "lossconfig": {"target": target, "params": loss}}
+    for name, model in (("first", first), ("vq", vq), ("diffusion", diffusion)):
         OmegaConf.save(OmegaConf.create({"model": {"base_learning_rate": 1e-4, **model}, **common}), f"{name}.yaml")
     return tmp_path
 
@@ -71,19 +77,22 @@ def stop_after(monkeypatch, module, batches):
     monkeypatch.setattr(module, "training_step", step)
 
 
-@pytest.mark.parametrize("yaml, words, steps", [("first", ["--accumulate_grad_batches", "2"], 2), ("diffusion", [], 3)])
+@pytest.mark.parametrize(
+    "yaml, words, steps",
+    [("first", ["--accumulate_grad_batches", "2"], 2), ("vq", ["--accumulate_grad_batches", "2"], 2), ("diffusion", [], 3)],
+)
 def test_a_stopped_model_resumes_bitwise(here, monkeypatch, yaml, words, steps):
-    from ldm.models.autoencoder import AutoencoderKL
+    from ldm.models.adversarial import AdversarialAutoencoder
     from ldm.models.diffusion.ddpm import LatentDiffusion
 
     code, whole = start("whole", yaml, *words)
     assert code == 0 and last(whole)["global_step"] == 4
-    stop_after(monkeypatch, AutoencoderKL if yaml == "first" else LatentDiffusion, 3)
+    stop_after(monkeypatch, LatentDiffusion if yaml == "diffusion" else AdversarialAutoencoder, 3)
     code, folder = start("stopped", yaml, *words, "lightning.callbacks.image_logger=null")  # nor do pictures change anything
     assert code == 143 and last(folder)["global_step"] == steps
     assert main.main(["-r", str(folder), "-t"]) == 0
     assert differences(training_state(last(whole)), training_state(last(folder))) == []
-    assert last(folder).get("generator_updates") == last(whole).get("generator_updates") == (4 if yaml == "first" else None)
+    assert last(folder).get("generator_updates") == last(whole).get("generator_updates") == (None if yaml == "diffusion" else 4)
 
 
 def test_diffusion_trains_on_a_first_stage_that_was_trained_before(here):
