@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ from ldm.models.diffusion.pixel import fixed_noise
 from ldm.modules.diffusionmodules.openaimodel import EncoderUNetModel, UNetModel
 from ldm.util import accepted_params, instantiate_from_config, log_txt_as_img
 from ldm.yaml_files import load_yaml
+
+logger = logging.getLogger(__name__)
 
 SEGMENTATION = "segmentation"
 
@@ -56,6 +59,7 @@ class NoisyLatentImageClassifier(pl.LightningModule):
         if weights is not None:
             self.diffusion_model.init_from_ckpt(weights)
         self.diffusion_model.requires_grad_(False)
+        self._has_weights = weights is not None
         self.label_key = label_key or _label_key_of(self.diffusion_model)
         self.num_classes, self.monitor, self.weight_decay, self.scheduler_config = num_classes, monitor, weight_decay, scheduler_config
         self.learning_rate: float | None = None  # set by whoever trains: main.py works it out from the config
@@ -83,6 +87,7 @@ class NoisyLatentImageClassifier(pl.LightningModule):
     def init_from_ckpt(self, path: str, ignore_keys: Sequence[str] = ()) -> None:
         """Load weights from a file. CheckpointError says what is wrong."""
         checkpoint.load_weights(self, path, ignore_keys)
+        self._has_weights = True
 
     def train(self, mode: bool = True) -> NoisyLatentImageClassifier:
         """As every module, but the diffusion model stays in evaluation mode."""
@@ -92,7 +97,13 @@ class NoisyLatentImageClassifier(pl.LightningModule):
         return self
 
     def on_fit_start(self) -> None:
+        """Pretrained encoders that no checkpoint has filled find their weights now; a random first stage is worth a warning."""
         checkpoint.ensure_weights(self)
+        stage = getattr(self.diffusion_model, "first_stage_model", None)
+        filled = self._has_weights or self.trainer.ckpt_path is not None or getattr(stage, "_weights_file", None)
+        if not filled and stage is not None and any(True for _ in stage.parameters()):
+            advice = "set model.params.diffusion_path to the folder of its run, or diffusion_ckpt_path to its weights"
+            logger.warning("the diffusion model has random weights, and its latents mean nothing: %s", advice)
 
     # --------------------------------------------------------------------------------------------------------- batches
 
@@ -122,8 +133,11 @@ class NoisyLatentImageClassifier(pl.LightningModule):
     def shared_step(self, batch: Mapping[str, Any], t: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
         """Cross-entropy of a batch at timesteps t (B,), random where None, and its named logs."""
         x = self.get_latents(batch)
-        labels = self.get_labels(batch, x.shape[2:])
         t = self.diffusion_model.draw_timesteps(len(x)) if t is None else t
+        return self.losses(x, self.get_labels(batch, x.shape[2:]), t)
+
+    def losses(self, x: Tensor, labels: Tensor, t: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Cross-entropy of clean latents x (B, c, h, w) with labels (B,) or (B, h, w), noised to t (B,), and its named logs."""
         scores = self(self.diffusion_model.q_sample(x, t), t)
         loss = F.cross_entropy(scores, labels)
         prefix = "train" if self.training else "val"
@@ -145,9 +159,11 @@ class NoisyLatentImageClassifier(pl.LightningModule):
         """Loss at random noise levels, the same each time, and the accuracy at each of `log_steps` levels (`val/acc@1_t0300`)."""
         size = self._batch_size(batch)
         with fixed_noise(batch_idx, self.device):
-            _, logs = self.shared_step(batch)
+            x = self.get_latents(batch)
+            labels = self.get_labels(batch, x.shape[2:])
+            _, logs = self.losses(x, labels, self.diffusion_model.draw_timesteps(size))
             for step in self.log_times:
-                _, at_t = self.shared_step(batch, torch.full((size,), step, device=self.device))
+                _, at_t = self.losses(x, labels, torch.full((size,), step, device=self.device))
                 logs[f"val/acc@1_t{step:04d}"] = at_t["val/acc@1"]
         self.log_dict(logs, logger=True, on_step=False, on_epoch=True, batch_size=size, sync_dist=True)
 
