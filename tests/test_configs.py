@@ -81,8 +81,8 @@ def leaves(tree, path=""):
 
 def build_on_meta(config):
     for node in nodes(config):
-        if "ckpt_path" in node:
-            node["ckpt_path"] = None
+        for key in {"ckpt_path", "diffusion_ckpt_path"} & set(node):
+            node[key] = None
     with torch.device("meta"):
         return instantiate_from_config(config)
 

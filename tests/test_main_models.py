@@ -13,8 +13,12 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 import main
+from ldm.models.diffusion.classifier import ClassifierGuidance
+from ldm.models.diffusion.ddim import DDIMSampler
+from ldm.util import instantiate_from_config
+from tests.reference import seed_weights
 from tests.test_main import differences, folder_of, last, training_state
-from tests.tiny import FIRST_STAGE, text_model_config
+from tests.tiny import FIRST_STAGE, KINDS, UNET, text_model_config
 
 ROOT = Path(__file__).parents[1]
 VQ_LOSS = "taming.modules.losses.vqperceptual.VQLPIPSWithDiscriminator"
@@ -118,3 +122,41 @@ def test_diffusion_trains_on_a_first_stage_that_was_trained_before(here):
     pictures = {path.name.split("_gs-")[0] for path in (run / "images" / "train").iterdir()}
     assert {"inputs", "reconstruction", "conditioning", "samples", "denoise_row", "samples_cfg_scale_3.00"} <= pictures
     assert "warning" not in result.stderr, result.stderr
+
+
+def test_a_classifier_trains_on_a_runs_latents_by_its_recipe_and_leads_samples(here):
+    for index, path in enumerate(sorted(here.glob("*/*.png"))):
+        folder = here / "classes" / ("even", "odd")[index % 2]
+        folder.mkdir(parents=True, exist_ok=True)
+        path.rename(folder / f"{index}.png")
+    network = {**UNET["params"], "image_size": 4, "num_heads": -1, "num_head_channels": 16}
+    config = text_model_config(timesteps=8, image_size=4, **{**KINDS["class"], "unet_config": {**UNET, "params": network}})
+    run = here / "logs" / "diffusion"
+    (run / "configs").mkdir(parents=True)
+    (run / "checkpoints").mkdir()
+    OmegaConf.save(OmegaConf.create(config), run / "configs" / "2026-01-01T00-00-00-project.yaml")
+    diffusion = seed_weights(instantiate_from_config(OmegaConf.create(config["model"])))
+    torch.save({"state_dict": diffusion.state_dict()}, run / "checkpoints" / "last.ckpt")
+
+    data = ["data.params.train.params.root=classes", "data.params.train.params.size=16", "data.params.batch_size=2"]
+    model = [f"model.params.diffusion_path={run}", "model.params.diffusion_ckpt_path=null", "model.params.num_classes=2"]
+    model += ["model.params.log_steps=2", "+data.params.num_workers=0"]
+    words = ["--gpus", "0", "--max_steps", "3", "lightning.callbacks.image_logger.params.batch_frequency=2"]
+    recipe = str(ROOT / "configs" / "recipes" / "noisy-classifier-folder.yaml")
+    assert main.main(["-b", recipe, "-t", "-n", "judge", *words, *data, *model]) == 0
+    judge = folder_of("judge")
+    pictures = {path.name.split("_gs-")[0] for path in (judge / "images" / "train").iterdir()}
+    assert pictures == {"inputs", "noisy", "labels", "predictions"}
+
+    params = {"diffusion_path": str(run), "num_classes": 2, "log_steps": 2, "ckpt_path": str(judge / "checkpoints" / "last.ckpt")}
+    classifier = instantiate_from_config({"target": "ldm.models.diffusion.classifier.NoisyLatentImageClassifier", "params": params}).eval()
+    state = classifier.state_dict()
+    assert all(torch.equal(value, state[name]) for name, value in last(judge)["state_dict"].items())
+    cond, labels = diffusion.eval().get_learned_conditioning({"class_label": torch.tensor([0, 1])}), torch.tensor([0, 1])
+
+    def draw(**options):
+        x_T = torch.randn(2, 4, 4, 4, generator=torch.Generator().manual_seed(0))
+        return DDIMSampler(diffusion).sample(4, 2, (4, 4, 4), cond, x_T=x_T, verbose=False, **options).samples
+
+    led = draw(score_corrector=ClassifierGuidance(classifier, labels, 50.0))
+    assert torch.isfinite(led).all() and not torch.allclose(led, draw(), atol=1e-3)

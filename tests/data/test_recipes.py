@@ -13,6 +13,7 @@ from ldm.data.base import DataConfigError
 from ldm.util import instantiate_from_config
 
 RECIPES = sorted((Path(__file__).parents[2] / "configs" / "recipes").glob("*.yaml"))
+CLASS_CONDITIONAL = next(path for path in RECIPES if path.stem == "class-conditional-folder")
 SMALL_UNET = {"model_channels": 32, "channel_mult": [1, 1], "num_res_blocks": 1, "attention_resolutions": [1], "context_dim": 32}
 SMALL_STAGE = {"ch": 32, "ch_mult": [1, 1], "num_res_blocks": 1, "resolution": 16}
 
@@ -22,6 +23,8 @@ def load(path):
     first_stage = OmegaConf.select(config, "model.params.first_stage_config.params")
     if first_stage is not None:
         first_stage.ckpt_path = None  # a download
+    if "diffusion_ckpt_path" in config.model.params:
+        config.model.params.diffusion_ckpt_path = None
     return config
 
 
@@ -29,14 +32,19 @@ def small(config, root):
     """The recipe with the same classes and keys in tiny sizes."""
     model, data = config.model.params, config.data.params
     is_latent = "first_stage_config" in model
-    OmegaConf.update(model, "first_stage_config.params.ddconfig" if is_latent else "ddconfig", SMALL_STAGE)
+    if "diffusion_path" in model:
+        diffusion = small(load(CLASS_CONDITIONAL), root)
+        model |= {"diffusion_path": str(root / "diffusion.yaml"), "num_classes": 2, "log_steps": 2}
+        OmegaConf.save(diffusion, model.diffusion_path)
+    else:
+        OmegaConf.update(model, "first_stage_config.params.ddconfig" if is_latent else "ddconfig", SMALL_STAGE)
     if is_latent:
         OmegaConf.update(model, "unet_config.params", SMALL_UNET)
         embedder = model.cond_stage_config.params
         width = {"embed_dim": 32} if "n_classes" in embedder else {"n_embed": 32, "n_layer": 1, "heads": 2, "dim_head": 16}
         OmegaConf.update(model, "cond_stage_config.params", {**width, **({"n_classes": 3} if "n_classes" in embedder else {})})
         model.image_size = 8
-    else:
+    elif "lossconfig" in model:
         OmegaConf.update(model, "lossconfig.params", {"perceptual_init": "random", "disc_start": 0, "disc_ndf": 8, "disc_num_layers": 1})
     data.batch_size, data.num_workers = 2, 0
     data.train.params.root = str(root)
@@ -87,5 +95,5 @@ def test_a_small_recipe_trains_validates_and_logs_pictures(path, folder):
     assert trainer.global_step == 2 and all(p.isfinite().all() for p in model.parameters())
     batch = next(iter(data.val_dataloader()))
     with torch.no_grad():
-        pictures = model.log_images(batch, N=1) if path.stem.startswith("autoencoder") else model.log_images(batch, N=1, ddim_steps=2)
+        pictures = model.log_images(batch, N=1, **({"ddim_steps": 2} if "first_stage_config" in config.model.params else {}))
     assert pictures and all(torch.is_tensor(p) and p.isfinite().all() for p in pictures.values())
