@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ldm.models.diffusion.conditioning import Conditioning
 from ldm.models.diffusion.guidance import guided_output
+from ldm.models.diffusion.noise import PUBLISHED_NOISE, NoiseSource
 from ldm.modules.diffusionmodules.parameterization import get_parameterization
 
 
@@ -43,6 +44,7 @@ class Options:
     corrector_kwargs: Mapping[str, Any] = field(default_factory=dict)
     guidance_rescale: float = 0.0  # phi of Lin et al. 2023, section 3.4: 0 off, 0.7 usual
     dynamic_threshold: float | None = None  # share of Imagen, section 2.3, e.g. 0.995; None off
+    noise_source: NoiseSource = PUBLISHED_NOISE  # of every random number of the run
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.noise_dropout < 1.0:
@@ -101,14 +103,15 @@ class Run:
     def noise(self, x: Tensor) -> Tensor:
         """The step's noise, drawn even where its scale is 0 so that a seed gives the published image."""
         shape = (1, *x.shape[1:]) if self.options.repeat_noise else x.shape
-        noise = torch.randn(shape, device=x.device, dtype=x.dtype).expand(x.shape) * self.options.temperature
+        source = self.options.noise_source
+        noise = source.normal(shape, x.device, x.dtype).expand(x.shape) * self.options.temperature
         if self.options.noise_dropout > 0.0:
-            noise = torch.nn.functional.dropout(noise, p=self.options.noise_dropout)
+            noise = source.dropout(noise, self.options.noise_dropout)
         return noise
 
     def diffuse(self, x0: Tensor, k: int, noise: Tensor | None = None) -> Tensor:
         """Clean x0 brought to the noise level of step k."""
-        noise = torch.randn_like(x0) if noise is None else noise
+        noise = self.options.noise_source.normal_like(x0) if noise is None else noise
         return self.alpha[k].sqrt() * x0 + (1 - self.alpha[k]).sqrt() * noise
 
     def starts_from_noise(self, k: int) -> bool:

@@ -13,6 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ldm.models.diffusion.conditioning import Conditioning, condition_batch_size
+from ldm.models.diffusion.noise import PUBLISHED_NOISE, NoiseSource
 from ldm.models.diffusion.run import Grid, Options, Run
 from ldm.modules.diffusionmodules.schedule import check_steps
 
@@ -97,6 +98,7 @@ class Sampler(ABC):
         ddim_discretize: str = "uniform",
         guidance_rescale: float = 0.0,
         dynamic_threshold: float | None = None,
+        noise_source: NoiseSource = PUBLISHED_NOISE,
     ) -> Samples:
         """Draw `batch_size` latents of `shape` (C, H, W) in S steps.
 
@@ -118,13 +120,14 @@ class Sampler(ABC):
             corrector_kwargs=corrector_kwargs or {},
             guidance_rescale=guidance_rescale,
             dynamic_threshold=dynamic_threshold,
+            noise_source=noise_source,
         )
         expected = (batch_size, *shape)
         if x_T is not None and tuple(x_T.shape) != expected:
             raise ValueError(f"x_T has shape {tuple(x_T.shape)}, expected {expected}")
         self._check_run(batch_size, conditioning, unconditional_guidance_scale, unconditional_conditioning, options)
         self._scheduled, self._eta = grid, self.default_eta if eta is None else eta  # published: callbacks read the ddim_* tables
-        x = torch.randn(expected, device=self.model.device) if x_T is None else x_T
+        x = noise_source.normal(expected, self.model.device) if x_T is None else x_T
         run = Run(self.model, grid, x, conditioning, unconditional_conditioning, unconditional_guidance_scale, options)
         return self.loop(x, run, len(grid.t), mask, x0, callback, img_callback, log_every_t, verbose)
 
