@@ -42,6 +42,17 @@ class Parser(argparse.ArgumentParser):
         """Every spelling of every flag."""
         return [option for action in self._actions for option in action.option_strings]
 
+    def typed(self, args: Sequence[str]) -> dict[str, Any]:
+        """The values of the flags that stand on a command line, none that are only defaults."""
+        defaults = [(action, action.default) for action in self._actions]
+        try:
+            for action, _ in defaults:
+                action.default = argparse.SUPPRESS
+            return vars(self.parse_args(args))
+        finally:
+            for action, default in defaults:
+                action.default = default
+
     def error(self, message: str) -> NoReturn:
         print(f"error: {message}", file=sys.stderr)
         raise SystemExit(EXIT_USAGE)

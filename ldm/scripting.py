@@ -12,7 +12,7 @@ from typing import Any
 from ldm.commandline import Parser, find_file
 from ldm.models.diffusion.samplers import SAMPLERS
 from ldm.pictures import Output, Picture
-from ldm.settings import PRECISIONS, read_prompts
+from ldm.settings import PRECISIONS, SEED_MODES, TILE, read_prompts
 
 STABLE_DIFFUSION = {
     "config": "configs/stable-diffusion/v1-inference.yaml",
@@ -43,11 +43,38 @@ def add_prompt_flags(parser: Parser, scale: float, n_iter: int, n_samples: int) 
     add("--n_samples", type=int, default=n_samples, metavar="N", help="how many pictures to draw at once")
     add("--n_rows", type=int, default=0, metavar="N", help="pictures in a row of the grid (default: n_samples)")
     add("--scale", type=float, default=scale, help="guidance scale; 1 is none")
+    add_seed_mode_flag(parser)
+    text = f"let the first stage see overlapping tiles of SIDE pixels (default: off; {TILE} without a number), which needs less memory"
+    add("--tiled", type=int, nargs="?", const=TILE, default=0, metavar="SIDE", help=text)
+
+
+def add_text_flags(parser: Parser) -> None:
+    """What may be asked of the reading of prompts."""
+    add = parser.add_argument
+    add("--emphasis", action="store_true", help="weigh words: (word:1.3), (word) for 1.1, [word] for 1/1.1; \\( is a bracket")
+    add("--long_prompts", action="store_true", help="encode prompts over 75 tokens in chunks instead of cutting them")
+
+
+def add_seed_mode_flag(parser: Parser) -> None:
+    text = "batch: one stream of noise, as published; image: picture k has the noise of seed + k, whatever the batches"
+    parser.add_argument("--seed_mode", choices=SEED_MODES, default="batch", help=text)
 
 
 def add_sampler_flag(parser: argparse._ActionsContainer) -> None:
     """`--sampler`, on a parser or in one of its groups."""
     parser.add_argument("--sampler", metavar="NAME", help=f"{', '.join(SAMPLERS)} (default: ddim)")
+
+
+def add_sampling_flags(parser: Parser, guidance: bool = True) -> None:
+    """What samplers take beside their steps; without `guidance` not what is about that."""
+    add = parser.add_argument
+    grids = ", ".join(dict.fromkeys(grid for entry in SAMPLERS.values() for grid in entry.grids))
+    add("--spacing", default="uniform", metavar="NAME", help=f"how the steps are spread: {grids}; not every sampler takes each")
+    if guidance:
+        text = "bring the guided output's deviation back to the unguided one's by this share: 0 off, 0.7 usual"
+        add("--guidance_rescale", type=float, default=0.0, metavar="SHARE", help=text)
+    text = "keep each prediction within the magnitude that this share of it stays below, e.g. 0.995 (default: off)"
+    add("--dynamic_threshold", type=float, metavar="SHARE", help=text)
 
 
 def add_model_flags(parser: Parser, config: str | None, ckpt: str | None, fill_in: bool = True) -> None:
@@ -75,14 +102,19 @@ def add_model_flags(parser: Parser, config: str | None, ckpt: str | None, fill_i
 
 def prompt_settings(opt: Namespace) -> dict[str, Any]:
     """The values of `add_prompt_flags` under the names of `Settings`."""
-    names = {"negative_prompt": "negative_prompt", "steps": "ddim_steps", "scale": "scale", "eta": "ddim_eta", "channels": "C"}
-    names |= {"factor": "f", "seed": "seed", "n_samples": "n_samples", "n_iter": "n_iter", "fixed_code": "fixed_code"}
-    return {name: getattr(opt, flag) for name, flag in names.items()}
+    names = {"negative_prompt": "negative_prompt", "steps": "ddim_steps", "scale": "scale", "channels": "C"}
+    names |= {"factor": "f", "eta": "ddim_eta"}
+    same = ("seed", "seed_mode", "n_samples", "n_iter", "fixed_code", "tiled", "spacing", "guidance_rescale", "dynamic_threshold")
+    tools = {name: getattr(opt, name) for name in ("emphasis", "long_prompts", "chunks") if hasattr(opt, name)}
+    return {name: getattr(opt, flag) for name, flag in names.items()} | {name: getattr(opt, name) for name in same} | tools
 
 
 def prompts_of(opt: Namespace) -> str | list[str]:
-    """The one prompt, or the lines of the file."""
-    return read_prompts(opt.from_file) if opt.from_file else opt.prompt or ""
+    """The one prompt, or the lines of the file; of a picture that is drawn again, what makes its batches."""
+    if opt.from_file:
+        return read_prompts(opt.from_file)
+    recorded = getattr(opt, "recorded", None)
+    return opt.prompt or "" if recorded is None else recorded.prompts(opt.prompt or "")
 
 
 def released_weights(path: str) -> Path:

@@ -7,7 +7,18 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
-from ldm.settings import ModelFacts, Settings, check_eta, check_scale, check_seed, check_steps, nearest
+from ldm.settings import (
+    ModelFacts,
+    SamplerSettings,
+    Settings,
+    check_eta,
+    check_scale,
+    check_seed,
+    check_seed_mode,
+    check_steps,
+    nearest,
+    sampler_eta,
+)
 
 
 @dataclass(frozen=True)
@@ -53,30 +64,38 @@ class FillSettings:
 
 
 @dataclass(frozen=True)
-class UpscaleSettings(FillSettings):
+class UpscaleSettings(SamplerSettings, FillSettings):
     """How a picture is enlarged; the defaults are those that the released model was shown with."""
 
     steps: int = 100
-    eta: float = 1.0
+    eta: float | None = None  # None: 1 with DDIM, else the sampler's own
     tile: int = 128  # side of a tile in pixels of the small picture; larger pictures are drawn in tiles; 0: always in one piece
 
     def checked(self, facts: ModelFacts) -> UpscaleSettings:
         unit = facts.latent_multiple
         if self.tile != 0 and (self.tile < 2 * unit or self.tile % unit):
             raise ValueError(f"--tile {self.tile}: choose a multiple of {unit} from {2 * unit} on, or 0 for one piece; 128 is usual")
-        return super().checked(facts)
+        self.check_sampler(facts, scale=1.0)
+        settings = replace(self, eta=noisy_eta(self.sampler, self.eta, "--ddim_eta"))
+        return super(UpscaleSettings, settings).checked(facts)
+
+
+def noisy_eta(sampler: str, eta: float | None, flag: str) -> float:
+    """As `sampler_eta`, for scripts whose DDIM is as noisy as DDPM unless another eta is asked for."""
+    return sampler_eta(sampler, 1.0 if eta is None and sampler == "ddim" else eta, flag)
 
 
 @dataclass(frozen=True)
-class SampleSettings:
+class SampleSettings(SamplerSettings):
     """How samples of an unconditional or class-conditional model are drawn; the defaults are the published sample_diffusion's."""
 
     n_samples: int = 50000  # exactly so many, all classes together
     batch_size: int = 10
     steps: int = 50
-    eta: float = 1.0
-    vanilla: bool = False  # the ancestral chain over every timestep instead of DDIM
+    eta: float | None = None  # None: 1 with DDIM, as published, else the sampler's own
+    vanilla: bool = False  # the ancestral chain over every timestep instead of a sampler
     seed: int = 42
+    seed_mode: str = "batch"  # one stream of noise for all; "image": sample k has that of seed + k, whatever the batches
     scale: float = 1.0  # guidance of class-conditional models
     classes: tuple[int, ...] | None = None  # drawn in turn; None: every class, in an order that follows from the seed
     null_class: int | None = None  # what guidance leads away from; None: the model's own
@@ -87,9 +106,14 @@ class SampleSettings:
             if value < 1:
                 raise ValueError(f"{flag} {value}: choose 1 or more")
         check_steps("--custom_steps", self.steps, facts)
-        check_eta("--eta", self.eta)
         check_seed(self.seed)
+        check_seed_mode(self.seed_mode)
         check_scale(self.scale)
+        self.check_sampler(facts, self.scale)
+        if self.vanilla and (self.sampler, self.spacing) != ("ddim", "uniform"):
+            given = f"--sampler {self.sampler}" if self.sampler != "ddim" else f"--spacing {self.spacing}"
+            raise ValueError(f"-v with {given}: -v is the ancestral chain over every timestep; leave one of them out")
+        eta = noisy_eta(self.sampler, self.eta, "--eta")
         check_samples_freely(facts)
         if facts.n_classes is None:
             for flag, given in (("--classes", self.classes is not None), ("--null_class", self.null_class is not None)):
@@ -97,7 +121,7 @@ class SampleSettings:
                     raise ValueError(f"{flag}: this model knows no classes; leave it out")
             if self.scale != 1.0:
                 raise ValueError(f"--scale {self.scale:g}: this model has no condition that could be led to; leave --scale out")
-            return self
+            return replace(self, eta=eta)
         bad = [c for c in (*(self.classes or ()), self.null_class) if c is not None and not 0 <= c < facts.n_classes]
         if bad:
             raise ValueError(f"class {bad[0]}: this model knows 0 to {facts.n_classes - 1}")
@@ -107,7 +131,7 @@ class SampleSettings:
                 f"--scale {self.scale:g}: the config names no class that means 'no class' (neither 1001 classes nor cond_dropout); "
                 f"give --null_class N if the model was trained with one, e.g. {facts.n_classes - 1}, or leave --scale out"
             )
-        return replace(self, null_class=null_class)
+        return replace(self, null_class=null_class, eta=eta)
 
 
 def parse_classes(words: Sequence[str]) -> tuple[int, ...]:

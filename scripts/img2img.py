@@ -9,13 +9,17 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout that this script is in, installed or not
 
 from ldm.commandline import Parser, find_file, run
-from ldm.inference import image_to_image, load_model
+from ldm.inference import fingerprint, image_to_image, load_model
+from ldm.inference.prompt_weights import check_emphasis
 from ldm.pictures import Output, Watermark
+from ldm.redraw import add_redraw_flag, check_unchanged, parse
 from ldm.scripting import (
     STABLE_DIFFUSION,
     add_model_flags,
     add_prompt_flags,
     add_sampler_flag,
+    add_sampling_flags,
+    add_text_flags,
     check_ready,
     prompt_settings,
     prompts_of,
@@ -35,13 +39,16 @@ def parser() -> Parser:
     add("--outdir", default="outputs/img2img-samples", metavar="DIR", help="folder for samples/ and grids")
     add("--plms", action="store_true", help="refused, as published; --sampler plms starts from a picture too")
     add_sampler_flag(parser)
+    add_sampling_flags(parser)
+    add_text_flags(parser)
+    add_redraw_flag(parser)
     add("--seed", type=int, default=42, help="seed of the noise")
     add_model_flags(parser, **STABLE_DIFFUSION)
     return parser
 
 
 def main(argv: Sequence[str]) -> None:
-    opt = parser().parse_args(argv)
+    opt = parse(parser, argv, "img2img")
     # What is wrong with the command line is said before torch is imported.
     if opt.plms:
         raise ValueError("--plms: img2img refuses this flag, as published; --sampler plms starts from a picture too")
@@ -56,12 +63,16 @@ def main(argv: Sequence[str]) -> None:
     image = load_image(opt.init_img)
     settings = ImageSettings(**prompt_settings(opt), strength=opt.strength, sampler=opt.sampler or "ddim")
     settings = settings.fitted(image.height, image.width, facts).checked(facts)
+    if settings.emphasis:
+        check_emphasis(prompts)
+    check_unchanged(opt, config, ckpt)
     check_ready(opt, ckpt)
     output = Output(opt.outdir, Watermark())
 
     pipeline = load_model(config, ckpt, opt.device, opt.precision, opt.use_ema)
-    pipeline.identity = {**pipeline.identity, "init_img": str(opt.init_img)}
-    write_prompt_pictures(image_to_image(pipeline, image, prompts, settings), output, opt)
+    pipeline.identity = {**pipeline.identity, "init_img": str(opt.init_img), "init_img_fingerprint": fingerprint(opt.init_img)}
+    only = opt.recorded.only if opt.recorded is not None else None
+    write_prompt_pictures(image_to_image(pipeline, image, prompts, settings, only=only), output, opt)
 
 
 if __name__ == "__main__":

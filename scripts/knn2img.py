@@ -17,6 +17,7 @@ from ldm.scripting import (
     add_model_flags,
     add_prompt_flags,
     add_sampler_flag,
+    add_sampling_flags,
     check_ready,
     prompt_settings,
     prompts_of,
@@ -39,6 +40,7 @@ def parser() -> Parser:
     solver = parser.add_mutually_exclusive_group()
     solver.add_argument("--plms", action="store_true", help="use PLMS instead of DDIM")
     add_sampler_flag(solver)
+    add_sampling_flags(parser)
     add("--n_repeat", type=int, default=1, metavar="N", help="how often the prompt's vector stands in the context")
     add("--use_neighbors", action="store_true", help="add the vectors of the nearest neighbors to the context")
     add("--knn", type=int, default=10, metavar="K", help="how many neighbors")

@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout tha
 from ldm.commandline import Parser, find_file, in_checkout, run
 from ldm.inference import draw_samples, load_model
 from ldm.pictures import Output, SampleArray, Watermark
-from ldm.scripting import add_model_flags, check_ready, report
+from ldm.scripting import add_model_flags, add_sampler_flag, add_sampling_flags, add_seed_mode_flag, check_ready, report
 from ldm.settings import MAX_SEED, model_facts, read_config
 from ldm.task_settings import SampleSettings, SavedRun, find_run, parse_classes
 
@@ -31,15 +31,20 @@ def parser() -> Parser:
     add = parser.add_argument
     add("-r", "--resume", metavar="PATH", help="run folder or checkpoint; its config is config.yaml beside it or the run's own")
     add("-n", "--n_samples", type=int, default=50000, metavar="N", help="how many samples, exactly")
-    add("-e", "--eta", type=float, default=1.0, help="noise of DDIM: 0 is deterministic")
-    add("-v", "--vanilla_sample", action="store_true", help="walk every timestep with the ancestral chain instead of DDIM")
+    add("-e", "--eta", type=float, help="noise of the steps: 0 is deterministic (default: 1 with DDIM, else the sampler's own)")
+    solver = parser.add_mutually_exclusive_group()
+    text = "walk every timestep with the ancestral chain instead of DDIM"
+    solver.add_argument("-v", "--vanilla_sample", action="store_true", help=text)
+    add_sampler_flag(solver)
+    add_sampling_flags(parser)
     add("-l", "--logdir", default="none", metavar="DIR", help="write to DIR/<run>/samples/... (default: the run's own folder)")
-    add("-c", "--custom_steps", type=int, default=50, metavar="S", help="number of DDIM steps")
+    add("-c", "--custom_steps", type=int, default=50, metavar="S", help="number of sampling steps")
     add("--batch_size", type=int, default=10, metavar="N", help="how many samples to draw at once")
     add("--classes", nargs="+", metavar="CLASS", help="classes to draw in turn: 207, 1,2,3 or 10-19 (default: all, shuffled)")
     add("--scale", type=float, default=1.0, help="guidance scale of class-conditional models; 1 is none")
     add("--null_class", type=int, metavar="CLASS", help="the class that means 'no class' (default: the last, where there is one)")
     add("--seed", type=int, metavar="SEED", help="seed of the noise and of the order of classes (default: a new one, which is printed)")
+    add_seed_mode_flag(parser)
     add_model_flags(parser, None, None)
     return parser
 
@@ -51,7 +56,12 @@ def settings_of(opt: Namespace) -> SampleSettings:
         steps=opt.custom_steps,
         eta=opt.eta,
         vanilla=opt.vanilla_sample,
+        sampler=opt.sampler or "ddim",
+        spacing=opt.spacing,
+        guidance_rescale=opt.guidance_rescale,
+        dynamic_threshold=opt.dynamic_threshold,
         seed=opt.seed,
+        seed_mode=opt.seed_mode,
         scale=opt.scale,
         classes=parse_classes(opt.classes) if opt.classes is not None else None,
         null_class=opt.null_class,

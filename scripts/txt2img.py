@@ -11,12 +11,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout tha
 
 from ldm.commandline import Parser, find_file, run
 from ldm.inference import load_model, text_to_image
+from ldm.inference.prompt_weights import check_emphasis
 from ldm.pictures import Output, Watermark
+from ldm.redraw import add_redraw_flag, check_unchanged, parse
 from ldm.scripting import (
     STABLE_DIFFUSION,
     add_model_flags,
     add_prompt_flags,
     add_sampler_flag,
+    add_sampling_flags,
+    add_text_flags,
     check_ready,
     prompt_settings,
     prompts_of,
@@ -43,6 +47,9 @@ def parser() -> Parser:
     solver.add_argument("--plms", action="store_true", help="use PLMS instead of DDIM")
     solver.add_argument("--dpm_solver", action="store_true", help="use DPM-Solver++ instead of DDIM")
     add_sampler_flag(solver)
+    add_sampling_flags(parser)
+    add_text_flags(parser)
+    add_redraw_flag(parser)
     add("--laion400m", action="store_true", help="config, checkpoint and folder of the LAION-400M model, where not given")
     add("--seed", type=int, default=42, help="seed of the noise")
     add_model_flags(parser, DEFAULTS["config"], DEFAULTS["ckpt"], fill_in=False)
@@ -55,7 +62,7 @@ def settings_of(opt: Namespace) -> Settings:
 
 
 def main(argv: Sequence[str]) -> None:
-    opt = parser().parse_args(argv)
+    opt = parse(parser, argv, "txt2img")
     for name, value in (LAION400M if opt.laion400m else DEFAULTS).items():
         setattr(opt, name, getattr(opt, name) or value)
     # What is wrong with the command line is said before torch is imported.
@@ -64,11 +71,15 @@ def main(argv: Sequence[str]) -> None:
     check_takes_text(facts)
     settings = settings_of(opt).checked(facts)
     prompts = prompts_of(opt)
+    if settings.emphasis:
+        check_emphasis(prompts)
+    check_unchanged(opt, config, ckpt)
     check_ready(opt, ckpt)
     output = Output(opt.outdir, Watermark())
 
     pipeline = load_model(config, ckpt, opt.device, opt.precision, opt.use_ema)
-    write_prompt_pictures(text_to_image(pipeline, prompts, settings), output, opt)
+    only = opt.recorded.only if opt.recorded is not None else None
+    write_prompt_pictures(text_to_image(pipeline, prompts, settings, only=only), output, opt)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout tha
 from ldm.commandline import Parser, find_file, run
 from ldm.inference import enlarge, load_model
 from ldm.pictures import NamedOutput, Watermark
-from ldm.scripting import add_model_flags, check_ready, released_weights, report
+from ldm.scripting import add_model_flags, add_sampler_flag, add_sampling_flags, check_ready, released_weights, report
 from ldm.settings import model_facts, read_config
 from ldm.task_settings import UpscaleSettings, check_enlarges
 
@@ -25,8 +25,11 @@ def parser() -> Parser:
     add = parser.add_argument
     add("--init-img", nargs="+", default=[], metavar="FILE", help="the pictures to enlarge, any size")
     add("--outdir", default="outputs/upscale-samples", metavar="DIR", help="folder for the results, which have the names of the pictures")
-    add("--steps", type=int, default=100, metavar="S", help="number of DDIM steps")
-    add("--ddim_eta", type=float, default=1.0, metavar="ETA", help="noise of DDIM: 0 is deterministic")
+    add("--steps", type=int, default=100, metavar="S", help="number of sampling steps")
+    text = "noise of the steps: 0 is deterministic (default: 1 with DDIM, else the sampler's own)"
+    add("--ddim_eta", type=float, metavar="ETA", help=text)
+    add_sampler_flag(parser)
+    add_sampling_flags(parser, guidance=False)
     text = "side of a tile in pixels of the small picture; what is larger is drawn in overlapping tiles; 0: always in one piece"
     add("--tile", type=int, default=128, metavar="SIDE", help=text)
     add("--seed", type=int, default=42, help="seed of each picture's noise")
@@ -42,7 +45,8 @@ def main(argv: Sequence[str]) -> None:
     config, ckpt = find_file(opt.config), released_weights(CKPT) if opt.ckpt == CKPT else find_file(opt.ckpt)
     facts = model_facts(read_config(config))
     check_enlarges(facts)
-    settings = UpscaleSettings(steps=opt.steps, eta=opt.ddim_eta, seed=opt.seed, tile=opt.tile).checked(facts)
+    walk = {"sampler": opt.sampler or "ddim", "spacing": opt.spacing, "dynamic_threshold": opt.dynamic_threshold}
+    settings = UpscaleSettings(steps=opt.steps, eta=opt.ddim_eta, seed=opt.seed, tile=opt.tile, **walk).checked(facts)
     from ldm.data.image import load_image
 
     for path in opt.init_img:

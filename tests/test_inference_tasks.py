@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ldm.inference import draw_samples, enlarge, fill, load_model
-from ldm.task_settings import FillSettings, SampleSettings, UpscaleSettings
+from ldm.inference import draw_samples, enlarge, fill, image_to_image, load_model, text_to_image
+from ldm.settings import Settings
+from ldm.task_settings import FillSettings, ImageSettings, SampleSettings, UpscaleSettings
 from tests.tiny import FIRST_STAGE, save_model
 
 VQ = copy.deepcopy(FIRST_STAGE)
@@ -35,3 +36,28 @@ def test_every_task_draws_with_a_vq_first_stage(tmp_path, kind):
         drawn = [next(iter(draw_samples(pipeline, settings, progress=False))).image for _ in range(2)]
         assert drawn[0].size == (32, 32)
     assert np.array_equal(*map(np.asarray, drawn)) and np.ptp(np.asarray(drawn[0])) > 0
+
+
+@pytest.mark.parametrize("kind", ["text", "class", "enlarge"])
+def test_what_is_asked_of_the_sampler_changes_the_pictures(tmp_path, kind):
+    saved = save_model(tmp_path, kind)
+    pipeline = load_model(saved.config, saved.ckpt, "cpu", "full")
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8))
+    size = {"height": 16, "width": 16, "n_samples": 1, "n_iter": 1}
+
+    def draw(**changes) -> list[np.ndarray]:
+        some = {"steps": 4, "sampler": "euler", **changes}
+        if kind == "enlarge":
+            drawn = [enlarge(pipeline, image, UpscaleSettings(**some), progress=False)]
+        elif kind == "class":
+            drawn = draw_samples(pipeline, SampleSettings(n_samples=1, scale=3.0, classes=(1,), **some), progress=False)
+        else:
+            drawn = [
+                *text_to_image(pipeline, "a cat", Settings(**size, **some), progress=False),
+                *image_to_image(pipeline, image, "a cat", ImageSettings(**size, **some), progress=False),
+            ]
+        return [np.asarray(picture.image) for picture in drawn]
+
+    plain, asked = draw(), [{"sampler": "heun"}, {"spacing": "karras"}, {"dynamic_threshold": 0.5}]
+    for changes in asked if kind == "enlarge" else [*asked, {"guidance_rescale": 0.7}]:
+        assert all(not np.array_equal(a, b) for a, b in zip(draw(**changes), plain, strict=True)), changes

@@ -93,6 +93,16 @@ def test_an_unknown_first_stage_needs_f():
         ({"scale": 1.0, "negative_prompt": "blurry"}, "--negative_prompt with --scale 1"),
         ({"seed": -1}, "--seed -1"),
         ({"seed": 2**32}, "--seed 4294967296"),
+        ({"seed_mode": "picture"}, "--seed_mode picture: choose one of batch, image"),
+        ({"seed_mode": "image", "fixed_code": True}, "--fixed_code with --seed_mode image"),
+        ({"spacing": "karras"}, "--spacing karras: ddim takes uniform, quad, trailing"),
+        ({"spacing": "quad", "sampler": "heun"}, "--spacing quad: heun takes uniform, logsnr, karras, trailing"),
+        ({"guidance_rescale": 1.5}, "--guidance_rescale 1.5: choose 0"),
+        ({"guidance_rescale": 0.7, "scale": 1.0}, "--guidance_rescale 0.7 with --scale 1"),
+        ({"dynamic_threshold": 0.0}, "--dynamic_threshold 0.0: choose a share above 0"),
+        ({"tiled": 20}, "--tiled 20: choose a multiple of 8 pixels from 32 on; 512 is usual"),
+        ({"emphasis": True, "negative_prompt": "a (b"}, "--emphasis: .* never closed"),
+        ({"chunks": 2}, "chunks 2: choose 1 or more, with long_prompts"),
     ],
 )
 def test_what_cannot_work_is_refused_with_flag_value_and_choices(change, words):
@@ -109,6 +119,13 @@ def test_every_step_count_of_the_schedule_is_accepted(steps):
 def test_without_eta_every_sampler_has_its_own(sampler, eta):
     assert Settings(sampler=sampler).checked(model_facts(config())).eta == eta
     assert Settings(sampler=sampler, eta=eta).checked(model_facts(config())).eta == eta
+
+
+def test_where_no_signal_is_left_solvers_in_continuous_time_take_trailing_steps_alone():
+    facts = model_facts(config(parameterization="v", zero_terminal_snr=True))
+    with pytest.raises(ValueError, match=r"--spacing uniform: heun cannot start where no signal is left, .* choose trailing"):
+        Settings(sampler="heun").checked(facts)
+    assert Settings(sampler="heun", spacing="trailing").checked(facts).spacing == Settings(spacing="trailing").checked(facts).spacing
 
 
 CLASSES = {"target": "ldm.modules.encoders.modules.ClassEmbedder"}

@@ -3,6 +3,7 @@
 import pytest
 
 from ldm.commandline import Parser
+from ldm.models.diffusion.samplers import SAMPLERS
 from ldm.settings import model_facts, read_config
 from ldm.task_settings import (
     FillSettings,
@@ -26,9 +27,30 @@ def facts(kind: str, **params):
 def test_the_published_defaults():
     image = ImageSettings()
     assert (image.strength, image.scale, image.n_iter, image.n_samples, image.steps, image.encode_steps) == (0.75, 5.0, 1, 2, 50, 37)
-    assert (FillSettings().steps, FillSettings().eta) == (50, 0.0) and (UpscaleSettings().steps, UpscaleSettings().eta) == (100, 1.0)
-    sample = SampleSettings()
+    assert (FillSettings().steps, FillSettings().eta) == (50, 0.0)
+    upscale = UpscaleSettings().checked(facts("enlarge"))
+    assert (upscale.steps, upscale.eta) == (100, 1.0)
+    sample = SampleSettings().checked(facts("unconditional"))
     assert (sample.n_samples, sample.batch_size, sample.steps, sample.eta, sample.vanilla, sample.scale) == (50000, 10, 50, 1.0, False, 1.0)
+
+
+@pytest.mark.parametrize("kind, cls, flag", [("unconditional", SampleSettings, "--eta"), ("enlarge", UpscaleSettings, "--ddim_eta")])
+def test_samples_and_enlargements_take_every_sampler_with_a_noise_that_it_can_have(kind, cls, flag):
+    for name, entry in SAMPLERS.items():
+        assert cls(sampler=name).checked(facts(kind)).eta == (1.0 if name == "ddim" else entry.default_eta)
+    with pytest.raises(ValueError, match=f"{flag} 1: plms is deterministic"):
+        cls(sampler="plms", eta=1.0).checked(facts(kind))
+    with pytest.raises(ValueError, match="--spacing karras: ddim takes"):
+        cls(spacing="karras").checked(facts(kind))
+    with pytest.raises(ValueError, match=r"--guidance_rescale 0\.5 with --scale 1"):
+        cls(guidance_rescale=0.5).checked(facts(kind))
+
+
+def test_the_chain_over_every_timestep_is_a_sampler_of_its_own():
+    assert SampleSettings(vanilla=True).checked(facts("unconditional")).vanilla
+    for given in ({"sampler": "heun"}, {"spacing": "trailing"}):
+        with pytest.raises(ValueError, match="-v with --s"):
+            SampleSettings(vanilla=True, **given).checked(facts("unconditional"))
 
 
 @pytest.mark.parametrize("strength, steps, walked", [(0.0, 50, 0), (1.0, 50, 50), (0.29, 100, 28), (0.999, 10, 9), (0.3, 10, 3)])

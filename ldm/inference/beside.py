@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from dataclasses import asdict
-from typing import TYPE_CHECKING
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
 
 from ldm.inference.pipeline import Pipeline
 from ldm.inference.randomness import Randomness
@@ -59,7 +61,7 @@ def enlarge(pipeline: Pipeline, image: Image.Image, settings: UpscaleSettings, p
         pipeline = in_tiles(pipeline, settings.tile)
     with Randomness(settings.seed, pipeline.device)(), pipeline.drawing():
         small = pipeline.model.get_learned_conditioning(padded(pipeline.tensor(image), pipeline.facts.latent_multiple))
-        x = _draw(pipeline, small, settings, progress)
+        x = _draw(pipeline, small, settings, progress, settings.sampler, settings.sampler_options)
     result = from_tensor(x[0, :, : factor * image.height, : factor * image.width])
     info = {"task": "upscale", **asdict(settings), "width": result.width, "height": result.height, **pipeline.identity}
     return Picture(result, info)
@@ -82,12 +84,19 @@ def padded(x: Tensor, multiple: int) -> Tensor:
     return pad(x, (0, -width % multiple, 0, -height % multiple), mode="replicate")
 
 
-def _draw(pipeline: Pipeline, beside: Tensor, settings: FillSettings, progress: bool) -> Tensor:
+def _draw(
+    pipeline: Pipeline,
+    beside: Tensor,
+    settings: FillSettings,
+    progress: bool,
+    sampler: str = "ddim",
+    options: Mapping[str, Any] = MappingProxyType({}),
+) -> Tensor:
     """Pictures (1, 3, H, W) in [-1, 1] from noise, with `beside` (1, C', h, w) concatenated to every latent."""
     from tqdm import tqdm
 
     with tqdm(total=settings.steps, desc="drawing", unit="step", leave=False, disable=not progress) as bar:
-        z, _ = pipeline.sampler("ddim").sample(
+        z, _ = pipeline.sampler(sampler).sample(
             S=settings.steps,
             batch_size=1,
             shape=(pipeline.facts.channels, *beside.shape[-2:]),
@@ -96,5 +105,6 @@ def _draw(pipeline: Pipeline, beside: Tensor, settings: FillSettings, progress: 
             callback=lambda i: bar.update(),
             log_every_t=settings.steps + 1,
             verbose=False,
+            **options,
         )
     return pipeline.decode(z)

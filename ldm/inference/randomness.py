@@ -1,14 +1,18 @@
-"""Torch's random numbers of one run."""
+"""Torch's random numbers of one run, and of single pictures."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from ldm.settings import MAX_SEED
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
+
+    from ldm.models.diffusion.noise import NoiseSource
 
 
 class Randomness:
@@ -48,3 +52,27 @@ class Randomness:
         torch.set_rng_state(states[0])
         if self.device.type != "cpu":
             getattr(torch, self.device.type).set_rng_state(states[1], self.device)
+
+
+def noise_of(seed_mode: str, seed: int, places: Sequence[int]) -> NoiseSource:
+    """The noise of the pictures at some places of a run: torch's own stream or, in mode `image`, one for each from seed + place."""
+    from ldm.models.diffusion.noise import PUBLISHED_NOISE, NoisePerSample
+
+    if seed_mode == "batch":
+        return PUBLISHED_NOISE
+    return NoisePerSample([(seed + place) % (MAX_SEED + 1) for place in places])
+
+
+class Silent:
+    """A model whose network costs nothing and says nothing, for what else a sampler does: using up the random numbers of a batch."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.model, name)
+
+    def apply_model(self, x: Tensor, t: Tensor, cond: Any = None) -> Tensor:
+        import torch
+
+        return torch.zeros_like(x)

@@ -8,13 +8,15 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from ldm.inference.pipeline import Pipeline
-from ldm.inference.randomness import Randomness
+from ldm.inference.randomness import Randomness, noise_of
 from ldm.pictures import Picture
 from ldm.settings import ModelFacts
 from ldm.task_settings import SampleSettings
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from ldm.models.diffusion.noise import NoiseSource
 
 
 def draw_samples(pipeline: Pipeline, settings: SampleSettings, progress: bool = True) -> Iterator[Picture]:
@@ -34,7 +36,8 @@ def draw_samples(pipeline: Pipeline, settings: SampleSettings, progress: bool = 
             labels = list(itertools.islice(classes, size)) if classes is not None else [None] * size
             with randomness(), pipeline.drawing():
                 cond, uncond = _class_conditions(pipeline, labels, settings)
-                images = pipeline.decode(_draw(pipeline, size, cond, uncond, settings, lambda i: bar.update()))
+                noise = noise_of(settings.seed_mode, settings.seed, range(index, index + size))
+                images = pipeline.decode(_draw(pipeline, size, cond, uncond, settings, noise, lambda i: bar.update()))
             for image, label in zip(images, labels, strict=True):
                 place = {"class": label, "image_index": index}
                 yield Picture(from_tensor(image), {"task": "sample_diffusion", **shared, **pipeline.identity, **place})
@@ -68,16 +71,32 @@ def _class_conditions(pipeline: Pipeline, labels: list[int | None], settings: Sa
     return encoded(labels), encoded([settings.null_class] * len(labels)) if settings.scale != 1.0 else None
 
 
-def _draw(pipeline: Pipeline, size: int, cond: Any, uncond: Any, settings: SampleSettings, tick: Callable[[int], None]) -> Tensor:
-    """Latents (B, c, h, w) from noise, by DDIM or by the ancestral chain."""
-    model, facts = pipeline.model, pipeline.facts
-    shape = (facts.channels, *facts.image_size)
-    if settings.vanilla and getattr(model, "clip_denoised", False):         # models of pixels clip x_0 on the way
-        return model.sample(cond, batch_size=size, shape=(size, *shape))
-    common = {"batch_size": size, "shape": shape, "conditioning": cond, "unconditional_conditioning": uncond}
-    common |= {"unconditional_guidance_scale": settings.scale, "callback": tick, "verbose": False}
-    if settings.vanilla:
-        from ldm.models.diffusion.ancestral import AncestralSampler
+def _draw(
+    pipeline: Pipeline, size: int, cond: Any, uncond: Any, settings: SampleSettings, noise: NoiseSource, tick: Callable[[int], None]
+) -> Tensor:
+    """Latents (B, c, h, w) from noise, by a sampler or by the ancestral chain over every timestep."""
+    import torch
 
-        return AncestralSampler(model).sample(S=facts.timesteps, eta=1.0, log_every_t=facts.timesteps + 1, **common)[0]
-    return pipeline.sampler("ddim").sample(S=settings.steps, eta=settings.eta, log_every_t=settings.steps + 1, **common)[0]
+    facts, shape = pipeline.facts, (pipeline.facts.channels, *pipeline.facts.image_size)
+    if settings.vanilla:
+        sampler = pipeline.sampler("ancestral")
+        sampler.make_schedule(facts.timesteps, verbose=False)
+        clip = getattr(pipeline.model, "clip_denoised", False)              # models of pixels clip x_0 on the way
+        options = {"clip_denoised": clip, "noise_source": noise, **settings.prediction_options}
+        x_T = noise.normal((size, *shape), pipeline.device, torch.float32)
+        return sampler.decode(x_T, cond, facts.timesteps, settings.scale, uncond, callback=tick, verbose=False, **options)
+    z, _ = pipeline.sampler(settings.sampler).sample(
+        S=settings.steps,
+        batch_size=size,
+        shape=shape,
+        conditioning=cond,
+        eta=settings.eta,
+        unconditional_guidance_scale=settings.scale,
+        unconditional_conditioning=uncond,
+        callback=tick,
+        log_every_t=settings.steps + 1,
+        verbose=False,
+        noise_source=noise,
+        **settings.sampler_options,
+    )
+    return z

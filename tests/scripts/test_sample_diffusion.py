@@ -86,6 +86,17 @@ def test_vanilla_walks_every_timestep_and_says_what_it_does_not_use(released, tm
     assert np.abs(result(tmp_path)[1]["arr_0"].astype(int) - expected).max() <= 1 and "have no meaning" in caplog.text
 
 
+def test_any_sampler_draws_with_a_stream_of_noise_for_each_sample(released, tmp_path):
+    flags = ["-n", "3", "--sampler", "euler_ancestral", "--spacing", "karras", "--seed_mode", "image"]
+    for size in ("1", "3"):
+        assert run(main, arguments(released.ckpt, tmp_path / size, *flags, "--batch_size", size)) == 0
+    one, three = (result(tmp_path / size) for size in ("1", "3"))
+    assert np.abs(one[1]["arr_0"].astype(int) - three[1]["arr_0"]).max() <= 1
+    said = {"sampler": "euler_ancestral", "spacing": "karras", "eta": 1.0, "seed_mode": "image", "image_index": 2}
+    info = read_info(three[0][2])
+    assert {key: info[key] for key in said} == said
+
+
 def test_without_a_logdir_samples_go_into_the_runs_folder_and_two_runs_of_a_second_stay_apart(released, tmp_path, monkeypatch):
     monkeypatch.setattr("time.strftime", lambda form: "2026-01-01-00-00-00")
     shutil.copytree(released.ckpt.parent, tmp_path / "run")
@@ -163,7 +174,7 @@ def test_a_new_seed_each_time_unless_one_is_given(released, tmp_path, capsys):
 
 def test_flags_have_the_published_defaults():
     opt = vars(parser().parse_args([]))
-    published = {"resume": None, "n_samples": 50000, "eta": 1.0, "vanilla_sample": False, "logdir": "none"}
+    published = {"resume": None, "n_samples": 50000, "eta": None, "vanilla_sample": False, "logdir": "none"}
     published |= {"custom_steps": 50, "batch_size": 10}
     assert {name: opt[name] for name in published} == published
 
@@ -182,6 +193,9 @@ def test_flags_have_the_published_defaults():
         (["model.params.imagesize=3"], "model.params has no imagesize; did you mean model.params.image_size"),
         (["data.params.batch_size=3"], "data.params.batch_size=3: only the model"),
         (["--custom_step", "3"], "did you mean --custom_steps?"),
+        (["-v", "--sampler", "heun"], "not allowed with"),
+        (["--sampler", "huen"], "--sampler huen: choose one of ddim, plms"),
+        (["--sampler", "plms", "-e", "1"], "--eta 1: plms is deterministic"),
         (["stray"], "unexpected argument 'stray'"),
     ],
 )

@@ -78,7 +78,7 @@ def test_a_picture_does_not_depend_on_those_before_it_and_none_is_overwritten(sa
 
 def test_the_defaults_are_the_released_models():
     opt = vars(parser().parse_args([]))
-    expected = {"steps": 100, "ddim_eta": 1.0, "tile": 128}
+    expected = {"steps": 100, "ddim_eta": None, "tile": 128}
     expected |= {"config": "models/ldm/bsr_sr/config.yaml", "ckpt": "models/ldm/bsr_sr/model.ckpt"}
     assert {name: opt[name] for name in expected} == expected
 
@@ -89,6 +89,7 @@ def test_the_defaults_are_the_released_models():
         (["--init-img", "nowhere.png"], "nowhere.png: no such file"),
         (["--steps", "101"], "--steps 101: choose 1 to 100"),
         (["--ckpt", "nowhere.ckpt"], "checkpoint nowhere.ckpt: no such file"),
+        (["--sampler", "plms", "--ddim_eta", "1"], "--ddim_eta 1: plms is deterministic"),
         (["--tile", "3"], "--tile 3: choose a multiple of 2 from 4 on, or 0"),
         (["--tiles"], "unknown flag --tiles; did you mean --tile?"),
     ],

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 class AbstractEncoder(nn.Module):
     """What LatentDiffusion asks of a condition's encoder. Its device is that of its weights."""
 
+    pad_id: int | None = None  # of an encoder of CLIP's tokens: what follows the end token; None: that token again
     finds_own_weights = False  # True for an encoder with pretrained weights of its own, which a checkpoint may leave out
 
     def encode(self, inputs: Any) -> Tensor:

@@ -41,7 +41,7 @@ class CLIPTokenizer:
         self._rank = {pair: i for i, pair in enumerate(merges)}
         self._words = regex.compile(f"{regex.escape(BEGIN)}|{regex.escape(END)}|{_WORD}", regex.IGNORECASE)
         self._ids_of_word = functools.lru_cache(maxsize=65536)(self._merge_word)
-        self._cut = CutTexts()
+        self.tell_cut = CutTexts().tell
 
     def encode(self, text: str) -> list[int]:
         """The ids of a text of any length, without begin and end. A literal begin or end token in the text stands for itself."""
@@ -68,7 +68,7 @@ class CLIPTokenizer:
                 raise TypeError(f"a text to encode is a {type(text).__name__}: {text!r}")
             tokens = self.encode(text)
             if len(tokens) > max_length - 2:
-                self._cut.tell(text, max_length - 2, functools.partial(self.decode, tokens[max_length - 2 :]))
+                self.tell_cut(text, max_length - 2, functools.partial(self.decode, tokens[max_length - 2 :]))
                 tokens = tokens[: max_length - 2]
             row[: len(tokens) + 2] = torch.tensor([self.begin_id, *tokens, self.end_id])
         return ids

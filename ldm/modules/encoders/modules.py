@@ -176,7 +176,15 @@ class CaptionEmbedder(TransformerEmbedder):
 
     def forward(self, text: str | Sequence[str]) -> Tensor:
         """text: B texts -> (B, max_seq_len, n_embed)."""
-        return super().forward(clip_tokenizer()(text, self.max_seq_len))
+        return self.encode_tokens(clip_tokenizer()(text, self.max_seq_len))
+
+    def encode_tokens(self, tokens: Tensor) -> Tensor:
+        """tokens: (B, L) int64, begin, text, end and padding -> (B, L, n_embed)."""
+        return super().forward(tokens)
+
+    @property
+    def max_length(self) -> int:
+        return self.max_seq_len
 
     def unconditional_input(self, batch_size: int) -> list[str]:
         return [""] * batch_size
@@ -241,7 +249,11 @@ class FrozenCLIPEmbedder(PretrainedEncoder):
 
     def forward(self, text: str | Sequence[str]) -> Tensor:
         """text: B texts -> (B, max_length, D)."""
-        return self.transformer(clip_tokenizer()(text, self.max_length).to(self.device))
+        return self.encode_tokens(clip_tokenizer()(text, self.max_length))
+
+    def encode_tokens(self, tokens: Tensor) -> Tensor:
+        """tokens: (B, L) int64, begin, text, end and padding -> (B, L, D)."""
+        return self.transformer(tokens.to(self.device))
 
     def unconditional_input(self, batch_size: int) -> list[str]:
         return [""] * batch_size

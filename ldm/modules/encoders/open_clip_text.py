@@ -99,6 +99,8 @@ class FrozenOpenCLIPEmbedder(PretrainedEncoder):
     `version` as a local file or folder, or from the hub.
     """
 
+    pad_id = PAD_ID
+
     def __init__(
         self,
         arch: str = "ViT-H-14",

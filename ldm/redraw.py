@@ -1,0 +1,111 @@
+"""A picture drawn again: the command line that its metadata stands for, and whether the files are still those it was drawn with."""
+
+from __future__ import annotations
+
+import logging
+from argparse import Namespace
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ldm.commandline import Parser
+
+logger = logging.getLogger(__name__)
+
+# What the metadata calls it -> the flag's name among the parsed arguments.
+FLAGS = {"steps": "ddim_steps", "eta": "ddim_eta", "channels": "C", "factor": "f", "height": "H", "width": "W"}
+FLAGS |= {name: name for name in ("negative_prompt", "sampler", "spacing", "scale", "guidance_rescale", "dynamic_threshold")}
+FLAGS |= {name: name for name in ("seed", "seed_mode", "n_samples", "n_iter", "fixed_code", "tiled", "emphasis", "long_prompts", "chunks")}
+FLAGS |= {name: name for name in ("strength", "init_img", "config", "ckpt", "use_ema", "device")}
+FLAGS["precision_used"] = "precision"  # `auto` may be another here
+BELONGS_TO = {  # a flag on the command line -> what is then not taken from the metadata
+    "sampler": ("eta", "spacing"),
+    "plms": ("sampler", "eta", "spacing"),
+    "dpm_solver": ("sampler", "eta", "spacing"),
+    "config": ("channels", "factor"),
+    "laion400m": ("config", "ckpt", "channels", "factor"),
+}
+WHOLE_RUN = ("n_samples", "n_iter", "from_file")  # flags that ask for more than the one picture
+
+
+class Recorded(NamedTuple):
+    """A picture's metadata, and the names of the flags that replace it."""
+
+    path: str
+    info: Mapping[str, Any]
+    typed: frozenset[str]
+
+    @property
+    def only(self) -> int | None:
+        """The place of the picture in its run; None where the whole run is drawn: for a grid, and for flags of WHOLE_RUN."""
+        return None if self.typed & set(WHOLE_RUN) else self.info.get("image_index")
+
+    def prompts(self, prompt: str) -> str | list[str]:
+        """Prompts that make batches of the sizes that the run had. Those of other pictures are not known and do not matter."""
+        if self.typed & {*WHOLE_RUN, "prompt"} and self.only is None:
+            return prompt
+        count = self.info.get("n_prompts", 1)
+        if count == 1 and self.info.get("batch_size") == self.info.get("n_samples"):
+            return prompt
+        return list(self.info["prompts"][:count]) if self.only is None and "prompts" in self.info else [prompt] * count
+
+
+def add_redraw_flag(parser: Parser) -> None:
+    text = "draw the picture in this PNG again, by its metadata; other flags replace what is written there, --n_samples, --n_iter and "
+    text += "--from-file draw a whole run with its settings"
+    parser.add_argument("--from-metadata", metavar="PNG", help=text)
+
+
+def parse(make_parser: Callable[[], Parser], argv: Sequence[str], task: str) -> Namespace:
+    """The command line; with --from-metadata the picture's settings in place of defaults, and `recorded` says what is known of it."""
+    parser = make_parser()
+    opt = parser.parse_args(argv)
+    opt.recorded = None
+    if not opt.from_metadata:
+        return opt
+    from ldm.pictures import read_info
+
+    info, typed = read_info(opt.from_metadata), frozenset(parser.typed(argv))
+    if info.get("task") != task:
+        raise ValueError(f"--from-metadata {opt.from_metadata}: this picture was drawn by {info.get('task')}, not by {task}")
+    skipped = {name for flag in typed for name in BELONGS_TO.get(flag, ())}
+    for name, flag in FLAGS.items():
+        if name in info and name not in skipped and flag not in typed and (hasattr(opt, flag) or name == "chunks"):
+            setattr(opt, flag, info[name])
+    if "prompt" not in typed:
+        opt.prompt = info.get("prompt", (info.get("prompts") or [""])[0])
+    opt.recorded = Recorded(opt.from_metadata, info, typed)
+    if opt.recorded.only is not None and not opt.skip_save:
+        opt.skip_grid = True                                                # of one picture
+    if not getattr(opt, "long_prompts", False):
+        opt.chunks = None
+    return opt
+
+
+def check_unchanged(opt: Namespace, config: Path, ckpt: Path) -> None:
+    """The files that a picture is drawn again with are those that it was drawn with.
+
+    ValueError for one that has changed; a warning, where the command line names it. A device that is not here is replaced, with a warning.
+    """
+    if opt.recorded is None:
+        return
+    from ldm.inference import choose_device, fingerprint
+
+    info, typed = opt.recorded.info, opt.recorded.typed
+    image = Path(getattr(opt, "init_img", None) or "")
+    files = {"config": ("--config", config), "ckpt": ("--ckpt", ckpt), "init_img": ("--init-img", image)}
+    for name, (flag, path) in files.items():
+        before = info.get(f"{name}_fingerprint")
+        if before is None or not path.is_file() or (now := fingerprint(path)) == before:
+            continue
+        told = f"{flag} {path}: not the file that {opt.recorded.path} was drawn with (fingerprint {now}, then {before})"
+        if name not in typed:
+            raise ValueError(f"{told}; give {flag} with that file, or with this one to draw with it all the same")
+        logger.warning("%s: the picture will be another", told)
+    if "device" not in typed:
+        try:
+            choose_device(opt.device)
+        except ValueError:
+            noise = "" if opt.seed_mode == "image" else ", whose noise is another"
+            logger.warning("%s was drawn on %s, which is not here; drawing on what is%s", opt.recorded.path, opt.device, noise)
+            opt.device = "auto"

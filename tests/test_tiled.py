@@ -1,0 +1,63 @@
+"""`--tiled`: the first stage sees no more than a tile, the network sees the whole, and the picture stays what it is within a tolerance."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from ldm.inference import Pipeline, image_to_image, load_model, text_to_image
+from ldm.settings import Settings
+from ldm.task_settings import ImageSettings
+from tests.tiny import save_text_model
+
+WIDE = {"height": 64, "width": 96, "steps": 2, "n_samples": 1, "n_iter": 1, "scale": 2.0}
+
+
+@pytest.fixture(scope="module")
+def pipeline(tmp_path_factory) -> Pipeline:
+    saved = save_text_model(tmp_path_factory.mktemp("tiny"))
+    return load_model(saved.config, saved.ckpt, device="cpu", precision="full")
+
+
+def draw(pipeline: Pipeline, **changes) -> np.ndarray:
+    (picture,) = text_to_image(pipeline, "a cat", Settings(**{**WIDE, **changes}), progress=False)
+    assert picture.info["tiled"] == changes.get("tiled", 0)
+    return np.asarray(picture.image)
+
+
+def from_image(pipeline: Pipeline, image: Image.Image, **changes) -> np.ndarray:
+    (picture,) = image_to_image(pipeline, image, "a cat", ImageSettings(**{**WIDE, **changes}), progress=False)
+    return np.asarray(picture.image)
+
+
+def watch(monkeypatch, model, name: str) -> set:
+    """The heights and widths that a method of the model is called with from now on."""
+    seen, inner = set(), getattr(model, name)
+    monkeypatch.setattr(model, name, lambda x, *rest, **more: seen.add(tuple(x.shape[-2:])) or inner(x, *rest, **more))
+    return seen
+
+
+def test_the_first_stage_sees_a_tile_and_the_network_the_whole(pipeline, monkeypatch):
+    names = ("decode_first_stage", "encode_first_stage", "apply_model")
+    decoded, encoded, denoised = (watch(monkeypatch, pipeline.model, name) for name in names)
+    assert draw(pipeline, tiled=32).shape == (64, 96, 3)
+    assert decoded == {(8, 8)} and denoised == {(16, 24)} and not encoded
+    assert from_image(pipeline, Image.new("RGB", (96, 64), "red"), tiled=32).shape == (64, 96, 3)
+    assert encoded == {(32, 32)} and decoded == {(8, 8)} and denoised == {(16, 24)}
+
+
+@pytest.mark.parametrize("tiled", [96, 128])
+def test_a_tile_that_holds_it_all_changes_nothing(pipeline, tiled):
+    assert np.array_equal(draw(pipeline, tiled=tiled), draw(pipeline))
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 96, 3), dtype=np.uint8))
+    assert np.array_equal(from_image(pipeline, image, tiled=tiled), from_image(pipeline, image))
+
+
+@pytest.mark.parametrize("height, width", [(8, 8), (72, 8), (40, 104)])
+def test_any_size_that_the_network_takes_is_decoded(pipeline, height, width):
+    assert draw(pipeline, height=height, width=width, tiled=16).shape == (height, width, 3)
+
+
+@pytest.mark.parametrize("side", [4, 12, 18, -16])
+def test_tiles_that_are_too_small_or_cut_cells_are_refused(pipeline, side):
+    with pytest.raises(ValueError, match=f"--tiled {side}: choose a multiple of 4 pixels from 16 on; 512 is usual"):
+        draw(pipeline, tiled=side)
