@@ -1,4 +1,4 @@
-"""The only reader of weights: .ckpt (zip and legacy), .safetensors, bare state_dicts, Lightning checkpoints; as data that never runs.
+"""The only reader of weights: .ckpt (zip, legacy, Lightning's), .safetensors, shards, diffusers folders; as data that never runs.
 
 `read_weights` gives tensors under the published names, `load_weights` puts them into a module and reports, `read_checkpoint` gives a
 whole Lightning checkpoint. Writing lives in `ldm.checkpoint_io`; its public names can be imported from here, and Lightning comes only then.
@@ -20,6 +20,7 @@ from ldm.checkpoint_formats import (
     check_archive,
     existing_file,
     load_pickle,
+    read_shards,
     read_tensors,
     some,
     verify_checkpoint,
@@ -44,20 +45,36 @@ log = logging.getLogger(__name__)
 # ---------------------------------------------------------------------------------------------------------------- reading
 
 
-def read_weights(path: str | os.PathLike, use_ema: bool = False) -> dict[str, Tensor]:
+def read_weights(path: str | os.PathLike, use_ema: bool = False, wanted: Iterable[str] = ()) -> dict[str, Tensor]:
     """The tensors of a weights file under their published names, on the CPU and memory-mapped where the format allows.
 
-    path: .ckpt or .safetensors (told apart by their content): a bare state_dict, or a checkpoint with a `state_dict` inside.
+    path: .ckpt or .safetensors (told apart by their content): a bare state_dict, or a checkpoint with a `state_dict` inside; an index of
+        shards (`*.index.json`); or a diffusers folder: a pipeline's, or that of one UNet or first stage.
     use_ema: give the moving averages in the place of the trained weights; a file without averages is taken as it is, with a warning.
+    wanted: names of the model that the weights are for, without which the averages of a file of averages alone have no names.
     """
-    path = existing_file(path)
-    weights = published_names(read_tensors(path))
+    path = Path(path)
+    weights = published_names(_read_any(path))
     if not use_ema:
         return weights
-    weights, taken = use_ema_weights(weights)
-    if not taken:
+    chosen, taken = use_ema_weights(weights, wanted)
+    if not chosen:
+        raise CheckpointError(f"{path}: holds averaged weights alone, and none of them is a weight of this model")
+    if not taken and not path.is_dir():                                     # a folder has one set of weights
         log.warning("%s: EMA weights were asked for and the file holds none beside its weights, which are used as they are", path)
-    return weights
+    return chosen
+
+
+def _read_any(path: Path) -> dict[str, Tensor]:
+    if path.is_dir():
+        from ldm.interchange.reader import read_folder
+        from ldm.interchange.rules import InterchangeError
+
+        try:
+            return read_folder(path)
+        except InterchangeError as error:
+            raise CheckpointError(str(error)) from error
+    return read_shards(path) if path.name.endswith(".index.json") else read_tensors(existing_file(path))
 
 
 def read_checkpoint(path: str | os.PathLike, map_location: Any = "cpu", verify: bool = True) -> dict[str, Any]:
@@ -73,6 +90,8 @@ def read_checkpoint(path: str | os.PathLike, map_location: Any = "cpu", verify: 
 
 def read_step(path: str | os.PathLike) -> int | None:
     """The optimizer step at which a Lightning checkpoint was written; None for a file that holds weights alone."""
+    if Path(path).is_dir():
+        return None
     path = existing_file(path)
     with open(path, "rb") as file:
         zipped = file.read(2) == b"PK"
@@ -127,7 +146,7 @@ def load_weights(
     state = module.state_dict()
     own_name = {name: own for own in state if (name := published_name(own)) and name.startswith(only or "") and not name.startswith(skip)}
     wanted = {name: state[own] for name, own in own_name.items()}
-    weights = read_weights(path, use_ema)
+    weights = read_weights(path, use_ema, wanted)
     if only and not any(name.startswith(only) for name in weights):
         weights = {only + name: tensor for name, tensor in weights.items()}
     weights = {name: tensor for name, tensor in weights.items() if not name.startswith(skip) and name.startswith(only or "")}
@@ -136,6 +155,8 @@ def load_weights(
         del weights[name], wanted[name], own_name[name]
 
     found = {name: tensor for name, tensor in weights.items() if name in wanted}
+    if weights and all(name.startswith(EMA) for name in weights) and not all(name.startswith(EMA) for name in wanted):
+        raise CheckpointError(f"{path}: holds averaged weights alone (model_ema.*): ask for them, with --use_ema or use_ema=True")
     if not found:
         raise CheckpointError(
             f"{path}: no weight fits {type(module).__name__}: the file has {some(weights)}, the model {some(wanted)}; "

@@ -105,6 +105,27 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     return weights
 
 
+def read_shards(index: Path) -> dict[str, Tensor]:
+    """Every tensor of a sharded file, given its index (`*.index.json`): the names, and which file beside it holds each."""
+    import json
+
+    try:
+        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        if not all(isinstance(name, str) and isinstance(file, str) for name, file in weight_map.items()):
+            raise TypeError("names and files must be text")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"{index}: no index of shards ({type(error).__name__}: {error})") from error
+    shards = {}
+    for file in dict.fromkeys(weight_map.values()):
+        if Path(file).name != file or file in ("", ".", ".."):
+            raise CheckpointError(f"{index}: names the shard {file!r}: shards lie beside their index")
+        shards[file] = read_tensors(existing_file(index.with_name(file)))
+    absent = [name for name, file in weight_map.items() if name not in shards[file]]
+    if absent:
+        raise CheckpointError(f"{index}: its shards lack {len(absent)} of {len(weight_map)} tensors ({some(absent)})")
+    return {name: shards[file][name] for name, file in weight_map.items()}
+
+
 def _is_safetensors(start: bytes, size: int) -> bool:
     return len(start) > 8 and start[8:9] == b"{" and int.from_bytes(start[:8], "little") <= size - 8
 

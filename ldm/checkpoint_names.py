@@ -1,7 +1,7 @@
 """The one visible table of how names in weight files differ from the published names, and the rules that put them right."""
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
 from torch import Tensor
@@ -74,18 +74,21 @@ def ema_name(name: str, has: Callable[[str], bool]) -> str | None:
     return None
 
 
-def use_ema_weights(weights: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], int]:
-    """-> (`weights` with every averaged parameter in the place of the trained one and no `model_ema.*`, how many were taken)."""
+def use_ema_weights(weights: Mapping[str, Tensor], wanted: Iterable[str] = ()) -> tuple[dict[str, Tensor], int]:
+    """-> (`weights` with every averaged parameter in the place of the trained one and no `model_ema.*`, how many were taken).
+
+    wanted: names of the model that the weights are for: averages of parameters that a file lacks (one of averages alone) are found by them.
+    """
     taken = 0
     chosen: dict[str, Tensor] = {}
-    for name, tensor in weights.items():
+    for name in (*weights, *(name for name in wanted if name not in weights)):
         if name.startswith(EMA):
             continue
-        average = ema_name(name, weights.__contains__)
-        if average is not None and weights[average].shape == tensor.shape:
+        trained, average = weights.get(name), ema_name(name, weights.__contains__)
+        if average is not None and (trained is None or weights[average].shape == trained.shape):
             chosen[name], taken = weights[average], taken + 1
-        else:
-            chosen[name] = tensor
+        elif trained is not None:
+            chosen[name] = trained
     return chosen, taken
 
 

@@ -86,7 +86,7 @@ def add_model_flags(parser: Parser, config: str | None, ckpt: str | None, fill_i
     if config is not None:
         default = {} if fill_in else {"config": None, "ckpt": None}
         add("--config", default=default.get("config", config), metavar="YAML", help=f"the model's config (default: {config})")
-        text = f"the model's weights, .ckpt or .safetensors (default: {ckpt})"
+        text = f"the model's weights, .ckpt, .safetensors or a diffusers folder (default: {ckpt})"
         add("--ckpt", default=default.get("ckpt", ckpt), metavar="FILE", help=text)
     text = "draw with the averaged weights of a file, or with the trained ones (default: as the config says)"
     add("--use_ema", action=BooleanOptionalAction, help=text)
@@ -131,7 +131,7 @@ def check_ready(opt: Namespace, ckpt: Path, where: Mapping[str, str] = WHERE) ->
     """
     if getattr(opt, "n_rows", 0) < 0:
         raise ValueError(f"--n_rows {opt.n_rows}: choose 1 or more, or 0 for n_samples")
-    if not ckpt.is_file():
+    if not ckpt.exists():                                                   # a folder: diffusers' layout
         hint = where.get(getattr(opt, "ckpt", ""), "a run of your own has it in <run folder>/checkpoints/last.ckpt")
         raise FileNotFoundError(f"checkpoint {ckpt}: no such file; {hint}, or give --ckpt FILE with its --config")
     from ldm.inference import choose_device

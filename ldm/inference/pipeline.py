@@ -123,6 +123,10 @@ def load_model(
     use_ema = facts.use_ema if use_ema is None else use_ema
     where = choose_device(device)
     numbers = choose_numbers(precision, where)
+    if Path(ckpt).is_dir():
+        from ldm.interchange.reader import check_is_of
+
+        check_is_of(Path(ckpt), config)
 
     names = set(read_weights(ckpt))                                         # the names alone: memory should not hold the weights twice
     config = for_inference(config, names)
@@ -186,11 +190,12 @@ def weights_on_meta() -> Iterator[None]:
 def identify(ckpt: str | Path, config: str | Path | None = None) -> dict[str, Any]:
     """What tells this model from another: version, files, the size of the weights, fingerprints of both."""
     from ldm import __version__
+    from ldm.interchange.files import files_of
 
     return {
         "version": __version__,
         "ckpt": in_checkout(ckpt),
-        "ckpt_bytes": Path(ckpt).stat().st_size,
+        "ckpt_bytes": sum(file.stat().st_size for file in files_of(Path(ckpt))),
         "ckpt_fingerprint": fingerprint(ckpt),
         "config": None if config is None else in_checkout(config),
         "config_fingerprint": None if config is None else fingerprint(config),
@@ -198,12 +203,21 @@ def identify(ckpt: str | Path, config: str | Path | None = None) -> dict[str, An
 
 
 def fingerprint(path: str | Path, pieces: int = 64, piece: int = 16384) -> str:
-    """16 hex digits of the SHA-256 of 64 pieces that are spread over a file, all of it where it is small: no second for 4 GB."""
+    """16 hex digits of the SHA-256 of 64 pieces that are spread over a file, all of it where it is small: no second for 4 GB.
+
+    Of a diffusers folder: the pieces of each of its files, and their names.
+    """
     import hashlib
 
-    size, digest = Path(path).stat().st_size, hashlib.sha256()
-    with Path(path).open("rb") as file:
-        for k in range(pieces):
-            file.seek(k * max(0, size - piece) // (pieces - 1))
-            digest.update(file.read(piece))
+    from ldm.interchange.files import files_of
+
+    digest = hashlib.sha256()
+    for name in files_of(Path(path)):
+        if name != Path(path):
+            digest.update(name.relative_to(path).as_posix().encode())
+        size = name.stat().st_size
+        with name.open("rb") as file:
+            for k in range(pieces):
+                file.seek(k * max(0, size - piece) // (pieces - 1))
+                digest.update(file.read(piece))
     return digest.hexdigest()[:16]

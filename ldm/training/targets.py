@@ -34,10 +34,10 @@ def check_targets(config: dict[str, Any]) -> None:
 
 
 def check_weights(config: dict[str, Any]) -> None:
-    """Raises ConfigError for a `ckpt_path` of one of our classes that names no file, saying where the file comes from."""
+    """Raises ConfigError for a `ckpt_path` of one of our classes that names nothing, saying where the file comes from."""
     for path, target, params, _ in _nodes(config.get("model"), "model"):
         file = params.get("ckpt_path")
-        if isinstance(file, str) and resolve_alias(target).startswith("ldm.") and not Path(file).is_file():
+        if isinstance(file, str) and resolve_alias(target).startswith("ldm.") and not Path(file).exists():
             place = f"{path}.params.ckpt_path"
             raise ConfigError(f"{place}: there is no file {file}; {_source(file)}, or name another with {place}=FILE")
 

@@ -43,6 +43,11 @@ class CLIPTokenizer:
         self._ids_of_word = functools.lru_cache(maxsize=65536)(self._merge_word)
         self.tell_cut = CutTexts().tell
 
+    @property
+    def merges(self) -> list[tuple[str, str]]:
+        """The pairs of symbols that training joined, in its order."""
+        return list(self._rank)
+
     def encode(self, text: str) -> list[int]:
         """The ids of a text of any length, without begin and end. A literal begin or end token in the text stands for itself."""
         return [i for word in self._words.findall(clean(text)) for i in self._ids_of_word(word)]
