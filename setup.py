@@ -8,7 +8,7 @@ EXTRAS = {
     "quickstart": ["scikit-learn>=1.5", "tensorboard>=2.17"],
     "logging": ["tensorboard>=2.17"],
     "retrieval": ["faiss-cpu>=1.9"],
-    "test": ["pytest>=8.0", "ruff>=0.6", "scikit-learn>=1.5", "tensorboard>=2.17", "faiss-cpu>=1.9"],
+    "test": ["pytest>=8.0", "ruff>=0.6", "scikit-learn>=1.5", "tensorboard>=2.17", "faiss-cpu>=1.9", "diffusers>=0.36"],
 }
 
 setup(

@@ -31,7 +31,8 @@ def component_layouts(folder: Path, text_kind: str | None = None) -> dict[str, L
     """The layout of each component that the folder holds, by its subfolder; "" for a folder that is one component."""
     if not is_diffusers_folder(folder):
         raise InterchangeError(
-            f"{folder}: neither a weights file nor a diffusers folder (with unet/config.json, or the config.json of a UNet or first stage)"
+            f"{folder}: a folder, and no model in diffusers' layout: it has neither unet/config.json nor the config.json of a UNet or "
+            f"first stage"
         )
     if not (folder / "unet" / "config.json").is_file():
         config = read_json(folder / "config.json")

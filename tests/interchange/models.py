@@ -33,7 +33,9 @@ VQ = {
 
 
 def unet(**changes: Any) -> dict[str, Any]:
-    return {"target": UNET["target"], "params": {**UNET["params"], **changes}}
+    """The tiny UNet with other parameters; those that are None are left out."""
+    params = {**UNET["params"], **changes}
+    return {"target": UNET["target"], "params": {name: value for name, value in params.items() if value is not None}}
 
 
 _SD = {
@@ -44,8 +46,9 @@ _SD = {
     "use_ema": False,
     "cond_stage_trainable": False,
 }
-_PLAIN = {"use_spatial_transformer": False, "context_dim": None, "legacy": True, "num_heads": -1, "num_head_channels": 16}
-_V2 = {"context_dim": 32, "use_linear_in_transformer": True, "num_heads": -1, "num_head_channels": 8, "channel_mult": [1, 2]}
+_PLAIN = {"use_spatial_transformer": False, "context_dim": None, "legacy": True, "num_heads": None, "num_head_channels": 16}
+_V2 = {"context_dim": 32, "use_linear_in_transformer": True, "num_heads": None, "num_head_channels": 8, "channel_mult": [1, 2]}
+_V2 |= {"attention_resolutions": [1, 2]}
 
 MODELS: dict[str, dict[str, Any]] = {
     "sd1": {**_SD, "cond_stage_config": CLIP, "unet_config": unet(context_dim=32, channel_mult=[1, 2])},

@@ -13,7 +13,7 @@ from ldm.interchange.rules import Form, InterchangeError, Rule
 from ldm.settings import read_config
 from ldm.util import instantiate_from_config
 from tests.interchange.models import MODELS, save
-from tests.tiny import SavedModel
+from tests.tiny import SavedModel, text_model_config
 
 ROOT = Path(__file__).parents[2]
 
@@ -148,6 +148,5 @@ def test_queries_keys_and_values_are_split_by_head_and_joined_again(heads, kerne
 
 
 def test_every_kind_of_model_is_covered():
-    assert {plan_of({"model": {"params": params}}).pipeline for kind, params in MODELS.items()} == {
-        *("StableDiffusionPipeline", "StableDiffusionInpaintPipeline", "LDMPipeline", None),
-    }
+    pipelines = {plan_of(text_model_config(**params)).pipeline for params in MODELS.values()}
+    assert pipelines == {"StableDiffusionPipeline", "StableDiffusionInpaintPipeline", "LDMPipeline", None}
