@@ -8,8 +8,10 @@ EXTRAS = {
     "quickstart": ["scikit-learn>=1.5", "tensorboard>=2.17"],
     "logging": ["tensorboard>=2.17"],
     "retrieval": ["faiss-cpu>=1.9"],
-    "test": ["pytest>=8.0", "ruff>=0.6", "scikit-learn>=1.5", "tensorboard>=2.17", "faiss-cpu>=1.9", "diffusers>=0.36"],
+    "depth": ["transformers>=5.0"],
+    "safety": ["diffusers>=0.36", "transformers>=5.0"],
 }
+EXTRAS["test"] = ["pytest>=8.0", "ruff>=0.6", *EXTRAS["quickstart"], *EXTRAS["retrieval"], *EXTRAS["safety"]]
 
 setup(
     name="latent-diffusion",
@@ -24,7 +26,6 @@ setup(
         "torch>=2.10",
         "pytorch-lightning>=2.6.6",
         "omegaconf>=2.3",
-        "transformers>=5.0",
         "einops>=0.8",
         "pillow>=11.0",
         "numpy>=2.0",

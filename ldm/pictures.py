@@ -1,25 +1,22 @@
-"""The one way out of every sampling script: watermark, settings in the PNG's metadata, a file that replaces no other."""
+"""The one way out of every script that draws: safety check, watermark, settings in the PNG's metadata, a file that replaces no other."""
 
 from __future__ import annotations
 
 import io
 import itertools
 import json
-import logging
 import re
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-logger = logging.getLogger(__name__)
+from ldm.watermark import Watermark
 
 METADATA_KEY = "ldm"  # keyword of the PNG's text chunk; its text is one JSON object
-WATERMARK = b"StableDiffusionV1"  # 17 bytes = 136 bits
-WATERMARK_MIN_PIXELS = 256 * 256  # the package refuses less
 
 
 class Picture(NamedTuple):
@@ -28,60 +25,12 @@ class Picture(NamedTuple):
     image: Image.Image
     info: dict[str, Any]
     drawn: Image.Image | None = None  # mode 1: where the pixels were drawn; the others are a person's own and are never marked
+    checked: bool = False  # its metadata tells what the safety checker said of it, or that it was not asked
 
 
-class Watermark:
-    """The published invisible mark, `content` in the wavelet coefficients of the blue chroma (method dwtDct of invisible-watermark).
+Check = Callable[[Picture], Picture]
+"""A drawn picture -> a checked one (ldm.safety)."""
 
-    It is a hint, not a proof: of photographs only a part of the bits can be read back, and JPEG may erase all of them.
-    """
-
-    method = "dwtDct"
-
-    def __init__(self, content: bytes = WATERMARK) -> None:
-        self.content = content
-        self._told: set[str] = set()
-
-    def __str__(self) -> str:
-        return f"{self.content.decode()}, {self.method}, {8 * len(self.content)} bits"
-
-    def __call__(self, image: Image.Image) -> tuple[Image.Image, bool]:
-        """(picture, whether it is marked): unmarked, with one notice, where it is too small or the package is missing."""
-        if image.width * image.height < WATERMARK_MIN_PIXELS:
-            return image, self._skip("no watermark on pictures under 256x256 pixels")
-        try:
-            return self._mark(image), True
-        except ImportError as error:
-            return image, self._skip(f"no watermark ({error}): pip install invisible-watermark brings it")
-
-    def read(self, image: Image.Image) -> bytes:
-        """As many bytes as the mark has, read out of a picture; noise where there is none. ValueError where it is too small for one."""
-        if image.width * image.height < WATERMARK_MIN_PIXELS:
-            raise ValueError(f"{image.width}x{image.height} pixels hold no watermark: it needs 256x256 or more")
-        import numpy as np
-        from imwatermark import WatermarkDecoder
-
-        bgr = np.ascontiguousarray(np.asarray(image.convert("RGB"))[:, :, ::-1])
-        return WatermarkDecoder("bytes", 8 * len(self.content)).decode(bgr, self.method)
-
-    def agreement(self, read: bytes) -> int:
-        """How many bits of `read` are the mark's; about half of them by chance."""
-        return sum(8 - (a ^ b).bit_count() for a, b in zip(read, self.content, strict=True))
-
-    def _mark(self, image: Image.Image) -> Image.Image:
-        import numpy as np
-        from imwatermark import WatermarkEncoder
-
-        encoder = WatermarkEncoder()
-        encoder.set_watermark("bytes", self.content)
-        bgr = np.ascontiguousarray(np.asarray(image.convert("RGB"))[:, :, ::-1])
-        return Image.fromarray(np.ascontiguousarray(encoder.encode(bgr, self.method)[:, :, ::-1]))
-
-    def _skip(self, notice: str) -> bool:
-        if notice not in self._told:
-            self._told.add(notice)
-            logger.info(notice)
-        return False
 
 
 class PictureFolder:
@@ -156,45 +105,61 @@ def read_info(path: str | Path) -> dict[str, Any]:
 
 
 class Output:
-    """Where every script's pictures leave the program: marked, described, written.
+    """Where every script's pictures leave the program: checked, marked, described, written.
 
-    samples: names of the numbered samples, as seen from the folder.
+    safety: None: nothing is checked, and the metadata say so. samples: names of the numbered samples, as seen from the folder.
     """
 
-    def __init__(self, folder: str | Path, watermark: Watermark | None = None, samples: str = "samples/{:05}.png") -> None:
-        self.folder, self.watermark = Path(folder), watermark
+    def __init__(
+        self, folder: str | Path, watermark: Watermark | None = None, safety: Check | None = None, samples: str = "samples/{:05}.png"
+    ) -> None:
+        self.folder, self.watermark, self.safety = Path(folder), watermark, safety
         names = self.folder / samples
         self.samples = PictureFolder(names.parent, names.name)
         self.grids = PictureFolder(folder, "grid-{:04}.png")
 
+    def checked(self, picture: Picture) -> Picture:
+        """The picture as it may be shown, for grids and arrays that are made of it; saving does the same to what is not checked yet."""
+        return checked(picture, self.safety)
+
     def save_sample(self, picture: Picture) -> Path:
-        return self.samples.save(marked(picture, self.watermark))
+        return self.samples.save(marked(self.checked(picture), self.watermark))
 
     def save_grid(self, picture: Picture) -> Path:
-        return self.grids.save(marked(picture, self.watermark))
+        return self.grids.save(marked(self.checked(picture), self.watermark))
 
 
 class NamedOutput:
     """The way out of scripts that change pictures: each result has the name of its original, `x.png`, or `x-1.png` where that is taken."""
 
-    def __init__(self, folder: str | Path, watermark: Watermark | None = None) -> None:
-        self.folder, self.watermark = Path(folder), watermark
+    def __init__(self, folder: str | Path, watermark: Watermark | None = None, safety: Check | None = None) -> None:
+        self.folder, self.watermark, self.safety = Path(folder), watermark, safety
         make_folder(self.folder)
 
     def save(self, picture: Picture, stem: str) -> Path:
         if Path(stem).name != stem:
             raise ValueError(f"{stem!r}: expected the name of a picture without folders")
         names = itertools.chain([f"{stem}.png"], (f"{stem}-{k}.png" for k in itertools.count(1)))
-        return write_new((self.folder / name for name in names), marked(picture, self.watermark))
+        return write_new((self.folder / name for name in names), marked(checked(picture, self.safety), self.watermark))
+
+
+def checked(picture: Picture, safety: Check | None) -> Picture:
+    """The picture after the safety check, once; without one, with a word about that in its metadata."""
+    if picture.checked:
+        return picture
+    if safety is None:
+        return picture._replace(info={**picture.info, "safety": "off", "flagged": None}, checked=True)
+    return safety(picture)
 
 
 def marked(picture: Picture, watermark: Watermark | None) -> Picture:
-    """The picture with the mark in it where it can hold one, and with a word about it in its metadata."""
-    image, done = watermark(picture.image) if watermark is not None else (picture.image, False)
+    """The picture with the mark in it where it can hold one and anything is drawn, and with a word about it in its metadata."""
+    drawn = picture.drawn is None or picture.drawn.getbbox() is not None
+    image, done = watermark(picture.image) if watermark is not None and drawn else (picture.image, False)
     text = str(watermark) if done else None
     if done and picture.drawn is not None:
         image, text = Image.composite(image, picture.image, picture.drawn), f"{text}, in the drawn pixels alone"
-    return Picture(image, {**picture.info, "watermark": text})
+    return picture._replace(image=image, info={**picture.info, "watermark": text})
 
 
 class SampleArray:

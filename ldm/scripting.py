@@ -6,13 +6,16 @@ import argparse
 import time
 from argparse import BooleanOptionalAction, Namespace
 from collections.abc import Iterable, Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from ldm.commandline import Parser, find_file
 from ldm.models.diffusion.samplers import SAMPLERS
 from ldm.pictures import Output, Picture
-from ldm.settings import PRECISIONS, SEED_MODES, TILE, read_prompts
+from ldm.safety import Safety, SafetySettings
+from ldm.settings import PRECISIONS, SAFETY_MODES, SEED_MODES, TILE, ModelFacts, read_prompts
+from ldm.watermark import METHODS, Watermark
 
 STABLE_DIFFUSION = {
     "config": "configs/stable-diffusion/v1-inference.yaml",
@@ -96,8 +99,31 @@ def add_model_flags(parser: Parser, config: str | None, ckpt: str | None, fill_i
     )
     add("--precision", choices=PRECISIONS, default="auto", help=text)
     add("--device", default="auto", metavar="NAME", help="auto, cpu, cuda, cuda:1 or mps")
+    add_output_flags(parser)
     add("--allow-targets", action="append", default=[], metavar="PACKAGE", help="let the config name classes of this package too")
     add("--debug", action="store_true", help="show the traceback of an error")
+
+
+def add_output_flags(parser: Parser) -> None:
+    """The flags of the way out of every script that draws: the safety check and the watermark."""
+    add = parser.add_argument
+    text = "of what the safety checker flags, write a black picture (on) or say so (report); off: no check (default: the config's)"
+    add("--safety", choices=SAFETY_MODES, help=text)
+    text = "the safety checker, config.json and its weights (default: models/safety_checker where it is there, else the hub's)"
+    add("--safety_checker", metavar="FOLDER", help=text)
+    add("--watermark", choices=(*METHODS, "off"), help=f"invisible mark in pictures of 256x256 pixels and more (default: {METHODS[0]})")
+
+
+def safety_of(opt: Namespace, facts: ModelFacts) -> Safety:
+    """The safety check that the flags and the config ask for, ready; an error in one line where it cannot run."""
+    return Safety(SafetySettings(opt.safety, opt.safety_checker).checked(facts)).ready()
+
+
+def watermark_of(opt: Namespace) -> Watermark | None:
+    """The mark that the flag names, None for off."""
+    if opt.watermark is not None and opt.watermark != "off" and find_spec("imwatermark") is None:
+        raise ImportError(f"--watermark {opt.watermark}: pip install invisible-watermark brings what it needs")
+    return None if opt.watermark == "off" else Watermark(opt.watermark or METHODS[0])
 
 
 def prompt_settings(opt: Namespace) -> dict[str, Any]:
@@ -146,7 +172,7 @@ def check_ready(opt: Namespace, ckpt: Path, where: Mapping[str, str] = WHERE) ->
 def write_prompt_pictures(drawn: Iterable[Picture], output: Output, opt: Namespace) -> None:
     """Write samples as they come, then their grid, and report."""
     start, files, pictures, count = time.perf_counter(), [], [], 0
-    for picture in drawn:
+    for picture in map(output.checked, drawn):
         count += 1
         if not opt.skip_save:
             files.append(output.save_sample(picture))
@@ -173,4 +199,6 @@ def grid_of(pictures: list[Picture], columns: int, captions: bool) -> Picture:
     images, prompts = [picture.image for picture in pictures], [picture.info["prompt"] for picture in pictures]
     image = grid(images, prompts, columns, padding=12) if captions else grid(images, columns=columns, background="black")
     shared = {key: value for key, value in pictures[0].info.items() if all(picture.info[key] == value for picture in pictures)}
-    return Picture(image, {**shared, "prompts": prompts})
+    flagged = [picture.info.get("flagged") for picture in pictures]
+    info = {**shared, "prompts": prompts, "flagged": None if None in flagged else any(flagged)}
+    return Picture(image, info, checked=all(picture.checked for picture in pictures))

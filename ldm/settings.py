@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
 
 PRECISIONS = ("auto", "full", "autocast", "bf16", "fp16")
+SAFETY_MODES = ("on", "off", "report")  # what is done with pictures that the safety checker flags: ldm.safety
 MAX_SEED = 2**32 - 1
 SEED_MODES = ("batch", "image")
 TILE = 512  # usual side of a tile, in pixels
@@ -37,6 +38,7 @@ class ModelFacts:
     n_classes: int | None  # of a class-conditional model, "no class" included where it has one; else None
     null_class: int | None  # the class that means "no class", where the model was trained with one
     zero_terminal_snr: bool = False  # no signal is left at the last timestep
+    safety: str = "off"  # the default of --safety, one of SAFETY_MODES
 
     @property
     def condition_name(self) -> str:
@@ -50,7 +52,7 @@ class ModelFacts:
 
 
 def read_config(path: str | Path | Sequence[Path], overrides: Iterable[str] = ()) -> DictConfig:
-    """The section `model` of a YAML; ValueError or FileNotFoundError in one line where there is none or it cannot be read.
+    """The section `model` of a YAML and its word `safety`; ValueError or FileNotFoundError in one line where it cannot be read.
 
     Several files are merged left to right, and then the `overrides`, `model.params.key=value`, whose paths are checked.
     """
@@ -75,7 +77,8 @@ def read_config(path: str | Path | Sequence[Path], overrides: Iterable[str] = ()
             config = load_yaml(path)
         if not OmegaConf.is_dict(config) or not isinstance(config.get("model"), Mapping) or "target" not in config.model:
             raise ValueError(f"config {path}: has no section 'model' with a 'target'; is it the YAML that the model was trained with?")
-        return OmegaConf.create({"model": OmegaConf.to_container(config.model, resolve=True)})  # the data section may point anywhere
+        kept = {"model": OmegaConf.to_container(config.model, resolve=True)}  # the data section may point anywhere
+        return OmegaConf.create(kept | ({"safety": config.safety} if "safety" in config else {}))
     except (OmegaConfBaseException, OSError) as error:
         raise ValueError(f"config {path}: cannot be read: {error}") from error
 
@@ -109,7 +112,21 @@ def model_facts(config: Mapping[str, Any]) -> ModelFacts:
         n_classes=n_classes,
         null_class=null_class,
         zero_terminal_snr=bool(params.get("zero_terminal_snr", False)),
+        safety=default_safety(config),
     )
+
+
+def default_safety(config: Mapping[str, Any]) -> str:
+    """What a config says of the safety checker, `safety: on`; without a word, `on` for Stable Diffusion, which CLIP's text makes it."""
+    if "safety" in config:
+        word = config["safety"]
+        if isinstance(word, bool):                                          # which YAML takes on and off for
+            word = "on" if word else "off"
+        if word not in SAFETY_MODES:
+            raise ValueError(f"config: safety: {word}: choose one of {', '.join(SAFETY_MODES)}")
+        return word
+    target = value_at(config["model"], "params", "cond_stage_config", "target")
+    return "on" if str(target).rpartition(".")[2] in ("FrozenCLIPEmbedder", "FrozenOpenCLIPEmbedder") else "off"
 
 
 def value_at(node: Any, *keys: str) -> Any:

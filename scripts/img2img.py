@@ -11,7 +11,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout tha
 from ldm.commandline import Parser, find_file, run
 from ldm.inference import fingerprint, image_to_image, load_model
 from ldm.inference.prompt_weights import check_emphasis
-from ldm.pictures import Output, Watermark
+from ldm.pictures import Output
 from ldm.redraw import add_redraw_flag, check_unchanged, parse
 from ldm.scripting import (
     STABLE_DIFFUSION,
@@ -23,6 +23,8 @@ from ldm.scripting import (
     check_ready,
     prompt_settings,
     prompts_of,
+    safety_of,
+    watermark_of,
     write_prompt_pictures,
 )
 from ldm.settings import check_takes_text, model_facts, read_config
@@ -67,7 +69,7 @@ def main(argv: Sequence[str]) -> None:
         check_emphasis(prompts)
     check_unchanged(opt, config, ckpt)
     check_ready(opt, ckpt)
-    output = Output(opt.outdir, Watermark())
+    output = Output(opt.outdir, watermark_of(opt), safety_of(opt, facts))
 
     pipeline = load_model(config, ckpt, opt.device, opt.precision, opt.use_ema)
     pipeline.identity = {**pipeline.identity, "init_img": str(opt.init_img), "init_img_fingerprint": fingerprint(opt.init_img)}

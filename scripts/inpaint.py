@@ -11,8 +11,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout tha
 
 from ldm.commandline import Parser, find_file, run
 from ldm.inference import fill, load_model
-from ldm.pictures import NamedOutput, Watermark
-from ldm.scripting import add_model_flags, check_ready, released_weights, report
+from ldm.pictures import NamedOutput
+from ldm.scripting import add_model_flags, check_ready, released_weights, report, safety_of, watermark_of
 from ldm.settings import model_facts, read_config
 from ldm.task_settings import FillSettings, check_fills_masks, find_pairs
 
@@ -50,7 +50,7 @@ def main(argv: Sequence[str]) -> None:
         if sizes[0] != sizes[1]:
             raise ValueError(f"{mask} is {sizes[1][0]}x{sizes[1][1]} pixels, {picture} {sizes[0][0]}x{sizes[0][1]}: they must be alike")
     check_ready(opt, ckpt, WHERE)
-    output = NamedOutput(opt.outdir, Watermark())
+    output = NamedOutput(opt.outdir, watermark_of(opt), safety_of(opt, facts))
 
     from tqdm import tqdm
 

@@ -12,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout tha
 
 from ldm.commandline import Parser, find_file, run
 from ldm.inference import choose_device, load_model, text_to_image
-from ldm.pictures import Output, Watermark
+from ldm.pictures import Output
 from ldm.scripting import (
     add_model_flags,
     add_prompt_flags,
@@ -21,6 +21,8 @@ from ldm.scripting import (
     check_ready,
     prompt_settings,
     prompts_of,
+    safety_of,
+    watermark_of,
     write_prompt_pictures,
 )
 from ldm.settings import Settings, model_facts, read_config, value_at
@@ -64,7 +66,8 @@ def main(argv: Sequence[str]) -> None:
     # What is wrong with the command line is said before torch is imported.
     config, ckpt = find_file(opt.config), find_file(opt.ckpt)
     model_config = read_config(config)
-    settings = settings_of(opt).checked(model_facts(model_config))
+    facts = model_facts(model_config)
+    settings = settings_of(opt).checked(facts)
     check_takes_vectors(model_config)
     for flag, value in (("--n_repeat", opt.n_repeat), ("--knn", opt.knn)):
         if value < 1:
@@ -79,6 +82,7 @@ def main(argv: Sequence[str]) -> None:
         database = Database(find_database(opt.database))
         check_knn(opt.knn, database)
     check_ready(opt, ckpt, WHERE)
+    safety = safety_of(opt, facts)
     from ldm.modules.encoders.modules import FrozenCLIPTextEmbedder
 
     clip = FrozenCLIPTextEmbedder(opt.clip_type, n_repeat=opt.n_repeat, weights=opt.clip_weights)
@@ -88,7 +92,7 @@ def main(argv: Sequence[str]) -> None:
     searcher = None if database is None else Searcher.of(database, opt.searcher or searcher_folder(opt.database))
     encode = RetrievalCondition(clip, searcher, opt.knn, settings.negative_prompt, settings.scale)
     clip.ensure_weights()
-    output = Output(opt.outdir, Watermark())
+    output = Output(opt.outdir, watermark_of(opt), safety)
 
     pipeline = load_model(config, ckpt, opt.device, opt.precision, opt.use_ema)
     clip.to(choose_device(opt.device))

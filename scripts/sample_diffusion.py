@@ -14,8 +14,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout tha
 
 from ldm.commandline import Parser, find_file, in_checkout, run
 from ldm.inference import draw_samples, load_model
-from ldm.pictures import Output, SampleArray, Watermark
-from ldm.scripting import add_model_flags, add_sampler_flag, add_sampling_flags, add_seed_mode_flag, check_ready, report
+from ldm.pictures import Output, SampleArray
+from ldm.scripting import (
+    add_model_flags,
+    add_sampler_flag,
+    add_sampling_flags,
+    add_seed_mode_flag,
+    check_ready,
+    report,
+    safety_of,
+    watermark_of,
+)
 from ldm.settings import MAX_SEED, model_facts, read_config
 from ldm.task_settings import SampleSettings, SavedRun, find_run, parse_classes
 
@@ -76,20 +85,22 @@ def main(argv: Sequence[str]) -> None:
     opt.seed = secrets.randbelow(MAX_SEED) if opt.seed is None else opt.seed
     saved = find_run(find_file(opt.resume))
     config = read_config(saved.configs, opt.overrides)
-    settings = settings_of(opt).checked(model_facts(config))
+    facts = model_facts(config)
+    settings = settings_of(opt).checked(facts)
     if Path(opt.logdir).is_file():
         raise ValueError(f"--logdir {opt.logdir}: a file; give a folder")
     check_ready(opt, saved.ckpt)
     if settings.vanilla:
         logger.info("-v walks every timestep: --custom_steps and --eta have no meaning")
+    watermark, safety = watermark_of(opt), safety_of(opt, facts)
 
     pipeline = load_model(config, saved.ckpt, opt.device, opt.precision, opt.use_ema)
     pipeline.identity = {**pipeline.identity, "config": in_checkout(saved.configs[-1]), "overrides": opt.overrides}
     folder = new_folder(saved, opt)
-    output = Output(folder, Watermark(), samples="img/sample_{:06}.png")
+    output = Output(folder, watermark, safety, samples="img/sample_{:06}.png")
     start, files, array = time.perf_counter(), [], SampleArray(folder / "numpy", settings.n_samples)
     try:
-        for picture in draw_samples(pipeline, settings):
+        for picture in map(output.checked, draw_samples(pipeline, settings)):
             array.append(picture.image, picture.info["class"])              # as drawn: the mark is for files that are looked at
             files.append(output.save_sample(picture))
         files.append(array.finish())

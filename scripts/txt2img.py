@@ -12,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout tha
 from ldm.commandline import Parser, find_file, run
 from ldm.inference import load_model, text_to_image
 from ldm.inference.prompt_weights import check_emphasis
-from ldm.pictures import Output, Watermark
+from ldm.pictures import Output
 from ldm.redraw import add_redraw_flag, check_unchanged, parse
 from ldm.scripting import (
     STABLE_DIFFUSION,
@@ -24,6 +24,8 @@ from ldm.scripting import (
     check_ready,
     prompt_settings,
     prompts_of,
+    safety_of,
+    watermark_of,
     write_prompt_pictures,
 )
 from ldm.settings import Settings, check_takes_text, model_facts, read_config
@@ -75,7 +77,7 @@ def main(argv: Sequence[str]) -> None:
         check_emphasis(prompts)
     check_unchanged(opt, config, ckpt)
     check_ready(opt, ckpt)
-    output = Output(opt.outdir, Watermark())
+    output = Output(opt.outdir, watermark_of(opt), safety_of(opt, facts))
 
     pipeline = load_model(config, ckpt, opt.device, opt.precision, opt.use_ema)
     only = opt.recorded.only if opt.recorded is not None else None

@@ -11,8 +11,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout tha
 
 from ldm.commandline import Parser, find_file, run
 from ldm.inference import enlarge, load_model
-from ldm.pictures import NamedOutput, Watermark
-from ldm.scripting import add_model_flags, add_sampler_flag, add_sampling_flags, check_ready, released_weights, report
+from ldm.pictures import NamedOutput
+from ldm.scripting import (
+    add_model_flags,
+    add_sampler_flag,
+    add_sampling_flags,
+    check_ready,
+    released_weights,
+    report,
+    safety_of,
+    watermark_of,
+)
 from ldm.settings import model_facts, read_config
 from ldm.task_settings import UpscaleSettings, check_enlarges
 
@@ -52,7 +61,7 @@ def main(argv: Sequence[str]) -> None:
     for path in opt.init_img:
         load_image(path)
     check_ready(opt, ckpt, WHERE)
-    output = NamedOutput(opt.outdir, Watermark())
+    output = NamedOutput(opt.outdir, watermark_of(opt), safety_of(opt, facts))
 
     from tqdm import tqdm
 

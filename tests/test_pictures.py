@@ -1,10 +1,10 @@
-"""The way out of every script: numbers that are never used twice, metadata that comes back, a mark that can be read."""
+"""The way out of every script: numbers that are never used twice, metadata that comes back."""
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from ldm.pictures import METADATA_KEY, WATERMARK, NamedOutput, Output, Picture, PictureFolder, SampleArray, Watermark, read_info
+from ldm.pictures import METADATA_KEY, NamedOutput, Output, Picture, PictureFolder, SampleArray, read_info
 
 
 def noise(side: int, seed: int = 0) -> Image.Image:
@@ -67,34 +67,6 @@ def test_a_file_without_settings_says_so(tmp_path):
             read_info(tmp_path / name)
 
 
-def test_the_mark_is_the_published_one_and_can_be_read_back(tmp_path):
-    from imwatermark import WatermarkDecoder, WatermarkEncoder
-
-    output = Output(tmp_path, Watermark())
-    path = output.save_sample(Picture(noise(512), {}))
-    bgr = np.ascontiguousarray(np.asarray(Image.open(path))[:, :, ::-1])
-    assert WatermarkDecoder("bytes", 136).decode(bgr, "dwtDct") == WATERMARK == b"StableDiffusionV1"
-    encoder = WatermarkEncoder()
-    encoder.set_watermark("bytes", b"StableDiffusionV1")
-    assert np.array_equal(bgr, encoder.encode(np.ascontiguousarray(np.asarray(noise(512))[:, :, ::-1]), "dwtDct"))
-    assert read_info(path)["watermark"] == "StableDiffusionV1, dwtDct, 136 bits"
-
-
-def test_small_pictures_are_left_as_they_are_with_one_notice(tmp_path, caplog):
-    output = Output(tmp_path, Watermark())
-    with caplog.at_level("INFO"):
-        paths = [output.save_sample(Picture(noise(side), {})) for side in (32, 255)]
-    assert [r.message for r in caplog.records] == ["no watermark on pictures under 256x256 pixels"]
-    assert read_info(paths[0])["watermark"] is None and np.array_equal(np.asarray(Image.open(paths[1])), np.asarray(noise(255)))
-
-
-def test_without_the_package_pictures_are_written_unmarked_and_say_so(tmp_path, caplog, monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "imwatermark", None)
-    with caplog.at_level("INFO"):
-        path = Output(tmp_path, Watermark()).save_sample(Picture(noise(256), {}))
-    assert read_info(path)["watermark"] is None and "invisible-watermark" in caplog.text
-
-
 def test_the_text_chunk_is_plain_json_under_one_keyword(tmp_path):
     path = PictureFolder(tmp_path).save(picture(prompt="é"))
     assert Image.open(path).text == {METADATA_KEY: '{"prompt": "\\u00e9"}'}
@@ -105,17 +77,6 @@ def test_results_have_the_name_of_their_original_and_replace_none(tmp_path):
     assert [output.save(picture(), "x").name for _ in range(3)] == ["x.png", "x-1.png", "x-2.png"]
     with pytest.raises(ValueError, match="is a file or lies in one"):
         NamedOutput(tmp_path / "a" / "b" / "x.png" / "c")
-
-
-def test_only_drawn_pixels_are_marked_and_their_mark_can_still_be_read(tmp_path):
-    drawn = Image.new("1", (512, 512), 0)
-    drawn.paste(1, (0, 0, 512, 448))
-    path = Output(tmp_path, Watermark()).save_sample(Picture(noise(512), {}, drawn))
-    marked, plain, inside = np.asarray(Image.open(path)), np.asarray(noise(512)), np.asarray(drawn)
-    assert np.array_equal(marked[~inside], plain[~inside]) and (marked[inside] != plain[inside]).any()
-    assert Watermark().agreement(Watermark().read(Image.open(path))) == 136
-    with pytest.raises(ValueError, match="64x64 pixels hold no watermark"):
-        Watermark().read(noise(64))
 
 
 @pytest.mark.parametrize("classes", [None, [3, 1, 2]])

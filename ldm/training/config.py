@@ -94,7 +94,7 @@ def check(config: DictConfig, weights: bool = True) -> None:
 
 
 def _check_sections(config: DictConfig, where: str) -> None:
-    _check_keys(config, _TOP, where, "")
+    _check_keys(config, (*_TOP, "safety"), where, "")                      # the last is a word for the scripts that draw
     lightning = config.get("lightning")
     if lightning is None:
         return

@@ -10,8 +10,9 @@ from PIL import Image
 from ldm.commandline import ROOT, run
 from ldm.inference import Pipeline, fill, load_model
 from ldm.models.diffusion.ddim import DDIMSampler
-from ldm.pictures import Watermark, read_info
+from ldm.pictures import read_info
 from ldm.task_settings import FillSettings
+from ldm.watermark import Watermark
 from scripts.inpaint import main, parser
 from tests.scripts.refusals import help_without_heavy_imports, refused
 from tests.tiny import SavedModel, save_model, save_text_model

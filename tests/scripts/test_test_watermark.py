@@ -1,10 +1,12 @@
 """scripts/tests/test_watermark.py as a user runs it."""
 
 import numpy as np
+import pytest
 from PIL import Image
 
 from ldm.commandline import ROOT, run
-from ldm.pictures import Output, Picture, Watermark
+from ldm.pictures import Output, Picture
+from ldm.watermark import METHODS, Watermark
 from scripts.tests.test_watermark import main
 from tests.scripts.refusals import help_without_heavy_imports, refused
 
@@ -13,9 +15,10 @@ def noise(side: int) -> Image.Image:
     return Image.fromarray(np.random.default_rng(0).integers(0, 256, (side, side, 3), dtype=np.uint8))
 
 
-def test_the_mark_of_a_sample_is_printed(tmp_path, capsys):
-    path = Output(tmp_path, Watermark()).save_sample(Picture(noise(512), {}))
-    assert run(main, [str(path)]) == 0
+@pytest.mark.parametrize("method", METHODS)
+def test_the_mark_of_a_sample_is_printed(tmp_path, method, capsys):
+    path = Output(tmp_path, Watermark(method)).save_sample(Picture(noise(512), {}))
+    assert run(main, [str(path), "--method", method]) == 0
     assert capsys.readouterr().out == "StableDiffusionV1\n"
 
 
