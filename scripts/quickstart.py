@@ -23,7 +23,9 @@ from ldm.commandline import ROOT, Parser, run
 from ldm.data.digits import WORDS, Digits, captions, load_scans
 from ldm.data.image import load_image, to_array
 from ldm.evaluation import DigitReport, judge_digits, psnr
+from ldm.pictures import NamedOutput, Picture, read_info
 from ldm.visualize import grid
+from ldm.watermark import Watermark
 
 AUTOENCODER = "configs/quickstart/autoencoder.yaml"
 TEXT2IMAGE = "configs/quickstart/text2image.yaml"
@@ -66,8 +68,7 @@ def main(argv: Sequence[str]) -> int:
     if len(files) != len(prompts):
         raise ValueError(f"{text2image / 'drawn' / 'samples'}: expected {len(prompts)} pictures, one a prompt, found {len(files)}")
     pictures = [load_image(file) for file in files]
-    picture = opt.outdir / "grid.png"
-    digit_sheet(pictures, prompts).save(picture)
+    picture = save_sheet(opt.outdir, digit_sheet(pictures, prompts), files)
 
     rows: list[Row] = []
     if not opt.fast:
@@ -181,6 +182,15 @@ def digit_sheet(pictures: Sequence[Image.Image], prompts: Sequence[tuple[int, st
         squares.append(grid(enlarged, columns=round(len(own) ** 0.5), padding=1))
         texts.append(first)
     return grid(squares, texts, columns=5, padding=10)
+
+
+def save_sheet(outdir: Path, sheet: Image.Image, files: Sequence[Path]) -> Path:
+    """Write the sheet as grid.png, as every drawn picture is written, with what its pictures have in common -> its path."""
+    infos = [read_info(file) for file in files]
+    shared = {key: value for key, value in infos[0].items() if all(info.get(key) == value for info in infos)}
+    flagged = any(info["flagged"] for info in infos)
+    info = {**shared, "task": "quickstart", "flagged": flagged if shared.get("safety") != "off" else None}
+    return NamedOutput(outdir, Watermark()).save(Picture(sheet, info, checked=True), "grid")
 
 
 def table(rows: Sequence[Row]) -> str:

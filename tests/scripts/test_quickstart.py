@@ -8,6 +8,7 @@ from PIL import Image
 
 from ldm.data.digits import WORDS, captions
 from ldm.evaluation import DigitReport
+from ldm.pictures import Output, Picture, read_info
 
 pytest.importorskip("sklearn")
 
@@ -99,6 +100,16 @@ def test_the_sheet_shows_every_digit_once_under_its_prompt():
     pixels = np.asarray(quickstart.digit_sheet(pictures, prompts))
     for digit in range(10):
         assert (pixels == (20 * digit, 0, 0)).all(axis=-1).sum() >= 4 * 64 * 64, f"four enlarged pictures of {digit}"
+
+
+def test_the_sheet_is_written_as_every_drawn_picture_is_and_replaces_none(tmp_path):
+    drawn = Output(tmp_path / "drawn")
+    files = [drawn.save_sample(Picture(Image.new("RGB", (8, 8)), {"prompt": word, "seed": 23})) for word in ("one", "two")]
+    sheet = Image.new("RGB", (300, 300), (90, 120, 90))
+    assert [quickstart.save_sheet(tmp_path, sheet, files).name for _ in range(2)] == ["grid.png", "grid-1.png"]
+    info = read_info(tmp_path / "grid.png")
+    expected = {"task": "quickstart", "seed": 23, "safety": "off", "flagged": None, "watermark": "StableDiffusionV1, dwtDct, 136 bits"}
+    assert {key: info.get(key) for key in [*expected, "prompt"]} == {**expected, "prompt": None}
 
 
 def test_figures_say_value_and_target():
