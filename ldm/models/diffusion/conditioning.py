@@ -1,6 +1,7 @@
 """How a condition reaches the network: one normal form, one routing table.
 
-A researcher adds a conditioning key by adding one entry to ROUTES and naming it in a YAML (`conditioning_key: ...`).
+A researcher adds a conditioning key by adding one entry to ROUTES, here or in a package of their own, and naming it in a
+YAML (`conditioning_key: ...`): docs/extending.md shows how.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ldm.modules.numbers import in_dtype, weights_dtype
-from ldm.util import instantiate_from_config
+from ldm.util import get_obj_from_str, instantiate_from_config
 
 Conditioning = Tensor | Sequence[Tensor] | Mapping[str, Any] | None
 """What callers pass: a tensor, a list of tensors, or the normal form itself."""
@@ -113,6 +114,8 @@ class DiffusionWrapper(nn.Module):
 
     def __init__(self, diff_model_config: Any, conditioning_key: str | None) -> None:
         super().__init__()
+        if conditioning_key not in ROUTES and "target" in diff_model_config:
+            get_obj_from_str(diff_model_config["target"])  # a package of one's own adds its keys when it is imported
         route(conditioning_key)
         self.diffusion_model = instantiate_from_config(diff_model_config)
         self.conditioning_key = conditioning_key

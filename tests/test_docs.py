@@ -1,0 +1,53 @@
+"""What the documents tell a reader to write: taken out of them and run."""
+
+import re
+
+import torch
+from omegaconf import OmegaConf
+from PIL import Image
+
+import main
+from ldm.commandline import ROOT
+from ldm.util import instantiate_from_config
+
+EXTENDING = (ROOT / "docs" / "extending.md").read_text(encoding="utf-8")
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", EXTENDING, re.S)
+
+
+def test_a_conditioning_key_of_ones_own_trains_by_the_documents_files(tmp_path, monkeypatch):
+    (tmp_path / "my_project").mkdir()
+    (tmp_path / "my_project" / "keys.py").write_text(blocks("python")[0])
+    (tmp_path / "blurred.yaml").write_text(blocks("yaml")[0])
+    for name in ("ape", "tench"):
+        (tmp_path / "folders" / name).mkdir(parents=True)
+        for k in range(2):
+            Image.new("RGB", (16, 16), (100 * k, 50, 0)).save(tmp_path / "folders" / name / f"{k}.png")
+    words = blocks("bash")[0].strip().replace("/path/to/folders", "folders").split()
+    assert words[:3] == ["PYTHONPATH=.", "python", "main.py"]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr("ldm.util._user_prefixes", [])
+    monkeypatch.setattr("ldm.models.diffusion.conditioning.ROUTES", dict(conditioning_routes()))
+    small = ["model.params.unet_config.params.model_channels=32", "model.params.timesteps=8", "data.params.train.params.split=null"]
+    small += ["+data.params.num_workers=0"]
+    assert main.main([*words[3:], *small, "--max_steps", "2", "-n", "own"]) == 0
+    (run,) = (tmp_path / "logs").iterdir()
+    assert (run / "checkpoints" / "last.ckpt").is_file() and list((run / "images").rglob("samples_gs-*.png"))
+
+
+def conditioning_routes() -> dict:
+    from ldm.models.diffusion.conditioning import ROUTES
+
+    return ROUTES
+
+
+def test_the_lines_of_python_draw(tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    config = OmegaConf.load("configs/quickstart/text2image.yaml")
+    torch.save({"state_dict": instantiate_from_config(config.model).state_dict()}, tmp_path / "last.ckpt")
+    drawn: dict = {}
+    exec(blocks("python")[1].replace("last.ckpt", str(tmp_path / "last.ckpt")).replace("S=25", "S=2"), drawn)
+    assert drawn["pictures"].shape == (4, 3, 32, 32) and drawn["pictures"].isfinite().all()
