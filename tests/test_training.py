@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from omegaconf import OmegaConf
@@ -16,7 +17,7 @@ from ldm.training.folder import new_run, resumed_run, saved_configs
 from ldm.training.legacy import GONE, TRANSLATED, modernize
 from ldm.training.settings import learning_rate, settle
 from ldm.training.signature import constructor_arguments
-from ldm.training.targets import check_targets
+from ldm.training.targets import check_class_count, check_targets
 from ldm.util import ConfigError, accepted_params, get_obj_from_str
 
 ROOT = Path(__file__).parents[1]
@@ -541,3 +542,25 @@ def test_help_and_refusals_import_neither_torch_nor_lightning(yaml):
     result = subprocess.run([sys.executable, "-c", code, *words], cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert result.stderr.count("error: ") == 5 and "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize("n_classes, dropout, advice", [(3, 0.0, "4 classes; .*n_classes=4"), (4, 0.1, '"no class".*n_classes=5')])
+def test_a_class_embedder_has_room_for_every_class_and_for_none(n_classes, dropout, advice):
+    """With dropout the last class means none: a class of the data there would be trained as if it were no condition at all."""
+
+    def config(n):
+        stage = {"target": "ldm.modules.encoders.modules.ClassEmbedder", "params": {"n_classes": n, "embed_dim": 8}}
+        return OmegaConf.create({"model": {"params": {"cond_dropout": dropout, "cond_stage_config": stage}}})
+
+    datasets = {"train": SimpleNamespace(class_names=["ape", "emu", "owl", "tench"]), "validation": SimpleNamespace()}
+    with pytest.raises(ConfigError, match=f"n_classes {n_classes}: data.params.train .*{advice}"):
+        check_class_count(config(n_classes), datasets)
+    check_class_count(config(n_classes + 1), datasets)
+    check_class_count(OmegaConf.create({"model": {"params": {"cond_stage_config": "__is_first_stage__"}}}), datasets)
+
+
+def test_a_config_is_proposed_only_where_its_name_is_like_the_one_given():
+    with pytest.raises(ConfigError, match=r"did you mean environment\.yaml\?"):
+        configs.find_config("enviroment.yaml")
+    with pytest.raises(ConfigError, match=r"there is no such file here or in [^;]*$"):
+        configs.find_config("nosuch.yaml")

@@ -204,5 +204,5 @@ def _line(error: Exception) -> str:
 def _nearest_file(path: Path) -> str:
     folders = [folder for folder in (path.parent, ROOT / path.parent) if folder.is_dir()]
     names = [str(path.parent / file.name) for folder in folders for file in sorted(folder.glob("*.y*ml"))]
-    near = difflib.get_close_matches(str(path), names, n=1, cutoff=0.5)
+    near = difflib.get_close_matches(str(path), names, n=1, cutoff=0.6)
     return f"; did you mean {near[0]}?" if near else ""

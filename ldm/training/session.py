@@ -18,6 +18,7 @@ from ldm.training.flags import Options, UsageError, parse
 from ldm.training.folder import RunFolder, new_run, resumed_run, saved_configs, with_checkpoint
 from ldm.training.report import console, is_main_process
 from ldm.training.settings import Settings, learning_rate, settle
+from ldm.training.targets import check_class_count
 from ldm.util import ConfigError, allow_targets, import_lightning, instantiate_from_config
 
 log = logging.getLogger(__name__)
@@ -98,6 +99,7 @@ def _execute(options: Options, folder: RunFolder, config: DictConfig, settings: 
     logging.getLogger("pytorch_lightning").setLevel(logging.DEBUG if options.debug else logging.WARNING)
     pl.seed_everything(settings.seed, verbose=False)
     data = _build_data(config, settings)
+    check_class_count(config, getattr(data, "datasets", {}))
     model = instantiate_from_config(config.model)
     if rate is not None:
         model.learning_rate = rate.value

@@ -6,7 +6,7 @@ Nothing is imported and nothing is built, so that a mistake shows at once and no
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,25 @@ def check_weights(config: dict[str, Any]) -> None:
         if isinstance(file, str) and resolve_alias(target).startswith("ldm.") and not Path(file).exists():
             place = f"{path}.params.ckpt_path"
             raise ConfigError(f"{place}: there is no file {file}; {_source(file)}, or name another with {place}=FILE")
+
+
+def check_class_count(config: Any, datasets: Mapping[str, Any]) -> None:
+    """Raises ConfigError where a ClassEmbedder has fewer classes than a dataset with `class_names`, or none left to mean "no class".
+
+    Without the latter the last class of the data would be what `cond_dropout` and guidance take for no class, and nothing would show it.
+    """
+    params = config.model.get("params") or {}
+    stage = params.get("cond_stage_config")
+    if not isinstance(stage, Mapping) or resolve_alias(str(stage.get("target"))) != "ldm.modules.encoders.modules.ClassEmbedder":
+        return
+    n_classes = (stage.get("params") or {}).get("n_classes", 1000)
+    free = 1 if params.get("cond_dropout") else 0
+    for name, dataset in datasets.items():
+        names = getattr(getattr(dataset, "data", dataset), "class_names", None)  # `wrap` puts it one deeper
+        if names is not None and len(names) + free > n_classes:
+            why = ' and one that means "no class", for cond_dropout' if free else ""
+            place = "model.params.cond_stage_config.params.n_classes"
+            raise ConfigError(f"{place} {n_classes}: data.params.{name} has {len(names)} classes{why}; set {place}={len(names) + free}")
 
 
 def nearest(name: str, choices: list[str]) -> str:
