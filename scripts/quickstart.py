@@ -20,7 +20,6 @@ import numpy as np
 from PIL import Image
 
 from ldm.commandline import ROOT, Parser, run
-from ldm.data.digits import WORDS, Digits, captions, load_scans
 from ldm.data.image import load_image, to_array
 from ldm.evaluation import DigitReport, judge_digits, psnr
 from ldm.pictures import NamedOutput, Picture, read_info
@@ -48,6 +47,8 @@ def main(argv: Sequence[str]) -> int:
     opt = parser.parse_args(argv)
     if opt.seed < 0:
         raise ValueError(f"--seed {opt.seed}: expected an integer of at least 0")
+    from ldm.data.digits import load_scans  # brings torch: --help is quick without it
+
     load_scans()  # where scikit-learn is missing, say so now
     opt.outdir.mkdir(parents=True, exist_ok=True)
     prompts = prompts_for(4 if opt.fast else SHOWN, 0 if opt.fast else DRAWN - SHOWN)
@@ -79,13 +80,19 @@ def main(argv: Sequence[str]) -> int:
     stages.append(("all stages", f"{minutes:.1f} min", "" if opt.fast else "at most 15 min on two cores"))
     text = table([*rows, *stages])
     (opt.outdir / "figures.txt").write_text(text + "\n", encoding="utf-8")
-    print(f"\n{text}\n\npicture     {picture}\ntraining    {autoencoder}/images and {text2image}/images show how it went")
+    print(f"\n{text}\n\npicture     {picture}")
+    if opt.fast:
+        print(f"            blots rather than digits after 1/{FAST} of the training; without --fast it trains for all of it")
+    if logged := [str(run / "images") for run in (autoencoder, text2image) if (run / "images").is_dir()]:
+        print(f"training    {' and '.join(logged)} show how it went")
     print("draw more   " + shown([*draw, "--n_samples", "16", "--prompt", "a handwritten seven"]))
     return 0
 
 
 def prompts_for(plain: int, varied: int) -> list[tuple[int, str]]:
     """(digit, prompt) pairs, digit by digit: first `plain` times "a handwritten seven", then `varied` other phrasings of it."""
+    from ldm.data.digits import captions
+
     pairs = []
     for digit in range(10):
         phrasings = captions(digit)
@@ -138,6 +145,8 @@ def shown(command: Sequence[str]) -> str:
 
 def figures(first_stage: Path, drawn: Sequence[Image.Image], asked: Sequence[int]) -> list[Row]:
     """Quality of the first stage in a checkpoint, and of pictures drawn as the digits that were asked for."""
+    from ldm.data.digits import Digits
+
     train, held_out = Digits("train", SIZE), Digits("held_out", SIZE)
     report = judge_digits(
         np.stack([to_array(image) for image in drawn]), np.array(asked), (train.images, train.labels), (held_out.images, held_out.labels)
@@ -175,7 +184,7 @@ def reconstruct(checkpoint: Path, images: np.ndarray) -> np.ndarray:
 def digit_sheet(pictures: Sequence[Image.Image], prompts: Sequence[tuple[int, str]]) -> Image.Image:
     """Ten captioned squares, one a digit, each of the first pictures that were drawn from its first prompt."""
     squares, texts = [], []
-    for digit in range(len(WORDS)):
+    for digit in range(10):
         first = next(prompt for asked, prompt in prompts if asked == digit)
         own = [picture for picture, asked in zip(pictures, prompts) if asked == (digit, first)][:SHOWN]
         enlarged = [picture.resize((2 * picture.width, 2 * picture.height), Image.Resampling.BICUBIC) for picture in own]
