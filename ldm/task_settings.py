@@ -219,7 +219,8 @@ def find_run(resume: str | Path) -> SavedRun:
         candidates = [folder / name for name in ("model.ckpt", "checkpoints/last.ckpt", "last.ckpt", "model.safetensors")]
         ckpt = next((path for path in candidates if path.is_file()), None)
         if ckpt is None:
-            raise FileNotFoundError(f"--resume {given}: holds neither model.ckpt nor checkpoints/last.ckpt; name the file itself")
+            hint = "; bash scripts/download_models.sh brings released ones" if (folder / "config.yaml").is_file() else ""
+            raise FileNotFoundError(f"--resume {given}: holds neither model.ckpt nor checkpoints/last.ckpt; name the file itself{hint}")
     else:
         raise FileNotFoundError(f"--resume {given}: no such file or folder; give a run folder or a checkpoint")
     for place in (folder, folder.parent) if folder.resolve().name == "checkpoints" else (folder,):

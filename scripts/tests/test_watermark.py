@@ -28,7 +28,8 @@ def main(argv: Sequence[str]) -> None:
     found = watermark.read(load_image(opt.image))
     bits = 8 * len(watermark.content)
     agree = watermark.agreement(found)
-    print(found.decode("ascii", errors="backslashreplace"))
+    text = found.decode("ascii", errors="backslashreplace")
+    print("".join(c if c.isprintable() else repr(c)[1:-1] for c in text))  # where there is no mark, the bytes are any
     if agree < bits:
         print(f"{agree} of {bits} bits are those of {watermark.content.decode()}; about {bits // 2} are by chance")
 

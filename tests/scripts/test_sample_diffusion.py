@@ -230,6 +230,11 @@ def test_models_that_need_more_than_a_class_are_sent_to_their_script(tmp_path, c
     assert "holds neither model.ckpt nor" in refused(main, arguments(tmp_path / "empty", tmp_path / "out"), capsys)
 
 
+def test_a_released_models_folder_without_its_weights_names_the_download(tmp_path, capsys):
+    (tmp_path / "config.yaml").write_text("{}")
+    assert "bash scripts/download_models.sh" in refused(main, arguments(tmp_path, tmp_path / "out"), capsys)
+
+
 def test_an_interrupted_run_leaves_its_pictures_and_no_half_array(released, tmp_path, monkeypatch):
     def stopped(pipeline, settings):
         yield from list(draw_samples(pipeline, settings, progress=False))[:1]

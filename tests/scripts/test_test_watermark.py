@@ -25,7 +25,9 @@ def test_the_mark_of_a_sample_is_printed(tmp_path, method, capsys):
 def test_a_picture_without_mark_says_how_little_of_it_is_there(tmp_path, capsys):
     noise(512).save(tmp_path / "a.png")
     assert run(main, [str(tmp_path / "a.png")]) == 0
-    last = capsys.readouterr().out.splitlines()[-1]
+    out = capsys.readouterr().out
+    assert all(line.isprintable() for line in out.splitlines())
+    last = out.splitlines()[-1]
     assert int(last.split()[0]) < 110 and "of 136 bits" in last
 
 

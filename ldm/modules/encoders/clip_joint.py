@@ -75,7 +75,7 @@ class _FrozenCLIP(PretrainedEncoder):
         except Exception as error:  # the hub's client fails in many ways, and all of them mean that the file is not to be had
             raise CheckpointError(
                 f"the weights of CLIP {self.version} are in no loaded checkpoint, not in the hub's cache and not to be downloaded "
-                f"({type(error).__name__}); fetch {_HUB_FILE} of {repository} and name it in `weights`"
+                f"({type(error).__name__}); fetch {_HUB_FILE} of {repository} and name it in `weights` (--clip_weights of the scripts)"
             ) from error
 
 
