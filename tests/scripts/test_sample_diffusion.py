@@ -42,7 +42,7 @@ def classes(tmp_path_factory) -> SavedModel:
 
 
 def arguments(resume, logdir, *flags: str) -> list[str]:
-    common = ["--device", "cpu", "-r", str(resume), "-l", str(logdir), "-c", "2", "--batch_size", "2", "--seed", "1"]
+    common = ["--device", "cpu", "--precision", "full", "-r", str(resume), "-l", str(logdir), "-c", "2", "--batch_size", "2", "--seed", "1"]
     return [*common, *flags]
 
 
