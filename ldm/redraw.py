@@ -16,7 +16,7 @@ logger = logging.getLogger(__name__)
 FLAGS = {"steps": "ddim_steps", "eta": "ddim_eta", "channels": "C", "factor": "f", "height": "H", "width": "W"}
 FLAGS |= {name: name for name in ("negative_prompt", "sampler", "spacing", "scale", "guidance_rescale", "dynamic_threshold")}
 FLAGS |= {name: name for name in ("seed", "seed_mode", "n_samples", "n_iter", "fixed_code", "tiled", "emphasis", "long_prompts", "chunks")}
-FLAGS |= {name: name for name in ("strength", "init_img", "config", "ckpt", "use_ema", "device")}
+FLAGS |= {name: name for name in ("strength", "init_img", "depth", "config", "ckpt", "use_ema", "device")}
 FLAGS["precision_used"] = "precision"  # `auto` may be another here
 BELONGS_TO = {  # a flag on the command line -> what is then not taken from the metadata
     "sampler": ("eta", "spacing"),
@@ -92,8 +92,8 @@ def check_unchanged(opt: Namespace, config: Path, ckpt: Path) -> None:
     from ldm.inference import choose_device, fingerprint
 
     info, typed = opt.recorded.info, opt.recorded.typed
-    image = Path(getattr(opt, "init_img", None) or "")
-    files = {"config": ("--config", config), "ckpt": ("--ckpt", ckpt), "init_img": ("--init-img", image)}
+    image, depth = (Path(getattr(opt, name, None) or "") for name in ("init_img", "depth"))
+    files = {"config": ("--config", config), "ckpt": ("--ckpt", ckpt), "init_img": ("--init-img", image), "depth": ("--depth", depth)}
     for name, (flag, path) in files.items():
         before = info.get(f"{name}_fingerprint")
         if before is None or not path.is_file() or (now := fingerprint(path)) == before:

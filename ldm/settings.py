@@ -39,6 +39,7 @@ class ModelFacts:
     null_class: int | None  # the class that means "no class", where the model was trained with one
     zero_terminal_snr: bool = False  # no signal is left at the last timestep
     safety: str = "off"  # the default of --safety, one of SAFETY_MODES
+    max_noise_level: int | None = None  # of a model that enlarges after a prompt: how much noise the small picture may be given
 
     @property
     def condition_name(self) -> str:
@@ -113,6 +114,7 @@ def model_facts(config: Mapping[str, Any]) -> ModelFacts:
         null_class=null_class,
         zero_terminal_snr=bool(params.get("zero_terminal_snr", False)),
         safety=default_safety(config),
+        max_noise_level=_max_noise_level(params),
     )
 
 
@@ -129,6 +131,13 @@ def default_safety(config: Mapping[str, Any]) -> str:
     return "on" if str(target).rpartition(".")[2] in ("FrozenCLIPEmbedder", "FrozenOpenCLIPEmbedder") else "off"
 
 
+def _max_noise_level(params: Mapping[str, Any]) -> int | None:
+    if "low_scale_config" not in params:
+        return None
+    level = value_at(params, "low_scale_config", "params", "max_noise_level")
+    return 1000 if level is None else int(level)
+
+
 def value_at(node: Any, *keys: str) -> Any:
     """The value under nested keys of a config; None where a key is missing."""
     for key in keys:
@@ -136,11 +145,29 @@ def value_at(node: Any, *keys: str) -> Any:
     return node
 
 
-def check_takes_text(facts: ModelFacts) -> None:
-    """ValueError where the model's condition cannot be a prompt."""
-    name = facts.condition_name
-    if name in ("__is_unconditional__", "__is_first_stage__", "ClassEmbedder", "SpatialRescaler", "Identity") or facts.takes_tokens:
+def takes_text(facts: ModelFacts) -> bool:
+    """Whether the model's condition is a prompt."""
+    others = ("__is_unconditional__", "__is_first_stage__", "ClassEmbedder", "SpatialRescaler", "Identity")
+    return facts.condition_name not in others and not facts.takes_tokens
+
+
+def check_takes_text(facts: ModelFacts, beside: int = 0) -> None:
+    """ValueError where the model's condition cannot be a prompt, or its network needs other channels than `beside` next to the latent."""
+    if not takes_text(facts):
+        name = facts.condition_name
         raise ValueError(f"this model's condition is no text (cond_stage_config: {name}), so that no prompt can be drawn with it")
+    needs = (facts.unet_channels or facts.channels) - facts.channels
+    if beside and not needs:
+        raise ValueError("--depth: this model sees no depth map; leave it out, or name one that does with --config and --ckpt")
+    if needs != beside:
+        raise ValueError(f"this model needs more than a prompt, {needs} channels beside the latent: use {script_for(facts)}")
+
+
+def script_for(facts: ModelFacts) -> str:
+    """The script that draws with a model that is led by a prompt, by how many channels its network sees beside the latent."""
+    needs = (facts.unet_channels or facts.channels) - facts.channels
+    scripts = {0: "scripts/txt2img.py", 1: "scripts/img2img.py with --depth", 3: "scripts/upscale.py"}
+    return (scripts | {facts.channels + 1: "scripts/inpaint.py"}).get(needs, "a script of your own over ldm.inference")
 
 
 @dataclass(frozen=True)

@@ -11,14 +11,17 @@ from ldm.settings import (
     ModelFacts,
     SamplerSettings,
     Settings,
-    check_eta,
     check_scale,
     check_seed,
     check_seed_mode,
     check_steps,
     nearest,
     sampler_eta,
+    script_for,
+    takes_text,
 )
+
+MAX_FEATHER = 512  # pixels
 
 
 @dataclass(frozen=True)
@@ -47,37 +50,69 @@ class ImageSettings(Settings):
 
 
 @dataclass(frozen=True)
-class FillSettings:
-    """How masked parts of a picture are filled; the defaults are the published inpaint's."""
+class BesideSettings(SamplerSettings):
+    """What drawing with a picture beside the latent is asked for, whatever the picture is."""
 
-    steps: int = 50
-    eta: float = 0.0
+    steps: int | None = 50
+    eta: float | None = None  # None: the sampler's own, 0 for DDIM
     seed: int = 42  # of each picture, so that a picture does not depend on those before it
+    prompt: str = ""  # of models that are led by one; others take none
+    negative_prompt: str = ""
+    scale: float | None = None  # guidance; None: what is usual with a model that is led by a prompt, 1 with others
 
-    def checked(self, facts: ModelFacts) -> FillSettings:
+    def _checked(self, facts: ModelFacts, scale: float) -> BesideSettings:
+        """The same settings with the model's own values filled in; `scale` is the usual one of models that are led by a prompt."""
         check_steps("--steps", self.steps, facts)
-        check_eta("--ddim_eta", self.eta)
         check_seed(self.seed)
         if facts.factor is None:
             raise ValueError("first_stage_config: its ddconfig.ch_mult does not tell how much the first stage shrinks a picture")
-        return self
+        led = takes_text(facts)
+        usual = scale if led else 1.0
+        settings = replace(self, eta=sampler_eta(self.sampler, self.eta), scale=usual if self.scale is None else self.scale)
+        check_scale(settings.scale)
+        settings.check_sampler(facts, settings.scale)
+        asked = {"--prompt": self.prompt, "--negative_prompt": self.negative_prompt, "--scale": settings.scale != 1.0}
+        for flag, given in asked.items():
+            if given and not led:
+                raise ValueError(f"{flag}: no prompt leads this model; leave it out, or name one that is led with --config and --ckpt")
+        if self.negative_prompt and settings.scale == 1.0:
+            raise ValueError(f"--negative_prompt with --scale 1: there is no guidance at 1; choose another scale, {scale:g} is usual")
+        return settings
 
 
 @dataclass(frozen=True)
-class UpscaleSettings(SamplerSettings, FillSettings):
-    """How a picture is enlarged; the defaults are those that the released model was shown with."""
+class FillSettings(BesideSettings):
+    """How masked parts of a picture are filled; the defaults are the published ones of the model's family."""
 
-    steps: int = 100
-    eta: float | None = None  # None: 1 with DDIM, else the sampler's own
+    feather: int = 0  # over how many pixels the drawing fades in from the edge of the hole
+
+    def checked(self, facts: ModelFacts) -> FillSettings:
+        if not 0 <= self.feather <= MAX_FEATHER:
+            raise ValueError(f"--feather {self.feather}: choose 0 (a hard edge) to {MAX_FEATHER} pixels")
+        return self._checked(facts, scale=7.5)
+
+
+@dataclass(frozen=True)
+class UpscaleSettings(BesideSettings):
+    """How a picture is enlarged; the defaults are those that the released models were shown with."""
+
+    steps: int | None = None  # None: 100, and 50 with a model that is led by a prompt
     tile: int = 128  # side of a tile in pixels of the small picture; larger pictures are drawn in tiles; 0: always in one piece
+    noise_level: int | None = None  # noise that is added to the small picture, for models that are told of it; None: 20
 
     def checked(self, facts: ModelFacts) -> UpscaleSettings:
-        unit = facts.latent_multiple
+        """DDIM is as noisy as DDPM unless the model is led by a prompt or another eta is asked for."""
+        unit, led, most = facts.latent_multiple, takes_text(facts), facts.max_noise_level
         if self.tile != 0 and (self.tile < 2 * unit or self.tile % unit):
             raise ValueError(f"--tile {self.tile}: choose a multiple of {unit} from {2 * unit} on, or 0 for one piece; 128 is usual")
-        self.check_sampler(facts, scale=1.0)
-        settings = replace(self, eta=noisy_eta(self.sampler, self.eta, "--ddim_eta"))
-        return super(UpscaleSettings, settings).checked(facts)
+        if self.noise_level is not None and most is None:
+            raise ValueError("--noise_level: this model knows no noise in the small picture; leave it out")
+        level = min(20, most) if self.noise_level is None and most is not None else self.noise_level
+        if level is not None and not 0 <= level <= most:
+            raise ValueError(f"--noise_level {level}: choose 0 (none) to {most}, the most that this model was trained with; 20 is usual")
+        steps = (50 if led else 100) if self.steps is None else self.steps
+        eta = self.eta if led else noisy_eta(self.sampler, self.eta, "--ddim_eta")
+        return replace(self, steps=steps, eta=eta, noise_level=level)._checked(facts, scale=9.0)
 
 
 def noisy_eta(sampler: str, eta: float | None, flag: str) -> float:
@@ -153,30 +188,42 @@ def check_samples_freely(facts: ModelFacts) -> None:
     if name == "__is_unconditional__" or facts.n_classes is not None:
         return
     scripts = {"__is_first_stage__": "scripts/inpaint.py", "Identity": "scripts/upscale.py"}
-    hint = scripts.get(name, "scripts/txt2img.py if that is text")
+    hint = scripts.get(name, f"{script_for(facts)} if that is text")
     if name == "SpatialRescaler" or facts.takes_tokens:
         hint = "a script of your own over ldm.inference"
     raise ValueError(f"this model draws only under a condition (cond_stage_config: {name}); use {hint}")
 
 
 def check_fills_masks(facts: ModelFacts) -> None:
-    """ValueError unless the model is given the masked picture's encoding and the mask beside the latent, as the published one is."""
+    """ValueError unless the model is given the masked picture's encoding and the mask beside the latent, as the published ones are."""
     needs = 2 * facts.channels + 1
-    if facts.condition_name != "__is_first_stage__" or facts.unet_channels != needs:
+    if not (facts.condition_name == "__is_first_stage__" or takes_text(facts)) or facts.unet_channels != needs:
         raise ValueError(
-            f"this model fills no masks: it needs cond_stage_config __is_first_stage__ and a UNet of {needs} input channels (latent, "
-            f"masked picture, mask), it has {facts.condition_name} and {facts.unet_channels}; see models/ldm/inpainting_big/config.yaml"
+            f"this model fills no masks: it needs cond_stage_config __is_first_stage__ or a text encoder, and a UNet of {needs} input "
+            f"channels (latent, masked picture, mask), it has {facts.condition_name} and {facts.unet_channels}; see "
+            "models/ldm/inpainting_big/config.yaml and configs/stable-diffusion/v1-inpainting-inference.yaml"
         )
 
 
 def check_enlarges(facts: ModelFacts) -> None:
-    """ValueError unless the model is given a low-resolution picture beside the latent, as the published one is."""
-    needs = facts.channels + 3
-    if facts.condition_name != "Identity" or facts.unet_channels != needs:
+    """ValueError unless the model is given a low-resolution picture beside the latent, as the published ones are."""
+    needs, led = facts.channels + 3, takes_text(facts) and facts.max_noise_level is not None
+    if not (facts.condition_name == "Identity" or led) or facts.unet_channels != needs:
         raise ValueError(
-            f"this model enlarges nothing: it needs cond_stage_config torch.nn.Identity and a UNet of {needs} input channels (latent, "
-            f"low-resolution picture), it has {facts.condition_name} and {facts.unet_channels}; see models/ldm/bsr_sr/config.yaml"
+            f"this model enlarges nothing: it needs cond_stage_config torch.nn.Identity, or text and low_scale_config, and a UNet "
+            f"of {needs} input channels (latent, low-resolution picture), it has {facts.condition_name} and {facts.unet_channels}; see "
+            "models/ldm/bsr_sr/config.yaml and configs/stable-diffusion/x4-upscaling.yaml"
         )
+
+
+def the_pair(picture: str | None, mask: str | None) -> list[tuple[Path, Path]]:
+    """(picture, mask) of the two flags that name one pair."""
+    for flag, given in (("--init-img", picture), ("--mask", mask)):
+        if not given:
+            raise ValueError(f"{flag}: give both, e.g. --init-img photo.png --mask hole.png, or a folder of pairs with --indir")
+        if not Path(given).is_file():
+            raise FileNotFoundError(f"{flag} {given}: no such file")
+    return [(Path(picture), Path(mask))]
 
 
 def find_pairs(folder: str | Path, extensions: Iterable[str]) -> list[tuple[Path, Path]]:

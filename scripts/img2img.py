@@ -9,7 +9,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout that this script is in, installed or not
 
 from ldm.commandline import Parser, find_file, run
-from ldm.inference import fingerprint, image_to_image, load_model
+from ldm.inference import depth_parts, fingerprint, image_to_image, load_model
 from ldm.inference.prompt_weights import check_emphasis
 from ldm.pictures import Output
 from ldm.redraw import add_redraw_flag, check_unchanged, parse
@@ -37,6 +37,8 @@ def parser() -> Parser:
     add("--init-img", metavar="FILE", help="the picture to start from, any size; it is resized to the nearest one that the model takes")
     text = "0 gives the picture back as the first stage sees it, 1 draws from noise alone; strength * ddim_steps are walked"
     add("--strength", type=float, default=0.75, help=text)
+    text = "for a depth model: a depth map, near is bright, or a local folder with transformers' DPT that estimates it from the picture"
+    add("--depth", metavar="FILE|DIR", help=text)
     add_prompt_flags(parser, scale=5.0, n_iter=1, n_samples=2)
     add("--outdir", default="outputs/img2img-samples", metavar="DIR", help="folder for samples/ and grids")
     add("--plms", action="store_true", help="refused, as published; --sampler plms starts from a picture too")
@@ -58,11 +60,14 @@ def main(argv: Sequence[str]) -> None:
         raise ValueError("--init-img: give the picture to start from, e.g. --init-img sketch.png")
     config, ckpt = find_file(opt.config), find_file(opt.ckpt)
     facts = model_facts(read_config(config))
-    check_takes_text(facts)
+    check_takes_text(facts, beside=1 if opt.depth else 0)
     prompts = prompts_of(opt)
-    from ldm.data.image import load_image
+    from ldm.data.image import load_depth, load_image
 
     image = load_image(opt.init_img)
+    depth = load_depth(opt.depth) if opt.depth and not Path(opt.depth).is_dir() else None
+    if opt.depth and depth is None and not (Path(opt.depth) / "config.json").is_file():
+        raise FileNotFoundError(f"--depth {opt.depth}: holds no config.json; give a depth map or a folder with transformers' DPT")
     settings = ImageSettings(**prompt_settings(opt), strength=opt.strength, sampler=opt.sampler or "ddim")
     settings = settings.fitted(image.height, image.width, facts).checked(facts)
     if settings.emphasis:
@@ -73,8 +78,12 @@ def main(argv: Sequence[str]) -> None:
 
     pipeline = load_model(config, ckpt, opt.device, opt.precision, opt.use_ema)
     pipeline.identity = {**pipeline.identity, "init_img": str(opt.init_img), "init_img_fingerprint": fingerprint(opt.init_img)}
+    beside = None
+    if opt.depth:
+        pipeline.identity |= {"depth": str(opt.depth)} | ({} if depth is None else {"depth_fingerprint": fingerprint(opt.depth)})
+        beside = depth_parts(pipeline, settings.latent_shape[1:], image, opt.depth if depth is None else depth)
     only = opt.recorded.only if opt.recorded is not None else None
-    write_prompt_pictures(image_to_image(pipeline, image, prompts, settings, only=only), output, opt)
+    write_prompt_pictures(image_to_image(pipeline, image, prompts, settings, only=only, beside=beside), output, opt)
 
 
 if __name__ == "__main__":

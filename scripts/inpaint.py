@@ -1,4 +1,7 @@
-"""Fill the white parts of masks: python scripts/inpaint.py --indir FOLDER --outdir RESULTS, for pairs x.png, x_mask.png."""
+"""Fill the white parts of masks: python scripts/inpaint.py --indir FOLDER --outdir RESULTS, for pairs x.png, x_mask.png.
+
+With the config and weights of a Stable Diffusion inpainting model a --prompt says what is to be seen there.
+"""
 
 from __future__ import annotations
 
@@ -12,9 +15,18 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout tha
 from ldm.commandline import Parser, find_file, run
 from ldm.inference import fill, load_model
 from ldm.pictures import NamedOutput
-from ldm.scripting import add_model_flags, check_ready, released_weights, report, safety_of, watermark_of
+from ldm.scripting import (
+    add_model_flags,
+    add_sampler_flag,
+    add_sampling_flags,
+    check_ready,
+    released_weights,
+    report,
+    safety_of,
+    watermark_of,
+)
 from ldm.settings import model_facts, read_config
-from ldm.task_settings import FillSettings, check_fills_masks, find_pairs
+from ldm.task_settings import FillSettings, check_fills_masks, find_pairs, the_pair
 
 CONFIG, CKPT = "models/ldm/inpainting_big/config.yaml", "models/ldm/inpainting_big/last.ckpt"
 WHERE = {CKPT: "bash scripts/download_models.sh inpainting_big brings it"}
@@ -24,9 +36,17 @@ def parser() -> Parser:
     parser = Parser(prog="inpaint.py", description="Draw anew what is white in the masks; every other pixel stays as it is.")
     add = parser.add_argument
     add("--indir", metavar="DIR", help="folder with pairs x.png, x_mask.png; a mask is white where x.png is to be filled")
+    add("--init-img", metavar="FILE", help="one picture instead of a folder, with its --mask")
+    add("--mask", metavar="FILE", help="the mask of --init-img, of the same size, white where it is to be filled")
     add("--outdir", metavar="DIR", help="folder for the results, which have the names of the pictures")
-    add("--steps", type=int, default=50, metavar="S", help="number of DDIM steps")
-    add("--ddim_eta", type=float, default=0.0, metavar="ETA", help="noise of DDIM: 0 is deterministic")
+    add("--prompt", default="", metavar="TEXT", help="what to draw, for models that are led by a prompt")
+    add("--negative_prompt", default="", metavar="TEXT", help="what to lead away from, for models that are led by a prompt")
+    add("--scale", type=float, help="guidance scale; 1 is none (default: 7.5 for models that are led by a prompt)")
+    add("--feather", type=int, default=0, metavar="PIXELS", help="let the drawing fade in over so many pixels from the hole's edge")
+    add("--steps", type=int, default=50, metavar="S", help="number of sampling steps")
+    add_sampler_flag(parser)
+    add_sampling_flags(parser)
+    add("--ddim_eta", type=float, metavar="ETA", help="noise of the steps (default: 0 with DDIM, else the sampler's own)")
     add("--seed", type=int, default=42, help="seed of each picture's noise")
     add_model_flags(parser, CONFIG, CKPT)
     return parser
@@ -35,16 +55,21 @@ def parser() -> Parser:
 def main(argv: Sequence[str]) -> None:
     opt = parser().parse_args(argv)
     # What is wrong with the command line is said before torch is imported.
-    for flag in ("indir", "outdir"):
+    single = opt.init_img is not None or opt.mask is not None
+    if single and opt.indir:
+        raise ValueError("--indir with --init-img or --mask: give a folder of pairs or one pair")
+    for flag in ("outdir",) if single else ("indir", "outdir"):
         if not getattr(opt, flag):
             raise ValueError(f"--{flag}: give a folder, e.g. --indir pictures --outdir results")
     config, ckpt = find_file(opt.config), released_weights(CKPT) if opt.ckpt == CKPT else find_file(opt.ckpt)
     facts = model_facts(read_config(config))
     check_fills_masks(facts)
-    settings = FillSettings(steps=opt.steps, eta=opt.ddim_eta, seed=opt.seed).checked(facts)
+    walk = {name: getattr(opt, name) for name in ("spacing", "guidance_rescale", "dynamic_threshold")}
+    same = {name: getattr(opt, name) for name in ("steps", "seed", "prompt", "negative_prompt", "scale", "feather")}
+    settings = FillSettings(**same, **walk, eta=opt.ddim_eta, sampler=opt.sampler or "ddim").checked(facts)
     from ldm.data.image import EXTENSIONS, load_image
 
-    pairs = find_pairs(opt.indir, EXTENSIONS)
+    pairs = the_pair(opt.init_img, opt.mask) if single else find_pairs(opt.indir, EXTENSIONS)
     for picture, mask in pairs:
         sizes = [load_image(path).size for path in (picture, mask)]
         if sizes[0] != sizes[1]:

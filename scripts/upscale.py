@@ -34,11 +34,16 @@ def parser() -> Parser:
     add = parser.add_argument
     add("--init-img", nargs="+", default=[], metavar="FILE", help="the pictures to enlarge, any size")
     add("--outdir", default="outputs/upscale-samples", metavar="DIR", help="folder for the results, which have the names of the pictures")
-    add("--steps", type=int, default=100, metavar="S", help="number of sampling steps")
-    text = "noise of the steps: 0 is deterministic (default: 1 with DDIM, else the sampler's own)"
+    add("--prompt", default="", metavar="TEXT", help="what the pictures show, for models that are led by a prompt")
+    add("--negative_prompt", default="", metavar="TEXT", help="what to lead away from, for models that are led by a prompt")
+    add("--scale", type=float, help="guidance scale; 1 is none (default: 9 for models that are led by a prompt)")
+    text = "noise that is added to the small picture, for models that are told of it; more lets them invent more (default: 20)"
+    add("--noise_level", type=int, metavar="N", help=text)
+    add("--steps", type=int, metavar="S", help="number of sampling steps (default: 100, and 50 for models that are led by a prompt)")
+    text = "noise of the steps: 0 is deterministic (default: 1 with DDIM and a model without a prompt, else the sampler's own)"
     add("--ddim_eta", type=float, metavar="ETA", help=text)
     add_sampler_flag(parser)
-    add_sampling_flags(parser, guidance=False)
+    add_sampling_flags(parser)
     text = "side of a tile in pixels of the small picture; what is larger is drawn in overlapping tiles; 0: always in one piece"
     add("--tile", type=int, default=128, metavar="SIDE", help=text)
     add("--seed", type=int, default=42, help="seed of each picture's noise")
@@ -54,8 +59,9 @@ def main(argv: Sequence[str]) -> None:
     config, ckpt = find_file(opt.config), released_weights(CKPT) if opt.ckpt == CKPT else find_file(opt.ckpt)
     facts = model_facts(read_config(config))
     check_enlarges(facts)
-    walk = {"sampler": opt.sampler or "ddim", "spacing": opt.spacing, "dynamic_threshold": opt.dynamic_threshold}
-    settings = UpscaleSettings(steps=opt.steps, eta=opt.ddim_eta, seed=opt.seed, tile=opt.tile, **walk).checked(facts)
+    walk = {name: getattr(opt, name) for name in ("spacing", "guidance_rescale", "dynamic_threshold")}
+    same = {name: getattr(opt, name) for name in ("steps", "seed", "tile", "prompt", "negative_prompt", "scale", "noise_level")}
+    settings = UpscaleSettings(**same, **walk, eta=opt.ddim_eta, sampler=opt.sampler or "ddim").checked(facts)
     from ldm.data.image import load_image
 
     for path in opt.init_img:

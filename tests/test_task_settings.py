@@ -27,9 +27,12 @@ def facts(kind: str, **params):
 def test_the_published_defaults():
     image = ImageSettings()
     assert (image.strength, image.scale, image.n_iter, image.n_samples, image.steps, image.encode_steps) == (0.75, 5.0, 1, 2, 50, 37)
-    assert (FillSettings().steps, FillSettings().eta) == (50, 0.0)
-    upscale = UpscaleSettings().checked(facts("enlarge"))
-    assert (upscale.steps, upscale.eta) == (100, 1.0)
+    for kind, scale in (("fill", 1.0), ("sd-fill", 7.5)):
+        hole = FillSettings().checked(facts(kind))
+        assert (hole.steps, hole.eta, hole.scale, hole.feather, hole.prompt) == (50, 0.0, scale, 0, "")
+    for kind, published in (("enlarge", (100, 1.0, 1.0, None)), ("x4", (50, 0.0, 9.0, 20))):
+        larger = UpscaleSettings().checked(facts(kind, timesteps=1000))
+        assert (larger.steps, larger.eta, larger.scale, larger.noise_level) == published
     sample = SampleSettings().checked(facts("unconditional"))
     assert (sample.n_samples, sample.batch_size, sample.steps, sample.eta, sample.vanilla, sample.scale) == (50000, 10, 50, 1.0, False, 1.0)
 
@@ -92,6 +95,7 @@ def test_no_class_is_known_from_1001_classes_or_from_dropout():
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_of_model_is_taken_by_its_own_task_alone(kind):
     takers = {"unconditional": check_samples_freely, "class": check_samples_freely, "fill": check_fills_masks, "enlarge": check_enlarges}
+    takers |= {"sd-fill": check_fills_masks, "x4": check_enlarges}
     for check in {check_samples_freely, check_fills_masks, check_enlarges}:
         if takers.get(kind) is check:
             check(facts(kind))

@@ -156,6 +156,27 @@ def load_labels(path: str | PathLike, max_pixels: int = MAX_PIXELS) -> Image.Ima
     return Image.fromarray(numbers.astype(np.uint8))
 
 
+def load_depth(path: str | PathLike, max_pixels: int = MAX_PIXELS) -> np.ndarray:
+    """A depth map in a file of grey levels (8, 16 or 32 bits, whole or real numbers) -> float32 (H, W), as stored; of colors their grey.
+
+    Raises BadImageError naming the path, as `load_image` does, and for values that are not finite.
+    """
+    try:
+        with Path(path).open("rb") as file, Image.open(file) as image:
+            if image.width * image.height > max_pixels:
+                raise BadImageError(path, f"{image.width}x{image.height} pixels, more than max_pixels {max_pixels:,}")
+            image.load()
+            image = _upright(image)
+            depth = np.asarray(image if image.mode.startswith(("I", "F")) else to_rgb(image).convert("L"), dtype=np.float32)
+    except (BadImageError, MemoryError):
+        raise
+    except Exception as error:
+        raise BadImageError(path, _why_broken(path, error)) from error
+    if not np.isfinite(depth).all():
+        raise BadImageError(path, "holds values that are not finite, no depth map")
+    return depth
+
+
 def cover(image: Image.Image, size: Size) -> tuple[int, int]:
     """(width, height) of the smallest picture with the proportions of `image` that covers `size`."""
     height, width = height_and_width(size)

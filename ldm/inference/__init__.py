@@ -5,7 +5,7 @@ A script reads `model_facts` off the YAML and checks its settings against them (
 ldm.pictures. Importing this package imports neither torch nor Lightning.
 """
 
-from ldm.inference.beside import enlarge, fill
+from ldm.inference.beside import depth_parts, enlarge, fill
 from ldm.inference.pipeline import Pipeline, fingerprint, for_inference, identify, load_model, weights_on_meta
 from ldm.inference.precision import Numbers, choose_device, choose_numbers
 from ldm.inference.prompts import finished, image_to_image, text_to_image
@@ -20,6 +20,7 @@ __all__ = [
     "Randomness",
     "choose_device",
     "choose_numbers",
+    "depth_parts",
     "draw_samples",
     "enlarge",
     "fill",

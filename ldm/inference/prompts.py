@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from ldm.inference.beside import with_parts
 from ldm.inference.pipeline import Pipeline
 from ldm.inference.prompt_weights import PromptEncoder, check_emphasis
 from ldm.inference.randomness import Randomness, Silent, noise_of
@@ -106,17 +107,19 @@ def image_to_image(
     settings: ImageSettings,
     progress: bool = True,
     only: int | None = None,
+    beside: Mapping[str, Any] | None = None,
 ) -> Iterator[Picture]:
     """As `text_to_image`, but each drawing starts from the noised latent of a picture (SDEdit, arXiv 2108.01073).
 
     The picture is resized to the settings' height and width. Random numbers come in the published order: the first stage's
     posterior, then batch after batch the noise of the start and of the steps; with `seed_mode` "image" all of them for each picture.
     At strength 0 nothing is drawn: the result is the first stage's round trip.
+    beside: further parts of the condition, `depth_parts` of a depth-to-image model.
     """
     import torch
 
     settings = settings.checked(pipeline.facts)
-    settings, encode = _own_encoder(pipeline, prompts, settings)
+    settings, encode = _own_encoder(pipeline, prompts, settings, beside)
     model, randomness, walked = in_tiles(pipeline, settings).model, Randomness(settings.seed, pipeline.device), settings.encode_steps
     alone, start, z0 = settings.seed_mode == "image", None, None
     with randomness(), torch.no_grad():                                     # in float32, as published
@@ -176,9 +179,23 @@ def fit(image: Image.Image, height: int, width: int) -> Image.Image:
     return image.resize((width, height), resampling("lanczos"))
 
 
-def _own_encoder(pipeline: Pipeline, prompts: str | Sequence[str], settings: Settings) -> tuple[Settings, Encode]:
-    """(settings with the number of chunks, the model's condition stage), which has to take text."""
-    check_takes_text(pipeline.facts)
+def _own_encoder(
+    pipeline: Pipeline, prompts: str | Sequence[str], settings: Settings, beside: Mapping[str, Any] | None = None
+) -> tuple[Settings, Encode]:
+    """(settings with the number of chunks, the model's condition stage), which has to take text; further parts join what it encodes."""
+    check_takes_text(pipeline.facts, beside=sum(part.shape[1] for part in (beside or {}).get("c_concat", ())))
+    settings, encode = _text_encoder(pipeline, prompts, settings)
+    if beside is None:
+        return settings, encode
+
+    def encode_beside(batch: Sequence[str]) -> tuple[Any, Any]:
+        cond, uncond = encode(batch)
+        return with_parts(cond, beside), None if uncond is None else with_parts(uncond, beside)
+
+    return settings, encode_beside
+
+
+def _text_encoder(pipeline: Pipeline, prompts: str | Sequence[str], settings: Settings) -> tuple[Settings, Encode]:
     negative, scale = settings.negative_prompt, settings.scale
     if not (settings.emphasis or settings.long_prompts):
         return settings, lambda batch: pipeline.encode_prompts(batch, negative, scale)

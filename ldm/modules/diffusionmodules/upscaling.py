@@ -51,7 +51,8 @@ class ImageConcatWithNoiseAugmentation(nn.Module):
             noise_level = torch.randint(0, self.max_noise_level, (x.shape[0],), device=x.device)
         alpha = extract_into_tensor(self.sqrt_alphas_cumprod, noise_level, x.shape)
         sigma = extract_into_tensor(self.sqrt_one_minus_alphas_cumprod, noise_level, x.shape)
-        return alpha * x + sigma * torch.randn_like(x), noise_level
+        noise = torch.randn_like(x, memory_format=torch.contiguous_format)  # else it would depend on how the pictures lie in memory
+        return alpha * x + sigma * noise, noise_level
 
     def decode(self, x: Tensor) -> Tensor:
         """The picture that the network sees, for image logs: these pictures are not encoded."""

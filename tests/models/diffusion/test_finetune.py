@@ -144,7 +144,8 @@ def test_without_a_depth_map_or_an_estimate_the_error_says_what_to_do():
 def test_depth_comes_from_transformers_dpt_in_a_local_folder(tmp_path):
     transformers = pytest.importorskip("transformers")
     shape = {"hidden_size": 16, "num_hidden_layers": 4, "num_attention_heads": 2, "intermediate_size": 16, "image_size": 32}
-    neck = {"backbone_out_indices": [0, 1, 2, 3], "neck_hidden_sizes": [8, 8, 8, 8], "fusion_hidden_size": 8, "is_hybrid": False, "patch_size": 16}
+    neck = {"backbone_out_indices": [0, 1, 2, 3], "neck_hidden_sizes": [8] * 4, "fusion_hidden_size": 8}
+    neck |= {"is_hybrid": False, "patch_size": 16}
     torch.manual_seed(0)
     network = transformers.DPTForDepthEstimation(transformers.DPTConfig(**shape, **neck)).eval()
     network.save_pretrained(tmp_path)
