@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import logging
 from argparse import Namespace
 from collections.abc import Callable, Mapping, Sequence
@@ -25,6 +26,7 @@ BELONGS_TO = {  # a flag on the command line -> what is then not taken from the 
     "config": ("channels", "factor"),
     "laion400m": ("config", "ckpt", "channels", "factor"),
 }
+MAX_COUNT = 1_000_000  # of prompts and pictures in a run
 WHOLE_RUN = ("n_samples", "n_iter", "from_file")  # flags that ask for more than the one picture
 
 
@@ -68,6 +70,7 @@ def parse(make_parser: Callable[[], Parser], argv: Sequence[str], task: str) -> 
     info, typed = read_info(opt.from_metadata), frozenset(parser.typed(argv))
     if info.get("task") != task:
         raise ValueError(f"--from-metadata {opt.from_metadata}: this picture was drawn by {info.get('task')}, not by {task}")
+    _check_types(opt.from_metadata, info, parser)
     skipped = {name for flag in typed for name in BELONGS_TO.get(flag, ())}
     for name, flag in FLAGS.items():
         if name in info and name not in skipped and flag not in typed and (hasattr(opt, flag) or name == "chunks"):
@@ -80,6 +83,28 @@ def parse(make_parser: Callable[[], Parser], argv: Sequence[str], task: str) -> 
     if not getattr(opt, "long_prompts", False):
         opt.chunks = None
     return opt
+
+
+def _check_types(path: str, info: Mapping[str, Any], parser: Parser) -> None:
+    """ValueError where the metadata, which anybody can write, holds what the flag of that name would not take."""
+    flags = {action.dest: action for action in parser._actions}
+    wanted = {name: (_kind(flags[flag]), flags[flag].choices) for name, flag in FLAGS.items() if flag in flags}
+    wanted |= {name: (int, range(MAX_COUNT)) for name in ("n_prompts", "batch_size", "image_index", "chunks")} | {"prompt": (str, None)}
+    for name, (kind, choices) in wanted.items():
+        value = info.get(name)
+        right = isinstance(value, (int, float) if kind is float else kind) and (kind is bool or not isinstance(value, bool))
+        if value is not None and not (right and (choices is None or value in choices)):
+            raise ValueError(f"--from-metadata {path}: its {name} is {str(value)[:60]!r}, which no run has written")
+    prompts = info.get("prompts", [])
+    if not (isinstance(prompts, list) and all(isinstance(prompt, str) for prompt in prompts)):
+        raise ValueError(f"--from-metadata {path}: its prompts are no list of texts")
+
+
+def _kind(action: argparse.Action) -> type:
+    """What a flag's value is."""
+    if action.nargs == 0 or isinstance(action.const, bool):
+        return bool
+    return action.type if action.type in (int, float) else str
 
 
 def check_unchanged(opt: Namespace, config: Path, ckpt: Path) -> None:

@@ -16,7 +16,8 @@ from ldm.callbacks import ImageLogger
 from ldm.commandline import run
 from ldm.data import archives
 from ldm.data.archives import ArchiveError, unpack
-from ldm.pictures import METADATA_KEY, NamedOutput, Output, Picture, read_info
+from ldm.pictures import METADATA_KEY, NamedOutput, Output, Picture, png_info, read_info
+from ldm.redraw import FLAGS
 from ldm.training.flags import Options
 from ldm.training.folder import new_run
 from ldm.util import ConfigError
@@ -158,6 +159,29 @@ def test_a_bomb_of_metadata_is_refused(tmp_path):
     Image.new("RGB", (2, 2)).save(tmp_path / "x.png", pnginfo=chunk)
     with pytest.raises(ValueError, match=r"x\.png: no picture whose metadata can be read"):
         read_info(tmp_path / "x.png")
+
+
+VALUES = ([], {"a": 1}, "x", True, -1, 10**30, "../up", "\0")
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    return save_text_model(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.mark.parametrize(
+    "name", [*FLAGS, "n_prompts", "batch_size", "image_index", "prompt", "prompts", "task", "outdir", "allow_targets", "debug"]
+)
+def test_a_picture_to_draw_again_is_drawn_or_refused_in_one_line_whatever_its_metadata_say(name, saved, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("scripts.txt2img.load_model", lambda *args, **kwargs: (_ for _ in ()).throw(ValueError("accepted")))
+    good = {"task": "txt2img", "prompt": "a cat", "steps": 1, "height": 8, "width": 8, "config": str(saved.config), "ckpt": str(saved.ckpt)}
+    for value in VALUES:
+        Picture(Image.new("RGB", (2, 2)), {}).image.save("x.png", pnginfo=png_info({**good, name: value}))
+        assert run(txt2img, ["--from-metadata", "x.png", "--outdir", str(tmp_path / "home"), "--device", "cpu"]) == 2
+        said = capsys.readouterr().err
+        assert "Traceback" not in said and said.splitlines()[-1].startswith("error: "), (value, said)
+        assert not tree(tmp_path) - {tmp_path / "home", tmp_path / "x.png"}
 
 
 # ---------------------------------------------------------------------------------------------------------------- archives
