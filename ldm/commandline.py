@@ -29,6 +29,7 @@ class Parser(argparse.ArgumentParser):
         self.takes_overrides = takes_overrides
 
     def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> argparse.Namespace:
+        self._words = list(sys.argv[1:] if args is None else args)
         parsed, extra = self.parse_known_args(args, namespace)
         if self.takes_overrides:
             parsed.overrides = [word for word in extra if _OVERRIDE.match(word)]
@@ -54,6 +55,9 @@ class Parser(argparse.ArgumentParser):
                 action.default = default
 
     def error(self, message: str) -> NoReturn:
+        if "are required" in message:  # one of them may be there, misspelt
+            unknown = [word for word in self._words if word.startswith("--") and word.split("=")[0] not in self.flags]
+            message = self._unknown(unknown[0]) if unknown else message
         print(f"error: {message}", file=sys.stderr)
         raise SystemExit(EXIT_USAGE)
 
