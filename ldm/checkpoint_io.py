@@ -25,7 +25,7 @@ try:
 except ImportError:  # Windows: no advisory locks, temporary files are told apart by their age
     fcntl = None
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 _PLAIN = (type(None), bool, int, float, complex, str, bytes, torch.Size, torch.dtype, torch.device)
 _STALE_HOURS = 24  # age at which a temporary file counts as abandoned where there are no locks
@@ -167,7 +167,7 @@ def sweep_temporaries(folder: str | os.PathLike) -> int:
                 temporary.unlink()
                 swept += 1
     if swept:
-        log.info("removed %d unfinished temporary file(s) from %s", swept, folder)
+        logger.info("removed %d unfinished temporary file(s) from %s", swept, folder)
     return swept
 
 
@@ -264,6 +264,6 @@ def find_checkpoint(run_folder: str | os.PathLike) -> Path:
             damaged.append(str(error))
             continue
         if damaged:
-            log.warning("resuming from %s, because %s", path, "; ".join(damaged))
+            logger.warning("resuming from %s, because %s", path, "; ".join(damaged))
         return path
     raise CheckpointError(f"{folder}: no usable checkpoint" + (f": {'; '.join(damaged)}" if damaged else " (no .ckpt file is there)"))

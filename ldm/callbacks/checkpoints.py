@@ -17,7 +17,7 @@ from torch import Tensor
 from ldm.callbacks.signals import Stopped
 from ldm.util import ConfigError
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 
 class CheckpointPolicy(ModelCheckpoint):
@@ -69,7 +69,7 @@ class CheckpointPolicy(ModelCheckpoint):
         if self.monitor is not None and self.monitor not in monitor_candidates:
             if not self._warned and self.save_top_k != 0:
                 self._warned = True
-                log.warning("%-11s nothing logged %r so far, so only last.ckpt is kept", "checkpoint", self.monitor)
+                logger.warning("%-11s nothing logged %r so far, so only last.ckpt is kept", "checkpoint", self.monitor)
             return
         super()._save_topk_checkpoint(trainer, monitor_candidates)
 
@@ -85,7 +85,7 @@ class CheckpointPolicy(ModelCheckpoint):
         start = time.monotonic()
         super()._save_checkpoint(trainer, filepath)
         if trainer.is_global_zero:
-            log.info("%-11s step %d -> %s", "checkpoint", trainer.global_step, describe(Path(filepath), time.monotonic() - start))
+            logger.info("%-11s step %d -> %s", "checkpoint", trainer.global_step, describe(Path(filepath), time.monotonic() - start))
 
 
 def share_file(source: str | Path, target: str | Path) -> bool:
@@ -128,7 +128,7 @@ class CrashCheckpoint(pl.Callback):
             state = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
             trainer.strategy.save_checkpoint(state, self.path)
         except Exception as error:
-            log.error("%-11s the state at the error could not be saved: %s: %s", "checkpoint", type(error).__name__, error)
+            logger.error("%-11s the state at the error could not be saved: %s: %s", "checkpoint", type(error).__name__, error)
             return
         if trainer.is_global_zero:
-            log.error("%-11s the state at the error is in %s", "checkpoint", self.path)
+            logger.error("%-11s the state at the error is in %s", "checkpoint", self.path)

@@ -18,7 +18,7 @@ from ldm.callbacks.steps import seed_generators
 from ldm.data.image import from_tensor
 from ldm.generators import generators_kept
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 GRID_COLUMNS = 4
 GRID_PADDING = 2
@@ -107,10 +107,10 @@ class ImageLogger(pl.Callback):
                 from_tensor(grid).save(folder / name)
             self._to_tensorboard(trainer, grids, split, step)
         except Exception as error:
-            log.warning("%-11s %s, step %d: not drawn, training goes on: %s: %s", "images", split, step, type(error).__name__, error)
-            log.debug("where it happened:", exc_info=True)
+            logger.warning("%-11s %s, step %d: not drawn, training goes on: %s: %s", "images", split, step, type(error).__name__, error)
+            logger.debug("where it happened:", exc_info=True)
             return
-        log.info("%-11s %s, step %d: %s", "images", split, step, ", ".join(grids))
+        logger.info("%-11s %s, step %d: %s", "images", split, step, ", ".join(grids))
 
     def _grid(self, images: Tensor) -> Tensor:
         """A few of (B, C, H, W), or a finished (C, H, W), as one picture (3, H', W') in [-1, 1]."""

@@ -14,7 +14,7 @@ from pytorch_lightning.callbacks import ProgressBar as LightningProgressBar
 from torch import Tensor, nn
 from tqdm import tqdm
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 SECONDS_BETWEEN_LINES = 15.0
 
@@ -67,7 +67,8 @@ class ProgressBar(LightningProgressBar):
             figures = "  ".join(f"{name} {value}" for name, value in self._figures(trainer, pl_module).items())
             left = f"  {_clock((self._total - done) / rate)} left" if self._total else ""
             of = f"/{self._total}" if self._total else ""
-            log.info("%-11s epoch %d, batch %d%s  %s  %.2f batches/s%s", "training", trainer.current_epoch, done, of, figures, rate, left)
+            epoch = trainer.current_epoch
+            logger.info("%-11s epoch %d, batch %d%s  %s  %.2f batches/s%s", "training", epoch, done, of, figures, rate, left)
             self._line_time, self._line_batch = now, done
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -85,7 +86,7 @@ class ProgressBar(LightningProgressBar):
         figures = {name: value for name, value in trainer.callback_metrics.items() if name.startswith("val")}
         text = ", ".join(f"{name} {float(value):.4g}" for name, value in sorted(figures.items()))
         seconds = time.monotonic() - self._validation_time
-        log.info("%-11s step %d: %s (%.1f s)", "validation", trainer.global_step, text or "nothing logged", seconds)
+        logger.info("%-11s step %d: %s (%.1f s)", "validation", trainer.global_step, text or "nothing logged", seconds)
 
     def _figures(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, str]:
         figures = {name: value for name, value in self.get_metrics(trainer, pl_module).items() if name != "v_num"}
@@ -135,29 +136,29 @@ class RunReport(pl.Callback):
         batches = trainer.num_training_batches
         an_epoch = f"{batches} batches an epoch" if math.isfinite(batches) else "a stream"
         validation = sum(count for count in trainer.num_val_batches if math.isfinite(count))
-        log.info("%-11s %s, %d of validation", "data", an_epoch, validation)
-        log.info("%-11s %s", "model", parameters_line(pl_module))
+        logger.info("%-11s %s, %d of validation", "data", an_epoch, validation)
+        logger.info("%-11s %s", "model", parameters_line(pl_module))
         if self.rule:
-            log.info("%-11s %s", "batch", self.rule)
+            logger.info("%-11s %s", "batch", self.rule)
         for position, optimizer in enumerate(trainer.optimizers):
             rates = [float(group.get("initial_lr", group["lr"])) for group in optimizer.param_groups]
             now = [float(group["lr"]) for group in optimizer.param_groups]
             tensors = sum(len(group["params"]) for group in optimizer.param_groups)
             scheduled = "" if now == rates else f", scheduled: {now[0]:.3e} at step {trainer.global_step}"
             name = type(optimizer).__name__ + (f" ({position + 1} of {len(trainer.optimizers)})" if len(trainer.optimizers) > 1 else "")
-            log.info("%-11s %s, learning rate %.3e%s, %d tensors", "optimizer", name, rates[0], scheduled, tensors)
+            logger.info("%-11s %s, learning rate %.3e%s, %d tensors", "optimizer", name, rates[0], scheduled, tensors)
             if self.expected_rate is not None and trainer.ckpt_path and not math.isclose(rates[0], self.expected_rate, rel_tol=1e-6):
-                log.warning(
+                logger.warning(
                     "%-11s the checkpoint's learning rate %.3e goes on, not the configs' %.3e", "optimizer", rates[0], self.expected_rate
                 )
         if trainer.ckpt_path:
-            log.info("%-11s step %d, epoch %d, from %s", "resumed", trainer.global_step, trainer.current_epoch, trainer.ckpt_path)
+            logger.info("%-11s step %d, epoch %d, from %s", "resumed", trainer.global_step, trainer.current_epoch, trainer.ckpt_path)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.is_global_zero:
             seconds, steps = time.monotonic() - self._start, trainer.global_step - self._first_step
             rate = f", {steps / seconds:.2f} a second" if seconds > 0 and steps else ""
-            log.info("%-11s %d steps in %s%s; now at step %d", "trained", steps, _clock(seconds), rate, trainer.global_step)
+            logger.info("%-11s %d steps in %s%s; now at step %d", "trained", steps, _clock(seconds), rate, trainer.global_step)
 
 
 def parameters_line(module: nn.Module) -> str:

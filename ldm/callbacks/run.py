@@ -11,7 +11,7 @@ import pytorch_lightning as pl
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 MIB = 2**20
 
@@ -61,7 +61,7 @@ class CUDACallback(pl.Callback):
         figures = torch.tensor([time.monotonic() - self._start, _peak_mib(self._device)], device=self._device)
         seconds, memory = trainer.strategy.reduce(figures, reduce_op="mean").tolist()
         if trainer.is_global_zero:
-            log.info("%-11s %d took %.1f s, peak memory %.0f MiB", "epoch", trainer.current_epoch, seconds, memory)
+            logger.info("%-11s %d took %.1f s, peak memory %.0f MiB", "epoch", trainer.current_epoch, seconds, memory)
 
 
 def _peak_mib(device: torch.device) -> float:

@@ -16,7 +16,7 @@ import pytorch_lightning as pl
 import torch
 from torch.utils.data import DataLoader
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 SAVE, TERMINATE, INTERRUPT = 1, 2, 3  # what the ranks agree on: the largest wins
 _EXIT_CODES = {TERMINATE: 143, INTERRUPT: 130}  # 128 + the signal's number
@@ -103,7 +103,7 @@ class SignalCallback(pl.Callback):
             return None
         trainer.save_checkpoint(self.path)
         if trainer.is_global_zero:
-            log.info("%-11s step %d -> %s", "checkpoint", trainer.global_step, self.path)
+            logger.info("%-11s step %d -> %s", "checkpoint", trainer.global_step, self.path)
         return self.path
 
     def _install(self) -> None:

@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from ldm.util import ConfigError
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 CHUNK = 1 << 20
 BOMB_BYTES, BOMB_RATIO = 1 << 30, 200  # what unpacks to more than the first, and to so many times its own size, is refused
@@ -74,7 +74,7 @@ def unpack(archive: Path, folder: Path, nested: bool = False, place: Callable[[s
         raise ArchiveError(f"{archive}: cannot be unpacked into {folder} ({error.strerror or error})") from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)
-    log.info("%s: unpacked into %s", archive, folder)
+    logger.info("%s: unpacked into %s", archive, folder)
 
 
 def fetch(remote: Remote, folder: Path) -> Path:
@@ -88,7 +88,7 @@ def fetch(remote: Remote, folder: Path) -> Path:
     if not remote.url.startswith("https://"):
         raise ArchiveError(f"{remote.url}: only https:// is fetched")
     part = Path(tempfile.mkdtemp(prefix=f".{remote.name}-", dir=folder)) / remote.name
-    log.info("fetching %s", remote.url)
+    logger.info("fetching %s", remote.url)
     try:
         with urlopen(remote.url, timeout=60) as response, part.open("wb") as file:
             total = int(response.headers.get("Content-Length") or 0)

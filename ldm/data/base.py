@@ -11,7 +11,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from ldm.util import ConfigError
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 
 class DataConfigError(ConfigError):
@@ -56,7 +56,7 @@ class Txt2ImgIterableBaseDataset(IterableDataset):
         self.rank, self.world_size = 0, 1
         self.seed, self.epoch = 0, 0
         self._own_ids: Sequence[Any] | None = None
-        log.info("%s has %d samples", type(self).__name__, len(self))
+        logger.info("%s has %d samples", type(self).__name__, len(self))
 
     def set_shard(self, rank: int, world_size: int) -> None:
         """Which of how many ranks this process is; the data module calls it, since data workers cannot always know."""

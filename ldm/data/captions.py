@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 from ldm.data.base import DataConfigError
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 SIDECAR = "sidecar"
 TABLES = {".csv": ",", ".tsv": "\t", ".jsonl": ""}  # suffix -> delimiter
@@ -62,7 +62,7 @@ class CaptionPolicy:
             return (), problem
         if not self._logged:
             self._logged = True
-            log.warning("%s has %s: truncated, as are others; dropped: %.200s", name, problem, longest[self.max_chars :])
+            logger.warning("%s has %s: truncated, as are others; dropped: %.200s", name, problem, longest[self.max_chars :])
         return tuple(caption[: self.max_chars] for caption in captions), ""
 
 

@@ -17,7 +17,7 @@ from ldm.data.base import DataConfigError, Txt2ImgIterableBaseDataset
 from ldm.data.order import EpochSampler, Position, SeededDataset, StreamLoader, usable_cpus
 from ldm.util import ConfigError, get_obj_from_str, instantiate_from_config
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 SPLITS = ("train", "validation", "test", "predict")
 
@@ -123,12 +123,12 @@ class DataModuleFromConfig(pl.LightningDataModule):
         saved, now = state_dict["global_batch_size"], self.batch_size * self._ranks()[1]
         batch = state_dict["batch"] * saved // now
         if saved != now:
-            log.warning("%-11s %d samples a step, %d before: this epoch goes on after the samples that were used", "data", now, saved)
+            logger.warning("%-11s %d samples a step, %d before: this epoch goes on after the samples that were used", "data", now, saved)
         if state_dict["seed"] != self.seed:
-            log.warning("%-11s the order goes on with the seed of the checkpoint, %d, not with %d", "data", state_dict["seed"], self.seed)
+            logger.warning("%-11s the order goes on with the checkpoint's seed, %d, not with %d", "data", state_dict["seed"], self.seed)
             self.seed = state_dict["seed"]
         self._origin = Origin(Position(state_dict["epoch"], batch), state_dict["trained"])
-        log.info("%-11s going on in epoch %d after %d batches", "data", *self._origin.position)
+        logger.info("%-11s going on in epoch %d after %d batches", "data", *self._origin.position)
         # Lightning asks the loader itself whether it can resume; here the data module does that.
         warnings.filterwarnings("ignore", message=".*your dataloader is not resumable.*")
 
@@ -242,7 +242,7 @@ def _shard_stream(dataset: IterableDataset, rank: int, world_size: int, num_work
     if isinstance(dataset, Txt2ImgIterableBaseDataset):
         dataset.set_shard(rank, world_size)
     elif world_size > 1 or num_workers > 1:
-        log.warning(
+        logger.warning(
             "%s streams and is no Txt2ImgIterableBaseDataset: unless it splits itself, each of %d ranks and %d workers gets every sample",
             type(dataset).__name__,
             world_size,

@@ -20,7 +20,7 @@ from ldm.data.image import EXTENSIONS, MAX_PIXELS, RESAMPLING, BadImageError, Si
 from ldm.data.listing import SPLIT_FOLDERS, class_of, class_order, divided, existing_folder, part, read_list, scan, split_folder
 from ldm.data.order import usable_cpus
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 
 class Item(NamedTuple):
@@ -228,11 +228,11 @@ class ImageFolder(Dataset):
     def _report(self) -> None:
         captions = f", {sum(len(item.captions) for item in self.items)} captions" if self.captioned else ""
         classes = f", {len(self.class_names)} classes" if self.class_names is not None else ""
-        log.info("%s: %d pictures%s%s", self.root, len(self), captions, classes)
+        logger.info("%s: %d pictures%s%s", self.root, len(self), captions, classes)
         if self.skipped:
             first = "; ".join(f"{what}: {why}" for what, why in list(self.skipped.items())[:3])
             total = len(self) + len(self.skipped)
-            log.warning("%s: kept %d of %d, skipped %d (first: %s)", self.root, len(self), total, len(self.skipped), first)
+            logger.warning("%s: kept %d of %d, skipped %d (first: %s)", self.root, len(self), total, len(self.skipped), first)
 
 
 def _choice(param: str, value: object, choices: tuple) -> None:

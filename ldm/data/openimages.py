@@ -29,7 +29,7 @@ from ldm.data.image import Size, View
 from ldm.data.superres import SuperResolution
 from ldm.layout import LayoutTokens, Region
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 ROOT = "data/openimages"
 PUBLISHER = "https://storage.googleapis.com/openimages"
@@ -115,7 +115,7 @@ class Layouts(ImageFolder):
         self.rows = np.flatnonzero((counts >= min_objects) & (counts <= max_objects))  # of `boxes`, for each picture that is kept
         if not len(self.rows):
             raise DataConfigError("min_objects", min_objects, f"no picture has {min_objects} to {max_objects} boxes", "lower {param}")
-        log.info("%s: %d of %d pictures have %d to %d boxes", self.root, len(self.rows), len(self.items), min_objects, max_objects)
+        logger.info("%s: %d of %d pictures have %d to %d boxes", self.root, len(self.rows), len(self.items), min_objects, max_objects)
         self.items = [self.items[row] for row in self.rows]
 
     @classmethod

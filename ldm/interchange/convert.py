@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 _TRAINING_ONLY = ("model_ema.", "loss.", f"{plans.STAGE}loss.", f"{plans.STAGE}model_ema.", f"{plans.CONDITION}loss.")
@@ -51,7 +51,7 @@ def to_folder(
     weights = _cast(read_weights(ckpt, use_ema, wanted=_names_of(plan)), dtype)
     if "scale_factor" in weights:
         plan = plan_of(config, scheduler, float(weights["scale_factor"]))
-    log.info("%s: %d tensors", ckpt, len(weights))
+    logger.info("%s: %d tensors", ckpt, len(weights))
     worst, files, taken = 0.0, {}, set()
     for part in plan.components:
         converted, apart = _converted(part, weights)
@@ -62,7 +62,7 @@ def to_folder(
     with new_folder(target) as folder:
         for name, tensors in files.items():
             save_tensors(tensors, folder / name)
-            log.info("%s: %d tensors, %.2f GB", name, len(tensors), _gigabytes(tensors))
+            logger.info("%s: %d tensors, %.2f GB", name, len(tensors), _gigabytes(tensors))
         for name, content in _configs(plan).items():
             (folder / name).parent.mkdir(exist_ok=True)
             (folder / name).write_text(content, encoding="utf-8")
@@ -84,7 +84,7 @@ def to_file(config: Mapping[str, Any], folder: Path, target: Path, dtype: str | 
     check_folder(folder, plan)
     kind = plan.text.kind if plan.text else None
     weights = _cast(read_folder(folder, kind, stand_ins=False), dtype)
-    log.info("%s: %d tensors", folder, len(weights))
+    logger.info("%s: %d tensors", folder, len(weights))
     worst = max(_converted(part, weights)[1] for part in plan.components)
     if plan.shared_condition:
         stage = {name: tensor for name, tensor in weights.items() if name.startswith(plans.STAGE)}
@@ -128,7 +128,7 @@ def _converted(part: Component, weights: Mapping[str, Tensor]) -> tuple[dict[str
     theirs = to_theirs(part.layout.rules(), own, part.name)
     parity = check_component(part, own, theirs)
     seconds = time.perf_counter() - start
-    log.info("%s: %d blocks agree within %.1e of their outputs (%.1f s)", part.name, parity.blocks, parity.worst, seconds)
+    logger.info("%s: %d blocks agree within %.1e of their outputs (%.1f s)", part.name, parity.blocks, parity.worst, seconds)
     return theirs, parity.worst
 
 
@@ -138,7 +138,7 @@ def _other_files(plan: Plan, weights: Mapping[str, Tensor], taken: set[str]) -> 
     training = [name for name in rest if name.startswith(_TRAINING_ONLY)]
     again = [name for name in rest if plan.shared_condition and name.startswith(plans.CONDITION)]
     if training:
-        log.info("left out: %d tensors of training alone (losses, averages)", len(training))
+        logger.info("left out: %d tensors of training alone (losses, averages)", len(training))
     rest = {name: tensor for name, tensor in rest.items() if name not in (*training, *again)}
     files = {}
     if plan.condition_file is not None:

@@ -21,7 +21,7 @@ from ldm.interchange.rules import InterchangeError, to_ours
 from ldm.interchange.text import CLIP, TextLayout
 from ldm.interchange.unet import UNetLayout
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 TOLERANCE = 1e-5                                                            # relative, in the Frobenius norm, float32 on both sides
 _STAGE_LAYERS = ("conv_in", "conv_out", "quant_conv", "post_quant_conv")

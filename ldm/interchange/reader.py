@@ -19,7 +19,7 @@ from ldm.interchange.unet import CROSS, PLAIN, UNetLayout
 if TYPE_CHECKING:
     from torch import Tensor
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 EXTRAS = "published_extras.safetensors"                                     # what a file holds and diffusers has no place for
 STAGES = ("vae", "vqvae")

@@ -18,7 +18,7 @@ from ldm.training.folder import RunFolder
 from ldm.training.settings import MANUAL, LearningRate, Settings
 from ldm.util import ConfigError, accepted_params, get_obj_from_str, instantiate_from_config
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 
 def build_trainer(

@@ -21,7 +21,7 @@ from ldm.training.settings import Settings, learning_rate, settle
 from ldm.training.targets import check_class_count
 from ldm.util import ConfigError, allow_targets, import_lightning, instantiate_from_config
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 EXIT_FAILED = 1
 
@@ -60,7 +60,7 @@ def run(options: Options) -> int:
     folder, config = prepare(options)
     settings = settle(options, config.lightning)
     if folder.resumed and options.seed is not None and options.seed != _saved_seed(folder):
-        log.warning("%-11s %d, not the %s of the resumed run: it goes on, but not exactly", "seed", settings.seed, _saved_seed(folder))
+        logger.warning("%-11s %d, not the %s of the resumed run: it goes on, but not exactly", "seed", settings.seed, _saved_seed(folder))
     if not options.train and not (config.data.get("params") or {}).get("test"):
         raise UsageError("nothing to do: -t trains, and data.params.test, which a run without -t evaluates, is not set")
     if folder.resumed:
@@ -90,7 +90,7 @@ def prepare(options: Options) -> tuple[RunFolder, DictConfig]:
 
 def _execute(options: Options, folder: RunFolder, config: DictConfig, settings: Settings) -> int:
     sources = [*([f"{folder.path}/configs"] if folder.resumed else []), *options.base, *options.overrides]
-    log.info("%-11s %s", "config", ", ".join(sources))
+    logger.info("%-11s %s", "config", ", ".join(sources))
     from ldm.training.devices import this_machine  # from here on torch is imported
 
     devices = settings.devices(this_machine())
@@ -106,8 +106,8 @@ def _execute(options: Options, folder: RunFolder, config: DictConfig, settings: 
     from ldm.training.build import build_trainer
 
     trainer = build_trainer(config, settings, devices, folder, model, rate)
-    log.info("%-11s %s, %s", "device", devices.text, _precision_text(trainer, devices.accelerator))
-    log.info("%-11s %s", "run folder", folder.path)
+    logger.info("%-11s %s, %s", "device", devices.text, _precision_text(trainer, devices.accelerator))
+    logger.info("%-11s %s", "run folder", folder.path)
     if options.train:
         code = fit(trainer, model, data, folder)
         if code != 0:
@@ -128,7 +128,7 @@ def fit(trainer: Any, model: Any, data: Any, folder: RunFolder) -> int:
         trainer.fit(model, data, ckpt_path=None if folder.checkpoint is None else str(folder.checkpoint), weights_only=True)
     except Stopped as stop:
         how = f"go on with --resume {folder.path}" if stop.checkpoint else "nothing was saved"
-        log.info("%-11s by %s at step %d; %s", "stopped", stop.reason, trainer.global_step, how)
+        logger.info("%-11s by %s at step %d; %s", "stopped", stop.reason, trainer.global_step, how)
         return stop.exit_code
     except SystemExit:  # Lightning's answer to a KeyboardInterrupt
         return EXIT_INTERRUPTED
@@ -152,7 +152,7 @@ def fit(trainer: Any, model: Any, data: Any, folder: RunFolder) -> int:
     if not steps.began and trainer.limit_train_batches != 0:
         at = f"epoch {trainer.current_epoch}, step {trainer.global_step}"
         limits = f"max_epochs {trainer.max_epochs}, max_steps {trainer.max_steps}"
-        log.warning("%-11s no step was made: the run is at %s already (%s)", "trained", at, limits)
+        logger.warning("%-11s no step was made: the run is at %s already (%s)", "trained", at, limits)
     return 0
 
 
@@ -165,10 +165,10 @@ def test(trainer: Any, model: Any, data: Any, config: DictConfig, asked: bool) -
     if not is_overridden("test_step", model):
         if asked:
             raise ConfigError(f"data.params.test: {type(model).__name__} has no test_step")
-        log.info("%-11s left out: %s has no test_step", "test", type(model).__name__)
+        logger.info("%-11s left out: %s has no test_step", "test", type(model).__name__)
         return
     for figures in trainer.test(model, data, verbose=False):
-        log.info("%-11s %s", "test", ", ".join(f"{name} {value:.4g}" for name, value in figures.items()))
+        logger.info("%-11s %s", "test", ", ".join(f"{name} {value:.4g}" for name, value in figures.items()))
 
 
 def _build_data(config: DictConfig, settings: Settings) -> Any:
@@ -183,7 +183,7 @@ def _build_data(config: DictConfig, settings: Settings) -> Any:
         data.setup("fit")
         for name, dataset in data.datasets.items():
             size = f"{len(dataset):,} samples" if hasattr(dataset, "__len__") else "a stream"
-            log.info("%-11s %s: %s, %s", "data", name, type(dataset).__name__, size)
+            logger.info("%-11s %s: %s, %s", "data", name, type(dataset).__name__, size)
     return data
 
 

@@ -137,7 +137,7 @@ def test_another_seed_on_the_command_line_does_not_change_a_resumed_order(tmp_pa
     whole = fit(data(), **EPOCHS)[0].seen
     before = fit(data(), callbacks=[SaveAndStop("on_train_batch_end", 5, tmp_path / "x.ckpt")], **EPOCHS)[0].seen
     assert before + fit(data(seed=99), tmp_path / "x.ckpt", **EPOCHS)[0].seen == whole
-    assert "the order goes on with the seed of the checkpoint, 5, not with 99" in caplog.text
+    assert "the order goes on with the checkpoint's seed, 5, not with 99" in caplog.text
 
 
 def test_another_batch_size_goes_on_after_the_samples_that_were_used(caplog):

@@ -19,7 +19,7 @@ from ldm.modules.encoders.base import PretrainedEncoder
 from ldm.modules.encoders.clip_tokenizer import clip_tokenizer
 from ldm.modules.numbers import in_dtype, weights_dtype
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 # OpenAI's names -> open_clip's config; all of these were trained with QuickGELU.
 VERSIONS = {"ViT-B/32": "ViT-B-32", "ViT-B/16": "ViT-B-16", "ViT-L/14": "ViT-L-14", "ViT-L/14@336px": "ViT-L-14-336"}
@@ -63,7 +63,7 @@ class _FrozenCLIP(PretrainedEncoder):
         on_meta = any(tensor.is_meta for tensor in wanted.values())
         self.model.load_state_dict({name: found[name].to(tensor.dtype) for name, tensor in wanted.items()}, assign=on_meta)
         self.has_weights = True
-        log.info("CLIP %s: weights of %s", self.version, path)
+        logger.info("CLIP %s: weights of %s", self.version, path)
 
     def _hub_file(self) -> Path:
         from huggingface_hub import hf_hub_download

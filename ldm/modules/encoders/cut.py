@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Callable
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 _SHOWN = 500  # characters of a dropped text
 _REMEMBERED = 10_000  # texts; so many warnings are enough
@@ -22,4 +22,4 @@ class CutTexts:
         self._told.add(text)
         lost = dropped()
         more = f"... and {len(lost) - _SHOWN:,} more characters" if len(lost) > _SHOWN else ""
-        log.warning("text cut to the %d tokens that fit; dropped: %r%s", fits, lost[:_SHOWN], more)
+        logger.warning("text cut to the %d tokens that fit; dropped: %r%s", fits, lost[:_SHOWN], more)

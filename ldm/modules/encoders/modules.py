@@ -35,7 +35,7 @@ __all__ = [
     "TransformerEmbedder",
 ]
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 
 class ClassEmbedder(AbstractEncoder):
@@ -264,4 +264,4 @@ class FrozenCLIPEmbedder(PretrainedEncoder):
 
         path = load_pretrained_text(self.transformer, self.version)
         self.has_weights = True
-        log.info("text encoder: weights of %s", path)
+        logger.info("text encoder: weights of %s", path)
