@@ -27,31 +27,15 @@ class Randomness:
         """Within it torch's generators are the run's; afterwards they are the caller's again."""
         import torch
 
-        outside = self._read()
-        if self._states is None:
-            torch.manual_seed(self.seed)                                    # of every device, as seed_everything does
-        else:
-            self._write(self._states)
-        try:
+        from ldm.generators import set_torch_states, torch_generators_kept, torch_states
+
+        with torch_generators_kept(self.device):
+            if self._states is None:
+                torch.manual_seed(self.seed)                                # of every device, as seed_everything does
+            else:
+                set_torch_states(self._states, self.device)
             yield
-            self._states = self._read()
-        finally:
-            self._write(outside)
-
-    def _read(self) -> list[Tensor]:
-        import torch
-
-        states = [torch.get_rng_state()]
-        if self.device.type != "cpu":
-            states.append(getattr(torch, self.device.type).get_rng_state(self.device))
-        return states
-
-    def _write(self, states: Sequence[Tensor]) -> None:
-        import torch
-
-        torch.set_rng_state(states[0])
-        if self.device.type != "cpu":
-            getattr(torch, self.device.type).set_rng_state(states[1], self.device)
+            self._states = torch_states(self.device)
 
 
 def noise_of(seed_mode: str, seed: int, places: Sequence[int]) -> NoiseSource:
