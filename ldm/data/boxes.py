@@ -13,7 +13,7 @@ import numpy as np
 from ldm.data.base import DataConfigError
 from ldm.layout import Box
 
-LAST_CLASS = "/m/01s55n"  # suitcases stand at the end of the released model's classes
+LAST_CLASS = "/m/01s55n"  # suitcases stand at the end of the classes in taming-transformers' layouts
 COLUMNS = ("ImageID", "LabelName", "XMin", "XMax", "YMin", "YMax", "IsGroupOf")
 
 
@@ -41,7 +41,7 @@ class BoxTable:
 def read_classes(file: Path, chosen: Sequence[str] | None = None) -> dict[str, str]:
     """Class ids ("/m/011k07") by number, with their names, of all classes in a table or of those chosen.
 
-    Sorted, but for LAST_CLASS, as the released model numbers them.
+    Sorted, but for LAST_CLASS, as taming-transformers' layouts of Open Images number them.
     """
     with file.open(encoding="utf-8-sig", newline="") as lines:
         names = {row[0]: row[1] for row in csv.reader(lines) if len(row) >= 2 and row[0] != "LabelName"}

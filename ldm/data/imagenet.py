@@ -110,7 +110,10 @@ class ImageNetValidation(_Validation):
 
 
 class ImageNetSRTrain(SuperResolution, _ImageNet):
-    """Training pictures as pairs `image`, `LR_image`: parameters of SuperResolution, and root."""
+    """Training pictures as pairs `image`, `LR_image`: parameters of SuperResolution, and root.
+
+    The published runs took the large pictures alone, from a list: give one as `files`, or set `min_size` and `on_error: skip`.
+    """
 
 
 class ImageNetSRValidation(SuperResolution, _Validation):
