@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import random
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -14,25 +14,53 @@ from ldm.data.base import DataConfigError
 from ldm.data.folder import ImageFolder
 
 
+class Convention(NamedTuple):
+    """How models of a family are given holes."""
+
+    outside: float  # of the mask, whose hole is 1
+    hole: float  # of the masked picture, in [-1, 1]
+
+
+CONVENTIONS = {"ldm": Convention(outside=-1, hole=-1), "stable-diffusion": Convention(outside=0, hole=0)}
+
+
 class Inpainting(ImageFolder):
     """Pictures as `image`, with `mask` float32 (H, W, 1), 1 in the hole and -1 elsewhere, and `masked_image` float32 (H, W, 3), the picture
     with its hole black (-1). For a folder of any kind, and a mixin of the families.
 
     min_masked, max_masked: the share of the picture that the hole takes: strokes and boxes are drawn until it is reached, wide ones
-    as in LaMa (Suvorov et al. 2022, arXiv 2109.07161, section 2.3). Other parameters are those of ImageFolder.
+    as in LaMa (Suvorov et al. 2022, arXiv 2109.07161, section 2.3). whole_p: how likely the hole is the whole picture instead.
+    convention: "ldm" as above; "stable-diffusion" has 0 in the place of -1, in the mask and in the hole, which is grey then.
+    Other parameters are those of ImageFolder.
     """
 
-    def __init__(self, root: str | None = None, min_masked: float = 0.1, max_masked: float = 0.5, **options: Any) -> None:
+    def __init__(
+        self,
+        root: str | None = None,
+        min_masked: float = 0.1,
+        max_masked: float = 0.5,
+        whole_p: float = 0.0,
+        convention: str = "ldm",
+        **options: Any,
+    ) -> None:
         if not 0 < min_masked <= max_masked < 1:
             raise DataConfigError("min_masked", min_masked, f"with max_masked {max_masked} no range in (0, 1)", "set {param} to a share")
-        self.min_masked, self.max_masked = min_masked, max_masked
+        if not 0 <= whole_p <= 1:
+            raise DataConfigError("whole_p", whole_p, "not a probability", "set {param} between 0 and 1")
+        if convention not in CONVENTIONS:
+            raise DataConfigError("convention", convention, "no such convention", f"set {{param}} to one of {', '.join(CONVENTIONS)}")
+        self.min_masked, self.max_masked, self.whole_p = min_masked, max_masked, whole_p
+        self.convention = CONVENTIONS[convention]
         super().__init__(root, **options)
 
     def _values(self, picture: Image.Image, index: int) -> dict[str, Any]:
         image = pictures.to_array(self._view(picture).of(picture, self.interpolation))
-        hole = draw_hole(image.shape[0], image.shape[1], random.uniform(self.min_masked, self.max_masked))
-        masked = np.where(hole[..., None], np.float32(-1), image)
-        return {self.image_key: image, "mask": np.where(hole[..., None], 1, -1).astype(np.float32), "masked_image": masked}
+        height, width = image.shape[:2]
+        whole = self.whole_p > 0 and random.random() < self.whole_p
+        hole = np.ones((height, width), bool) if whole else draw_hole(height, width, random.uniform(self.min_masked, self.max_masked))
+        masked = np.where(hole[..., None], np.float32(self.convention.hole), image)
+        mask = np.where(hole[..., None], 1, self.convention.outside).astype(np.float32)
+        return {self.image_key: image, "mask": mask, "masked_image": masked}
 
 
 def draw_hole(height: int, width: int, share: float) -> np.ndarray:

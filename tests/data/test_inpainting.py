@@ -45,3 +45,23 @@ def test_holes_are_seeded_and_differ(dataset):
 def test_shares_that_are_none_are_refused(tmp_path):
     with pytest.raises(DataConfigError, match=r"min_masked 0.6: with max_masked 0.5 no range"):
         Inpainting(root=str(tmp_path), min_masked=0.6)
+
+
+def test_stable_diffusions_holes_are_grey_and_some_take_the_whole_picture(tmp_path):
+    picture(tmp_path / "a.png", 0, 40, 50)
+    random.seed(0)
+    dataset = Inpainting(root=str(tmp_path), size=32, convention="stable-diffusion", whole_p=0.5)
+    samples = [dataset[0] for _ in range(20)]
+    for sample in samples:
+        hole = sample["mask"][..., 0] == 1
+        assert set(np.unique(sample["mask"])) <= {0, 1} and sample["masked_image"].dtype == np.float32
+        assert (sample["masked_image"][hole] == 0).all()
+        np.testing.assert_array_equal(sample["masked_image"][~hole], sample["image"][~hole])
+    assert 4 <= sum(sample["mask"].min() == 1 for sample in samples) <= 16
+
+
+def test_what_is_no_convention_and_no_probability_is_refused(tmp_path):
+    with pytest.raises(DataConfigError, match="convention 'sd': no such convention; set convention to one of ldm, stable-diffusion"):
+        Inpainting(root=str(tmp_path), convention="sd")
+    with pytest.raises(DataConfigError, match=r"whole_p 2: not a probability"):
+        Inpainting(root=str(tmp_path), whole_p=2)

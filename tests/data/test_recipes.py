@@ -15,6 +15,7 @@ from ldm.util import instantiate_from_config
 RECIPES = sorted((Path(__file__).parents[2] / "configs" / "recipes").glob("*.yaml"))
 CLASS_CONDITIONAL = next(path for path in RECIPES if path.stem == "class-conditional-folder")
 SMALL_UNET = {"model_channels": 32, "channel_mult": [1, 1], "num_res_blocks": 1, "attention_resolutions": [1], "context_dim": 32}
+SMALL_CLIP = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
 SMALL_STAGE = {"ch": 32, "ch_mult": [1, 1], "num_res_blocks": 1, "resolution": 16}
 
 
@@ -23,6 +24,8 @@ def load(path):
     first_stage = OmegaConf.select(config, "model.params.first_stage_config.params")
     if first_stage is not None:
         first_stage.ckpt_path = None  # a download
+    if "ckpt_path" in config.model.params:
+        config.model.params.ckpt_path = None
     if "diffusion_ckpt_path" in config.model.params:
         config.model.params.diffusion_ckpt_path = None
     return config
@@ -40,10 +43,13 @@ def small(config, root):
         OmegaConf.update(model, "first_stage_config.params.ddconfig" if is_latent else "ddconfig", SMALL_STAGE)
     if is_latent:
         OmegaConf.update(model, "unet_config.params", SMALL_UNET)
+        model.image_size = 8
+    if is_latent and "params" not in model.cond_stage_config:  # CLIP, as released
+        model.cond_stage_config.params = {"text_config": SMALL_CLIP}
+    elif is_latent:
         embedder = model.cond_stage_config.params
         width = {"embed_dim": 32} if "n_classes" in embedder else {"n_embed": 32, "n_layer": 1, "heads": 2, "dim_head": 16}
         OmegaConf.update(model, "cond_stage_config.params", {**width, **({"n_classes": 3} if "n_classes" in embedder else {})})
-        model.image_size = 8
     elif "lossconfig" in model:
         OmegaConf.update(model, "lossconfig.params", {"perceptual_init": "random", "disc_start": 0, "disc_ndf": 8, "disc_num_layers": 1})
     data.batch_size, data.num_workers = 2, 0

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ldm.modules.attention import LinearAttention
 
-ATTENTION_TYPES = ("vanilla", "linear", "none")
+ATTENTION_TYPES = ("vanilla", "vanilla-xformers", "linear", "none")
 NORM_GROUPS = 32
 
 
@@ -142,10 +142,13 @@ class LinAttnBlock(LinearAttention):
 
 
 def make_attn(in_channels: int, attn_type: str = "vanilla") -> nn.Module:
-    """The attention block that `attn_type` names: 'vanilla', 'linear' or 'none' (a pass-through without parameters)."""
+    """The attention block that `attn_type` names: 'vanilla', 'linear' or 'none' (a pass-through without parameters).
+
+    'vanilla-xformers' of Stable Diffusion v2's configs is the same attention by other means.
+    """
     if attn_type not in ATTENTION_TYPES:
         raise ValueError(f"attn_type={attn_type!r}: choose one of {', '.join(ATTENTION_TYPES)}")
-    if attn_type == "vanilla":
+    if attn_type.startswith("vanilla"):
         return AttnBlock(in_channels)
     return LinAttnBlock(in_channels) if attn_type == "linear" else nn.Identity()
 

@@ -95,12 +95,12 @@ def test_attention_is_softmax_over_all_positions_plus_its_input():
 
 
 def test_attention_types():
-    assert isinstance(make_attn(32), AttnBlock)
+    assert isinstance(make_attn(32), AttnBlock) and isinstance(make_attn(32, "vanilla-xformers"), AttnBlock)
     assert isinstance(make_attn(32, "linear"), LinAttnBlock)
     x = randn(3, 1, 32, 4, 4)
     assert torch.equal(make_attn(32, "none")(x), x)
     assert make_attn(32, "linear")(x).shape == x.shape
-    with pytest.raises(ValueError, match=r"'linaer'.*vanilla, linear, none"):
+    with pytest.raises(ValueError, match=r"'linaer'.*vanilla, vanilla-xformers, linear, none"):
         make_attn(32, "linaer")
 
 
