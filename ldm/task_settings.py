@@ -265,6 +265,8 @@ def find_run(resume: str | Path) -> SavedRun:
         folder = given
         candidates = [folder / name for name in ("model.ckpt", "checkpoints/last.ckpt", "last.ckpt", "model.safetensors")]
         ckpt = next((path for path in candidates if path.is_file()), None)
+        if ckpt is None and (folder / "unet" / "config.json").is_file():    # diffusers' layout
+            ckpt = folder
         if ckpt is None:
             hint = "; bash scripts/download_models.sh brings released ones" if (folder / "config.yaml").is_file() else ""
             raise FileNotFoundError(f"--resume {given}: holds neither model.ckpt nor checkpoints/last.ckpt; name the file itself{hint}")

@@ -16,7 +16,7 @@ CLIP = {
 }
 OPEN_CLIP = {
     "target": "ldm.modules.encoders.modules.FrozenOpenCLIPEmbedder",
-    "params": {"layer": "penultimate", "text_config": {"width": 32, "heads": 4, "layers": 3, "embed_dim": 16}},
+    "params": {"layer": "penultimate", "text_config": {"width": 32, "heads": 4, "layers": 3, "embed_dim": 32}},
 }
 VQ = {
     "target": "ldm.models.autoencoder.VQModelInterface",

@@ -1,0 +1,107 @@
+"""scripts/convert.py as it is called: both directions, its report, its refusals."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from ldm.commandline import run
+from ldm.pictures import read_info
+from ldm.task_settings import find_run
+from scripts.convert import main
+from scripts.txt2img import main as txt2img
+from tests.interchange.models import save
+from tests.scripts.refusals import help_without_heavy_imports, refused
+
+SCRIPT = Path(__file__).parents[2] / "scripts" / "convert.py"
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    return save(tmp_path_factory.mktemp("convert"), "sd1")
+
+
+@pytest.fixture(scope="module")
+def folder(saved):
+    target = saved.ckpt.parent / "folder"
+    assert run(main, ["--ckpt", str(saved.ckpt), "--config", str(saved.config), "--out", str(target)]) == 0
+    return target
+
+
+def test_there_and_back_again(saved, folder, tmp_path, capsys):
+    """Back without --config: the folder holds its own."""
+    back = tmp_path / "back.ckpt"
+    assert run(main, ["--ckpt", str(folder), "--out", str(back)]) == 0
+    out = capsys.readouterr().out
+    assert str(back) in out and "tensors in" in out and "of each other" in out
+    one, other = saved.model.state_dict(), torch.load(back, weights_only=True)["state_dict"]
+    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_txt2img_draws_the_same_picture_from_the_folder(saved, folder, tmp_path):
+    flags = ["--config", str(saved.config), "--prompt", "a cat", "--H", "16", "--W", "16", "--ddim_steps", "2", "--n_samples", "1"]
+    flags += ["--n_iter", "1", "--device", "cpu", "--precision", "full", "--skip_grid", "--safety", "off"]
+    for name, ckpt in (("file", saved.ckpt), ("folder", folder)):
+        assert run(txt2img, [*flags, "--ckpt", str(ckpt), "--outdir", str(tmp_path / name)]) == 0
+    one, other = (np.asarray(Image.open(tmp_path / name / "samples" / "00000.png")) for name in ("file", "folder"))
+    assert np.array_equal(one, other)
+    assert read_info(tmp_path / "folder" / "samples" / "00000.png")["ckpt"] == str(folder)
+
+
+def test_a_converted_folder_is_a_run_to_sample_from(folder):
+    assert find_run(folder).ckpt == folder and find_run(folder).configs == [folder / "config.yaml"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        ([], "required: --ckpt, --out"),
+        (["--ckpt", "nowhere.ckpt", "--out", "x"], "nowhere.ckpt: no such file or folder"),
+        (["--ckpt", "FILE", "--out", "FOLDER"], "is there already"),
+        (["--ckpt", "FILE", "--out", "new", "--dtype", "fp8"], "invalid choice: 'fp8'"),
+        (["--ckpt", "FILE", "--out", "new", "--scheduler", "euler"], "invalid choice: 'euler'"),
+        (["--ckpt", "FILE", "--out", "new", "--config", "nowhere.yaml"], "no such file"),
+        (["--ckpt", "FILE", "--out", "new", "--config", "models/ldm/lsun_churches256/config.yaml"], "resblock_updown True"),
+        (["--ckpt", "FOLDER", "--out", "new.bin"], "ends in .ckpt or .safetensors"),
+        (["--ckpt", "FOLDER", "--out", "new.ckpt", "--config", "configs/stable-diffusion/v1-inference.yaml"], "in the YAML"),
+        (["--ckpt", "FILE", "--out", "new", "--dytpe", "fp16"], "did you mean --dtype?"),
+    ],
+)
+def test_what_cannot_be_done_is_refused_in_one_line_and_nothing_is_written(saved, folder, tmp_path, monkeypatch, capsys, flags, says):
+    monkeypatch.chdir(tmp_path)
+    stands_for = {"FILE": str(saved.ckpt), "FOLDER": str(folder)}
+    assert says in refused(main, [stands_for.get(flag, flag) for flag in flags], capsys)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_of_another_kind_is_refused(tmp_path, capsys):
+    (tmp_path / "photos").mkdir()
+    says = refused(main, ["--ckpt", str(tmp_path / "photos"), "--out", str(tmp_path / "a.ckpt")], capsys)
+    assert "no model in diffusers' layout" in says
+
+
+def test_a_folder_from_elsewhere_lacks_what_nothing_uses(tmp_path):
+    """diffusers' folders of Stable Diffusion v2 leave the text tower's last layer out: it loads, and the file made of it lacks it too."""
+    from ldm.inference import load_model
+
+    saved = save(tmp_path, "sd2")
+    assert run(main, ["--ckpt", str(saved.ckpt), "--config", str(saved.config), "--out", str(tmp_path / "folder")]) == 0
+    hub = shutil.copytree(tmp_path / "folder", tmp_path / "hub")
+    for name in ("published_extras.safetensors", "config.yaml"):
+        (hub / name).unlink()
+    whole, lacking = (load_model(saved.config, ckpt, "cpu", "full") for ckpt in (saved.ckpt, hub))
+    one, other = (pipeline.encode_prompts(["a cat"])[0] for pipeline in (whole, lacking))
+    assert torch.equal(one, other) and other.isfinite().all()
+    assert run(main, ["--ckpt", str(hub), "--config", str(saved.config), "--out", str(tmp_path / "b.ckpt")]) == 0
+    names = torch.load(tmp_path / "b.ckpt", weights_only=True)["state_dict"].keys()
+    assert not any("resblocks.2." in name for name in names) and any("resblocks.1." in name for name in names)
+    assert json.loads((hub / "text_encoder" / "config.json").read_text())["num_hidden_layers"] == 2
+
+
+def test_help_is_quick_and_works_from_any_folder(tmp_path):
+    shown = help_without_heavy_imports(SCRIPT, tmp_path)
+    assert all(flag in shown for flag in ("--ckpt", "--out", "--config", "--dtype", "--scheduler", "--use_ema"))
