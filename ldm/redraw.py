@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ldm.commandline import Parser
+from ldm.watermark import METHODS
 
 logger = logging.getLogger(__name__)
 
@@ -18,6 +19,7 @@ FLAGS = {"steps": "ddim_steps", "eta": "ddim_eta", "channels": "C", "factor": "f
 FLAGS |= {name: name for name in ("negative_prompt", "sampler", "spacing", "scale", "guidance_rescale", "dynamic_threshold")}
 FLAGS |= {name: name for name in ("seed", "seed_mode", "n_samples", "n_iter", "fixed_code", "tiled", "emphasis", "long_prompts", "chunks")}
 FLAGS |= {name: name for name in ("strength", "init_img", "depth", "config", "ckpt", "use_ema", "device")}
+FLAGS |= {name: name for name in ("use_neighbors", "n_repeat", "database", "knn", "searcher", "clip_weights")} | {"clip": "clip_type"}
 FLAGS["precision_used"] = "precision"  # `auto` may be another here
 BELONGS_TO = {  # a flag on the command line -> what is then not taken from the metadata
     "sampler": ("eta", "spacing"),
@@ -73,10 +75,14 @@ def parse(make_parser: Callable[[], Parser], argv: Sequence[str], task: str) -> 
     _check_types(opt.from_metadata, info, parser)
     skipped = {name for flag in typed for name in BELONGS_TO.get(flag, ())}
     for name, flag in FLAGS.items():
-        if name in info and name not in skipped and flag not in typed and (hasattr(opt, flag) or name == "chunks"):
+        known = name in info and (info[name] is not None or name not in ("config", "ckpt", "database"))
+        if known and name not in skipped and flag not in typed and (hasattr(opt, flag) or name == "chunks"):
             setattr(opt, flag, info[name])
     if "prompt" not in typed:
         opt.prompt = info.get("prompt", (info.get("prompts") or [""])[0])
+    if "watermark" in info and "watermark" not in typed:                    # the safety check stays what this command line asks for
+        words = str(info["watermark"] or "off").split(", ")
+        opt.watermark = next((method for method in (*METHODS, "off") if method in words), None)
     opt.recorded = Recorded(opt.from_metadata, info, typed)
     if opt.recorded.only is not None and not opt.skip_save:
         opt.skip_grid = True                                                # of one picture

@@ -13,6 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout tha
 from ldm.commandline import Parser, find_file, run
 from ldm.inference import choose_device, load_model, text_to_image
 from ldm.pictures import Output
+from ldm.redraw import add_redraw_flag, check_unchanged, parse
 from ldm.scripting import (
     add_model_flags,
     add_prompt_flags,
@@ -43,6 +44,7 @@ def parser() -> Parser:
     solver.add_argument("--plms", action="store_true", help="use PLMS instead of DDIM")
     add_sampler_flag(solver)
     add_sampling_flags(parser)
+    add_redraw_flag(parser)
     add("--n_repeat", type=int, default=1, metavar="N", help="how often the prompt's vector stands in the context")
     add("--use_neighbors", action="store_true", help="add the vectors of the nearest neighbors to the context")
     add("--knn", type=int, default=10, metavar="K", help="how many neighbors")
@@ -62,7 +64,7 @@ def settings_of(opt: Namespace) -> Settings:
 
 
 def main(argv: Sequence[str]) -> None:
-    opt = parser().parse_args(argv)
+    opt = parse(parser, argv, "knn2img")
     # What is wrong with the command line is said before torch is imported.
     config, ckpt = find_file(opt.config), find_file(opt.ckpt)
     model_config = read_config(config)
@@ -81,6 +83,7 @@ def main(argv: Sequence[str]) -> None:
         import_faiss()
         database = Database(find_database(opt.database))
         check_knn(opt.knn, database)
+    check_unchanged(opt, config, ckpt)
     check_ready(opt, ckpt, WHERE)
     safety = safety_of(opt, facts)
     from ldm.modules.encoders.modules import FrozenCLIPTextEmbedder
@@ -97,7 +100,8 @@ def main(argv: Sequence[str]) -> None:
     pipeline = load_model(config, ckpt, opt.device, opt.precision, opt.use_ema)
     clip.to(choose_device(opt.device))
     pipeline.identity = {**pipeline.identity, **retrieval_of(opt)}
-    write_prompt_pictures(text_to_image(pipeline, prompts, settings, encode=encode, task="knn2img"), output, opt)
+    only = opt.recorded.only if opt.recorded is not None else None
+    write_prompt_pictures(text_to_image(pipeline, prompts, settings, encode=encode, task="knn2img", only=only), output, opt)
 
 
 def check_takes_vectors(config: Mapping[str, Any]) -> None:
@@ -111,8 +115,10 @@ def check_takes_vectors(config: Mapping[str, Any]) -> None:
 
 def retrieval_of(opt: Namespace) -> dict[str, Any]:
     """What the metadata says of the context."""
-    used = opt.use_neighbors
-    return {"clip": opt.clip_type, "n_repeat": opt.n_repeat, "database": opt.database if used else None, "knn": opt.knn if used else 0}
+    text = {"clip": opt.clip_type, "clip_weights": opt.clip_weights, "n_repeat": opt.n_repeat, "use_neighbors": opt.use_neighbors}
+    if not opt.use_neighbors:
+        return {**text, "database": None}
+    return {**text, "database": opt.database, "searcher": opt.searcher, "knn": opt.knn}
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
+from ldm import redraw
 from ldm.commandline import run
 from ldm.inference import Pipeline, draw_samples, image_to_image, load_model, text_to_image
 from ldm.models.diffusion.noise import NoisePerSample
@@ -208,6 +209,19 @@ def test_a_picture_that_was_drawn_again_can_be_drawn_again(saved, tmp_path):
         assert run(txt2img.main, ["--from-metadata", str(file), "--outdir", str(tmp_path / after)]) == 0
     (_, _, _, a), (b,), (c,) = (pictures(tmp_path / name) for name in "abc")
     assert np.array_equal(b[0], c[0]) and within_a_step([a[0]], [b[0]]) and a[1] == b[1] == c[1]
+
+
+@pytest.mark.parametrize("mark", ["dwtDctSvd", "off"])
+def test_the_mark_is_drawn_again_and_the_safety_check_is_not_the_pictures_to_choose(saved, tmp_path, mark):
+    pytest.importorskip("imwatermark")
+    flags = ["--H", "256", "--W", "256", "--n_samples", "1", "--n_iter", "1", "--watermark", mark, "--safety", "off", "--skip_grid"]
+    assert run(txt2img.main, arguments(saved, tmp_path / "a", *flags, "--ddim_steps", "1")) == 0
+    command = ["--from-metadata", str(tmp_path / "a" / "samples" / "00000.png"), "--outdir", str(tmp_path / "b")]
+    assert run(txt2img.main, command) == 0
+    ((a, before),), ((b, after),) = pictures(tmp_path / "a"), pictures(tmp_path / "b")
+    assert np.array_equal(a, b) and before["watermark"] == after["watermark"] and (mark == "off") == (after["watermark"] is None)
+    opt = redraw.parse(txt2img.parser, command, "txt2img")
+    assert opt.watermark == mark and opt.safety is None
 
 
 def test_a_grid_is_drawn_again_whole(saved, tmp_path):

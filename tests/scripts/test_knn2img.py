@@ -107,6 +107,10 @@ def test_neighbors_of_a_searcher_that_was_saved_or_made_on_the_spot_lead_to_the_
     said = {"task": "knn2img", "database": str(database), "knn": 4, "n_repeat": 2, "clip": "ViT-L/14", "scale": 5.0, "image_index": 1}
     assert {key: info[key] for key in said} == said
     assert read_info(tmp_path / "c" / "samples" / "00000.png")["database"] is None
+    for before, drawn in (("b", b), ("c", c)):
+        again = ["--from-metadata", str(tmp_path / before / "samples" / "00001.png"), "--outdir", str(tmp_path / f"{before}2")]
+        assert run(knn2img.main, again) == 0
+        assert np.array_equal(pixels(tmp_path / f"{before}2"), drawn[1:])
 
 
 def test_pictures_are_those_of_the_context_alone(saved, clip_weights, database, tmp_path, monkeypatch):
@@ -126,8 +130,9 @@ def test_pictures_are_those_of_the_context_alone(saved, clip_weights, database, 
     assert torch.allclose(cond[:, :2], text.repeat(1, 2, 1), atol=1e-6)
     stored = Database(database)
     everything = stored.embedding(np.arange(60))
-    order = np.argsort(-(everything @ text[0, 0].numpy()) / np.linalg.norm(everything, axis=1))[:3]
-    assert np.array_equal(cond[1, 2:].numpy(), everything[order])
+    everything /= np.linalg.norm(everything, axis=1, keepdims=True)         # as published
+    order = np.argsort(-(everything @ text[0, 0].numpy()))[:3]
+    assert np.allclose(cond[1, 2:].numpy(), everything[order], atol=1e-6)
 
 
 def test_a_database_is_made_of_pictures_and_drawn_with(saved, clip_weights, tmp_path):
