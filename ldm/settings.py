@@ -160,7 +160,7 @@ def check_takes_text(facts: ModelFacts, beside: int = 0) -> None:
     if beside and not needs:
         raise ValueError("--depth: this model sees no depth map; leave it out, or name one that does with --config and --ckpt")
     if needs != beside:
-        raise ValueError(f"this model needs more than a prompt, {needs} channels beside the latent: use {script_for(facts)}")
+        raise ValueError(f"this model needs more than a prompt: it sees {needs} more channels than the latent's; use {script_for(facts)}")
 
 
 def script_for(facts: ModelFacts) -> str:

@@ -9,6 +9,7 @@ from ldm.commandline import run
 from ldm.data.image import from_tensor, load_depth, to_array
 from ldm.inference import depth_parts, enlarge, fill, image_to_image, load_model, text_to_image
 from ldm.inference.beside import feathered
+from ldm.inference.prompt_weights import PromptEncoder
 from ldm.models.diffusion.ddim import DDIMSampler
 from ldm.pictures import read_info
 from ldm.settings import Settings
@@ -75,6 +76,14 @@ def test_a_prompt_is_drawn_by_the_script(saved, tmp_path):
     flags = ["--prompt", "a horse", "--negative_prompt", "rain", "--ddim_steps", "2", "--H", "16", "--W", "16", "--n_samples", "1"]
     assert run(txt2img.main, command(saved["v2-v"], *flags, "--n_iter", "1", "--outdir", str(tmp_path))) == 0
     assert read_info(next((tmp_path / "samples").iterdir()))["prompt"] == "a horse"
+
+
+def test_emphasis_and_long_prompts_are_read_as_this_encoder_reads_prompts(pipelines):
+    encoder = pipelines["v2"].model.cond_stage_model
+    with torch.no_grad():
+        plain, long = encoder.encode(["a horse"]), PromptEncoder(encoder, emphasis=True, long_prompts=True)
+        assert torch.allclose(long(["a horse"], 1), plain, atol=1e-6) and not torch.allclose(long(["a (horse:1.5)"], 1), plain, atol=1e-3)
+        assert torch.allclose(long(["a horse"], 2), torch.cat([plain, encoder.encode([""])], dim=1), atol=1e-6)
 
 
 @pytest.mark.parametrize("kind, script", [("sd-fill", "inpaint.py"), ("depth", r"img2img.py with --depth"), ("x4", "upscale.py")])
@@ -171,7 +180,11 @@ def test_depth_is_a_flag_of_img2img(saved, tmp_path, capsys):
     picture(seed=1).convert("L").save(tmp_path / "d.png")
     flags = ["--init-img", str(tmp_path / "a.png"), "--ddim_steps", "2", "--n_samples", "1", "--outdir", str(tmp_path / "out")]
     assert run(img2img.main, command(saved["depth"], *flags, "--depth", str(tmp_path / "d.png"))) == 0
-    assert read_info(next((tmp_path / "out" / "samples").iterdir()))["depth"] == str(tmp_path / "d.png")
+    first = tmp_path / "out" / "samples" / "00000.png"
+    assert read_info(first)["depth"] == str(tmp_path / "d.png")
+    again = ["--from-metadata", str(first), "--outdir", str(tmp_path / "again"), "--safety", "off"]
+    assert run(img2img.main, again) == 0
+    assert np.array_equal(pixels(Image.open(tmp_path / "again" / "samples" / "00000.png")), pixels(Image.open(first)))
     capsys.readouterr()
     assert "--depth" in refused(img2img.main, command(saved["depth"], *flags), capsys)
     assert "sees no depth map" in refused(img2img.main, command(saved["v2"], *flags, "--depth", str(tmp_path / "d.png")), capsys)

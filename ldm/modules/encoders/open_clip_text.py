@@ -128,8 +128,7 @@ class FrozenOpenCLIPEmbedder(PretrainedEncoder):
         self.skip_last = LAYERS.index(layer)
         self.finds_own_weights = not text_config
         self.model = OpenCLIPText(**shape)
-        for block in self.model.transformer.resblocks[shape["layers"] - self.skip_last :]:
-            block.requires_grad_(False)  # held by files and never used: DDP would wait for its gradient
+        self._skipped().requires_grad_(False)  # held by files and never used: DDP would wait for its gradient
         if freeze:
             self.freeze()
         if device is not None and self.device.type != "meta":
@@ -145,6 +144,21 @@ class FrozenOpenCLIPEmbedder(PretrainedEncoder):
 
     def unconditional_input(self, batch_size: int) -> list[str]:
         return [""] * batch_size
+
+    def _skipped(self) -> nn.ModuleList:
+        """The layers that the embedder's own layer comes before."""
+        blocks = self.model.transformer.resblocks
+        return blocks[len(blocks) - self.skip_last :]
+
+    def ensure_weights(self) -> None:
+        """As for every encoder. What is never used may be missing from a file, as from those made of diffusers folders: zeros will do."""
+        super().ensure_weights()
+        unused = [module for block in self._skipped() for module in block.modules()]
+        places = [(module, name) for module in unused for name, _ in module.named_parameters(recurse=False)]
+        for module, name in [*places, (self.model, "text_projection"), (self.model, "logit_scale")]:
+            parameter = getattr(module, name)
+            if parameter.is_meta:
+                setattr(module, name, nn.Parameter(torch.zeros(parameter.shape, dtype=parameter.dtype), requires_grad=False))
 
     def load_pretrained(self) -> None:
         """Read the weights from `version`: a local file or folder, else the hub. CheckpointError, in one line, where that fails."""

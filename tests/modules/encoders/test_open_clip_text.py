@@ -112,6 +112,23 @@ def test_it_is_filled_from_a_file_where_it_was_built_without_memory(tmp_path):
     assert torch.equal(other.cond_stage_model.encode(TEXTS), source.cond_stage_model.encode(TEXTS))
 
 
+def test_a_file_may_lack_what_is_never_used_and_nothing_else(tmp_path):
+    source = seed_weights(tiny())
+    unused = ("model.text_projection", "model.logit_scale", "model.transformer.resblocks.2.")
+    weights = {name: tensor for name, tensor in source.state_dict().items() if not name.startswith(unused)}
+    write_weights(weights, tmp_path / "a.safetensors")
+    with weights_on_meta():
+        model = tiny()
+    load_weights(model, tmp_path / "a.safetensors")
+    model.ensure_weights()
+    assert not any(p.is_meta for p in model.parameters()) and torch.equal(model.encode(TEXTS), source.encode(TEXTS))
+    with weights_on_meta():
+        last = tiny(layer="last")
+    load_weights(last, tmp_path / "a.safetensors")
+    last.ensure_weights()
+    assert all(p.is_meta for p in last.model.transformer.resblocks[2].parameters()), "the last layer is used there"
+
+
 def test_weights_come_from_a_local_file_or_folder_where_no_checkpoint_had_them(tmp_path, no_hub):
     source = seed_weights(tiny())
     write_weights({**source.model.state_dict(), "visual.proj": torch.ones(1)}, tmp_path / "open_clip_model.safetensors")
