@@ -410,12 +410,13 @@ def test_weights_that_are_not_there_are_named_with_where_they_come_from(file, ad
     monkeypatch.chdir(tmp_path)
     first_stage = {"target": "ldm.models.autoencoder.AutoencoderKL", "params": {"ckpt_path": file}}
     model = {"target": "ldm.models.diffusion.ddpm.LatentDiffusion", "params": {"ckpt_path": None, "first_stage_config": first_stage}}
-    config = OmegaConf.merge(toy_config(), {"model": {"target": None}}, {"model": model})
-    del config.model.params["width"]
-    place = "model.params.first_stage_config.params.ckpt_path"
-    with pytest.raises(ConfigError, match=re.escape(f"{place}: there is no file {file}; {advice.format(place=place, root=root)}")):
-        configs.check(config)
-    configs.check(config, weights=False)
+    judge = {"target": "ldm.models.diffusion.classifier.NoisyLatentImageClassifier", "params": {"diffusion_ckpt_path": file}}
+    for named, place in ((judge, "model.params.diffusion_ckpt_path"), (model, "model.params.first_stage_config.params.ckpt_path")):
+        config = OmegaConf.merge(toy_config(), {"model": {"target": None}}, {"model": named})
+        del config.model.params["width"]
+        with pytest.raises(ConfigError, match=re.escape(f"{place}: there is no file {file}; {advice.format(place=place, root=root)}")):
+            configs.check(config)
+        configs.check(config, weights=False)
     Path(file).parent.mkdir(parents=True, exist_ok=True)
     Path(file).touch()
     configs.check(config)

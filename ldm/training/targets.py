@@ -17,6 +17,8 @@ from ldm.util import ConfigError, check_allowed, resolve_alias
 # Where the scripts put what they download, below the checkout.
 DOWNLOADS = {"models/first_stage_models": "scripts/download_first_stages.sh", "models/ldm": "scripts/download_models.sh"}
 
+WEIGHTS = ("ckpt_path", "diffusion_ckpt_path")  # parameters of our classes that name a file of weights
+
 
 def check_targets(config: dict[str, Any]) -> None:
     """Raises ConfigError for a target that is not allowed or is not in this package, and for params that its constructor does not take."""
@@ -34,12 +36,12 @@ def check_targets(config: dict[str, Any]) -> None:
 
 
 def check_weights(config: dict[str, Any]) -> None:
-    """Raises ConfigError for a `ckpt_path` of one of our classes that names nothing, saying where the file comes from."""
+    """Raises ConfigError for a file of weights that one of our classes names and that is not there, saying where it comes from."""
     for path, target, params, _ in _nodes(config.get("model"), "model"):
-        file = params.get("ckpt_path")
-        if isinstance(file, str) and resolve_alias(target).startswith("ldm.") and not Path(file).exists():
-            place = f"{path}.params.ckpt_path"
-            raise ConfigError(f"{place}: there is no file {file}; {_source(file)}, or name another with {place}=FILE")
+        for name in WEIGHTS:
+            file, place = params.get(name), f"{path}.params.{name}"
+            if isinstance(file, str) and resolve_alias(target).startswith("ldm.") and not Path(file).exists():
+                raise ConfigError(f"{place}: there is no file {file}; {_source(file)}, or name another with {place}=FILE")
 
 
 def check_class_count(config: Any, datasets: Mapping[str, Any]) -> None:
