@@ -16,7 +16,7 @@ from ldm.checkpoint import CheckpointError, read_weights
 from ldm.modules.encoders.base import PretrainedEncoder
 from ldm.modules.encoders.clip_tokenizer import clip_tokenizer
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 # open_clip's model configs: text_cfg and the width of the joint space.
 ARCHITECTURES: dict[str, dict[str, int]] = {
@@ -171,7 +171,7 @@ class FrozenOpenCLIPEmbedder(PretrainedEncoder):
         on_meta = any(tensor.is_meta for tensor in wanted.values())
         self.model.load_state_dict({name: found[name].to(tensor.dtype) for name, tensor in wanted.items()}, assign=on_meta)
         self.has_weights = True
-        log.info("text encoder: weights of %s", path)
+        logger.info("text encoder: weights of %s", path)
 
 
 def shape_of(arch: str, overrides: Mapping[str, int] | None = None) -> dict[str, int]:
