@@ -18,7 +18,7 @@ BLUE_CHROMA = 1  # the channel of YUV that holds the mark
 class Watermark:
     """`content` in the wavelet coefficients of the blue chroma, as the package invisible-watermark reads it.
 
-    It is a hint, not a proof. Coefficients are changed by the package; the way there
+    It is a hint, not a proof: docs/provenance.md has figures on what it survives. Coefficients are changed by the package; the way there
     and back is ours, since the package's own mixes up two of the wavelet's bands, which leaves specks at sharp edges of color, and cuts
     fractions off. Raises ValueError for a method that is none of METHODS.
     """
