@@ -86,6 +86,8 @@ def to_file(config: Mapping[str, Any], folder: Path, target: Path, dtype: str | 
     weights = _cast(read_folder(folder, kind, stand_ins=False), dtype)
     logger.info("%s: %d tensors", folder, len(weights))
     worst = max(_converted(part, weights)[1] for part in plan.components)
+    if plan.condition_file and not any(name.startswith(plans.CONDITION) for name in weights):
+        logger.warning("%s: has no %s: the file is written without weights of the condition's encoder", folder, plan.condition_file)
     if plan.shared_condition:
         stage = {name: tensor for name, tensor in weights.items() if name.startswith(plans.STAGE)}
         weights |= {plans.CONDITION + name.removeprefix(plans.STAGE): tensor for name, tensor in stage.items()}

@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 EXTRAS = "published_extras.safetensors"                                     # what a file holds and diffusers has no place for
 STAGES = ("vae", "vqvae")
-_MOST = 256                                                                 # levels, blocks, layers: a folder that says more is no model
+_MOST = 64                                                                  # levels, blocks, layers: a folder that says more is no model
 T = TypeVar("T")
 
 
@@ -50,10 +50,10 @@ def component_layouts(folder: Path, text_kind: str | None = None) -> dict[str, L
 
 def _layout(path: Path, make: Callable[[dict[str, Any]], T]) -> T:
     config = read_json(path)
-    numbers = [value for value in config.values() if isinstance(value, int)]
-    lengths = [len(value) for value in config.values() if isinstance(value, list)]
-    small = [config.get(name) for name in ("layers_per_block", "transformer_layers_per_block", "num_hidden_layers")]
-    if any(length > _MOST for length in lengths) or any(isinstance(n, int) and n > _MOST for n in small) or any(n < 0 for n in numbers):
+    counts = [config.get(name) for name in ("layers_per_block", "transformer_layers_per_block", "num_hidden_layers")]
+    counts += [len(value) for value in config.values() if isinstance(value, list)]
+    flat = [n for count in counts for n in (count if isinstance(count, list) else [count])]
+    if any(isinstance(n, list) or (isinstance(n, int) and not 0 <= n <= _MOST) for n in flat):
         raise InterchangeError(f"{path}: numbers of no model (more than {_MOST} levels or layers, or less than none)")
     try:
         return make(config)

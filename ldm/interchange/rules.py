@@ -82,7 +82,14 @@ def to_ours(rules: Iterable[Rule], tensors: Mapping[str, Tensor], what: str) -> 
     """The component's tensors in the published names; InterchangeError where one that the rules need is missing."""
     rules = list(rules)
     _check_complete([name for rule in rules for name in rule.theirs], tensors, what)
-    return {rule.ours: rule.form.join([tensors[name] for name in rule.theirs]) for rule in rules}
+    joined = {}
+    for rule in rules:
+        try:
+            joined[rule.ours] = rule.form.join([tensors[name] for name in rule.theirs])
+        except (RuntimeError, IndexError) as error:                         # shapes that the config does not allow
+            shapes = ", ".join(str(tuple(tensors[name].shape)) for name in rule.theirs)
+            raise InterchangeError(f"{what}: {rule.theirs[0]} does not fit its config: {shapes}") from error
+    return joined
 
 
 def _check_complete(needed: list[str], there: Mapping[str, Tensor], what: str) -> None:

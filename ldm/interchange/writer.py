@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import os
 import shutil
 import uuid
@@ -50,7 +51,8 @@ def new_folder(target: Path) -> Iterator[Path]:
         _sync(target.parent)
     except OSError as error:
         free = shutil.disk_usage(target.parent).free
-        raise InterchangeError(f"--out {target}: could not be written: {error.strerror or error} ({free:,} bytes free)") from error
+        reason = str(error.strerror or error).replace(str(temporary), str(target))
+        raise InterchangeError(f"--out {target}: could not be written: {reason} ({free:,} bytes free)") from error
     finally:
         if handle is not None:
             os.close(handle)
@@ -58,7 +60,7 @@ def new_folder(target: Path) -> Iterator[Path]:
 
 
 def _sweep(target: Path) -> None:
-    for left in target.parent.glob(f".{glob_escape(target.name[:120])}.*.tmp"):
+    for left in target.parent.glob(f".{glob.escape(target.name[:120])}.*.tmp"):
         if fcntl is None or not left.is_dir() or left.is_symlink():
             continue
         handle = os.open(left, os.O_RDONLY)
@@ -69,12 +71,6 @@ def _sweep(target: Path) -> None:
             pass
         finally:
             os.close(handle)
-
-
-def glob_escape(name: str) -> str:
-    import glob
-
-    return glob.escape(name)
 
 
 def _sync(path: Path) -> None:
@@ -88,31 +84,14 @@ def _sync(path: Path) -> None:
 
 
 def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Write a .safetensors file and read it back; InterchangeError where it is not what was written."""
+    """Write a .safetensors file and read it back; InterchangeError where a bit of it is not what was written."""
     import torch
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
 
-    from ldm.checkpoint_formats import read_tensors
+    from ldm.checkpoint import read_tensors, write_weights
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    apart = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    shared = _sharing(apart)
-    apart |= {name: apart[name].clone() for name in shared}
-    try:
-        save_file(apart, path, metadata={"format": "pt"})                   # without it transformers takes the file for another framework's
-    except SafetensorError as error:                                        # a full disk, for example
-        raise InterchangeError(f"{path.name}: could not be written: {error}") from error
+    write_weights(tensors, path, metadata={"format": "pt"})                 # without it transformers takes it for another framework's
     written = read_tensors(path)
-    wrong = [name for name, tensor in apart.items() if not _same(torch, written.get(name), tensor)]
+    wrong = [name for name, tensor in tensors.items() if name not in written or not torch.equal(written[name], tensor)]
     if wrong:
         raise InterchangeError(f"{path.name}: {wrong[0]} reads back otherwise than it was written; is the disk in order?")
-
-
-def _sharing(tensors: Mapping[str, Tensor]) -> list[str]:
-    """Names whose tensors are parts of memory that others use, or that is larger: safetensors stores whole tensors alone."""
-    return [name for name, tensor in tensors.items() if tensor.untyped_storage().nbytes() != tensor.numel() * tensor.element_size()]
-
-
-def _same(torch: object, one: Tensor | None, other: Tensor) -> bool:
-    return one is not None and one.dtype == other.dtype and torch.equal(one.nan_to_num(), other.nan_to_num())

@@ -261,6 +261,8 @@ def test_a_folder_of_another_model_than_the_yamls_is_refused(converted, tmp_path
         ('{"_class_name": "UNet2DModel"}', "lacks 'block_out_channels'"),
         ('{"_class_name": "UNet2DModel", "block_out_channels": 5}', "wrong kind"),
         ('{"_class_name": "UNet2DModel", "layers_per_block": 1000000000}', "numbers of no model"),
+        ('{"_class_name": "UNet2DModel", "layers_per_block": [1, 1000000000]}', "numbers of no model"),
+        ('{"_class_name": "UNet2DModel", "block_out_channels": [32, -1], "layers_per_block": -1}', "numbers of no model"),
     ],
 )
 def test_a_folder_with_a_bad_config_is_refused_in_one_line(tmp_path, content, says):
@@ -341,3 +343,23 @@ def test_what_a_killed_conversion_left_is_swept_and_a_living_one_spared(tmp_path
             (tmp_path / "out").mkdir()
         (tmp_path / "out").rmdir()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["other.out", "out"]
+
+
+def test_tensors_that_do_not_fit_their_config_are_named(converted, tmp_path):
+    other = shutil.copytree(converted("unconditional")[1], tmp_path / "other")
+    path = other / "unet" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(path)
+    save_file({**tensors, "down_blocks.0.attentions.0.to_q.weight": torch.zeros(7, 32)}, path)
+    with pytest.raises(CheckpointError, match=r"down_blocks\.0\.attentions\.0\.to_q\.weight does not fit its config: \(7, 32\)"):
+        read_weights(other)
+    save_file({name: tensor for name, tensor in tensors.items() if name != "conv_in.bias"}, path)
+    with pytest.raises(CheckpointError, match=r"lacks 1 of \d+ tensors .*conv_in\.bias"):
+        read_weights(other)
+
+
+def test_a_folder_without_its_classes_is_said_to_lack_them(converted, tmp_path, caplog):
+    saved, folder = converted("class")
+    other = shutil.copytree(folder, tmp_path / "other")
+    (other / "class_embedder.safetensors").unlink()
+    to_file(read_config(saved.config), other, tmp_path / "back.ckpt")
+    assert "has no class_embedder.safetensors" in caplog.text
