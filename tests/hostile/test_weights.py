@@ -2,6 +2,7 @@
 
 import collections
 import contextlib
+import json
 import shutil
 import struct
 import warnings
@@ -16,14 +17,16 @@ from torch import nn
 from ldm.checkpoint import CheckpointError, UnsafeCheckpointError, load_weights, read_checkpoint, read_step, read_weights, verify_checkpoint
 from ldm.checkpoint_io import AtomicCheckpointIO, find_checkpoint
 from ldm.commandline import run
+from ldm.interchange.files import read_component
 from ldm.modules.encoders.clip_text import VIT_L_14, CLIPText, load_pretrained_text
 from ldm.modules.encoders.modules import FrozenCLIPTextEmbedder
 from ldm.modules.losses.lpips import LPIPS
 from ldm.modules.quantize import VectorQuantizer2
 from ldm.retrieval import Searcher
+from ldm.safety_checker import fill
 from ldm.util import instantiate_from_config
 from ldm.vectors import Database
-from scripts import sample_diffusion, txt2img
+from scripts import convert, sample_diffusion, txt2img
 from tests.hostile.weights import FILES, call, name, system, unsafely, weights_and, zipped
 from tests.modules.encoders.test_clip_joint import TINY as TINY_CLIP
 from tests.tiny import FIRST_STAGE, text_model_config
@@ -127,7 +130,30 @@ def clip_file(path, folder):
     clip.ensure_weights()
 
 
-DOORS = (script, resumed_script, config, config_of_a_first_stage, resumed_run, lpips, clip_folder, clip_file)
+def shards(path, folder):
+    shutil.copy(path, folder / "shard.bin")
+    (folder / "x.index.json").write_text(json.dumps({"weight_map": {"w": "shard.bin"}}))
+    read_weights(folder / "x.index.json")
+
+
+def diffusers_component(path, folder):
+    shutil.copy(path, folder / "diffusion_pytorch_model.bin")
+    read_component(folder)
+
+
+def conversion(path, folder):
+    OmegaConf.save(OmegaConf.create(text_model_config()), folder / "config.yaml")
+    code = run(convert.main, ["--config", str(folder / "config.yaml"), "--ckpt", str(path), "--out", str(folder / "out")])
+    assert code == 2 and not (folder / "out").exists()
+    raise CheckpointError("exit code 2")
+
+
+def safety_checker(path, folder):
+    fill(nn.Linear(2, 2), path)
+
+
+DOORS = (shards, diffusers_component, conversion, safety_checker)
+DOORS += (script, resumed_script, config, config_of_a_first_stage, resumed_run, lpips, clip_folder, clip_file)
 SOME = ("posix.system", "torch's storage", "STACK_GLOBAL", "legacy, last pickle", "a bare pickle", "tar", "TorchScript")
 
 
