@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from ldm.json_files import load_object
 from ldm.vectors import Database, unit
 
 if TYPE_CHECKING:
@@ -121,7 +122,7 @@ class Searcher:
         """The index that was made of this database; ValueError where it was made of another."""
         folder = Path(folder)
         try:
-            record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+            record = load_object(folder / RECORD)
             parts = record["parts"]
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{folder / RECORD}: not a searcher's record; {_again(database, folder)}") from error

@@ -6,13 +6,13 @@ A concept that a file lacks would flag nothing, without a word: hence a loader o
 
 from __future__ import annotations
 
-import json
 import logging
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from ldm.commandline import find_file
+from ldm.json_files import load_object
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -90,7 +90,7 @@ class SafetyChecker:
 
         # Its own words on a flagged picture tell of a black one in its place, which is not so in every mode.
         logging.getLogger("diffusers.pipelines.stable_diffusion.safety_checker").setLevel(logging.ERROR)
-        config = CLIPConfig.from_dict(json.loads(files.config.read_text(encoding="utf-8")))
+        config = CLIPConfig.from_dict(load_object(files.config))
         with weights_on_meta():
             self.model = StableDiffusionSafetyChecker(config)
         fill(self.model, files.weights)
@@ -98,7 +98,7 @@ class SafetyChecker:
         self.model.visual_projection.register_forward_hook(_must_be_finite)
         side = config.vision_config.image_size
         if files.preprocessor is not None:
-            self.processor = CLIPImageProcessor.from_dict(json.loads(files.preprocessor.read_text(encoding="utf-8")))
+            self.processor = CLIPImageProcessor.from_dict(load_object(files.preprocessor))
         else:
             self.processor = CLIPImageProcessor(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
         self.flags(Image.new("RGB", (side, side)))

@@ -16,6 +16,7 @@ from ldm.callbacks import ImageLogger
 from ldm.commandline import run
 from ldm.data import archives
 from ldm.data.archives import ArchiveError, unpack
+from ldm.modules.encoders.clip_text import shape_of
 from ldm.pictures import METADATA_KEY, NamedOutput, Output, Picture, png_info, read_info
 from ldm.redraw import FLAGS
 from ldm.training.flags import Options
@@ -269,3 +270,14 @@ def test_a_size_that_lies_is_refused(tmp_path):
         with pytest.raises(ArchiveError):
             unpack(path, tmp_path / "home")
         assert os.listdir(tmp_path) == ["x.tar"]
+
+
+# -------------------------------------------------------------------------------------------------------------------- JSON
+
+
+@pytest.mark.parametrize("text", ["", "{", "[" * 100_000, "[1]", "7", '"x"', "\\xff", '{"text_config": 3}'])
+def test_a_json_file_that_is_none_is_one_clear_line(text, tmp_path):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ValueError, match=r"config\.json: ") as caught:
+        shape_of(str(tmp_path))
+    assert "\n" not in str(caught.value)

@@ -4,7 +4,6 @@ Written here rather than taken from transformers, whose model goes by other name
 imported at all where torchvision does not fit torch.
 """
 
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm.checkpoint import CheckpointError, read_weights
+from ldm.json_files import load_object
 
 VIT_L_14: dict[str, Any] = {  # openai/clip-vit-large-patch14, config.json, text_config
     "vocab_size": 49408,
@@ -145,8 +145,10 @@ def shape_of(version: str) -> dict[str, Any]:
     if version in KNOWN_SHAPES:
         return KNOWN_SHAPES[version]
     if (Path(version) / "config.json").is_file():
-        config = json.loads((Path(version) / "config.json").read_text(encoding="utf-8"))
+        config = load_object(Path(version) / "config.json")
         text = config.get("text_config") or config
+        if not isinstance(text, dict):
+            raise ValueError(f"{Path(version) / 'config.json'}: its text_config is {text!r}, where an object was expected")
         return {key: text.get(key, value) for key, value in VIT_L_14.items()}
     raise ValueError(
         f"CLIP version {version!r}: neither a folder with a config.json nor one of {', '.join(KNOWN_SHAPES)}; "
