@@ -164,10 +164,11 @@ def facts(**top):
 
 
 def test_of_the_shipped_configs_stable_diffusion_alone_is_checked():
-    """Those of the folder, and models of the same kind elsewhere, of which there are none."""
+    """Those of the folder, and the recipe that goes on from its weights."""
     configs = [*ROOT.glob("configs/**/*.yaml"), *ROOT.glob("models/ldm/**/*.yaml")]
     on = {path for path in configs if model_facts(read_config(path)).safety == "on"}
-    assert on == set(ROOT.glob("configs/stable-diffusion/*.yaml")) and len(configs) > 20
+    recipe = ROOT / "configs" / "recipes" / "inpainting-folder.yaml"
+    assert on == {*ROOT.glob("configs/stable-diffusion/*.yaml"), recipe} and len(configs) > 20
 
 
 @pytest.mark.parametrize("word, mode", [(True, "on"), (False, "off"), ("report", "report"), ("off", "off")])
