@@ -6,7 +6,7 @@ import argparse
 import importlib
 import time
 
-CHECKS = {"step_counts": "20 minutes", "strengths": "5 minutes", "sizes": "5 minutes"}
+CHECKS = {"step_counts": "20 minutes", "strengths": "17 minutes", "sizes": "7 minutes"}
 
 
 def main() -> None:
