@@ -53,10 +53,11 @@ def read_weights(path: str | os.PathLike, use_ema: bool = False, wanted: Iterabl
     use_ema: give the moving averages in the place of the trained weights; a file without averages is taken as it is, with a warning.
     wanted: names of the model that the weights are for, without which the averages of a file of averages alone have no names.
     """
-    path = Path(path)
-    weights = published_names(_read_any(path))
-    if not use_ema:
-        return weights
+    weights = published_names(_read_any(Path(path)))
+    return _averages(Path(path), weights, wanted) if use_ema else weights
+
+
+def _averages(path: Path, weights: Mapping[str, Tensor], wanted: Iterable[str]) -> dict[str, Tensor]:
     chosen, taken = use_ema_weights(weights, wanted)
     if not chosen:
         raise CheckpointError(f"{path}: holds averaged weights alone, and none of them is a weight of this model")
@@ -129,6 +130,7 @@ def load_weights(
     only: str | None = None,
     strict_blocks: bool = True,
     use_ema: bool = False,
+    weights: Mapping[str, Tensor] | None = None,
 ) -> LoadReport:
     """Load a weights file into `module` and report; log one line.
 
@@ -137,6 +139,7 @@ def load_weights(
     strict_blocks: a block (a child of the module or a child's child) that the file lacks as a whole is an error, unless a rule excuses it:
         EXCUSES in ldm.checkpoint_names; a submodule loaded from a file of its own; one that finds its weights itself (`ensure_weights`).
     use_ema: load the file's moving averages as the weights.
+    weights: what `read_weights(path)` gave, where a caller has read the file already.
     Weights on the meta device are replaced by the file's (memory-mapped, in their dtype and layout), others are overwritten in place.
     Tables of a noise schedule that the file holds in half precision are left as the module computed them (`_rounded_tables`).
     Raises CheckpointError when nothing matches, a shape differs or a block is missing.
@@ -146,7 +149,8 @@ def load_weights(
     state = module.state_dict()
     own_name = {name: own for own in state if (name := published_name(own)) and name.startswith(only or "") and not name.startswith(skip)}
     wanted = {name: state[own] for name, own in own_name.items()}
-    weights = read_weights(path, use_ema, wanted)
+    weights = read_weights(path) if weights is None else dict(weights)
+    weights = _averages(path, weights, wanted) if use_ema else weights
     if only and not any(name.startswith(only) for name in weights):
         weights = {only + name: tensor for name, tensor in weights.items()}
     weights = {name: tensor for name, tensor in weights.items() if not name.startswith(skip) and name.startswith(only or "")}

@@ -128,12 +128,13 @@ def load_model(
 
         check_is_of(Path(ckpt), config)
 
-    names = set(read_weights(ckpt))                                         # the names alone: memory should not hold the weights twice
-    config = for_inference(config, names)
+    weights = read_weights(ckpt)                                            # still in the file, but for one of an old format
+    config = for_inference(config, set(weights))
     with weights_on_meta():
         model = instantiate_from_config(config.model)
     shape_weights(model, numbers.weights, channels_last=where.type == "cpu" and numbers.weights != torch.float32)
-    load_weights(model, ckpt, use_ema=use_ema)
+    load_weights(model, ckpt, use_ema=use_ema, weights=weights)
+    del weights                                                             # they stay mapped where the model uses them
     ensure_weights(model)
     absent = [key for key, tensor in model.named_parameters() if tensor.is_meta]
     if absent:
