@@ -43,7 +43,7 @@ def test_a_file_that_holds_its_text_encoder_draws_without_network(tmp_path, atte
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", hub_offline)
     saved = save_text_model(tmp_path, cond_stage_config=CLIP, cond_stage_trainable=False, cond_stage_key="txt")
-    argv = ["--config", str(saved.config), "--ckpt", str(saved.ckpt), "--outdir", str(tmp_path / "out"), "--device", "cpu"]
+    argv = ["--config", str(saved.config), "--ckpt", str(saved.ckpt), "--outdir", str(tmp_path / "out"), "--safety", "off"]
     if script is txt2img:
         argv += ["--H", "16", "--W", "16"]
     else:
@@ -62,7 +62,7 @@ def test_a_file_without_its_text_encoder_says_so_in_one_line(tmp_path, attempts,
     saved = save_text_model(tmp_path, cond_stage_config=CLIP, cond_stage_trainable=False, cond_stage_key="txt")
     rest = {name: tensor for name, tensor in saved.model.state_dict().items() if not name.startswith("cond_stage_model.")}
     torch.save(rest, saved.ckpt)
-    argv = ["--config", str(saved.config), "--ckpt", str(saved.ckpt), "--outdir", str(tmp_path / "out"), "--H", "16", "--W", "16"]
+    argv = ["--config", str(saved.config), "--ckpt", str(saved.ckpt), "--outdir", str(tmp_path / "out"), "--safety", "off"]
     assert run(txt2img.main, argv) == 2
     err = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert len(err) == 1 and HUB_NAME in err[0] and "give a local folder" in err[0] and attempts == []

@@ -53,12 +53,14 @@ def draw(kind: str, pipeline: Pipeline) -> Image.Image:
         classes = None if kind == "unconditional" else (1,)
         settings = SampleSettings(n_samples=1, steps=3, eta=0.0, seed=1, classes=classes, scale=1.0 if classes is None else 2.0)
         return next(iter(draw_samples(pipeline, settings, progress=False))).image
-    if kind == "fill":
+    if kind in ("fill", "sd-fill"):
         mask = Image.new("L", PICTURE.size)
         mask.paste(255, (4, 4, 20, 12))
-        return fill(pipeline, PICTURE, mask, FillSettings(steps=3), progress=False).image
-    if kind == "enlarge":
-        return enlarge(pipeline, PICTURE, UpscaleSettings(steps=3, eta=0.0), progress=False).image
+        prompt = {"prompt": "a cat", "scale": 2.0} if kind == "sd-fill" else {}
+        return fill(pipeline, PICTURE, mask, FillSettings(steps=3, **prompt), progress=False).image
+    if kind in ("enlarge", "x4"):
+        prompt = {"prompt": "a cat", "scale": 2.0, "noise_level": 20} if kind == "x4" else {}
+        return enlarge(pipeline, PICTURE, UpscaleSettings(steps=3, eta=0.0, **prompt), progress=False).image
     size = {"height": 16, "width": 24, "steps": 4, "n_samples": 1, "n_iter": 1, "scale": 2.0}
     if kind == "img2img":
         drawn = image_to_image(pipeline, PICTURE, "a cat", ImageSettings(**size, strength=0.5), progress=False)
@@ -169,8 +171,10 @@ def test_a_networks_feature_maps_keep_the_channels_innermost(tmp_path):
 # --------------------------------------------------------------------------------------------------------- the pictures
 
 
-@pytest.mark.parametrize("stage", ["kl", "vq"])
-@pytest.mark.parametrize("kind", ["text", "img2img", "unconditional", "class", "fill", "enlarge"])
+TASKS = ("text", "img2img", "unconditional", "class", "fill", "enlarge")
+
+
+@pytest.mark.parametrize("kind, stage", [*((kind, "kl") for kind in (*TASKS, "v2-v", "sd-fill", "x4")), *((kind, "vq") for kind in TASKS)])
 def test_every_task_draws_in_bf16_what_it_draws_in_float32(tmp_path, kind, stage, monkeypatch):
     """With a codebook latents are decoded as they are: a rounded one between two codes may become the other one, in every pixel seen."""
     monkeypatch.setattr(VQModelInterface, "decode", VQModelInterface._decode_quantized)
