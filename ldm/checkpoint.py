@@ -40,7 +40,7 @@ __all__ = [
 ]
 _WRITERS = ("AtomicCheckpointIO", "CheckpointWriteError", "find_checkpoint", "sweep_temporaries", "write_checkpoint", "write_weights")
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 # ---------------------------------------------------------------------------------------------------------------- reading
 
@@ -62,7 +62,7 @@ def _averages(path: Path, weights: Mapping[str, Tensor], wanted: Iterable[str]) 
     if not chosen:
         raise CheckpointError(f"{path}: holds averaged weights alone, and none of them is a weight of this model")
     if not taken and not path.is_dir():                                     # a folder has one set of weights
-        log.warning("%s: EMA weights were asked for and the file holds none beside its weights, which are used as they are", path)
+        logger.warning("%s: EMA weights were asked for and the file holds none beside its weights, which are used as they are", path)
     return chosen
 
 
@@ -186,7 +186,7 @@ def load_weights(
 
     unexpected = tuple(name for name in weights if name not in wanted and not name.startswith(EMA))
     report = LoadReport(path, len(found), missing, unexpected, excused, ema_started)
-    log.log(logging.INFO if all(_has_excuse(module, name) for name in missing) else logging.WARNING, "%s", report)
+    logger.log(logging.INFO if all(_has_excuse(module, name) for name in missing) else logging.WARNING, "%s", report)
     return report
 
 
