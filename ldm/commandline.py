@@ -96,9 +96,10 @@ class _TerminalHandler(logging.StreamHandler):
 
 # What takes less memory, by the flag that a script has for it; `--n_samples` is how many are drawn at once only where no batch size is.
 _LESS_MEMORY = {
-    "--batch_size": "draw fewer pictures at once (--batch_size 1)",
-    "--n_samples": "draw fewer pictures at once (--n_samples 1)",
-    "--H": "smaller ones (--H, --W)",
+    "--batch_size": "fewer pictures at once (--batch_size 1)",
+    "--n_samples": "fewer pictures at once (--n_samples 1)",
+    "--H": "smaller pictures (--H, --W)",
+    "--tiled": "decoding in tiles (--tiled)",
     "--tile": "smaller tiles (--tile 64)",
     "--precision": "16-bit weights (--precision bf16)",
 }

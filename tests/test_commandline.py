@@ -50,7 +50,7 @@ def test_help_shows_defaults(capsys):
         (ImportError("needs sklearn"), "needs sklearn"),
         (MemoryError(), "MemoryError"),
         (type("OutOfMemoryError", (RuntimeError,), {})("CUDA out of memory"), "CUDA out of memory"),
-        (RuntimeError("[enforce fail at alloc.cpp] DefaultCPUAllocator: no memory"), "no memory; try: smaller ones"),
+        (RuntimeError("[enforce fail at alloc.cpp] DefaultCPUAllocator: no memory"), "no memory; try: smaller pictures"),
     ],
 )
 def test_what_the_user_can_mend_is_one_line_and_exit_code_2(error, words, capsys):

@@ -122,7 +122,7 @@ def image_to_image(
     settings, encode = _own_encoder(pipeline, prompts, settings, beside)
     model, randomness, walked = in_tiles(pipeline, settings).model, Randomness(settings.seed, pipeline.device), settings.encode_steps
     alone, start, z0 = settings.seed_mode == "image", None, None
-    with randomness(), torch.no_grad():                                     # in float32, as published
+    with randomness(), torch.no_grad():                                     # outside of autocast, as published
         x = pipeline.tensor(fit(image, settings.height, settings.width))
         posterior = model.encode_first_stage(x if alone else x.expand(settings.n_samples, -1, -1, -1))
         if not alone:
