@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import inspect
+import sys
 import traceback
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -79,10 +80,11 @@ def check_allowed(target: Any) -> str:
         choices = ", ".join((*_BUILT_IN_PREFIXES, *_user_prefixes))
         near = difflib.get_close_matches(target, list(ALIASES), n=1)
         hint = f" (did you mean {near[0]}?)" if near else ""
-        raise ConfigError(
-            f"target {target!r} is not allowed{hint}. Allowed packages: {choices}. For your own code run with --allow-targets "
-            f"{target.split('.')[0]} or call ldm.util.allow_targets({target.split('.')[0]!r})"
-        )
+        package = target.split(".")[0]
+        way = f"For your own code run with --allow-targets {package} or call ldm.util.allow_targets({package!r})"
+        if package in sys.stdlib_module_names or package == "posix":  # nobody's model: this is no place to teach how to allow it
+            way = "This one is Python's own: a config that names it means harm"
+        raise ConfigError(f"target {target!r} is not allowed{hint}. Allowed packages: {choices}. {way}")
     return resolved
 
 

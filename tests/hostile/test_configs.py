@@ -76,6 +76,13 @@ def test_a_target_outside_the_packages_is_refused_before_anything_is_imported(ta
     assert set(sys.modules) == before
 
 
+@pytest.mark.parametrize("target", ["os.system", "posix.system", "subprocess.Popen", "builtins.eval"])
+def test_nobody_is_told_how_to_allow_pythons_own(target):
+    with pytest.raises(ConfigError, match="means harm") as caught:
+        check_allowed(target)
+    assert "--allow-targets" not in str(caught.value)
+
+
 @pytest.mark.parametrize("target", RE_EXPORTS)
 def test_what_an_allowed_module_merely_holds_is_refused(target, evil):
     with pytest.raises(ConfigError):
