@@ -116,7 +116,7 @@ def run(
     argv = list(sys.argv[1:] if argv is None else argv)
     if not logging.getLogger().handlers:
         logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[_TerminalHandler()])
-        for chatty in ("httpx", "PIL", "fsspec"):
+        for chatty in ("httpx", "PIL", "fsspec", "huggingface_hub"):
             logging.getLogger(chatty).setLevel(logging.ERROR)
     try:
         return main(argv) or 0

@@ -56,17 +56,24 @@ def find_checker(folder: str | None, flag: str = "--safety on") -> CheckerFiles:
 def _from_hub(flag: str) -> CheckerFiles:
     from huggingface_hub import hf_hub_download
 
-    def fetch(*names: str) -> Path:
+    def fetch(*names: str, cached: bool) -> Path:
         for name in names[:-1]:
             try:
-                return Path(hf_hub_download(REPOSITORY, name))
+                return Path(hf_hub_download(REPOSITORY, name, local_files_only=cached))
             except Exception as error:  # the next name may be there
                 logger.debug("%s of %s: %s", name, REPOSITORY, error)
-        return Path(hf_hub_download(REPOSITORY, names[-1]))
+        return Path(hf_hub_download(REPOSITORY, names[-1], local_files_only=cached))
+
+    def fetch_all(cached: bool) -> CheckerFiles:
+        return CheckerFiles(fetch(CONFIG, cached=cached), fetch(*WEIGHTS, cached=cached), fetch(PREPROCESSOR, cached=cached))
 
     try:
-        return CheckerFiles(fetch(CONFIG), fetch(*WEIGHTS), fetch(PREPROCESSOR))
+        return fetch_all(cached=True)
     except Exception as error:  # the hub's client fails in many ways, and all of them mean that the files are not to be had
+        logger.info("the safety checker is not in the hub's cache (%s): asking the hub for it, 1.2 GB", type(error).__name__)
+    try:
+        return fetch_all(cached=False)
+    except Exception as error:
         raise FileNotFoundError(
             f"{flag}: the safety checker is neither in {FOLDER} nor in the hub's cache nor to be downloaded ({type(error).__name__}); "
             f"put config.json and model.safetensors of https://huggingface.co/{REPOSITORY} into {FOLDER}, or name a folder that has them "

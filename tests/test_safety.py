@@ -148,6 +148,28 @@ def test_what_is_missing_is_named_with_the_next_step(tmp_path, monkeypatch):
         Safety(SafetySettings("on")).ready()
 
 
+def test_the_hubs_cache_is_asked_before_the_hub(tmp_path, monkeypatch):
+    """With pytorch_model.bin alone, as older caches have it; the hub itself is not asked for what the cache holds."""
+    folder, asked = save_checker(tmp_path / "cache", NOTHING, "pytorch_model.bin"), []
+    (folder / "preprocessor_config.json").write_text('{"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}}')
+
+    def hf_hub_download(repository: str, name: str, local_files_only: bool) -> str:
+        asked.append((repository, local_files_only))
+        if not (folder / name).is_file():
+            raise FileNotFoundError(name)
+        return str(folder / name)
+
+    monkeypatch.setattr("ldm.commandline.ROOT", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", hf_hub_download)
+    assert find_checker(None).weights == folder / "pytorch_model.bin"
+    assert set(asked) == {("CompVis/stable-diffusion-safety-checker", True)}
+    (folder / "config.json").unlink()
+    with pytest.raises(FileNotFoundError, match="nor to be downloaded"):
+        find_checker(None)
+    assert asked[-1][1] is False
+
+
 @pytest.mark.parametrize("package", ["diffusers", "transformers"])
 def test_without_the_extra_its_name_is_told(checkers, package, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, package, None)
