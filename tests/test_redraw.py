@@ -1,5 +1,7 @@
 """One picture of many can be drawn again: by its own seed, by its place in the run, and from its file alone."""
 
+from argparse import Namespace
+
 import numpy as np
 import pytest
 import torch
@@ -264,6 +266,13 @@ def test_files_that_have_changed_are_told_and_refused_unless_they_are_named(save
     assert sum("the picture will be another" in record.message for record in caplog.records) == 1
     ckpt.unlink()
     assert "m.ckpt: no such file" in refused(img2img.main, [*command, "--init-img", str(tmp_path / "a.png")], capsys)
+
+
+def test_weights_in_a_folder_are_compared_too(tmp_path, monkeypatch):
+    monkeypatch.setattr("ldm.inference.fingerprint", lambda path: "now")
+    opt = Namespace(recorded=redraw.Recorded("x.png", {"ckpt_fingerprint": "then"}, frozenset()), device="cpu", seed_mode="batch")
+    with pytest.raises(ValueError, match=f"--ckpt {tmp_path}: not the file that x.png was drawn with .fingerprint now, then then"):
+        redraw.check_unchanged(opt, tmp_path / "none.yaml", tmp_path)
 
 
 def test_what_cannot_be_drawn_again_is_refused_in_one_line(saved, tmp_path, capsys):
