@@ -8,8 +8,7 @@ EXTRAS = {
     "quickstart": ["scikit-learn>=1.5", "tensorboard>=2.17"],
     "logging": ["tensorboard>=2.17"],
     "retrieval": ["faiss-cpu>=1.9"],
-    "depth": ["transformers>=5.0"],
-    "safety": ["diffusers>=0.36", "transformers>=5.0"],
+    "safety": ["diffusers>=0.36"],
 }
 EXTRAS["test"] = ["pytest>=8.0", "ruff>=0.6", *EXTRAS["quickstart"], *EXTRAS["retrieval"], *EXTRAS["safety"]]
 
@@ -33,6 +32,7 @@ setup(
         "huggingface-hub>=1.0",
         "safetensors>=0.5",
         "tqdm>=4.66",
+        "transformers>=5.0",
         "open-clip-torch>=3.0",
         "ftfy>=6.2",
         "regex>=2024.5",

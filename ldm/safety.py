@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-PACKAGES = ("diffusers", "transformers")  # of the extra `safety`
+PACKAGES = ("diffusers", "transformers")  # the first of the extra `safety`
 
 
 @dataclass(frozen=True)
