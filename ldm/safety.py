@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING
 
 from PIL import Image
 
+from ldm.model_facts import SAFETY_MODES
 from ldm.pictures import Picture
-from ldm.settings import SAFETY_MODES
 
 if TYPE_CHECKING:
+    from ldm.model_facts import ModelFacts
     from ldm.safety_checker import SafetyChecker
-    from ldm.settings import ModelFacts
 
 logger = logging.getLogger(__name__)
 

@@ -1,6 +1,6 @@
 """One pipeline for all sampling scripts: checks before anything heavy is loaded, the model, conditions, latents, pictures.
 
-A script reads `model_facts` off the YAML and checks its settings against them (ldm.settings, ldm.task_settings), gets a `Pipeline` from
+A script reads `model_facts` off the YAML, checks its settings against them (ldm.settings, ldm.task_settings), gets a `Pipeline` from
 `load_model`, and writes the pictures that a task yields (`text_to_image`, `image_to_image`, `fill`, `enlarge`, `draw_samples`) through
 ldm.pictures. Importing this package imports neither torch nor Lightning.
 """

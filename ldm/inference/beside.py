@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from ldm.inference.pipeline import Pipeline
 from ldm.inference.randomness import Randomness
+from ldm.model_facts import takes_text
 from ldm.pictures import Picture
-from ldm.settings import takes_text
 from ldm.task_settings import BesideSettings, FillSettings, UpscaleSettings, check_enlarges, check_fills_masks
 
 if TYPE_CHECKING:

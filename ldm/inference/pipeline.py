@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from ldm.commandline import in_checkout
 from ldm.inference.precision import choose_device, choose_numbers, shape_weights
+from ldm.model_facts import ModelFacts, model_facts, read_config, value_at
 from ldm.models.diffusion.samplers import make_sampler
-from ldm.settings import ModelFacts, model_facts, read_config, value_at
 
 if TYPE_CHECKING:
     import torch

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from ldm.inference.pipeline import Pipeline
 from ldm.inference.randomness import Randomness, noise_of
+from ldm.model_facts import ModelFacts
 from ldm.pictures import Picture
-from ldm.settings import ModelFacts
 from ldm.task_settings import SampleSettings
 
 if TYPE_CHECKING:

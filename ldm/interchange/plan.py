@@ -12,7 +12,7 @@ from ldm.interchange.rules import InterchangeError
 from ldm.interchange.scheduler import scheduler_config
 from ldm.interchange.text import TextLayout
 from ldm.interchange.unet import CROSS, PLAIN, UNetLayout
-from ldm.settings import value_at
+from ldm.model_facts import value_at
 from ldm.util import FIRST_STAGE_AS_CONDITION, UNCONDITIONAL
 
 UNET, STAGE, CONDITION = "model.diffusion_model.", "first_stage_model.", "cond_stage_model."

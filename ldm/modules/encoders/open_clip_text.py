@@ -101,8 +101,6 @@ class FrozenOpenCLIPEmbedder(PretrainedEncoder):
 
     pad_id = PAD_ID
 
-    pad_id = PAD_ID
-
     def __init__(
         self,
         arch: str = "ViT-H-14",
