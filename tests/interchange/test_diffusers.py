@@ -5,8 +5,10 @@ import torch
 
 from ldm.inference import Pipeline, load_model
 from ldm.interchange.convert import to_folder
+from ldm.interchange.scheduler import scheduler_config
 from ldm.models.diffusion.ddim import DDIMSampler
 from ldm.models.diffusion.plms import PLMSSampler
+from ldm.modules.diffusionmodules.schedule import Schedule, make_beta_schedule
 from ldm.settings import read_config
 from tests.interchange.models import save
 
@@ -103,6 +105,28 @@ def test_unets_and_vq_models_give_our_outputs(tmp_path, kind):
     assert torch.allclose(saved.model.first_stage_model.encode(x), stage.encode(x).latents, atol=1e-4)
     tables = DDIMScheduler.from_pretrained(tmp_path / "folder" / "scheduler").alphas_cumprod
     assert torch.allclose(saved.model.alphas_cumprod, tables, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        *({"beta_schedule": schedule, "timesteps": 50} for schedule in ("linear", "sqrt_linear", "sqrt", "cosine")),
+        {"beta_schedule": "cosine", "cosine_s": 0.1, "timesteps": 50},
+        {"given_betas": [0.1, 0.2, 0.3]},
+        {"zero_terminal_snr": True, "parameterization": "v"},
+    ],
+)
+def test_every_noise_schedule_is_ours_there(params):
+    from diffusers import DDIMScheduler
+
+    zero_snr = bool(params.get("zero_terminal_snr"))
+    names = ("linear_start", "linear_end", "cosine_s")
+    betas = params.get("given_betas") or make_beta_schedule(
+        params.get("beta_schedule", "linear"), params.get("timesteps", 1000), **{name: params[name] for name in names if name in params}
+    )
+    ours = Schedule.from_betas(betas, zero_terminal_snr=zero_snr).alphas_cumprod
+    theirs = DDIMScheduler.from_config(scheduler_config(params)).alphas_cumprod
+    assert torch.allclose(theirs.double(), torch.from_numpy(ours), atol=1e-6)
 
 
 @torch.no_grad()

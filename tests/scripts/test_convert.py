@@ -17,6 +17,7 @@ from scripts.txt2img import main as txt2img
 from tests.interchange.models import save
 from tests.scripts.refusals import help_without_heavy_imports, refused
 
+KL = "models/first_stage_models/kl-f8/config.yaml"
 SCRIPT = Path(__file__).parents[2] / "scripts" / "convert.py"
 
 
@@ -67,6 +68,9 @@ def test_a_converted_folder_is_a_run_to_sample_from(folder):
         (["--ckpt", "FILE", "--out", "new", "--config", "nowhere.yaml"], "no such file"),
         (["--ckpt", "FILE", "--out", "new", "--config", "models/ldm/lsun_churches256/config.yaml"], "resblock_updown True"),
         (["--ckpt", "FOLDER", "--out", "new.bin"], "ends in .ckpt or .safetensors"),
+        (["--ckpt", "FOLDER", "--out", "new.ckpt", "--no-use_ema"], "--use_ema: says how a folder is made of a file"),
+        (["--ckpt", "FOLDER", "--out", "new.ckpt", "--scheduler", "ddim"], "--scheduler: says how a folder is made of a file"),
+        (["--ckpt", "FILE", "--out", "new", "--scheduler", "pndm", "--config", KL], "--scheduler pndm: a first stage alone has none"),
         (["--ckpt", "FOLDER", "--out", "new.ckpt", "--config", "configs/stable-diffusion/v1-inference.yaml"], "in the YAML"),
         (["--ckpt", "FILE", "--out", "new", "--dytpe", "fp16"], "did you mean --dtype?"),
     ],
