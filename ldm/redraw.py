@@ -127,7 +127,7 @@ def check_unchanged(opt: Namespace, config: Path, ckpt: Path) -> None:
     files = {"config": ("--config", config), "ckpt": ("--ckpt", ckpt), "init_img": ("--init-img", image), "depth": ("--depth", depth)}
     for name, (flag, path) in files.items():
         before = info.get(f"{name}_fingerprint")
-        there = path.exists() if name == "ckpt" else path.is_file()         # weights may be a diffusers folder
+        there = path.exists() if name in ("ckpt", "depth") else path.is_file()  # weights may be a folder, and so may what estimates depth
         if before is None or not there or (now := fingerprint(path)) == before:
             continue
         told = f"{flag} {path}: not the file that {opt.recorded.path} was drawn with (fingerprint {now}, then {before})"

@@ -80,7 +80,7 @@ def main(argv: Sequence[str]) -> None:
     pipeline.identity = {**pipeline.identity, "init_img": str(opt.init_img), "init_img_fingerprint": fingerprint(opt.init_img)}
     beside = None
     if opt.depth:
-        pipeline.identity |= {"depth": str(opt.depth)} | ({} if depth is None else {"depth_fingerprint": fingerprint(opt.depth)})
+        pipeline.identity |= {"depth": str(opt.depth), "depth_fingerprint": fingerprint(opt.depth)}
         beside = depth_parts(pipeline, settings.latent_shape[1:], image, opt.depth if depth is None else depth)
     only = opt.recorded.only if opt.recorded is not None else None
     write_prompt_pictures(image_to_image(pipeline, image, prompts, settings, only=only, beside=beside), output, opt)

@@ -13,7 +13,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout that this script is in, installed or not
 
 from ldm.commandline import Parser, find_file, run
-from ldm.inference import fill, load_model
+from ldm.inference import fill, fingerprint, load_model
 from ldm.pictures import NamedOutput
 from ldm.scripting import (
     add_model_flags,
@@ -84,7 +84,8 @@ def main(argv: Sequence[str]) -> None:
     for path, mask in tqdm(pairs, desc="pictures", unit="picture"):
         # What is transparent in a mask is kept, so that it is laid over black.
         picture = fill(pipeline, load_image(path), load_image(mask, background=(0, 0, 0)), settings)
-        files.append(output.save(picture._replace(info={**picture.info, "init_img": str(path), "mask": str(mask)}), path.stem))
+        of = {"init_img": str(path), "init_img_fingerprint": fingerprint(path), "mask": str(mask), "mask_fingerprint": fingerprint(mask)}
+        files.append(output.save(picture._replace(info={**picture.info, **of}), path.stem))
     report(len(files), time.perf_counter() - start, files)
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout that this script is in, installed or not
 
 from ldm.commandline import Parser, find_file, in_checkout, run
-from ldm.inference import draw_samples, load_model
+from ldm.inference import draw_samples, fingerprint, load_model
 from ldm.pictures import Output, SampleArray
 from ldm.scripting import (
     add_model_flags,
@@ -95,7 +95,8 @@ def main(argv: Sequence[str]) -> None:
     watermark, safety = watermark_of(opt), safety_of(opt, facts)
 
     pipeline = load_model(config, saved.ckpt, opt.device, opt.precision, opt.use_ema)
-    pipeline.identity = {**pipeline.identity, "config": in_checkout(saved.configs[-1]), "overrides": opt.overrides}
+    last = saved.configs[-1]
+    pipeline.identity |= {"config": in_checkout(last), "config_fingerprint": fingerprint(last), "overrides": opt.overrides}
     folder = new_folder(saved, opt)
     output = Output(folder, watermark, safety, samples="img/sample_{:06}.png")
     start, files, array = time.perf_counter(), [], SampleArray(folder / "numpy", settings.n_samples)

@@ -10,7 +10,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout that this script is in, installed or not
 
 from ldm.commandline import Parser, find_file, run
-from ldm.inference import enlarge, load_model
+from ldm.inference import enlarge, fingerprint, load_model
 from ldm.pictures import NamedOutput
 from ldm.scripting import (
     add_model_flags,
@@ -75,7 +75,8 @@ def main(argv: Sequence[str]) -> None:
     start, files = time.perf_counter(), []
     for path in tqdm(opt.init_img, desc="pictures", unit="picture"):
         picture = enlarge(pipeline, load_image(path), settings)
-        files.append(output.save(picture._replace(info={**picture.info, "init_img": str(path)}), Path(path).stem))
+        of = {"init_img": str(path), "init_img_fingerprint": fingerprint(path)}
+        files.append(output.save(picture._replace(info={**picture.info, **of}), Path(path).stem))
     report(len(files), time.perf_counter() - start, files)
 
 

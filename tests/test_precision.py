@@ -74,7 +74,7 @@ def draw(kind: str, pipeline: Pipeline) -> Image.Image:
 
 @pytest.mark.parametrize("bfloat16", [True, False])
 def test_auto_is_bf16_where_the_device_has_instructions_for_it_and_full_elsewhere(monkeypatch, bfloat16):
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": bfloat16, "amx_bf16": False})
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": bfloat16, "amx_bf16": False}, raising=False)
     assert choose_numbers("auto", CPU) == (Numbers("bf16", BF16) if bfloat16 else Numbers("full", FP32))
     assert choose_numbers("autocast", CPU) == Numbers("autocast", FP32, BF16 if bfloat16 else None)
     monkeypatch.delattr(torch.cpu, "get_capabilities")
@@ -106,7 +106,7 @@ def test_unknown_names_and_16_bits_that_the_device_cannot_compute_with_are_refus
 
 
 def test_what_was_chosen_is_printed_and_recorded(tmp_path, caplog, monkeypatch):
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True}, raising=False)
     saved = save_model(tmp_path, "text")
     with caplog.at_level(logging.INFO):
         pipeline = load_model(saved.config, saved.ckpt, "cpu")

@@ -268,6 +268,14 @@ def test_files_that_have_changed_are_told_and_refused_unless_they_are_named(save
     assert "m.ckpt: no such file" in refused(img2img.main, [*command, "--init-img", str(tmp_path / "a.png")], capsys)
 
 
+def test_a_folder_that_estimates_depth_is_compared_too(tmp_path, monkeypatch):
+    monkeypatch.setattr("ldm.inference.fingerprint", lambda path: "now")
+    recorded = redraw.Recorded("x.png", {"depth_fingerprint": "then"}, frozenset())
+    opt = Namespace(recorded=recorded, device="cpu", seed_mode="batch", depth=str(tmp_path))
+    with pytest.raises(ValueError, match=f"--depth {tmp_path}: not the file that x.png was drawn with"):
+        redraw.check_unchanged(opt, tmp_path / "none.yaml", tmp_path / "none.ckpt")
+
+
 def test_weights_in_a_folder_are_compared_too(tmp_path, monkeypatch):
     monkeypatch.setattr("ldm.inference.fingerprint", lambda path: "now")
     opt = Namespace(recorded=redraw.Recorded("x.png", {"ckpt_fingerprint": "then"}, frozenset()), device="cpu", seed_mode="batch")

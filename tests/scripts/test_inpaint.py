@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from ldm.commandline import ROOT, run
-from ldm.inference import Pipeline, fill, load_model
+from ldm.inference import Pipeline, fill, fingerprint, load_model
 from ldm.models.diffusion.ddim import DDIMSampler
 from ldm.pictures import read_info
 from ldm.task_settings import FillSettings
@@ -114,6 +114,7 @@ def test_every_pair_gives_a_file_of_its_name_and_none_is_overwritten(saved, tmp_
     info = read_info(tmp_path / "out" / "a.png")
     expected = {"task": "inpaint", "steps": 3, "eta": 0.0, "seed": 42, "mask": str(tmp_path / "in" / "a_mask.png"), "width": 24}
     assert {key: info[key] for key in expected} == expected and info["ckpt"] == str(saved.ckpt)
+    assert all(info[f"{name}_fingerprint"] == fingerprint(info[name]) for name in ("ckpt", "config", "init_img", "mask"))
 
 
 def test_results_in_the_folder_of_the_pictures_leave_them_alone(saved, tmp_path):

@@ -11,7 +11,7 @@ from PIL import Image
 
 from ldm.commandline import ROOT, run
 from ldm.data.image import from_tensor
-from ldm.inference import draw_samples, load_model
+from ldm.inference import draw_samples, fingerprint, load_model
 from ldm.models.diffusion.ddim import DDIMSampler
 from ldm.pictures import read_info
 from ldm.task_settings import SampleSettings
@@ -123,6 +123,7 @@ def test_classes_are_drawn_in_turn_and_told_in_array_and_metadata(classes, tmp_p
     info = read_info(files[0])
     expected = {"task": "sample_diffusion", "steps": 2, "eta": 1.0, "seed": 1, "n_samples": 5, "batch_size": 2, "scale": 1.0}
     assert {key: info[key] for key in expected} == expected and info["config"] == str(classes.config)
+    assert info["config_fingerprint"] == fingerprint(classes.config)
 
 
 def test_without_classes_every_one_but_no_class_is_drawn_equally_often(classes, tmp_path):

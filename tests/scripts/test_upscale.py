@@ -7,7 +7,7 @@ from PIL import Image
 
 from ldm.commandline import ROOT, run
 from ldm.data.image import from_tensor, to_array
-from ldm.inference import Pipeline, enlarge, load_model
+from ldm.inference import Pipeline, enlarge, fingerprint, load_model
 from ldm.models.diffusion.ddim import DDIMSampler
 from ldm.pictures import read_info
 from ldm.task_settings import UpscaleSettings
@@ -73,7 +73,7 @@ def test_a_picture_does_not_depend_on_those_before_it_and_none_is_overwritten(sa
     assert np.array_equal(*(np.asarray(Image.open(tmp_path / "out" / name)) for name in ("1.png", "1-1.png")))
     info = read_info(tmp_path / "out" / "1.png")
     expected = {"task": "upscale", "steps": 3, "eta": 1.0, "seed": 42, "width": 24, "height": 16, "init_img": str(tmp_path / "1.png")}
-    assert {key: info[key] for key in expected} == expected
+    assert {key: info[key] for key in expected} == expected and info["init_img_fingerprint"] == fingerprint(tmp_path / "1.png")
 
 
 def test_the_defaults_are_the_released_models():
