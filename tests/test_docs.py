@@ -8,8 +8,13 @@ from PIL import Image
 
 import main
 from ldm.commandline import ROOT
+from ldm.models.diffusion.samplers import SAMPLERS
+from ldm.settings import PRECISIONS, SEED_MODES
 from ldm.util import instantiate_from_config
 
+DRAWING = (ROOT / "docs" / "drawing.md").read_text(encoding="utf-8")
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+PROVENANCE = (ROOT / "docs" / "provenance.md").read_text(encoding="utf-8")
 EXTENDING = (ROOT / "docs" / "extending.md").read_text(encoding="utf-8")
 
 
@@ -51,3 +56,23 @@ def test_the_lines_of_python_draw(tmp_path, monkeypatch):
     drawn: dict = {}
     exec(blocks("python")[1].replace("last.ckpt", str(tmp_path / "last.ckpt")).replace("S=25", "S=2"), drawn)
     assert drawn["pictures"].shape == (4, 3, 32, 32) and drawn["pictures"].isfinite().all()
+
+
+def test_the_tables_of_drawing_are_those_of_the_code():
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in DRAWING.splitlines() if line.startswith("| `")]
+    table = {name: cells[-1] for cells in rows for name in re.findall(r"`(\w+)`", cells[0])}
+    assert {name: table[name] for name in SAMPLERS} == {name: ", ".join(entry.grids) for name, entry in SAMPLERS.items()}
+    assert {*PRECISIONS, *SEED_MODES} == table.keys() - SAMPLERS.keys()
+    (takers,) = re.findall(r"`--ddim_eta` is for (.*)\. `--guidance", DRAWING)
+    assert re.findall(r"`(\w+)`", takers) == [name for name, entry in SAMPLERS.items() if entry.takes_eta]
+
+
+def test_every_flag_of_the_readme_is_a_flag_of_a_script():
+    from importlib import import_module
+
+    named = set(re.findall(r"(?<![\w-])--[a-zA-Z][\w-]+", README + DRAWING + PROVENANCE))
+    known = {"--help", "--base", "--gpus", "--accumulate_grad_batches", "--precision", "--scale_lr", "--allow-targets", "--logdir"}
+    for name in ("txt2img", "img2img", "inpaint", "upscale", "sample_diffusion", "knn2img", "train_searcher", "convert"):
+        known |= set(import_module(f"scripts.{name}").parser().flags)
+    known |= set(import_module("scripts.tests.test_watermark").parser().flags)
+    assert named and not named - known
