@@ -32,7 +32,6 @@ Check = Callable[[Picture], Picture]
 """A drawn picture -> a checked one (ldm.safety)."""
 
 
-
 class PictureFolder:
     """Numbered PNG files in one folder: the number after the highest one there, so that no file is ever overwritten.
 

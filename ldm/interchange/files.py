@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ldm.interchange.rules import InterchangeError
+from ldm.json_files import load_object
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -21,14 +22,11 @@ _RENAMED = (("query", "to_q"), ("key", "to_k"), ("value", "to_v"), ("proj_attn",
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object; InterchangeError in one line where the file holds none."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        return load_object(path)
     except OSError as error:
         raise InterchangeError(f"{path}: {error.strerror or error}") from error
-    except (ValueError, RecursionError) as error:
-        raise InterchangeError(f"{path}: no JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise InterchangeError(f"{path}: holds a {type(content).__name__}, where an object was expected")
-    return content
+    except ValueError as error:
+        raise InterchangeError(str(error)) from error
 
 
 def weights_file(folder: Path) -> Path:
