@@ -1,7 +1,9 @@
 """What the documents tell a reader to write: taken out of them and run."""
 
 import re
+import sys
 
+import pytest
 import torch
 from omegaconf import OmegaConf
 from PIL import Image
@@ -22,6 +24,15 @@ def blocks(language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", EXTENDING, re.S)
 
 
+@pytest.fixture
+def forgotten_afterwards():
+    """The document's package is unloaded, whose name is any reader's."""
+    yield
+    for name in [name for name in sys.modules if name.partition(".")[0] == "my_project"]:
+        del sys.modules[name]
+
+
+@pytest.mark.usefixtures("forgotten_afterwards")
 def test_a_conditioning_key_of_ones_own_trains_by_the_documents_files(tmp_path, monkeypatch):
     (tmp_path / "my_project").mkdir()
     (tmp_path / "my_project" / "keys.py").write_text(blocks("python")[0])

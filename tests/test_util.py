@@ -76,16 +76,16 @@ def test_a_refused_module_is_never_imported(tmp_path, monkeypatch):
 
 
 def test_an_allowed_package_of_the_user_resolves(tmp_path, monkeypatch):
-    (tmp_path / "my_project.py").write_text("class Model: pass\ndef factory(): return 3\nfrom os import system\n")
+    (tmp_path / "users_own_project.py").write_text("class Model: pass\ndef factory(): return 3\nfrom os import system\n")
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(util, "_user_prefixes", [])
-    with pytest.raises(ConfigError, match="--allow-targets my_project"):
-        get_obj_from_str("my_project.Model")
-    util.allow_targets("my_project")
-    assert get_obj_from_str("my_project.Model").__name__ == "Model"
-    assert instantiate_from_config({"target": "my_project.factory"}) == 3
+    with pytest.raises(ConfigError, match="--allow-targets users_own_project"):
+        get_obj_from_str("users_own_project.Model")
+    util.allow_targets("users_own_project")
+    assert get_obj_from_str("users_own_project.Model").__name__ == "Model"
+    assert instantiate_from_config({"target": "users_own_project.factory"}) == 3
     with pytest.raises(ConfigError, match=r"is posix\.system"):
-        get_obj_from_str("my_project.system")
+        get_obj_from_str("users_own_project.system")
 
 
 def test_published_targets_have_a_home_here():
