@@ -123,6 +123,14 @@ def test_diffusion_trains_on_a_first_stage_that_was_trained_before(here):
     assert {"inputs", "reconstruction", "conditioning", "samples", "denoise_row", "samples_cfg_scale_3.00"} <= pictures
     assert "warning" not in result.stderr, result.stderr
 
+    weights.unlink()
+    words = [sys.executable, ROOT / "main.py", "-t", "-r", run, "--max_steps", "5"]
+    resumed = subprocess.run(words, cwd=elsewhere, capture_output=True, text=True, env=environment)
+    assert resumed.returncode == 0 and f"{weights}: no such file any more" in resumed.stderr, resumed.stderr
+    later = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
+    assert later["global_step"] == 5
+    assert all(torch.equal(later["state_dict"][name], value) for name, value in trained["state_dict"].items() if "first_stage" in name)
+
 
 def test_a_classifier_trains_on_a_runs_latents_by_its_recipe_and_leads_samples(here):
     for index, path in enumerate(sorted(here.glob("*/*.png"))):

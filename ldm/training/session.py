@@ -18,7 +18,7 @@ from ldm.training.flags import Options, UsageError, parse
 from ldm.training.folder import RunFolder, new_run, resumed_run, saved_configs, with_checkpoint
 from ldm.training.report import console, is_main_process
 from ldm.training.settings import Settings, learning_rate, settle
-from ldm.training.targets import check_class_count
+from ldm.training.targets import check_class_count, forget_absent_weights
 from ldm.util import ConfigError, allow_targets, import_lightning, instantiate_from_config
 
 logger = logging.getLogger(__name__)
@@ -82,6 +82,11 @@ def prepare(options: Options) -> tuple[RunFolder, DictConfig]:
     folder = resumed_run(options.resume) if options.resume else new_run(options)
     files = saved_configs(folder) if folder.resumed else []
     config = configs.merge([*files, *map(configs.find_config, options.base)], options.overrides)
+    if folder.resumed and options.train:
+        configs.check(config, weights=False)
+        typed = [override.partition("=")[0].lstrip("+") for override in options.overrides]
+        for gone in forget_absent_weights(config, typed):
+            logger.info("%-11s %s: no such file any more; the run's checkpoint holds its weights", "weights", gone)
     configs.check(config)
     if config.get("lightning") is None:
         config["lightning"] = {}

@@ -6,9 +6,11 @@ Nothing is imported and nothing is built, so that a mistake shows at once and no
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
+
+from omegaconf import OmegaConf
 
 from ldm.commandline import ROOT
 from ldm.training.signature import classes_of_module, constructor_arguments, may_hold
@@ -42,6 +44,20 @@ def check_weights(config: dict[str, Any]) -> None:
             file, place = params.get(name), f"{path}.params.{name}"
             if isinstance(file, str) and resolve_alias(target).startswith("ldm.") and not Path(file).exists():
                 raise ConfigError(f"{place}: there is no file {file}; {_source(file)}, or name another with {place}=FILE")
+
+
+def forget_absent_weights(config: Any, typed: Collection[str] = ()) -> list[str]:
+    """Set every `ckpt_path` of a resumed run's model whose file is gone to null -> "place FILE" of each.
+
+    The run's own checkpoint holds these weights. `typed` are places on the command line, which mean what they say.
+    """
+    gone = []
+    for path, target, params, _ in _nodes(OmegaConf.to_container(config.get("model"), resolve=True), "model"):
+        file, place = params.get("ckpt_path"), f"{path}.params.ckpt_path"
+        if isinstance(file, str) and place not in typed and resolve_alias(target).startswith("ldm.") and not Path(file).exists():
+            OmegaConf.update(config, place, None)
+            gone.append(f"{place} {file}")
+    return gone
 
 
 def check_class_count(config: Any, datasets: Mapping[str, Any]) -> None:
