@@ -52,6 +52,8 @@ def to_folder(
     if "scale_factor" in weights:
         plan = plan_of(config, scheduler, float(weights["scale_factor"]))
     logger.info("%s: %d tensors", ckpt, len(weights))
+    if plan.pipeline is None and plan.scheduler is not None:
+        logger.info("no pipeline of diffusers holds this model: its parts are written, without a model_index.json")
     worst, files, taken = 0.0, {}, set()
     for part in plan.components:
         converted, apart = _converted(part, weights)

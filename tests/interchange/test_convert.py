@@ -363,3 +363,12 @@ def test_a_folder_without_its_classes_is_said_to_lack_them(converted, tmp_path, 
     (other / "class_embedder.safetensors").unlink()
     to_file(read_config(saved.config), other, tmp_path / "back.ckpt")
     assert "has no class_embedder.safetensors" in caplog.text
+
+
+def test_a_model_that_no_pipeline_holds_is_said_to_be_written_in_parts(tmp_path, caplog):
+    for kind, said in (("class", True), ("inpainting", False)):
+        saved = save(tmp_path / kind, kind)
+        caplog.clear()
+        with caplog.at_level("INFO", "ldm.interchange.convert"):
+            to_folder(read_config(saved.config), saved.ckpt, tmp_path / kind / "folder")
+        assert ("no pipeline of diffusers holds this model" in caplog.text) == said
