@@ -17,19 +17,9 @@ from ldm.models.diffusion.dpm_solver import DPMSolverSampler
 from ldm.models.diffusion.plms import PLMSSampler
 from ldm.settings import Settings, model_facts
 from ldm.util import instantiate_from_config
-from tests.tiny import FIRST_STAGE, SavedModel, save_text_model, text_model_config
+from tests.tiny import FIRST_STAGE, text_model_config
 
 TINY = {"height": 16, "width": 24, "steps": 3, "n_samples": 2, "n_iter": 1, "scale": 3.0}
-
-
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory) -> SavedModel:
-    return save_text_model(tmp_path_factory.mktemp("tiny"))
-
-
-@pytest.fixture(scope="module")
-def pipeline(saved) -> Pipeline:
-    return load_model(saved.config, saved.ckpt, device="cpu", precision="full")
 
 
 def draw(pipeline: Pipeline, prompts="a cat", **changes) -> list[np.ndarray]:

@@ -17,26 +17,11 @@ from ldm.settings import MAX_SEED, Settings
 from ldm.task_settings import ImageSettings, SampleSettings
 from scripts import img2img, txt2img
 from tests.scripts.refusals import refused
-from tests.tiny import SavedModel, save_model, save_text_model
+from tests.tiny import SavedModel, save_model
 
 TINY = {"height": 16, "width": 24, "steps": 3, "n_iter": 1, "scale": 3.0, "seed": 5}
 PROMPTS = ["a cat", "a dog", "", "a red bird", "a cat"]
 NOISY = [("ddim", 0.0), ("ddim", 1.0), ("plms", None), ("dpm_solver", None), ("euler_ancestral", None), ("dpmpp_2m_sde", None)]
-
-
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory) -> SavedModel:
-    return save_text_model(tmp_path_factory.mktemp("tiny"))
-
-
-@pytest.fixture(scope="module")
-def pipeline(saved) -> Pipeline:
-    return load_model(saved.config, saved.ckpt, device="cpu", precision="full")
-
-
-@pytest.fixture(scope="module")
-def image() -> Image.Image:
-    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (16, 24, 3), dtype=np.uint8))
 
 
 def text(pipeline: Pipeline, prompts=PROMPTS, only: int | None = None, **changes) -> list[np.ndarray]:

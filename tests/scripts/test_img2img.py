@@ -7,7 +7,7 @@ from PIL import Image
 
 from ldm.commandline import ROOT, run
 from ldm.data.image import from_tensor, to_array
-from ldm.inference import Pipeline, image_to_image, load_model
+from ldm.inference import Pipeline, image_to_image
 from ldm.models.diffusion.ddim import DDIMSampler
 from ldm.models.diffusion.sampler import Sampler
 from ldm.models.diffusion.samplers import SAMPLERS
@@ -15,24 +15,9 @@ from ldm.pictures import read_info
 from ldm.task_settings import ImageSettings
 from scripts.img2img import main, parser
 from tests.scripts.refusals import help_without_heavy_imports, refused
-from tests.tiny import SavedModel, save_text_model
+from tests.tiny import SavedModel
 
 TINY = {"height": 16, "width": 24, "steps": 5, "n_samples": 2, "scale": 3.0}
-
-
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory) -> SavedModel:
-    return save_text_model(tmp_path_factory.mktemp("tiny"))
-
-
-@pytest.fixture(scope="module")
-def pipeline(saved) -> Pipeline:
-    return load_model(saved.config, saved.ckpt, device="cpu", precision="full")
-
-
-@pytest.fixture(scope="module")
-def image() -> Image.Image:
-    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (16, 24, 3), dtype=np.uint8))
 
 
 def draw(pipeline: Pipeline, image: Image.Image, prompts="a cat", **changes) -> list[np.ndarray]:

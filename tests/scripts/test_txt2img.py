@@ -12,15 +12,10 @@ from ldm.commandline import ROOT, run
 from ldm.pictures import read_info
 from ldm.settings import model_facts, read_config
 from scripts.txt2img import main, parser, settings_of
-from tests.tiny import SavedModel, save_text_model
+from tests.tiny import SavedModel
 
 SCRIPT = ROOT / "scripts" / "txt2img.py"
 FACTS = model_facts(read_config(ROOT / "configs" / "stable-diffusion" / "v1-inference.yaml"))
-
-
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory) -> SavedModel:
-    return save_text_model(tmp_path_factory.mktemp("tiny"))
 
 
 def arguments(saved: SavedModel, outdir, *flags: str) -> list[str]:
