@@ -178,12 +178,9 @@ def encoder(tensors: Mapping[str, Tensor], config: Mapping[str, Any], x: Tensor)
     last = len(config["down_block_types"]) - 1
     for level, block_type in enumerate(config["down_block_types"]):
         name = f"encoder.down_blocks.{level}"
-        for k in range(config["layers_per_block"]):
-            h = resnet(w, f"{name}.resnets.{k}", h, 1e-6)
-            yield Block(f"{name}.resnets.{k}", h)
-            if "Attn" in block_type:
-                h = spatial_attention(w, f"{name}.attentions.{k}", h, 1, 1e-6)
-                yield Block(f"{name}.attentions.{k}", h)
+        for block in _level(w, name, config["layers_per_block"], "Attn" in block_type, h):
+            h = block.output
+            yield block
         if level != last:
             h = w.conv(f"{name}.downsamplers.0.conv", F.pad(h, (0, 1, 0, 1)), stride=2, padding=0)
             yield Block(f"{name}.downsamplers.0", h)
@@ -208,16 +205,22 @@ def decoder(tensors: Mapping[str, Tensor], config: Mapping[str, Any], z: Tensor)
     last = len(config["up_block_types"]) - 1
     for up, block_type in enumerate(config["up_block_types"]):
         name = f"decoder.up_blocks.{up}"
-        for k in range(config["layers_per_block"] + 1):
-            h = resnet(w, f"{name}.resnets.{k}", h, 1e-6)
-            yield Block(f"{name}.resnets.{k}", h)
-            if "Attn" in block_type:
-                h = spatial_attention(w, f"{name}.attentions.{k}", h, 1, 1e-6)
-                yield Block(f"{name}.attentions.{k}", h)
+        for block in _level(w, name, config["layers_per_block"] + 1, "Attn" in block_type, h):
+            h = block.output
+            yield block
         if up != last:
             h = w.conv(f"{name}.upsamplers.0.conv", F.interpolate(h, scale_factor=2.0, mode="nearest"))
             yield Block(f"{name}.upsamplers.0", h)
     yield Block("decoder.conv_out", w.conv("decoder.conv_out", F.silu(w.group_norm("decoder.conv_norm_out", h, 1e-6))))
+
+
+def _level(w: Weights, name: str, layers: int, attention: bool, h: Tensor) -> Iterator[Block]:
+    for k in range(layers):
+        h = resnet(w, f"{name}.resnets.{k}", h, 1e-6)
+        yield Block(f"{name}.resnets.{k}", h)
+        if attention:
+            h = spatial_attention(w, f"{name}.attentions.{k}", h, 1, 1e-6)
+            yield Block(f"{name}.attentions.{k}", h)
 
 
 def _middle(w: Weights, config: Mapping[str, Any], half: str, h: Tensor) -> Iterator[Block]:

@@ -14,9 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ldm.checkpoint import CheckpointError, read_weights
 from ldm.modules.encoders.base import PretrainedEncoder
 from ldm.modules.encoders.clip_tokenizer import clip_tokenizer
+from ldm.modules.encoders.pretrained import fill, from_hub
 from ldm.modules.numbers import in_dtype, weights_dtype
 
 logger = logging.getLogger(__name__)
@@ -55,28 +55,16 @@ class _FrozenCLIP(PretrainedEncoder):
     def load_pretrained(self) -> None:
         """Read the weights from the file `weights`, else from the hub (its cache first). CheckpointError, in one line, where that fails."""
         path = Path(self.weights) if self.weights is not None else self._hub_file()
-        found = {name.removeprefix("model."): tensor for name, tensor in read_weights(path).items()}
-        wanted = self.model.state_dict()
-        lacking = [name for name, tensor in wanted.items() if name not in found or found[name].shape != tensor.shape]
-        if lacking:
-            raise CheckpointError(f"{path}: {len(lacking)} of {len(wanted)} weights are missing or differ: {lacking[0]}")
-        on_meta = any(tensor.is_meta for tensor in wanted.values())
-        self.model.load_state_dict({name: found[name].to(tensor.dtype) for name, tensor in wanted.items()}, assign=on_meta)
+        fill(self.model, path, "CLIP", lambda name: name.removeprefix("model."))
         self.has_weights = True
         logger.info("CLIP %s: weights of %s", self.version, path)
 
     def _hub_file(self) -> Path:
-        from huggingface_hub import hf_hub_download
         from open_clip.pretrained import get_pretrained_cfg
 
         repository = get_pretrained_cfg(VERSIONS[self.version], "openai")["hf_hub"].rstrip("/")
-        try:
-            return Path(hf_hub_download(repository, _HUB_FILE))
-        except Exception as error:  # the hub's client fails in many ways, and all of them mean that the file is not to be had
-            raise CheckpointError(
-                f"the weights of CLIP {self.version} are in no loaded checkpoint, not in the hub's cache and not to be downloaded "
-                f"({type(error).__name__}); fetch {_HUB_FILE} of {repository} and name it in `weights` (--clip_weights of the scripts)"
-            ) from error
+        otherwise = f"fetch {_HUB_FILE} of {repository} and name it in `weights` (--clip_weights of the scripts)"
+        return from_hub(repository, _HUB_FILE, f"the weights of CLIP {self.version}", otherwise)
 
 
 class FrozenCLIPTextEmbedder(_FrozenCLIP):

@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ldm.checkpoint import CheckpointError, read_weights
 from ldm.json_files import load_object
+from ldm.modules.encoders.pretrained import fill, from_hub, in_folder
 
 VIT_L_14: dict[str, Any] = {  # openai/clip-vit-large-patch14, config.json, text_config
     "vocab_size": 49408,
@@ -162,14 +162,7 @@ def load_pretrained_text(module: CLIPText, version: str) -> Path:
     Raises CheckpointError where the weights are nowhere to be had or do not fit.
     """
     path = _weights_file(version)
-    weights = {_inner(name): tensor for name, tensor in read_weights(path).items()}
-    wanted = {name: tensor for name, tensor in module.state_dict().items() if name != POSITION_IDS}
-    lacking = [name for name, tensor in wanted.items() if name not in weights or weights[name].shape != tensor.shape]
-    if lacking:
-        raise CheckpointError(f"{path}: {len(lacking)} of {len(wanted)} weights of the text model are missing or differ: {lacking[0]}")
-    on_meta = any(tensor.is_meta for tensor in wanted.values())
-    found = {name: weights[name].to(tensor.dtype) for name, tensor in wanted.items()}
-    module.load_state_dict(found, assign=on_meta)
+    fill(module, path, "the text model", _inner, but=[POSITION_IDS])
     return path
 
 
@@ -182,19 +175,9 @@ def _inner(name: str) -> str:
 def _weights_file(version: str) -> Path:
     folder = Path(version)
     if folder.is_dir():
-        for name in _FILES:
-            if (folder / name).is_file():
-                return folder / name
-        raise CheckpointError(f"{folder}: holds none of {', '.join(_FILES)}")
-    from huggingface_hub import hf_hub_download
-
-    try:
-        return Path(hf_hub_download(version, _FILES[0]))
-    except Exception as error:  # the hub's client fails in many ways, and all of them mean that the file is not to be had
-        raise CheckpointError(
-            f"the weights of {version} are in no loaded checkpoint, not in the hub's cache and not to be downloaded "
-            f"({type(error).__name__}); load a checkpoint that holds them, or give a local folder: cond_stage_config.params.version"
-        ) from error
+        return in_folder(folder, _FILES)
+    otherwise = "load a checkpoint that holds them, or give a local folder: cond_stage_config.params.version"
+    return from_hub(version, _FILES[0], f"the weights of {version}", otherwise)
 
 
 def text_shape(version: str, overrides: Mapping[str, Any] | None) -> dict[str, Any]:

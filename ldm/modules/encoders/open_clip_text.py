@@ -12,9 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ldm.checkpoint import CheckpointError, read_weights
+from ldm.checkpoint import CheckpointError
 from ldm.modules.encoders.base import PretrainedEncoder
 from ldm.modules.encoders.clip_tokenizer import clip_tokenizer
+from ldm.modules.encoders.pretrained import fill, from_hub, in_folder
 
 logger = logging.getLogger(__name__)
 
@@ -161,13 +162,7 @@ class FrozenOpenCLIPEmbedder(PretrainedEncoder):
     def load_pretrained(self) -> None:
         """Read the weights from `version`: a local file or folder, else the hub. CheckpointError, in one line, where that fails."""
         path = weights_file(self.arch, self.version)
-        found = {name.removeprefix("model."): tensor for name, tensor in read_weights(path).items()}
-        wanted = self.model.state_dict()
-        lacking = [name for name, tensor in wanted.items() if name not in found or found[name].shape != tensor.shape]
-        if lacking:
-            raise CheckpointError(f"{path}: {len(lacking)} of {len(wanted)} weights of the text model are missing or differ: {lacking[0]}")
-        on_meta = any(tensor.is_meta for tensor in wanted.values())
-        self.model.load_state_dict({name: found[name].to(tensor.dtype) for name, tensor in wanted.items()}, assign=on_meta)
+        fill(self.model, path, "the text model", lambda name: name.removeprefix("model."))
         self.has_weights = True
         logger.info("text encoder: weights of %s", path)
 
@@ -189,20 +184,10 @@ def weights_file(arch: str, version: str) -> Path:
     if place.is_file():
         return place
     if place.is_dir():
-        for name in FILES:
-            if (place / name).is_file():
-                return place / name
-        raise CheckpointError(f"{place}: holds none of {', '.join(FILES)}")
+        return in_folder(place, FILES)
     if (arch, version) not in HUB:
         known = ", ".join(tag for of, tag in HUB if of == arch)
         raise CheckpointError(f"version {version!r}: neither a file or folder nor one of {known}, open_clip's weights of {arch}")
-    from huggingface_hub import hf_hub_download
-
     repository = HUB[arch, version]
-    try:
-        return Path(hf_hub_download(repository, FILES[0]))
-    except Exception as error:  # the hub's client fails in many ways, and all of them mean that the file is not to be had
-        raise CheckpointError(
-            f"the text encoder's weights of {repository} are in no loaded checkpoint, not in the hub's cache and not to be downloaded "
-            f"({type(error).__name__}); load a checkpoint that holds them, or give a local file: cond_stage_config.params.version"
-        ) from error
+    otherwise = "load a checkpoint that holds them, or give a local file: cond_stage_config.params.version"
+    return from_hub(repository, FILES[0], f"the text encoder's weights of {repository}", otherwise)
