@@ -25,7 +25,11 @@ sys.path.insert(0, str(ROOT))
 CONFIG = ROOT / "configs" / "stable-diffusion" / "v1-inference.yaml"
 FILES = {"sd-v1-shape.ckpt": ("full", "bf16"), "sd-v1-shape.safetensors": ("full", "bf16", "fp16")}
 BYTES = {"full": 4, "bf16": 2, "fp16": 2}
-SECONDS, FACTOR, FURTHER_GB = 5.0, 1.15, 1.0  # what is promised: seconds after imports; peak RssAnon, by the weights in their target dtype
+SECONDS, FACTOR, FURTHER_GB = (
+    5.0,
+    1.15,
+    1.0,
+)  # what is promised: seconds after imports; peak RssAnon, by the weights in their target dtype
 
 
 def random_weights(ema: bool) -> dict[str, Any]:
@@ -64,14 +68,20 @@ def write_files(folder: Path, ema: bool) -> None:
         "epoch": 0,
         "global_step": 470000,
         "pytorch-lightning_version": "1.4.2",
-        "callbacks": {ModelCheckpoint: {"monitor": "val/loss_simple_ema", "best_model_score": np.float64(0.14), "dirpath": "checkpoints"}},
+        "callbacks": {
+            ModelCheckpoint: {
+                "monitor": "val/loss_simple_ema",
+                "best_model_score": np.float64(0.14),
+                "dirpath": "checkpoints",
+            }
+        },
         "lr_schedulers": [{"last_epoch": 470000, "_last_lr": [np.float64(1e-4)]}],
         "optimizer_states": [],
         "state_dict": weights,
     }
     ckpt, safetensors = (folder / name for name in FILES)
     torch.save(saved_by_lightning_1, ckpt)
-    for name, tensor in weights.items():                                    # one by one: never both in memory
+    for name, tensor in weights.items():  # one by one: never both in memory
         weights[name] = tensor.half() if tensor.is_floating_point() else tensor
     save_file(weights, safetensors)
     for path in (ckpt, safetensors):
@@ -115,11 +125,21 @@ def measure(path: Path, precision: str) -> dict[str, float]:
 
 def main(argv: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dir", type=Path, default=Path("/tmp/load-sd-v1"), help="where the files are written (default: %(default)s)")
-    parser.add_argument("--runs", type=int, default=3, help="fresh processes for each file and precision (default: %(default)s)")
-    parser.add_argument("--ema", action="store_true", help="with averaged weights too, as sd-v1-4-full-ema.ckpt: 3.4 GB more")
-    parser.add_argument("--keep", action="store_true", help="leave the files where they are, and use what an earlier run has left")
-    parser.add_argument("--measure", nargs=2, metavar=("FILE", "PRECISION"), help="load one file in this process, print figures as JSON")
+    parser.add_argument(
+        "--dir", type=Path, default=Path("/tmp/load-sd-v1"), help="where the files are written (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--runs", type=int, default=3, help="fresh processes for each file and precision (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--ema", action="store_true", help="with averaged weights too, as sd-v1-4-full-ema.ckpt: 3.4 GB more"
+    )
+    parser.add_argument(
+        "--keep", action="store_true", help="leave the files where they are, and use what an earlier run has left"
+    )
+    parser.add_argument(
+        "--measure", nargs=2, metavar=("FILE", "PRECISION"), help="load one file in this process, print figures as JSON"
+    )
     opt = parser.parse_args(argv)
     if opt.measure:
         print(json.dumps(measure(Path(opt.measure[0]), opt.measure[1])))
@@ -129,11 +149,13 @@ def main(argv: Sequence[str]) -> None:
     try:
         if not (opt.keep and all(path.is_file() for path in paths)):
             write_files(opt.dir, opt.ema)
-        print(f"{opt.runs} runs each, load average {os.getloadavg()[0]:.1f} at the start; promised: {SECONDS:.0f} s, and see `allowed`")
+        print(
+            f"{opt.runs} runs each, load average {os.getloadavg()[0]:.1f} at the start; promised: {SECONDS:.0f} s, and see `allowed`"
+        )
         heads = f"{'of a CPU':>8} {'RssAnon peak':>12} {'allowed':>8} {'before':>7}  GB"
         print(f"{'file':<24} {'precision':<9} {'seconds (median, all)':<28} {heads}")
         for path in paths:
-            with path.open("rb") as file:                                   # into the page cache
+            with path.open("rb") as file:  # into the page cache
                 while file.read(2**24):
                     pass
             for precision in FILES[path.name]:
@@ -150,13 +172,20 @@ def report(path: Path, precision: str, runs: int) -> None:
     offline = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(path.parent / "no-cache")}
     for _ in range(runs):
         command = [sys.executable, __file__, "--measure", str(path), precision]
-        figures.append(json.loads(subprocess.run(command, env=offline, check=True, capture_output=True, text=True).stdout.splitlines()[-1]))
+        figures.append(
+            json.loads(
+                subprocess.run(command, env=offline, check=True, capture_output=True, text=True).stdout.splitlines()[-1]
+            )
+        )
     seconds = [run["seconds"] for run in figures]
     peak, before = (max(run[key] for run in figures) for key in ("peak", "before"))
     text = f"{statistics.median(seconds):.2f} ({', '.join(f'{value:.2f}' for value in seconds)})"
     allowed = FACTOR * figures[0]["weights"] + FURTHER_GB
     worked = statistics.median(run["cpu_seconds"] for run in figures)
-    print(f"{path.name:<24} {precision:<9} {text:<28} {worked:>8.2f} {peak:>12.2f} {allowed:>8.2f} {before:>7.2f}", flush=True)
+    print(
+        f"{path.name:<24} {precision:<9} {text:<28} {worked:>8.2f} {peak:>12.2f} {allowed:>8.2f} {before:>7.2f}",
+        flush=True,
+    )
 
 
 if __name__ == "__main__":

@@ -22,7 +22,15 @@ from ldm.data.image import EXTENSIONS, load_image
 from ldm.watermark import METHODS, Watermark
 
 SIDE = 512  # pixels
-SCIKIT_IMAGE = ("astronaut.png", "chelsea.png", "coffee.png", "motorcycle_left.png", "retina.jpg", "rocket.jpg", "hubble_deep_field.jpg")
+SCIKIT_IMAGE = (
+    "astronaut.png",
+    "chelsea.png",
+    "coffee.png",
+    "motorcycle_left.png",
+    "retina.jpg",
+    "rocket.jpg",
+    "hubble_deep_field.jpg",
+)
 
 
 def resized(image: Image.Image, share: float) -> Image.Image:
@@ -85,7 +93,10 @@ def smooth(count: int) -> list[Image.Image]:
 
 
 def noise(count: int) -> list[Image.Image]:
-    return [Image.fromarray(np.random.default_rng(seed).integers(0, 256, (SIDE, SIDE, 3), np.uint8)) for seed in range(count)]
+    return [
+        Image.fromarray(np.random.default_rng(seed).integers(0, 256, (SIDE, SIDE, 3), np.uint8))
+        for seed in range(count)
+    ]
 
 
 def survival(method: str, images: Sequence[Image.Image]) -> tuple[dict[str, tuple[float, float]], float]:
@@ -105,17 +116,25 @@ def survival(method: str, images: Sequence[Image.Image]) -> tuple[dict[str, tupl
 
 def main(argv: Sequence[str]) -> None:
     parser = Parser(prog="watermark_survival.py", description="Measure what the invisible watermark survives.")
-    parser.add_argument("--images", type=Path, metavar="FOLDER", help="photographs (default: those of scikit-learn and scikit-image)")
-    parser.add_argument("--count", type=int, default=20, metavar="N", help="how many smooth pictures and pictures of noise")
+    parser.add_argument(
+        "--images", type=Path, metavar="FOLDER", help="photographs (default: those of scikit-learn and scikit-image)"
+    )
+    parser.add_argument(
+        "--count", type=int, default=20, metavar="N", help="how many smooth pictures and pictures of noise"
+    )
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     opt = parser.parse_args(argv)
     kinds = {"photographs": photographs(opt.images), "smooth": smooth(opt.count), "noise": noise(opt.count)}
-    print("Bits read right / pictures read whole; " + ", ".join(f"{len(images)} {kind}" for kind, images in kinds.items()))
+    print(
+        "Bits read right / pictures read whole; " + ", ".join(f"{len(images)} {kind}" for kind, images in kinds.items())
+    )
     for method in METHODS:
         columns = {kind: survival(method, images) for kind, images in kinds.items()}
         print(f"\n| {method} | {' | '.join(kinds)} |\n|---|{'---|' * len(kinds)}")
         for change in ("no mark", *CHANGES):
-            cells = [f"{100 * table[change][0]:.0f} % / {100 * table[change][1]:.0f} %" for table, _ in columns.values()]
+            cells = [
+                f"{100 * table[change][0]:.0f} % / {100 * table[change][1]:.0f} %" for table, _ in columns.values()
+            ]
             print(f"| {change} | {' | '.join(cells)} |")
         print(f"| *PSNR of the marked picture* | {' | '.join(f'{psnr:.1f} dB' for _, psnr in columns.values())} |")
 

@@ -38,7 +38,14 @@ __all__ = [
     "read_weights",
     "verify_checkpoint",
 ]
-_WRITERS = ("AtomicCheckpointIO", "CheckpointWriteError", "find_checkpoint", "sweep_temporaries", "write_checkpoint", "write_weights")
+_WRITERS = (
+    "AtomicCheckpointIO",
+    "CheckpointWriteError",
+    "find_checkpoint",
+    "sweep_temporaries",
+    "write_checkpoint",
+    "write_weights",
+)
 
 logger = logging.getLogger(__name__)
 
@@ -61,8 +68,11 @@ def _averages(path: Path, weights: Mapping[str, Tensor], wanted: Iterable[str]) 
     chosen, taken = use_ema_weights(weights, wanted)
     if not chosen:
         raise CheckpointError(f"{path}: holds averaged weights alone, and none of them is a weight of this model")
-    if not taken and not path.is_dir():                                     # a folder has one set of weights
-        logger.warning("%s: EMA weights were asked for and the file holds none beside its weights, which are used as they are", path)
+    if not taken and not path.is_dir():  # a folder has one set of weights
+        logger.warning(
+            "%s: EMA weights were asked for and the file holds none beside its weights, which are used as they are",
+            path,
+        )
     return chosen
 
 
@@ -147,20 +157,28 @@ def load_weights(
     path = Path(path)
     skip = (ignore_keys,) if isinstance(ignore_keys, str) else tuple(ignore_keys)
     state = module.state_dict()
-    own_name = {name: own for own in state if (name := published_name(own)) and name.startswith(only or "") and not name.startswith(skip)}
+    own_name = {
+        name: own
+        for own in state
+        if (name := published_name(own)) and name.startswith(only or "") and not name.startswith(skip)
+    }
     wanted = {name: state[own] for name, own in own_name.items()}
     weights = read_weights(path) if weights is None else dict(weights)
     weights = _averages(path, weights, wanted) if use_ema else weights
     if only and not any(name.startswith(only) for name in weights):
         weights = {only + name: tensor for name, tensor in weights.items()}
-    weights = {name: tensor for name, tensor in weights.items() if not name.startswith(skip) and name.startswith(only or "")}
+    weights = {
+        name: tensor for name, tensor in weights.items() if not name.startswith(skip) and name.startswith(only or "")
+    }
     ema_started = start_ema(weights, wanted)
     for name in _rounded_tables(module, own_name, weights):
         del weights[name], wanted[name], own_name[name]
 
     found = {name: tensor for name, tensor in weights.items() if name in wanted}
     if weights and all(name.startswith(EMA) for name in weights) and not all(name.startswith(EMA) for name in wanted):
-        raise CheckpointError(f"{path}: holds averaged weights alone (model_ema.*): ask for them, with --use_ema or use_ema=True")
+        raise CheckpointError(
+            f"{path}: holds averaged weights alone (model_ema.*): ask for them, with --use_ema or use_ema=True"
+        )
     if not found:
         raise CheckpointError(
             f"{path}: no weight fits {type(module).__name__}: the file has {some(weights)}, the model {some(wanted)}; "
@@ -168,8 +186,12 @@ def load_weights(
         )
     reshaped = [name for name, tensor in found.items() if tensor.shape != wanted[name].shape]
     if reshaped:
-        shapes = "; ".join(f"{name}: {tuple(found[name].shape)}, the model's {tuple(wanted[name].shape)}" for name in reshaped[:3])
-        raise CheckpointError(f"{path}: {len(reshaped)} tensors have other shapes: {shapes}; is this the config that the file belongs to?")
+        shapes = "; ".join(
+            f"{name}: {tuple(found[name].shape)}, the model's {tuple(wanted[name].shape)}" for name in reshaped[:3]
+        )
+        raise CheckpointError(
+            f"{path}: {len(reshaped)} tensors have other shapes: {shapes}; is this the config that the file belongs to?"
+        )
 
     missing = _missing(module, own_name, found)
     excused, gone = _absent_blocks(module, wanted, missing)
@@ -212,7 +234,11 @@ def _rounded_tables(module: nn.Module, own_name: Mapping[str, str], weights: Map
     tables = set()
     for prefix, process in module.named_modules():
         shape = (getattr(process, "num_timesteps", None),)  # (T,)
-        tables |= {name for name, buffer in process.named_buffers(prefix, recurse=False) if buffer.shape == shape and not buffer.is_meta}
+        tables |= {
+            name
+            for name, buffer in process.named_buffers(prefix, recurse=False)
+            if buffer.shape == shape and not buffer.is_meta
+        }
     return [name for name in own_name if own_name[name] in tables and name in weights and weights[name].itemsize < 4]
 
 
@@ -223,7 +249,9 @@ def _missing(module: nn.Module, own_name: Mapping[str, str], found: Mapping[str,
     return tuple(name for name in own_name if name not in found and id(own.get(own_name[name])) not in filled)
 
 
-def _absent_blocks(module: nn.Module, wanted: Mapping[str, Tensor], missing: tuple[str, ...]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+def _absent_blocks(
+    module: nn.Module, wanted: Mapping[str, Tensor], missing: tuple[str, ...]
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Blocks of which the file holds nothing -> (those with an excuse, those without one)."""
     absent = set(missing)
     present = {block for name in wanted if name not in absent for block in _blocks(name)}

@@ -62,7 +62,15 @@ def check_archive(path: Path) -> None:
     try:
         with zipfile.ZipFile(path) as archive:
             bad = archive.testzip()
-    except (zipfile.BadZipFile, OSError, EOFError, ValueError, RuntimeError, struct.error, NotImplementedError) as error:
+    except (
+        zipfile.BadZipFile,
+        OSError,
+        EOFError,
+        ValueError,
+        RuntimeError,
+        struct.error,
+        NotImplementedError,
+    ) as error:
         raise CheckpointError(f"{path}: corrupt: {error}") from error
     if bad is not None:
         raise CheckpointError(f"{path}: corrupt: the checksum of {bad} is wrong")
@@ -74,7 +82,9 @@ def _check_no_bomb(path: Path) -> None:
     with contextlib.suppress(zipfile.BadZipFile, OSError, ValueError, struct.error), zipfile.ZipFile(path) as archive:
         unpacked = sum(info.file_size for info in archive.infolist())
     if unpacked > 4 * size + _SLACK:
-        raise CheckpointError(f"{path}: refused, because its {size:,} bytes unpack to {unpacked:,}, and weights are never so compressed")
+        raise CheckpointError(
+            f"{path}: refused, because its {size:,} bytes unpack to {unpacked:,}, and weights are never so compressed"
+        )
 
 
 def existing_file(path: str | os.PathLike) -> Path:
@@ -99,7 +109,9 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         content = content["state_dict"]
     if not isinstance(content, Mapping):
         raise CheckpointError(f"{path}: holds a {type(content).__name__}, where a state_dict was expected")
-    weights = {name: value.detach() for name, value in content.items() if isinstance(name, str) and isinstance(value, Tensor)}
+    weights = {
+        name: value.detach() for name, value in content.items() if isinstance(name, str) and isinstance(value, Tensor)
+    }
     if not weights:
         raise CheckpointError(f"{path}: holds no tensors; its entries are {some(map(str, content))}")
     return weights
@@ -150,17 +162,25 @@ def load_pickle(path: Path, map_location: Any, mmap: bool) -> Any:
     try:
         with torch.serialization.safe_globals(list(_STUBS)), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            if path.suffix == ".safetensors":  # a misnamed file: by its path torch would take it for what its ending says
+            if (
+                path.suffix == ".safetensors"
+            ):  # a misnamed file: by its path torch would take it for what its ending says
                 with open(path, "rb") as file:
                     return torch.load(file, map_location=map_location, weights_only=True)
             return torch.load(path, map_location=map_location, weights_only=True, mmap=mmap)
-    except Exception as error:  # torch reports a damaged file by a dozen types, and every one of them means the same to the user
+    except (
+        Exception
+    ) as error:  # torch reports a damaged file by a dozen types, and every one of them means the same to the user
         if isinstance(error, pickle.UnpicklingError) and (refused := _refused_global(path, str(error))):
             raise UnsafeCheckpointError(path, refused) from error
         if "TorchScript" in str(error):
-            raise CheckpointError(f"{path}: a TorchScript program, and no weights alone: save its state_dict() with torch.save") from error
+            raise CheckpointError(
+                f"{path}: a TorchScript program, and no weights alone: save its state_dict() with torch.save"
+            ) from error
         if _is_other_archive(path):
-            raise CheckpointError(f"{path}: an archive without weights of its own: unpack it and give the .ckpt file inside") from error
+            raise CheckpointError(
+                f"{path}: an archive without weights of its own: unpack it and give the .ckpt file inside"
+            ) from error
         raise CheckpointError(f"{path}: cannot be read, it is truncated or corrupt ({_first_line(error)})") from error
 
 
@@ -239,7 +259,9 @@ def _refused_global(path: Path, message: str) -> str | None:
 def _present_name(name: str) -> str:
     """A dotted name of Python 3, where pickles of protocol 2 and below use Python 2's."""
     module, _, attribute = name.rpartition(".")
-    module, attribute = _compat_pickle.NAME_MAPPING.get((module, attribute), (_compat_pickle.IMPORT_MAPPING.get(module, module), attribute))
+    module, attribute = _compat_pickle.NAME_MAPPING.get(
+        (module, attribute), (_compat_pickle.IMPORT_MAPPING.get(module, module), attribute)
+    )
     return f"{module}.{attribute}"
 
 
@@ -284,5 +306,7 @@ def some(names: Iterable[str], count: int = 3) -> str:
 
 
 def _first_line(error: Exception) -> str:
-    text = str(error).rpartition("WeightsUnpickler error: ")[2]  # torch wraps the reason in advice to turn the safety off
+    text = str(error).rpartition("WeightsUnpickler error: ")[
+        2
+    ]  # torch wraps the reason in advice to turn the safety off
     return (text.strip() or type(error).__name__).splitlines()[0][:200]

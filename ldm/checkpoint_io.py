@@ -38,12 +38,16 @@ class CheckpointWriteError(CheckpointError, OSError):
 class AtomicCheckpointIO(CheckpointIO):
     """Lightning's reader and writer of checkpoints: `Trainer(plugins=[AtomicCheckpointIO()])`."""
 
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | os.PathLike, storage_options: Any | None = None) -> None:
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: str | os.PathLike, storage_options: Any | None = None
+    ) -> None:
         if storage_options is not None:
             raise TypeError("storage_options: checkpoints are written to local files, which take none")
         write_checkpoint(checkpoint, path)
 
-    def load_checkpoint(self, path: str | os.PathLike, map_location: Any = "cpu", weights_only: bool | None = True) -> dict[str, Any]:
+    def load_checkpoint(
+        self, path: str | os.PathLike, map_location: Any = "cpu", weights_only: bool | None = True
+    ) -> dict[str, Any]:
         """A checkpoint, read as data; `weights_only=False` is refused, for it would run whatever code the file names."""
         if weights_only is False:
             raise CheckpointError(f"{path}: weights_only=False is never used here: checkpoints are data")
@@ -70,7 +74,9 @@ def write_checkpoint(checkpoint: Mapping[str, Any], path: str | os.PathLike) -> 
     _write_atomically(Path(path), lambda target: _torch_save(content, target), _size(content))
 
 
-def write_weights(weights: Mapping[str, Tensor], path: str | os.PathLike, metadata: Mapping[str, str] | None = None) -> None:
+def write_weights(
+    weights: Mapping[str, Tensor], path: str | os.PathLike, metadata: Mapping[str, str] | None = None
+) -> None:
     """Write tensors alone: .safetensors (with text `metadata`) or, for any other ending, {"state_dict": ...} as .ckpt."""
     path = Path(path)
     if path.suffix != ".safetensors":
@@ -227,7 +233,9 @@ def _plain_leaf(value: Any, where: str) -> Any:
     for base in (bool, int, float, str, bytes):
         if isinstance(value, base):  # subclasses, such as torch's version string
             return base(value)
-    raise CheckpointError(f"checkpoint{where} is a {kind}: a checkpoint holds tensors, numbers, text, lists and dictionaries alone")
+    raise CheckpointError(
+        f"checkpoint{where} is a {kind}: a checkpoint holds tensors, numbers, text, lists and dictionaries alone"
+    )
 
 
 def _size(value: Any) -> int:
@@ -266,4 +274,6 @@ def find_checkpoint(run_folder: str | os.PathLike) -> Path:
         if damaged:
             logger.warning("resuming from %s, because %s", path, "; ".join(damaged))
         return path
-    raise CheckpointError(f"{folder}: no usable checkpoint" + (f": {'; '.join(damaged)}" if damaged else " (no .ckpt file is there)"))
+    raise CheckpointError(
+        f"{folder}: no usable checkpoint" + (f": {'; '.join(damaged)}" if damaged else " (no .ckpt file is there)")
+    )

@@ -43,7 +43,10 @@ class Excuse(NamedTuple):
 EXCUSES: tuple[Excuse, ...] = (
     Excuse(re.compile(r"(^|\.)model_ema\."), "the average starts again from the loaded weights"),
     Excuse(re.compile(r"(^|\.)loss\."), "used in training alone"),
-    Excuse(re.compile(r"^(?!scale_factor$)[^.]+$"), "tables of the noise schedule and single numbers follow from the config"),
+    Excuse(
+        re.compile(r"^(?!scale_factor$)[^.]+$"),
+        "tables of the noise schedule and single numbers follow from the config",
+    ),
 )
 
 

@@ -106,7 +106,9 @@ _LESS_MEMORY = {
 
 
 def run(
-    main: Callable[[Sequence[str]], int | None], argv: Sequence[str] | None = None, parser: Callable[[], Parser] | None = None
+    main: Callable[[Sequence[str]], int | None],
+    argv: Sequence[str] | None = None,
+    parser: Callable[[], Parser] | None = None,
 ) -> int:
     """Call `main(argv)`, send log lines to the terminal, and turn errors meant for the user into one line -> exit code.
 
@@ -124,7 +126,9 @@ def run(
         print("stopped", file=sys.stderr)
         return EXIT_INTERRUPTED
     except Exception as error:
-        out_of_memory = isinstance(error, MemoryError) or any(words in f"{type(error).__name__} {error}" for words in _NO_MEMORY)
+        out_of_memory = isinstance(error, MemoryError) or any(
+            words in f"{type(error).__name__} {error}" for words in _NO_MEMORY
+        )
         if "--debug" in argv or not (out_of_memory or isinstance(error, (ValueError, OSError, ImportError))):
             raise
         advice = less_memory(parser().flags) if out_of_memory and parser is not None else ""

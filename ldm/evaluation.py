@@ -65,7 +65,9 @@ class DigitClassifier:
         try:
             from sklearn.svm import SVC
         except ImportError as error:
-            raise ImportError("the judge needs scikit-learn, which the quickstart extra brings: pip install -e '.[quickstart]'") from error
+            raise ImportError(
+                "the judge needs scikit-learn, which the quickstart extra brings: pip install -e '.[quickstart]'"
+            ) from error
         self.svm = SVC(C=2.0).fit(digit_features(pictures), labels)
 
     def __call__(self, pictures: np.ndarray) -> np.ndarray:

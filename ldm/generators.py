@@ -15,7 +15,10 @@ CPU = torch.device("cpu")
 
 def torch_states(device: torch.device = CPU) -> list[Tensor]:
     """States of torch's generators on the CPU and, where it is another, on `device` (cuda, mps, ...)."""
-    return [torch.get_rng_state(), *([torch.get_device_module(device).get_rng_state(device)] if device.type != "cpu" else [])]
+    return [
+        torch.get_rng_state(),
+        *([torch.get_device_module(device).get_rng_state(device)] if device.type != "cpu" else []),
+    ]
 
 
 def set_torch_states(states: Sequence[Tensor], device: torch.device = CPU) -> None:

@@ -53,7 +53,9 @@ class LayoutTokens:
     def __post_init__(self) -> None:
         needed = self.num_classes * (2 if self.group_flag else 1)
         if not 0 < needed < self.vocab_size:
-            raise ValueError(f"num_classes {self.num_classes}: with groups {needed} tokens, of vocab_size {self.vocab_size} less one")
+            raise ValueError(
+                f"num_classes {self.num_classes}: with groups {needed} tokens, of vocab_size {self.vocab_size} less one"
+            )
         if self.max_objects < 1:
             raise ValueError(f"max_objects {self.max_objects}: choose 1 or more")
 
@@ -82,7 +84,11 @@ class LayoutTokens:
         if len(seen) > self.max_objects:
             raise ValueError(f"{len(seen)} boxes: a sequence holds {self.max_objects}")
         frame = FULL if self.encode_crop else crop
-        tokens = [token for box in seen for token in (self._class_token(box), *self._corners(_within(box.region, frame, mirrored)))]
+        tokens = [
+            token
+            for box in seen
+            for token in (self._class_token(box), *self._corners(_within(box.region, frame, mirrored)))
+        ]
         tokens += [self.none] * (OBJECT_TOKENS * (self.max_objects - len(seen)))
         if self.encode_crop:
             tokens += self._corners(_within(crop, FULL, mirrored))
@@ -127,6 +133,7 @@ def _meet(a: Region, b: Region) -> bool:
 def _within(region: Region, frame: Region, mirrored: bool) -> Region:
     """The part of `region` in `frame`, as shares of the frame."""
     (left, right), (top, bottom) = (
-        tuple(min(max((edge - frame[i]) / frame[i + 2], 0.0), 1.0) for edge in (region[i], region[i] + region[i + 2])) for i in (0, 1)
+        tuple(min(max((edge - frame[i]) / frame[i + 2], 0.0), 1.0) for edge in (region[i], region[i] + region[i + 2]))
+        for i in (0, 1)
     )
     return (1 - right if mirrored else left), top, right - left, bottom - top

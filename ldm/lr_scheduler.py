@@ -28,13 +28,21 @@ class CyclicSchedule:
         cycle_lengths: Sequence[int],
         verbosity_interval: int = 0,
     ) -> None:
-        arguments = {"warm_up_steps": warm_up_steps, "f_min": f_min, "f_max": f_max, "f_start": f_start, "cycle_lengths": cycle_lengths}
+        arguments = {
+            "warm_up_steps": warm_up_steps,
+            "f_min": f_min,
+            "f_max": f_max,
+            "f_start": f_start,
+            "cycle_lengths": cycle_lengths,
+        }
         sizes = {name: len(values) for name, values in arguments.items()}
         if len(set(sizes.values())) != 1 or not sizes["f_min"]:
             raise ValueError(f"{type(self).__name__}: expected lists of one length, one entry per cycle, got {sizes}")
         for warm_up, length in zip(warm_up_steps, cycle_lengths):
             if not 0 <= warm_up <= length:
-                raise ValueError(f"{type(self).__name__}: warm_up_steps {warm_up} must be between 0 and its cycle length {length}")
+                raise ValueError(
+                    f"{type(self).__name__}: warm_up_steps {warm_up} must be between 0 and its cycle length {length}"
+                )
         self.lr_warm_up_steps = [int(x) for x in warm_up_steps]
         self.f_min = [float(x) for x in f_min]
         self.f_max = [float(x) for x in f_max]
@@ -96,6 +104,12 @@ class LambdaWarmUpCosineScheduler(LambdaWarmUpCosineScheduler2):
     """One cycle of warm-up and half a cosine from plain numbers: lr_start -> lr_max in warm_up_steps, then lr_min at max_decay_steps."""
 
     def __init__(
-        self, warm_up_steps: int, lr_min: float, lr_max: float, lr_start: float, max_decay_steps: int, verbosity_interval: int = 0
+        self,
+        warm_up_steps: int,
+        lr_min: float,
+        lr_max: float,
+        lr_start: float,
+        max_decay_steps: int,
+        verbosity_interval: int = 0,
     ) -> None:
         super().__init__([warm_up_steps], [lr_min], [lr_max], [lr_start], [max_decay_steps], verbosity_interval)

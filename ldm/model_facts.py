@@ -25,12 +25,16 @@ class ModelFacts:
     condition: str | None  # dotted name of the condition stage's class, or one of the two words with underscores
     takes_tokens: bool  # the condition stage is given token ids, e.g. of bounding boxes, and no text
     image_size: tuple[int, int]  # height and width of the latents that the model was trained on
-    unet_channels: int | None  # what the network takes: the latent's channels and, where it is concatenated, the condition's
+    unet_channels: (
+        int | None
+    )  # what the network takes: the latent's channels and, where it is concatenated, the condition's
     n_classes: int | None  # of a class-conditional model, "no class" included where it has one; else None
     null_class: int | None  # the class that means "no class", where the model was trained with one
     zero_terminal_snr: bool = False  # no signal is left at the last timestep
     safety: str = "off"  # the default of --safety, one of SAFETY_MODES
-    max_noise_level: int | None = None  # of a model that enlarges after a prompt: how much noise the small picture may be given
+    max_noise_level: int | None = (
+        None  # of a model that enlarges after a prompt: how much noise the small picture may be given
+    )
 
     @property
     def condition_name(self) -> str:
@@ -56,10 +60,14 @@ def read_config(path: str | Path | Sequence[Path], overrides: Iterable[str] = ()
     files, overrides = [path] if isinstance(path, (str, Path)) else list(path), list(overrides)
     for override in overrides:
         if not override.startswith(("model.", "+model.")):
-            raise ValueError(f"{override}: only the model is built here; an override begins with model., e.g. model.params.use_ema=false")
+            raise ValueError(
+                f"{override}: only the model is built here; an override begins with model., e.g. model.params.use_ema=false"
+            )
     path = files[-1]
     if not Path(path).is_file():
-        raise FileNotFoundError(f"config {path}: no such file; give --config FILE.yaml, for a run of your own its configs/*-project.yaml")
+        raise FileNotFoundError(
+            f"config {path}: no such file; give --config FILE.yaml, for a run of your own its configs/*-project.yaml"
+        )
     try:
         if len(files) > 1 or overrides:
             from ldm.training.config import merge
@@ -67,8 +75,14 @@ def read_config(path: str | Path | Sequence[Path], overrides: Iterable[str] = ()
             config = merge(files, overrides)
         else:
             config = load_yaml(path)
-        if not OmegaConf.is_dict(config) or not isinstance(config.get("model"), Mapping) or "target" not in config.model:
-            raise ValueError(f"config {path}: has no section 'model' with a 'target'; is it the YAML that the model was trained with?")
+        if (
+            not OmegaConf.is_dict(config)
+            or not isinstance(config.get("model"), Mapping)
+            or "target" not in config.model
+        ):
+            raise ValueError(
+                f"config {path}: has no section 'model' with a 'target'; is it the YAML that the model was trained with?"
+            )
         kept = {"model": OmegaConf.to_container(config.model, resolve=True)}  # the data section may point anywhere
         return OmegaConf.create(kept | ({"safety": config.safety} if "safety" in config else {}))
     except (OmegaConfBaseException, OSError) as error:
@@ -79,7 +93,7 @@ def model_facts(config: Mapping[str, Any]) -> ModelFacts:
     """Facts of the model that `config` (with its key `model`) describes; nothing is imported or built."""
     params = config["model"].get("params") or {}
     first_stage = params.get("first_stage_config")
-    factor: int | None = 1                                                  # diffusion in pixel space
+    factor: int | None = 1  # diffusion in pixel space
     if isinstance(first_stage, Mapping) and not str(first_stage.get("target")).endswith("IdentityFirstStage"):
         levels = value_at(first_stage, "params", "ddconfig", "ch_mult")
         factor = 2 ** (len(levels) - 1) if levels is not None else None
@@ -113,7 +127,7 @@ def default_safety(config: Mapping[str, Any]) -> str:
     """What a config says of the safety checker, `safety: on`; without a word, `on` for Stable Diffusion, which CLIP's text makes it."""
     if "safety" in config:
         word = config["safety"]
-        if isinstance(word, bool):                                          # which YAML takes on and off for
+        if isinstance(word, bool):  # which YAML takes on and off for
             word = "on" if word else "off"
         if word not in SAFETY_MODES:
             raise ValueError(f"config: safety: {word}: choose one of {', '.join(SAFETY_MODES)}")
@@ -146,12 +160,18 @@ def check_takes_text(facts: ModelFacts, beside: int = 0) -> None:
     """ValueError where the model's condition cannot be a prompt, or its network needs other channels than `beside` next to the latent."""
     if not takes_text(facts):
         name = facts.condition_name
-        raise ValueError(f"this model's condition is no text (cond_stage_config: {name}), so that no prompt can be drawn with it")
+        raise ValueError(
+            f"this model's condition is no text (cond_stage_config: {name}), so that no prompt can be drawn with it"
+        )
     needs = (facts.unet_channels or facts.channels) - facts.channels
     if beside and not needs:
-        raise ValueError("--depth: this model sees no depth map; leave it out, or name one that does with --config and --ckpt")
+        raise ValueError(
+            "--depth: this model sees no depth map; leave it out, or name one that does with --config and --ckpt"
+        )
     if needs != beside:
-        raise ValueError(f"this model needs more than a prompt: it sees {needs} more channels than the latent's; use {script_for(facts)}")
+        raise ValueError(
+            f"this model needs more than a prompt: it sees {needs} more channels than the latent's; use {script_for(facts)}"
+        )
 
 
 def script_for(facts: ModelFacts) -> str:

@@ -24,7 +24,9 @@ class Picture(NamedTuple):
 
     image: Image.Image
     info: dict[str, Any]
-    drawn: Image.Image | None = None  # mode 1: where the pixels were drawn; the others are a person's own and are never marked
+    drawn: Image.Image | None = (
+        None  # mode 1: where the pixels were drawn; the others are a person's own and are never marked
+    )
     checked: bool = False  # its metadata tells what the safety checker said of it, or that it was not asked
 
 
@@ -70,7 +72,7 @@ def write_new(names: Iterator[Path], picture: Picture) -> Path:
     picture.image.save(data, "PNG", pnginfo=png_info(picture.info))
     for path in names:
         try:
-            with path.open("xb") as file:                                   # fails where the name is taken, by another run meanwhile too
+            with path.open("xb") as file:  # fails where the name is taken, by another run meanwhile too
                 file.write(data.getbuffer())
             return path
         except FileExistsError:
@@ -90,10 +92,16 @@ def read_info(path: str | Path) -> dict[str, Any]:
     try:
         with Image.open(path) as image:
             text = getattr(image, "text", {}).get(METADATA_KEY)
-    except (Image.DecompressionBombError, SyntaxError, ValueError) as error:  # PIL's errors for files that lie about themselves
+    except (
+        Image.DecompressionBombError,
+        SyntaxError,
+        ValueError,
+    ) as error:  # PIL's errors for files that lie about themselves
         raise ValueError(f"{path}: no picture whose metadata can be read ({error})") from error
     if text is None:
-        raise ValueError(f"{path}: no settings in this file's metadata; only PNG files as written by this project's scripts hold them")
+        raise ValueError(
+            f"{path}: no settings in this file's metadata; only PNG files as written by this project's scripts hold them"
+        )
     try:
         info = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -110,7 +118,11 @@ class Output:
     """
 
     def __init__(
-        self, folder: str | Path, watermark: Watermark | None = None, safety: Check | None = None, samples: str = "samples/{:05}.png"
+        self,
+        folder: str | Path,
+        watermark: Watermark | None = None,
+        safety: Check | None = None,
+        samples: str = "samples/{:05}.png",
     ) -> None:
         self.folder, self.watermark, self.safety = Path(folder), watermark, safety
         names = self.folder / samples
@@ -192,7 +204,9 @@ class SampleArray:
         path = self.folder / f"{'x'.join(map(str, self._array.shape))}-samples.npz"
         self._array.flush()
         self._array = None
-        with zipfile.ZipFile(path, "x", zipfile.ZIP_STORED) as archive:     # what np.savez writes, without the array in memory
+        with zipfile.ZipFile(
+            path, "x", zipfile.ZIP_STORED
+        ) as archive:  # what np.savez writes, without the array in memory
             archive.write(self._part, "arr_0.npy")
             if self.classes:
                 with archive.open("arr_1.npy", "w") as file:

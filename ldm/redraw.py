@@ -16,10 +16,27 @@ logger = logging.getLogger(__name__)
 
 # What the metadata calls it -> the flag's name among the parsed arguments.
 FLAGS = {"steps": "ddim_steps", "eta": "ddim_eta", "channels": "C", "factor": "f", "height": "H", "width": "W"}
-FLAGS |= {name: name for name in ("negative_prompt", "sampler", "spacing", "scale", "guidance_rescale", "dynamic_threshold")}
-FLAGS |= {name: name for name in ("seed", "seed_mode", "n_samples", "n_iter", "fixed_code", "tiled", "emphasis", "long_prompts", "chunks")}
+FLAGS |= {
+    name: name for name in ("negative_prompt", "sampler", "spacing", "scale", "guidance_rescale", "dynamic_threshold")
+}
+FLAGS |= {
+    name: name
+    for name in (
+        "seed",
+        "seed_mode",
+        "n_samples",
+        "n_iter",
+        "fixed_code",
+        "tiled",
+        "emphasis",
+        "long_prompts",
+        "chunks",
+    )
+}
 FLAGS |= {name: name for name in ("strength", "init_img", "depth", "config", "ckpt", "use_ema", "device")}
-FLAGS |= {name: name for name in ("use_neighbors", "n_repeat", "database", "knn", "searcher", "clip_weights")} | {"clip": "clip_type"}
+FLAGS |= {name: name for name in ("use_neighbors", "n_repeat", "database", "knn", "searcher", "clip_weights")} | {
+    "clip": "clip_type"
+}
 FLAGS["precision_used"] = "precision"  # `auto` may be another here
 BELONGS_TO = {  # a flag on the command line -> what is then not taken from the metadata
     "sampler": ("eta", "spacing"),
@@ -71,7 +88,9 @@ def parse(make_parser: Callable[[], Parser], argv: Sequence[str], task: str) -> 
 
     info, typed = read_info(opt.from_metadata), frozenset(parser.typed(argv))
     if info.get("task") != task:
-        raise ValueError(f"--from-metadata {opt.from_metadata}: this picture was drawn by {info.get('task')}, not by {task}")
+        raise ValueError(
+            f"--from-metadata {opt.from_metadata}: this picture was drawn by {info.get('task')}, not by {task}"
+        )
     _check_types(opt.from_metadata, info, parser)
     skipped = {name for flag in typed for name in BELONGS_TO.get(flag, ())}
     for name, flag in FLAGS.items():
@@ -80,12 +99,12 @@ def parse(make_parser: Callable[[], Parser], argv: Sequence[str], task: str) -> 
             setattr(opt, flag, info[name])
     if "prompt" not in typed:
         opt.prompt = info.get("prompt", (info.get("prompts") or [""])[0])
-    if "watermark" in info and "watermark" not in typed:                    # the safety check stays what this command line asks for
+    if "watermark" in info and "watermark" not in typed:  # the safety check stays what this command line asks for
         words = str(info["watermark"] or "off").split(", ")
         opt.watermark = next((method for method in (*METHODS, "off") if method in words), None)
     opt.recorded = Recorded(opt.from_metadata, info, typed)
     if opt.recorded.only is not None and not opt.skip_save:
-        opt.skip_grid = True                                                # of one picture
+        opt.skip_grid = True  # of one picture
     if not getattr(opt, "long_prompts", False):
         opt.chunks = None
     return opt
@@ -95,10 +114,14 @@ def _check_types(path: str, info: Mapping[str, Any], parser: Parser) -> None:
     """ValueError where the metadata, which anybody can write, holds what the flag of that name would not take."""
     flags = {action.dest: action for action in parser._actions}
     wanted = {name: (_kind(flags[flag]), flags[flag].choices) for name, flag in FLAGS.items() if flag in flags}
-    wanted |= {name: (int, range(MAX_COUNT)) for name in ("n_prompts", "batch_size", "image_index", "chunks")} | {"prompt": (str, None)}
+    wanted |= {name: (int, range(MAX_COUNT)) for name in ("n_prompts", "batch_size", "image_index", "chunks")} | {
+        "prompt": (str, None)
+    }
     for name, (kind, choices) in wanted.items():
         value = info.get(name)
-        right = isinstance(value, (int, float) if kind is float else kind) and (kind is bool or not isinstance(value, bool))
+        right = isinstance(value, (int, float) if kind is float else kind) and (
+            kind is bool or not isinstance(value, bool)
+        )
         if value is not None and not (right and (choices is None or value in choices)):
             raise ValueError(f"--from-metadata {path}: its {name} is {str(value)[:60]!r}, which no run has written")
     prompts = info.get("prompts", [])
@@ -124,10 +147,17 @@ def check_unchanged(opt: Namespace, config: Path, ckpt: Path) -> None:
 
     info, typed = opt.recorded.info, opt.recorded.typed
     image, depth = (Path(getattr(opt, name, None) or "") for name in ("init_img", "depth"))
-    files = {"config": ("--config", config), "ckpt": ("--ckpt", ckpt), "init_img": ("--init-img", image), "depth": ("--depth", depth)}
+    files = {
+        "config": ("--config", config),
+        "ckpt": ("--ckpt", ckpt),
+        "init_img": ("--init-img", image),
+        "depth": ("--depth", depth),
+    }
     for name, (flag, path) in files.items():
         before = info.get(f"{name}_fingerprint")
-        there = path.exists() if name in ("ckpt", "depth") else path.is_file()  # weights may be a folder, and so may what estimates depth
+        there = (
+            path.exists() if name in ("ckpt", "depth") else path.is_file()
+        )  # weights may be a folder, and so may what estimates depth
         if before is None or not there or (now := fingerprint(path)) == before:
             continue
         told = f"{flag} {path}: not the file that {opt.recorded.path} was drawn with (fingerprint {now}, then {before})"
@@ -139,5 +169,7 @@ def check_unchanged(opt: Namespace, config: Path, ckpt: Path) -> None:
             choose_device(opt.device)
         except ValueError:
             noise = "" if opt.seed_mode == "image" else ", whose noise is another"
-            logger.warning("%s was drawn on %s, which is not here; drawing on what is%s", opt.recorded.path, opt.device, noise)
+            logger.warning(
+                "%s was drawn on %s, which is not here; drawing on what is%s", opt.recorded.path, opt.device, noise
+            )
             opt.device = "auto"

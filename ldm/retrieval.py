@@ -23,7 +23,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-EXACT_UP_TO = 200_000  # vectors that are compared one by one; beyond that an inverted file is much faster and nearly as good
+EXACT_UP_TO = (
+    200_000  # vectors that are compared one by one; beyond that an inverted file is much faster and nearly as good
+)
 RECALL = 0.95  # share of the true neighbors that an inverted file has to find
 INDEX, RECORD = "index.faiss", "searcher.json"
 
@@ -54,7 +56,7 @@ class Searcher:
         if exact:
             index = faiss.IndexFlatIP(database.dim)
         else:
-            lists = max(1, min(int(4 * n**0.5), n // 39))                   # faiss asks for 39 vectors a list to learn from
+            lists = max(1, min(int(4 * n**0.5), n // 39))  # faiss asks for 39 vectors a list to learn from
             index = faiss.index_factory(database.dim, f"IVF{lists},SQ8", faiss.METRIC_INNER_PRODUCT)
             learned_from = np.sort(np.random.default_rng(0).choice(n, min(n, 40 * lists), replace=False))
             index.train(unit(database.embedding(learned_from)))
@@ -70,13 +72,17 @@ class Searcher:
 
     def _tune(self, knn: int, n_queries: int = 100) -> float:
         """Search more and more lists until enough of the true neighbors of some vectors are found -> their share."""
-        chosen = np.sort(np.random.default_rng(1).choice(len(self.database), min(n_queries, len(self.database)), replace=False))
+        chosen = np.sort(
+            np.random.default_rng(1).choice(len(self.database), min(n_queries, len(self.database)), replace=False)
+        )
         queries = unit(self.database.embedding(chosen))
         best, ids = np.empty((len(queries), 0), np.float32), np.empty((len(queries), 0), np.int64)
         start = 0
-        for block in self.database.units():                                 # exactly, in one pass over the parts
+        for block in self.database.units():  # exactly, in one pass over the parts
             best = np.concatenate([best, queries @ block.T], axis=1)
-            ids = np.concatenate([ids, np.broadcast_to(np.arange(start, start + len(block)), (len(queries), len(block)))], axis=1)
+            ids = np.concatenate(
+                [ids, np.broadcast_to(np.arange(start, start + len(block)), (len(queries), len(block)))], axis=1
+            )
             keep = np.argsort(-best, axis=1, kind="stable")[:, :knn]
             best, ids, start = np.take_along_axis(best, keep, 1), np.take_along_axis(ids, keep, 1), start + len(block)
         self.index.nprobe = 1
@@ -91,14 +97,16 @@ class Searcher:
         """The `knn` nearest of queries (B, D), any length; an inverted file proposes 4 times as many, and exact cosines choose."""
         check_knn(knn, self.database)
         if queries.ndim != 2 or queries.shape[1] != self.database.dim:
-            raise ValueError(f"queries of shape {queries.shape}: the database holds vectors of {self.database.dim} numbers")
+            raise ValueError(
+                f"queries of shape {queries.shape}: the database holds vectors of {self.database.dim} numbers"
+            )
         queries = unit(queries)
         if not hasattr(self.index, "nprobe"):
             cosine, ids = self.index.search(queries, knn)
             return Neighbors(ids, cosine, self.database.embedding(ids))
         proposed = min(4 * knn, len(self.database))
         _, ids = self.index.search(queries, proposed)
-        short = (ids >= 0).sum(axis=1) < knn                                # the lists that were searched hold too few
+        short = (ids >= 0).sum(axis=1) < knn  # the lists that were searched hold too few
         if short.any():
             everywhere = import_faiss().SearchParametersIVF(nprobe=self.index.nlist)
             ids[short] = self.index.search(queries[short], proposed, params=everywhere)[1]
@@ -106,7 +114,9 @@ class Searcher:
         cosine = np.einsum("bd,bkd->bk", queries, unit(vectors))
         cosine[ids < 0] = -np.inf
         order = np.argsort(-cosine, axis=1, kind="stable")[:, :knn]
-        return Neighbors(*(np.take_along_axis(x, order, 1) for x in (ids, cosine)), np.take_along_axis(vectors, order[..., None], 1))
+        return Neighbors(
+            *(np.take_along_axis(x, order, 1) for x in (ids, cosine)), np.take_along_axis(vectors, order[..., None], 1)
+        )
 
     def save(self, folder: str | Path) -> list[Path]:
         """Write `index.faiss` and `searcher.json` -> their paths. What is there is replaced once both are whole."""
@@ -151,7 +161,10 @@ def _is_own_kind(index: Any) -> bool:
     faiss = import_faiss()
     if type(index) is faiss.IndexFlatIP:
         return True
-    return type(index) is faiss.IndexIVFScalarQuantizer and type(faiss.downcast_InvertedLists(index.invlists)) is faiss.ArrayInvertedLists
+    return (
+        type(index) is faiss.IndexIVFScalarQuantizer
+        and type(faiss.downcast_InvertedLists(index.invlists)) is faiss.ArrayInvertedLists
+    )
 
 
 def _again(database: Database, folder: Path) -> str:
@@ -165,7 +178,7 @@ def check_knn(knn: int, database: Database) -> None:
 
 def import_faiss() -> Any:
     """The library of the search; ImportError says how to get it."""
-    logging.getLogger("faiss").setLevel(logging.WARNING)                    # else it tells which instructions it found
+    logging.getLogger("faiss").setLevel(logging.WARNING)  # else it tells which instructions it found
     try:
         import faiss
     except ImportError as error:
@@ -179,13 +192,23 @@ class RetrievalCondition:
     clip: embeds texts, (B, n_repeat, D). searcher: None leaves the neighbors out. It is an `encode` of ldm.inference.text_to_image.
     """
 
-    def __init__(self, clip: Any, searcher: Searcher | None = None, knn: int = 10, negative_prompt: str = "", scale: float = 5.0) -> None:
+    def __init__(
+        self, clip: Any, searcher: Searcher | None = None, knn: int = 10, negative_prompt: str = "", scale: float = 5.0
+    ) -> None:
         if searcher is not None:
             check_knn(knn, searcher.database)
             if searcher.database.dim != clip.width:
                 has = f"vectors of {searcher.database.dim} numbers"
-                raise ValueError(f"{searcher.database.folder}: {has}; CLIP {clip.version} makes {clip.width}, see --clip_type")
-        self.clip, self.searcher, self.knn, self.negative_prompt, self.scale = clip, searcher, knn, negative_prompt, scale
+                raise ValueError(
+                    f"{searcher.database.folder}: {has}; CLIP {clip.version} makes {clip.width}, see --clip_type"
+                )
+        self.clip, self.searcher, self.knn, self.negative_prompt, self.scale = (
+            clip,
+            searcher,
+            knn,
+            negative_prompt,
+            scale,
+        )
         self._told: set[str] = set()
 
     def __call__(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor | None]:
@@ -196,12 +219,14 @@ class RetrievalCondition:
         context = self.context(prompts)
         if self.scale == 1.0:
             return context, None
-        return context, self.context([self.negative_prompt] * len(prompts)) if self.negative_prompt else context.new_zeros(context.shape)
+        return context, self.context(
+            [self.negative_prompt] * len(prompts)
+        ) if self.negative_prompt else context.new_zeros(context.shape)
 
     def context(self, prompts: Sequence[str]) -> Tensor:
         import torch
 
-        text = self.clip.encode(list(prompts))                              # (B, n_repeat, D)
+        text = self.clip.encode(list(prompts))  # (B, n_repeat, D)
         if self.searcher is None:
             return text
         found = self.searcher.search(text[:, 0].float().cpu().numpy(), self.knn)
@@ -211,5 +236,5 @@ class RetrievalCondition:
                 names = ", ".join(str(name) for name in self.searcher.database.img_id(ids[:5]))
                 more = ", ..." if len(ids) > 5 else ""
                 logger.info("%r: neighbors %s%s, cosine %.3f to %.3f", prompt, names, more, cosine[0], cosine[-1])
-        neighbors = torch.from_numpy(unit(found.embedding)).to(text)            # (B, knn, D), of length 1 as published
+        neighbors = torch.from_numpy(unit(found.embedding)).to(text)  # (B, knn, D), of length 1 as published
         return torch.cat([text, neighbors], dim=1)

@@ -26,7 +26,9 @@ class SafetySettings:
     """What is done with pictures that the safety checker flags, and where its weights are."""
 
     mode: str | None = None  # one of SAFETY_MODES; None: as the model's config says
-    checker: str | None = None  # folder with the checker; None: models/safety_checker where that is there, else the hub's
+    checker: str | None = (
+        None  # folder with the checker; None: models/safety_checker where that is there, else the hub's
+    )
 
     def checked(self, facts: ModelFacts) -> SafetySettings:
         """The same settings with the config's own mode filled in; ValueError names a flag, its value and the choices."""
@@ -35,7 +37,9 @@ class SafetySettings:
             raise ValueError(f"--safety {mode}: choose one of {', '.join(SAFETY_MODES)}")
         if self.checker is not None and mode == "off":
             why = "" if self.mode else ", which is what this config says"
-            raise ValueError(f"--safety_checker {self.checker} with --safety off{why}: nothing is checked; give --safety on or report too")
+            raise ValueError(
+                f"--safety_checker {self.checker} with --safety off{why}: nothing is checked; give --safety on or report too"
+            )
         return replace(self, mode=mode)
 
 
@@ -67,14 +71,18 @@ class Safety:
             logger.warning("the safety checker flags %s; it is kept, with flagged: true in its metadata", which)
             return picture
         logger.warning("the safety checker flags %s; a black one is written in its place", which)
-        return picture._replace(image=Image.new("RGB", picture.image.size), drawn=Image.new("1", picture.image.size))  # nothing is drawn
+        return picture._replace(
+            image=Image.new("RGB", picture.image.size), drawn=Image.new("1", picture.image.size)
+        )  # nothing is drawn
 
     def _flags(self, picture: Picture) -> bool:
         checker = self.ready()._checker
         try:
             return checker.flags(picture.image)
         except Exception as error:
-            raise ValueError(f"the safety checker failed, so that this picture and those after it are not saved: {error}") from error
+            raise ValueError(
+                f"the safety checker failed, so that this picture and those after it are not saved: {error}"
+            ) from error
 
     def _loaded(self) -> SafetyChecker:
         flag = f"--safety {self.settings.mode}"

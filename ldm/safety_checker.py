@@ -65,12 +65,18 @@ def _from_hub(flag: str) -> CheckerFiles:
         return Path(hf_hub_download(REPOSITORY, names[-1], local_files_only=cached))
 
     def fetch_all(cached: bool) -> CheckerFiles:
-        return CheckerFiles(fetch(CONFIG, cached=cached), fetch(*WEIGHTS, cached=cached), fetch(PREPROCESSOR, cached=cached))
+        return CheckerFiles(
+            fetch(CONFIG, cached=cached), fetch(*WEIGHTS, cached=cached), fetch(PREPROCESSOR, cached=cached)
+        )
 
     try:
         return fetch_all(cached=True)
-    except Exception as error:  # the hub's client fails in many ways, and all of them mean that the files are not to be had
-        logger.info("the safety checker is not in the hub's cache (%s): asking the hub for it, 1.2 GB", type(error).__name__)
+    except (
+        Exception
+    ) as error:  # the hub's client fails in many ways, and all of them mean that the files are not to be had
+        logger.info(
+            "the safety checker is not in the hub's cache (%s): asking the hub for it, 1.2 GB", type(error).__name__
+        )
     try:
         return fetch_all(cached=False)
     except Exception as error:
@@ -116,7 +122,9 @@ class SafetyChecker:
         import torch
 
         pixels = self.processor(images=image.convert("RGB"), return_tensors="pt")["pixel_values"]
-        _, (flagged,) = self.model(clip_input=pixels.float(), images=torch.zeros(1, 1))  # it blackens what it flags; ours is not given
+        _, (flagged,) = self.model(
+            clip_input=pixels.float(), images=torch.zeros(1, 1)
+        )  # it blackens what it flags; ours is not given
         return bool(flagged)
 
 
@@ -134,7 +142,9 @@ def fill(model: nn.Module, weights: Path) -> None:
             has = "lacks it" if tensor is None else f"has {tuple(tensor.shape)}"
             raise ValueError(f"{weights.name}: the checker needs {name} {tuple(wanted.shape)}, and the file {has}")
         if name.startswith(("concept_", "special_care_")) and not torch.isfinite(tensor).all():
-            raise ValueError(f"{weights.name}: {name} holds numbers that are not finite, with which nothing is ever flagged")
+            raise ValueError(
+                f"{weights.name}: {name} holds numbers that are not finite, with which nothing is ever flagged"
+            )
         state[name] = tensor.float()
     model.load_state_dict(state, assign=True)
 

@@ -22,7 +22,9 @@ STABLE_DIFFUSION = {
     "ckpt": "models/ldm/stable-diffusion-v1/model.ckpt",
 }
 WHERE = {
-    STABLE_DIFFUSION["ckpt"]: "put sd-v1-4.ckpt of https://huggingface.co/CompVis/stable-diffusion-v-1-4-original there",
+    STABLE_DIFFUSION[
+        "ckpt"
+    ]: "put sd-v1-4.ckpt of https://huggingface.co/CompVis/stable-diffusion-v-1-4-original there",
     "models/ldm/text2img-large/model.ckpt": "put https://ommer-lab.com/files/latent-diffusion/nitro/txt2img-f8-large/model.ckpt there",
 }
 
@@ -54,7 +56,11 @@ def add_prompt_flags(parser: Parser, scale: float, n_iter: int, n_samples: int) 
 def add_text_flags(parser: Parser) -> None:
     """What may be asked of the reading of prompts."""
     add = parser.add_argument
-    add("--emphasis", action="store_true", help="weigh words: (word:1.3), (word) for 1.1, [word] for 1/1.1; \\( is a bracket")
+    add(
+        "--emphasis",
+        action="store_true",
+        help="weigh words: (word:1.3), (word) for 1.1, [word] for 1/1.1; \\( is a bracket",
+    )
     add("--long_prompts", action="store_true", help="encode prompts over 75 tokens in chunks instead of cutting them")
 
 
@@ -72,7 +78,12 @@ def add_sampling_flags(parser: Parser, guidance: bool = True) -> None:
     """What samplers take beside their steps; without `guidance` not what is about that."""
     add = parser.add_argument
     grids = ", ".join(dict.fromkeys(grid for entry in SAMPLERS.values() for grid in entry.grids))
-    add("--spacing", default="uniform", metavar="NAME", help=f"how the steps are spread: {grids}; not every sampler takes each")
+    add(
+        "--spacing",
+        default="uniform",
+        metavar="NAME",
+        help=f"how the steps are spread: {grids}; not every sampler takes each",
+    )
     if guidance:
         text = "bring the guided output's deviation back to the unguided one's by this share: 0 off, 0.7 usual"
         add("--guidance_rescale", type=float, default=0.0, metavar="SHARE", help=text)
@@ -88,7 +99,12 @@ def add_model_flags(parser: Parser, config: str | None, ckpt: str | None, fill_i
     add = parser.add_argument
     if config is not None:
         default = {} if fill_in else {"config": None, "ckpt": None}
-        add("--config", default=default.get("config", config), metavar="YAML", help=f"the model's config (default: {config})")
+        add(
+            "--config",
+            default=default.get("config", config),
+            metavar="YAML",
+            help=f"the model's config (default: {config})",
+        )
         text = f"the model's weights, .ckpt, .safetensors or a diffusers folder (default: {ckpt})"
         add("--ckpt", default=default.get("ckpt", ckpt), metavar="FILE", help=text)
     text = "draw with the averaged weights of a file, or with the trained ones (default: as the config says)"
@@ -100,7 +116,13 @@ def add_model_flags(parser: Parser, config: str | None, ckpt: str | None, fill_i
     add("--precision", choices=PRECISIONS, default="auto", help=text)
     add("--device", default="auto", metavar="NAME", help="auto, cpu, cuda, cuda:1 or mps")
     add_output_flags(parser)
-    add("--allow-targets", action="append", default=[], metavar="PACKAGE", help="let the config name classes of this package too")
+    add(
+        "--allow-targets",
+        action="append",
+        default=[],
+        metavar="PACKAGE",
+        help="let the config name classes of this package too",
+    )
     add("--debug", action="store_true", help="show the traceback of an error")
 
 
@@ -111,7 +133,11 @@ def add_output_flags(parser: Parser) -> None:
     add("--safety", choices=SAFETY_MODES, help=text)
     text = "the safety checker, config.json and its weights (default: models/safety_checker where it is there, else the hub's)"
     add("--safety_checker", metavar="FOLDER", help=text)
-    add("--watermark", choices=(*METHODS, "off"), help=f"invisible mark in pictures of 256x256 pixels and more (default: {METHODS[0]})")
+    add(
+        "--watermark",
+        choices=(*METHODS, "off"),
+        help=f"invisible mark in pictures of 256x256 pixels and more (default: {METHODS[0]})",
+    )
 
 
 def safety_of(opt: Namespace, facts: ModelFacts) -> Safety:
@@ -130,9 +156,21 @@ def prompt_settings(opt: Namespace) -> dict[str, Any]:
     """The values of `add_prompt_flags` under the names of `Settings`."""
     names = {"negative_prompt": "negative_prompt", "steps": "ddim_steps", "scale": "scale", "channels": "C"}
     names |= {"factor": "f", "eta": "ddim_eta"}
-    same = ("seed", "seed_mode", "n_samples", "n_iter", "fixed_code", "tiled", "spacing", "guidance_rescale", "dynamic_threshold")
+    same = (
+        "seed",
+        "seed_mode",
+        "n_samples",
+        "n_iter",
+        "fixed_code",
+        "tiled",
+        "spacing",
+        "guidance_rescale",
+        "dynamic_threshold",
+    )
     tools = {name: getattr(opt, name) for name in ("emphasis", "long_prompts", "chunks") if hasattr(opt, name)}
-    return {name: getattr(opt, flag) for name, flag in names.items()} | {name: getattr(opt, name) for name in same} | tools
+    return (
+        {name: getattr(opt, flag) for name, flag in names.items()} | {name: getattr(opt, name) for name in same} | tools
+    )
 
 
 def prompts_of(opt: Namespace) -> str | list[str]:
@@ -157,7 +195,7 @@ def check_ready(opt: Namespace, ckpt: Path, where: Mapping[str, str] = WHERE) ->
     """
     if getattr(opt, "n_rows", 0) < 0:
         raise ValueError(f"--n_rows {opt.n_rows}: choose 1 or more, or 0 for n_samples")
-    if not ckpt.exists():                                                   # a folder: diffusers' layout
+    if not ckpt.exists():  # a folder: diffusers' layout
         hint = where.get(getattr(opt, "ckpt", ""), "a run of your own has it in <run folder>/checkpoints/last.ckpt")
         raise FileNotFoundError(f"checkpoint {ckpt}: no such file; {hint}, or give --ckpt FILE with its --config")
     from ldm.inference import choose_device
@@ -186,7 +224,11 @@ def write_prompt_pictures(drawn: Iterable[Picture], output: Output, opt: Namespa
 
 def report(count: int, seconds: float, files: Sequence[Path]) -> None:
     """How many pictures in which time, and where they are."""
-    print(f"{count} pictures in {seconds:.1f} s, {seconds / count:.2f} s each" if count != 1 else f"1 picture in {seconds:.1f} s")
+    print(
+        f"{count} pictures in {seconds:.1f} s, {seconds / count:.2f} s each"
+        if count != 1
+        else f"1 picture in {seconds:.1f} s"
+    )
     if files:
         names = [str(file) for file in files]
         print("\n".join(names if len(names) <= 8 else [*names[:3], f"... {len(names) - 5} more", *names[-2:]]))
@@ -197,8 +239,12 @@ def grid_of(pictures: list[Picture], columns: int, captions: bool) -> Picture:
     from ldm.visualize import grid
 
     images, prompts = [picture.image for picture in pictures], [picture.info["prompt"] for picture in pictures]
-    image = grid(images, prompts, columns, padding=12) if captions else grid(images, columns=columns, background="black")
-    shared = {key: value for key, value in pictures[0].info.items() if all(picture.info[key] == value for picture in pictures)}
+    image = (
+        grid(images, prompts, columns, padding=12) if captions else grid(images, columns=columns, background="black")
+    )
+    shared = {
+        key: value for key, value in pictures[0].info.items() if all(picture.info[key] == value for picture in pictures)
+    }
     flagged = [picture.info.get("flagged") for picture in pictures]
     info = {**shared, "prompts": prompts, "flagged": None if None in flagged else any(flagged)}
     return Picture(image, info, checked=all(picture.checked for picture in pictures))

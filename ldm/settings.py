@@ -8,7 +8,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ldm.model_facts import SAFETY_MODES, ModelFacts, check_takes_text, model_facts, read_config, script_for, takes_text, value_at
+from ldm.model_facts import (
+    SAFETY_MODES,
+    ModelFacts,
+    check_takes_text,
+    model_facts,
+    read_config,
+    script_for,
+    takes_text,
+    value_at,
+)
 from ldm.models.diffusion.samplers import CONTINUOUS, SAMPLERS
 
 # What is asked of a model and what is known of it come from one place for scripts.
@@ -74,9 +83,13 @@ class SamplerSettings:
         if not 0.0 <= self.guidance_rescale <= 1.0:
             raise ValueError(f"--guidance_rescale {self.guidance_rescale}: choose 0 (off) to 1; 0.7 is usual")
         if self.guidance_rescale and scale == 1.0:
-            raise ValueError(f"--guidance_rescale {self.guidance_rescale:g} with --scale 1: there is no guidance at 1; leave one out")
+            raise ValueError(
+                f"--guidance_rescale {self.guidance_rescale:g} with --scale 1: there is no guidance at 1; leave one out"
+            )
         if self.dynamic_threshold is not None and not 0.0 < self.dynamic_threshold <= 1.0:
-            raise ValueError(f"--dynamic_threshold {self.dynamic_threshold}: choose a share above 0 and up to 1; 0.995 is usual")
+            raise ValueError(
+                f"--dynamic_threshold {self.dynamic_threshold}: choose a share above 0 and up to 1; 0.995 is usual"
+            )
 
 
 @dataclass(frozen=True)
@@ -108,7 +121,12 @@ class Settings(SamplerSettings):
 
     def checked(self, facts: ModelFacts) -> Settings:
         """The same settings with the model's own values filled in; ValueError names a flag, its value and the choices."""
-        for flag, value in (("--n_samples", self.n_samples), ("--n_iter", self.n_iter), ("--f", self.factor), ("--C", self.channels)):
+        for flag, value in (
+            ("--n_samples", self.n_samples),
+            ("--n_iter", self.n_iter),
+            ("--f", self.factor),
+            ("--C", self.channels),
+        ):
             if value is not None and value < 1:
                 raise ValueError(f"{flag} {value}: choose 1 or more")
         check_steps("--ddim_steps", self.steps, facts)
@@ -116,16 +134,22 @@ class Settings(SamplerSettings):
         check_scale(self.scale)
         self.check_sampler(facts, self.scale)
         if self.negative_prompt and self.scale == 1.0:
-            raise ValueError("--negative_prompt with --scale 1: there is no guidance at 1; choose another scale, 7.5 is usual")
+            raise ValueError(
+                "--negative_prompt with --scale 1: there is no guidance at 1; choose another scale, 7.5 is usual"
+            )
         check_seed(self.seed)
         check_seed_mode(self.seed_mode)
         if self.fixed_code and self.seed_mode == "image":
-            raise ValueError("--fixed_code with --seed_mode image: there every picture has a noise of its own; leave one of them out")
+            raise ValueError(
+                "--fixed_code with --seed_mode image: there every picture has a noise of its own; leave one of them out"
+            )
         if self.channels not in (None, facts.channels):
             raise ValueError(f"--C {self.channels}: this model's latents have {facts.channels} channels; leave --C out")
         factor = self.factor or facts.factor
         if factor is None:
-            raise ValueError("--f: the config does not tell how much the first stage shrinks a picture; give it, e.g. --f 8")
+            raise ValueError(
+                "--f: the config does not tell how much the first stage shrinks a picture; give it, e.g. --f 8"
+            )
         check_size(self.height, self.width, factor * facts.latent_multiple)
         check_tiled(self.tiled, facts.factor or factor)
         self._check_prompt_tools(facts)
@@ -136,7 +160,9 @@ class Settings(SamplerSettings):
             raise ValueError(f"chunks {self.chunks}: choose 1 or more, with long_prompts")
         for flag, asked in (("--emphasis", self.emphasis), ("--long_prompts", self.long_prompts)):
             if asked and facts.condition_name in READS_OTHERS:
-                raise ValueError(f"{flag}: works with {', '.join(READS_TOKENS)}; this model reads prompts with {facts.condition_name}")
+                raise ValueError(
+                    f"{flag}: works with {', '.join(READS_TOKENS)}; this model reads prompts with {facts.condition_name}"
+                )
         if self.emphasis:
             from ldm.inference.prompt_weights import check_emphasis
 
@@ -162,9 +188,13 @@ def sampler_eta(sampler: str, eta: float | None, flag: str = "--ddim_eta") -> fl
         return entry.default_eta
     check_eta(flag, eta)
     if eta != entry.default_eta and not entry.takes_eta:
-        nature = "is deterministic, so that eta must be 0" if entry.default_eta == 0 else "has a noise of its own, eta 1"
+        nature = (
+            "is deterministic, so that eta must be 0" if entry.default_eta == 0 else "has a noise of its own, eta 1"
+        )
         takers = ", ".join(name for name, other in SAMPLERS.items() if other.takes_eta)
-        raise ValueError(f"{flag} {eta:g}: {sampler} {nature}; leave it out, or choose a sampler that takes any: {takers}")
+        raise ValueError(
+            f"{flag} {eta:g}: {sampler} {nature}; leave it out, or choose a sampler that takes any: {takers}"
+        )
     return eta
 
 
@@ -176,7 +206,9 @@ def check_spacing(sampler: str, spacing: str, facts: ModelFacts) -> None:
     if spacing not in grids:
         raise ValueError(f"--spacing {spacing}: {sampler} takes {', '.join(grids)}")
     if facts.zero_terminal_snr and grids == CONTINUOUS and spacing != "trailing":
-        raise ValueError(f"--spacing {spacing}: {sampler} cannot start where no signal is left, as in this schedule; choose trailing")
+        raise ValueError(
+            f"--spacing {spacing}: {sampler} cannot start where no signal is left, as in this schedule; choose trailing"
+        )
 
 
 def check_scale(scale: float) -> None:
@@ -221,9 +253,13 @@ def read_prompts(path: str | Path) -> list[str]:
     try:
         prompts = Path(path).read_text(encoding="utf-8-sig").splitlines()
     except UnicodeDecodeError as error:
-        raise ValueError(f"--from-file {path}: no UTF-8 text (byte {error.start}); save it as UTF-8, one prompt a line") from error
+        raise ValueError(
+            f"--from-file {path}: no UTF-8 text (byte {error.start}); save it as UTF-8, one prompt a line"
+        ) from error
     except OSError as error:
-        raise ValueError(f"--from-file {path}: {error.strerror or error}; give a text file with one prompt a line") from error
+        raise ValueError(
+            f"--from-file {path}: {error.strerror or error}; give a text file with one prompt a line"
+        ) from error
     if not prompts:
         raise ValueError(f"--from-file {path}: the file is empty; write one prompt a line")
     return prompts

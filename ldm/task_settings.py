@@ -40,7 +40,9 @@ class ImageSettings(Settings):
 
     def checked(self, facts: ModelFacts) -> ImageSettings:
         if not 0.0 <= self.strength <= 1.0:
-            raise ValueError(f"--strength {self.strength}: choose 0 (keep the picture) to 1 (draw from noise alone); 0.75 is usual")
+            raise ValueError(
+                f"--strength {self.strength}: choose 0 (keep the picture) to 1 (draw from noise alone); 0.75 is usual"
+            )
         return super().checked(facts)
 
     def fitted(self, height: int, width: int, facts: ModelFacts) -> ImageSettings:
@@ -65,18 +67,26 @@ class BesideSettings(SamplerSettings):
         check_steps("--steps", self.steps, facts)
         check_seed(self.seed)
         if facts.factor is None:
-            raise ValueError("first_stage_config: its ddconfig.ch_mult does not tell how much the first stage shrinks a picture")
+            raise ValueError(
+                "first_stage_config: its ddconfig.ch_mult does not tell how much the first stage shrinks a picture"
+            )
         led = takes_text(facts)
         usual = scale if led else 1.0
-        settings = replace(self, eta=sampler_eta(self.sampler, self.eta), scale=usual if self.scale is None else self.scale)
+        settings = replace(
+            self, eta=sampler_eta(self.sampler, self.eta), scale=usual if self.scale is None else self.scale
+        )
         check_scale(settings.scale)
         settings.check_sampler(facts, settings.scale)
         asked = {"--prompt": self.prompt, "--negative_prompt": self.negative_prompt, "--scale": settings.scale != 1.0}
         for flag, given in asked.items():
             if given and not led:
-                raise ValueError(f"{flag}: no prompt leads this model; leave it out, or name one that is led with --config and --ckpt")
+                raise ValueError(
+                    f"{flag}: no prompt leads this model; leave it out, or name one that is led with --config and --ckpt"
+                )
         if self.negative_prompt and settings.scale == 1.0:
-            raise ValueError(f"--negative_prompt with --scale 1: there is no guidance at 1; choose another scale, {scale:g} is usual")
+            raise ValueError(
+                f"--negative_prompt with --scale 1: there is no guidance at 1; choose another scale, {scale:g} is usual"
+            )
         return settings
 
 
@@ -97,19 +107,25 @@ class UpscaleSettings(BesideSettings):
     """How a picture is enlarged; the defaults are those that the released models were shown with."""
 
     steps: int | None = None  # None: 100, and 50 with a model that is led by a prompt
-    tile: int = 128  # side of a tile in pixels of the small picture; larger pictures are drawn in tiles; 0: always in one piece
+    tile: int = (
+        128  # side of a tile in pixels of the small picture; larger pictures are drawn in tiles; 0: always in one piece
+    )
     noise_level: int | None = None  # noise that is added to the small picture, for models that are told of it; None: 20
 
     def checked(self, facts: ModelFacts) -> UpscaleSettings:
         """DDIM is as noisy as DDPM unless the model is led by a prompt or another eta is asked for."""
         unit, led, most = facts.latent_multiple, takes_text(facts), facts.max_noise_level
         if self.tile != 0 and (self.tile < 2 * unit or self.tile % unit):
-            raise ValueError(f"--tile {self.tile}: choose a multiple of {unit} from {2 * unit} on, or 0 for one piece; 128 is usual")
+            raise ValueError(
+                f"--tile {self.tile}: choose a multiple of {unit} from {2 * unit} on, or 0 for one piece; 128 is usual"
+            )
         if self.noise_level is not None and most is None:
             raise ValueError("--noise_level: this model knows no noise in the small picture; leave it out")
         level = min(20, most) if self.noise_level is None and most is not None else self.noise_level
         if level is not None and not 0 <= level <= most:
-            raise ValueError(f"--noise_level {level}: choose 0 (none) to {most}, the most that this model was trained with; 20 is usual")
+            raise ValueError(
+                f"--noise_level {level}: choose 0 (none) to {most}, the most that this model was trained with; 20 is usual"
+            )
         steps = (50 if led else 100) if self.steps is None else self.steps
         eta = self.eta if led else noisy_eta(self.sampler, self.eta, "--ddim_eta")
         return replace(self, steps=steps, eta=eta, noise_level=level)._checked(facts, scale=9.0)
@@ -130,7 +146,9 @@ class SampleSettings(SamplerSettings):
     eta: float | None = None  # None: 1 with DDIM, as published, else the sampler's own
     vanilla: bool = False  # the ancestral chain over every timestep instead of a sampler
     seed: int = 42
-    seed_mode: str = "batch"  # one stream of noise for all; "image": sample k has that of seed + k, whatever the batches
+    seed_mode: str = (
+        "batch"  # one stream of noise for all; "image": sample k has that of seed + k, whatever the batches
+    )
     scale: float = 1.0  # guidance of class-conditional models
     classes: tuple[int, ...] | None = None  # drawn in turn; None: every class, in an order that follows from the seed
     null_class: int | None = None  # what guidance leads away from; None: the model's own
@@ -155,7 +173,9 @@ class SampleSettings(SamplerSettings):
                 if given:
                     raise ValueError(f"{flag}: this model knows no classes; leave it out")
             if self.scale != 1.0:
-                raise ValueError(f"--scale {self.scale:g}: this model has no condition that could be led to; leave --scale out")
+                raise ValueError(
+                    f"--scale {self.scale:g}: this model has no condition that could be led to; leave --scale out"
+                )
             return replace(self, eta=eta)
         bad = [c for c in (*(self.classes or ()), self.null_class) if c is not None and not 0 <= c < facts.n_classes]
         if bad:
@@ -220,7 +240,9 @@ def the_pair(picture: str | None, mask: str | None) -> list[tuple[Path, Path]]:
     """(picture, mask) of the two flags that name one pair."""
     for flag, given in (("--init-img", picture), ("--mask", mask)):
         if not given:
-            raise ValueError(f"{flag}: give both, e.g. --init-img photo.png --mask hole.png, or a folder of pairs with --indir")
+            raise ValueError(
+                f"{flag}: give both, e.g. --init-img photo.png --mask hole.png, or a folder of pairs with --indir"
+            )
         if not Path(given).is_file():
             raise FileNotFoundError(f"{flag} {given}: no such file")
     return [(Path(picture), Path(mask))]
@@ -263,17 +285,29 @@ def find_run(resume: str | Path) -> SavedRun:
         folder, ckpt = given.parent, given
     elif given.is_dir():
         folder = given
-        candidates = [folder / name for name in ("model.ckpt", "checkpoints/last.ckpt", "last.ckpt", "model.safetensors")]
+        candidates = [
+            folder / name for name in ("model.ckpt", "checkpoints/last.ckpt", "last.ckpt", "model.safetensors")
+        ]
         ckpt = next((path for path in candidates if path.is_file()), None)
-        if ckpt is None and (folder / "unet" / "config.json").is_file():    # diffusers' layout
+        if ckpt is None and (folder / "unet" / "config.json").is_file():  # diffusers' layout
             ckpt = folder
         if ckpt is None:
-            hint = "; bash scripts/download_models.sh brings released ones" if (folder / "config.yaml").is_file() else ""
-            raise FileNotFoundError(f"--resume {given}: holds neither model.ckpt nor checkpoints/last.ckpt; name the file itself{hint}")
+            hint = (
+                "; bash scripts/download_models.sh brings released ones" if (folder / "config.yaml").is_file() else ""
+            )
+            raise FileNotFoundError(
+                f"--resume {given}: holds neither model.ckpt nor checkpoints/last.ckpt; name the file itself{hint}"
+            )
     else:
         raise FileNotFoundError(f"--resume {given}: no such file or folder; give a run folder or a checkpoint")
     for place in (folder, folder.parent) if folder.resolve().name == "checkpoints" else (folder,):
-        configs = [place / "config.yaml"] if (place / "config.yaml").is_file() else sorted((place / "configs").glob("*-project.yaml"))
+        configs = (
+            [place / "config.yaml"]
+            if (place / "config.yaml").is_file()
+            else sorted((place / "configs").glob("*-project.yaml"))
+        )
         if configs:
             return SavedRun(place, configs, ckpt)
-    raise FileNotFoundError(f"--resume {given}: its folder holds neither config.yaml nor configs/*-project.yaml, which describe the model")
+    raise FileNotFoundError(
+        f"--resume {given}: its folder holds neither config.yaml nor configs/*-project.yaml, which describe the model"
+    )

@@ -82,7 +82,9 @@ def check_allowed(target: Any) -> str:
         hint = f" (did you mean {near[0]}?)" if near else ""
         package = target.split(".")[0]
         way = f"For your own code run with --allow-targets {package} or call ldm.util.allow_targets({package!r})"
-        if package in sys.stdlib_module_names or package == "posix":  # nobody's model: this is no place to teach how to allow it
+        if (
+            package in sys.stdlib_module_names or package == "posix"
+        ):  # nobody's model: this is no place to teach how to allow it
             way = "This one is Python's own: a config that names it means harm"
         raise ConfigError(f"target {target!r} is not allowed{hint}. Allowed packages: {choices}. {way}")
     return resolved
@@ -100,7 +102,9 @@ def get_obj_from_str(string: str, reload: bool = False) -> Any:
     if reload:
         module = importlib.reload(module)
     if not hasattr(module, name):
-        classes = [key for key, value in vars(module).items() if inspect.isclass(value) and value.__module__ == module.__name__]
+        classes = [
+            key for key, value in vars(module).items() if inspect.isclass(value) and value.__module__ == module.__name__
+        ]
         raise ConfigError(f"target {string!r}: module {module_name} has no {name!r}{_nearest(name, classes)}")
     obj = getattr(module, name)
     home = f"{getattr(obj, '__module__', '')}.{getattr(obj, '__qualname__', '')}"
@@ -126,7 +130,9 @@ def instantiate_from_config(config: Any, **extra: Any) -> Any:
     unknown = [key for key in config if key not in ("target", "params", "base_learning_rate")]
     if unknown:
         place = _at(path, unknown[0])
-        raise ConfigError(f"{place}: unknown key beside target; arguments of {config['target']} go under {_at(path, 'params')}")
+        raise ConfigError(
+            f"{place}: unknown key beside target; arguments of {config['target']} go under {_at(path, 'params')}"
+        )
     target = config["target"]
     try:
         cls = get_obj_from_str(target)
@@ -148,7 +154,9 @@ def accepted_params(cls: Any) -> tuple[set[str], set[str]] | None:
     """(accepted, required) argument names of a class, following **kwargs up to its bases; None where it takes anything."""
     accepted: set[str] = set()
     required: set[str] = set()
-    constructors = [vars(c)["__init__"] for c in cls.__mro__ if "__init__" in vars(c)] if inspect.isclass(cls) else [cls]
+    constructors = (
+        [vars(c)["__init__"] for c in cls.__mro__ if "__init__" in vars(c)] if inspect.isclass(cls) else [cls]
+    )
     for position, constructor in enumerate(constructors):
         try:
             parameters = list(inspect.signature(constructor).parameters.values())
@@ -288,5 +296,7 @@ def log_txt_as_img(wh: tuple[int, int], xc: list[str], size: int = 10) -> Tensor
 
     from ldm.visualize import text_image
 
-    pictures = [np.asarray(text_image(wh, text, font_size=size).convert("RGB"), dtype=np.float32) / 127.5 - 1.0 for text in xc]
+    pictures = [
+        np.asarray(text_image(wh, text, font_size=size).convert("RGB"), dtype=np.float32) / 127.5 - 1.0 for text in xc
+    ]
     return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).contiguous()

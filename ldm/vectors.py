@@ -37,8 +37,12 @@ def find_database(name: str) -> Path:
         return folder
     if name in DATABASES:
         url = "https://ommer-lab.com/files/rdm/artbench_databases.zip"
-        raise FileNotFoundError(f"--database {name}: {folder} is no folder" + (f"; unpack {url} there" if name != "openimages" else ""))
-    raise FileNotFoundError(f"--database {name}: no such folder; give one with .npz parts, or one of {', '.join(DATABASES)}")
+        raise FileNotFoundError(
+            f"--database {name}: {folder} is no folder" + (f"; unpack {url} there" if name != "openimages" else "")
+        )
+    raise FileNotFoundError(
+        f"--database {name}: no such folder; give one with .npz parts, or one of {', '.join(DATABASES)}"
+    )
 
 
 class Database:
@@ -114,10 +118,14 @@ def read_array(file: Path, name: str) -> np.ndarray:
                 position = member.tell()
         if dtype.hasobject:
             raise ValueError("holds Python objects")
-        with file.open("rb") as raw:                                        # the local header: 30 bytes, the name, an extra field
+        with file.open("rb") as raw:  # the local header: 30 bytes, the name, an extra field
             raw.seek(info.header_offset + 26)
             position += info.header_offset + 30 + sum(struct.unpack("<HH", raw.read(4)))
-        return np.memmap(file, dtype, "r", position, shape, "F" if fortran_order else "C") if np.prod(shape) else np.empty(shape, dtype)
+        return (
+            np.memmap(file, dtype, "r", position, shape, "F" if fortran_order else "C")
+            if np.prod(shape)
+            else np.empty(shape, dtype)
+        )
     except (KeyError, ValueError, zipfile.BadZipFile) as error:
         what = f"no array {name!r}" if isinstance(error, KeyError) else f"{name}: {error}"
         layout = "a part of a database is an .npz with embedding (N, D), img_id (N,) and patch_coords (N, 4)"
@@ -157,5 +165,10 @@ def embed_folder(pictures: str | Path, folder: str | Path, clip: Any, batch_size
     part.parent.mkdir(parents=True, exist_ok=True)
     new = part.with_name(f".{part.name}.{os.getpid()}")
     with new.open("wb") as file:
-        np.savez(file, embedding=np.concatenate(vectors), img_id=np.array(names), patch_coords=np.array(places, dtype=np.float32))
+        np.savez(
+            file,
+            embedding=np.concatenate(vectors),
+            img_id=np.array(names),
+            patch_coords=np.array(places, dtype=np.float32),
+        )
     return new.replace(part)

@@ -15,7 +15,15 @@ if TYPE_CHECKING:
 INK = "#20242b"
 FRAME = "#d5d9e0"
 PAPER = "#ffffff"
-PUNCTUATION = {0x2018: "'", 0x2019: "'", 0x201C: '"', 0x201D: '"', 0x2013: "-", 0x2014: "-", 0xD7: "x"}  # typographic -> ASCII
+PUNCTUATION = {
+    0x2018: "'",
+    0x2019: "'",
+    0x201C: '"',
+    0x201D: '"',
+    0x2013: "-",
+    0x2014: "-",
+    0xD7: "x",
+}  # typographic -> ASCII
 GOLDEN_ANGLE = 0.618033988749895  # turns of hue between neighboring labels: no two of the first dozens look alike
 
 
@@ -61,7 +69,9 @@ def grid(
     if captions is not None and len(captions) != len(pictures):
         raise ValueError(f"{len(captions)} captions for {len(pictures)} images: give one caption an image")
     if padding < 0 or caption_lines < 1:
-        raise ValueError(f"padding {padding}, caption_lines {caption_lines}: padding must be 0 or more, caption_lines 1 or more")
+        raise ValueError(
+            f"padding {padding}, caption_lines {caption_lines}: padding must be 0 or more, caption_lines 1 or more"
+        )
     if cell is not None:
         pictures = [_enlarge(picture, cell) for picture in pictures]
     if len(pictures) == 1 and captions is None and title is None:
@@ -73,7 +83,7 @@ def grid(
     width, height = max(p.width for p in pictures), max(p.height for p in pictures)
     font = _font(font_size or min(28, max(11, width // 12)))
     blocks = [_fit(str(text), font, width, caption_lines) for text in captions] if captions is not None else []
-    gap = max(2, font.size // 3) if blocks else 0                            # between a picture and its caption
+    gap = max(2, font.size // 3) if blocks else 0  # between a picture and its caption
     text_height = max(map(len, blocks), default=0) * _line_height(font) + gap if blocks else 0
     rows = -(-len(pictures) // columns)
     step_x, step_y = width + padding, height + text_height + padding
@@ -104,13 +114,17 @@ def to_picture(image: Any) -> Image.Image:
     if hasattr(image, "detach"):
         image = image.detach().cpu()
         if not image.is_floating_point():
-            raise TypeError(f"a tensor of {image.dtype}: pictures are float tensors (C, H, W) in [-1, 1]; labels go through labels_to_rgb")
+            raise TypeError(
+                f"a tensor of {image.dtype}: pictures are float tensors (C, H, W) in [-1, 1]; labels go through labels_to_rgb"
+            )
         if image.ndim != 3 or image.shape[0] not in (1, 3):
             raise ValueError(f"a tensor of shape {tuple(image.shape)}: a picture is (3, H, W) or (1, H, W)")
         image = ((image.float().clamp(-1, 1) + 1) * 127.5).nan_to_num(0.0).round().byte().permute(1, 2, 0).numpy()
     array = np.asarray(image)
     if array.dtype != np.uint8:
-        raise TypeError(f"an array of {array.dtype}: pictures are uint8 arrays (H, W, 3); float values in [-1, 1] go in as a tensor")
+        raise TypeError(
+            f"an array of {array.dtype}: pictures are uint8 arrays (H, W, 3); float values in [-1, 1] go in as a tensor"
+        )
     if array.ndim == 3 and array.shape[2] == 1:
         array = array[:, :, 0]
     return Image.fromarray(np.ascontiguousarray(array)).convert("RGB")
@@ -126,7 +140,7 @@ def palette(n_labels: int) -> np.ndarray:
         raise ValueError(f"n_labels {n_labels}: a palette has at least one color")
     colors = [(0.07, 0.07, 0.09)]
     for k in range(1, n_labels):
-        ring = k // 12 % 3                                                  # hues begin to crowd after a dozen: vary the rest
+        ring = k // 12 % 3  # hues begin to crowd after a dozen: vary the rest
         colors.append(colorsys.hsv_to_rgb(k * GOLDEN_ANGLE % 1.0, (0.75, 0.45, 0.9)[ring], (0.95, 0.85, 0.6)[ring]))
     return np.round(255 * np.array(colors)).astype(np.uint8)
 
@@ -141,12 +155,16 @@ def labels_to_rgb(labels: Tensor, n_labels: int | None = None) -> Tensor:
     if labels.ndim == 4:
         n_labels, labels = labels.shape[1], labels.argmax(1)
     if labels.ndim != 3 or labels.is_floating_point():
-        raise ValueError(f"labels of shape {tuple(labels.shape)}, {labels.dtype}: give integers (B, H, W) or scores (B, C, H, W)")
+        raise ValueError(
+            f"labels of shape {tuple(labels.shape)}, {labels.dtype}: give integers (B, H, W) or scores (B, C, H, W)"
+        )
     lowest, highest = int(labels.min()), int(labels.max())
     if lowest < 0 or (n_labels is not None and highest >= n_labels):
-        raise ValueError(f"labels from {lowest} to {highest}: they must lie in 0..{n_labels - 1 if n_labels else 'n_labels - 1'}")
+        raise ValueError(
+            f"labels from {lowest} to {highest}: they must lie in 0..{n_labels - 1 if n_labels else 'n_labels - 1'}"
+        )
     colors = torch.from_numpy(palette(n_labels or highest + 1)).to(labels.device)
-    return colors[labels.long()].permute(0, 3, 1, 2).float() / 127.5 - 1    # (B, H, W, 3) -> (B, 3, H, W)
+    return colors[labels.long()].permute(0, 3, 1, 2).float() / 127.5 - 1  # (B, H, W, 3) -> (B, 3, H, W)
 
 
 def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
@@ -173,7 +191,7 @@ def _printable(text: str) -> str:
 
 def _fit(text: str, font: Any, width: int, max_rows: int) -> list[str]:
     """`text` broken into at most `max_rows` rows of at most `width` pixels; the last one ends in "..." where something is left out."""
-    text = _printable(text[: (max_rows + 1) * max(10, width)])              # a 10,000-character caption costs no more than it shows
+    text = _printable(text[: (max_rows + 1) * max(10, width)])  # a 10,000-character caption costs no more than it shows
     rows: list[str] = []
     for paragraph in text.splitlines() or [""]:
         row = ""
@@ -184,7 +202,9 @@ def _fit(text: str, font: Any, width: int, max_rows: int) -> list[str]:
                 continue
             if row:
                 rows.append(row)
-            while len(word) > 1 and len(rows) <= max_rows and font.getlength(word) > width:  # a word wider than the picture is cut
+            while (
+                len(word) > 1 and len(rows) <= max_rows and font.getlength(word) > width
+            ):  # a word wider than the picture is cut
                 cut = max(1, bisect_right(range(1, len(word)), width, key=lambda n: font.getlength(word[:n])))
                 rows.append(word[:cut])
                 word = word[cut:]
@@ -202,7 +222,9 @@ def _fit(text: str, font: Any, width: int, max_rows: int) -> list[str]:
     return [*rows[: max_rows - 1], last.rstrip() + "..."]
 
 
-def _write_rows(draw: ImageDraw.ImageDraw, rows: Sequence[str], font: Any, at: tuple[int, int], ink: str, width: int | None = None) -> None:
+def _write_rows(
+    draw: ImageDraw.ImageDraw, rows: Sequence[str], font: Any, at: tuple[int, int], ink: str, width: int | None = None
+) -> None:
     """Rows of text from the corner `at` down, centered where a `width` is given."""
     x, y = at
     for k, row in enumerate(rows):
@@ -212,7 +234,11 @@ def _write_rows(draw: ImageDraw.ImageDraw, rows: Sequence[str], font: Any, at: t
 
 def _enlarge(picture: Image.Image, cell: int) -> Image.Image:
     factor = max(1, round(cell / min(picture.size)))
-    return picture if factor == 1 else picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST)
+    return (
+        picture
+        if factor == 1
+        else picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST)
+    )
 
 
 def _near_square(n: int) -> int:

@@ -62,13 +62,17 @@ class Watermark:
         from imwatermark import dwtDctSvd, maxDct
 
         bits = np.unpackbits(np.frombuffer(self.content, np.uint8)).astype(int).tolist()
-        embed = {"dwtDct": maxDct.EmbedMaxDct, "dwtDctSvd": dwtDctSvd.EmbedDwtDctSvd}[self.method](bits, wmLen=len(bits))
+        embed = {"dwtDct": maxDct.EmbedMaxDct, "dwtDctSvd": dwtDctSvd.EmbedDwtDctSvd}[self.method](
+            bits, wmLen=len(bits)
+        )
         yuv = cv2.cvtColor(np.asarray(image.convert("RGB")), cv2.COLOR_RGB2YUV)
-        height, width = (side // 4 * 4 for side in yuv.shape[:2])           # the package's, which reads no more of it
+        height, width = (side // 4 * 4 for side in yuv.shape[:2])  # the package's, which reads no more of it
         chroma = yuv[:height, :width, BLUE_CHROMA]
         approximation, details = pywt.dwt2(chroma, "haar")
         embed.encode_frame(approximation, STRENGTH)
-        chroma[:] = np.rint(pywt.idwt2((approximation, details), "haar")).clip(0, 255)  # rounded, and never wrapped around
+        chroma[:] = np.rint(pywt.idwt2((approximation, details), "haar")).clip(
+            0, 255
+        )  # rounded, and never wrapped around
         return Image.fromarray(cv2.cvtColor(yuv, cv2.COLOR_YUV2RGB))
 
     def _skip(self, notice: str) -> bool:

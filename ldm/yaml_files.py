@@ -21,7 +21,9 @@ def load_yaml(path: str | os.PathLike) -> DictConfig | ListConfig:
         with path.open(encoding="utf-8") as file:
             nodes = _unfolded(yaml.compose(file, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)), {})
         if nodes > MAX_NODES:
-            raise ConfigError(f"{path}: refused, because its aliases unfold to {nodes:,} entries; a config has at most {MAX_NODES:,}")
+            raise ConfigError(
+                f"{path}: refused, because its aliases unfold to {nodes:,} entries; a config has at most {MAX_NODES:,}"
+            )
         return OmegaConf.load(path)
     except ConfigError:
         raise

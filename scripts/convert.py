@@ -26,13 +26,24 @@ def parser() -> Parser:
     parser = Parser(prog="convert.py", description=DESCRIPTION)
     add = parser.add_argument
     add("--ckpt", required=True, metavar="PATH", help="the weights file, or the diffusers folder")
-    add("--out", required=True, metavar="PATH", help="the folder, or the .ckpt or .safetensors file, to make; it must not exist")
+    add(
+        "--out",
+        required=True,
+        metavar="PATH",
+        help="the folder, or the .ckpt or .safetensors file, to make; it must not exist",
+    )
     add("--config", metavar="YAML", help=f"the model's config (default: config.yaml in the folder, else {CONFIG})")
     add("--dtype", choices=("fp32", "fp16", "bf16"), help="precision of the weights to write (default: as they are)")
     text = "take the averaged weights of a file, or the trained ones (default: as the config says)"
     add("--use_ema", action=BooleanOptionalAction, help=text)
     add("--scheduler", choices=("ddim", "pndm"), help="the sampler that the folder names; pndm is PLMS (default: ddim)")
-    add("--allow-targets", action="append", default=[], metavar="PACKAGE", help="let the config name classes of this package too")
+    add(
+        "--allow-targets",
+        action="append",
+        default=[],
+        metavar="PACKAGE",
+        help="let the config name classes of this package too",
+    )
     add("--debug", action="store_true", help="show the traceback of an error")
     return parser
 
@@ -47,7 +58,9 @@ def main(argv: Sequence[str]) -> None:
         raise ValueError(f"--out {target}: is there already; name another, or remove it first")
     for flag in ("use_ema", "scheduler") if source.is_dir() else ():
         if getattr(opt, flag) is not None:
-            raise ValueError(f"--{flag}: says how a folder is made of a file, and --ckpt {source} is a folder; leave it out")
+            raise ValueError(
+                f"--{flag}: says how a folder is made of a file, and --ckpt {source} is a folder; leave it out"
+            )
     own = source / "config.yaml"
     config = read_config(own if opt.config is None and own.is_file() else find_file(opt.config or CONFIG))
     if opt.allow_targets:
@@ -57,7 +70,7 @@ def main(argv: Sequence[str]) -> None:
     from ldm.interchange.plan import plan_of
 
     scheduler = opt.scheduler or "ddim"
-    plan = plan_of(config, scheduler)                                       # a model that diffusers has no class for is refused here
+    plan = plan_of(config, scheduler)  # a model that diffusers has no class for is refused here
     if opt.scheduler is not None and plan.scheduler is None:
         raise ValueError(f"--scheduler {opt.scheduler}: a first stage alone has none; leave it out")
     from ldm.interchange.convert import to_file, to_folder
@@ -65,9 +78,15 @@ def main(argv: Sequence[str]) -> None:
     if source.is_dir():
         done = to_file(config, source, target, opt.dtype)
     else:
-        use_ema = opt.use_ema if opt.use_ema is not None else "unet_config" in config.model.params and model_facts(config).use_ema
+        use_ema = (
+            opt.use_ema
+            if opt.use_ema is not None
+            else "unet_config" in config.model.params and model_facts(config).use_ema
+        )
         done = to_folder(config, source, target, opt.dtype, use_ema, scheduler)
-    print(f"{done.tensors} tensors in {done.seconds:.1f} s, blocks within {done.worst:.1e} of each other\n{done.target}")
+    print(
+        f"{done.tensors} tensors in {done.seconds:.1f} s, blocks within {done.worst:.1e} of each other\n{done.target}"
+    )
 
 
 if __name__ == "__main__":

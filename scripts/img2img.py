@@ -32,9 +32,15 @@ from ldm.task_settings import ImageSettings
 
 
 def parser() -> Parser:
-    parser = Parser(prog="img2img.py", description="Draw pictures from a picture and prompts with a latent diffusion model.")
+    parser = Parser(
+        prog="img2img.py", description="Draw pictures from a picture and prompts with a latent diffusion model."
+    )
     add = parser.add_argument
-    add("--init-img", metavar="FILE", help="the picture to start from, any size; it is resized to the nearest one that the model takes")
+    add(
+        "--init-img",
+        metavar="FILE",
+        help="the picture to start from, any size; it is resized to the nearest one that the model takes",
+    )
     text = "0 gives the picture back as the first stage sees it, 1 draws from noise alone; strength * ddim_steps are walked"
     add("--strength", type=float, default=0.75, help=text)
     text = "for a depth model: a depth map, near is bright, or a local folder with transformers' DPT that estimates it from the picture"
@@ -67,7 +73,9 @@ def main(argv: Sequence[str]) -> None:
     image = load_image(opt.init_img)
     depth = load_depth(opt.depth) if opt.depth and not Path(opt.depth).is_dir() else None
     if opt.depth and depth is None and not (Path(opt.depth) / "config.json").is_file():
-        raise FileNotFoundError(f"--depth {opt.depth}: holds no config.json; give a depth map or a folder with transformers' DPT")
+        raise FileNotFoundError(
+            f"--depth {opt.depth}: holds no config.json; give a depth map or a folder with transformers' DPT"
+        )
     settings = ImageSettings(**prompt_settings(opt), strength=opt.strength, sampler=opt.sampler or "ddim")
     settings = settings.fitted(image.height, image.width, facts).checked(facts)
     if settings.emphasis:
@@ -77,7 +85,11 @@ def main(argv: Sequence[str]) -> None:
     output = Output(opt.outdir, watermark_of(opt), safety_of(opt, facts))
 
     pipeline = load_model(config, ckpt, opt.device, opt.precision, opt.use_ema)
-    pipeline.identity = {**pipeline.identity, "init_img": str(opt.init_img), "init_img_fingerprint": fingerprint(opt.init_img)}
+    pipeline.identity = {
+        **pipeline.identity,
+        "init_img": str(opt.init_img),
+        "init_img_fingerprint": fingerprint(opt.init_img),
+    }
     beside = None
     if opt.depth:
         pipeline.identity |= {"depth": str(opt.depth), "depth_fingerprint": fingerprint(opt.depth)}

@@ -33,20 +33,42 @@ WHERE = {CKPT: "bash scripts/download_models.sh inpainting_big brings it"}
 
 
 def parser() -> Parser:
-    parser = Parser(prog="inpaint.py", description="Draw anew what is white in the masks; every other pixel stays as it is.")
+    parser = Parser(
+        prog="inpaint.py", description="Draw anew what is white in the masks; every other pixel stays as it is."
+    )
     add = parser.add_argument
-    add("--indir", metavar="DIR", help="folder with pairs x.png, x_mask.png; a mask is white where x.png is to be filled")
+    add(
+        "--indir",
+        metavar="DIR",
+        help="folder with pairs x.png, x_mask.png; a mask is white where x.png is to be filled",
+    )
     add("--init-img", metavar="FILE", help="one picture instead of a folder, with its --mask")
     add("--mask", metavar="FILE", help="the mask of --init-img, of the same size, white where it is to be filled")
     add("--outdir", metavar="DIR", help="folder for the results, which have the names of the pictures")
     add("--prompt", default="", metavar="TEXT", help="what to draw, for models that are led by a prompt")
-    add("--negative_prompt", default="", metavar="TEXT", help="what to lead away from, for models that are led by a prompt")
+    add(
+        "--negative_prompt",
+        default="",
+        metavar="TEXT",
+        help="what to lead away from, for models that are led by a prompt",
+    )
     add("--scale", type=float, help="guidance scale; 1 is none (default: 7.5 for models that are led by a prompt)")
-    add("--feather", type=int, default=0, metavar="PIXELS", help="let the drawing fade in over so many pixels from the hole's edge")
+    add(
+        "--feather",
+        type=int,
+        default=0,
+        metavar="PIXELS",
+        help="let the drawing fade in over so many pixels from the hole's edge",
+    )
     add("--steps", type=int, default=50, metavar="S", help="number of sampling steps")
     add_sampler_flag(parser)
     add_sampling_flags(parser)
-    add("--ddim_eta", type=float, metavar="ETA", help="noise of the steps (default: 0 with DDIM, else the sampler's own)")
+    add(
+        "--ddim_eta",
+        type=float,
+        metavar="ETA",
+        help="noise of the steps (default: 0 with DDIM, else the sampler's own)",
+    )
     add("--seed", type=int, default=42, help="seed of each picture's noise")
     add_model_flags(parser, CONFIG, CKPT)
     return parser
@@ -73,7 +95,9 @@ def main(argv: Sequence[str]) -> None:
     for picture, mask in pairs:
         sizes = [load_image(path).size for path in (picture, mask)]
         if sizes[0] != sizes[1]:
-            raise ValueError(f"{mask} is {sizes[1][0]}x{sizes[1][1]} pixels, {picture} {sizes[0][0]}x{sizes[0][1]}: they must be alike")
+            raise ValueError(
+                f"{mask} is {sizes[1][0]}x{sizes[1][1]} pixels, {picture} {sizes[0][0]}x{sizes[0][1]}: they must be alike"
+            )
     check_ready(opt, ckpt, WHERE)
     output = NamedOutput(opt.outdir, watermark_of(opt), safety_of(opt, facts))
 
@@ -84,7 +108,12 @@ def main(argv: Sequence[str]) -> None:
     for path, mask in tqdm(pairs, desc="pictures", unit="picture"):
         # What is transparent in a mask is kept, so that it is laid over black.
         picture = fill(pipeline, load_image(path), load_image(mask, background=(0, 0, 0)), settings)
-        of = {"init_img": str(path), "init_img_fingerprint": fingerprint(path), "mask": str(mask), "mask_fingerprint": fingerprint(mask)}
+        of = {
+            "init_img": str(path),
+            "init_img_fingerprint": fingerprint(path),
+            "mask": str(mask),
+            "mask_fingerprint": fingerprint(mask),
+        }
         files.append(output.save(picture._replace(info={**picture.info, **of}), path.stem))
     report(len(files), time.perf_counter() - start, files)
 

@@ -50,9 +50,17 @@ def parser() -> Parser:
     add("--knn", type=int, default=10, metavar="K", help="how many neighbors")
     text = "openimages, artbench-<style>, in data/rdm/retrieval_databases, or the folder of a database of your own"
     add("--database", default="artbench-surrealism", metavar="NAME", help=text)
-    add("--searcher", metavar="DIR", help="folder of scripts/train_searcher.py (default: data/rdm/searchers/<name of the database>)")
+    add(
+        "--searcher",
+        metavar="DIR",
+        help="folder of scripts/train_searcher.py (default: data/rdm/searchers/<name of the database>)",
+    )
     add("--clip_type", default="ViT-L/14", metavar="NAME", help="which CLIP embeds the prompts")
-    add("--clip_weights", metavar="FILE", help="its weights in open_clip's form (default: the hub's, from its cache where they are there)")
+    add(
+        "--clip_weights",
+        metavar="FILE",
+        help="its weights in open_clip's form (default: the hub's, from its cache where they are there)",
+    )
     add("--seed", type=int, default=42, help="seed of the noise")
     add_model_flags(parser, CONFIG, CKPT)
     return parser
@@ -91,7 +99,9 @@ def main(argv: Sequence[str]) -> None:
     clip = FrozenCLIPTextEmbedder(opt.clip_type, n_repeat=opt.n_repeat, weights=opt.clip_weights)
     width = value_at(model_config, "model", "params", "unet_config", "params", "context_dim")
     if clip.width != width:
-        raise ValueError(f"--clip_type {opt.clip_type}: makes vectors of {clip.width} numbers, and this model takes {width}")
+        raise ValueError(
+            f"--clip_type {opt.clip_type}: makes vectors of {clip.width} numbers, and this model takes {width}"
+        )
     searcher = None if database is None else Searcher.of(database, opt.searcher or searcher_folder(opt.database))
     encode = RetrievalCondition(clip, searcher, opt.knn, settings.negative_prompt, settings.scale)
     clip.ensure_weights()
@@ -101,7 +111,9 @@ def main(argv: Sequence[str]) -> None:
     clip.to(choose_device(opt.device))
     pipeline.identity = {**pipeline.identity, **retrieval_of(opt)}
     only = opt.recorded.only if opt.recorded is not None else None
-    write_prompt_pictures(text_to_image(pipeline, prompts, settings, encode=encode, task="knn2img", only=only), output, opt)
+    write_prompt_pictures(
+        text_to_image(pipeline, prompts, settings, encode=encode, task="knn2img", only=only), output, opt
+    )
 
 
 def check_takes_vectors(config: Mapping[str, Any]) -> None:
@@ -115,7 +127,12 @@ def check_takes_vectors(config: Mapping[str, Any]) -> None:
 
 def retrieval_of(opt: Namespace) -> dict[str, Any]:
     """What the metadata says of the context."""
-    text = {"clip": opt.clip_type, "clip_weights": opt.clip_weights, "n_repeat": opt.n_repeat, "use_neighbors": opt.use_neighbors}
+    text = {
+        "clip": opt.clip_type,
+        "clip_weights": opt.clip_weights,
+        "n_repeat": opt.n_repeat,
+        "use_neighbors": opt.use_neighbors,
+    }
     if not opt.use_neighbors:
         return {**text, "database": None}
     return {**text, "database": opt.database, "searcher": opt.searcher, "knn": opt.knn}

@@ -39,10 +39,14 @@ Row = tuple[str, str, str]  # figure, value, target
 
 
 def main(argv: Sequence[str]) -> int:
-    parser = Parser(prog="quickstart.py", description="Train a small text-to-image model on handwritten digits, and draw with it.")
+    parser = Parser(
+        prog="quickstart.py", description="Train a small text-to-image model on handwritten digits, and draw with it."
+    )
     parser.add_argument("--outdir", type=Path, default=Path("outputs/quickstart"), help="where everything is written")
     parser.add_argument("--seed", type=int, default=23, help="seed of training and drawing")
-    parser.add_argument("--fast", action="store_true", help=f"1/{FAST} of the steps: see that everything works, without quality figures")
+    parser.add_argument(
+        "--fast", action="store_true", help=f"1/{FAST} of the steps: see that everything works, without quality figures"
+    )
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     opt = parser.parse_args(argv)
     if opt.seed < 0:
@@ -67,7 +71,9 @@ def main(argv: Sequence[str]) -> int:
 
     files = sorted((text2image / "drawn" / "samples").glob("*.png"))
     if len(files) != len(prompts):
-        raise ValueError(f"{text2image / 'drawn' / 'samples'}: expected {len(prompts)} pictures, one a prompt, found {len(files)}")
+        raise ValueError(
+            f"{text2image / 'drawn' / 'samples'}: expected {len(prompts)} pictures, one a prompt, found {len(files)}"
+        )
     pictures = [load_image(file) for file in files]
     picture = save_sheet(opt.outdir, digit_sheet(pictures, prompts), files)
 
@@ -82,7 +88,9 @@ def main(argv: Sequence[str]) -> int:
     (opt.outdir / "figures.txt").write_text(text + "\n", encoding="utf-8")
     print(f"\n{text}\n\npicture     {picture}")
     if opt.fast:
-        print(f"            blots rather than digits after 1/{FAST} of the training; without --fast it trains for all of it")
+        print(
+            f"            blots rather than digits after 1/{FAST} of the training; without --fast it trains for all of it"
+        )
     if logged := [str(run / "images") for run in (autoencoder, text2image) if (run / "images").is_dir()]:
         print(f"training    {' and '.join(logged)} show how it went")
     print("draw more   " + shown([*draw, "--n_samples", "16", "--prompt", "a handwritten seven"]))
@@ -149,7 +157,10 @@ def figures(first_stage: Path, drawn: Sequence[Image.Image], asked: Sequence[int
 
     train, held_out = Digits("train", SIZE), Digits("held_out", SIZE)
     report = judge_digits(
-        np.stack([to_array(image) for image in drawn]), np.array(asked), (train.images, train.labels), (held_out.images, held_out.labels)
+        np.stack([to_array(image) for image in drawn]),
+        np.array(asked),
+        (train.images, train.labels),
+        (held_out.images, held_out.labels),
     )
     return figure_rows(psnr(reconstruct(first_stage, held_out.images), held_out.images), report)
 
@@ -158,9 +169,17 @@ def figure_rows(first_stage_psnr: float, report: DigitReport) -> list[Row]:
     by_digit = list(report.variety.values())
     return [
         ("first stage, PSNR on held-out scans", f"{first_stage_psnr:.1f} dB", "at least 32 dB"),
-        ("drawn digits recognized as their prompt", f"{100 * report.recognized:.1f} % of {report.drawn}", "at least 97 %"),
+        (
+            "drawn digits recognized as their prompt",
+            f"{100 * report.recognized:.1f} % of {report.drawn}",
+            "at least 97 %",
+        ),
         ("the same judge on held-out scans", f"{100 * report.accuracy:.1f} %", ""),
-        ("variety of drawn digits, real ones = 1", f"{np.mean(by_digit):.2f} ({min(by_digit):.2f} to {max(by_digit):.2f})", "0.7 to 1.3"),
+        (
+            "variety of drawn digits, real ones = 1",
+            f"{np.mean(by_digit):.2f} ({min(by_digit):.2f} to {max(by_digit):.2f})",
+            "0.7 to 1.3",
+        ),
         ("distance to the nearest training scan", f"{report.novelty:.2f}", "copies 0, held-out 1"),
     ]
 
@@ -176,7 +195,7 @@ def reconstruct(checkpoint: Path, images: np.ndarray) -> np.ndarray:
     model = instantiate_from_config(OmegaConf.load(ROOT / AUTOENCODER).model).eval()
     load_weights(model, checkpoint)
     with torch.no_grad():
-        x = torch.from_numpy(images).permute(0, 3, 1, 2)                    # (N, 3, H, W)
+        x = torch.from_numpy(images).permute(0, 3, 1, 2)  # (N, 3, H, W)
         parts = [model(part, sample_posterior=False)[0] for part in x.split(64)]
     return torch.cat(parts).clamp(-1, 1).permute(0, 2, 3, 1).numpy()
 
@@ -187,7 +206,9 @@ def digit_sheet(pictures: Sequence[Image.Image], prompts: Sequence[tuple[int, st
     for digit in range(10):
         first = next(prompt for asked, prompt in prompts if asked == digit)
         own = [picture for picture, asked in zip(pictures, prompts) if asked == (digit, first)][:SHOWN]
-        enlarged = [picture.resize((2 * picture.width, 2 * picture.height), Image.Resampling.BICUBIC) for picture in own]
+        enlarged = [
+            picture.resize((2 * picture.width, 2 * picture.height), Image.Resampling.BICUBIC) for picture in own
+        ]
         squares.append(grid(enlarged, columns=round(len(own) ** 0.5), padding=1))
         texts.append(first)
     return grid(squares, texts, columns=5, padding=10)

@@ -38,21 +38,52 @@ def parser() -> Parser:
     )
     parser = Parser(prog="sample_diffusion.py", description=text, takes_overrides=True)
     add = parser.add_argument
-    add("-r", "--resume", metavar="PATH", help="run folder or checkpoint; its config is config.yaml beside it or the run's own")
+    add(
+        "-r",
+        "--resume",
+        metavar="PATH",
+        help="run folder or checkpoint; its config is config.yaml beside it or the run's own",
+    )
     add("-n", "--n_samples", type=int, default=50000, metavar="N", help="how many samples, exactly")
-    add("-e", "--eta", type=float, help="noise of the steps: 0 is deterministic (default: 1 with DDIM, else the sampler's own)")
+    add(
+        "-e",
+        "--eta",
+        type=float,
+        help="noise of the steps: 0 is deterministic (default: 1 with DDIM, else the sampler's own)",
+    )
     solver = parser.add_mutually_exclusive_group()
     text = "walk every timestep with the ancestral chain instead of DDIM"
     solver.add_argument("-v", "--vanilla_sample", action="store_true", help=text)
     add_sampler_flag(solver)
     add_sampling_flags(parser)
-    add("-l", "--logdir", default="none", metavar="DIR", help="write to DIR/<run>/samples/... (default: the run's own folder)")
+    add(
+        "-l",
+        "--logdir",
+        default="none",
+        metavar="DIR",
+        help="write to DIR/<run>/samples/... (default: the run's own folder)",
+    )
     add("-c", "--custom_steps", type=int, default=50, metavar="S", help="number of sampling steps")
     add("--batch_size", type=int, default=10, metavar="N", help="how many samples to draw at once")
-    add("--classes", nargs="+", metavar="CLASS", help="classes to draw in turn: 207, 1,2,3 or 10-19 (default: all, shuffled)")
+    add(
+        "--classes",
+        nargs="+",
+        metavar="CLASS",
+        help="classes to draw in turn: 207, 1,2,3 or 10-19 (default: all, shuffled)",
+    )
     add("--scale", type=float, default=1.0, help="guidance scale of class-conditional models; 1 is none")
-    add("--null_class", type=int, metavar="CLASS", help="the class that means 'no class' (default: the last, where there is one)")
-    add("--seed", type=int, metavar="SEED", help="seed of the noise and of the order of classes (default: a new one, which is printed)")
+    add(
+        "--null_class",
+        type=int,
+        metavar="CLASS",
+        help="the class that means 'no class' (default: the last, where there is one)",
+    )
+    add(
+        "--seed",
+        type=int,
+        metavar="SEED",
+        help="seed of the noise and of the order of classes (default: a new one, which is printed)",
+    )
     add_seed_mode_flag(parser)
     add_model_flags(parser, None, None)
     return parser
@@ -96,13 +127,17 @@ def main(argv: Sequence[str]) -> None:
 
     pipeline = load_model(config, saved.ckpt, opt.device, opt.precision, opt.use_ema)
     last = saved.configs[-1]
-    pipeline.identity |= {"config": in_checkout(last), "config_fingerprint": fingerprint(last), "overrides": opt.overrides}
+    pipeline.identity |= {
+        "config": in_checkout(last),
+        "config_fingerprint": fingerprint(last),
+        "overrides": opt.overrides,
+    }
     folder = new_folder(saved, opt)
     output = Output(folder, watermark, safety, samples="img/sample_{:06}.png")
     start, files, array = time.perf_counter(), [], SampleArray(folder / "numpy", settings.n_samples)
     try:
         for picture in map(output.checked, draw_samples(pipeline, settings)):
-            array.append(picture.image, picture.info["class"])              # as drawn: the mark is for files that are looked at
+            array.append(picture.image, picture.info["class"])  # as drawn: the mark is for files that are looked at
             files.append(output.save_sample(picture))
         files.append(array.finish())
     finally:

@@ -19,12 +19,26 @@ def parser() -> Parser:
     )
     parser = Parser(prog="train_searcher.py", description=text)
     add = parser.add_argument
-    add("-d", "--database", default="data/rdm/retrieval_databases/openimages", metavar="DIR", help="folder of the database")
+    add(
+        "-d",
+        "--database",
+        default="data/rdm/retrieval_databases/openimages",
+        metavar="DIR",
+        help="folder of the database",
+    )
     add("-t", "--target_path", default="data/rdm/searchers/openimages", metavar="DIR", help="folder for the index")
     add("-k", "--knn", type=int, default=20, metavar="K", help="how many neighbors the index is made to find")
-    add("--images", metavar="DIR", help="write the database of the pictures in this folder and below, which needs CLIP's weights")
+    add(
+        "--images",
+        metavar="DIR",
+        help="write the database of the pictures in this folder and below, which needs CLIP's weights",
+    )
     add("--clip_type", default="ViT-L/14", metavar="NAME", help="which CLIP embeds the pictures")
-    add("--clip_weights", metavar="FILE", help="its weights in open_clip's form (default: the hub's, from its cache where they are there)")
+    add(
+        "--clip_weights",
+        metavar="FILE",
+        help="its weights in open_clip's form (default: the hub's, from its cache where they are there)",
+    )
     add("--device", default="auto", metavar="NAME", help="where --images computes: auto, cpu, cuda, cuda:1 or mps")
     add("--debug", action="store_true", help="show the traceback of an error")
     return parser
@@ -48,7 +62,9 @@ def main(argv: Sequence[str]) -> None:
         clip.ensure_weights()
         print(embed_folder(opt.images, folder, clip.to(device)))
     elif not folder.is_dir():
-        raise FileNotFoundError(f"--database {folder}: no such folder; give one with .npz parts, or make it with --images DIR")
+        raise FileNotFoundError(
+            f"--database {folder}: no such folder; give one with .npz parts, or make it with --images DIR"
+        )
     database = Database(folder)
     files = Searcher.train(database, min(opt.knn, len(database))).save(opt.target_path)
     print(f"{len(database)} vectors in {time.perf_counter() - start:.1f} s")

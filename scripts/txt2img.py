@@ -52,7 +52,11 @@ def parser() -> Parser:
     add_sampling_flags(parser)
     add_text_flags(parser)
     add_redraw_flag(parser)
-    add("--laion400m", action="store_true", help="config, checkpoint and folder of the LAION-400M model, where not given")
+    add(
+        "--laion400m",
+        action="store_true",
+        help="config, checkpoint and folder of the LAION-400M model, where not given",
+    )
     add("--seed", type=int, default=42, help="seed of the noise")
     add_model_flags(parser, DEFAULTS["config"], DEFAULTS["ckpt"], fill_in=False)
     return parser

@@ -30,16 +30,33 @@ WHERE = {CKPT: "bash scripts/download_models.sh sr_bsr brings it"}
 
 
 def parser() -> Parser:
-    parser = Parser(prog="upscale.py", description="Draw pictures in a multiple of their size, four times with the released model.")
+    parser = Parser(
+        prog="upscale.py", description="Draw pictures in a multiple of their size, four times with the released model."
+    )
     add = parser.add_argument
     add("--init-img", nargs="+", default=[], metavar="FILE", help="the pictures to enlarge, any size")
-    add("--outdir", default="outputs/upscale-samples", metavar="DIR", help="folder for the results, which have the names of the pictures")
+    add(
+        "--outdir",
+        default="outputs/upscale-samples",
+        metavar="DIR",
+        help="folder for the results, which have the names of the pictures",
+    )
     add("--prompt", default="", metavar="TEXT", help="what the pictures show, for models that are led by a prompt")
-    add("--negative_prompt", default="", metavar="TEXT", help="what to lead away from, for models that are led by a prompt")
+    add(
+        "--negative_prompt",
+        default="",
+        metavar="TEXT",
+        help="what to lead away from, for models that are led by a prompt",
+    )
     add("--scale", type=float, help="guidance scale; 1 is none (default: 9 for models that are led by a prompt)")
     text = "noise that is added to the small picture, for models that are told of it; more lets them invent more (default: 20)"
     add("--noise_level", type=int, metavar="N", help=text)
-    add("--steps", type=int, metavar="S", help="number of sampling steps (default: 100, and 50 for models that are led by a prompt)")
+    add(
+        "--steps",
+        type=int,
+        metavar="S",
+        help="number of sampling steps (default: 100, and 50 for models that are led by a prompt)",
+    )
     text = "noise of the steps: 0 is deterministic (default: 1 with DDIM and a model without a prompt, else the sampler's own)"
     add("--ddim_eta", type=float, metavar="ETA", help=text)
     add_sampler_flag(parser)
@@ -60,7 +77,10 @@ def main(argv: Sequence[str]) -> None:
     facts = model_facts(read_config(config))
     check_enlarges(facts)
     walk = {name: getattr(opt, name) for name in ("spacing", "guidance_rescale", "dynamic_threshold")}
-    same = {name: getattr(opt, name) for name in ("steps", "seed", "tile", "prompt", "negative_prompt", "scale", "noise_level")}
+    same = {
+        name: getattr(opt, name)
+        for name in ("steps", "seed", "tile", "prompt", "negative_prompt", "scale", "noise_level")
+    }
     settings = UpscaleSettings(**same, **walk, eta=opt.ddim_eta, sampler=opt.sampler or "ddim").checked(facts)
     from ldm.data.image import load_image
 

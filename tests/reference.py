@@ -36,7 +36,9 @@ def make(spec: dict) -> object:
     if kind == "const":
         return torch.tensor(spec["value"]) if isinstance(spec["value"], list) else spec["value"]
     if kind == "int":
-        return torch.randint(spec["low"], spec["high"], spec["shape"], generator=torch.Generator().manual_seed(spec["seed"]))
+        return torch.randint(
+            spec["low"], spec["high"], spec["shape"], generator=torch.Generator().manual_seed(spec["seed"])
+        )
     return randn(spec["seed"], *spec["shape"]) * spec.get("scale", 1.0)
 
 

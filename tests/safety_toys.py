@@ -25,7 +25,9 @@ def make_checker():
     return seed_weights(StableDiffusionSafetyChecker(CLIPConfig.from_dict(CONFIG))).eval()
 
 
-def save_checker(folder: Path, threshold: float, file: str = "model.safetensors", **changes: torch.Tensor | None) -> Path:
+def save_checker(
+    folder: Path, threshold: float, file: str = "model.safetensors", **changes: torch.Tensor | None
+) -> Path:
     """Write a checker whose concepts lie nearer than any picture's (threshold 2: nothing is flagged) or farther (-2: everything).
 
     changes: other tensors by name; None leaves one out. Names are the published ones, vision_model.vision_model.*.

@@ -44,7 +44,10 @@ def fit(folder, callbacks, model=None, batches=8, validate=True, **settings):
         accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False, callbacks=callbacks,
         default_root_dir=folder, plugins=[AtomicCheckpointIO()], **settings,
     )  # fmt: skip
-    loaders = DataLoader(Pictures(2 * batches), batch_size=2), DataLoader(Pictures(4), batch_size=2) if validate else None
+    loaders = (
+        DataLoader(Pictures(2 * batches), batch_size=2),
+        DataLoader(Pictures(4), batch_size=2) if validate else None,
+    )
     trainer.fit(model, *loaders)
     return model, trainer
 
@@ -109,7 +112,11 @@ def test_arguments_of_log_images_are_passed_on(tmp_path):
             seen.append((split, kwargs))
             return {}
 
-    fit(tmp_path, [ImageLogger(batch_frequency=4, max_images=2, increase_log_steps=False, log_images_kwargs={"ddim_steps": 3})], Curious())
+    fit(
+        tmp_path,
+        [ImageLogger(batch_frequency=4, max_images=2, increase_log_steps=False, log_images_kwargs={"ddim_steps": 3})],
+        Curious(),
+    )
     assert seen == [("train", {"ddim_steps": 3}), ("val", {"ddim_steps": 3})]
 
 
@@ -122,7 +129,9 @@ def test_drawing_changes_neither_modes_nor_random_numbers(tmp_path):
 
     class Watch(pl.Callback):
         def on_train_batch_end(self, trainer, model, *args):
-            numbers.append((model.training, model.average.training, random.random(), np.random.rand(), float(torch.rand(()))))
+            numbers.append(
+                (model.training, model.average.training, random.random(), np.random.rand(), float(torch.rand(())))
+            )
 
     runs = []
     for disabled in (False, True):
@@ -255,7 +264,9 @@ def test_what_is_not_finite_stops_before_the_step_and_says_where(tmp_path, poiso
 
     model = Poisoned(at={5: "nan"} if poison == "loss" else None)
     before = {}
-    model.on_train_batch_start = lambda batch, batch_idx: before.update({k: v.clone() for k, v in model.state_dict().items()})
+    model.on_train_batch_start = lambda batch, batch_idx: before.update(
+        {k: v.clone() for k, v in model.state_dict().items()}
+    )
     message = "the loss is nan" if poison == "loss" else r"the loss is finite .*net\.weight"
     with pytest.raises(NonFiniteError, match=rf"epoch 0, step 5, rank 0: {message}"):
         fit(tmp_path, [StopOnNonFinite()], model, validate=False)
@@ -314,7 +325,9 @@ def test_without_a_terminal_the_bar_is_a_line_now_and_then_with_the_loss(tmp_pat
     assert sum("val/loss" in record.message for record in caplog.records) == 2
 
 
-@pytest.mark.parametrize("settings, total", [({"max_epochs": 3}, 12), ({"max_steps": 3}, 3), ({"max_steps": 5, "max_epochs": 3}, 5)])
+@pytest.mark.parametrize(
+    "settings, total", [({"max_epochs": 3}, 12), ({"max_steps": 3}, 3), ({"max_steps": 5, "max_epochs": 3}, 5)]
+)
 def test_the_bar_spans_the_whole_run(tmp_path, settings, total):
     totals = []
 

@@ -17,8 +17,22 @@ import torch
 from torch import nn
 
 from ldm import checkpoint, checkpoint_io
-from ldm.checkpoint import CheckpointError, UnsafeCheckpointError, load_weights, read_checkpoint, read_step, read_weights
-from ldm.checkpoint_io import AtomicCheckpointIO, CheckpointWriteError, find_checkpoint, sweep_temporaries, write_checkpoint, write_weights
+from ldm.checkpoint import (
+    CheckpointError,
+    UnsafeCheckpointError,
+    load_weights,
+    read_checkpoint,
+    read_step,
+    read_weights,
+)
+from ldm.checkpoint_io import (
+    AtomicCheckpointIO,
+    CheckpointWriteError,
+    find_checkpoint,
+    sweep_temporaries,
+    write_checkpoint,
+    write_weights,
+)
 from tests.reference import randn
 
 WEIGHTS = {
@@ -54,7 +68,9 @@ class Model(nn.Module):
 
 
 def same(one: dict, other: dict) -> bool:
-    return one.keys() == other.keys() and all(torch.equal(one[k], other[k]) and one[k].dtype == other[k].dtype for k in one)
+    return one.keys() == other.keys() and all(
+        torch.equal(one[k], other[k]) and one[k].dtype == other[k].dtype for k in one
+    )
 
 
 def save(path: Path, weights: dict, **extra: object) -> Path:
@@ -198,8 +214,20 @@ def hostile(kind: str, path: Path, canary: Path) -> str:
     return refused
 
 
-KINDS = [f"zip:{what}" for what in ("system", "eval", "exec", "runpy", "popen", "getattr", "partial", "torch.load", "numpy array")]
-KINDS += ["zip4:system", "zip4:eval", "legacy:system", "legacy:runpy", "pickle:system", "pickle:eval", "text:system", "text:exec"]
+KINDS = [
+    f"zip:{what}"
+    for what in ("system", "eval", "exec", "runpy", "popen", "getattr", "partial", "torch.load", "numpy array")
+]
+KINDS += [
+    "zip4:system",
+    "zip4:eval",
+    "legacy:system",
+    "legacy:runpy",
+    "pickle:system",
+    "pickle:eval",
+    "text:system",
+    "text:exec",
+]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -238,8 +266,12 @@ def test_a_checkpoint_of_an_old_lightning_loads(tmp_path, zipped, numpy_package)
         "epoch": 12,
         "pytorch-lightning_version": "1.4.2",
         "state_dict": collections.OrderedDict(WEIGHTS),
-        "callbacks": {ModelCheckpoint: {"monitor": "val/loss", "best_model_score": torch.tensor(0.1), "dirpath": "logs"}},
-        "lr_schedulers": [{"_last_lr": [np.float64(1e-4)], "n": np.int64(3), "f": np.float32(0.5), "yes": np.bool_(True)}],
+        "callbacks": {
+            ModelCheckpoint: {"monitor": "val/loss", "best_model_score": torch.tensor(0.1), "dirpath": "logs"}
+        },
+        "lr_schedulers": [
+            {"_last_lr": [np.float64(1e-4)], "n": np.int64(3), "f": np.float32(0.5), "yes": np.bool_(True)}
+        ],
     }
     torch.save(content, path, _use_new_zipfile_serialization=zipped)
     if numpy_package == "numpy.core":  # as numpy 1 wrote it
@@ -301,7 +333,9 @@ def test_use_ema_puts_the_averages_in_the_place_of_the_weights(tmp_path):
 
 def test_use_ema_finds_the_averages_of_a_first_stage(tmp_path):
     stage = Stage()
-    file = stage.state_dict() | {"model_ema." + name.replace(".", ""): value + 1 for name, value in stage.state_dict().items()}
+    file = stage.state_dict() | {
+        "model_ema." + name.replace(".", ""): value + 1 for name, value in stage.state_dict().items()
+    }
     chosen = read_weights(save(tmp_path / "a.ckpt", file), use_ema=True)
     assert same(chosen, {name: value + 1 for name, value in stage.state_dict().items()})
 
@@ -342,12 +376,17 @@ def test_a_model_on_the_meta_device_takes_the_tensors_of_the_file_in_its_own_dty
     load_weights(target, path)
     for name, value in target.state_dict().items():
         assert value.dtype == torch.float32 and torch.equal(value, source.state_dict()[name].half().float())
-    assert target.model.diffusion_model.encoder.weight.requires_grad and not target.first_stage_model.encoder.weight.requires_grad
+    assert (
+        target.model.diffusion_model.encoder.weight.requires_grad
+        and not target.first_stage_model.encoder.weight.requires_grad
+    )
 
 
 def test_a_compiled_model_loads_and_its_file_has_plain_names(tmp_path):
     source, target = Model(), Model()
-    target.model["diffusion_model"] = nn.ModuleDict({"_orig_mod": target.model["diffusion_model"]})  # as torch.compile(module) nests it
+    target.model["diffusion_model"] = nn.ModuleDict(
+        {"_orig_mod": target.model["diffusion_model"]}
+    )  # as torch.compile(module) nests it
     assert load_weights(target, save(tmp_path / "a.ckpt", source.state_dict())).missing == ()
     assert same(read_weights(save(tmp_path / "b.ckpt", target.state_dict())), source.state_dict())
 
@@ -358,13 +397,18 @@ def test_nothing_that_fits_is_an_error_that_shows_both_sides(tmp_path):
 
 
 def test_another_shape_is_an_error_that_names_it(tmp_path):
-    with pytest.raises(CheckpointError, match=r"model\.diffusion_model\.encoder\.weight: \(5, 2\), the model's \(3, 2\)"):
+    with pytest.raises(
+        CheckpointError, match=r"model\.diffusion_model\.encoder\.weight: \(5, 2\), the model's \(3, 2\)"
+    ):
         load_weights(Model(), save(tmp_path / "a.ckpt", Model(width=5).state_dict()))
 
 
 @pytest.mark.parametrize("block", ["model", "first_stage_model", "first_stage_model.decoder", "cond_stage_model"])
 def test_a_missing_block_is_an_error_unless_it_is_excused(tmp_path, block):
-    path = save(tmp_path / "a.ckpt", {name: value for name, value in Model().state_dict().items() if not name.startswith(block + ".")})
+    path = save(
+        tmp_path / "a.ckpt",
+        {name: value for name, value in Model().state_dict().items() if not name.startswith(block + ".")},
+    )
     model = Model()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     with pytest.raises(CheckpointError, match=f"lacks all weights of {block}"):
@@ -384,7 +428,10 @@ def test_a_single_missing_weight_is_reported_and_warned_about(tmp_path, caplog):
 
 def test_a_block_with_weights_of_its_own_may_be_missing(tmp_path):
     own = save(tmp_path / "first_stage.ckpt", Stage().state_dict())
-    main = save(tmp_path / "main.ckpt", {name: value for name, value in Model().state_dict().items() if name.startswith("model.")})
+    main = save(
+        tmp_path / "main.ckpt",
+        {name: value for name, value in Model().state_dict().items() if name.startswith("model.")},
+    )
     model = Model()
     model.cond_stage_model.finds_own_weights = True
     load_weights(model.first_stage_model, own)
@@ -393,7 +440,11 @@ def test_a_block_with_weights_of_its_own_may_be_missing(tmp_path):
 
 
 def test_a_first_stage_that_is_also_the_condition_needs_its_weights_once(tmp_path):
-    weights = {name: value for name, value in Model(shared=True).state_dict().items() if not name.startswith("cond_stage_model.")}
+    weights = {
+        name: value
+        for name, value in Model(shared=True).state_dict().items()
+        if not name.startswith("cond_stage_model.")
+    }
     assert load_weights(Model(shared=True), save(tmp_path / "a.ckpt", weights)).missing == ()
 
 
@@ -408,7 +459,7 @@ def test_a_schedule_in_half_precision_is_left_as_the_module_computed_it(tmp_path
     report = load_weights(module, save(tmp_path / "half.ckpt", halves))
     assert torch.equal(module.alphas_cumprod, torch.linspace(0.9999, 0.1, 5)) and module.scale_factor == 2.0
     assert report.missing == report.unexpected == () and report.loaded == len(halves) - 1
-    floats = {name: tensor.float() for name, tensor in halves.items()}      # a file in full precision is believed
+    floats = {name: tensor.float() for name, tensor in halves.items()}  # a file in full precision is believed
     load_weights(module, save(tmp_path / "full.ckpt", floats))
     assert torch.equal(module.alphas_cumprod, floats["alphas_cumprod"])
 
@@ -474,12 +525,18 @@ def test_a_disk_that_refuses_leaves_the_previous_file_intact(tmp_path, monkeypat
     if fault == "file size limit":
         resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))
     elif fault == "damaged on the disk":
-        monkeypatch.setattr(checkpoint_io, "_torch_save", lambda content, target: target.write_bytes(b"PK\x03\x04 half of it"))
+        monkeypatch.setattr(
+            checkpoint_io, "_torch_save", lambda content, target: target.write_bytes(b"PK\x03\x04 half of it")
+        )
     else:
-        error = OSError(28, "No space left on device") if fault == "no space" else RuntimeError("unexpected pos 64 vs 0")
+        error = (
+            OSError(28, "No space left on device") if fault == "no space" else RuntimeError("unexpected pos 64 vs 0")
+        )
         monkeypatch.setattr(torch, "save", lambda *args, **kwargs: (_ for _ in ()).throw(error))
     try:
-        with pytest.raises(CheckpointWriteError, match=r"last.ckpt: could not be written: .*; the previous file is intact") as caught:
+        with pytest.raises(
+            CheckpointWriteError, match=r"last.ckpt: could not be written: .*; the previous file is intact"
+        ) as caught:
             write_checkpoint({"step": 2, "w": torch.zeros(50_000)}, path)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -488,7 +545,9 @@ def test_a_disk_that_refuses_leaves_the_previous_file_intact(tmp_path, monkeypat
         assert "200,000 bytes" in str(caught.value)
 
 
-@pytest.mark.parametrize(("point", "step"), [("while writing", 1), ("before fsync", 1), ("before rename", 1), ("after rename", 2)])
+@pytest.mark.parametrize(
+    ("point", "step"), [("while writing", 1), ("before fsync", 1), ("before rename", 1), ("after rename", 2)]
+)
 def test_kill_9_inside_the_write_leaves_a_whole_file(tmp_path, point, step):
     path = tmp_path / "last.ckpt"
     write_checkpoint({"step": 1}, path)
@@ -513,7 +572,9 @@ def test_kill_9_inside_the_write_leaves_a_whole_file(tmp_path, point, step):
     process.join(60)
     assert process.exitcode == -signal.SIGKILL
     assert AtomicCheckpointIO().load_checkpoint(path)["step"] == step
-    assert [entry.name for entry in tmp_path.iterdir()] == ["last.ckpt"], "the next start sweeps what the killed one left"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["last.ckpt"], (
+        "the next start sweeps what the killed one left"
+    )
 
 
 def test_sweeping_spares_a_living_writer(tmp_path):

@@ -32,7 +32,13 @@ def test_a_wrong_flag_ends_in_one_line_with_the_nearest_right_one(argv, words, c
     with pytest.raises(SystemExit) as stop:
         parser().parse_args(argv)
     out, err = capsys.readouterr()
-    assert stop.value.code == EXIT_USAGE and out == "" and words in err and err.startswith("error: ") and err.count("\n") == 1
+    assert (
+        stop.value.code == EXIT_USAGE
+        and out == ""
+        and words in err
+        and err.startswith("error: ")
+        and err.count("\n") == 1
+    )
 
 
 def test_help_shows_defaults(capsys):
@@ -50,7 +56,10 @@ def test_help_shows_defaults(capsys):
         (ImportError("needs sklearn"), "needs sklearn"),
         (MemoryError(), "MemoryError"),
         (type("OutOfMemoryError", (RuntimeError,), {})("CUDA out of memory"), "CUDA out of memory"),
-        (RuntimeError("[enforce fail at alloc.cpp] DefaultCPUAllocator: no memory"), "no memory; try: smaller pictures"),
+        (
+            RuntimeError("[enforce fail at alloc.cpp] DefaultCPUAllocator: no memory"),
+            "no memory; try: smaller pictures",
+        ),
     ],
 )
 def test_what_the_user_can_mend_is_one_line_and_exit_code_2(error, words, capsys):
@@ -69,7 +78,9 @@ def test_advice_against_too_little_memory_names_flags_of_the_script_alone(script
     flags = importlib.import_module(f"scripts.{script}").parser().flags
     advice = less_memory(flags)
     assert "--precision bf16" in advice and set(re.findall(r"--\w+", advice)) <= set(flags)
-    assert ("--n_samples 1" in advice) == (script in ("txt2img", "img2img", "knn2img"))  # of sample_diffusion it is how many in all
+    assert ("--n_samples 1" in advice) == (
+        script in ("txt2img", "img2img", "knn2img")
+    )  # of sample_diffusion it is how many in all
     assert ("--batch_size 1" in advice) == (script == "sample_diffusion") and less_memory(["--debug"]) == ""
 
 
@@ -90,7 +101,9 @@ def test_done_is_0_and_ctrl_c_is_130(capsys):
 
 def test_paths_are_looked_for_here_and_then_in_the_checkout(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert find_file("configs/stable-diffusion/v1-inference.yaml") == ROOT / "configs/stable-diffusion/v1-inference.yaml"
+    assert (
+        find_file("configs/stable-diffusion/v1-inference.yaml") == ROOT / "configs/stable-diffusion/v1-inference.yaml"
+    )
     (tmp_path / "setup.py").touch()
     assert str(find_file("setup.py")) == "setup.py" and str(find_file("nowhere.ckpt")) == "nowhere.ckpt"
     assert in_checkout(ROOT / "configs" / "a.yaml") == "configs/a.yaml" and in_checkout("b/c.ckpt") == "b/c.ckpt"

@@ -14,7 +14,9 @@ from ldm.util import accepted_params, get_obj_from_str, instantiate_from_config
 from tests.reference import GOLDEN
 
 ROOT = Path(__file__).parents[1]
-SHIPPED = sorted(str(path.relative_to(ROOT)) for folder in ("configs", "models") for path in (ROOT / folder).rglob("*.yaml"))
+SHIPPED = sorted(
+    str(path.relative_to(ROOT)) for folder in ("configs", "models") for path in (ROOT / folder).rglob("*.yaml")
+)
 # Values of the 33 published configs, and of the model that each builds [tensors, numbers, hash of names and shapes] by block; both come
 # from the published implementation.
 PUBLISHED = json.loads(gzip.decompress((GOLDEN / "hyperparameters.json.gz").read_bytes()))
@@ -76,7 +78,11 @@ def leaves(tree, path=""):
     """{dotted path: value}; a list is a value."""
     if not isinstance(tree, dict):
         return {path: tree}
-    return {place: value for key, item in tree.items() for place, value in leaves(item, f"{path}.{key}" if path else key).items()}
+    return {
+        place: value
+        for key, item in tree.items()
+        for place, value in leaves(item, f"{path}.{key}" if path else key).items()
+    }
 
 
 def build_on_meta(config):
@@ -99,7 +105,9 @@ def digest(state):
         block: [
             len(items),
             sum(math.prod(shape) for _, shape in items),
-            hashlib.sha256("\n".join(f"{name} {'x'.join(map(str, shape))}" for name, shape in sorted(items)).encode()).hexdigest()[:16],
+            hashlib.sha256(
+                "\n".join(f"{name} {'x'.join(map(str, shape))}" for name, shape in sorted(items)).encode()
+            ).hexdigest()[:16],
         ]
         for block, items in blocks.items()
     }
@@ -123,7 +131,11 @@ def test_values_are_the_published_ones(name):
     if name in DATA_ADDED:
         assert "data" not in theirs and ours.pop("data")["target"] == "main.DataModuleFromConfig"
     ours, theirs = leaves(ours), leaves(theirs)
-    differs = {p: (theirs.get(p, ABSENT), ours.get(p, ABSENT)) for p in {*ours, *theirs} if theirs.get(p, ABSENT) != ours.get(p, ABSENT)}
+    differs = {
+        p: (theirs.get(p, ABSENT), ours.get(p, ABSENT))
+        for p in {*ours, *theirs}
+        if theirs.get(p, ABSENT) != ours.get(p, ABSENT)
+    }
     assert differs == MENDED.get(name, {})
 
 

@@ -61,7 +61,11 @@ CALLS = [
     ("ldm.util.count_params", 1, "verbose"),
     ("ldm.util.log_txt_as_img", 2, "size"),
     ("ldm.modules.diffusionmodules.util.make_beta_schedule", 2, "linear_start linear_end cosine_s"),
-    ("ldm.modules.diffusionmodules.util.make_ddim_timesteps", 0, "ddim_discr_method num_ddim_timesteps num_ddpm_timesteps verbose"),
+    (
+        "ldm.modules.diffusionmodules.util.make_ddim_timesteps",
+        0,
+        "ddim_discr_method num_ddim_timesteps num_ddpm_timesteps verbose",
+    ),
     ("ldm.modules.diffusionmodules.util.make_ddim_sampling_parameters", 0, "alphacums ddim_timesteps eta verbose"),
     ("ldm.modules.diffusionmodules.util.extract_into_tensor", 3, ""),
     ("ldm.modules.diffusionmodules.util.noise_like", 3, ""),
@@ -76,7 +80,11 @@ CALLS = [
     ("ldm.modules.diffusionmodules.openaimodel.UNetModel.forward", 2, "timesteps context y"),
     ("ldm.modules.diffusionmodules.openaimodel.ResBlock", 3, "out_channels dims use_checkpoint use_scale_shift_norm"),
     ("ldm.modules.diffusionmodules.openaimodel.Downsample", 2, "dims out_channels"),
-    ("ldm.modules.diffusionmodules.openaimodel.AttentionBlock", 1, "use_checkpoint num_heads num_head_channels use_new_attention_order"),
+    (
+        "ldm.modules.diffusionmodules.openaimodel.AttentionBlock",
+        1,
+        "use_checkpoint num_heads num_head_channels use_new_attention_order",
+    ),
     ("ldm.modules.ema.LitEma", 1, "decay"),
     ("ldm.modules.distributions.distributions.DiagonalGaussianDistribution", 1, "deterministic"),
     ("ldm.models.diffusion.ddpm.LatentDiffusion.apply_model", 4, ""),
@@ -125,7 +133,9 @@ def test_classes_that_others_import_are_there(path):
     assert inspect.isclass(find(path))
 
 
-@pytest.mark.parametrize("path, positional, named", CALLS, ids=[f"{path.partition('.')[2]}-{count}" for path, count, _ in CALLS])
+@pytest.mark.parametrize(
+    "path, positional, named", CALLS, ids=[f"{path.partition('.')[2]}-{count}" for path, count, _ in CALLS]
+)
 def test_calls_as_published_code_writes_them_fit(path, positional, named):
     inspect.signature(find(path)).bind(*range(positional), **dict.fromkeys(named.split()))
 

@@ -47,7 +47,11 @@ def test_a_conditioning_key_of_ones_own_trains_by_the_documents_files(tmp_path, 
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setattr("ldm.util._user_prefixes", [])
     monkeypatch.setattr("ldm.models.diffusion.conditioning.ROUTES", dict(conditioning_routes()))
-    small = ["model.params.unet_config.params.model_channels=32", "model.params.timesteps=8", "data.params.train.params.split=null"]
+    small = [
+        "model.params.unet_config.params.model_channels=32",
+        "model.params.timesteps=8",
+        "data.params.train.params.split=null",
+    ]
     small += ["+data.params.num_workers=0"]
     assert main.main([*words[3:], *small, "--max_steps", "2", "-n", "own"]) == 0
     (run,) = (tmp_path / "logs").iterdir()
@@ -70,9 +74,13 @@ def test_the_lines_of_python_draw(tmp_path, monkeypatch):
 
 
 def test_the_tables_of_drawing_are_those_of_the_code():
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in DRAWING.splitlines() if line.startswith("| `")]
+    rows = [
+        [cell.strip() for cell in line.strip("|").split("|")] for line in DRAWING.splitlines() if line.startswith("| `")
+    ]
     table = {name: cells[-1] for cells in rows for name in re.findall(r"`(\w+)`", cells[0])}
-    assert {name: table[name] for name in SAMPLERS} == {name: ", ".join(entry.grids) for name, entry in SAMPLERS.items()}
+    assert {name: table[name] for name in SAMPLERS} == {
+        name: ", ".join(entry.grids) for name, entry in SAMPLERS.items()
+    }
     assert {*PRECISIONS, *SEED_MODES} == table.keys() - SAMPLERS.keys()
     (takers,) = re.findall(r"`--ddim_eta` is for (.*)\. `--guidance", DRAWING)
     assert re.findall(r"`(\w+)`", takers) == [name for name, entry in SAMPLERS.items() if entry.takes_eta]
@@ -82,8 +90,26 @@ def test_every_flag_of_the_readme_is_a_flag_of_a_script():
     from importlib import import_module
 
     named = set(re.findall(r"(?<![\w-])--[a-zA-Z][\w-]+", README + DRAWING + PROVENANCE))
-    known = {"--help", "--base", "--gpus", "--accumulate_grad_batches", "--precision", "--scale_lr", "--allow-targets", "--logdir"}
-    for name in ("txt2img", "img2img", "inpaint", "upscale", "sample_diffusion", "knn2img", "train_searcher", "convert"):
+    known = {
+        "--help",
+        "--base",
+        "--gpus",
+        "--accumulate_grad_batches",
+        "--precision",
+        "--scale_lr",
+        "--allow-targets",
+        "--logdir",
+    }
+    for name in (
+        "txt2img",
+        "img2img",
+        "inpaint",
+        "upscale",
+        "sample_diffusion",
+        "knn2img",
+        "train_searcher",
+        "convert",
+    ):
         known |= set(import_module(f"scripts.{name}").parser().flags)
     known |= set(import_module("scripts.tests.test_watermark").parser().flags)
     assert named and not named - known

@@ -11,7 +11,15 @@ from PIL import Image
 
 from ldm.checkpoint import CheckpointError
 from ldm.data.image import from_tensor
-from ldm.inference import Pipeline, choose_device, fingerprint, for_inference, load_model, text_to_image, weights_on_meta
+from ldm.inference import (
+    Pipeline,
+    choose_device,
+    fingerprint,
+    for_inference,
+    load_model,
+    text_to_image,
+    weights_on_meta,
+)
 from ldm.models.diffusion.ddim import DDIMSampler
 from ldm.models.diffusion.dpm_solver import DPMSolverSampler
 from ldm.models.diffusion.plms import PLMSSampler
@@ -23,7 +31,9 @@ TINY = {"height": 16, "width": 24, "steps": 3, "n_samples": 2, "n_iter": 1, "sca
 
 
 def draw(pipeline: Pipeline, prompts="a cat", **changes) -> list[np.ndarray]:
-    return [np.asarray(p.image) for p in text_to_image(pipeline, prompts, Settings(**{**TINY, **changes}), progress=False)]
+    return [
+        np.asarray(p.image) for p in text_to_image(pipeline, prompts, Settings(**{**TINY, **changes}), progress=False)
+    ]
 
 
 def same(a: list[np.ndarray], b: list[np.ndarray]) -> bool:
@@ -54,13 +64,19 @@ def test_everything_but_the_average_is_the_files_and_ready_to_draw(saved, pipeli
     ours = pipeline.model.state_dict()
     assert all(torch.equal(ours[name], theirs[name]) for name in ours if not name.startswith("model."))
     tensors = [*pipeline.model.parameters(), *pipeline.model.buffers()]
-    assert not any(t.is_meta or t.requires_grad for t in tensors) and not any(m.training for m in pipeline.model.modules())
+    assert not any(t.is_meta or t.requires_grad for t in tensors) and not any(
+        m.training for m in pipeline.model.modules()
+    )
     assert {t.dtype for t in pipeline.model.parameters()} == {torch.float32}
 
 
 def test_no_weight_is_initialized_and_no_other_file_is_read(saved, tmp_path, monkeypatch):
     stage = copy.deepcopy(FIRST_STAGE)
-    stage["params"] |= {"ckpt_path": "/nowhere/first_stage.ckpt", "lossconfig": {"target": "ldm.no.such.Loss"}, "learn_logvar": True}
+    stage["params"] |= {
+        "ckpt_path": "/nowhere/first_stage.ckpt",
+        "lossconfig": {"target": "ldm.no.such.Loss"},
+        "learn_logvar": True,
+    }
     config = text_model_config(first_stage_config=stage, ckpt_path="/nowhere/model.ckpt")
     OmegaConf.save(OmegaConf.create(config), tmp_path / "c.yaml")
     filled = []
@@ -68,7 +84,9 @@ def test_no_weight_is_initialized_and_no_other_file_is_read(saved, tmp_path, mon
         monkeypatch.setattr(torch.nn.init, name, lambda t, *a, **k: filled.append(t))
     loaded = load_model(tmp_path / "c.yaml", saved.ckpt, "cpu", "full")
     assert all(t.is_meta for t in filled)
-    assert torch.equal(loaded.model.first_stage_model.decoder.conv_in.weight, saved.model.first_stage_model.decoder.conv_in.weight)
+    assert torch.equal(
+        loaded.model.first_stage_model.decoder.conv_in.weight, saved.model.first_stage_model.decoder.conv_in.weight
+    )
 
 
 def test_the_models_own_config_is_left_alone(saved):
@@ -96,7 +114,10 @@ def test_a_file_without_a_part_of_the_model_is_refused(saved, tmp_path, block):
 
 def test_a_file_that_lacks_one_weight_is_refused(saved, tmp_path):
     name = "model.diffusion_model.out.2.weight"
-    torch.save({key: t for key, t in saved.model.state_dict().items() if key != name and "out2weight" not in key}, tmp_path / "part.ckpt")
+    torch.save(
+        {key: t for key, t in saved.model.state_dict().items() if key != name and "out2weight" not in key},
+        tmp_path / "part.ckpt",
+    )
     with pytest.raises(CheckpointError, match=r"out\.2"):
         load_model(saved.config, tmp_path / "part.ckpt", "cpu", "full")
 
@@ -186,7 +207,9 @@ def test_fixed_code_starts_every_batch_from_the_same_noise(pipeline):
     a, b, c, d = draw(pipeline, fixed_code=True, n_iter=2)
     assert np.array_equal(a, c) and np.array_equal(b, d) and not np.array_equal(a, b)
     three = draw(pipeline, ["a cat"] * 3, fixed_code=True)
-    assert same(three, [a, b, a]) or np.abs(np.stack(three).astype(int) - np.stack([a, b, a])).max() <= 1  # a batch of one
+    assert (
+        same(three, [a, b, a]) or np.abs(np.stack(three).astype(int) - np.stack([a, b, a])).max() <= 1
+    )  # a batch of one
 
 
 @pytest.mark.parametrize("n_prompts", [1, 2, 3, 5])
@@ -195,7 +218,10 @@ def test_every_prompt_of_a_list_is_drawn_n_iter_times_in_order(pipeline, n_promp
     pictures = list(text_to_image(pipeline, prompts, Settings(**{**TINY, "n_iter": 2}), progress=False))
     assert [p.info["prompt"] for p in pictures] == prompts * 2
     assert [p.info["image_index"] for p in pictures] == list(range(2 * n_prompts))
-    assert all(p.info["batch_size"] == len([q for q in pictures if q.info["batch_index"] == p.info["batch_index"]]) for p in pictures)
+    assert all(
+        p.info["batch_size"] == len([q for q in pictures if q.info["batch_index"] == p.info["batch_index"]])
+        for p in pictures
+    )
 
 
 def test_prompts_negative_prompts_and_guidance_matter(pipeline):
@@ -221,7 +247,9 @@ def test_the_metadata_holds_all_that_is_needed_to_draw_again(saved, pipeline):
     pictures = list(text_to_image(pipeline, ["a", "b", "c"], settings, progress=False))
     info = pictures[4].info
     again = Settings(**{name: info[name] for name in Settings.__dataclass_fields__})
-    redrawn = list(text_to_image(pipeline, [pictures[k].info["prompt"] for k in range(info["n_prompts"])], again, progress=False))
+    redrawn = list(
+        text_to_image(pipeline, [pictures[k].info["prompt"] for k in range(info["n_prompts"])], again, progress=False)
+    )
     assert np.array_equal(np.asarray(redrawn[info["image_index"]].image), np.asarray(pictures[4].image))
     assert info["ckpt_bytes"] == saved.ckpt.stat().st_size and info["config"] == str(saved.config) and info["version"]
     assert info["latent_shape"] if "latent_shape" in info else (info["channels"], info["factor"]) == (4, 4)

@@ -27,7 +27,9 @@ def test_decoding_gives_the_boxes_back_to_half_a_step_of_the_grid():
 
 
 def test_mirroring_twice_changes_nothing_and_once_swaps_left_and_right():
-    boxes, crop = TOKENS.decode(TOKENS.encode([Box(1, (0.0, 0.0, 0.25, 1.0))], crop=(0.0, 0.0, 0.5, 1.0), mirrored=True))
+    boxes, crop = TOKENS.decode(
+        TOKENS.encode([Box(1, (0.0, 0.0, 0.25, 1.0))], crop=(0.0, 0.0, 0.5, 1.0), mirrored=True)
+    )
     np.testing.assert_allclose(boxes[0].region, (0.75, 0.0, 0.25, 1.0), atol=1 / 89)
     np.testing.assert_allclose(crop, (0.5, 0.0, 0.5, 1.0), atol=1 / 89)
 

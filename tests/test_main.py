@@ -56,7 +56,10 @@ def last(folder):
 
 def training_state(checkpoint):
     """All that decides how training goes on, and nothing else."""
-    return {key: checkpoint[key] for key in ("state_dict", "optimizer_states", "lr_schedulers", "global_step", "DataModuleFromConfig")}
+    return {
+        key: checkpoint[key]
+        for key in ("state_dict", "optimizer_states", "lr_schedulers", "global_step", "DataModuleFromConfig")
+    }
 
 
 def differences(a, b, path=""):
@@ -64,7 +67,9 @@ def differences(a, b, path=""):
     if isinstance(a, torch.Tensor):
         return [] if torch.equal(a, b) else [path]
     if isinstance(a, dict):
-        return [p for key in sorted(set(a) | set(b), key=str) for p in differences(a.get(key), b.get(key), f"{path}.{key}")]
+        return [
+            p for key in sorted(set(a) | set(b), key=str) for p in differences(a.get(key), b.get(key), f"{path}.{key}")
+        ]
     if isinstance(a, list | tuple):
         return [p for i, (x, y) in enumerate(zip(a, b, strict=True)) for p in differences(x, y, f"{path}[{i}]")]
     return [] if a == b else [f"{path}: {a} != {b}"]
@@ -78,10 +83,18 @@ def test_a_run_leaves_its_configs_checkpoints_logs_and_pictures(start, caplog):
     assert code == 0
     files = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
     now = folder.name.split("_")[0]
-    assert {f"configs/{now}-project.yaml", f"configs/{now}-lightning.yaml", "checkpoints/last.ckpt", f"csv/{now}/metrics.csv"} <= files
+    assert {
+        f"configs/{now}-project.yaml",
+        f"configs/{now}-lightning.yaml",
+        "checkpoints/last.ckpt",
+        f"csv/{now}/metrics.csv",
+    } <= files
     assert {"checkpoints/epoch=000000.ckpt", "checkpoints/epoch=000001.ckpt", "checkpoints/epoch=000002.ckpt"} <= files
     assert any(name.startswith("tensorboard/events") for name in files)
-    assert {"images/train/inputs_gs-000001_e-000000_b-000001.png", "images/val/film_gs-000001_e-000000_b-000000.png"} <= files
+    assert {
+        "images/train/inputs_gs-000001_e-000000_b-000001.png",
+        "images/val/film_gs-000001_e-000000_b-000000.png",
+    } <= files
     project = OmegaConf.load(folder / f"configs/{now}-project.yaml")
     lightning = OmegaConf.load(folder / f"configs/{now}-lightning.yaml").lightning
     assert set(project) == {"model", "data"} and project.data.params.batch_size == 4
@@ -102,8 +115,12 @@ def test_the_learning_rate_is_that_of_the_optimizer_and_is_reported(start, caplo
 
 def test_manual_optimization_gets_the_trainers_accumulation_and_clipping(start, monkeypatch):
     seen = {}
-    monkeypatch.setattr(toys.ToyGan, "on_train_end", lambda self: seen.update(a=self.accumulate_grad_batches, c=self.gradient_clip_val))
-    code, folder = start("gan", GAN, *QUIET, "--accumulate_grad_batches", "2", "--gradient_clip_val", "0.5", "--max_epochs", "1")
+    monkeypatch.setattr(
+        toys.ToyGan, "on_train_end", lambda self: seen.update(a=self.accumulate_grad_batches, c=self.gradient_clip_val)
+    )
+    code, folder = start(
+        "gan", GAN, *QUIET, "--accumulate_grad_batches", "2", "--gradient_clip_val", "0.5", "--max_epochs", "1"
+    )
     assert code == 0 and seen == {"a": 2, "c": 0.5} and last(folder)["global_step"] == 2
 
 
@@ -214,7 +231,9 @@ def test_a_run_goes_on_from_a_file_of_its_own(start, run, file):
 
 def test_a_finished_run_that_is_resumed_says_that_nothing_is_left(start, run, caplog):
     _, folder = start("done", *QUIET, "--max_epochs", "1")
-    assert run("-r", str(folder), "-t") == 0 and "no step was made: the run is at epoch 1, step 4 already" in caplog.text
+    assert (
+        run("-r", str(folder), "-t") == 0 and "no step was made: the run is at epoch 1, step 4 already" in caplog.text
+    )
 
 
 def test_resume_goes_on_with_the_saved_seed_and_scaling(start, run):
@@ -254,7 +273,10 @@ def test_observers_change_nothing(start):
 
 
 def test_ranks_and_steps_draw_different_numbers_and_the_same_ones_again(start):
-    weights = [last(start(f"r{i}", *QUIET, "-s", seed)[1])["state_dict"]["net.weight"] for i, seed in enumerate(("1", "1", "2"))]
+    weights = [
+        last(start(f"r{i}", *QUIET, "-s", seed)[1])["state_dict"]["net.weight"]
+        for i, seed in enumerate(("1", "1", "2"))
+    ]
     assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
 
 
@@ -297,7 +319,9 @@ def test_a_second_ctrl_c_ends_the_process_at_once(run):
     words = ["--allow-targets", "tests", "-b", "toy.yaml", "-t", "-n", "twice", *QUIET]
     result = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, env=environment)
     assert result.returncode == 130 and "Traceback" not in result.stderr, result.stderr
-    assert "once more to stop at once" in result.stderr and not (folder_of("twice") / "checkpoints" / "last.ckpt").exists()
+    assert (
+        "once more to stop at once" in result.stderr and not (folder_of("twice") / "checkpoints" / "last.ckpt").exists()
+    )
 
 
 # ----------------------------------------------------------------------------------------------------------------- errors
@@ -307,7 +331,9 @@ def test_an_exception_saves_crash_and_leaves_last_alone_and_shows_itself(start, 
     code, folder = start("crash", *QUIET, "+model.params.at.6=error")
     assert code == 1
     errors = capsys.readouterr().err
-    assert "Traceback" in errors and "RuntimeError: a bug in the model" in errors and "error: a bug in the model" in errors
+    assert (
+        "Traceback" in errors and "RuntimeError: a bug in the model" in errors and "error: a bug in the model" in errors
+    )
     assert last(folder)["global_step"] == 4
     assert read_checkpoint(folder / "checkpoints" / "crash.ckpt")["global_step"] == 6
 
@@ -334,7 +360,16 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(start, words, capsys)
         (["-b", "toy.yaml", "-t", "--accelerator", "dp"], "use --strategy ddp"),
         (["-b", "toy.yaml", "-t", "model.base_learning_rate=null"], "model.base_learning_rate"),
         (["-b", "toy.yaml", "-t", "model.target=os.system"], "'os.system' is not allowed"),
-        (["-b", "toy.yaml", "-t", "data.params.train.target=ldm.data.folder.ImageFolder", "+data.params.train.params.root=gone"], "gone"),
+        (
+            [
+                "-b",
+                "toy.yaml",
+                "-t",
+                "data.params.train.target=ldm.data.folder.ImageFolder",
+                "+data.params.train.params.root=gone",
+            ],
+            "gone",
+        ),
         (["-b", "toy.yaml", "-t", "--val_check_interval", "100"], "val_check_interval"),
         (["-b", "toy.yaml", "-t", "--resume_from_checkpoint", "gone.ckpt"], "gone.ckpt"),
         (["-r", "logs/gone", "-t"], "logs/gone"),
@@ -376,7 +411,9 @@ def test_a_file_of_weights_alone_cannot_be_resumed_and_says_so(start, run, capsy
 
 def test_hostile_configs_in_a_resumed_folder_are_refused(start, run, capsys):
     _, folder = start("h", *QUIET, "--max_epochs", "1")
-    (folder / "configs" / "zzz.yaml").write_text("lightning:\n  callbacks:\n    x: {target: os.system, params: {command: 'touch owned'}}\n")
+    (folder / "configs" / "zzz.yaml").write_text(
+        "lightning:\n  callbacks:\n    x: {target: os.system, params: {command: 'touch owned'}}\n"
+    )
     assert run("-r", str(folder), "-t", "--max_epochs", "2") == 2
     assert "os.system" in capsys.readouterr().err and not Path("owned").exists()
 
@@ -388,7 +425,11 @@ def test_main_gives_the_published_names():
     from ldm.callbacks import CUDACallback, ImageLogger, SetupCallback
     from ldm.data.datamodule import DataModuleFromConfig
 
-    assert (main.DataModuleFromConfig, main.ImageLogger, main.SetupCallback) == (DataModuleFromConfig, ImageLogger, SetupCallback)
+    assert (main.DataModuleFromConfig, main.ImageLogger, main.SetupCallback) == (
+        DataModuleFromConfig,
+        ImageLogger,
+        SetupCallback,
+    )
     assert main.CUDACallback is CUDACallback
     with pytest.raises(AttributeError):
         main.nothing  # noqa: B018

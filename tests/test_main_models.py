@@ -35,13 +35,22 @@ def here(tmp_path, monkeypatch):
             Image.fromarray(random.randint(0, 256, (16, 16, 3), dtype=np.uint8)).save(tmp_path / split / f"{index}.png")
             (tmp_path / split / f"{index}.txt").write_text(f"picture number {index}")
     folders = {
-        key: {"target": "ldm.data.folder.ImageFolder", "params": {"root": str(tmp_path / split), "size": 16, "captions": "sidecar"}}
+        key: {
+            "target": "ldm.data.folder.ImageFolder",
+            "params": {"root": str(tmp_path / split), "size": 16, "captions": "sidecar"},
+        }
         for key, split in (("train", "train"), ("validation", "val"))
     }
     common = {
         "data": {"target": "main.DataModuleFromConfig", "params": {"batch_size": 2, "num_workers": 0, **folders}},
         "lightning": {
-            "trainer": {"max_steps": 4, "accelerator": "cpu", "logger": False, "num_sanity_val_steps": 0, "val_check_interval": 2},
+            "trainer": {
+                "max_steps": 4,
+                "accelerator": "cpu",
+                "logger": False,
+                "num_sanity_val_steps": 0,
+                "val_check_interval": 2,
+            },
             "callbacks": {"image_logger": {"params": {"max_images": 2, "batch_frequency": 2}}},
         },
     }
@@ -83,7 +92,11 @@ def stop_after(monkeypatch, module, batches):
 
 @pytest.mark.parametrize(
     "yaml, words, steps",
-    [("first", ["--accumulate_grad_batches", "2"], 2), ("vq", ["--accumulate_grad_batches", "2"], 2), ("diffusion", [], 3)],
+    [
+        ("first", ["--accumulate_grad_batches", "2"], 2),
+        ("vq", ["--accumulate_grad_batches", "2"], 2),
+        ("diffusion", [], 3),
+    ],
 )
 def test_a_stopped_model_resumes_bitwise(here, monkeypatch, yaml, words, steps):
     from ldm.models.adversarial import AdversarialAutoencoder
@@ -92,11 +105,17 @@ def test_a_stopped_model_resumes_bitwise(here, monkeypatch, yaml, words, steps):
     code, whole = start("whole", yaml, *words)
     assert code == 0 and last(whole)["global_step"] == 4
     stop_after(monkeypatch, LatentDiffusion if yaml == "diffusion" else AdversarialAutoencoder, 3)
-    code, folder = start("stopped", yaml, *words, "lightning.callbacks.image_logger=null")  # nor do pictures change anything
+    code, folder = start(
+        "stopped", yaml, *words, "lightning.callbacks.image_logger=null"
+    )  # nor do pictures change anything
     assert code == 143 and last(folder)["global_step"] == steps
     assert main.main(["-r", str(folder), "-t"]) == 0
     assert differences(training_state(last(whole)), training_state(last(folder))) == []
-    assert last(folder).get("generator_updates") == last(whole).get("generator_updates") == (None if yaml == "diffusion" else 4)
+    assert (
+        last(folder).get("generator_updates")
+        == last(whole).get("generator_updates")
+        == (None if yaml == "diffusion" else 4)
+    )
 
 
 def test_diffusion_trains_on_a_first_stage_that_was_trained_before(here):
@@ -108,9 +127,18 @@ def test_diffusion_trains_on_a_first_stage_that_was_trained_before(here):
     elsewhere = here / "elsewhere"
     elsewhere.mkdir()
     weights = here / first / "checkpoints" / "last.ckpt"
-    words = ["-b", "../diffusion.yaml", "-t", "-n", "ldm", f"+model.params.first_stage_config.params.ckpt_path={weights}"]
+    words = [
+        "-b",
+        "../diffusion.yaml",
+        "-t",
+        "-n",
+        "ldm",
+        f"+model.params.first_stage_config.params.ckpt_path={weights}",
+    ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    result = subprocess.run([sys.executable, ROOT / "main.py", *words], cwd=elsewhere, capture_output=True, text=True, env=environment)
+    result = subprocess.run(
+        [sys.executable, ROOT / "main.py", *words], cwd=elsewhere, capture_output=True, text=True, env=environment
+    )
     assert result.returncode == 0, result.stderr
     (run,) = (elsewhere / "logs").iterdir()
     trained = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
@@ -129,7 +157,11 @@ def test_diffusion_trains_on_a_first_stage_that_was_trained_before(here):
     assert resumed.returncode == 0 and f"{weights}: no such file any more" in resumed.stderr, resumed.stderr
     later = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
     assert later["global_step"] == 5
-    assert all(torch.equal(later["state_dict"][name], value) for name, value in trained["state_dict"].items() if "first_stage" in name)
+    assert all(
+        torch.equal(later["state_dict"][name], value)
+        for name, value in trained["state_dict"].items()
+        if "first_stage" in name
+    )
 
 
 def test_a_classifier_trains_on_a_runs_latents_by_its_recipe_and_leads_samples(here):
@@ -138,7 +170,9 @@ def test_a_classifier_trains_on_a_runs_latents_by_its_recipe_and_leads_samples(h
         folder.mkdir(parents=True, exist_ok=True)
         path.rename(folder / f"{index}.png")
     network = {**UNET["params"], "image_size": 4, "num_heads": -1, "num_head_channels": 16}
-    config = text_model_config(timesteps=8, image_size=4, **{**KINDS["class"], "unet_config": {**UNET, "params": network}})
+    config = text_model_config(
+        timesteps=8, image_size=4, **{**KINDS["class"], "unet_config": {**UNET, "params": network}}
+    )
     run = here / "logs" / "diffusion"
     (run / "configs").mkdir(parents=True)
     (run / "checkpoints").mkdir()
@@ -147,7 +181,11 @@ def test_a_classifier_trains_on_a_runs_latents_by_its_recipe_and_leads_samples(h
     torch.save({"state_dict": diffusion.state_dict()}, run / "checkpoints" / "last.ckpt")
 
     data = ["data.params.train.params.root=classes", "data.params.train.params.size=16", "data.params.batch_size=2"]
-    model = [f"model.params.diffusion_path={run}", "model.params.diffusion_ckpt_path=null", "model.params.num_classes=2"]
+    model = [
+        f"model.params.diffusion_path={run}",
+        "model.params.diffusion_ckpt_path=null",
+        "model.params.num_classes=2",
+    ]
     model += ["model.params.log_steps=2", "+data.params.num_workers=0"]
     words = ["--gpus", "0", "--max_steps", "3", "lightning.callbacks.image_logger.params.batch_frequency=2"]
     recipe = str(ROOT / "configs" / "recipes" / "noisy-classifier-folder.yaml")
@@ -156,11 +194,21 @@ def test_a_classifier_trains_on_a_runs_latents_by_its_recipe_and_leads_samples(h
     pictures = {path.name.split("_gs-")[0] for path in (judge / "images" / "train").iterdir()}
     assert pictures == {"inputs", "noisy", "labels", "predictions"}
 
-    params = {"diffusion_path": str(run), "num_classes": 2, "log_steps": 2, "ckpt_path": str(judge / "checkpoints" / "last.ckpt")}
-    classifier = instantiate_from_config({"target": "ldm.models.diffusion.classifier.NoisyLatentImageClassifier", "params": params}).eval()
+    params = {
+        "diffusion_path": str(run),
+        "num_classes": 2,
+        "log_steps": 2,
+        "ckpt_path": str(judge / "checkpoints" / "last.ckpt"),
+    }
+    classifier = instantiate_from_config(
+        {"target": "ldm.models.diffusion.classifier.NoisyLatentImageClassifier", "params": params}
+    ).eval()
     state = classifier.state_dict()
     assert all(torch.equal(value, state[name]) for name, value in last(judge)["state_dict"].items())
-    cond, labels = diffusion.eval().get_learned_conditioning({"class_label": torch.tensor([0, 1])}), torch.tensor([0, 1])
+    cond, labels = (
+        diffusion.eval().get_learned_conditioning({"class_label": torch.tensor([0, 1])}),
+        torch.tensor([0, 1]),
+    )
 
     def draw(**options):
         x_T = torch.randn(2, 4, 4, 4, generator=torch.Generator().manual_seed(0))

@@ -38,12 +38,23 @@ def attempts(monkeypatch, tmp_path) -> list:
 
 @pytest.mark.parametrize("hub_offline", [True, False])
 @pytest.mark.parametrize("script", [txt2img, img2img])
-def test_a_file_that_holds_its_text_encoder_draws_without_network(tmp_path, attempts, script, hub_offline, monkeypatch, capsys):
+def test_a_file_that_holds_its_text_encoder_draws_without_network(
+    tmp_path, attempts, script, hub_offline, monkeypatch, capsys
+):
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", hub_offline)
     saved = save_text_model(tmp_path, cond_stage_config=CLIP, cond_stage_trainable=False, cond_stage_key="txt")
-    argv = ["--config", str(saved.config), "--ckpt", str(saved.ckpt), "--outdir", str(tmp_path / "out"), "--safety", "off"]
+    argv = [
+        "--config",
+        str(saved.config),
+        "--ckpt",
+        str(saved.ckpt),
+        "--outdir",
+        str(tmp_path / "out"),
+        "--safety",
+        "off",
+    ]
     if script is txt2img:
         argv += ["--H", "16", "--W", "16"]
     else:
@@ -51,7 +62,9 @@ def test_a_file_that_holds_its_text_encoder_draws_without_network(tmp_path, atte
 
         Image.new("RGB", (16, 16), "gray").save(tmp_path / "gray.png")
         argv += ["--init-img", str(tmp_path / "gray.png"), "--strength", "0.5"]
-    assert run(script.main, [*argv, "--ddim_steps", "2", "--n_samples", "1", "--n_iter", "1", "--prompt", "a horse"]) == 0
+    assert (
+        run(script.main, [*argv, "--ddim_steps", "2", "--n_samples", "1", "--n_iter", "1", "--prompt", "a horse"]) == 0
+    )
     assert attempts == [] and (tmp_path / "out" / "samples" / "00000.png").is_file() and os.listdir(tmp_path / "out")
 
 
@@ -60,9 +73,20 @@ def test_a_file_without_its_text_encoder_says_so_in_one_line(tmp_path, attempts,
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     saved = save_text_model(tmp_path, cond_stage_config=CLIP, cond_stage_trainable=False, cond_stage_key="txt")
-    rest = {name: tensor for name, tensor in saved.model.state_dict().items() if not name.startswith("cond_stage_model.")}
+    rest = {
+        name: tensor for name, tensor in saved.model.state_dict().items() if not name.startswith("cond_stage_model.")
+    }
     torch.save(rest, saved.ckpt)
-    argv = ["--config", str(saved.config), "--ckpt", str(saved.ckpt), "--outdir", str(tmp_path / "out"), "--safety", "off"]
+    argv = [
+        "--config",
+        str(saved.config),
+        "--ckpt",
+        str(saved.ckpt),
+        "--outdir",
+        str(tmp_path / "out"),
+        "--safety",
+        "off",
+    ]
     assert run(txt2img.main, argv) == 2
     err = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert len(err) == 1 and HUB_NAME in err[0] and "give a local folder" in err[0] and attempts == []

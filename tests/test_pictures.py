@@ -28,7 +28,7 @@ def test_no_file_is_overwritten_even_after_deletions_and_by_two_runs_at_once(tmp
     paths[1].unlink()
     second = PictureFolder(tmp_path)
     assert second.save(picture()).name == "00004.png"
-    assert first.save(picture()).name == "00005.png"                        # it meant to write 00004 itself
+    assert first.save(picture()).name == "00005.png"  # it meant to write 00004 itself
     assert second.save(picture()).name == "00006.png"
 
 
@@ -51,7 +51,9 @@ def test_a_file_where_the_folder_should_be_is_refused(tmp_path):
         PictureFolder(tmp_path / "out")
 
 
-@pytest.mark.parametrize("prompt", ["a cat", "", "日本語 🎨", 'quotes " and \\ and \n lines', "x" * 100_000, "nul \x00"])
+@pytest.mark.parametrize(
+    "prompt", ["a cat", "", "日本語 🎨", 'quotes " and \\ and \n lines', "x" * 100_000, "nul \x00"]
+)
 def test_metadata_comes_back_as_it_was_and_pixels_too(tmp_path, prompt):
     info = {"prompt": prompt, "seed": 42, "scale": 7.5, "n": None, "list": ["ä", 1]}
     path = PictureFolder(tmp_path).save(Picture(noise(8), info))
@@ -89,7 +91,10 @@ def test_the_array_of_samples_is_what_numpy_writes(tmp_path, classes):
     array.close()
     loaded = np.load(path)
     assert path.name == "3x8x8x3-samples.npz" and [p.name for p in path.parent.iterdir()] == [path.name]
-    assert np.array_equal(loaded["arr_0"], np.stack([np.asarray(image) for image in images])) and loaded["arr_0"].dtype == np.uint8
+    assert (
+        np.array_equal(loaded["arr_0"], np.stack([np.asarray(image) for image in images]))
+        and loaded["arr_0"].dtype == np.uint8
+    )
     assert (loaded["arr_1"].tolist() == classes) if classes else loaded.files == ["arr_0"]
 
 

@@ -51,7 +51,9 @@ def draw(kind: str, pipeline: Pipeline) -> Image.Image:
     """A picture of the task that a kind of model is for."""
     if kind in ("unconditional", "class"):
         classes = None if kind == "unconditional" else (1,)
-        settings = SampleSettings(n_samples=1, steps=3, eta=0.0, seed=1, classes=classes, scale=1.0 if classes is None else 2.0)
+        settings = SampleSettings(
+            n_samples=1, steps=3, eta=0.0, seed=1, classes=classes, scale=1.0 if classes is None else 2.0
+        )
         return next(iter(draw_samples(pipeline, settings, progress=False))).image
     if kind in ("fill", "sd-fill"):
         mask = Image.new("L", PICTURE.size)
@@ -74,7 +76,9 @@ def draw(kind: str, pipeline: Pipeline) -> Image.Image:
 
 @pytest.mark.parametrize("bfloat16", [True, False])
 def test_auto_is_bf16_where_the_device_has_instructions_for_it_and_full_elsewhere(monkeypatch, bfloat16):
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": bfloat16, "amx_bf16": False}, raising=False)
+    monkeypatch.setattr(
+        torch.cpu, "get_capabilities", lambda: {"avx512_bf16": bfloat16, "amx_bf16": False}, raising=False
+    )
     assert choose_numbers("auto", CPU) == (Numbers("bf16", BF16) if bfloat16 else Numbers("full", FP32))
     assert choose_numbers("autocast", CPU) == Numbers("autocast", FP32, BF16 if bfloat16 else None)
     monkeypatch.delattr(torch.cpu, "get_capabilities")
@@ -88,7 +92,9 @@ def test_a_gpu_computes_in_bf16_from_ampere_on(monkeypatch, capability, name):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
     monkeypatch.setattr(precision, "_check_computes", lambda numbers, device: None)
-    assert choose_numbers("auto", CUDA).name == name and choose_numbers("autocast", CUDA) == Numbers("autocast", FP32, FP16)
+    assert choose_numbers("auto", CUDA).name == name and choose_numbers("autocast", CUDA) == Numbers(
+        "autocast", FP32, FP16
+    )
     assert choose_numbers("fp16", CUDA) == Numbers("fp16", FP16) and choose_numbers("full", CUDA).weights is FP32
 
 
@@ -100,7 +106,9 @@ def test_unknown_names_and_16_bits_that_the_device_cannot_compute_with_are_refus
         raise RuntimeError('"slow_conv2d_cpu" not implemented\nfor Half')
 
     monkeypatch.setattr(torch.nn.functional, "conv2d", conv2d)
-    with pytest.raises(ValueError, match=r"^--precision fp16: cpu cannot compute in float16 \(.*implemented\); choose one of") as error:
+    with pytest.raises(
+        ValueError, match=r"^--precision fp16: cpu cannot compute in float16 \(.*implemented\); choose one of"
+    ) as error:
         choose_numbers("fp16", CPU)
     assert "\n" not in str(error.value)
 
@@ -144,7 +152,9 @@ def test_weights_that_need_no_cast_stay_in_the_file(tmp_path, suffix):
     model = load_model(saved.config, path, "cpu", "full").model
     lines = [line.split()[0] for line in Path("/proc/self/maps").read_text().splitlines() if line.endswith(str(path))]
     mapped = [range(*(int(end, 16) for end in line.split("-"))) for line in lines]
-    elsewhere = [name for name, weight in model.named_parameters() if not any(weight.data_ptr() in part for part in mapped)]
+    elsewhere = [
+        name for name, weight in model.named_parameters() if not any(weight.data_ptr() in part for part in mapped)
+    ]
     assert mapped and not elsewhere
 
 
@@ -156,7 +166,12 @@ def test_a_networks_feature_maps_keep_the_channels_innermost(tmp_path):
 
     def check(name):
         def hook(module, args, out):
-            if torch.is_tensor(out) and out.ndim == 4 and out.shape[1] > 4 and not out.is_contiguous(memory_format=torch.channels_last):
+            if (
+                torch.is_tensor(out)
+                and out.ndim == 4
+                and out.shape[1] > 4
+                and not out.is_contiguous(memory_format=torch.channels_last)
+            ):
                 lost.append(name)
 
         return hook
@@ -174,7 +189,9 @@ def test_a_networks_feature_maps_keep_the_channels_innermost(tmp_path):
 TASKS = ("text", "img2img", "unconditional", "class", "fill", "enlarge")
 
 
-@pytest.mark.parametrize("kind, stage", [*((kind, "kl") for kind in (*TASKS, "v2-v", "sd-fill", "x4")), *((kind, "vq") for kind in TASKS)])
+@pytest.mark.parametrize(
+    "kind, stage", [*((kind, "kl") for kind in (*TASKS, "v2-v", "sd-fill", "x4")), *((kind, "vq") for kind in TASKS)]
+)
 def test_every_task_draws_in_bf16_what_it_draws_in_float32(tmp_path, kind, stage, monkeypatch):
     """With a codebook latents are decoded as they are: a rounded one between two codes may become the other one, in every pixel seen."""
     monkeypatch.setattr(VQModelInterface, "decode", VQModelInterface._decode_quantized)
@@ -226,7 +243,10 @@ def test_text_encoders_work_with_bf16_weights(tmp_path, encoder):
 
 def test_a_first_stage_that_overflows_in_fp16_is_decoded_with_float32_weights(tmp_path):
     saved = save_model(tmp_path, "text")
-    large = {name: 1e4 * t if name == "first_stage_model.decoder.conv_in.weight" else t for name, t in saved.model.state_dict().items()}
+    large = {
+        name: 1e4 * t if name == "first_stage_model.decoder.conv_in.weight" else t
+        for name, t in saved.model.state_dict().items()
+    }
     torch.save(large, saved.ckpt)
     pipeline = load_model(saved.config, saved.ckpt, "cpu", "fp16")
     z = 100 * randn(1, 1, 4, 4, 6)
@@ -276,7 +296,12 @@ def test_no_step_of_a_sampler_waits_for_the_device(sampler, monkeypatch):
 
     monkeypatch.setattr(type(walker), "step", watched)
     cond = torch.zeros(1, 4, 2, 2)
-    options = {"unconditional_guidance_scale": 2.0, "unconditional_conditioning": cond, "guidance_rescale": 0.5, "verbose": False}
+    options = {
+        "unconditional_guidance_scale": 2.0,
+        "unconditional_conditioning": cond,
+        "guidance_rescale": 0.5,
+        "verbose": False,
+    }
     assert walker.sample(5, 1, (4, 2, 2), cond, **options).samples.isfinite().all()
     with pytest.raises(AssertionError, match="read back"), NoReadingBack():
         float(torch.ones(()))

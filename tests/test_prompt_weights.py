@@ -105,15 +105,17 @@ def test_weights_multiply_their_tokens_and_the_mean_stays(clip):
         z = clip.encode(["a wonderful cat", "a dog"])
         heavy = PromptEncoder(clip, emphasis=True)(["a (wonderful:1.5) cat", "a dog"])
     weights = torch.ones(77, 1)
-    weights[2] = 1.5                                                        # after begin and "a"
+    weights[2] = 1.5  # after begin and "a"
     expected = z[0] * weights * z[0].mean() / (z[0] * weights).mean()
     assert torch.allclose(heavy[0], expected, rtol=1e-4) and torch.equal(heavy[1], z[1])
-    assert heavy[0].mean().item() == pytest.approx(z[0].mean().item(), rel=1e-4) and not torch.allclose(heavy[0], z[0], rtol=1e-3)
+    assert heavy[0].mean().item() == pytest.approx(z[0].mean().item(), rel=1e-4) and not torch.allclose(
+        heavy[0], z[0], rtol=1e-3
+    )
 
 
 def test_a_mean_of_nothing_is_not_restored():
     z = torch.stack([torch.tensor([[1.0, -1.0], [1.0, -1.0]]), torch.tensor([[3.0, 0.0], [-2.0, 0.0]])])
-    weights = torch.tensor([[1.0, 2.0], [1.0, 3.0]])                        # a mean of 0, and one that changes its sign
+    weights = torch.tensor([[1.0, 2.0], [1.0, 3.0]])  # a mean of 0, and one that changes its sign
     assert torch.equal(weighted(z, weights), z * weights[..., None])
     assert weighted(z.half(), weights).dtype == torch.float16
 
@@ -162,7 +164,9 @@ def test_an_encoder_of_other_tokens_is_refused():
     bert = {"target": "ldm.modules.encoders.modules.BERTEmbedder"}
     for asked in ("emphasis", "long_prompts"):
         with pytest.raises(ValueError, match=f"--{asked}: works with FrozenCLIPEmbedder, .* with BERTEmbedder"):
-            Settings(height=16, width=16, **{asked: True}).checked(model_facts(text_model_config(cond_stage_config=bert)))
+            Settings(height=16, width=16, **{asked: True}).checked(
+                model_facts(text_model_config(cond_stage_config=bert))
+            )
 
 
 # ------------------------------------------------------------------------------------------------------------------- drawing
@@ -186,7 +190,9 @@ def test_brackets_mean_nothing_unless_they_are_asked_to(pipeline):
     assert np.array_equal(plain, draw(pipeline, "a (cat:1.0)", emphasis=True)[0])
     assert not np.array_equal(plain, draw(pipeline, "a (cat:1.0)")[0])
     assert not np.array_equal(plain, draw(pipeline, "a (cat:3)", emphasis=True)[0])
-    assert not np.array_equal(draw(pipeline, negative_prompt="(x:2)", emphasis=True)[0], draw(pipeline, negative_prompt="x")[0])
+    assert not np.array_equal(
+        draw(pipeline, negative_prompt="(x:2)", emphasis=True)[0], draw(pipeline, negative_prompt="x")[0]
+    )
     with pytest.raises(ValueError, match="never closed"):
         draw(pipeline, ["a", "(b"], emphasis=True)
     with pytest.raises(ValueError, match="never closed"):

@@ -21,7 +21,14 @@ from tests.tiny import SavedModel, save_model
 
 TINY = {"height": 16, "width": 24, "steps": 3, "n_iter": 1, "scale": 3.0, "seed": 5}
 PROMPTS = ["a cat", "a dog", "", "a red bird", "a cat"]
-NOISY = [("ddim", 0.0), ("ddim", 1.0), ("plms", None), ("dpm_solver", None), ("euler_ancestral", None), ("dpmpp_2m_sde", None)]
+NOISY = [
+    ("ddim", 0.0),
+    ("ddim", 1.0),
+    ("plms", None),
+    ("dpm_solver", None),
+    ("euler_ancestral", None),
+    ("dpmpp_2m_sde", None),
+]
 
 
 def text(pipeline: Pipeline, prompts=PROMPTS, only: int | None = None, **changes) -> list[np.ndarray]:
@@ -50,7 +57,7 @@ def test_with_seeds_of_their_own_pictures_are_the_same_in_batches_of_any_size(pi
     some = {"sampler": sampler, "eta": eta, "seed_mode": "image"}
     one, two, three = (text(pipeline, n_samples=n, **some) for n in (1, 2, 3))
     assert within_a_step(one, two) and within_a_step(one, three)
-    assert not np.array_equal(one[0], one[4])                               # the same prompt at another place
+    assert not np.array_equal(one[0], one[4])  # the same prompt at another place
     for k in (0, 3):
         alone = text(pipeline, PROMPTS[k], n_samples=1, **{**some, "seed": TINY["seed"] + k})
         assert same(alone, [one[k]]) and same(text(pipeline, only=k, n_samples=3, **some), [one[k]])
@@ -85,8 +92,15 @@ def test_every_random_number_of_a_sampler_comes_from_the_source_that_it_is_given
         cond, _ = pipeline.encode_prompts(["a", "a"])
         before = torch.get_rng_state()
         z, _ = sampler.sample(
-            S=3, batch_size=2, shape=(4, 4, 6), conditioning=cond, verbose=False, noise_source=NoisePerSample([7, 7]),
-            mask=torch.ones(1, 1, 4, 6).tril(), x0=x0, **more,
+            S=3,
+            batch_size=2,
+            shape=(4, 4, 6),
+            conditioning=cond,
+            verbose=False,
+            noise_source=NoisePerSample([7, 7]),
+            mask=torch.ones(1, 1, 4, 6).tril(),
+            x0=x0,
+            **more,
         )
     assert torch.equal(torch.get_rng_state(), before)
     assert torch.allclose(z[0], z[1], atol=1e-5) and torch.isfinite(z).all()
@@ -95,7 +109,10 @@ def test_every_random_number_of_a_sampler_comes_from_the_source_that_it_is_given
 def test_a_source_for_another_number_of_samples_is_refused():
     with pytest.raises(ValueError, match="noise of 2 samples was asked for 3"):
         NoisePerSample([1, 2]).normal((3, 4), "cpu")
-    assert torch.equal(NoisePerSample([9]).normal_like(torch.zeros(1, 8)), torch.randn(1, 8, generator=torch.Generator().manual_seed(9)))
+    assert torch.equal(
+        NoisePerSample([9]).normal_like(torch.zeros(1, 8)),
+        torch.randn(1, 8, generator=torch.Generator().manual_seed(9)),
+    )
 
 
 def test_the_last_seed_is_followed_by_the_first(pipeline):
@@ -147,7 +164,18 @@ def test_a_place_that_the_run_has_not_is_refused(pipeline):
 
 
 def arguments(saved: SavedModel, outdir, *flags: str) -> list[str]:
-    model = ["--config", str(saved.config), "--ckpt", str(saved.ckpt), "--outdir", str(outdir), "--device", "cpu", "--precision", "full"]
+    model = [
+        "--config",
+        str(saved.config),
+        "--ckpt",
+        str(saved.ckpt),
+        "--outdir",
+        str(outdir),
+        "--device",
+        "cpu",
+        "--precision",
+        "full",
+    ]
     return [*model, "--ddim_steps", "3", *flags]
 
 
@@ -155,12 +183,34 @@ def pictures(outdir) -> list[tuple[np.ndarray, dict]]:
     return [(np.asarray(Image.open(path)), read_info(path)) for path in sorted((outdir / "samples").glob("*.png"))]
 
 
-EVERYTHING = ["--sampler", "dpmpp_2m_sde", "--ddim_eta", "0.5", "--spacing", "karras", "--guidance_rescale", "0.7", "--emphasis"]
-EVERYTHING += ["--dynamic_threshold", "0.99", "--negative_prompt", "blurry", "--scale", "4", "--seed", "9", "--long_prompts"]
+EVERYTHING = [
+    "--sampler",
+    "dpmpp_2m_sde",
+    "--ddim_eta",
+    "0.5",
+    "--spacing",
+    "karras",
+    "--guidance_rescale",
+    "0.7",
+    "--emphasis",
+]
+EVERYTHING += [
+    "--dynamic_threshold",
+    "0.99",
+    "--negative_prompt",
+    "blurry",
+    "--scale",
+    "4",
+    "--seed",
+    "9",
+    "--long_prompts",
+]
 EVERYTHING += ["--tiled", "16", "--no-use_ema"]
 
 
-@pytest.mark.parametrize("mode, flags", [("batch", ["--plms", "--fixed_code"]), ("batch", EVERYTHING), ("image", EVERYTHING)])
+@pytest.mark.parametrize(
+    "mode, flags", [("batch", ["--plms", "--fixed_code"]), ("batch", EVERYTHING), ("image", EVERYTHING)]
+)
 def test_txt2img_draws_a_picture_again_from_its_metadata(saved, tmp_path, mode, flags):
     (tmp_path / "prompts.txt").write_text("a (cat:1.4)\n" + "many words " * 20 + "\nbirds\n", encoding="utf-8")
     many = ["--from-file", str(tmp_path / "prompts.txt"), "--n_samples", "2", "--n_iter", "2", "--H", "24", "--W", "16"]
@@ -179,7 +229,18 @@ def test_txt2img_draws_a_picture_again_from_its_metadata(saved, tmp_path, mode, 
 @pytest.mark.parametrize("mode", ["batch", "image"])
 def test_img2img_does_so_too(saved, tmp_path, image, mode):
     image.save(tmp_path / "a.png")
-    flags = ["--init-img", str(tmp_path / "a.png"), "--strength", "0.7", "--ddim_eta", "1", "--n_samples", "3", "--seed_mode", mode]
+    flags = [
+        "--init-img",
+        str(tmp_path / "a.png"),
+        "--strength",
+        "0.7",
+        "--ddim_eta",
+        "1",
+        "--n_samples",
+        "3",
+        "--seed_mode",
+        mode,
+    ]
     assert run(img2img.main, arguments(saved, tmp_path / "a", *flags, "--tiled", "16", "--n_iter", "2")) == 0
     before = pictures(tmp_path / "a")
     again = ["--from-metadata", str(tmp_path / "a" / "samples" / "00004.png"), "--outdir", str(tmp_path / "b")]
@@ -190,7 +251,10 @@ def test_img2img_does_so_too(saved, tmp_path, image, mode):
 
 
 def test_a_picture_that_was_drawn_again_can_be_drawn_again(saved, tmp_path):
-    run(txt2img.main, arguments(saved, tmp_path / "a", "--H", "16", "--W", "16", "--seed_mode", "image", "--n_samples", "2"))
+    run(
+        txt2img.main,
+        arguments(saved, tmp_path / "a", "--H", "16", "--W", "16", "--seed_mode", "image", "--n_samples", "2"),
+    )
     for before, after in ("ab", "bc"):
         file = sorted((tmp_path / before / "samples").iterdir())[-1]
         assert run(txt2img.main, ["--from-metadata", str(file), "--outdir", str(tmp_path / after)]) == 0
@@ -201,12 +265,30 @@ def test_a_picture_that_was_drawn_again_can_be_drawn_again(saved, tmp_path):
 @pytest.mark.parametrize("mark", ["dwtDctSvd", "off"])
 def test_the_mark_is_drawn_again_and_the_safety_check_is_not_the_pictures_to_choose(saved, tmp_path, mark):
     pytest.importorskip("imwatermark")
-    flags = ["--H", "256", "--W", "256", "--n_samples", "1", "--n_iter", "1", "--watermark", mark, "--safety", "off", "--skip_grid"]
+    flags = [
+        "--H",
+        "256",
+        "--W",
+        "256",
+        "--n_samples",
+        "1",
+        "--n_iter",
+        "1",
+        "--watermark",
+        mark,
+        "--safety",
+        "off",
+        "--skip_grid",
+    ]
     assert run(txt2img.main, arguments(saved, tmp_path / "a", *flags, "--ddim_steps", "1")) == 0
     command = ["--from-metadata", str(tmp_path / "a" / "samples" / "00000.png"), "--outdir", str(tmp_path / "b")]
     assert run(txt2img.main, command) == 0
     ((a, before),), ((b, after),) = pictures(tmp_path / "a"), pictures(tmp_path / "b")
-    assert np.array_equal(a, b) and before["watermark"] == after["watermark"] and (mark == "off") == (after["watermark"] is None)
+    assert (
+        np.array_equal(a, b)
+        and before["watermark"] == after["watermark"]
+        and (mark == "off") == (after["watermark"] is None)
+    )
     opt = redraw.parse(txt2img.parser, command, "txt2img")
     assert opt.watermark == mark and opt.safety is None
 
@@ -216,15 +298,29 @@ def test_a_grid_is_drawn_again_whole(saved, tmp_path):
     small = ["--H", "16", "--W", "16", "--n_samples", "2"]
     for name, flags in (("list", ["--from-file", str(tmp_path / "prompts.txt")]), ("one", ["--prompt", "a cat"])):
         run(txt2img.main, arguments(saved, tmp_path / name, *small, *flags))
-        assert run(txt2img.main, ["--from-metadata", str(tmp_path / name / "grid-0000.png"), "--outdir", str(tmp_path / f"{name}2")]) == 0
+        assert (
+            run(
+                txt2img.main,
+                ["--from-metadata", str(tmp_path / name / "grid-0000.png"), "--outdir", str(tmp_path / f"{name}2")],
+            )
+            == 0
+        )
         before, after = (np.asarray(Image.open(tmp_path / folder / "grid-0000.png")) for folder in (name, f"{name}2"))
         assert np.array_equal(before, after)
 
 
 def test_flags_replace_what_the_metadata_says(saved, tmp_path):
-    run(txt2img.main, arguments(saved, tmp_path / "a", "--H", "16", "--W", "16", "--ddim_eta", "1", "--n_samples", "2", "--n_iter", "1"))
+    run(
+        txt2img.main,
+        arguments(
+            saved, tmp_path / "a", "--H", "16", "--W", "16", "--ddim_eta", "1", "--n_samples", "2", "--n_iter", "1"
+        ),
+    )
     command = ["--from-metadata", str(tmp_path / "a" / "samples" / "00001.png"), "--outdir"]
-    assert run(txt2img.main, [*command, str(tmp_path / "b"), "--seed", "7", "--prompt", "a dog", "--plms", "--W", "24"]) == 0
+    assert (
+        run(txt2img.main, [*command, str(tmp_path / "b"), "--seed", "7", "--prompt", "a dog", "--plms", "--W", "24"])
+        == 0
+    )
     ((pixels, info),) = pictures(tmp_path / "b")
     said = {"seed": 7, "prompt": "a dog", "sampler": "plms", "eta": 0.0, "steps": 3, "image_index": 1, "width": 24}
     assert {key: info[key] for key in said} == said and pixels.shape == (16, 24, 3)
@@ -263,8 +359,12 @@ def test_a_folder_that_estimates_depth_is_compared_too(tmp_path, monkeypatch):
 
 def test_weights_in_a_folder_are_compared_too(tmp_path, monkeypatch):
     monkeypatch.setattr("ldm.inference.fingerprint", lambda path: "now")
-    opt = Namespace(recorded=redraw.Recorded("x.png", {"ckpt_fingerprint": "then"}, frozenset()), device="cpu", seed_mode="batch")
-    with pytest.raises(ValueError, match=f"--ckpt {tmp_path}: not the file that x.png was drawn with .fingerprint now, then then"):
+    opt = Namespace(
+        recorded=redraw.Recorded("x.png", {"ckpt_fingerprint": "then"}, frozenset()), device="cpu", seed_mode="batch"
+    )
+    with pytest.raises(
+        ValueError, match=f"--ckpt {tmp_path}: not the file that x.png was drawn with .fingerprint now, then then"
+    ):
         redraw.check_unchanged(opt, tmp_path / "none.yaml", tmp_path)
 
 
@@ -272,11 +372,17 @@ def test_what_cannot_be_drawn_again_is_refused_in_one_line(saved, tmp_path, caps
     run(txt2img.main, arguments(saved, tmp_path, "--H", "16", "--W", "16", "--n_samples", "1", "--n_iter", "1"))
     capsys.readouterr()
     file = str(tmp_path / "samples" / "00000.png")
-    assert "this picture was drawn by txt2img, not by img2img" in refused(img2img.main, ["--from-metadata", file], capsys)
+    assert "this picture was drawn by txt2img, not by img2img" in refused(
+        img2img.main, ["--from-metadata", file], capsys
+    )
     Image.new("RGB", (8, 8)).save(tmp_path / "plain.png")
-    assert "no settings in this file's metadata" in refused(txt2img.main, ["--from-metadata", str(tmp_path / "plain.png")], capsys)
+    assert "no settings in this file's metadata" in refused(
+        txt2img.main, ["--from-metadata", str(tmp_path / "plain.png")], capsys
+    )
     assert "nowhere.png" in refused(txt2img.main, ["--from-metadata", str(tmp_path / "nowhere.png")], capsys)
-    assert "--fixed_code with --seed_mode image" in refused(txt2img.main, ["--fixed_code", "--seed_mode", "image"], capsys)
+    assert "--fixed_code with --seed_mode image" in refused(
+        txt2img.main, ["--fixed_code", "--seed_mode", "image"], capsys
+    )
 
 
 def test_a_device_that_is_not_here_is_replaced_with_a_warning(saved, tmp_path, caplog, monkeypatch):
@@ -284,5 +390,11 @@ def test_a_device_that_is_not_here_is_replaced_with_a_warning(saved, tmp_path, c
     monkeypatch.setattr("ldm.pictures.read_info", lambda path: {**read_info(path), "device": "cuda"})
     if not torch.cuda.is_available():
         with caplog.at_level("WARNING"):
-            assert run(txt2img.main, ["--from-metadata", str(tmp_path / "samples" / "00000.png"), "--outdir", str(tmp_path / "b")]) == 0
+            assert (
+                run(
+                    txt2img.main,
+                    ["--from-metadata", str(tmp_path / "samples" / "00000.png"), "--outdir", str(tmp_path / "b")],
+                )
+                == 0
+            )
         assert "was drawn on cuda, which is not here" in caplog.text

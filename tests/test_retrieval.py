@@ -102,7 +102,9 @@ def test_an_inverted_file_finds_nearly_all_of_them_and_searches_no_more_than_tha
     truth = np.argsort(-exact, axis=1)[:, :10]
     recall = np.mean([len(np.intersect1d(a, b)) / 10 for a, b in zip(found.ids, truth)])
     assert recall > 0.9 and searcher.record["recall"] >= 0.95 and 1 < searcher.index.nprobe < searcher.index.nlist
-    assert np.allclose(found.cosine, np.take_along_axis(exact, found.ids, 1), atol=1e-5)  # those of the vectors, not of their bytes
+    assert np.allclose(
+        found.cosine, np.take_along_axis(exact, found.ids, 1), atol=1e-5
+    )  # those of the vectors, not of their bytes
     assert (np.diff(found.cosine) <= 0).all()
     searcher.index.nprobe = 1  # a list holds about 20 vectors: more than are asked for, fewer than are proposed
     few = searcher.search(queries, 8)
@@ -160,7 +162,9 @@ class Clip:
     width, version = 16, "toy"
 
     def encode(self, texts):
-        return torch.nn.functional.normalize(torch.stack([randn(len(text), 16) for text in texts]), dim=-1)[:, None].repeat(1, 2, 1)
+        return torch.nn.functional.normalize(torch.stack([randn(len(text), 16) for text in texts]), dim=-1)[
+            :, None
+        ].repeat(1, 2, 1)
 
 
 def test_a_context_is_the_text_and_then_its_neighbors_at_length_one(tmp_path, caplog):
@@ -180,7 +184,9 @@ def test_a_context_is_the_text_and_then_its_neighbors_at_length_one(tmp_path, ca
 def test_guidance_leads_away_from_the_negative_prompt_and_is_not_there_at_scale_1(tmp_path):
     searcher = Searcher.train(Database(write_database(tmp_path, 30)), 1)
     cond, uncond = RetrievalCondition(Clip(), searcher, 4, "blurry", 5.0)(["a", "bc"])
-    assert torch.equal(uncond, RetrievalCondition(Clip(), searcher, 4)(["blurry"] * 2)[0]) and not torch.equal(cond, uncond)
+    assert torch.equal(uncond, RetrievalCondition(Clip(), searcher, 4)(["blurry"] * 2)[0]) and not torch.equal(
+        cond, uncond
+    )
     assert RetrievalCondition(Clip(), searcher, 4, scale=1.0)(["a"])[1] is None
     assert RetrievalCondition(Clip(), None)(["a"])[0].shape == (1, 2, 16)
     with pytest.raises(ValueError, match="CLIP toy makes 8"):

@@ -20,20 +20,43 @@ def config(**params) -> dict:
 
 def test_facts_of_stable_diffusion_are_read_off_its_yaml():
     facts = model_facts(read_config(ROOT / "configs/stable-diffusion/v1-inference.yaml"))
-    assert (facts.timesteps, facts.channels, facts.factor, facts.latent_multiple, facts.use_ema) == (1000, 4, 8, 8, False)
+    assert (facts.timesteps, facts.channels, facts.factor, facts.latent_multiple, facts.use_ema) == (
+        1000,
+        4,
+        8,
+        8,
+        False,
+    )
     check_takes_text(facts)
 
 
 def test_facts_follow_the_constructors_defaults_where_the_yaml_is_silent():
-    facts = model_facts({"model": {"target": "ldm.models.diffusion.ddpm.DDPM", "params": {"unet_config": {"params": {}}}}})
-    assert (facts.timesteps, facts.channels, facts.factor, facts.latent_multiple, facts.use_ema) == (1000, 3, 1, 8, True)
+    facts = model_facts(
+        {"model": {"target": "ldm.models.diffusion.ddpm.DDPM", "params": {"unet_config": {"params": {}}}}}
+    )
+    assert (facts.timesteps, facts.channels, facts.factor, facts.latent_multiple, facts.use_ema) == (
+        1000,
+        3,
+        1,
+        8,
+        True,
+    )
     identity = model_facts(config(first_stage_config={"target": "ldm.models.autoencoder.IdentityFirstStage"}))
     assert identity.factor == 1
 
 
 def test_the_published_defaults():
     s = Settings().checked(model_facts(config()))
-    assert (s.steps, s.scale, s.eta, s.height, s.width, s.seed, s.n_samples, s.n_iter) == (50, 7.5, 0.0, 512, 512, 42, 3, 2)
+    assert (s.steps, s.scale, s.eta, s.height, s.width, s.seed, s.n_samples, s.n_iter) == (
+        50,
+        7.5,
+        0.0,
+        512,
+        512,
+        42,
+        3,
+        2,
+    )
     assert (s.sampler, s.fixed_code, s.negative_prompt, s.latent_shape) == ("ddim", False, "", (4, 64, 64))
 
 
@@ -115,7 +138,9 @@ def test_every_step_count_of_the_schedule_is_accepted(steps):
     assert Settings(steps=steps).checked(model_facts(config())).steps == steps
 
 
-@pytest.mark.parametrize("sampler, eta", [("ddim", 0.0), ("plms", 0.0), ("ancestral", 1.0), ("euler_ancestral", 1.0), ("heun", 0.0)])
+@pytest.mark.parametrize(
+    "sampler, eta", [("ddim", 0.0), ("plms", 0.0), ("ancestral", 1.0), ("euler_ancestral", 1.0), ("heun", 0.0)]
+)
 def test_without_eta_every_sampler_has_its_own(sampler, eta):
     assert Settings(sampler=sampler).checked(model_facts(config())).eta == eta
     assert Settings(sampler=sampler, eta=eta).checked(model_facts(config())).eta == eta
@@ -123,9 +148,14 @@ def test_without_eta_every_sampler_has_its_own(sampler, eta):
 
 def test_where_no_signal_is_left_solvers_in_continuous_time_take_trailing_steps_alone():
     facts = model_facts(config(parameterization="v", zero_terminal_snr=True))
-    with pytest.raises(ValueError, match=r"--spacing uniform: heun cannot start where no signal is left, .* choose trailing"):
+    with pytest.raises(
+        ValueError, match=r"--spacing uniform: heun cannot start where no signal is left, .* choose trailing"
+    ):
         Settings(sampler="heun").checked(facts)
-    assert Settings(sampler="heun", spacing="trailing").checked(facts).spacing == Settings(spacing="trailing").checked(facts).spacing
+    assert (
+        Settings(sampler="heun", spacing="trailing").checked(facts).spacing
+        == Settings(spacing="trailing").checked(facts).spacing
+    )
 
 
 CLASSES = {"target": "ldm.modules.encoders.modules.ClassEmbedder"}
@@ -134,7 +164,9 @@ CLASSES = {"target": "ldm.modules.encoders.modules.ClassEmbedder"}
 BOXES = {"target": "ldm.modules.encoders.modules.BERTEmbedder", "params": {"use_tokenizer": False}}
 
 
-@pytest.mark.parametrize("condition", ["__is_unconditional__", "__is_first_stage__", CLASSES, BOXES, {"target": "torch.nn.Identity"}])
+@pytest.mark.parametrize(
+    "condition", ["__is_unconditional__", "__is_first_stage__", CLASSES, BOXES, {"target": "torch.nn.Identity"}]
+)
 def test_a_model_without_a_text_condition_is_refused(condition):
     with pytest.raises(ValueError, match="is no text"):
         check_takes_text(model_facts(config(cond_stage_config=condition)))
@@ -171,7 +203,16 @@ def test_unreadable_prompt_files_are_refused_by_name(tmp_path, content, words):
 
 
 @pytest.mark.parametrize(
-    "text", ["a: [1", "- 1\n- 2\n", "data: {}", "model: 3", "model: {params: {}}", "model: {target: x, a: '${nowhere}'}", "\x00"]
+    "text",
+    [
+        "a: [1",
+        "- 1\n- 2\n",
+        "data: {}",
+        "model: 3",
+        "model: {params: {}}",
+        "model: {target: x, a: '${nowhere}'}",
+        "\x00",
+    ],
 )
 def test_a_config_that_is_none_is_refused_in_one_line_by_name(tmp_path, text):
     file = tmp_path / "c.yaml"

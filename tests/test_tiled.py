@@ -71,8 +71,8 @@ def test_seams_do_not_show(pipeline):
     z = torch.randn(1, 4, 24, 40, generator=torch.Generator().manual_seed(0))
     tiled = in_tiles(pipeline, Settings(height=96, width=160, tiled=64, factor=4))
     with pipeline.drawing():
-        difference = (tiled.decode(z) - pipeline.decode(z)) / 2             # of the range
+        difference = (tiled.decode(z) - pipeline.decode(z)) / 2  # of the range
     assert 0 < difference.abs().mean() < 0.05
-    change = difference.diff(dim=-1).abs().mean(dim=(0, 1, 2))              # (159,)
-    edges = [4 * cell - 1 for cell in (8, 16, 24, 32)]                      # tiles of 16 cells start and end at every 8th
+    change = difference.diff(dim=-1).abs().mean(dim=(0, 1, 2))  # (159,)
+    edges = [4 * cell - 1 for cell in (8, 16, 24, 32)]  # tiles of 16 cells start and end at every 8th
     assert change[edges].mean() < 1.2 * change.mean()

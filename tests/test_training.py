@@ -45,7 +45,10 @@ def yaml(tmp_path):
 def toy_config(**lightning):
     return {
         "model": {"base_learning_rate": 1e-3, "target": "tests.toys.Toy", "params": {"width": 3}},
-        "data": {"target": "main.DataModuleFromConfig", "params": {"batch_size": 2, "train": {"target": "tests.toys.Pictures"}}},
+        "data": {
+            "target": "main.DataModuleFromConfig",
+            "params": {"batch_size": 2, "train": {"target": "tests.toys.Pictures"}},
+        },
         "lightning": lightning,
     }
 
@@ -62,13 +65,17 @@ def test_every_published_flag_is_read():
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("words, train", [("-t", True), ("-t True", True), ("-t false", False), ("--train", True), ("", False)])
+@pytest.mark.parametrize(
+    "words, train", [("-t", True), ("-t True", True), ("-t false", False), ("--train", True), ("", False)]
+)
 def test_train_flag_stands_alone_or_with_a_boolean(words, train):
     assert parse(["-b", "a.yaml", *words.split()]).train is train
 
 
 def test_overrides_may_stand_anywhere():
-    options = parse(["x.y=1", "-b", "a.yaml", "model.params.a=2", "-t", "data.params.b=3", "--benchmark", "lightning.trainer.c=4"])
+    options = parse(
+        ["x.y=1", "-b", "a.yaml", "model.params.a=2", "-t", "data.params.b=3", "--benchmark", "lightning.trainer.c=4"]
+    )
     assert options.overrides == ("x.y=1", "model.params.a=2", "data.params.b=3", "lightning.trainer.c=4")
     assert options.base == ("a.yaml",) and options.train and options.trainer == {"benchmark": True}
 
@@ -149,7 +156,8 @@ def test_published_trainer_settings_get_todays_names(then, now):
 
 
 @pytest.mark.parametrize(
-    "name, value", [("accelerator", "dp"), ("auto_lr_find", True), ("terminate_on_nan", False), ("precision", 8), ("tpu_cores", 8)]
+    "name, value",
+    [("accelerator", "dp"), ("auto_lr_find", True), ("terminate_on_nan", False), ("precision", 8), ("tpu_cores", 8)],
 )
 def test_settings_that_mean_nothing_today_say_what_to_do(name, value):
     with pytest.raises(ValueError, match=f"--{name} {value}: "):
@@ -185,7 +193,9 @@ def test_every_name_of_lightning_1_4_is_known_once():
         ({"gpus": "0,1", "accelerator": "gpu"}, TWO_GPUS, "cuda", [0, 1], 2),
     ],
 )
-def test_devices_are_indices_where_there_is_a_comma_and_a_count_otherwise(settings, machine, accelerator, devices, count):
+def test_devices_are_indices_where_there_is_a_comma_and_a_count_otherwise(
+    settings, machine, accelerator, devices, count
+):
     chosen = choose(settings, machine)
     assert (chosen.accelerator, chosen.devices, chosen.count) == (accelerator, devices, count)
 
@@ -223,7 +233,9 @@ def test_flags_for_devices_replace_those_of_a_yaml():
 @pytest.mark.parametrize("scale_lr, value", [(None, 3 * 2 * 4 * 1e-3), (True, 3 * 2 * 4 * 1e-3), (False, 1e-3)])
 def test_learning_rate_is_accumulation_times_devices_times_batch_times_base(scale_lr, value):
     config = OmegaConf.merge(toy_config(), {"data": {"params": {"batch_size": 4}}})
-    settings = settle(Options(base=("a",), scale_lr=scale_lr, trainer={"accumulate_grad_batches": 3}), OmegaConf.create({}))
+    settings = settle(
+        Options(base=("a",), scale_lr=scale_lr, trainer={"accumulate_grad_batches": 3}), OmegaConf.create({})
+    )
     assert learning_rate(config, settings, devices=2).value == pytest.approx(value)
 
 
@@ -235,7 +247,9 @@ def test_a_missing_rate_or_batch_size_is_named(path):
         learning_rate(config, settle(Options(base=("a",)), OmegaConf.create({})), devices=1)
 
 
-@pytest.mark.parametrize("flag, yaml, scaled", [(None, None, True), (None, False, False), (True, False, True), (False, True, False)])
+@pytest.mark.parametrize(
+    "flag, yaml, scaled", [(None, None, True), (None, False, False), (True, False, True), (False, True, False)]
+)
 def test_scaling_comes_from_the_flag_then_the_yaml_then_is_on(flag, yaml, scaled):
     settings = settle(Options(scale_lr=flag), OmegaConf.create({} if yaml is None else {"scale_lr": yaml}))
     assert settings.scale_lr is scaled and settings.lightning.scale_lr is scaled
@@ -253,7 +267,9 @@ def test_seed_comes_from_the_flag_then_the_yaml_then_is_23():
 def test_configs_merge_left_to_right_and_overrides_come_last(yaml):
     first = yaml(toy_config(trainer={"max_epochs": 3}), "a.yaml")
     second = yaml({"model": {"params": {"width": 5}}, "data": {"params": {"batch_size": 8}}}, "b.yaml")
-    config = configs.merge([first, second], ["data.params.batch_size=16", "lightning.trainer.max_steps=7", "model.base_learning_rate=1e-5"])
+    config = configs.merge(
+        [first, second], ["data.params.batch_size=16", "lightning.trainer.max_steps=7", "model.base_learning_rate=1e-5"]
+    )
     configs.check(config)
     assert config.model.params.width == 5 and config.data.params.batch_size == 16
     assert config.lightning.trainer == {"max_epochs": 3, "max_steps": 7} and config.model.base_learning_rate == 1e-5
@@ -324,10 +340,15 @@ def test_a_plus_is_advised_exactly_where_it_helps(yaml, path):
 def test_the_help_shows_overrides_that_can_be(yaml):
     words = [word for line in EPILOG.splitlines()[:2] for word in line.split() if "=" in word]
     assert len(words) == 4
-    config = configs.merge([ROOT / "configs/recipes/class-conditional-folder.yaml"], [w for w in words if "ddconfig" not in w])
+    config = configs.merge(
+        [ROOT / "configs/recipes/class-conditional-folder.yaml"], [w for w in words if "ddconfig" not in w]
+    )
     configs.check(config, weights=False)
     get_obj_from_str(config.lightning.callbacks.timer.target)
-    configs.check(configs.merge([ROOT / "configs/recipes/autoencoder-folder.yaml"], [w for w in words if "ddconfig" in w]), weights=False)
+    configs.check(
+        configs.merge([ROOT / "configs/recipes/autoencoder-folder.yaml"], [w for w in words if "ddconfig" in w]),
+        weights=False,
+    )
 
 
 @pytest.mark.parametrize(
@@ -341,7 +362,9 @@ def test_the_help_shows_overrides_that_can_be(yaml):
     ],
 )
 def test_an_item_of_a_list_is_refused_with_the_whole_list(yaml, override, whole):
-    files = [yaml(OmegaConf.merge(toy_config(), {"model": {"params": {"at": {"steps": [1, 2, 3], "nodes": [{"a": 1}]}}}}))]
+    files = [
+        yaml(OmegaConf.merge(toy_config(), {"model": {"params": {"at": {"steps": [1, 2, 3], "nodes": [{"a": 1}]}}}}))
+    ]
     with pytest.raises(ConfigError, match=f"{re.escape(override)}: .* is a list; give the whole list.*") as error:
         configs.merge(files, [override])
     assert re.search(whole, str(error.value))
@@ -360,19 +383,46 @@ def test_an_override_that_cannot_be_is_refused_in_one_line(yaml, override):
         ({"modle": {}}, "unknown key modle; did you mean model"),
         ({"lightning": {"callback": {}}}, "unknown key lightning.callback; did you mean callbacks"),
         ({"lightning": {"trainer": {"max_epoch": 2}}}, "lightning.trainer.max_epoch; did you mean max_epochs"),
-        ({"lightning": {"trainer": {"default_root_dir": "x"}}}, "lightning.trainer.default_root_dir: outputs are in the run folder"),
-        ({"model": {"params": {"widht": 2}}}, r"model.params.widht: tests.toys.Toy takes no such parameter; did you mean width"),
-        ({"data": {"params": {"train": {"params": {"size": 2}}}}}, "data.params.train.params.size: tests.toys.Pictures takes no such"),
+        (
+            {"lightning": {"trainer": {"default_root_dir": "x"}}},
+            "lightning.trainer.default_root_dir: outputs are in the run folder",
+        ),
+        (
+            {"model": {"params": {"widht": 2}}},
+            r"model.params.widht: tests.toys.Toy takes no such parameter; did you mean width",
+        ),
+        (
+            {"data": {"params": {"train": {"params": {"size": 2}}}}},
+            "data.params.train.params.size: tests.toys.Pictures takes no such",
+        ),
         ({"model": {"params": {"monitor": "${nowhere}"}}}, "nowhere"),
         ({"data": None}, "data: the configs name none"),
         ({"model": {"target": "os.system"}}, r"model.target: target 'os.system' is not allowed"),
-        ({"model": {"prams": {}}}, "model.prams: unknown key beside target; arguments of tests.toys.Toy go under model.params"),
+        (
+            {"model": {"prams": {}}},
+            "model.prams: unknown key beside target; arguments of tests.toys.Toy go under model.params",
+        ),
         ({"model": {"target": "Toy"}}, r"model.target: target 'Toy': expected a dotted name"),
-        ({"model": {"target": "ldm.models.autoencoder.AutoencoderLK"}}, r"has no 'AutoencoderLK'; did you mean AutoencoderKL\?"),
-        ({"model": {"target": "ldm.models.autoencodr.AutoencoderKL"}}, r"no module ldm.models.autoencodr; did you mean ldm.models.autoenc"),
-        ({"model": {"params": {"at": {"target": "ldm.modules.losses.LPIPSWithDiscriminatr"}}}}, "did you mean LPIPSWithDiscriminator"),
-        ({"data": {"params": {"train": {"target": "ldm.data.lsun.LSUNCatTrain"}}}}, r"train.target: .* did you mean LSUNCatsTrain"),
-        ({"lightning": {"callbacks": {"mine": {"target": "main.ImageLoger"}}}}, r"mine.target: .* \(did you mean main.ImageLogger\?\)"),
+        (
+            {"model": {"target": "ldm.models.autoencoder.AutoencoderLK"}},
+            r"has no 'AutoencoderLK'; did you mean AutoencoderKL\?",
+        ),
+        (
+            {"model": {"target": "ldm.models.autoencodr.AutoencoderKL"}},
+            r"no module ldm.models.autoencodr; did you mean ldm.models.autoenc",
+        ),
+        (
+            {"model": {"params": {"at": {"target": "ldm.modules.losses.LPIPSWithDiscriminatr"}}}},
+            "did you mean LPIPSWithDiscriminator",
+        ),
+        (
+            {"data": {"params": {"train": {"target": "ldm.data.lsun.LSUNCatTrain"}}}},
+            r"train.target: .* did you mean LSUNCatsTrain",
+        ),
+        (
+            {"lightning": {"callbacks": {"mine": {"target": "main.ImageLoger"}}}},
+            r"mine.target: .* \(did you mean main.ImageLogger\?\)",
+        ),
         ({"model": {"params": {"at": [{"target": "builtins.eval"}]}}}, r"model.params.at\[0\].target: .*not allowed"),
     ],
 )
@@ -409,12 +459,23 @@ def test_weights_that_are_not_there_are_named_with_where_they_come_from(file, ad
     monkeypatch.setattr("ldm.training.targets.ROOT", root)
     monkeypatch.chdir(tmp_path)
     first_stage = {"target": "ldm.models.autoencoder.AutoencoderKL", "params": {"ckpt_path": file}}
-    model = {"target": "ldm.models.diffusion.ddpm.LatentDiffusion", "params": {"ckpt_path": None, "first_stage_config": first_stage}}
-    judge = {"target": "ldm.models.diffusion.classifier.NoisyLatentImageClassifier", "params": {"diffusion_ckpt_path": file}}
-    for named, place in ((judge, "model.params.diffusion_ckpt_path"), (model, "model.params.first_stage_config.params.ckpt_path")):
+    model = {
+        "target": "ldm.models.diffusion.ddpm.LatentDiffusion",
+        "params": {"ckpt_path": None, "first_stage_config": first_stage},
+    }
+    judge = {
+        "target": "ldm.models.diffusion.classifier.NoisyLatentImageClassifier",
+        "params": {"diffusion_ckpt_path": file},
+    }
+    for named, place in (
+        (judge, "model.params.diffusion_ckpt_path"),
+        (model, "model.params.first_stage_config.params.ckpt_path"),
+    ):
         config = OmegaConf.merge(toy_config(), {"model": {"target": None}}, {"model": named})
         del config.model.params["width"]
-        with pytest.raises(ConfigError, match=re.escape(f"{place}: there is no file {file}; {advice.format(place=place, root=root)}")):
+        with pytest.raises(
+            ConfigError, match=re.escape(f"{place}: there is no file {file}; {advice.format(place=place, root=root)}")
+        ):
             configs.check(config)
         configs.check(config, weights=False)
     Path(file).parent.mkdir(parents=True, exist_ok=True)
@@ -440,7 +501,9 @@ def test_configs_are_found_from_any_folder(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: str(path.relative_to(ROOT).with_suffix("")))
 def test_every_shipped_config_passes_the_check(path):
-    config = OmegaConf.merge({"data": {"target": "main.DataModuleFromConfig", "params": {"batch_size": 1}}}, configs.merge([path]))
+    config = OmegaConf.merge(
+        {"data": {"target": "main.DataModuleFromConfig", "params": {"batch_size": 1}}}, configs.merge([path])
+    )
     configs.check(config, weights=False)
 
 
@@ -475,7 +538,9 @@ def test_constructors_read_as_text_agree_with_the_imported_ones(target):
     assert names is not None and accepted is not None and set(names) == accepted[0]
 
 
-@pytest.mark.parametrize("target", ["nowhere.Nothing", "ldm.util.Nothing", "ldm", "tests.toys.nn", "torch.nn.Sequential"])
+@pytest.mark.parametrize(
+    "target", ["nowhere.Nothing", "ldm.util.Nothing", "ldm", "tests.toys.nn", "torch.nn.Sequential"]
+)
 def test_a_constructor_that_the_text_does_not_tell_is_left_to_the_import(target):
     assert constructor_arguments(target) is None
 
@@ -538,14 +603,18 @@ def test_help_and_refusals_import_neither_torch_nor_lightning(yaml):
         "assert not {'torch', 'pytorch_lightning', 'transformers', 'torchvision'} & set(sys.modules)\n"
     )
     words = ["--help", "-b nowhere.yaml", "-b a --max_epoch 3", f"-b {yaml(toy_config())} -t model.params.widht=3"]
-    words += ["-t -b configs/recipes/class-conditional-folder.yaml model.params.first_stage_config.params.ckpt_path=gone.ckpt"]
+    words += [
+        "-t -b configs/recipes/class-conditional-folder.yaml model.params.first_stage_config.params.ckpt_path=gone.ckpt"
+    ]
     words += ["-t -b configs/recipes/class-conditional-folder.yaml model.target=os.system"]
     result = subprocess.run([sys.executable, "-c", code, *words], cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert result.stderr.count("error: ") == 5 and "Traceback" not in result.stderr
 
 
-@pytest.mark.parametrize("n_classes, dropout, advice", [(3, 0.0, "4 classes; .*n_classes=4"), (4, 0.1, '"no class".*n_classes=5')])
+@pytest.mark.parametrize(
+    "n_classes, dropout, advice", [(3, 0.0, "4 classes; .*n_classes=4"), (4, 0.1, '"no class".*n_classes=5')]
+)
 def test_a_class_embedder_has_room_for_every_class_and_for_none(n_classes, dropout, advice):
     """With dropout the last class means none: a class of the data there would be trained as if it were no condition at all."""
 

@@ -76,7 +76,9 @@ def test_a_refused_module_is_never_imported(tmp_path, monkeypatch):
 
 
 def test_an_allowed_package_of_the_user_resolves(tmp_path, monkeypatch):
-    (tmp_path / "users_own_project.py").write_text("class Model: pass\ndef factory(): return 3\nfrom os import system\n")
+    (tmp_path / "users_own_project.py").write_text(
+        "class Model: pass\ndef factory(): return 3\nfrom os import system\n"
+    )
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(util, "_user_prefixes", [])
     with pytest.raises(ConfigError, match="--allow-targets users_own_project"):
@@ -95,8 +97,12 @@ def test_published_targets_have_a_home_here():
 
 
 def test_an_unknown_parameter_names_its_path_and_the_nearest():
-    config = OmegaConf.create({"model": {"params": {"unet_config": {"target": "torch.nn.Linear", "params": {"in_featurs": 3}}}}})
-    with pytest.raises(ConfigError, match=r"model\.params\.unet_config\.params\.in_featurs: .*did you mean 'in_features'"):
+    config = OmegaConf.create(
+        {"model": {"params": {"unet_config": {"target": "torch.nn.Linear", "params": {"in_featurs": 3}}}}}
+    )
+    with pytest.raises(
+        ConfigError, match=r"model\.params\.unet_config\.params\.in_featurs: .*did you mean 'in_features'"
+    ):
         instantiate_from_config(config.model.params.unet_config)
 
 
@@ -122,7 +128,10 @@ def test_a_misspelt_class_names_the_nearest():
 
 def test_arguments_of_a_base_class_are_accepted_through_kwargs():
     accepted, required = util.accepted_params(get_obj_from_str("ldm.models.diffusion.ddpm.LatentDiffusion"))
-    assert {"linear_start", "cond_dropout", "unet_config"} <= accepted and {"first_stage_config", "cond_stage_config"} == required
+    assert {"linear_start", "cond_dropout", "unet_config"} <= accepted and {
+        "first_stage_config",
+        "cond_stage_config",
+    } == required
 
 
 def test_default_calls_functions_only_where_needed():

@@ -32,7 +32,9 @@ def test_text_wraps_within_the_width_and_ends_in_dots_where_it_does_not_fit():
     assert "".join(_fit("x" * 100, font, 50, 99)) == "x" * 100
 
 
-@pytest.mark.parametrize("text", ["", "\n\n", "x" * 10_000, "日本語 🎨 prompt", "Zürich \u2013 “quoted”", "tab\tand\x00null"])
+@pytest.mark.parametrize(
+    "text", ["", "\n\n", "x" * 10_000, "日本語 🎨 prompt", "Zürich \u2013 “quoted”", "tab\tand\x00null"]
+)
 def test_any_caption_can_be_drawn(text):
     assert text_image((64, 32), text).size == (64, 32)
     assert grid([solid(0), solid(255)], [text, "b"]).width > 0
@@ -71,7 +73,9 @@ def test_small_pictures_are_enlarged_by_a_whole_factor_without_blurring():
 
 def test_pictures_of_different_sizes_are_centered_in_equal_cells():
     sheet = grid([solid(10, 4, 4), solid(20, 8, 6)], columns=2, padding=0)
-    assert sheet.size == (16, 6) and sheet.getpixel((2, 1)) == (10, 10, 10) and sheet.getpixel((0, 0)) == (255, 255, 255)
+    assert (
+        sheet.size == (16, 6) and sheet.getpixel((2, 1)) == (10, 10, 10) and sheet.getpixel((0, 0)) == (255, 255, 255)
+    )
 
 
 def test_values_are_rounded_not_truncated_and_kept_in_range():

@@ -57,7 +57,9 @@ def test_small_pictures_are_left_as_they_are_with_one_notice(tmp_path, caplog):
     with caplog.at_level("INFO"):
         paths = [output.save_sample(Picture(noise(side), {})) for side in (32, 255)]
     assert [r.message for r in caplog.records] == ["no watermark on pictures under 256x256 pixels"]
-    assert read_info(paths[0])["watermark"] is None and np.array_equal(np.asarray(Image.open(paths[1])), np.asarray(noise(255)))
+    assert read_info(paths[0])["watermark"] is None and np.array_equal(
+        np.asarray(Image.open(paths[1])), np.asarray(noise(255))
+    )
     with pytest.raises(ValueError, match="64x64 pixels hold no watermark"):
         Watermark().read(noise(64))
 

@@ -53,7 +53,13 @@ def shards(folder: Path, weights: Weights) -> Path:
 
 
 def lightning_checkpoint(folder: Path, weights: Weights) -> Path:
-    extra = {"epoch": 1, "global_step": 9, "pytorch-lightning_version": "2.6.6", "loops": {}, "optimizer_states": [{"state": {}}]}
+    extra = {
+        "epoch": 1,
+        "global_step": 9,
+        "pytorch-lightning_version": "2.6.6",
+        "loops": {},
+        "optimizer_states": [{"state": {}}],
+    }
     write_checkpoint({"state_dict": weights, **extra}, folder / "last.ckpt")
     return folder / "last.ckpt"
 

@@ -35,7 +35,13 @@ def shrink(model):
             params |= {"disable_self_attentions": [True, False]} if "disable_self_attentions" in params else {}
         if "ddconfig" in params:
             attention = [SIDE // FACTOR] if params["ddconfig"]["attn_resolutions"] else []
-            params["ddconfig"] |= {"ch": 32, "ch_mult": [1, 1, 2], "num_res_blocks": 1, "resolution": SIDE, "attn_resolutions": attention}
+            params["ddconfig"] |= {
+                "ch": 32,
+                "ch_mult": [1, 1, 2],
+                "num_res_blocks": 1,
+                "resolution": SIDE,
+                "attn_resolutions": attention,
+            }
             params |= {"n_embed": 64} if "n_embed" in params else {}
             if "unet_config" not in model["params"]:
                 params["embed_dim"] = params["ddconfig"]["z_channels"] = 4
@@ -115,8 +121,15 @@ def test_a_shrunken_copy_trains_validates_logs_images_saves_reloads_and_samples(
     config = json.loads(text)
     model = build(config, vocabulary)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
-    trainer = pl.Trainer(max_steps=2, accelerator="cpu", num_sanity_val_steps=0, limit_val_batches=1, default_root_dir=tmp_path, **quiet)
+    quiet = {
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    }
+    trainer = pl.Trainer(
+        max_steps=2, accelerator="cpu", num_sanity_val_steps=0, limit_val_batches=1, default_root_dir=tmp_path, **quiet
+    )
     trainer.fit(model.train(), loader(), loader())
     assert trainer.global_step == 2 and trainer.callback_metrics
     assert all(torch.isfinite(value) for value in trainer.callback_metrics.values())
@@ -127,7 +140,11 @@ def test_a_shrunken_copy_trains_validates_logs_images_saves_reloads_and_samples(
     data = next(iter(loader()))
     options = {"ddim_steps": 2, "plot_denoise_rows": False} if "unet_config" in config["params"] else {}
     pictures = model.eval().log_images(data, N=2, **options)
-    assert "inputs" in pictures and len(pictures) > 1 and all(torch.isfinite(picture).all() for picture in pictures.values())
+    assert (
+        "inputs" in pictures
+        and len(pictures) > 1
+        and all(torch.isfinite(picture).all() for picture in pictures.values())
+    )
 
     trainer.save_checkpoint(tmp_path / "last.ckpt", weights_only=True)
     again = build(config, vocabulary).eval()

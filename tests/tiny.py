@@ -53,7 +53,11 @@ CAPTIONS = {
 }
 OPEN_CLIP = {
     "target": "ldm.modules.encoders.modules.FrozenOpenCLIPEmbedder",
-    "params": {"freeze": True, "layer": "penultimate", "text_config": {"width": 16, "heads": 2, "layers": 2, "embed_dim": 8}},
+    "params": {
+        "freeze": True,
+        "layer": "penultimate",
+        "text_config": {"width": 16, "heads": 2, "layers": 2, "embed_dim": 8},
+    },
 }
 
 
@@ -126,7 +130,10 @@ KINDS: dict[str, dict[str, Any]] = {
         "cond_stage_config": OPEN_CLIP,
         "conditioning_key": "hybrid",
         "finetune_keys": None,
-        "depth_stage_config": {"target": "ldm.modules.midas.api.MiDaSInference", "params": {"model_type": "dpt_hybrid"}},
+        "depth_stage_config": {
+            "target": "ldm.modules.midas.api.MiDaSInference",
+            "params": {"model_type": "dpt_hybrid"},
+        },
         "unet_config": _unet(**_HEADS, in_channels=5),
     },
     "x4": {

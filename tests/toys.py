@@ -44,7 +44,13 @@ class Toy(pl.LightningModule):
     at_validation: {epoch: the same, in its second validation batch}.
     """
 
-    def __init__(self, width: int = 3, monitor: str | None = "val/loss", at: dict | None = None, at_validation: dict | None = None):
+    def __init__(
+        self,
+        width: int = 3,
+        monitor: str | None = "val/loss",
+        at: dict | None = None,
+        at_validation: dict | None = None,
+    ):
         super().__init__()
         self.net = nn.Linear(12, width)
         self.average = nn.Linear(12, width).requires_grad_(False)

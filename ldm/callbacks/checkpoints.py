@@ -35,7 +35,9 @@ class CheckpointPolicy(ModelCheckpoint):
         self._step_before = trainer.global_step
         self._warned = False
 
-    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         stepped, self._step_before = trainer.global_step != self._step_before, trainer.global_step
         if not stepped:
             return
@@ -47,11 +49,15 @@ class CheckpointPolicy(ModelCheckpoint):
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self._should_save_on_train_epoch_end(trainer):
-            self._save(trainer, best=self._every_n_epochs >= 1 and (trainer.current_epoch + 1) % self._every_n_epochs == 0)
+            self._save(
+                trainer, best=self._every_n_epochs >= 1 and (trainer.current_epoch + 1) % self._every_n_epochs == 0
+            )
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if not self._should_save_on_train_epoch_end(trainer):
-            self._save(trainer, best=self._every_n_epochs >= 1 and (trainer.current_epoch + 1) % self._every_n_epochs == 0)
+            self._save(
+                trainer, best=self._every_n_epochs >= 1 and (trainer.current_epoch + 1) % self._every_n_epochs == 0
+            )
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._save(trainer, best=False)
@@ -85,7 +91,12 @@ class CheckpointPolicy(ModelCheckpoint):
         start = time.monotonic()
         super()._save_checkpoint(trainer, filepath)
         if trainer.is_global_zero:
-            logger.info("%-11s step %d -> %s", "checkpoint", trainer.global_step, describe(Path(filepath), time.monotonic() - start))
+            logger.info(
+                "%-11s step %d -> %s",
+                "checkpoint",
+                trainer.global_step,
+                describe(Path(filepath), time.monotonic() - start),
+            )
 
 
 def share_file(source: str | Path, target: str | Path) -> bool:
@@ -116,7 +127,9 @@ class CrashCheckpoint(pl.Callback):
         self.path = Path(path)
         self.started = False
 
-    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
         self.started = True
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
@@ -128,7 +141,9 @@ class CrashCheckpoint(pl.Callback):
             state = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
             trainer.strategy.save_checkpoint(state, self.path)
         except Exception as error:
-            logger.error("%-11s the state at the error could not be saved: %s: %s", "checkpoint", type(error).__name__, error)
+            logger.error(
+                "%-11s the state at the error could not be saved: %s: %s", "checkpoint", type(error).__name__, error
+            )
             return
         if trainer.is_global_zero:
             logger.error("%-11s the state at the error is in %s", "checkpoint", self.path)

@@ -59,9 +59,13 @@ class ImageLogger(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if not self.log_on_batch_idx:
-            self._seen["train"] = training_step_index(trainer, pl_module)  # a resumed run does not draw its last step again
+            self._seen["train"] = training_step_index(
+                trainer, pl_module
+            )  # a resumed run does not draw its last step again
 
-    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         step = training_step_index(trainer, pl_module)
         index = batch_idx if self.log_on_batch_idx else step
         if self._seen.get("train") == index:  # the other batches of an accumulated step
@@ -71,7 +75,13 @@ class ImageLogger(pl.Callback):
             self._log(trainer, pl_module, batch, batch_idx, "train", step)
 
     def on_validation_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
     ) -> None:
         step = training_step_index(trainer, pl_module)
         if trainer.sanity_checking or trainer.state.fn != "fit" or step < 0:
@@ -91,7 +101,9 @@ class ImageLogger(pl.Callback):
             return False
         return index % self.batch_freq == 0 or index in self.early_steps
 
-    def _log(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, split: str, step: int) -> None:
+    def _log(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, split: str, step: int
+    ) -> None:
         draw = getattr(pl_module, "log_images", None)
         if self.disabled or not callable(draw) or self.max_images < 1 or not trainer.is_global_zero:
             return
@@ -107,7 +119,14 @@ class ImageLogger(pl.Callback):
                 from_tensor(grid).save(folder / name)
             self._to_tensorboard(trainer, grids, split, step)
         except Exception as error:
-            logger.warning("%-11s %s, step %d: not drawn, training goes on: %s: %s", "images", split, step, type(error).__name__, error)
+            logger.warning(
+                "%-11s %s, step %d: not drawn, training goes on: %s: %s",
+                "images",
+                split,
+                step,
+                type(error).__name__,
+                error,
+            )
             logger.debug("where it happened:", exc_info=True)
             return
         logger.info("%-11s %s, step %d: %s", "images", split, step, ", ".join(grids))

@@ -47,9 +47,18 @@ class ProgressBar(LightningProgressBar):
         self._total = total_batches(trainer)
         self._line_time, self._line_batch = time.monotonic(), trainer.fit_loop.epoch_loop.total_batch_idx + 1
         if self._enabled and trainer.is_global_zero and sys.stderr.isatty():
-            self._bar = tqdm(total=self._total, initial=self._line_batch, unit="batch", dynamic_ncols=True, mininterval=0.3, smoothing=0.05)
+            self._bar = tqdm(
+                total=self._total,
+                initial=self._line_batch,
+                unit="batch",
+                dynamic_ncols=True,
+                mininterval=0.3,
+                smoothing=0.05,
+            )
 
-    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         loss = outputs.get("loss") if isinstance(outputs, dict) else outputs
         self._loss = loss if isinstance(loss, Tensor) else None
         if not self._enabled or not trainer.is_global_zero:
@@ -68,7 +77,9 @@ class ProgressBar(LightningProgressBar):
             left = f"  {_clock((self._total - done) / rate)} left" if self._total else ""
             of = f"/{self._total}" if self._total else ""
             epoch = trainer.current_epoch
-            logger.info("%-11s epoch %d, batch %d%s  %s  %.2f batches/s%s", "training", epoch, done, of, figures, rate, left)
+            logger.info(
+                "%-11s epoch %d, batch %d%s  %s  %.2f batches/s%s", "training", epoch, done, of, figures, rate, left
+            )
             self._line_time, self._line_batch = now, done
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -90,7 +101,9 @@ class ProgressBar(LightningProgressBar):
 
     def _figures(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, str]:
         figures = {name: value for name, value in self.get_metrics(trainer, pl_module).items() if name != "v_num"}
-        figures = {name: value for name, value in figures.items() if not name.startswith("val") and not name.endswith("_epoch")}
+        figures = {
+            name: value for name, value in figures.items() if not name.startswith("val") and not name.endswith("_epoch")
+        }
         if not any("loss" in name for name in figures) and self._loss is not None:
             figures = {"loss": self._loss.item(), **figures}
         return {name.removesuffix("_step"): f"{float(value):.4g}" for name, value in figures.items()}
@@ -108,7 +121,9 @@ def total_batches(trainer: pl.Trainer) -> int | None:
     if trainer.max_epochs not in (None, -1) and math.isfinite(an_epoch):
         totals.append(int(trainer.max_epochs * an_epoch))
     if trainer.max_steps != -1:
-        accumulation = getattr(trainer.lightning_module, "accumulate_grad_batches", None) or trainer.accumulate_grad_batches
+        accumulation = (
+            getattr(trainer.lightning_module, "accumulate_grad_batches", None) or trainer.accumulate_grad_batches
+        )
         totals.append(trainer.max_steps * accumulation)
     return min(totals, default=None)
 
@@ -145,20 +160,37 @@ class RunReport(pl.Callback):
             now = [float(group["lr"]) for group in optimizer.param_groups]
             tensors = sum(len(group["params"]) for group in optimizer.param_groups)
             scheduled = "" if now == rates else f", scheduled: {now[0]:.3e} at step {trainer.global_step}"
-            name = type(optimizer).__name__ + (f" ({position + 1} of {len(trainer.optimizers)})" if len(trainer.optimizers) > 1 else "")
+            name = type(optimizer).__name__ + (
+                f" ({position + 1} of {len(trainer.optimizers)})" if len(trainer.optimizers) > 1 else ""
+            )
             logger.info("%-11s %s, learning rate %.3e%s, %d tensors", "optimizer", name, rates[0], scheduled, tensors)
-            if self.expected_rate is not None and trainer.ckpt_path and not math.isclose(rates[0], self.expected_rate, rel_tol=1e-6):
+            if (
+                self.expected_rate is not None
+                and trainer.ckpt_path
+                and not math.isclose(rates[0], self.expected_rate, rel_tol=1e-6)
+            ):
                 logger.warning(
-                    "%-11s the checkpoint's learning rate %.3e goes on, not the configs' %.3e", "optimizer", rates[0], self.expected_rate
+                    "%-11s the checkpoint's learning rate %.3e goes on, not the configs' %.3e",
+                    "optimizer",
+                    rates[0],
+                    self.expected_rate,
                 )
         if trainer.ckpt_path:
-            logger.info("%-11s step %d, epoch %d, from %s", "resumed", trainer.global_step, trainer.current_epoch, trainer.ckpt_path)
+            logger.info(
+                "%-11s step %d, epoch %d, from %s",
+                "resumed",
+                trainer.global_step,
+                trainer.current_epoch,
+                trainer.ckpt_path,
+            )
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.is_global_zero:
             seconds, steps = time.monotonic() - self._start, trainer.global_step - self._first_step
             rate = f", {steps / seconds:.2f} a second" if seconds > 0 and steps else ""
-            logger.info("%-11s %d steps in %s%s; now at step %d", "trained", steps, _clock(seconds), rate, trainer.global_step)
+            logger.info(
+                "%-11s %d steps in %s%s; now at step %d", "trained", steps, _clock(seconds), rate, trainer.global_step
+            )
 
 
 def parameters_line(module: nn.Module) -> str:

@@ -21,7 +21,9 @@ class ExactResume(pl.Callback):
         if type(trainer.fit_loop) is _FitLoop:
             trainer.fit_loop.__class__ = _ExactFitLoop
 
-    def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
         loop = trainer.fit_loop
         batches, epochs = loop.epoch_loop.batch_progress, loop.epoch_progress.current
         in_batch_end = batches.current.ready == batches.current.processed == batches.current.completed + 1

@@ -65,19 +65,29 @@ class SignalCallback(pl.Callback):
         self._install()
         self._step_before = trainer.global_step
         if trainer.world_size > 1:
-            self._group = torch.distributed.new_group(backend="gloo")  # on the CPU: asking the others never waits for a GPU
+            self._group = torch.distributed.new_group(
+                backend="gloo"
+            )  # on the CPU: asking the others never waits for a GPU
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         self.restore()
 
-    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         stepped = trainer.global_step != self._step_before
         self._step_before = trainer.global_step
         if stepped:
             self._act(trainer, self._agreed())
 
     def on_validation_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
     ) -> None:
         if trainer.state.fn == "fit":
             self._act(trainer, self._agreed())

@@ -32,7 +32,9 @@ class StepSeed(pl.Callback):
         self.seed = seed
         self.began = False  # whether a training batch has begun: what fails before is a mistake of the start
 
-    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
         self.began = True
         seed_generators(mix(self.seed, TRAIN, trainer.global_rank, trainer.current_epoch, batch_idx))
 
@@ -72,7 +74,9 @@ class StopOnNonFinite(pl.Callback):
         if self._active:
             self._losses.append(loss.detach())
 
-    def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: torch.optim.Optimizer) -> None:
+    def on_before_optimizer_step(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: torch.optim.Optimizer
+    ) -> None:
         if not self._active:
             return
         losses, self._losses = self._losses, []
@@ -88,7 +92,11 @@ class StopOnNonFinite(pl.Callback):
 
     def _message(self, trainer: pl.Trainer, pl_module: pl.LightningModule, losses: list[Tensor]) -> str:
         place = f"epoch {trainer.current_epoch}, step {trainer.global_step}, rank {trainer.global_rank}"
-        bad = [name for name, p in pl_module.named_parameters() if p.grad is not None and not bool(_values(p.grad).isfinite().all())]
+        bad = [
+            name
+            for name, p in pl_module.named_parameters()
+            if p.grad is not None and not bool(_values(p.grad).isfinite().all())
+        ]
         bad_losses = [value for value in map(float, losses) if not math.isfinite(value)]
         what = f"the loss is {bad_losses[0]:g}" if bad_losses else f"the loss is finite ({sum(map(float, losses)):g})"
         if bad:

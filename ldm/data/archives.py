@@ -28,7 +28,10 @@ from ldm.util import ConfigError
 logger = logging.getLogger(__name__)
 
 CHUNK = 1 << 20
-BOMB_BYTES, BOMB_RATIO = 1 << 30, 200  # what unpacks to more than the first, and to so many times its own size, is refused
+BOMB_BYTES, BOMB_RATIO = (
+    1 << 30,
+    200,
+)  # what unpacks to more than the first, and to so many times its own size, is refused
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
 
 
@@ -101,7 +104,9 @@ def fetch(remote: Remote, folder: Path) -> Path:
         check_digest(part, remote.digest)
         os.replace(part, path)
     except OSError as error:
-        raise ArchiveError(f"{remote.url}: could not be fetched ({error}); fetch it by hand and put it at {path}") from error
+        raise ArchiveError(
+            f"{remote.url}: could not be fetched ({error}); fetch it by hand and put it at {path}"
+        ) from error
     finally:
         shutil.rmtree(part.parent, ignore_errors=True)
     return path
@@ -132,7 +137,15 @@ def _unpack_into(archive: Path, folder: Path, place: Callable[[str], str] = str)
                 target.parent.mkdir(parents=True, exist_ok=True)
                 with member.open() as source, target.open("xb") as file:
                     _copy(archive, member, source, file)
-    except (tarfile.TarError, zipfile.BadZipFile, EOFError, RuntimeError, NotImplementedError, UnicodeError, zlib.error) as error:
+    except (
+        tarfile.TarError,
+        zipfile.BadZipFile,
+        EOFError,
+        RuntimeError,
+        NotImplementedError,
+        UnicodeError,
+        zlib.error,
+    ) as error:
         raise ArchiveError(f"{archive}: damaged or no archive ({error})") from error
 
 
@@ -145,9 +158,13 @@ def _listed(archive: Path, members: Iterable[Member], folder: Path) -> Iterator[
             raise ArchiveError(f"{archive}: its member {member.name!r} claims {member.size} bytes")
         needed, unpacked = needed + member.size, unpacked + member.size + 512  # a tar file's header
         if needed > free:
-            raise ArchiveError(f"{archive}: its files take {needed:,} bytes or more, and {folder.parent} has {free:,} free")
+            raise ArchiveError(
+                f"{archive}: its files take {needed:,} bytes or more, and {folder.parent} has {free:,} free"
+            )
         if unpacked > max(BOMB_BYTES, BOMB_RATIO * packed):
-            raise ArchiveError(f"{archive}: refused, because its {packed:,} bytes unpack to {unpacked:,} or more; a bomb?")
+            raise ArchiveError(
+                f"{archive}: refused, because its {packed:,} bytes unpack to {unpacked:,} or more; a bomb?"
+            )
         yield member
 
 
@@ -169,7 +186,9 @@ def _copy(archive: Path, member: Member, source: IO[bytes], file: IO[bytes]) -> 
     while block := source.read(min(CHUNK, left + 1)):
         left -= len(block)
         if left < 0:
-            raise ArchiveError(f"{archive}: its member {member.name!r} is larger than the {member.size:,} bytes that it claims")
+            raise ArchiveError(
+                f"{archive}: its member {member.name!r} is larger than the {member.size:,} bytes that it claims"
+            )
         file.write(block)
     if left:
         raise ArchiveError(f"{archive}: its member {member.name!r} ends {left:,} bytes early")

@@ -46,7 +46,9 @@ def read_classes(file: Path, chosen: Sequence[str] | None = None) -> dict[str, s
     with file.open(encoding="utf-8-sig", newline="") as lines:
         names = {row[0]: row[1] for row in csv.reader(lines) if len(row) >= 2 and row[0] != "LabelName"}
     if unknown := [name for name in chosen or () if name not in names]:
-        raise DataConfigError("object_classes", list(chosen), f"{file} has no {unknown[0]}", "set {param} to ids in it such as /m/011k07")
+        raise DataConfigError(
+            "object_classes", list(chosen), f"{file} has no {unknown[0]}", "set {param} to ids in it such as /m/011k07"
+        )
     ids = sorted(names if chosen is None else set(chosen), key=lambda name: (name == LAST_CLASS, name))
     if not ids:
         raise DataConfigError("root", str(file), "holds no classes", "set {param} to a folder with Open Images' tables")
@@ -61,7 +63,9 @@ def read_boxes(file: Path, pictures: Mapping[str, int], classes: Sequence[str], 
         reader = csv.reader(lines)
         header = next(reader, [])
         if missing := [name for name in COLUMNS if name not in header]:
-            raise DataConfigError("root", str(file), f"has no column {missing[0]}", "set {param} to a folder with Open Images' tables")
+            raise DataConfigError(
+                "root", str(file), f"has no column {missing[0]}", "set {param} to a folder with Open Images' tables"
+            )
         owner, label, *edges, group = (header.index(name) for name in COLUMNS)
         try:
             for row in reader:
@@ -75,7 +79,9 @@ def read_boxes(file: Path, pictures: Mapping[str, int], classes: Sequence[str], 
                     regions.extend((x0, y0, x1 - x0, y1 - y0))
                     groups.append(row[group] == "1")
         except (ValueError, IndexError, csv.Error) as error:
-            raise DataConfigError("root", f"{file} line {reader.line_num}", f"unreadable ({error})", "fetch it again") from error
+            raise DataConfigError(
+                "root", f"{file} line {reader.line_num}", f"unreadable ({error})", "fetch it again"
+            ) from error
     order = np.argsort(np.array(owners, dtype=np.int64), kind="stable")
     counts = np.bincount(np.array(owners, dtype=np.int64), minlength=max(pictures.values(), default=-1) + 1)
     starts = np.concatenate([[0], np.cumsum(counts)])

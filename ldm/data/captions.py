@@ -24,7 +24,9 @@ TABLES = {".csv": ",", ".tsv": "\t", ".jsonl": ""}  # suffix -> delimiter
 # Column names that are tried in this order where none is given; the first of each are those of Hugging Face's image folders.
 IMAGE_COLUMNS = ("file_name", "filename", "file", "image", "image_path", "path")
 CAPTION_COLUMNS = ("text", "caption", "captions", "prompt", "txt")
-CSV_FIELD_LIMIT = 1 << 24  # a caption longer than the module's 128 KiB is a matter for the policy, no error of the table
+CSV_FIELD_LIMIT = (
+    1 << 24
+)  # a caption longer than the module's 128 KiB is a matter for the policy, no error of the table
 
 
 class Row(NamedTuple):
@@ -57,12 +59,16 @@ class CaptionPolicy:
             return tuple(captions), ""
         problem = f"a caption of {len(longest):,} characters, more than max_caption_chars {self.max_chars:,}"
         if self.long == "raise":
-            raise DataConfigError("long_caption", "raise", f"{name} has {problem}", "shorten it, or set {param} to truncate or skip")
+            raise DataConfigError(
+                "long_caption", "raise", f"{name} has {problem}", "shorten it, or set {param} to truncate or skip"
+            )
         if self.long == "skip":
             return (), problem
         if not self._logged:
             self._logged = True
-            logger.warning("%s has %s: truncated, as are others; dropped: %.200s", name, problem, longest[self.max_chars :])
+            logger.warning(
+                "%s has %s: truncated, as are others; dropped: %.200s", name, problem, longest[self.max_chars :]
+            )
         return tuple(caption[: self.max_chars] for caption in captions), ""
 
 
@@ -74,7 +80,9 @@ def read_sidecar(path: Path, encoding: str = "utf-8") -> list[str]:
     return [line.strip() for line in text.splitlines() if line.strip()]
 
 
-def read_table(path: Path, image_column: str | None, caption_column: str | None, encoding: str = "utf-8") -> Iterator[Row]:
+def read_table(
+    path: Path, image_column: str | None, caption_column: str | None, encoding: str = "utf-8"
+) -> Iterator[Row]:
     """Records of a CSV, TSV or JSONL table in their order; a picture may have several records, and a JSON caption may be a list.
 
     Raises DataConfigError for a column that is not there, ValueError for a file that is no text at all.
@@ -87,8 +95,9 @@ def read_table(path: Path, image_column: str | None, caption_column: str | None,
             yield Row(line, "", [], problem)
             continue
         if columns is None:
-            columns = _column("image_column", image_column, IMAGE_COLUMNS, record, path), _column(
-                "caption_column", caption_column, CAPTION_COLUMNS, record, path
+            columns = (
+                _column("image_column", image_column, IMAGE_COLUMNS, record, path),
+                _column("caption_column", caption_column, CAPTION_COLUMNS, record, path),
             )
         yield _row(line, record, *columns, encoding)
 
@@ -99,7 +108,12 @@ def _row(line: int, record: dict, image_column: str, caption_column: str, encodi
         return Row(line, "", [], f"column {image_column!r} names no file")
     captions = [caption] if isinstance(caption, str) else [] if caption is None else caption
     if not isinstance(captions, list) or not all(isinstance(text, str) for text in captions):
-        return Row(line, image, [], f"column {caption_column!r} holds {type(caption).__name__}, expected text or a list of texts")
+        return Row(
+            line,
+            image,
+            [],
+            f"column {caption_column!r} holds {type(caption).__name__}, expected text or a list of texts",
+        )
     problem = next((p for text in (image, *captions) if (p := _undecodable(text, encoding))), "")
     return Row(line, image.strip(), [text.strip() for text in captions if text.strip()], problem)
 
@@ -137,7 +151,11 @@ def _json_records(text: str) -> Iterator[tuple[int, dict, str]]:
         except (ValueError, RecursionError) as error:
             yield line, {}, f"no JSON ({error})"
             continue
-        yield (line, record, "") if isinstance(record, dict) else (line, {}, f"holds {type(record).__name__}, expected an object")
+        yield (
+            (line, record, "")
+            if isinstance(record, dict)
+            else (line, {}, f"holds {type(record).__name__}, expected an object")
+        )
 
 
 def _column(param: str, asked: str | None, usual: tuple[str, ...], record: dict, path: Path) -> str:
@@ -155,7 +173,9 @@ def _decode(data: bytes, encoding: str) -> str:
         # What cannot be decoded stays as lone surrogates, so that one bad line does not hide the others.
         return data.decode(encoding, errors="surrogateescape").removeprefix("\ufeff")
     except LookupError as error:
-        raise DataConfigError("caption_encoding", encoding, "no such encoding", "set {param} to utf-8, latin-1, cp1252, ...") from error
+        raise DataConfigError(
+            "caption_encoding", encoding, "no such encoding", "set {param} to utf-8, latin-1, cp1252, ..."
+        ) from error
     except UnicodeError as error:
         raise ValueError(f"not {encoding} ({error})") from error
 

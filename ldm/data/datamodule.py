@@ -79,10 +79,17 @@ class DataModuleFromConfig(pl.LightningDataModule):
         self.wrap = wrap
         self.use_worker_init_fn = use_worker_init_fn
         self.seed = 23
-        self.dataset_configs = {split: c for split, c in zip(SPLITS, (train, validation, test, predict)) if c is not None}
+        self.dataset_configs = {
+            split: c for split, c in zip(SPLITS, (train, validation, test, predict)) if c is not None
+        }
         self.datasets: dict[str, Any] = {}
         self._default_workers = num_workers is None
-        self._shuffle = {"train": True, "validation": shuffle_val_dataloader, "test": shuffle_test_loader, "predict": False}
+        self._shuffle = {
+            "train": True,
+            "validation": shuffle_val_dataloader,
+            "test": shuffle_test_loader,
+            "predict": False,
+        }
         self._origin = Origin(Position(0, 0), 0)
         # Lightning takes a hook for defined where it is another function than the base's: only splits with a config have a loader.
         for split in self.dataset_configs:
@@ -114,7 +121,13 @@ class DataModuleFromConfig(pl.LightningDataModule):
             return {}
         epoch, batch = self._position()
         batch_size = self.batch_size * self._ranks()[1]
-        return {"seed": self.seed, "epoch": epoch, "batch": batch, "trained": self._trained(), "global_batch_size": batch_size}
+        return {
+            "seed": self.seed,
+            "epoch": epoch,
+            "batch": batch,
+            "trained": self._trained(),
+            "global_batch_size": batch_size,
+        }
 
     def load_state_dict(self, state_dict: Mapping[str, int]) -> None:
         """Go on at a saved position, with its seed."""
@@ -123,9 +136,19 @@ class DataModuleFromConfig(pl.LightningDataModule):
         saved, now = state_dict["global_batch_size"], self.batch_size * self._ranks()[1]
         batch = state_dict["batch"] * saved // now
         if saved != now:
-            logger.warning("%-11s %d samples a step, %d before: this epoch goes on after the samples that were used", "data", now, saved)
+            logger.warning(
+                "%-11s %d samples a step, %d before: this epoch goes on after the samples that were used",
+                "data",
+                now,
+                saved,
+            )
         if state_dict["seed"] != self.seed:
-            logger.warning("%-11s the order goes on with the checkpoint's seed, %d, not with %d", "data", state_dict["seed"], self.seed)
+            logger.warning(
+                "%-11s the order goes on with the checkpoint's seed, %d, not with %d",
+                "data",
+                state_dict["seed"],
+                self.seed,
+            )
             self.seed = state_dict["seed"]
         self._origin = Origin(Position(state_dict["epoch"], batch), state_dict["trained"])
         logger.info("%-11s going on in epoch %d after %d batches", "data", *self._origin.position)
@@ -154,7 +177,11 @@ class DataModuleFromConfig(pl.LightningDataModule):
         dataset = self.datasets[split]
         rank, world_size = self._ranks()
         position = self._position if split == "train" else None
-        options: dict[str, Any] = {"batch_size": self.batch_size, "num_workers": self._workers(), "pin_memory": self._pin_memory()}
+        options: dict[str, Any] = {
+            "batch_size": self.batch_size,
+            "num_workers": self._workers(),
+            "pin_memory": self._pin_memory(),
+        }
         if isinstance(dataset, IterableDataset):
             _shard_stream(dataset, rank, world_size, options["num_workers"])
             stream = StreamLoader(dataset, **options)
@@ -162,7 +189,9 @@ class DataModuleFromConfig(pl.LightningDataModule):
             return stream
         if not len(dataset):
             raise ConfigError(f"data.params.{split}: {type(dataset).__name__} is empty")
-        sampler = EpochSampler(len(dataset), self.batch_size, self.seed, self._shuffle[split], rank, world_size, position)
+        sampler = EpochSampler(
+            len(dataset), self.batch_size, self.seed, self._shuffle[split], rank, world_size, position
+        )
         # A generator of its own: a loader that takes its workers' seeds from the global one would disturb the training.
         options["generator"] = torch.Generator().manual_seed(self.seed)
         return DataLoader(SeededDataset(dataset, self.seed, repeat=split != "train"), sampler=sampler, **options)
@@ -183,7 +212,9 @@ class DataModuleFromConfig(pl.LightningDataModule):
             passes, batch = divmod(batch + since, int(loop.max_batches))
             return Position(epoch + passes, batch)
         epochs = loop.epoch_progress.current  # a stream of unknown length: only Lightning knows when it ended
-        return Position(epochs.processed, loop.epoch_loop.batch_progress.current.processed if epochs.ready > epochs.processed else 0)
+        return Position(
+            epochs.processed, loop.epoch_loop.batch_progress.current.processed if epochs.ready > epochs.processed else 0
+        )
 
     def _trained(self) -> int:
         return self.trainer.fit_loop.epoch_loop.batch_progress.total.processed
@@ -226,7 +257,11 @@ def _check_count(name: str, value: object, least: int) -> None:
 
 def _check_classes(datasets: Mapping[str, Any]) -> None:
     """The splits must number their classes alike; a dataset says how in `class_names`."""
-    names = {split: list(c) for split, d in datasets.items() if (c := getattr(getattr(d, "data", d), "class_names", None)) is not None}
+    names = {
+        split: list(c)
+        for split, d in datasets.items()
+        if (c := getattr(getattr(d, "data", d), "class_names", None)) is not None
+    }
     first = next(iter(names), None)
     for split in names:
         if names[split] != names[first]:

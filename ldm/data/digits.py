@@ -34,7 +34,16 @@ SUBJECTS = (
     "the numeral {name}",
     "a handwritten digit {name}",
 )
-ENDINGS = ("", ", please", ", written by hand", " in black ink", " on white paper", " with a pen", " by a child", " in an old letter")
+ENDINGS = (
+    "",
+    ", please",
+    ", written by hand",
+    " in black ink",
+    " on white paper",
+    " with a pen",
+    " by a child",
+    " in an old letter",
+)
 PLAIN = 2 * len(SUBJECTS)
 SPLITS = ("train", "held_out", "all")
 MARGIN = 1  # pixels of white paper around a scan, whose ink often touches its edge
@@ -103,7 +112,9 @@ def load_scans() -> tuple[np.ndarray, np.ndarray]:
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
-        raise ImportError("the digits need scikit-learn, which the quickstart extra brings: pip install -e '.[quickstart]'") from error
+        raise ImportError(
+            "the digits need scikit-learn, which the quickstart extra brings: pip install -e '.[quickstart]'"
+        ) from error
     digits = load_digits()
     return digits.images, digits.target.astype(np.int64)
 

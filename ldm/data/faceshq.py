@@ -57,5 +57,7 @@ def _load_npy(path: Any, max_pixels: int) -> Image.Image:
     if array.ndim == 3 and array.shape[0] == 3:
         array = array.transpose(1, 2, 0)
     if array.ndim != 3 or array.shape[2] != 3 or array.dtype != np.uint8 or not 0 < array.size <= 3 * max_pixels:
-        raise BadImageError(path, f"holds {array.dtype} of shape {array.shape}, expected uint8 of (1, 3, H, W), (3, H, W) or (H, W, 3)")
+        raise BadImageError(
+            path, f"holds {array.dtype} of shape {array.shape}, expected uint8 of (1, 3, H, W), (3, H, W) or (H, W, 3)"
+        )
     return pictures.to_rgb(Image.fromarray(np.ascontiguousarray(array)))

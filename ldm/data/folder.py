@@ -17,7 +17,17 @@ from ldm.data import image as pictures
 from ldm.data.base import DataConfigError
 from ldm.data.captions import SIDECAR, TABLES, CaptionPolicy, read_sidecar, read_table
 from ldm.data.image import EXTENSIONS, MAX_PIXELS, RESAMPLING, BadImageError, Size, View
-from ldm.data.listing import SPLIT_FOLDERS, class_of, class_order, divided, existing_folder, part, read_list, scan, split_folder
+from ldm.data.listing import (
+    SPLIT_FOLDERS,
+    class_of,
+    class_order,
+    divided,
+    existing_folder,
+    part,
+    read_list,
+    scan,
+    split_folder,
+)
 from ldm.data.order import usable_cpus
 
 logger = logging.getLogger(__name__)
@@ -98,7 +108,10 @@ class ImageFolder(Dataset):
         self.random_crop, self.flip_p, self.interpolation = random_crop, flip_p, interpolation
         self.on_error, self.min_size, self.max_pixels = on_error, min_size, max_pixels
         self.image_key, self.caption_key, self.captioned = image_key, caption_key, captions is not None
-        self.caption_encoding, self.caption_policy = caption_encoding, CaptionPolicy(missing_caption, max_caption_chars, long_caption)
+        self.caption_encoding, self.caption_policy = (
+            caption_encoding,
+            CaptionPolicy(missing_caption, max_caption_chars, long_caption),
+        )
         self.skipped: dict[str, str] = {}  # what was left out -> why
 
         whole = existing_folder("root", root, self.holding)
@@ -166,7 +179,9 @@ class ImageFolder(Dataset):
         box = (pictures.random_box if self.random_crop else pictures.center_box)(scaled, self.crop_size)
         return View(scaled, box, bool(self.flip_p) and random.random() < self.flip_p)
 
-    def _table_captions(self, table: Path, image_column: str | None, caption_column: str | None) -> dict[str, list[str]]:
+    def _table_captions(
+        self, table: Path, image_column: str | None, caption_column: str | None
+    ) -> dict[str, list[str]]:
         """Captions by picture, in the order of the table."""
         try:
             rows = list(read_table(table, image_column, caption_column, self.caption_encoding))
@@ -221,7 +236,9 @@ class ImageFolder(Dataset):
             return ""
 
         with ThreadPoolExecutor(usable_cpus()) as pool:  # decoders release the interpreter's lock
-            problems = list(tqdm(pool.map(problem, items), "checking pictures", len(items), leave=False, delay=3, disable=None))
+            problems = list(
+                tqdm(pool.map(problem, items), "checking pictures", len(items), leave=False, delay=3, disable=None)
+            )
         self.skipped |= {item.name: why for item, why in zip(items, problems) if why}
         return [item for item, why in zip(items, problems) if not why]
 
@@ -232,12 +249,16 @@ class ImageFolder(Dataset):
         if self.skipped:
             first = "; ".join(f"{what}: {why}" for what, why in list(self.skipped.items())[:3])
             total = len(self) + len(self.skipped)
-            logger.warning("%s: kept %d of %d, skipped %d (first: %s)", self.root, len(self), total, len(self.skipped), first)
+            logger.warning(
+                "%s: kept %d of %d, skipped %d (first: %s)", self.root, len(self), total, len(self.skipped), first
+            )
 
 
 def _choice(param: str, value: object, choices: tuple) -> None:
     if value not in choices:
-        raise DataConfigError(param, value, "unknown", f"set {{param}} to one of {', '.join('null' if c is None else c for c in choices)}")
+        raise DataConfigError(
+            param, value, "unknown", f"set {{param}} to one of {', '.join('null' if c is None else c for c in choices)}"
+        )
 
 
 def _sizes(size: Size | None, crop_size: Size | None) -> tuple[tuple[int, int] | None, tuple[int, int]]:
@@ -250,7 +271,9 @@ def _sizes(size: Size | None, crop_size: Size | None) -> tuple[tuple[int, int] |
         try:
             pairs.append(pictures.height_and_width(value))
         except (TypeError, ValueError) as error:
-            raise DataConfigError(param, value, "no size", "set {param} to a positive integer or [height, width]") from error
+            raise DataConfigError(
+                param, value, "no size", "set {param} to a positive integer or [height, width]"
+            ) from error
     if size is not None and any(kept > scaled for kept, scaled in zip(pairs[1], pairs[0])):
         raise DataConfigError("crop_size", crop_size, f"larger than size {size}", f"set {{param}} to at most {size}")
     return pairs[0], pairs[1]
@@ -261,9 +284,13 @@ def _table(captions: str | None, folders: Sequence[Path]) -> Path | None:
     if captions is None or captions == SIDECAR:
         return None
     if Path(captions).suffix.lower() not in TABLES:
-        raise DataConfigError("captions", captions, "unknown", f"set {{param}} to {SIDECAR}, null, or a file of type {', '.join(TABLES)}")
+        raise DataConfigError(
+            "captions", captions, "unknown", f"set {{param}} to {SIDECAR}, null, or a file of type {', '.join(TABLES)}"
+        )
     places = [Path(captions).expanduser(), *(folder / captions for folder in folders)]
     found = next((place for place in places if place.is_file()), None)
     if found is None:
-        raise DataConfigError("captions", captions, f"no such file, nor in {folders[-1]}", "set {param} to a captions table")
+        raise DataConfigError(
+            "captions", captions, f"no such file, nor in {folders[-1]}", "set {param} to a captions table"
+        )
     return found

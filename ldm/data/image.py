@@ -26,7 +26,9 @@ from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 if TYPE_CHECKING:
     from torch import Tensor
 
-EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm", ".jp2", ".avif"})
+EXTENSIONS = frozenset(
+    {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm", ".jp2", ".avif"}
+)
 MAX_PIXELS = 178_956_970  # 0.5 GiB as RGB; PIL refuses more by itself
 WHITE = (255, 255, 255)
 RESAMPLING = {
@@ -67,7 +69,9 @@ class BadImageError(ValueError):
         return type(self), (self.path, self.reason)
 
 
-def load_image(path: str | PathLike, max_pixels: int = MAX_PIXELS, background: tuple[int, int, int] = WHITE) -> Image.Image:
+def load_image(
+    path: str | PathLike, max_pixels: int = MAX_PIXELS, background: tuple[int, int, int] = WHITE
+) -> Image.Image:
     """The picture in a file as 8-bit RGB, upright and opaque (the table above).
 
     Raises BadImageError naming the path: missing, empty, truncated, an HTML page, no image at all, more than `max_pixels`.
@@ -77,7 +81,9 @@ def load_image(path: str | PathLike, max_pixels: int = MAX_PIXELS, background: t
         with Path(path).open("rb") as file, Image.open(file) as image:
             pixels = image.width * image.height
             if pixels > max_pixels:
-                raise BadImageError(path, f"{image.width}x{image.height} is {pixels:,} pixels, more than max_pixels {max_pixels:,}")
+                raise BadImageError(
+                    path, f"{image.width}x{image.height} is {pixels:,} pixels, more than max_pixels {max_pixels:,}"
+                )
             image.load()
             return to_rgb(_upright(image), background)
     except (BadImageError, MemoryError):
@@ -95,7 +101,9 @@ def to_rgb(image: Image.Image, background: tuple[int, int, int] = WHITE) -> Imag
     if image.mode == "F":
         return Image.fromarray(_grey_from_floats(image)).convert("RGB")
     if image.mode == "LAB":
-        return ImageCms.profileToProfile(image, ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB"), outputMode="RGB")
+        return ImageCms.profileToProfile(
+            image, ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB"), outputMode="RGB"
+        )
     if image.mode == "La":
         image = image.convert("LA")
     if image.mode in ("RGBA", "LA", "PA", "RGBa") or "transparency" in image.info:
@@ -123,7 +131,9 @@ def from_array(array: np.ndarray) -> Image.Image:
     if array.ndim != 2 and not (array.ndim == 3 and array.shape[2] == 3):
         raise ValueError(f"picture of shape {array.shape}: expected (H, W, 3), (H, W, 1) or (H, W)")
     if not np.isfinite(array).all():
-        raise ValueError(f"picture of shape {array.shape} holds {np.count_nonzero(~np.isfinite(array))} values that are not finite")
+        raise ValueError(
+            f"picture of shape {array.shape} holds {np.count_nonzero(~np.isfinite(array))} values that are not finite"
+        )
     levels = np.rint((array.astype(np.float64) + 1.0) * 127.5)
     return Image.fromarray(np.clip(levels, 0, 255).astype(np.uint8))
 
@@ -131,7 +141,9 @@ def from_array(array: np.ndarray) -> Image.Image:
 def from_tensor(x: Tensor) -> Image.Image:
     """Tensor (3, H, W) or (1, H, W) in [-1, 1], any device and float type -> PIL, rounded to the nearest level and clipped."""
     if x.ndim != 3 or x.shape[0] not in (1, 3):
-        raise ValueError(f"picture of shape {tuple(x.shape)}: expected (3, H, W) or (1, H, W); pass the pictures of a batch one by one")
+        raise ValueError(
+            f"picture of shape {tuple(x.shape)}: expected (3, H, W) or (1, H, W); pass the pictures of a batch one by one"
+        )
     return from_array(x.detach().float().cpu().permute(1, 2, 0).numpy())
 
 
@@ -146,7 +158,9 @@ def load_labels(path: str | PathLike, max_pixels: int = MAX_PIXELS) -> Image.Ima
                 raise BadImageError(path, f"{image.width}x{image.height} pixels, more than max_pixels {max_pixels:,}")
             numbers = np.asarray(image)
             if image.mode not in ("L", "P", "1") and not image.mode.startswith("I"):
-                raise BadImageError(path, f"is of mode {image.mode}, no map of class numbers (grey levels or a palette)")
+                raise BadImageError(
+                    path, f"is of mode {image.mode}, no map of class numbers (grey levels or a palette)"
+                )
     except (BadImageError, MemoryError):
         raise
     except Exception as error:
@@ -167,7 +181,9 @@ def load_depth(path: str | PathLike, max_pixels: int = MAX_PIXELS) -> np.ndarray
                 raise BadImageError(path, f"{image.width}x{image.height} pixels, more than max_pixels {max_pixels:,}")
             image.load()
             image = _upright(image)
-            depth = np.asarray(image if image.mode.startswith(("I", "F")) else to_rgb(image).convert("L"), dtype=np.float32)
+            depth = np.asarray(
+                image if image.mode.startswith(("I", "F")) else to_rgb(image).convert("L"), dtype=np.float32
+            )
     except (BadImageError, MemoryError):
         raise
     except Exception as error:
@@ -238,7 +254,9 @@ def resampling(how: str) -> Image.Resampling:
 def _crop_size(of: tuple[int, int], size: Size) -> tuple[int, int]:
     height, width = height_and_width(size)
     if height > of[1] or width > of[0]:
-        raise ValueError(f"crop of {height}x{width} (height x width) from a picture of {of[1]}x{of[0]}: resize it first")
+        raise ValueError(
+            f"crop of {height}x{width} (height x width) from a picture of {of[1]}x{of[0]}: resize it first"
+        )
     return height, width
 
 

@@ -72,7 +72,11 @@ class _ImageNet(ImageFolder):
     def _human_labels(self) -> dict[str, str]:
         files = (folder / name for folder in (self.root, *self.root.parents[:2]) for name in HUMAN_LABELS)
         file = next((path for path in files if path.is_file()), None)
-        pairs = (line.split(maxsplit=1) for line in file.read_text(encoding="utf-8").splitlines()) if file is not None else ()
+        pairs = (
+            (line.split(maxsplit=1) for line in file.read_text(encoding="utf-8").splitlines())
+            if file is not None
+            else ()
+        )
         return {pair[0]: pair[1].strip() for pair in pairs if len(pair) == 2}
 
 
@@ -84,8 +88,12 @@ class _Validation(_ImageNet):
         table = archive.parent / "validation_synset.txt"
         if not table.is_file():
             line = "ILSVRC2012_val_00000001.JPEG n01751748"
-            raise ArchiveError(f"{archive}: to unpack it, put validation_synset.txt beside it, with lines such as {line!r}")
-        synsets = dict(line.split()[:2] for line in table.read_text(encoding="utf-8").splitlines() if len(line.split()) >= 2)
+            raise ArchiveError(
+                f"{archive}: to unpack it, put validation_synset.txt beside it, with lines such as {line!r}"
+            )
+        synsets = dict(
+            line.split()[:2] for line in table.read_text(encoding="utf-8").splitlines() if len(line.split()) >= 2
+        )
 
         def place(name: str) -> str:
             if name not in synsets:
@@ -130,5 +138,7 @@ def _merged(config: Mapping[str, Any] | None, options: Mapping[str, Any]) -> dic
     known, _ = accepted_params(_ImageNet)
     for key in config or ():
         if key not in known:
-            raise DataConfigError(f"config.{key}", config[key], "no such parameter", f"choose from {', '.join(sorted(known))}")
+            raise DataConfigError(
+                f"config.{key}", config[key], "no such parameter", f"choose from {', '.join(sorted(known))}"
+            )
     return {**(config or {}), **options}

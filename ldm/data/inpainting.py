@@ -44,11 +44,15 @@ class Inpainting(ImageFolder):
         **options: Any,
     ) -> None:
         if not 0 < min_masked <= max_masked < 1:
-            raise DataConfigError("min_masked", min_masked, f"with max_masked {max_masked} no range in (0, 1)", "set {param} to a share")
+            raise DataConfigError(
+                "min_masked", min_masked, f"with max_masked {max_masked} no range in (0, 1)", "set {param} to a share"
+            )
         if not 0 <= whole_p <= 1:
             raise DataConfigError("whole_p", whole_p, "not a probability", "set {param} between 0 and 1")
         if convention not in CONVENTIONS:
-            raise DataConfigError("convention", convention, "no such convention", f"set {{param}} to one of {', '.join(CONVENTIONS)}")
+            raise DataConfigError(
+                "convention", convention, "no such convention", f"set {{param}} to one of {', '.join(CONVENTIONS)}"
+            )
         self.min_masked, self.max_masked, self.whole_p = min_masked, max_masked, whole_p
         self.convention = CONVENTIONS[convention]
         super().__init__(root, **options)
@@ -57,7 +61,11 @@ class Inpainting(ImageFolder):
         image = pictures.to_array(self._view(picture).of(picture, self.interpolation))
         height, width = image.shape[:2]
         whole = self.whole_p > 0 and random.random() < self.whole_p
-        hole = np.ones((height, width), bool) if whole else draw_hole(height, width, random.uniform(self.min_masked, self.max_masked))
+        hole = (
+            np.ones((height, width), bool)
+            if whole
+            else draw_hole(height, width, random.uniform(self.min_masked, self.max_masked))
+        )
         masked = np.where(hole[..., None], np.float32(self.convention.hole), image)
         mask = np.where(hole[..., None], 1, self.convention.outside).astype(np.float32)
         return {self.image_key: image, "mask": mask, "masked_image": masked}

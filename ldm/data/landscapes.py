@@ -46,7 +46,9 @@ class SegmentedPictures(ImageFolder):
     ) -> None:
         if not isinstance(n_labels, int) or not 1 <= n_labels <= UNLABELED:
             raise DataConfigError("n_labels", n_labels, "no number of classes", f"set {{param}} to 1 .. {UNLABELED}")
-        self.maps = existing_folder("segmentation_root", segmentation_root, "maps, .png files with the names of the pictures")
+        self.maps = existing_folder(
+            "segmentation_root", segmentation_root, "maps, .png files with the names of the pictures"
+        )
         self.n_labels, self.shift = n_labels, shift_segmentation
         self.dtype = np.float32 if segmentation_to_float32 else np.uint8
         self.whole = Path(root).expanduser() if root is not None else None
@@ -70,7 +72,9 @@ class SegmentedPictures(ImageFolder):
         """The map in a file, of classes 0 .. n_labels - 1 and UNLABELED."""
         labels = pictures.load_labels(path, self.max_pixels)
         if labels.size != picture.size:
-            raise BadImageError(path, f"is {labels.width}x{labels.height}, its picture {picture.width}x{picture.height}")
+            raise BadImageError(
+                path, f"is {labels.width}x{labels.height}, its picture {picture.width}x{picture.height}"
+            )
         numbers = np.asarray(labels)
         if self.shift:
             numbers = numbers + np.uint8(1)  # 255 becomes 0
@@ -96,7 +100,9 @@ class RFWTrain(SegmentedPictures):
         random_crop: bool = True,
         **options: Any,
     ) -> None:
-        super().__init__(root, segmentation_root, size, crop_size=crop_size, split=split, random_crop=random_crop, **options)
+        super().__init__(
+            root, segmentation_root, size, crop_size=crop_size, split=split, random_crop=random_crop, **options
+        )
 
 
 class RFWValidation(SegmentedPictures):

@@ -20,7 +20,9 @@ def existing_folder(param: str, value: str | None, holding: str) -> Path:
         raise DataConfigError(param, value, "not set", advice)
     folder = Path(value).expanduser()
     if not folder.is_dir():
-        raise DataConfigError(param, str(value), "is a file, not a folder" if folder.exists() else "no such folder", advice)
+        raise DataConfigError(
+            param, str(value), "is a file, not a folder" if folder.exists() else "no such folder", advice
+        )
     return folder
 
 
@@ -35,7 +37,11 @@ def scan(root: Path, suffixes: Collection[str] = EXTENSIONS) -> list[str]:
         seen.add(real)
         subfolders[:] = [name for name in subfolders if not name.startswith(".") and name != "__MACOSX"]
         below = Path(folder).relative_to(root)
-        names += [(below / name).as_posix() for name in files if not name.startswith(".") and Path(name).suffix.lower() in suffixes]
+        names += [
+            (below / name).as_posix()
+            for name in files
+            if not name.startswith(".") and Path(name).suffix.lower() in suffixes
+        ]
     return sorted(names)
 
 
@@ -43,15 +49,21 @@ def read_list(file: str, root: Path, suffixes: Collection[str] = EXTENSIONS) -> 
     """Pictures that a text file lists, one path below `root` on each line, in its order."""
     path = Path(file).expanduser()
     if not path.is_file():
-        raise DataConfigError("files", str(file), "no such file", f"set {{param}} to a text file with one path below {root} on each line")
+        raise DataConfigError(
+            "files", str(file), "no such file", f"set {{param}} to a text file with one path below {root} on each line"
+        )
     try:
         names = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
     except UnicodeError as error:
-        raise DataConfigError("files", str(file), f"no text in UTF-8 ({error})", "set {param} to a text file") from error
+        raise DataConfigError(
+            "files", str(file), f"no text in UTF-8 ({error})", "set {param} to a text file"
+        ) from error
     for name in names:
         # A list may come from anywhere: it chooses among the pictures of the folder and reaches no other file.
         if os.path.isabs(name) or ".." in Path(name).parts:
-            raise DataConfigError("files", str(file), f"its path {name!r} leaves {root}", "set {param} to a list of paths below it")
+            raise DataConfigError(
+                "files", str(file), f"its path {name!r} leaves {root}", "set {param} to a list of paths below it"
+            )
         if Path(name).suffix.lower() not in suffixes:
             raise DataConfigError("files", str(file), f"{name!r} is no picture", "set {param} to a list of pictures")
     return names
@@ -72,7 +84,9 @@ def part(names: Sequence[str], split: str | None, fraction: float) -> set[str]:
     if split is None or (split == "train" and fraction == 0):
         return set(names)
     if not 0 < fraction < 1:
-        raise DataConfigError("validation_fraction", fraction, "nothing would be left for a split", "set {param} between 0 and 1")
+        raise DataConfigError(
+            "validation_fraction", fraction, "nothing would be left for a split", "set {param} between 0 and 1"
+        )
     # By hash and not by position: a picture keeps its split when others are added, but for a few at the border.
     ranked = sorted(names, key=lambda name: hashlib.blake2b(name.encode(errors="surrogateescape")).digest())
     count = min(len(ranked), max(1, round(fraction * len(ranked))))
@@ -97,7 +111,9 @@ def class_order(names: Sequence[str], classes: str | Sequence[str] | None) -> li
     stray = next((name for name in names if class_of(name) not in known), None)
     if stray is not None:
         if not class_of(stray):
-            raise DataConfigError("class_labels", True, f"{stray} lies in no class folder", "move it into one, or set {param} to false")
+            raise DataConfigError(
+                "class_labels", True, f"{stray} lies in no class folder", "move it into one, or set {param} to false"
+            )
         problem = f"{stray} is in none of these {len(order)} classes"
         raise DataConfigError("classes", order[:5], problem, "add its class to {param}, or remove it")
     return order

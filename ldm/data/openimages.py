@@ -58,7 +58,9 @@ class _Validation(_Train):
 class FullOpenImagesTrain(_Train):
     """Pictures cut anywhere. size None cuts them as they are; parameters are those of ImageFolder."""
 
-    def __init__(self, size: Size | None = None, crop_size: Size | None = 256, random_crop: bool = True, **options: Any) -> None:
+    def __init__(
+        self, size: Size | None = None, crop_size: Size | None = 256, random_crop: bool = True, **options: Any
+    ) -> None:
         super().__init__(size=size, crop_size=crop_size, random_crop=random_crop, **options)
 
 
@@ -112,10 +114,21 @@ class Layouts(ImageFolder):
         numbers = {Path(item.name).stem: k for k, item in enumerate(self.items)}
         self.boxes = read_boxes(_table(root, self.table), numbers, list(self.object_names), min_object_area)
         counts = self.boxes.counts()
-        self.rows = np.flatnonzero((counts >= min_objects) & (counts <= max_objects))  # of `boxes`, for each picture that is kept
+        self.rows = np.flatnonzero(
+            (counts >= min_objects) & (counts <= max_objects)
+        )  # of `boxes`, for each picture that is kept
         if not len(self.rows):
-            raise DataConfigError("min_objects", min_objects, f"no picture has {min_objects} to {max_objects} boxes", "lower {param}")
-        logger.info("%s: %d of %d pictures have %d to %d boxes", self.root, len(self.rows), len(self.items), min_objects, max_objects)
+            raise DataConfigError(
+                "min_objects", min_objects, f"no picture has {min_objects} to {max_objects} boxes", "lower {param}"
+            )
+        logger.info(
+            "%s: %d of %d pictures have %d to %d boxes",
+            self.root,
+            len(self.rows),
+            len(self.items),
+            min_objects,
+            max_objects,
+        )
         self.items = [self.items[row] for row in self.rows]
 
     @classmethod
@@ -173,5 +186,7 @@ def _chosen(object_classes: str | Sequence[str] | None) -> list[str] | None:
         return None if object_classes is None else list(object_classes)
     path = Path(object_classes).expanduser()
     if not path.is_file():
-        raise DataConfigError("object_classes", object_classes, "no such file", "set {param} to a file with one class id on each line")
+        raise DataConfigError(
+            "object_classes", object_classes, "no such file", "set {param} to a file with one class id on each line"
+        )
     return path.read_text(encoding="utf-8").split()

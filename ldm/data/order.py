@@ -67,7 +67,13 @@ class EpochSampler(DistributedSampler):
         position: Callable[[], Position | None] | None = None,
     ) -> None:
         # The parent's constructor is left out: it wants the dataset, and all that it sets is set here.
-        self.length, self.batch_size, self.seed, self.shuffle, self.position = length, batch_size, seed, shuffle, position
+        self.length, self.batch_size, self.seed, self.shuffle, self.position = (
+            length,
+            batch_size,
+            seed,
+            shuffle,
+            position,
+        )
         self.rank, self.num_replicas = rank, world_size
         self.num_samples = math.ceil(length / world_size)
         self.total_size = self.num_samples * world_size

@@ -20,7 +20,12 @@ class ListedPictures(ImageFolder):
     published_root, published_list, published_flip_p = "", "", 0.0
 
     def __init__(
-        self, size: Size = 256, root: str | None = None, files: str | None = None, flip_p: float | None = None, **options: Any
+        self,
+        size: Size = 256,
+        root: str | None = None,
+        files: str | None = None,
+        flip_p: float | None = None,
+        **options: Any,
     ) -> None:
         flip_p = self.published_flip_p if flip_p is None else flip_p
         listed = str(self.list_file(files)) if options.get("split") is None else None

@@ -14,7 +14,10 @@ from ldm.data.folder import ImageFolder
 from ldm.modules.image_degradation import degradation_fn_bsr, degradation_fn_bsr_light
 from ldm.modules.image_degradation.opencv import load_cv2
 
-PIL_FILTERS = {f"pil_{name}": Image.Resampling[name.upper()] for name in ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")}
+PIL_FILTERS = {
+    f"pil_{name}": Image.Resampling[name.upper()]
+    for name in ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
+}
 CV_FILTERS = {
     "cv_nearest": "INTER_NEAREST",
     "cv_bilinear": "INTER_LINEAR",
@@ -49,14 +52,20 @@ class SuperResolution(ImageFolder):
         if not isinstance(size, int):
             raise DataConfigError("size", size, "no side of a square", "set {param} to a number of pixels")
         if not isinstance(downscale_f, int) or downscale_f < 1 or size % downscale_f:
-            raise DataConfigError("downscale_f", downscale_f, f"does not divide size {size}", "set {param} to an integer that does")
+            raise DataConfigError(
+                "downscale_f", downscale_f, f"does not divide size {size}", "set {param} to an integer that does"
+            )
         if not 0 < min_crop_f <= max_crop_f <= 1:
-            raise DataConfigError("min_crop_f", min_crop_f, f"with max_crop_f {max_crop_f} no range in (0, 1]", "set {param} to a share")
+            raise DataConfigError(
+                "min_crop_f", min_crop_f, f"with max_crop_f {max_crop_f} no range in (0, 1]", "set {param} to a share"
+            )
         for param in ("crop_size", "interpolation"):
             if param in options:
                 raise DataConfigError(param, options[param], "has no effect on these pairs", "take {param} out")
         if degradation not in DEGRADATIONS:
-            raise DataConfigError("degradation", degradation, "unknown", f"set {{param}} to one of {', '.join(DEGRADATIONS)}")
+            raise DataConfigError(
+                "degradation", degradation, "unknown", f"set {{param}} to one of {', '.join(DEGRADATIONS)}"
+            )
         self.degradation, self.downscale_f = degradation, downscale_f
         self.min_crop_f, self.max_crop_f = min_crop_f, max_crop_f
         super().__init__(size=size, random_crop=random_crop, **options)
@@ -64,7 +73,10 @@ class SuperResolution(ImageFolder):
     def _values(self, picture: Image.Image, index: int) -> dict[str, Any]:
         large = np.asarray(self._square(picture))
         small = degrade(large, self.degradation, self.downscale_f)
-        return {self.image_key: pictures.to_array(Image.fromarray(large)), "LR_image": pictures.to_array(Image.fromarray(small))}
+        return {
+            self.image_key: pictures.to_array(Image.fromarray(large)),
+            "LR_image": pictures.to_array(Image.fromarray(small)),
+        }
 
     def _square(self, picture: Image.Image) -> Image.Image:
         side = max(1, round(min(picture.size) * np.random.uniform(self.min_crop_f, self.max_crop_f)))

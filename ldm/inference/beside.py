@@ -23,7 +23,9 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-def fill(pipeline: Pipeline, image: Image.Image, mask: Image.Image, settings: FillSettings, progress: bool = True) -> Picture:
+def fill(
+    pipeline: Pipeline, image: Image.Image, mask: Image.Image, settings: FillSettings, progress: bool = True
+) -> Picture:
     """The picture with what is white in the mask drawn anew; every other pixel is the picture's own.
 
     image: RGB, any size; mask: grey, the same size, filled where it is at least half white (LDM, arXiv 2112.10752, section 4.5). Models
@@ -37,9 +39,11 @@ def fill(pipeline: Pipeline, image: Image.Image, mask: Image.Image, settings: Fi
     check_fills_masks(pipeline.facts)
     settings, multiple = settings.checked(pipeline.facts), pipeline.facts.multiple
     if image.size != mask.size:
-        raise ValueError(f"the picture is {image.width}x{image.height}, its mask {mask.width}x{mask.height}: they must be alike")
+        raise ValueError(
+            f"the picture is {image.width}x{image.height}, its mask {mask.width}x{mask.height}: they must be alike"
+        )
     drawn = mask.convert("L").point(lambda level: 255 if level >= 128 else 0)
-    hole = (pipeline.tensor(drawn)[:, :1] > 0).float()                      # (1, 1, H, W), 1 where it is filled
+    hole = (pipeline.tensor(drawn)[:, :1] > 0).float()  # (1, 1, H, W), 1 where it is filled
     led = takes_text(pipeline.facts)
     masked = torch.where(hole > 0, 0.0 if led else -1.0, pipeline.tensor(image))  # grey or black there, as in training
     masked, hole = padded(masked, multiple), padded(hole, multiple)
@@ -72,8 +76,8 @@ def feathered(hole: Image.Image, pixels: int) -> Image.Image:
     from PIL import Image
     from torch.nn.functional import max_pool2d
 
-    inside = torch.from_numpy(np.asarray(hole) > 0).float()[None]           # (1, H, W)
-    depth = inside.clone()                                                  # steps from the nearest kept pixel, at most pixels + 1
+    inside = torch.from_numpy(np.asarray(hole) > 0).float()[None]  # (1, H, W)
+    depth = inside.clone()  # steps from the nearest kept pixel, at most pixels + 1
     for k in range(pixels):
         # A square and a cross in turn: the distance grows as in an octagon, nearly as in a circle.
         rows, columns = -max_pool2d(-inside, (3, 1), 1, (1, 0)), -max_pool2d(-inside, (1, 3), 1, (0, 1))
@@ -112,7 +116,9 @@ def enlarge(pipeline: Pipeline, image: Image.Image, settings: UpscaleSettings, p
     return Picture(result, info)
 
 
-def depth_parts(pipeline: Pipeline, size: Sequence[int], image: Image.Image, depth: np.ndarray | str | Path) -> dict[str, Any]:
+def depth_parts(
+    pipeline: Pipeline, size: Sequence[int], image: Image.Image, depth: np.ndarray | str | Path
+) -> dict[str, Any]:
     """What a depth-to-image model sees beside latents of `size` (h, w).
 
     depth: a map, float (H, W), near is large; or a local folder with transformers' DPT, which estimates that of `image`.
@@ -161,7 +167,9 @@ def padded(x: Tensor, multiple: int) -> Tensor:
     return pad(x, (0, -width % multiple, 0, -height % multiple), mode="replicate")
 
 
-def _draw(pipeline: Pipeline, size: Sequence[int], cond: Any, uncond: Any, settings: BesideSettings, progress: bool) -> Tensor:
+def _draw(
+    pipeline: Pipeline, size: Sequence[int], cond: Any, uncond: Any, settings: BesideSettings, progress: bool
+) -> Tensor:
     """Pictures (1, 3, H, W) in [-1, 1] from noise of `size` (h, w), under a condition that holds what is beside the latent."""
     from tqdm import tqdm
 

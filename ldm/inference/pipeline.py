@@ -35,7 +35,14 @@ class Pipeline:
     identity: what the metadata says of the model: config, checkpoint, version, precision.
     """
 
-    def __init__(self, model: Any, facts: ModelFacts, device: torch.device, dtype: torch.dtype | None, identity: Mapping[str, Any]) -> None:
+    def __init__(
+        self,
+        model: Any,
+        facts: ModelFacts,
+        device: torch.device,
+        dtype: torch.dtype | None,
+        identity: Mapping[str, Any],
+    ) -> None:
         self.model, self.facts, self.device, self.dtype, self.identity = model, facts, device, dtype, identity
 
     @contextmanager
@@ -51,7 +58,9 @@ class Pipeline:
 
         return nullcontext() if self.dtype is None else torch.autocast(self.device.type, dtype=self.dtype)
 
-    def encode_prompts(self, prompts: Sequence[str], negative_prompt: str = "", scale: float = 1.0) -> tuple[Tensor, Tensor | None]:
+    def encode_prompts(
+        self, prompts: Sequence[str], negative_prompt: str = "", scale: float = 1.0
+    ) -> tuple[Tensor, Tensor | None]:
         """Conditions of the prompts and, where guidance needs it (scale other than 1), of as many negative prompts."""
         uncond = self.model.get_learned_conditioning([negative_prompt] * len(prompts)) if scale != 1.0 else None
         return self.model.get_learned_conditioning(list(prompts)), uncond
@@ -78,8 +87,10 @@ class Pipeline:
         from ldm.modules.numbers import weights_dtype
 
         if not torch.isfinite(z).all():
-            raise ValueError("sampling gave values that are not finite; try --precision full, another sampler or more steps")
-        if not hasattr(self.model, "decode_first_stage"):                   # diffusion of the pictures themselves
+            raise ValueError(
+                "sampling gave values that are not finite; try --precision full, another sampler or more steps"
+            )
+        if not hasattr(self.model, "decode_first_stage"):  # diffusion of the pictures themselves
             return z.float().clamp(-1.0, 1.0)
         x = self.model.decode_first_stage(z).float()
         stage = getattr(self.model, "first_stage_model", None)
@@ -116,7 +127,7 @@ def load_model(
     from ldm.util import import_lightning, instantiate_from_config
 
     start = time.perf_counter()
-    import_lightning()                                                      # models are its modules
+    import_lightning()  # models are its modules
     name = str(config) if isinstance(config, (str, Path)) else None
     config = read_config(config) if name is not None else OmegaConf.create(dict(config))
     facts = model_facts(config)
@@ -128,21 +139,35 @@ def load_model(
 
         check_is_of(Path(ckpt), config)
 
-    weights = read_weights(ckpt)                                            # still in the file, but for one of an old format
+    weights = read_weights(ckpt)  # still in the file, but for one of an old format
     config = for_inference(config, set(weights))
     with weights_on_meta():
         model = instantiate_from_config(config.model)
     shape_weights(model, numbers.weights, channels_last=where.type == "cpu" and numbers.weights != torch.float32)
     load_weights(model, ckpt, use_ema=use_ema, weights=weights)
-    del weights                                                             # they stay mapped where the model uses them
+    del weights  # they stay mapped where the model uses them
     ensure_weights(model)
     absent = [key for key, tensor in model.named_parameters() if tensor.is_meta]
     if absent:
-        raise CheckpointError(f"{ckpt}: lacks {len(absent)} weights of this model ({', '.join(absent[:3])}, ...); is the config its own?")
+        raise CheckpointError(
+            f"{ckpt}: lacks {len(absent)} weights of this model ({', '.join(absent[:3])}, ...); is the config its own?"
+        )
     model = model.requires_grad_(False).eval().to(where)
     millions = sum(p.numel() for p in model.parameters()) / 1e6
-    logger.info("model ready in %.1f s: %.1f M parameters on %s, precision %s", time.perf_counter() - start, millions, where, numbers)
-    identity = {**identify(ckpt, name), "use_ema": use_ema, "device": where.type, "precision": precision, "precision_used": numbers.name}
+    logger.info(
+        "model ready in %.1f s: %.1f M parameters on %s, precision %s",
+        time.perf_counter() - start,
+        millions,
+        where,
+        numbers,
+    )
+    identity = {
+        **identify(ckpt, name),
+        "use_ema": use_ema,
+        "device": where.type,
+        "precision": precision,
+        "precision_used": numbers.name,
+    }
     return Pipeline(model, facts, where, numbers.autocast, identity)
 
 
@@ -166,7 +191,7 @@ def for_inference(config: DictConfig, names: set[str]) -> DictConfig:
             stage.pop("ckpt_path", None)
             if "lossconfig" in stage:
                 stage.lossconfig = {"target": "torch.nn.Identity"}
-                stage.pop("learn_logvar", None)                             # a number of the loss
+                stage.pop("learn_logvar", None)  # a number of the loss
     return config
 
 

@@ -16,11 +16,15 @@ class Numbers(NamedTuple):
 
     name: str  # full, autocast, bf16 or fp16: what `auto` has become
     weights: torch.dtype
-    autocast: torch.dtype | None = None  # what convolutions and products are computed in, where the weights are not in it
+    autocast: torch.dtype | None = (
+        None  # what convolutions and products are computed in, where the weights are not in it
+    )
 
     def __str__(self) -> str:
         weights = f"{self.name}: weights in {str(self.weights).removeprefix('torch.')}"
-        return weights if self.autocast is None else f"{weights}, computed in {str(self.autocast).removeprefix('torch.')}"
+        return (
+            weights if self.autocast is None else f"{weights}, computed in {str(self.autocast).removeprefix('torch.')}"
+        )
 
 
 def choose_device(name: str = "auto") -> torch.device:
@@ -88,7 +92,9 @@ def _check_computes(numbers: Numbers, device: torch.device) -> None:
     except (RuntimeError, TypeError) as error:
         others = ", ".join(name for name in PRECISIONS if name != numbers.name)
         what = f"{device.type} cannot compute in {numbers.weights}".replace("torch.", "")
-        raise ValueError(f"--precision {numbers.name}: {what} ({str(error).splitlines()[0]}); choose one of {others}") from error
+        raise ValueError(
+            f"--precision {numbers.name}: {what} ({str(error).splitlines()[0]}); choose one of {others}"
+        ) from error
 
 
 def shape_weights(module: nn.Module, dtype: torch.dtype, channels_last: bool = False) -> None:
@@ -104,8 +110,12 @@ def shape_weights(module: nn.Module, dtype: torch.dtype, channels_last: bool = F
         return
     for name, weight in list(module.named_parameters(recurse=False)):
         if weight.is_meta and weight.is_floating_point():
-            last = channels_last and isinstance(module, nn.Conv2d) and weight.ndim == 4 and weight[0, 0].numel() > 1  # else both are one
+            last = (
+                channels_last and isinstance(module, nn.Conv2d) and weight.ndim == 4 and weight[0, 0].numel() > 1
+            )  # else both are one
             layout = torch.channels_last if last else torch.preserve_format
-            setattr(module, name, nn.Parameter(weight.to(dtype, memory_format=layout), requires_grad=weight.requires_grad))
+            setattr(
+                module, name, nn.Parameter(weight.to(dtype, memory_format=layout), requires_grad=weight.requires_grad)
+            )
     for child in module.children():
         shape_weights(child, dtype, channels_last)

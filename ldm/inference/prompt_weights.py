@@ -105,7 +105,9 @@ def _weight(text: str, prompt: str) -> float:
 
 
 def _wrong(prompt: str, what: str) -> ValueError:
-    return ValueError(f"--emphasis: {what} in {prompt!r}; write (words:1.3), and \\( \\) \\[ \\] \\: for the signs themselves")
+    return ValueError(
+        f"--emphasis: {what} in {prompt!r}; write (words:1.3), and \\( \\) \\[ \\] \\: for the signs themselves"
+    )
 
 
 # -------------------------------------------------------------------------------------------------------------------- chunks
@@ -118,9 +120,13 @@ class PromptEncoder:
     `encode_tokens`, (B, max_length) int64 -> (B, max_length, D).
     """
 
-    def __init__(self, encoder: Any, emphasis: bool = False, long_prompts: bool = False, tokenizer: CLIPTokenizer | None = None) -> None:
+    def __init__(
+        self, encoder: Any, emphasis: bool = False, long_prompts: bool = False, tokenizer: CLIPTokenizer | None = None
+    ) -> None:
         if not callable(getattr(encoder, "encode_tokens", None)):
-            raise ValueError(f"--emphasis and --long_prompts need a text encoder over CLIP's tokens; {type(encoder).__name__} is none")
+            raise ValueError(
+                f"--emphasis and --long_prompts need a text encoder over CLIP's tokens; {type(encoder).__name__} is none"
+            )
         from ldm.modules.encoders.clip_tokenizer import clip_tokenizer
 
         self.encoder, self.emphasis, self.long_prompts = encoder, emphasis, long_prompts
@@ -182,5 +188,7 @@ def weighted(z: Tensor, weights: Tensor) -> Tensor:
     least = _WITHOUT_WEIGHT * numbers.flatten(1).std(dim=1)
     usable = (mean * new > 0) & (mean.abs() > least) & (new.abs() > least)
     ratio = torch.where(usable, mean / torch.where(usable, new, 1.0), 1.0)
-    ratio = torch.where((weights == 1.0).all(dim=1), 1.0, ratio)  # a row without emphasis keeps its values to the last bit
+    ratio = torch.where(
+        (weights == 1.0).all(dim=1), 1.0, ratio
+    )  # a row without emphasis keeps its values to the last bit
     return (heavy * ratio[:, None, None]).to(z.dtype)

@@ -120,13 +120,17 @@ def image_to_image(
 
     settings = settings.checked(pipeline.facts)
     settings, encode = _own_encoder(pipeline, prompts, settings, beside)
-    model, randomness, walked = in_tiles(pipeline, settings).model, Randomness(settings.seed, pipeline.device), settings.encode_steps
+    model, randomness, walked = (
+        in_tiles(pipeline, settings).model,
+        Randomness(settings.seed, pipeline.device),
+        settings.encode_steps,
+    )
     alone, start, z0 = settings.seed_mode == "image", None, None
-    with randomness(), torch.no_grad():                                     # outside of autocast, as published
+    with randomness(), torch.no_grad():  # outside of autocast, as published
         x = pipeline.tensor(fit(image, settings.height, settings.width))
         posterior = model.encode_first_stage(x if alone else x.expand(settings.n_samples, -1, -1, -1))
         if not alone:
-            z0 = model.get_first_stage_encoding(posterior)                  # (n_samples, c, h, w)
+            z0 = model.get_first_stage_encoding(posterior)  # (n_samples, c, h, w)
             start = torch.randn_like(z0) if settings.fixed_code else None
 
     def walk(sampler: Sampler, batch: Batch, noise: NoiseSource, guided: Guided) -> Tensor:
@@ -138,7 +142,9 @@ def image_to_image(
         t = torch.full((size,), walked, dtype=torch.int64, device=pipeline.device)
         z = sampler.stochastic_encode(z, t, noise=noise.normal_like(z) if start is None else start[:size])
         options = {"noise_source": noise, **settings.prediction_options}
-        return sampler.decode(z, guided.cond, walked, guided.scale, guided.uncond, callback=guided.tick, verbose=False, **options)
+        return sampler.decode(
+            z, guided.cond, walked, guided.scale, guided.uncond, callback=guided.tick, verbose=False, **options
+        )
 
     yield from _drawn("img2img", pipeline, prompts, settings, walked, encode, walk, randomness, progress, only)
 
@@ -173,7 +179,13 @@ def fit(image: Image.Image, height: int, width: int) -> Image.Image:
     """The picture in the size that the model takes; one line says so where it changes."""
     if image.size == (width, height):
         return image
-    logger.info("resized from %dx%d to %dx%d pixels, the nearest size that the model takes", image.width, image.height, width, height)
+    logger.info(
+        "resized from %dx%d to %dx%d pixels, the nearest size that the model takes",
+        image.width,
+        image.height,
+        width,
+        height,
+    )
     from ldm.data.image import resampling
 
     return image.resize((width, height), resampling("lanczos"))
@@ -229,7 +241,7 @@ def _drawn(
     """Finished pictures of what `walk` makes of every batch of prompts; `only` that at one place."""
     from tqdm import tqdm
 
-    n_prompts = 1 if isinstance(prompts, str) else len(prompts)             # fixes the sizes of the batches, and so the noise
+    n_prompts = 1 if isinstance(prompts, str) else len(prompts)  # fixes the sizes of the batches, and so the noise
     batches = list(_batches(prompts, settings))
     if only is not None and not 0 <= only < batches[-1].places.stop:
         raise ValueError(f"picture {only}: this run has 0 to {batches[-1].places.stop - 1}")
@@ -238,20 +250,33 @@ def _drawn(
     with tqdm(total=len(drawn) * steps, desc="drawing", unit="step", disable=not progress or steps == 0) as bar:
         for batch in batches[: drawn[-1].number + 1]:
             kept = [place for place in batch.places if only in (None, place)]
-            if not kept:                                                    # its random numbers are used up, and nothing else
+            if not kept:  # its random numbers are used up, and nothing else
                 if settings.seed_mode == "batch":
                     with randomness(), pipeline.drawing():
-                        walk(make_sampler(settings.sampler, Silent(pipeline.model)), batch, noise_of("batch", 0, []), Guided())
+                        walk(
+                            make_sampler(settings.sampler, Silent(pipeline.model)),
+                            batch,
+                            noise_of("batch", 0, []),
+                            Guided(),
+                        )
                 continue
             one = only is not None and settings.seed_mode == "image"
-            at_once = batch._replace(places=range(only, only + 1), prompts=[batch.prompts[only - batch.places.start]]) if one else batch
+            at_once = (
+                batch._replace(places=range(only, only + 1), prompts=[batch.prompts[only - batch.places.start]])
+                if one
+                else batch
+            )
             noise = noise_of(settings.seed_mode, settings.seed, at_once.places)
             with randomness(), pipeline.drawing():
                 cond, uncond = encode(at_once.prompts)
                 z = walk(sampler, at_once, noise, Guided(cond, uncond, settings.scale, lambda i: bar.update()))
                 images = stage.decode(z)
             for index, picture in zip(at_once.places, finished(images, at_once.prompts, pipeline, settings)):
-                place = {"image_index": index, "batch_index": batch.number, "index_in_batch": index - batch.places.start}
+                place = {
+                    "image_index": index,
+                    "batch_index": batch.number,
+                    "index_in_batch": index - batch.places.start,
+                }
                 place |= {"batch_size": len(batch.prompts), "n_prompts": n_prompts}
                 if index in kept:
                     yield Picture(picture.image, {"task": task, **picture.info, **place})

@@ -31,7 +31,7 @@ class Randomness:
 
         with torch_generators_kept(self.device):
             if self._states is None:
-                torch.manual_seed(self.seed)                                # of every device, as seed_everything does
+                torch.manual_seed(self.seed)  # of every device, as seed_everything does
             else:
                 set_torch_states(self._states, self.device)
             yield

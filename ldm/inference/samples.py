@@ -29,7 +29,9 @@ def draw_samples(pipeline: Pipeline, settings: SampleSettings, progress: bool = 
     classes, randomness, index = class_order(pipeline.facts, settings), Randomness(settings.seed, pipeline.device), 0
     n_batches = -(-settings.n_samples // settings.batch_size)
     steps = pipeline.facts.timesteps if settings.vanilla else settings.steps
-    shared = {name: value for name, value in asdict(settings).items() if name != "classes"}  # thousands of numbers in every file else
+    shared = {
+        name: value for name, value in asdict(settings).items() if name != "classes"
+    }  # thousands of numbers in every file else
     with tqdm(total=n_batches * steps, desc="drawing", unit="step", disable=not progress) as bar:
         while index < settings.n_samples:
             size = min(settings.batch_size, settings.n_samples - index)
@@ -72,7 +74,13 @@ def _class_conditions(pipeline: Pipeline, labels: list[int | None], settings: Sa
 
 
 def _draw(
-    pipeline: Pipeline, size: int, cond: Any, uncond: Any, settings: SampleSettings, noise: NoiseSource, tick: Callable[[int], None]
+    pipeline: Pipeline,
+    size: int,
+    cond: Any,
+    uncond: Any,
+    settings: SampleSettings,
+    noise: NoiseSource,
+    tick: Callable[[int], None],
 ) -> Tensor:
     """Latents (B, c, h, w) from noise, by a sampler or by the ancestral chain over every timestep."""
     import torch
@@ -81,10 +89,12 @@ def _draw(
     if settings.vanilla:
         sampler = pipeline.sampler("ancestral")
         sampler.make_schedule(facts.timesteps, verbose=False)
-        clip = getattr(pipeline.model, "clip_denoised", False)              # models of pixels clip x_0 on the way
+        clip = getattr(pipeline.model, "clip_denoised", False)  # models of pixels clip x_0 on the way
         options = {"clip_denoised": clip, "noise_source": noise, **settings.prediction_options}
         x_T = noise.normal((size, *shape), pipeline.device, torch.float32)
-        return sampler.decode(x_T, cond, facts.timesteps, settings.scale, uncond, callback=tick, verbose=False, **options)
+        return sampler.decode(
+            x_T, cond, facts.timesteps, settings.scale, uncond, callback=tick, verbose=False, **options
+        )
     z, _ = pipeline.sampler(settings.sampler).sample(
         S=settings.steps,
         batch_size=size,

@@ -37,7 +37,7 @@ class Weights:
 
     def linear(self, layer: str, x: Tensor) -> Tensor:
         weight, bias = self._of(layer)
-        return F.linear(x, weight.flatten(1), bias)                         # old folders keep 1x1 convolutions
+        return F.linear(x, weight.flatten(1), bias)  # old folders keep 1x1 convolutions
 
     def conv(self, layer: str, x: Tensor, stride: int = 1, padding: int = 1) -> Tensor:
         return F.conv2d(x, *self._of(layer), stride=stride, padding=padding)
@@ -54,7 +54,9 @@ class Weights:
 
 def attention(w: Weights, name: str, x: Tensor, context: Tensor, heads: int) -> Tensor:
     """x: (B, N, C), context: (B, L, D) -> (B, N, C); softmax written out."""
-    q, k, v = (w.linear(f"{name}.{part}", of).unflatten(-1, (heads, -1)).transpose(1, 2) for part, of in _QKV(x, context))
+    q, k, v = (
+        w.linear(f"{name}.{part}", of).unflatten(-1, (heads, -1)).transpose(1, 2) for part, of in _QKV(x, context)
+    )
     scores = (q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])).softmax(dim=-1)
     return w.linear(f"{name}.to_out.0", (scores @ v).transpose(1, 2).flatten(2))
 
@@ -69,7 +71,9 @@ def spatial_attention(w: Weights, name: str, x: Tensor, heads: int, eps: float) 
     return x + attention(w, name, h, h, heads).transpose(1, 2).reshape(x.shape)
 
 
-def resnet(w: Weights, name: str, x: Tensor, eps: float, temb: Tensor | None = None, scale_shift: bool = False) -> Tensor:
+def resnet(
+    w: Weights, name: str, x: Tensor, eps: float, temb: Tensor | None = None, scale_shift: bool = False
+) -> Tensor:
     """(B, C, H, W), (B, E) -> (B, C', H, W)."""
     h = w.conv(f"{name}.conv1", F.silu(w.group_norm(f"{name}.norm1", x, eps)))
     shift = None if temb is None else w.linear(f"{name}.time_emb_proj", F.silu(temb))[:, :, None, None]
@@ -82,7 +86,9 @@ def resnet(w: Weights, name: str, x: Tensor, eps: float, temb: Tensor | None = N
     return h + (w.conv(f"{name}.conv_shortcut", x, padding=0) if w.has(f"{name}.conv_shortcut") else x)
 
 
-def transformer(w: Weights, name: str, x: Tensor, context: Tensor, heads: int, config: Mapping[str, Any], cross_only: bool) -> Tensor:
+def transformer(
+    w: Weights, name: str, x: Tensor, context: Tensor, heads: int, config: Mapping[str, Any], cross_only: bool
+) -> Tensor:
     """Transformer2DModel: (B, C, H, W) on a context (B, L, D) -> (B, C, H, W)."""
     linear = bool(config.get("use_linear_projection"))
     h = w.group_norm(f"{name}.norm", x, 1e-6)
@@ -105,7 +111,12 @@ def transformer(w: Weights, name: str, x: Tensor, context: Tensor, heads: int, c
 
 
 def unet(
-    tensors: Mapping[str, Tensor], config: Mapping[str, Any], x: Tensor, t: Tensor, context: Tensor | None, y: Tensor | None
+    tensors: Mapping[str, Tensor],
+    config: Mapping[str, Any],
+    x: Tensor,
+    t: Tensor,
+    context: Tensor | None,
+    y: Tensor | None,
 ) -> Iterator[Block]:
     """UNet2DConditionModel or UNet2DModel at x (B, C, H, W), t (B,), context (B, L, D), class ids y (B,)."""
     w, eps = Weights(tensors, config["norm_num_groups"]), config["norm_eps"]

@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 _TRAINING_ONLY = ("model_ema.", "loss.", f"{plans.STAGE}loss.", f"{plans.STAGE}model_ema.", f"{plans.CONDITION}loss.")
-_FORMAT = "0.30.0"                                                          # the version of diffusers whose layout is written
+_FORMAT = "0.30.0"  # the version of diffusers whose layout is written
 
 
 class Conversion(NamedTuple):
@@ -37,7 +37,12 @@ class Conversion(NamedTuple):
 
 
 def to_folder(
-    config: Mapping[str, Any], ckpt: Path, target: Path, dtype: str | None = None, use_ema: bool = False, scheduler: str = "ddim"
+    config: Mapping[str, Any],
+    ckpt: Path,
+    target: Path,
+    dtype: str | None = None,
+    use_ema: bool = False,
+    scheduler: str = "ddim",
 ) -> Conversion:
     """A weights file of `config` (with its key `model`) as a diffusers folder `target`, which must not exist.
 
@@ -89,14 +94,16 @@ def to_file(config: Mapping[str, Any], folder: Path, target: Path, dtype: str | 
     logger.info("%s: %d tensors", folder, len(weights))
     worst = max(_converted(part, weights)[1] for part in plan.components)
     if plan.condition_file and not any(name.startswith(plans.CONDITION) for name in weights):
-        logger.warning("%s: has no %s: the file is written without weights of the condition's encoder", folder, plan.condition_file)
+        logger.warning(
+            "%s: has no %s: the file is written without weights of the condition's encoder", folder, plan.condition_file
+        )
     if plan.shared_condition:
         stage = {name: tensor for name, tensor in weights.items() if name.startswith(plans.STAGE)}
         weights |= {plans.CONDITION + name.removeprefix(plans.STAGE): tensor for name, tensor in stage.items()}
     if kind == text.CLIP:
         import torch
 
-        weights[text.POSITION_IDS] = torch.arange(plan.text.positions)[None]    # published files hold it
+        weights[text.POSITION_IDS] = torch.arange(plan.text.positions)[None]  # published files hold it
     if plan.scheduler is not None and plan.scale_factor is None and "scale_factor" not in weights:
         import torch
 
@@ -120,7 +127,10 @@ def _cast(weights: Mapping[str, Tensor], dtype: str | None) -> dict[str, Tensor]
     import torch
 
     to: torch.dtype = getattr(torch, DTYPES[dtype])
-    return {name: tensor.to(to) if "." in name and tensor.is_floating_point() else tensor for name, tensor in weights.items()}
+    return {
+        name: tensor.to(to) if "." in name and tensor.is_floating_point() else tensor
+        for name, tensor in weights.items()
+    }
 
 
 def _converted(part: Component, weights: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], float]:
@@ -132,7 +142,9 @@ def _converted(part: Component, weights: Mapping[str, Tensor]) -> tuple[dict[str
     theirs = to_theirs(part.layout.rules(), own, part.name)
     parity = check_component(part, own, theirs)
     seconds = time.perf_counter() - start
-    logger.info("%s: %d blocks agree within %.1e of their outputs (%.1f s)", part.name, parity.blocks, parity.worst, seconds)
+    logger.info(
+        "%s: %d blocks agree within %.1e of their outputs (%.1f s)", part.name, parity.blocks, parity.worst, seconds
+    )
     return theirs, parity.worst
 
 
@@ -149,7 +161,9 @@ def _other_files(plan: Plan, weights: Mapping[str, Tensor], taken: set[str]) -> 
         condition = {name: tensor for name, tensor in rest.items() if name.startswith(plans.CONDITION)}
         rest = {name: tensor for name, tensor in rest.items() if name not in condition}
         if condition:
-            files[Path(plan.condition_file)] = {name.removeprefix(plans.CONDITION): tensor for name, tensor in condition.items()}
+            files[Path(plan.condition_file)] = {
+                name.removeprefix(plans.CONDITION): tensor for name, tensor in condition.items()
+            }
     if rest and plan.scheduler is not None:
         files[Path(EXTRAS)] = rest
     return files
@@ -169,7 +183,10 @@ def _configs(plan: Plan) -> dict[str, str]:
         files["scheduler/scheduler_config.json"] = plan.scheduler
     if (index := plan.model_index()) is not None:
         files["model_index.json"] = index
-    files = {name: {**config, **({"_diffusers_version": _FORMAT} if "_class_name" in config else {})} for name, config in files.items()}
+    files = {
+        name: {**config, **({"_diffusers_version": _FORMAT} if "_class_name" in config else {})}
+        for name, config in files.items()
+    }
     if plan.text is not None:
         files |= {f"tokenizer/{name}": content for name, content in text.tokenizer_files(plan.text.kind).items()}
     return {name: content if isinstance(content, str) else as_json(content) for name, content in files.items()}

@@ -35,7 +35,7 @@ def weights_file(folder: Path) -> Path:
         for stem in _STEMS:
             if (folder / f"{stem}{ending}").is_file():
                 return folder / f"{stem}{ending}"
-    for stem in _STEMS:                                                     # diffusion_pytorch_model.fp16.safetensors
+    for stem in _STEMS:  # diffusion_pytorch_model.fp16.safetensors
         variants = sorted(path for ending in (".safetensors", ".bin") for path in folder.glob(f"{stem}.*{ending}"))
         if variants:
             return variants[0]
@@ -81,4 +81,9 @@ def is_diffusers_folder(folder: Path) -> bool:
 
 
 def as_json(content: Mapping[str, Any] | list[Any]) -> str:
-    return json.dumps(content, indent=2, sort_keys=isinstance(content, Mapping) and "_class_name" in content, ensure_ascii=False) + "\n"
+    return (
+        json.dumps(
+            content, indent=2, sort_keys=isinstance(content, Mapping) and "_class_name" in content, ensure_ascii=False
+        )
+        + "\n"
+    )

@@ -9,7 +9,13 @@ from ldm.interchange.rules import CONV2D, InterchangeError, Rule, same
 
 KL, VQ = "AutoencoderKL", "VQModel"
 _DOWN, _UP = ("DownEncoderBlock2D", "AttnDownEncoderBlock2D"), ("UpDecoderBlock2D", "AttnUpDecoderBlock2D")
-_FIXED = {"act_fn": "silu", "norm_num_groups": 32, "use_quant_conv": True, "use_post_quant_conv": True, "norm_type": "group"}
+_FIXED = {
+    "act_fn": "silu",
+    "norm_num_groups": 32,
+    "use_quant_conv": True,
+    "use_post_quant_conv": True,
+    "norm_type": "group",
+}
 _FIXED |= {"lookup_from_codebook": False, "shift_factor": None, "latents_mean": None, "latents_std": None}
 _ATTENTION = (("q", "to_q"), ("k", "to_k"), ("v", "to_v"), ("proj_out", "to_out.0"))
 
@@ -21,12 +27,12 @@ class StageLayout(NamedTuple):
     in_channels: int
     out_channels: int
     channels: tuple[int, ...]
-    res_blocks: int                                                         # in the encoder; one more in the decoder
+    res_blocks: int  # in the encoder; one more in the decoder
     attention: tuple[bool, ...]
     middle_attention: bool
     z_channels: int
     embed_dim: int
-    codes: int | None = None                                                # entries of the codebook
+    codes: int | None = None  # entries of the codebook
 
     @classmethod
     def from_params(cls, kind: str, params: Mapping[str, Any]) -> StageLayout:
@@ -40,7 +46,9 @@ class StageLayout(NamedTuple):
             "give_pre_end": bool(dd.get("give_pre_end")),
         }
         for name in (name for name, differs in unlike.items() if differs):
-            raise InterchangeError(f"ddconfig: {name} {dd.get(name)}: diffusers has no such first stage, so that it cannot be converted")
+            raise InterchangeError(
+                f"ddconfig: {name} {dd.get(name)}: diffusers has no such first stage, so that it cannot be converted"
+            )
         if params.get("remap"):
             raise InterchangeError(f"remap {params['remap']}: diffusers' VQModel has no such thing")
         if kind == KL and dd["z_channels"] != params["embed_dim"]:
@@ -53,7 +61,9 @@ class StageLayout(NamedTuple):
             out_channels=dd["out_ch"],
             channels=tuple(dd["ch"] * m for m in mult),
             res_blocks=dd["num_res_blocks"],
-            attention=tuple(attends and dd["resolution"] // 2**level in tuple(dd["attn_resolutions"]) for level in range(len(mult))),
+            attention=tuple(
+                attends and dd["resolution"] // 2**level in tuple(dd["attn_resolutions"]) for level in range(len(mult))
+            ),
             middle_attention=attends,
             z_channels=dd["z_channels"],
             embed_dim=params["embed_dim"],
@@ -70,12 +80,18 @@ class StageLayout(NamedTuple):
         known = {name: bool(attends) for pair in (_DOWN, _UP) for attends, name in enumerate(pair)}
         for block in (*down, *up):
             if block not in known:
-                raise InterchangeError(f"config.json of {kind}: block type {block}: this framework's first stages have {', '.join(known)}")
+                raise InterchangeError(
+                    f"config.json of {kind}: block type {block}: this framework's first stages have {', '.join(known)}"
+                )
         if [known[name] for name in down] != [known[name] for name in reversed(up)]:
-            raise InterchangeError(f"config.json of {kind}: attention at other levels in down_block_types {down} than in {up}")
+            raise InterchangeError(
+                f"config.json of {kind}: attention at other levels in down_block_types {down} than in {up}"
+            )
         for name, value in _FIXED.items():
             if config.get(name, value) != value:
-                raise InterchangeError(f"config.json of {kind}: {name} {config[name]}: this framework's first stages have no such part")
+                raise InterchangeError(
+                    f"config.json of {kind}: {name} {config[name]}: this framework's first stages have no such part"
+                )
         z_channels = config.get("latent_channels", 3 if kind == VQ else 4)
         return cls(
             kind=kind,
@@ -119,11 +135,15 @@ class StageLayout(NamedTuple):
         for level, channels in enumerate(self.channels):
             rules += self._level(f"encoder.down.{level}", f"encoder.down_blocks.{level}", level, width, self.res_blocks)
             if level != last:
-                rules += same(f"encoder.down.{level}.downsample.conv", f"encoder.down_blocks.{level}.downsamplers.0.conv")
+                rules += same(
+                    f"encoder.down.{level}.downsample.conv", f"encoder.down_blocks.{level}.downsamplers.0.conv"
+                )
             width = channels
         rules += [*self._ends("encoder"), *self._middle("decoder"), *same("decoder.conv_in", "decoder.conv_in")]
         for position, (level, channels) in enumerate(reversed(list(enumerate(self.channels)))):
-            rules += self._level(f"decoder.up.{level}", f"decoder.up_blocks.{position}", level, width, self.res_blocks + 1)
+            rules += self._level(
+                f"decoder.up.{level}", f"decoder.up_blocks.{position}", level, width, self.res_blocks + 1
+            )
             if level:
                 rules += same(f"decoder.up.{level}.upsample.conv", f"decoder.up_blocks.{position}.upsamplers.0.conv")
             width = channels
@@ -151,7 +171,9 @@ class StageLayout(NamedTuple):
 
 
 def _resnet(ours: str, theirs: str, shortcut: bool) -> list[Rule]:
-    rules = [rule for layer in ("norm1", "conv1", "norm2", "conv2") for rule in same(f"{ours}.{layer}", f"{theirs}.{layer}")]
+    rules = [
+        rule for layer in ("norm1", "conv1", "norm2", "conv2") for rule in same(f"{ours}.{layer}", f"{theirs}.{layer}")
+    ]
     return rules + (same(f"{ours}.nin_shortcut", f"{theirs}.conv_shortcut") if shortcut else [])
 
 

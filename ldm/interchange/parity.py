@@ -23,7 +23,7 @@ from ldm.interchange.unet import UNetLayout
 
 logger = logging.getLogger(__name__)
 
-TOLERANCE = 1e-5                                                            # relative, in the Frobenius norm, float32 on both sides
+TOLERANCE = 1e-5  # relative, in the Frobenius norm, float32 on both sides
 _STAGE_LAYERS = ("conv_in", "conv_out", "quant_conv", "post_quant_conv")
 
 
@@ -46,7 +46,10 @@ def check_component(part: Component, published: Mapping[str, Tensor], theirs: Ma
             return _compare(part.name, *_unet(part, published, theirs))
         if isinstance(part.layout, TextLayout):
             return _compare(part.name, *_text(part, published, theirs))
-        halves = _compare(part.name, *_encoder(part, published, theirs)), _compare(part.name, *_decoder(part, published, theirs))
+        halves = (
+            _compare(part.name, *_encoder(part, published, theirs)),
+            _compare(part.name, *_decoder(part, published, theirs)),
+        )
         return Parity(max(half.worst for half in halves), sum(half.blocks for half in halves))
 
 
@@ -55,7 +58,9 @@ def _check_bits(part: Component, published: Mapping[str, Tensor], theirs: Mappin
     back = to_ours(part.layout.rules(), theirs, part.name)
     for name, tensor in back.items():
         if tensor.shape != published[name].shape or not torch.equal(tensor, published[name]):
-            raise InterchangeError(f"{part.name}: parity check failed: {name} does not come back from its conversion; nothing was written")
+            raise InterchangeError(
+                f"{part.name}: parity check failed: {name} does not come back from its conversion; nothing was written"
+            )
 
 
 def _compare(what: str, ours: list[Tensor], theirs: Iterable[blocks.Block]) -> Parity:
@@ -63,19 +68,27 @@ def _compare(what: str, ours: list[Tensor], theirs: Iterable[blocks.Block]) -> P
     bar = tqdm(theirs, total=len(ours), desc=f"checking {what}", unit="block", leave=False)
     try:
         for mine, block in zip(ours, bar, strict=True):
-            apart = (mine - block.output).norm() / mine.norm().clamp_min(1e-12) if mine.shape == block.output.shape else torch.inf
-            if not apart <= TOLERANCE:                                      # NaN too
+            apart = (
+                (mine - block.output).norm() / mine.norm().clamp_min(1e-12)
+                if mine.shape == block.output.shape
+                else torch.inf
+            )
+            if not apart <= TOLERANCE:  # NaN too
                 raise InterchangeError(
                     f"{what}: parity check failed: the output of {block.name} is {float(apart):.2g} (relative) from this framework's; "
                     f"nothing was written"
                 )
             worst, count = max(worst, float(apart)), count + 1
-    except (KeyError, RuntimeError) as error:                               # a tensor that is not there, or of another shape
-        raise InterchangeError(f"{what}: parity check failed: {str(error).splitlines()[0]}; nothing was written") from error
-    except ValueError as error:                                             # zip(strict=True): another number of blocks
+    except (KeyError, RuntimeError) as error:  # a tensor that is not there, or of another shape
+        raise InterchangeError(
+            f"{what}: parity check failed: {str(error).splitlines()[0]}; nothing was written"
+        ) from error
+    except ValueError as error:  # zip(strict=True): another number of blocks
         if isinstance(error, InterchangeError):
             raise
-        raise InterchangeError(f"{what}: parity check failed: another number of blocks than here; nothing was written") from error
+        raise InterchangeError(
+            f"{what}: parity check failed: another number of blocks than here; nothing was written"
+        ) from error
     finally:
         bar.close()
     return Parity(worst, count)
@@ -94,7 +107,7 @@ def _unet(part: Component, published: Mapping[str, Tensor], theirs: Mapping[str,
     with torch.device("meta"):
         network = UNetModel(**{**part.params, "use_checkpoint": False, "use_fp16": False})
     _fill(network, published, part.name)
-    side = 2 ** len(layout.channels)                                        # 2x3 pixels in the middle, where attention needs several
+    side = 2 ** len(layout.channels)  # 2x3 pixels in the middle, where attention needs several
     x, t = torch.randn(2, layout.in_channels, side, side * 3 // 2), torch.tensor([3.0, 417.0])
     context = None if layout.context_dim is None else torch.randn(2, 5, layout.context_dim)
     y = None if layout.classes is None else torch.tensor([0, layout.classes - 1])
@@ -150,7 +163,11 @@ def _text(part: Component, published: Mapping[str, Tensor], theirs: Mapping[str,
         if layout.kind == CLIP:
             from ldm.modules.encoders.clip_text import CLIPText, text_shape
 
-            tower = CLIPText(**text_shape(part.params.get("version", "openai/clip-vit-large-patch14"), part.params.get("text_config")))
+            tower = CLIPText(
+                **text_shape(
+                    part.params.get("version", "openai/clip-vit-large-patch14"), part.params.get("text_config")
+                )
+            )
         else:
             from ldm.modules.encoders.open_clip_text import OpenCLIPText, shape_of
 
@@ -184,7 +201,10 @@ class _outputs_of:
         self.layers, self.outputs = list(layers), []
 
     def __enter__(self) -> list[Tensor]:
-        self.hooks = [layer.register_forward_hook(lambda _module, _inputs, output: self.outputs.append(output)) for layer in self.layers]
+        self.hooks = [
+            layer.register_forward_hook(lambda _module, _inputs, output: self.outputs.append(output))
+            for layer in self.layers
+        ]
         return self.outputs
 
     def __exit__(self, *_: object) -> None:

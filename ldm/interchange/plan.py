@@ -25,7 +25,7 @@ class Component:
     """A part with a folder of its own; `folder` is empty where the part is all there is. `params` are those of its YAML."""
 
     folder: str
-    prefix: str                                                             # of its tensors' published names
+    prefix: str  # of its tensors' published names
     layout: Layout
     config: dict[str, Any]
     params: Mapping[str, Any]
@@ -46,9 +46,9 @@ class Plan:
     components: tuple[Component, ...]
     pipeline: str | None = None
     scheduler: dict[str, Any] | None = None
-    condition_file: str | None = None                                       # what the condition's own weights are written to, as they are
-    shared_condition: bool = False                                          # the first stage is the condition's encoder too
-    scale_factor: float | None = None                                       # of the YAML; None where training measures it
+    condition_file: str | None = None  # what the condition's own weights are written to, as they are
+    shared_condition: bool = False  # the first stage is the condition's encoder too
+    scale_factor: float | None = None  # of the YAML; None where training measures it
     params: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -60,11 +60,19 @@ class Plan:
         if self.pipeline is None:
             return None
         index: dict[str, Any] = {"_class_name": self.pipeline}
-        index |= {part.folder: ["diffusers", part.config["_class_name"]] for part in self.components if part.layout != self.text}
+        index |= {
+            part.folder: ["diffusers", part.config["_class_name"]]
+            for part in self.components
+            if part.layout != self.text
+        }
         index["scheduler"] = ["diffusers", self.scheduler["_class_name"]]
         if self.text is not None:
             index |= {"text_encoder": ["transformers", "CLIPTextModel"], "tokenizer": ["transformers", "CLIPTokenizer"]}
-            index |= {"safety_checker": [None, None], "feature_extractor": [None, None], "requires_safety_checker": False}
+            index |= {
+                "safety_checker": [None, None],
+                "feature_extractor": [None, None],
+                "requires_safety_checker": False,
+            }
         return index
 
 
@@ -78,7 +86,9 @@ def plan_of(config: Mapping[str, Any], scheduler: str = "ddim", scale_factor: fl
     if "ddconfig" in params:
         return Plan((_stage("", "", params, 1.0),))
     if "unet_config" not in params:
-        raise InterchangeError(f"{config['model'].get('target')}: neither a diffusion model (unet_config) nor a first stage (ddconfig)")
+        raise InterchangeError(
+            f"{config['model'].get('target')}: neither a diffusion model (unet_config) nor a first stage (ddconfig)"
+        )
     given = None if params.get("scale_by_std") else float(params.get("scale_factor", 1.0))
     unet = UNetLayout.from_params(value_at(params, "unet_config", "params") or {})
     size = params.get("image_size", 256)

@@ -21,9 +21,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-EXTRAS = "published_extras.safetensors"                                     # what a file holds and diffusers has no place for
+EXTRAS = "published_extras.safetensors"  # what a file holds and diffusers has no place for
 STAGES = ("vae", "vqvae")
-_MOST = 64                                                                  # levels, blocks, layers: a folder that says more is no model
+_MOST = 64  # levels, blocks, layers: a folder that says more is no model
 T = TypeVar("T")
 
 
@@ -87,9 +87,13 @@ def read_folder(folder: Path, text_kind: str | None = None, stand_ins: bool = Tr
         weights |= {prefix_of(name, layout) + key: tensor for key, tensor in tensors.items()}
     for name in (plan.CLASS_FILE, plan.CONDITION_FILE):
         if (folder / name).is_file():
-            weights |= {plan.CONDITION + key: tensor for key, tensor in read_tensors(existing_file(folder / name)).items()}
+            weights |= {
+                plan.CONDITION + key: tensor for key, tensor in read_tensors(existing_file(folder / name)).items()
+            }
     if (folder / EXTRAS).is_file():
-        weights |= {key: tensor for key, tensor in read_tensors(existing_file(folder / EXTRAS)).items() if key not in weights}
+        weights |= {
+            key: tensor for key, tensor in read_tensors(existing_file(folder / EXTRAS)).items() if key not in weights
+        }
     if stand_ins:
         _stand_in(weights, layouts.get("text_encoder"))
     return weights
@@ -117,11 +121,15 @@ def check_folder(folder: Path, wanted: Plan) -> dict[str, Layout]:
     for part in wanted.components:
         same_kind = [(name, layout) for name, layout in layouts.items() if type(layout) is type(part.layout)]
         if not same_kind:
-            raise InterchangeError(f"{folder}: has no {part.folder or stages[part.layout.kind]}, which the YAML asks for")
+            raise InterchangeError(
+                f"{folder}: has no {part.folder or stages[part.layout.kind]}, which the YAML asks for"
+            )
         name, layout = same_kind[0]
         difference = first_difference(part.layout, layout)
         if difference:
-            raise InterchangeError(f"{folder / name / 'config.json'}: {difference}; is this the YAML that the folder belongs to?")
+            raise InterchangeError(
+                f"{folder / name / 'config.json'}: {difference}; is this the YAML that the folder belongs to?"
+            )
     if wanted.scheduler is not None and (folder / "scheduler" / "scheduler_config.json").is_file():
         check_scheduler(wanted.params, read_json(folder / "scheduler" / "scheduler_config.json"))
     _check_scale(folder, wanted)
@@ -140,4 +148,6 @@ def scale_factor_of(folder: Path) -> float | None:
 def _check_scale(folder: Path, wanted: Plan) -> None:
     found = scale_factor_of(folder) if wanted.scheduler is not None else None
     if found is not None and wanted.scale_factor is not None and abs(found / wanted.scale_factor - 1) > 1e-3:
-        raise InterchangeError(f"{folder}: the first stage's scaling_factor is {found:g} there and {wanted.scale_factor:g} in the YAML")
+        raise InterchangeError(
+            f"{folder}: the first stage's scaling_factor is {found:g} there and {wanted.scale_factor:g} in the YAML"
+        )

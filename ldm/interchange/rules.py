@@ -40,12 +40,12 @@ def by_head(heads: int, kernel: int) -> Form:
     """
 
     def split(tensor: Tensor) -> list[Tensor]:
-        grouped = tensor.unflatten(0, (heads, 3, -1))                       # (H, 3, D, ...)
-        parts = (grouped[:, k].flatten(0, 1) for k in range(3))             # (H * D, ...)
+        grouped = tensor.unflatten(0, (heads, 3, -1))  # (H, 3, D, ...)
+        parts = (grouped[:, k].flatten(0, 1) for k in range(3))  # (H * D, ...)
         return [part.flatten(1) if kernel else part for part in parts]
 
     def join(parts: list[Tensor]) -> Tensor:
-        grouped = [part.unflatten(0, (heads, 1, -1)) for part in parts]     # (H, 1, D, ...)
+        grouped = [part.unflatten(0, (heads, 1, -1)) for part in parts]  # (H, 1, D, ...)
         joined = _cat(grouped, 1).flatten(0, 2)
         return joined.flatten(1)[(..., *[None] * kernel)] if kernel else joined
 
@@ -75,7 +75,11 @@ def to_theirs(rules: Iterable[Rule], weights: Mapping[str, Tensor], what: str) -
     """The component's tensors in diffusers' names; InterchangeError where one that the rules need is missing."""
     rules = list(rules)
     _check_complete([rule.ours for rule in rules], weights, what)
-    return {name: part for rule in rules for name, part in zip(rule.theirs, rule.form.split(weights[rule.ours]), strict=True)}
+    return {
+        name: part
+        for rule in rules
+        for name, part in zip(rule.theirs, rule.form.split(weights[rule.ours]), strict=True)
+    }
 
 
 def to_ours(rules: Iterable[Rule], tensors: Mapping[str, Tensor], what: str) -> dict[str, Tensor]:
@@ -86,7 +90,7 @@ def to_ours(rules: Iterable[Rule], tensors: Mapping[str, Tensor], what: str) -> 
     for rule in rules:
         try:
             joined[rule.ours] = rule.form.join([tensors[name] for name in rule.theirs])
-        except (RuntimeError, IndexError) as error:                         # shapes that the config does not allow
+        except (RuntimeError, IndexError) as error:  # shapes that the config does not allow
             shapes = ", ".join(str(tuple(tensors[name].shape)) for name in rule.theirs)
             raise InterchangeError(f"{what}: {rule.theirs[0]} does not fit its config: {shapes}") from error
     return joined

@@ -10,8 +10,16 @@ from ldm.interchange.rules import InterchangeError
 SCHEDULERS = {"ddim": "DDIMScheduler", "pndm": "PNDMScheduler"}
 PREDICTIONS = {"eps": "epsilon", "x0": "sample", "v": "v_prediction"}
 _BETAS = {"linear": "scaled_linear", "sqrt_linear": "linear", "cosine": "squaredcos_cap_v2"}
-COSINE_S = 8e-3                                                             # the only one that squaredcos_cap_v2 knows
-_COMPARED = ("num_train_timesteps", "beta_schedule", "beta_start", "beta_end", "trained_betas", "prediction_type", "rescale_betas_zero_snr")
+COSINE_S = 8e-3  # the only one that squaredcos_cap_v2 knows
+_COMPARED = (
+    "num_train_timesteps",
+    "beta_schedule",
+    "beta_start",
+    "beta_end",
+    "trained_betas",
+    "prediction_type",
+    "rescale_betas_zero_snr",
+)
 _DEFAULTS = {"num_train_timesteps": 1000, "beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 2e-2}
 _DEFAULTS |= {"prediction_type": "epsilon", "rescale_betas_zero_snr": False}
 
@@ -42,7 +50,11 @@ def scheduler_config(params: Mapping[str, Any], name: str = "ddim") -> dict[str,
 
 def _betas_of(params: Mapping[str, Any]) -> dict[str, Any]:
     start, end = float(params.get("linear_start", 1e-4)), float(params.get("linear_end", 2e-2))
-    steps, schedule, given = int(params.get("timesteps", 1000)), params.get("beta_schedule", "linear"), params.get("given_betas")
+    steps, schedule, given = (
+        int(params.get("timesteps", 1000)),
+        params.get("beta_schedule", "linear"),
+        params.get("given_betas"),
+    )
     offset = float(params.get("cosine_s", COSINE_S))
     if given is not None or schedule not in _BETAS or (schedule == "cosine" and offset != COSINE_S):
         if given is None:
@@ -50,8 +62,20 @@ def _betas_of(params: Mapping[str, Any]) -> dict[str, Any]:
 
             given = make_beta_schedule(schedule, steps, start, end, offset)
         betas = [float(beta) for beta in given]
-        return {"num_train_timesteps": len(betas), "beta_schedule": "linear", "beta_start": start, "beta_end": end, "trained_betas": betas}
-    return {"num_train_timesteps": steps, "beta_schedule": _BETAS[schedule], "beta_start": start, "beta_end": end, "trained_betas": None}
+        return {
+            "num_train_timesteps": len(betas),
+            "beta_schedule": "linear",
+            "beta_start": start,
+            "beta_end": end,
+            "trained_betas": betas,
+        }
+    return {
+        "num_train_timesteps": steps,
+        "beta_schedule": _BETAS[schedule],
+        "beta_start": start,
+        "beta_end": end,
+        "trained_betas": None,
+    }
 
 
 def check_scheduler(params: Mapping[str, Any], found: Mapping[str, Any]) -> None:
@@ -62,4 +86,6 @@ def check_scheduler(params: Mapping[str, Any], found: Mapping[str, Any]) -> None
         close = abs(ours - theirs) < 1e-9 if isinstance(ours, float) and isinstance(theirs, float) else ours == theirs
         if not close:
             shown = [f"{len(value)} numbers" if isinstance(value, list) else value for value in (theirs, ours)]
-            raise InterchangeError(f"scheduler/scheduler_config.json: {key} is {shown[0]} there and {shown[1]} in the YAML")
+            raise InterchangeError(
+                f"scheduler/scheduler_config.json: {key} is {shown[0]} there and {shown[1]} in the YAML"
+            )

@@ -11,7 +11,12 @@ CLIP, OPEN_CLIP = "FrozenCLIPEmbedder", "FrozenOpenCLIPEmbedder"
 PREFIX = {CLIP: "cond_stage_model.transformer.", OPEN_CLIP: "cond_stage_model.model."}
 POSITION_IDS = f"{PREFIX[CLIP]}text_model.embeddings.position_ids"
 _ACTIVATION = {CLIP: "quick_gelu", OPEN_CLIP: "gelu"}
-_OPEN_CLIP_LAYER = (("ln_1", "layer_norm1"), ("ln_2", "layer_norm2"), ("mlp.c_fc", "mlp.fc1"), ("mlp.c_proj", "mlp.fc2"))
+_OPEN_CLIP_LAYER = (
+    ("ln_1", "layer_norm1"),
+    ("ln_2", "layer_norm2"),
+    ("mlp.c_fc", "mlp.fc1"),
+    ("mlp.c_proj", "mlp.fc2"),
+)
 _OPEN_CLIP_LAYER += (("attn.out_proj", "self_attn.out_proj"),)
 _CLIP_LAYER = ("layer_norm1", "layer_norm2", "mlp.fc1", "mlp.fc2")
 _CLIP_LAYER += tuple(f"self_attn.{name}_proj" for name in ("q", "k", "v", "out"))
@@ -45,16 +50,22 @@ class TextLayout(NamedTuple):
         shape = shape_of(params.get("arch", "ViT-H-14"), params.get("text_config"))
         layers = shape["layers"] - (params.get("layer", "last") == "penultimate")
         width = shape["width"]
-        return cls(OPEN_CLIP, shape["vocab_size"], width, 4 * width, layers, shape["heads"], shape["context_length"], "gelu")
+        return cls(
+            OPEN_CLIP, shape["vocab_size"], width, 4 * width, layers, shape["heads"], shape["context_length"], "gelu"
+        )
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], kind: str | None = None) -> TextLayout:
         """From text_encoder/config.json. kind: None tells the towers apart by their activation, quick_gelu being OpenAI's."""
         if "CLIPTextModel" not in (config.get("architectures") or ["CLIPTextModel"]):
-            raise InterchangeError(f"text_encoder/config.json: a {config['architectures']}; only CLIPTextModel can be read")
+            raise InterchangeError(
+                f"text_encoder/config.json: a {config['architectures']}; only CLIPTextModel can be read"
+            )
         activation = config.get("hidden_act", "quick_gelu")
         if activation not in _ACTIVATION.values():
-            raise InterchangeError(f"text_encoder/config.json: hidden_act {activation}: {' or '.join(_ACTIVATION.values())} can be read")
+            raise InterchangeError(
+                f"text_encoder/config.json: hidden_act {activation}: {' or '.join(_ACTIVATION.values())} can be read"
+            )
         return cls(
             kind or (CLIP if activation == "quick_gelu" else OPEN_CLIP),
             config.get("vocab_size", 49408),
@@ -118,7 +129,11 @@ class TextLayout(NamedTuple):
         for name in ("ln_1", "ln_2"):
             shapes |= {f"{last}.{name}.weight": (width,), f"{last}.{name}.bias": (width,)}
         shapes |= {f"{last}.attn.in_proj_weight": (3 * width, width), f"{last}.attn.in_proj_bias": (3 * width,)}
-        for name, out, into in (("attn.out_proj", width, width), ("mlp.c_fc", self.inner, width), ("mlp.c_proj", width, self.inner)):
+        for name, out, into in (
+            ("attn.out_proj", width, width),
+            ("mlp.c_fc", self.inner, width),
+            ("mlp.c_proj", width, self.inner),
+        ):
             shapes |= {f"{last}.{name}.weight": (out, into), f"{last}.{name}.bias": (out,)}
         return shapes
 
@@ -133,5 +148,10 @@ def tokenizer_files(kind: str) -> dict[str, Any]:
         "vocab.json": tokenizer.token_ids,
         "merges.txt": "\n".join(["#version: 0.2", *(" ".join(pair) for pair in tokenizer.merges), ""]),
         "special_tokens_map.json": special,
-        "tokenizer_config.json": {"tokenizer_class": "CLIPTokenizer", "model_max_length": 77, "do_lower_case": True, **special},
+        "tokenizer_config.json": {
+            "tokenizer_class": "CLIPTokenizer",
+            "model_max_length": 77,
+            "do_lower_case": True,
+            **special,
+        },
     }

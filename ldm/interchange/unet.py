@@ -14,7 +14,7 @@ from ldm.interchange.rules import CONV1D, SAME, InterchangeError, Rule, by_head,
 CROSS, PLAIN = "UNet2DConditionModel", "UNet2DModel"
 _DOWN = {CROSS: "CrossAttnDownBlock2D", PLAIN: "AttnDownBlock2D"}
 _UP = {CROSS: "CrossAttnUpBlock2D", PLAIN: "AttnUpBlock2D"}
-_FIXED = {                                                                  # what published UNets are, in diffusers' terms
+_FIXED = {  # what published UNets are, in diffusers' terms
     "act_fn": "silu",
     "center_input_sample": False,
     "downsample_padding": 1,
@@ -31,17 +31,17 @@ _RESNET += (("out_layers.0", "norm2"), ("out_layers.3", "conv2"))
 class UNetLayout(NamedTuple):
     """All that names and diffusers' config depend on. Sequences have an entry for each level, full size first."""
 
-    kind: str                                                               # CROSS: transformers on a context; PLAIN: attention alone
+    kind: str  # CROSS: transformers on a context; PLAIN: attention alone
     in_channels: int
     out_channels: int
     channels: tuple[int, ...]
-    res_blocks: tuple[int, ...]                                             # in the contracting half; one more in the expanding
-    heads: tuple[int | None, ...]                                           # of attention; None where a level has none
+    res_blocks: tuple[int, ...]  # in the contracting half; one more in the expanding
+    heads: tuple[int | None, ...]  # of attention; None where a level has none
     middle_heads: int
-    depth: int = 1                                                          # transformer blocks in a row
+    depth: int = 1  # transformer blocks in a row
     context_dim: int | None = None
-    linear: bool = False                                                    # tokens are projected by linear layers
-    cross_only: tuple[bool, ...] = ()                                       # levels whose first attention is on the context too
+    linear: bool = False  # tokens are projected by linear layers
+    cross_only: tuple[bool, ...] = ()  # levels whose first attention is on the context too
     middle_cross_only: bool = False
     classes: int | None = None
     scale_shift: bool = False
@@ -89,7 +89,9 @@ class UNetLayout(NamedTuple):
                     f"width for all levels (num_head_channels in the YAML), so it cannot be converted"
                 )
             if len(set(self.res_blocks)) > 1:
-                raise InterchangeError(f"num_res_blocks {list(self.res_blocks)}: diffusers' UNet2DModel has one number for all levels")
+                raise InterchangeError(
+                    f"num_res_blocks {list(self.res_blocks)}: diffusers' UNet2DModel has one number for all levels"
+                )
         return self
 
     def _attended(self) -> list[tuple[int, int]]:
@@ -110,8 +112,10 @@ class UNetLayout(NamedTuple):
         _refuse_what_we_lack(config, [*down, *up], known)
         attended = [known[block] for block in down]
         if attended != [known[block] for block in reversed(up)]:
-            raise InterchangeError(f"unet/config.json: attention at other levels in down_block_types {down} than in up_block_types {up}")
-        if kind == CROSS:                                                   # the entry is misnamed there: it is the number of heads
+            raise InterchangeError(
+                f"unet/config.json: attention at other levels in down_block_types {down} than in up_block_types {up}"
+            )
+        if kind == CROSS:  # the entry is misnamed there: it is the number of heads
             every = _each(config.get("num_attention_heads") or config.get("attention_head_dim", 8), levels)
             context_dim = _one_width(config.get("cross_attention_dim", 1280))
         else:
@@ -178,7 +182,9 @@ class UNetLayout(NamedTuple):
         for level, channels in enumerate(self.channels):
             for block in range(self.res_blocks[level]):
                 rules += _resnet(f"input_blocks.{number}.0", f"down_blocks.{level}.resnets.{block}", width != channels)
-                rules += self._attention(f"input_blocks.{number}.1", f"down_blocks.{level}.attentions.{block}", self.heads[level])
+                rules += self._attention(
+                    f"input_blocks.{number}.1", f"down_blocks.{level}.attentions.{block}", self.heads[level]
+                )
                 width, number = channels, number + 1
                 skips.append(width)
             if level != last:
@@ -191,8 +197,12 @@ class UNetLayout(NamedTuple):
         number = 0
         for up, (level, channels) in enumerate(reversed(list(enumerate(self.channels)))):
             for block in range(self.res_blocks[level] + 1):
-                rules += _resnet(f"output_blocks.{number}.0", f"up_blocks.{up}.resnets.{block}", width + skips.pop() != channels)
-                rules += self._attention(f"output_blocks.{number}.1", f"up_blocks.{up}.attentions.{block}", self.heads[level])
+                rules += _resnet(
+                    f"output_blocks.{number}.0", f"up_blocks.{up}.resnets.{block}", width + skips.pop() != channels
+                )
+                rules += self._attention(
+                    f"output_blocks.{number}.1", f"up_blocks.{up}.attentions.{block}", self.heads[level]
+                )
                 if level and block == self.res_blocks[level]:
                     position = 1 if self.heads[level] is None else 2
                     rules += same(f"output_blocks.{number}.{position}.conv", f"up_blocks.{up}.upsamplers.0.conv")
@@ -214,7 +224,10 @@ def _transformer(ours: str, theirs: str, depth: int) -> list[Rule]:
     inner = []
     for block in (f"transformer_blocks.{k}" for k in range(depth)):
         for attention in (f"{block}.attn1", f"{block}.attn2"):
-            inner += [f"{attention}.{name}" for name in ("to_q.weight", "to_k.weight", "to_v.weight", "to_out.0.weight", "to_out.0.bias")]
+            inner += [
+                f"{attention}.{name}"
+                for name in ("to_q.weight", "to_k.weight", "to_v.weight", "to_out.0.weight", "to_out.0.bias")
+            ]
         layers = (f"{block}.{name}" for name in ("ff.net.0.proj", "ff.net.2", "norm1", "norm2", "norm3"))
         inner += [f"{layer}.{leaf}" for layer in layers for leaf in ("weight", "bias")]
     ends = [f"{layer}.{leaf}" for layer in ("norm", "proj_in", "proj_out") for leaf in ("weight", "bias")]
@@ -237,7 +250,9 @@ def _plain_attention(ours: str, theirs: str, heads: int) -> list[Rule]:
 
 def _refuse_what_diffusers_lacks(params: Mapping[str, Any], mult: Sequence[int]) -> None:
     if mult[0] != 1:
-        raise InterchangeError(f"channel_mult {list(mult)}: diffusers' UNets begin at model_channels, so that it must begin with 1")
+        raise InterchangeError(
+            f"channel_mult {list(mult)}: diffusers' UNets begin at model_channels, so that it must begin with 1"
+        )
     heads = params.get("num_heads", -1)
     upsample = params.get("num_heads_upsample", -1)
     unlike = {
@@ -250,15 +265,25 @@ def _refuse_what_diffusers_lacks(params: Mapping[str, Any], mult: Sequence[int])
         "num_heads_upsample": upsample not in (-1, heads) and not params.get("use_spatial_transformer"),
     }
     for name in (name for name, differs in unlike.items() if differs):
-        raise InterchangeError(f"unet_config: {name} {params.get(name)}: diffusers has no UNet for it, so that it cannot be converted")
+        raise InterchangeError(
+            f"unet_config: {name} {params.get(name)}: diffusers has no UNet for it, so that it cannot be converted"
+        )
 
 
 def _refuse_what_we_lack(config: Mapping[str, Any], blocks: Sequence[str], known: Mapping[str, bool]) -> None:
     for block in blocks:
         if block not in known:
-            raise InterchangeError(f"unet/config.json: block type {block}: this framework's UNet has only {', '.join(known)}")
+            raise InterchangeError(
+                f"unet/config.json: block type {block}: this framework's UNet has only {', '.join(known)}"
+            )
     unlike = [name for name, value in _FIXED.items() if config.get(name, value) != value]
-    others = ("addition_embed_type", "encoder_hid_dim", "class_embed_type", "dual_cross_attention", "resnet_skip_time_act")
+    others = (
+        "addition_embed_type",
+        "encoder_hid_dim",
+        "class_embed_type",
+        "dual_cross_attention",
+        "resnet_skip_time_act",
+    )
     unlike += [name for name in others if config.get(name)]
     unlike += ["add_attention"] if config.get("add_attention", True) is not True else []
     for name in unlike:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 try:
     import fcntl
-except ImportError:                                                         # Windows: what a killed writer left stays there
+except ImportError:  # Windows: what a killed writer left stays there
     fcntl = None
 
 
@@ -90,8 +90,10 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
     from ldm.checkpoint import read_tensors, write_weights
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_weights(tensors, path, metadata={"format": "pt"})                 # without it transformers takes it for another framework's
+    write_weights(tensors, path, metadata={"format": "pt"})  # without it transformers takes it for another framework's
     written = read_tensors(path)
     wrong = [name for name, tensor in tensors.items() if name not in written or not torch.equal(written[name], tensor)]
     if wrong:
-        raise InterchangeError(f"{path.name}: {wrong[0]} reads back otherwise than it was written; is the disk in order?")
+        raise InterchangeError(
+            f"{path.name}: {wrong[0]} reads back otherwise than it was written; is the disk in order?"
+        )

@@ -68,7 +68,9 @@ class AdversarialAutoencoder(pl.LightningModule):
             if not isinstance(colorize_nlabels, int):
                 raise ValueError(f"colorize_nlabels={colorize_nlabels!r}: expected the number of labels, an int")
             self.register_buffer("colorize", torch.randn(3, colorize_nlabels, 1, 1))
-        self._window: list[Mapping[str, Tensor]] = []  # named losses since the last check, to say which one is not finite
+        self._window: list[
+            Mapping[str, Tensor]
+        ] = []  # named losses since the last check, to say which one is not finite
 
     # ---------------------------------------------------------------------------------------- what a subclass provides
 
@@ -111,7 +113,9 @@ class AdversarialAutoencoder(pl.LightningModule):
     def get_input(self, batch: Mapping[str, Any], k: str) -> Tensor:
         """Pictures under key `k`: (B, H, W[, C]) -> (B, C, H, W) float32, contiguous."""
         if k not in batch:
-            raise ValueError(f"the batch has no {k!r}, it has {', '.join(sorted(batch))}: set image_key to one of these")
+            raise ValueError(
+                f"the batch has no {k!r}, it has {', '.join(sorted(batch))}: set image_key to one of these"
+            )
         x = batch[k]
         if x.ndim == 3:
             x = x[..., None]
@@ -133,7 +137,9 @@ class AdversarialAutoencoder(pl.LightningModule):
         if self.accumulate_grad_batches < 1:
             raise ValueError(f"accumulate_grad_batches={self.accumulate_grad_batches}: must be at least 1")
         if self.gradient_clip_algorithm not in CLIP_ALGORITHMS:
-            raise ValueError(f"gradient_clip_algorithm={self.gradient_clip_algorithm!r}: choose one of {', '.join(CLIP_ALGORITHMS)}")
+            raise ValueError(
+                f"gradient_clip_algorithm={self.gradient_clip_algorithm!r}: choose one of {', '.join(CLIP_ALGORITHMS)}"
+            )
         self._prepare_loss()
 
     def on_validation_start(self) -> None:
@@ -259,7 +265,9 @@ class AdversarialAutoencoder(pl.LightningModule):
         norm = get_total_norm([p.grad for p in parameters])
         total = sum(log["loss"] for log in self._window)
         # Under float16's loss scaling an infinite gradient is normal, and the scaler skips that step.
-        if not bool(torch.isfinite(total if self._scaler is not None else total + norm)):  # one read from the device for both
+        if not bool(
+            torch.isfinite(total if self._scaler is not None else total + norm)
+        ):  # one read from the device for both
             self._raise_non_finite(norm)
         if self.gradient_clip_val is not None and self.gradient_clip_val > 0:
             if self.gradient_clip_algorithm == "norm":
@@ -268,7 +276,9 @@ class AdversarialAutoencoder(pl.LightningModule):
                 clip_grad_value_(parameters, self.gradient_clip_val)
 
     def _raise_non_finite(self, norm: Tensor) -> None:
-        bad = sorted({name for log in self._window for name, value in log.items() if not bool(torch.isfinite(value).all())})
+        bad = sorted(
+            {name for log in self._window for name, value in log.items() if not bool(torch.isfinite(value).all())}
+        )
         what = f"{', '.join(bad)} not finite" if bad else f"gradient norm {float(norm):g}"
         raise NonFiniteError(
             f"generator update {self.generator_updates}, rank {self.trainer.global_rank}: {what}; stopped before the optimizer's step, so "
@@ -293,7 +303,9 @@ class AdversarialAutoencoder(pl.LightningModule):
 
     def configure_optimizers(self) -> Any:
         if self.learning_rate is None:
-            raise ValueError("learning_rate is not set: assign model.learning_rate first (main.py takes it from base_learning_rate)")
+            raise ValueError(
+                "learning_rate is not set: assign model.learning_rate first (main.py takes it from base_learning_rate)"
+            )
         optimizers = [self._adam(self.generator_parameters(), self.lr_g_factor * self.learning_rate)]
         discriminator = getattr(self.loss, "discriminator", None)
         if discriminator is not None:
@@ -301,7 +313,10 @@ class AdversarialAutoencoder(pl.LightningModule):
         if self.scheduler_config is None:
             return optimizers
         schedule = instantiate_from_config(self.scheduler_config)
-        return optimizers, [{"scheduler": LambdaLR(o, lr_lambda=schedule.schedule), "interval": "step", "frequency": 1} for o in optimizers]
+        return optimizers, [
+            {"scheduler": LambdaLR(o, lr_lambda=schedule.schedule), "interval": "step", "frequency": 1}
+            for o in optimizers
+        ]
 
     def _adam(self, parameters: Any, lr: float) -> torch.optim.Adam:
         # On a CPU the fused step saves a Python loop over hundreds of small tensors; on a GPU the default already is foreach.
@@ -313,7 +328,9 @@ class AdversarialAutoencoder(pl.LightningModule):
     def to_rgb(self, x: Tensor) -> Tensor:
         """Segmentation maps to colors, one fixed random color a label: (B, labels, H, W) -> (B, 3, H, W) in [-1, 1]."""
         if self.image_key != "segmentation":
-            raise ValueError(f"cannot draw {x.shape[1]} channels of {self.image_key!r}: only image_key 'segmentation' gets colors")
+            raise ValueError(
+                f"cannot draw {x.shape[1]} channels of {self.image_key!r}: only image_key 'segmentation' gets colors"
+            )
         if not hasattr(self, "colorize"):
             self.register_buffer("colorize", torch.randn(3, x.shape[1], 1, 1, device=x.device))
         x = nn.functional.conv2d(x, self.colorize.to(x))

@@ -40,7 +40,9 @@ class AutoencoderKL(AdversarialAutoencoder):
     ) -> None:
         super().__init__(ddconfig, lossconfig, image_key, colorize_nlabels, monitor, scheduler_config)
         if not ddconfig.get("double_z", True):
-            raise ValueError("ddconfig.double_z=False: the KL autoencoder needs a mean and a log variance per channel; set it true")
+            raise ValueError(
+                "ddconfig.double_z=False: the KL autoencoder needs a mean and a log variance per channel; set it true"
+            )
         z_channels = ddconfig["z_channels"]
         self.embed_dim = embed_dim
         self.quant_conv = nn.Conv2d(2 * z_channels, 2 * embed_dim, kernel_size=1)
@@ -70,10 +72,17 @@ class AutoencoderKL(AdversarialAutoencoder):
         return self(inputs)
 
     def loss_of(
-        self, inputs: Tensor, reconstructions: Tensor, latent: DiagonalGaussianDistribution, optimizer_idx: int, split: str
+        self,
+        inputs: Tensor,
+        reconstructions: Tensor,
+        latent: DiagonalGaussianDistribution,
+        optimizer_idx: int,
+        split: str,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         last_layer = self.get_last_layer()
-        return self.loss(inputs, reconstructions, latent, optimizer_idx, self.generator_updates, last_layer=last_layer, split=split)
+        return self.loss(
+            inputs, reconstructions, latent, optimizer_idx, self.generator_updates, last_layer=last_layer, split=split
+        )
 
     def latent_parameters(self) -> list[nn.Parameter]:
         logvar = getattr(self.loss, "logvar", None)

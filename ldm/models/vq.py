@@ -66,7 +66,9 @@ class VQModel(AdversarialAutoencoder):
         self.lr_g_factor = lr_g_factor
         factor = 2 ** (len(ddconfig["ch_mult"]) - 1)
         self.batch_resize_range = None if batch_resize_range is None else _checked_range(batch_resize_range, factor)
-        self.quantize = VectorQuantizer2(n_embed, embed_dim, beta=COMMITMENT, remap=remap, sane_index_shape=sane_index_shape)
+        self.quantize = VectorQuantizer2(
+            n_embed, embed_dim, beta=COMMITMENT, remap=remap, sane_index_shape=sane_index_shape
+        )
         self.quant_conv = nn.Conv2d(z_channels, embed_dim, kernel_size=1)
         self.post_quant_conv = nn.Conv2d(embed_dim, z_channels, kernel_size=1)
         if getattr(self.loss, "n_classes", self.n_codes) is None:
@@ -100,7 +102,9 @@ class VQModel(AdversarialAutoencoder):
     def decode_code(self, code_b: Tensor) -> Tensor:
         """Pictures (B, C, H, W) of codes (B, H/f, W/f), numbered as `encode` numbers them."""
         if code_b.ndim != 3:
-            raise ValueError(f"codes of shape {tuple(code_b.shape)}: expected (B, H/f, W/f); sane_index_shape: true gives them so")
+            raise ValueError(
+                f"codes of shape {tuple(code_b.shape)}: expected (B, H/f, W/f); sane_index_shape: true gives them so"
+            )
         return self._decode_quantized(self.quantize.get_codebook_entry(code_b, (*code_b.shape, self.embed_dim)))
 
     def _decode_quantized(self, quant: Tensor) -> Tensor:
@@ -191,7 +195,12 @@ class VQModel(AdversarialAutoencoder):
             return
         counts = self.trainer.strategy.reduce(self._counts.pop(split), reduce_op="sum")
         use = codebook_use(counts)
-        self.log_dict({f"{split}/codebook_usage": use.cluster_usage / self.n_codes, f"{split}/codebook_perplexity": use.perplexity})
+        self.log_dict(
+            {
+                f"{split}/codebook_usage": use.cluster_usage / self.n_codes,
+                f"{split}/codebook_perplexity": use.perplexity,
+            }
+        )
 
     # ---------------------------------------------------------------------------------------------------------- pictures
 

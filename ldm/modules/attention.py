@@ -34,7 +34,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tenso
         # Finite, so that a row without any key averages all values, as in the published code, instead of giving NaN;
         # half of the lowest value, so that adding a logit cannot overflow.
         lowest = torch.finfo(q.dtype).min / 2
-        bias = torch.zeros(mask.shape, dtype=q.dtype, device=q.device).masked_fill_(~mask, lowest)[:, None, None, :]  # (B, 1, 1, L)
+        bias = torch.zeros(mask.shape, dtype=q.dtype, device=q.device).masked_fill_(~mask, lowest)[
+            :, None, None, :
+        ]  # (B, 1, 1, L)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
 
 
@@ -53,7 +55,9 @@ class GEGLU(nn.Module):
 class FeedForward(nn.Module):
     """The two-layer network of a transformer block: (..., dim) -> (..., dim_out), `mult * dim` wide in between."""
 
-    def __init__(self, dim: int, dim_out: int | None = None, mult: int = 4, glu: bool = False, dropout: float = 0.0) -> None:
+    def __init__(
+        self, dim: int, dim_out: int | None = None, mult: int = 4, glu: bool = False, dropout: float = 0.0
+    ) -> None:
         super().__init__()
         inner_dim = int(dim * mult)
         project_in = GEGLU(dim, inner_dim) if glu else nn.Sequential(nn.Linear(dim, inner_dim), nn.GELU())
@@ -66,7 +70,9 @@ class FeedForward(nn.Module):
 class CrossAttention(nn.Module):
     """Multi-head attention of a sequence on a context, or on itself where no context is given."""
 
-    def __init__(self, query_dim: int, context_dim: int | None = None, heads: int = 8, dim_head: int = 64, dropout: float = 0.0) -> None:
+    def __init__(
+        self, query_dim: int, context_dim: int | None = None, heads: int = 8, dim_head: int = 64, dropout: float = 0.0
+    ) -> None:
         super().__init__()
         inner_dim = dim_head * heads
         context_dim = default(context_dim, query_dim)
@@ -84,7 +90,10 @@ class CrossAttention(nn.Module):
         context = x if context is None else context
         if mask is not None:
             mask = self._key_mask(mask, context)
-        q, k, v = (rearrange(y, "b n (h d) -> b h n d", h=self.heads) for y in (self.to_q(x), self.to_k(context), self.to_v(context)))
+        q, k, v = (
+            rearrange(y, "b n (h d) -> b h n d", h=self.heads)
+            for y in (self.to_q(x), self.to_k(context), self.to_v(context))
+        )
         out = attend(q, k, v, mask)  # (B, H, N, D)
         return self.to_out(rearrange(out, "b h n d -> b n (h d)"))
 
@@ -162,7 +171,9 @@ class SpatialTransformer(nn.Module):
         self.in_channels = in_channels
         self.use_linear = use_linear
         self.norm = Normalize(in_channels)
-        self.proj_in = nn.Linear(in_channels, inner_dim) if use_linear else nn.Conv2d(in_channels, inner_dim, kernel_size=1)
+        self.proj_in = (
+            nn.Linear(in_channels, inner_dim) if use_linear else nn.Conv2d(in_channels, inner_dim, kernel_size=1)
+        )
         self.transformer_blocks = nn.ModuleList(
             BasicTransformerBlock(
                 inner_dim,
@@ -175,7 +186,9 @@ class SpatialTransformer(nn.Module):
             )
             for width in context_dims
         )
-        self.proj_out = zero_module(nn.Linear(inner_dim, in_channels) if use_linear else nn.Conv2d(inner_dim, in_channels, kernel_size=1))
+        self.proj_out = zero_module(
+            nn.Linear(inner_dim, in_channels) if use_linear else nn.Conv2d(inner_dim, in_channels, kernel_size=1)
+        )
 
     def forward(self, x: Tensor, context: Tensor | Sequence[Tensor] | None = None) -> Tensor:
         """x: (B, C, H, W), context: (B, L, context_dim), or one tensor for each block -> (B, C, H, W)."""
@@ -201,7 +214,9 @@ class SpatialTransformer(nn.Module):
         if context is None or torch.is_tensor(context):
             return [context] * blocks
         if len(context) not in (1, blocks):
-            raise ValueError(f"{len(context)} contexts for {blocks} transformer blocks: give one tensor, or one for each block")
+            raise ValueError(
+                f"{len(context)} contexts for {blocks} transformer blocks: give one tensor, or one for each block"
+            )
         return list(context) * (blocks // len(context))
 
 
@@ -250,5 +265,7 @@ def per_block(context_dim: int | Sequence[int] | None, depth: int) -> list[int |
         return [context_dim] * depth
     widths = [int(width) for width in context_dim]
     if len(widths) not in (1, depth):
-        raise ValueError(f"context_dim={widths} has {len(widths)} widths for transformer_depth={depth}: give one, or one for each block")
+        raise ValueError(
+            f"context_dim={widths} has {len(widths)} widths for transformer_depth={depth}: give one, or one for each block"
+        )
     return widths * (depth // len(widths))

@@ -29,7 +29,9 @@ class LitEma(nn.Module):
             if parameter.requires_grad:
                 shadow_name = name.replace(".", "")
                 if hasattr(self, shadow_name):
-                    raise ValueError(f"parameter {name!r}: its EMA name {shadow_name!r} is taken; names must differ without their dots too")
+                    raise ValueError(
+                        f"parameter {name!r}: its EMA name {shadow_name!r} is taken; names must differ without their dots too"
+                    )
                 self.m_name2s_name[name] = shadow_name
                 self.register_buffer(shadow_name, _keep_float32(parameter.detach().clone()))
         self._stored: list[list[Tensor]] = []
@@ -48,7 +50,9 @@ class LitEma(nn.Module):
         parameters = dict(model.named_parameters())
         missing = [name for name in self.m_name2s_name if name not in parameters]
         if missing:
-            raise ValueError(f"EMA: the model has no parameter {missing[0]!r} ({len(missing)} missing); was it built for another model?")
+            raise ValueError(
+                f"EMA: the model has no parameter {missing[0]!r} ({len(missing)} missing); was it built for another model?"
+            )
         shadows = dict(self.named_buffers())
         return [shadows[s] for s in self.m_name2s_name.values()], [parameters[m].detach() for m in self.m_name2s_name]
 

@@ -16,4 +16,6 @@ def in_dtype(dtype: torch.dtype | None, f: Callable[[Tensor], Tensor], x: Tensor
 
     Contiguous, because noise that is drawn in the layout of a tensor would be another noise in another layout.
     """
-    return f(x) if dtype is None or x.dtype == dtype else f(x.to(dtype)).to(x.dtype, memory_format=torch.contiguous_format)
+    return (
+        f(x) if dtype is None or x.dtype == dtype else f(x.to(dtype)).to(x.dtype, memory_format=torch.contiguous_format)
+    )

@@ -12,7 +12,9 @@ from torch import Tensor
 
 logger = logging.getLogger(__name__)
 
-DISTANCES_AT_ONCE = 2**25  # 128 MiB of float32: a batch of 256x256 pictures against 16,384 codes would take gigabytes in one piece
+DISTANCES_AT_ONCE = (
+    2**25
+)  # 128 MiB of float32: a batch of 256x256 pictures against 16,384 codes would take gigabytes in one piece
 
 
 class VectorQuantizer2(TamingVectorQuantizer2):
@@ -26,7 +28,9 @@ class VectorQuantizer2(TamingVectorQuantizer2):
         'random' (any of them), 'extra' (k) or a number.
     """
 
-    keeps_float32 = True  # where weights are loaded in 16 bits: entries that are rounded would be the nearest of other latents
+    keeps_float32 = (
+        True  # where weights are loaded in 16 bits: entries that are rounded would be the nearest of other latents
+    )
 
     def __init__(
         self,
@@ -49,15 +53,29 @@ class VectorQuantizer2(TamingVectorQuantizer2):
             used = np.load(remap, allow_pickle=False)
         except (ValueError, EOFError) as error:
             raise ValueError(f"remap={remap}: no .npy file of numbers ({error})") from error
-        if used.ndim != 1 or not len(used) or not np.issubdtype(used.dtype, np.integer) or used.min() < 0 or used.max() >= self.n_e:
-            raise ValueError(f"remap={remap}: expected a list of codes from 0 to {self.n_e - 1}, got {used.dtype} of shape {used.shape}")
+        if (
+            used.ndim != 1
+            or not len(used)
+            or not np.issubdtype(used.dtype, np.integer)
+            or used.min() < 0
+            or used.max() >= self.n_e
+        ):
+            raise ValueError(
+                f"remap={remap}: expected a list of codes from 0 to {self.n_e - 1}, got {used.dtype} of shape {used.shape}"
+            )
         self.remap = remap
         self.register_buffer("used", torch.tensor(used))
         self.re_embed = len(used) + (unknown_index == "extra")
         self.unknown_index = len(used) if unknown_index == "extra" else unknown_index
-        if self.unknown_index != "random" and not (isinstance(self.unknown_index, int) and 0 <= self.unknown_index < self.re_embed):
-            raise ValueError(f"unknown_index={unknown_index!r}: choose 'random', 'extra' or a number from 0 to {self.re_embed - 1}")
-        logger.info("codebook: %d codes become %d (%s), unknown ones %s", self.n_e, self.re_embed, remap, self.unknown_index)
+        if self.unknown_index != "random" and not (
+            isinstance(self.unknown_index, int) and 0 <= self.unknown_index < self.re_embed
+        ):
+            raise ValueError(
+                f"unknown_index={unknown_index!r}: choose 'random', 'extra' or a number from 0 to {self.re_embed - 1}"
+            )
+        logger.info(
+            "codebook: %d codes become %d (%s), unknown ones %s", self.n_e, self.re_embed, remap, self.unknown_index
+        )
 
     def forward(
         self, z: Tensor, temp: float | None = None, rescale_logits: bool = False, return_logits: bool = False
@@ -67,14 +85,19 @@ class VectorQuantizer2(TamingVectorQuantizer2):
         The other arguments belong to quantizers that sample; here they must keep their defaults.
         """
         if temp not in (None, 1.0) or rescale_logits or return_logits:
-            raise ValueError("temp, rescale_logits and return_logits belong to a Gumbel quantizer; this one takes the nearest entry")
+            raise ValueError(
+                "temp, rescale_logits and return_logits belong to a Gumbel quantizer; this one takes the nearest entry"
+            )
         batch, _, height, width = z.shape
         with torch.autocast(z.device.type, enabled=False):  # distances rounded to 16 bits would choose other codes
             latents = z.permute(0, 2, 3, 1).reshape(-1, self.e_dim).float()  # (N, e_dim)
             codebook = self.embedding.weight.float()
             codes = self.nearest(latents, codebook)
             entries = codebook[codes]
-            commitment, moved = (latents - entries.detach()).square().mean(), (entries - latents.detach()).square().mean()
+            commitment, moved = (
+                (latents - entries.detach()).square().mean(),
+                (entries - latents.detach()).square().mean(),
+            )
             loss = commitment + self.beta * moved if self.legacy else self.beta * commitment + moved
             entries = latents + (entries - latents).detach()  # the gradient passes as if nothing had been rounded
         z_q = entries.reshape(batch, height, width, self.e_dim).permute(0, 3, 1, 2).contiguous().to(z.dtype)

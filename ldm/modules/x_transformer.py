@@ -23,7 +23,9 @@ class AbsolutePositionalEmbedding(nn.Module):
 class Attention(nn.Module):
     """Multi-head attention of a sequence to itself or, given `context`, to another. The heads' width is free of `dim`."""
 
-    def __init__(self, dim: int, heads: int = 8, dim_head: int = 64, causal: bool = False, dropout: float = 0.0) -> None:
+    def __init__(
+        self, dim: int, heads: int = 8, dim_head: int = 64, causal: bool = False, dropout: float = 0.0
+    ) -> None:
         super().__init__()
         inner = heads * dim_head
         self.heads, self.causal, self.dropout = heads, causal, dropout
@@ -40,7 +42,12 @@ class Attention(nn.Module):
         if self.causal and visible is not None:
             visible = visible & torch.ones(x.shape[1], source.shape[1], dtype=torch.bool, device=x.device).tril()
         out = F.scaled_dot_product_attention(  # (B, heads, L, dim_head)
-            q, k, v, attn_mask=visible, dropout_p=self.dropout if self.training else 0.0, is_causal=self.causal and visible is None
+            q,
+            k,
+            v,
+            attn_mask=visible,
+            dropout_p=self.dropout if self.training else 0.0,
+            is_causal=self.causal and visible is None,
         )
         return self.to_out(out.transpose(1, 2).flatten(2))
 
@@ -77,7 +84,9 @@ class AttentionLayers(nn.Module):
     ) -> None:
         super().__init__()
         self.dim, self.depth = dim, depth
-        self.kinds = ("attention", "cross", "feedforward") * depth if cross_attend else ("attention", "feedforward") * depth
+        self.kinds = (
+            ("attention", "cross", "feedforward") * depth if cross_attend else ("attention", "feedforward") * depth
+        )
         make = {
             "attention": lambda: Attention(dim, heads, dim_head, causal=causal, dropout=attn_dropout),
             "cross": lambda: Attention(dim, heads, dim_head, dropout=attn_dropout),
@@ -85,7 +94,9 @@ class AttentionLayers(nn.Module):
         }
         self.layers = nn.ModuleList(nn.ModuleList([nn.LayerNorm(dim), make[kind](), Residual()]) for kind in self.kinds)
 
-    def forward(self, x: Tensor, context: Tensor | None = None, mask: Tensor | None = None, context_mask: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, context: Tensor | None = None, mask: Tensor | None = None, context_mask: Tensor | None = None
+    ) -> Tensor:
         """x: (B, L, dim), context: (B, M, dim) for cross-attention; masks: bool, True where a token may be seen."""
         if ("cross" in self.kinds) != (context is not None):
             raise ValueError("a context is needed with cross_attend, and only then")
@@ -138,7 +149,9 @@ class TransformerWrapper(nn.Module):
         self.norm = nn.LayerNorm(dim)
         self.to_logits = nn.Linear(dim, num_tokens) if logits else None
 
-    def forward(self, x: Tensor, return_embeddings: bool = False, mask: Tensor | None = None, **context: Tensor) -> Tensor:
+    def forward(
+        self, x: Tensor, return_embeddings: bool = False, mask: Tensor | None = None, **context: Tensor
+    ) -> Tensor:
         """x: (B, L) int64 token ids, L <= max_seq_len -> (B, L, num_tokens), or (B, L, dim) with `return_embeddings`."""
         if x.shape[1] > self.max_seq_len:
             raise ValueError(f"{x.shape[1]} tokens in a sequence, at most {self.max_seq_len} (max_seq_len) fit")

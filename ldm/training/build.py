@@ -39,7 +39,9 @@ def build_trainer(
     saves = arguments.setdefault("enable_checkpointing", True)
     loggers = _loggers(settings.lightning, folder) if arguments.pop("logger", True) not in (False, None) else []
     arguments.setdefault("enable_model_summary", False)
-    arguments.setdefault("inference_mode", False)  # tensors that a module keeps from validation must stay usable in training
+    arguments.setdefault(
+        "inference_mode", False
+    )  # tensors that a module keeps from validation must stay usable in training
     callbacks = _callbacks(config, settings, folder, model, rate, bool(saves), bool(loggers), arguments)
     try:
         return pl.Trainer(
@@ -64,7 +66,9 @@ def _move_to_module(arguments: dict[str, Any], model: Any) -> None:
             neutral = {"accumulate_grad_batches": 1, "gradient_clip_algorithm": "norm"}
             if value == neutral.get(name):
                 continue
-            raise ConfigError(f"--{name} {value}: {type(model).__name__} steps its optimizers itself and has no {name}; leave it out")
+            raise ConfigError(
+                f"--{name} {value}: {type(model).__name__} steps its optimizers itself and has no {name}; leave it out"
+            )
         setattr(model, name, value)
 
 
@@ -82,10 +86,14 @@ def _loggers(lightning: DictConfig, folder: RunFolder) -> list[Any]:
         names = accepted_params(cls)
         given = own.get("params") or {}
         loggers.append(
-            instantiate_from_config(own, **{k: v for k, v in places.items() if k not in given and (names is None or k in names[0])})
+            instantiate_from_config(
+                own, **{k: v for k, v in places.items() if k not in given and (names is None or k in names[0])}
+            )
         )
     elif importlib.util.find_spec("tensorboard") is not None:
-        loggers.append(TensorBoardLogger(save_dir=str(folder.path), name="tensorboard", version="", default_hp_metric=False))
+        loggers.append(
+            TensorBoardLogger(save_dir=str(folder.path), name="tensorboard", version="", default_hp_metric=False)
+        )
     loggers.append(CSVLogger(save_dir=str(folder.path), name="csv", version=folder.now))
     return loggers
 
@@ -102,7 +110,15 @@ def _callbacks(
 ) -> list[Any]:
     from pytorch_lightning.callbacks import Callback, Checkpoint, LearningRateMonitor
 
-    from ldm.callbacks import CrashCheckpoint, ExactResume, ProgressBar, RunReport, SignalCallback, StepSeed, StopOnNonFinite
+    from ldm.callbacks import (
+        CrashCheckpoint,
+        ExactResume,
+        ProgressBar,
+        RunReport,
+        SignalCallback,
+        StepSeed,
+        StopOnNonFinite,
+    )
 
     nodes = callback_nodes(settings.lightning, folder, getattr(model, "monitor", None), saves)
     project = OmegaConf.create({key: value for key, value in config.items() if key != "lightning"})
@@ -143,8 +159,16 @@ def _check_filename(place: str, filename: str | None) -> None:
     if filename is None:
         return
     parts = Path(re.sub("[{}]", "", str(filename))).parts
-    if not parts or ".." in parts or parts[0] in ("/", "~") or "\0" in str(filename) or len(os.fsencode(str(filename))) > 200:
-        raise ConfigError(f"{place}: {str(filename)[:60]!r} is no name of a file below the folder of the checkpoints, in up to 200 bytes")
+    if (
+        not parts
+        or ".." in parts
+        or parts[0] in ("/", "~")
+        or "\0" in str(filename)
+        or len(os.fsencode(str(filename))) > 200
+    ):
+        raise ConfigError(
+            f"{place}: {str(filename)[:60]!r} is no name of a file below the folder of the checkpoints, in up to 200 bytes"
+        )
 
 
 def callback_nodes(lightning: DictConfig, folder: RunFolder, monitor: str | None, saves: bool) -> dict[str, DictConfig]:
@@ -157,14 +181,24 @@ def callback_nodes(lightning: DictConfig, folder: RunFolder, monitor: str | None
     if own.get(STEP_CHECKPOINTS) is not None:
         defaults[STEP_CHECKPOINTS] = OmegaConf.create(DEFAULT_STEP_CHECKPOINTS)
         defaults[STEP_CHECKPOINTS].params.dirpath = str(folder.checkpoints / "trainstep_checkpoints")
-    root = OmegaConf.create({"lightning": {"callbacks": OmegaConf.merge(defaults, own), "modelcheckpoint": DEFAULT_CHECKPOINT}})
+    root = OmegaConf.create(
+        {"lightning": {"callbacks": OmegaConf.merge(defaults, own), "modelcheckpoint": DEFAULT_CHECKPOINT}}
+    )
     best = {"monitor": monitor, "save_top_k": 3} if monitor else {}
-    root.lightning.modelcheckpoint.params = {"dirpath": str(folder.checkpoints), **root.lightning.modelcheckpoint.params, **best}
-    root.lightning.modelcheckpoint = OmegaConf.merge(root.lightning.modelcheckpoint, lightning.get("modelcheckpoint") or {})
+    root.lightning.modelcheckpoint.params = {
+        "dirpath": str(folder.checkpoints),
+        **root.lightning.modelcheckpoint.params,
+        **best,
+    }
+    root.lightning.modelcheckpoint = OmegaConf.merge(
+        root.lightning.modelcheckpoint, lightning.get("modelcheckpoint") or {}
+    )
     nodes = {name: node for name, node in root.lightning.callbacks.items() if node is not None}
     for name, node in nodes.items():
         if not isinstance(node, DictConfig) or "target" not in node:
-            raise ConfigError(f"lightning.callbacks.{name}: expected a mapping with target and params, or null to leave it out")
+            raise ConfigError(
+                f"lightning.callbacks.{name}: expected a mapping with target and params, or null to leave it out"
+            )
     if saves:
         nodes["checkpoint_callback"] = root.lightning.modelcheckpoint
     return {name: node for name, node in nodes.items() if saves or "Checkpoint" not in str(node["target"])}

@@ -21,8 +21,14 @@ from ldm.yaml_files import load_yaml
 # The callbacks of every run; `lightning.callbacks` in a YAML is merged over them, and `NAME: null` leaves one out.
 DEFAULT_CALLBACKS: dict[str, dict[str, Any]] = {
     "setup_callback": {"target": "ldm.callbacks.SetupCallback"},
-    "image_logger": {"target": "ldm.callbacks.ImageLogger", "params": {"batch_frequency": 750, "max_images": 4, "clamp": True}},
-    "learning_rate_logger": {"target": "pytorch_lightning.callbacks.LearningRateMonitor", "params": {"logging_interval": "step"}},
+    "image_logger": {
+        "target": "ldm.callbacks.ImageLogger",
+        "params": {"batch_frequency": 750, "max_images": 4, "clamp": True},
+    },
+    "learning_rate_logger": {
+        "target": "pytorch_lightning.callbacks.LearningRateMonitor",
+        "params": {"logging_interval": "step"},
+    },
     "cuda_callback": {"target": "ldm.callbacks.CUDACallback"},
 }
 DEFAULT_CHECKPOINT: dict[str, Any] = {
@@ -33,7 +39,12 @@ DEFAULT_CHECKPOINT: dict[str, Any] = {
 STEP_CHECKPOINTS = "metrics_over_trainsteps_checkpoint"
 DEFAULT_STEP_CHECKPOINTS: dict[str, Any] = {
     "target": "pytorch_lightning.callbacks.ModelCheckpoint",
-    "params": {"filename": "{epoch:06}-{step:09}", "save_top_k": -1, "every_n_train_steps": 10000, "save_weights_only": True},
+    "params": {
+        "filename": "{epoch:06}-{step:09}",
+        "save_top_k": -1,
+        "every_n_train_steps": 10000,
+        "save_weights_only": True,
+    },
 }
 
 _TOP = ("model", "data", "lightning")
@@ -83,7 +94,9 @@ def check(config: DictConfig, weights: bool = True) -> None:
     for section in ("model", "data"):
         node = config.get(section)
         if not isinstance(node, DictConfig) or "target" not in node:
-            raise ConfigError(f"{section}: the configs name none; add a YAML with {section}.target and {section}.params to --base")
+            raise ConfigError(
+                f"{section}: the configs name none; add a YAML with {section}.target and {section}.params to --base"
+            )
     try:
         plain = OmegaConf.to_container(config, resolve=True)
     except OmegaConfBaseException as error:
@@ -94,12 +107,14 @@ def check(config: DictConfig, weights: bool = True) -> None:
 
 
 def _check_sections(config: DictConfig, where: str) -> None:
-    _check_keys(config, (*_TOP, "safety"), where, "")                      # the last is a word for the scripts that draw
+    _check_keys(config, (*_TOP, "safety"), where, "")  # the last is a word for the scripts that draw
     lightning = config.get("lightning")
     if lightning is None:
         return
     if not isinstance(lightning, DictConfig):
-        raise ConfigError(f"{where}: lightning: expected a mapping with the keys {', '.join(_LIGHTNING)}, got {lightning!r}")
+        raise ConfigError(
+            f"{where}: lightning: expected a mapping with the keys {', '.join(_LIGHTNING)}, got {lightning!r}"
+        )
     _check_keys(lightning, _LIGHTNING, where, "lightning.")
     trainer = lightning.get("trainer") or {}
     if not isinstance(trainer, Mapping):
@@ -149,7 +164,11 @@ def _check_path(config: DictConfig, keys: list[str], path: str) -> None:
             return
         choices = [str(name) for name in node] + sorted(allowed)
         near = difflib.get_close_matches(key, choices, n=1, cutoff=0.5)
-        hint = f"did you mean {'.'.join([*keys[:depth], near[0], *keys[depth + 1 :]])}?" if near else f"choices: {', '.join(choices)}"
+        hint = (
+            f"did you mean {'.'.join([*keys[:depth], near[0], *keys[depth + 1 :]])}?"
+            if near
+            else f"choices: {', '.join(choices)}"
+        )
         if depth == 0:
             raise ConfigError(f"{path}: there is no {key}; {hint} (the sections are {', '.join(_TOP)})")
         new = f" (if it is new on purpose: +{path}=...)" if _may_be_new(above, node, parent) else ""
@@ -166,7 +185,11 @@ def _check_lists(config: DictConfig, keys: list[str], override: str) -> None:
         shown = list(items)
         if depth == len(keys) - 1 and keys[depth].isdigit() and int(keys[depth]) < len(shown):
             shown[int(keys[depth])] = override.partition("=")[2]
-        whole = f"{above}=[{','.join(map(str, shown))}]" if not any(isinstance(item, DictConfig | ListConfig) for item in items) else ""
+        whole = (
+            f"{above}=[{','.join(map(str, shown))}]"
+            if not any(isinstance(item, DictConfig | ListConfig) for item in items)
+            else ""
+        )
         raise ConfigError(f"{override}: {above} is a list; give the whole list{whole and ': '}{whole}")
 
 

@@ -47,7 +47,11 @@ def choose(settings: dict[str, Any], machine: Machine, where: str = "--") -> Dev
     """
     given = {name: settings[name] for name in DEVICE_SETTINGS if settings.get(name) is not None}
     if "gpus" in given:
-        if others := [name for name in given if name != "gpus" and not (name == "accelerator" and given[name] in ("gpu", "cuda", "auto"))]:
+        if others := [
+            name
+            for name in given
+            if name != "gpus" and not (name == "accelerator" and given[name] in ("gpu", "cuda", "auto"))
+        ]:
             raise ConfigError(f"{where}gpus and {where}{others[0]}: give the devices in one way only")
         return _from_gpus(given["gpus"], machine, where)
     accelerator = str(given.get("accelerator", "auto"))
@@ -56,7 +60,9 @@ def choose(settings: dict[str, Any], machine: Machine, where: str = "--") -> Dev
     if accelerator in ("gpu", "cuda", "mps"):
         missing = {"gpu": not machine.gpus, "cuda": not machine.cuda, "mps": not machine.mps}[accelerator]
         if missing:
-            raise ConfigError(f"{where}accelerator {accelerator}: this machine has {_what(machine)}; leave it out to use what is there")
+            raise ConfigError(
+                f"{where}accelerator {accelerator}: this machine has {_what(machine)}; leave it out to use what is there"
+            )
         wanted = given.get("devices", 1)
         if wanted in ("auto", "-1", -1):
             wanted = machine.gpus
@@ -80,7 +86,11 @@ def _default_text(machine: Machine) -> str:
 def _from_gpus(value: Any, machine: Machine, where: str, name: str = "gpus") -> Devices:
     shown = f"{where}{name} {','.join(map(str, value)) if isinstance(value, list | tuple) else value}"
     if isinstance(value, list | tuple) or (isinstance(value, str) and "," in value):
-        words = [word.strip() for word in value.split(",") if word.strip()] if isinstance(value, str) else list(map(str, value))
+        words = (
+            [word.strip() for word in value.split(",") if word.strip()]
+            if isinstance(value, str)
+            else list(map(str, value))
+        )
         if not words or not all(word.isdigit() for word in words):
             raise ConfigError(f"{shown}: expected indices such as 0,1 or 0,")
         indices = [int(word) for word in words]
@@ -93,7 +103,9 @@ def _from_gpus(value: Any, machine: Machine, where: str, name: str = "gpus") -> 
     try:
         count = int(value)
     except (TypeError, ValueError):
-        raise ConfigError(f"{shown}: expected indices such as 0,1 or 0, or a count such as 2 (0 is the CPU, -1 all GPUs)") from None
+        raise ConfigError(
+            f"{shown}: expected indices such as 0,1 or 0, or a count such as 2 (0 is the CPU, -1 all GPUs)"
+        ) from None
     if count == 0:
         return Devices("cpu", 1, 1, f"CPU ({shown})")
     if count == -1 and machine.gpus:

@@ -103,7 +103,12 @@ def _parser() -> argparse.ArgumentParser:
     boolean = {"nargs": "?", "const": True, "type": _bool, "metavar": "BOOL"}
     add = parser.add_argument
     add("-n", "--name", nargs="?", const="", help="stands after the time in the name of the run folder")
-    add("-r", "--resume", metavar="PATH", help="go on with a run: its folder (checkpoints/last.ckpt), or a checkpoint in it")
+    add(
+        "-r",
+        "--resume",
+        metavar="PATH",
+        help="go on with a run: its folder (checkpoints/last.ckpt), or a checkpoint in it",
+    )
     add("-b", "--base", nargs="*", action="extend", metavar="YAML", help="configs, merged left to right")
     add("-t", "--train", **boolean, help="train")
     add("--no-test", **boolean, help="don't run the test set after training")
@@ -114,7 +119,12 @@ def _parser() -> argparse.ArgumentParser:
     add("-l", "--logdir", metavar="DIR", help="where run folders are made (logs)")
     text = "scale the base learning rate by accumulation x devices x batch size (true)"
     add("--scale_lr", **boolean, help=text)
-    add("--allow-targets", action="append", metavar="PACKAGE", help="let configs name classes of this package too; may be repeated")
+    add(
+        "--allow-targets",
+        action="append",
+        metavar="PACKAGE",
+        help="let configs name classes of this package too; may be repeated",
+    )
     _add_trainer_flags(parser)
     return parser
 
@@ -151,7 +161,9 @@ def _reader(kinds: tuple[str, ...]) -> Any:
             return None
         for kind in kinds:
             try:
-                return {"bool": _bool if kinds == ("bool",) else _word_bool, "int": int, "float": float, "str": str}[kind](text)
+                return {"bool": _bool if kinds == ("bool",) else _word_bool, "int": int, "float": float, "str": str}[
+                    kind
+                ](text)
             except (ValueError, argparse.ArgumentTypeError):
                 continue
         raise argparse.ArgumentTypeError(f"expected {' or '.join(kinds)}, got {text!r}")
@@ -160,7 +172,18 @@ def _reader(kinds: tuple[str, ...]) -> Any:
 
 
 def _bool(text: str) -> bool:
-    words = {"true": True, "yes": True, "t": True, "y": True, "1": True, "false": False, "no": False, "f": False, "n": False, "0": False}
+    words = {
+        "true": True,
+        "yes": True,
+        "t": True,
+        "y": True,
+        "1": True,
+        "false": False,
+        "no": False,
+        "f": False,
+        "n": False,
+        "0": False,
+    }
     if text.lower() not in words:
         raise argparse.ArgumentTypeError(f"expected true or false, got {text!r}")
     return words[text.lower()]
@@ -193,5 +216,7 @@ def _about_unknown(word: str, parser: argparse.ArgumentParser) -> str:
     if "." in name:
         return f"unknown flag {flag}; an override has no dashes: {flag.lstrip('-')}={value or 'VALUE'}"
     flags = [flag for action in parser._actions for flag in action.option_strings if action.help != argparse.SUPPRESS]
-    near = difflib.get_close_matches("--" + name, flags, n=1, cutoff=0.5) or difflib.get_close_matches(flag, flags, n=1, cutoff=0.0)
+    near = difflib.get_close_matches("--" + name, flags, n=1, cutoff=0.5) or difflib.get_close_matches(
+        flag, flags, n=1, cutoff=0.0
+    )
     return f"unknown flag {flag}; did you mean {near[0]}? (--help lists all)"

@@ -38,7 +38,11 @@ def new_run(options: Options, now: str | None = None) -> RunFolder:
     """The folder of a new run; nothing is made yet. A name that is taken gets a number, for two runs may start in one second."""
     now = now or timestamp()
     name = options.name or (Path(options.base[0]).stem if options.base else "")
-    stem = now + (f"_{_file_name(name, '--name')}" if name else "") + (_file_name(options.postfix, "--postfix") if options.postfix else "")
+    stem = (
+        now
+        + (f"_{_file_name(name, '--name')}" if name else "")
+        + (_file_name(options.postfix, "--postfix") if options.postfix else "")
+    )
     root = Path(options.logdir)
     if options.debug:
         root = root / "debug_runs"
@@ -53,7 +57,9 @@ def new_run(options: Options, now: str | None = None) -> RunFolder:
 def _file_name(text: str, flag: str) -> str:
     """`text` if it may be a part of one file name: runs never write outside of the log folder."""
     if len(os.fsencode(text)) > 100 or text in (".", "..") or re.search(r'[/\\\x00-\x1f:*?"<>|]', text):
-        raise ConfigError(f"{flag} {text[:60]!r}: expected a part of a file name: up to 100 bytes, without / \\ : * ? \" < > |")
+        raise ConfigError(
+            f'{flag} {text[:60]!r}: expected a part of a file name: up to 100 bytes, without / \\ : * ? " < > |'
+        )
     return text
 
 
@@ -101,5 +107,7 @@ def saved_configs(folder: RunFolder) -> list[Path]:
 
 def _runs_near(path: Path) -> str:
     parent = path.parent if path.suffix == "" else path.parents[min(2, len(path.parents) - 1)]
-    runs = sorted(entry.name for entry in parent.iterdir() if (entry / "checkpoints").is_dir()) if parent.is_dir() else []
+    runs = (
+        sorted(entry.name for entry in parent.iterdir() if (entry / "checkpoints").is_dir()) if parent.is_dir() else []
+    )
     return f"; the newest run in {parent} is {runs[-1]}" if runs else ""

@@ -28,7 +28,9 @@ GONE = {
     "auto_lr_find": Gone(_OFF, "set model.base_learning_rate"),
     "auto_scale_batch_size": Gone(_OFF, "set data.params.batch_size"),
     "auto_select_gpus": Gone(_OFF, "name the devices: --gpus 0,1"),
-    "flush_logs_every_n_steps": Gone((None, 100), "logs are flushed whenever they are written; see --log_every_n_steps"),
+    "flush_logs_every_n_steps": Gone(
+        (None, 100), "logs are flushed whenever they are written; see --log_every_n_steps"
+    ),
     "ipus": Gone(_OFF, "IPUs are gone from Lightning"),
     "log_gpu_memory": Gone(_OFF, "the CUDACallback reports peak memory every epoch"),
     "move_metrics_to_cpu": Gone(_OFF, "it is gone from Lightning"),
@@ -36,7 +38,9 @@ GONE = {
     "prepare_data_per_node": Gone((None, True), "it belongs to the data module now"),
     "process_position": Gone((None, 0), "there is one progress bar"),
     "reload_dataloaders_every_epoch": Gone(_OFF, "use --reload_dataloaders_every_n_epochs 1"),
-    "stochastic_weight_avg": Gone(_OFF, "add lightning.callbacks.swa with target pytorch_lightning.callbacks.StochasticWeightAveraging"),
+    "stochastic_weight_avg": Gone(
+        _OFF, "add lightning.callbacks.swa with target pytorch_lightning.callbacks.StochasticWeightAveraging"
+    ),
     "terminate_on_nan": Gone((None, True), "a loss or gradient that is not finite always stops the run"),
     "tpu_cores": Gone(_OFF, "use --accelerator tpu --devices N"),
     "track_grad_norm": Gone((None, -1, "-1"), "it is gone from Lightning"),
@@ -102,8 +106,24 @@ def _rename(settings: dict[str, Any], old: str, new: str) -> None:
         settings.setdefault(new, settings.pop(old))
 
 
-PRECISIONS = ("32-true", "16-mixed", "bf16-mixed", "64-true", "16-true", "bf16-true", "transformer-engine", "transformer-engine-float16")
-_SHORT = {"16": "16-mixed", "bf16": "bf16-mixed", "32": "32-true", "64": "64-true", "fp16": "16-mixed", "fp32": "32-true"}
+PRECISIONS = (
+    "32-true",
+    "16-mixed",
+    "bf16-mixed",
+    "64-true",
+    "16-true",
+    "bf16-true",
+    "transformer-engine",
+    "transformer-engine-float16",
+)
+_SHORT = {
+    "16": "16-mixed",
+    "bf16": "bf16-mixed",
+    "32": "32-true",
+    "64": "64-true",
+    "fp16": "16-mixed",
+    "fp32": "32-true",
+}
 
 
 def _precision(value: Any, where: str) -> str:

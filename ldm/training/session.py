@@ -60,7 +60,12 @@ def run(options: Options) -> int:
     folder, config = prepare(options)
     settings = settle(options, config.lightning)
     if folder.resumed and options.seed is not None and options.seed != _saved_seed(folder):
-        logger.warning("%-11s %d, not the %s of the resumed run: it goes on, but not exactly", "seed", settings.seed, _saved_seed(folder))
+        logger.warning(
+            "%-11s %d, not the %s of the resumed run: it goes on, but not exactly",
+            "seed",
+            settings.seed,
+            _saved_seed(folder),
+        )
     if not options.train and not (config.data.get("params") or {}).get("test"):
         raise UsageError("nothing to do: -t trains, and data.params.test, which a run without -t evaluates, is not set")
     if folder.resumed:
@@ -99,7 +104,11 @@ def _execute(options: Options, folder: RunFolder, config: DictConfig, settings: 
     from ldm.training.devices import this_machine  # from here on torch is imported
 
     devices = settings.devices(this_machine())
-    rate = learning_rate(config, settings, devices.count * int(settings.trainer.get("num_nodes", 1))) if options.train else None
+    rate = (
+        learning_rate(config, settings, devices.count * int(settings.trainer.get("num_nodes", 1)))
+        if options.train
+        else None
+    )
     pl = import_lightning()
     logging.getLogger("pytorch_lightning").setLevel(logging.DEBUG if options.debug else logging.WARNING)
     pl.seed_everything(settings.seed, verbose=False)
@@ -128,9 +137,13 @@ def fit(trainer: Any, model: Any, data: Any, folder: RunFolder) -> int:
 
     from ldm.callbacks import SignalCallback, StepSeed, Stopped
 
-    signals, steps = (next(each for each in trainer.callbacks if isinstance(each, kind)) for kind in (SignalCallback, StepSeed))
+    signals, steps = (
+        next(each for each in trainer.callbacks if isinstance(each, kind)) for kind in (SignalCallback, StepSeed)
+    )
     try:
-        trainer.fit(model, data, ckpt_path=None if folder.checkpoint is None else str(folder.checkpoint), weights_only=True)
+        trainer.fit(
+            model, data, ckpt_path=None if folder.checkpoint is None else str(folder.checkpoint), weights_only=True
+        )
     except Stopped as stop:
         how = f"go on with --resume {folder.path}" if stop.checkpoint else "nothing was saved"
         logger.info("%-11s by %s at step %d; %s", "stopped", stop.reason, trainer.global_step, how)
@@ -215,7 +228,11 @@ def _precision_text(trainer: Any, accelerator: str) -> str:
 def _one_line_errors() -> tuple[type[BaseException], ...]:
     """Errors whose message says all; known only once what raises them has been imported."""
     found = [ConfigError]
-    for module, name in (("ldm.finite", "NonFiniteError"), ("ldm.checkpoint", "CheckpointError"), ("ldm.data.image", "BadImageError")):
+    for module, name in (
+        ("ldm.finite", "NonFiniteError"),
+        ("ldm.checkpoint", "CheckpointError"),
+        ("ldm.data.image", "BadImageError"),
+    ):
         if module in sys.modules:
             found.append(getattr(sys.modules[module], name))
     return tuple(found)

@@ -45,7 +45,9 @@ def settle(options: Options, lightning: DictConfig) -> Settings:
     devices_where = "lightning.trainer."
     if any(name in from_flags for name in (*DEVICE_SETTINGS, "distributed_backend")):
         # One place decides on devices, or a saved `gpus` would fight with a new `--devices`.
-        from_yaml = {name: value for name, value in from_yaml.items() if name not in (*DEVICE_SETTINGS, "distributed_backend")}
+        from_yaml = {
+            name: value for name, value in from_yaml.items() if name not in (*DEVICE_SETTINGS, "distributed_backend")
+        }
         devices_where = "--"
     try:
         trainer = modernize(from_yaml) | modernize(from_flags, "--")
@@ -53,7 +55,9 @@ def settle(options: Options, lightning: DictConfig) -> Settings:
         raise ConfigError(str(error)) from error
     start_from = trainer.pop("resume_from_checkpoint", None)
     if start_from and options.resume:
-        raise ConfigError("--resume and --resume_from_checkpoint: one goes on in the old run folder, the other starts a new run; give one")
+        raise ConfigError(
+            "--resume and --resume_from_checkpoint: one goes on in the old run folder, the other starts a new run; give one"
+        )
     from_yaml.pop("resume_from_checkpoint", None)
     seed = _first(options.seed, saved.get("seed"), DEFAULT_SEED)
     scale_lr = _first(options.scale_lr, saved.get("scale_lr"), True)
@@ -94,7 +98,9 @@ def learning_rate(config: DictConfig, settings: Settings, devices: int) -> Learn
     """
     base = OmegaConf.select(config, "model.base_learning_rate")
     if not isinstance(base, int | float) or isinstance(base, bool):
-        raise ConfigError(f"model.base_learning_rate {base!r}: training needs a number here, e.g. model.base_learning_rate=1.0e-4")
+        raise ConfigError(
+            f"model.base_learning_rate {base!r}: training needs a number here, e.g. model.base_learning_rate=1.0e-4"
+        )
     batch_size = OmegaConf.select(config, "data.params.batch_size")
     if not isinstance(batch_size, int) or isinstance(batch_size, bool) or batch_size < 1:
         raise ConfigError(f"data.params.batch_size {batch_size!r}: expected an integer of at least 1")
@@ -102,5 +108,7 @@ def learning_rate(config: DictConfig, settings: Settings, devices: int) -> Learn
     effective = accumulation * devices * batch_size
     parts = f"effective batch {effective} = {batch_size} x {devices} device{'s' if devices > 1 else ''} x {accumulation} accumulated"
     if settings.scale_lr:
-        return LearningRate(effective * base, f"{parts}; learning rate {effective * base:.3e} = {effective} x {base:.3e} (--scale_lr)")
+        return LearningRate(
+            effective * base, f"{parts}; learning rate {effective * base:.3e} = {effective} x {base:.3e} (--scale_lr)"
+        )
     return LearningRate(float(base), f"{parts}; learning rate {base:.3e}, not scaled by it (--scale_lr false)")

@@ -45,7 +45,9 @@ def classes_of_module(module: str) -> list[str] | None:
         return None
     names = [node.name for node in tree.body if isinstance(node, ast.ClassDef)]
     if source.name == "__init__.py":
-        names += [name for name, home in _imports(module).items() if home.startswith(f"{module}.") and name[:1].isupper()]
+        names += [
+            name for name, home in _imports(module).items() if home.startswith(f"{module}.") and name[:1].isupper()
+        ]
     return [name for name in names if not name.startswith("_")]
 
 
@@ -96,7 +98,9 @@ def _accepted(found: _Class, depth: int) -> dict[str, Argument] | None:
     a = init.args
     plain = [*a.posonlyargs, *a.args]
     first_default = len(plain) - len(a.defaults)
-    arguments = {arg.arg: _argument(arg, position < first_default) for position, arg in enumerate(plain) if position > 0}
+    arguments = {
+        arg.arg: _argument(arg, position < first_default) for position, arg in enumerate(plain) if position > 0
+    }
     arguments |= {arg.arg: _argument(arg, value is None) for arg, value in zip(a.kwonlyargs, a.kw_defaults)}
     if a.kwarg is None:
         return arguments
@@ -109,7 +113,9 @@ def _accepted_by_bases(found: _Class, depth: int) -> dict[str, Argument] | None:
     known = False
     for base in found.node.bases:
         target = _resolve(found.module, base)
-        if target in ("torch.nn.Module", "object", "torch.utils.data.Dataset") or target.startswith(("typing.", "abc.")):
+        if target in ("torch.nn.Module", "object", "torch.utils.data.Dataset") or target.startswith(
+            ("typing.", "abc.")
+        ):
             continue
         parent = _find_class(*target.rpartition(".")[::2]) if target else None
         arguments = None if parent is None else _accepted(parent, depth + 1)
@@ -167,7 +173,9 @@ def _imports(module: str) -> dict[str, str]:
     for node in tree.body:
         if isinstance(node, ast.Import):
             for alias in node.names:
-                names[alias.asname or alias.name.partition(".")[0]] = alias.name if alias.asname else alias.name.partition(".")[0]
+                names[alias.asname or alias.name.partition(".")[0]] = (
+                    alias.name if alias.asname else alias.name.partition(".")[0]
+                )
         elif isinstance(node, ast.ImportFrom):
             parts = package.split(".")
             origin = ".".join(parts[: len(parts) - node.level + 1]) if node.level else ""

@@ -17,7 +17,10 @@ from ldm.training.signature import classes_of_module, constructor_arguments, may
 from ldm.util import ConfigError, check_allowed, resolve_alias
 
 # Where the scripts put what they download, below the checkout.
-DOWNLOADS = {"models/first_stage_models": "scripts/download_first_stages.sh", "models/ldm": "scripts/download_models.sh"}
+DOWNLOADS = {
+    "models/first_stage_models": "scripts/download_first_stages.sh",
+    "models/ldm": "scripts/download_models.sh",
+}
 
 WEIGHTS = ("ckpt_path", "diffusion_ckpt_path")  # parameters of our classes that name a file of weights
 
@@ -34,7 +37,9 @@ def check_targets(config: dict[str, Any]) -> None:
         accepted = constructor_arguments(target)
         for key in params:
             if accepted is not None and key not in accepted:
-                raise ConfigError(f"{path}.params.{key}: {target} takes no such parameter{nearest(key, list(accepted))}")
+                raise ConfigError(
+                    f"{path}.params.{key}: {target} takes no such parameter{nearest(key, list(accepted))}"
+                )
 
 
 def check_weights(config: dict[str, Any]) -> None:
@@ -43,7 +48,9 @@ def check_weights(config: dict[str, Any]) -> None:
         for name in WEIGHTS:
             file, place = params.get(name), f"{path}.params.{name}"
             if isinstance(file, str) and resolve_alias(target).startswith("ldm.") and not Path(file).exists():
-                raise ConfigError(f"{place}: there is no file {file}; {_source(file)}, or name another with {place}=FILE")
+                raise ConfigError(
+                    f"{place}: there is no file {file}; {_source(file)}, or name another with {place}=FILE"
+                )
 
 
 def forget_absent_weights(config: Any, typed: Collection[str] = ()) -> list[str]:
@@ -54,7 +61,12 @@ def forget_absent_weights(config: Any, typed: Collection[str] = ()) -> list[str]
     gone = []
     for path, target, params, _ in _nodes(OmegaConf.to_container(config.get("model"), resolve=True), "model"):
         file, place = params.get("ckpt_path"), f"{path}.params.ckpt_path"
-        if isinstance(file, str) and place not in typed and resolve_alias(target).startswith("ldm.") and not Path(file).exists():
+        if (
+            isinstance(file, str)
+            and place not in typed
+            and resolve_alias(target).startswith("ldm.")
+            and not Path(file).exists()
+        ):
             OmegaConf.update(config, place, None)
             gone.append(f"{place} {file}")
     return gone
@@ -67,7 +79,10 @@ def check_class_count(config: Any, datasets: Mapping[str, Any]) -> None:
     """
     params = config.model.get("params") or {}
     stage = params.get("cond_stage_config")
-    if not isinstance(stage, Mapping) or resolve_alias(str(stage.get("target"))) != "ldm.modules.encoders.modules.ClassEmbedder":
+    if (
+        not isinstance(stage, Mapping)
+        or resolve_alias(str(stage.get("target"))) != "ldm.modules.encoders.modules.ClassEmbedder"
+    ):
         return
     n_classes = (stage.get("params") or {}).get("n_classes", 1000)
     free = 1 if params.get("cond_dropout") else 0
@@ -76,7 +91,9 @@ def check_class_count(config: Any, datasets: Mapping[str, Any]) -> None:
         if names is not None and len(names) + free > n_classes:
             why = ' and one that means "no class", for cond_dropout' if free else ""
             place = "model.params.cond_stage_config.params.n_classes"
-            raise ConfigError(f"{place} {n_classes}: data.params.{name} has {len(names)} classes{why}; set {place}={len(names) + free}")
+            raise ConfigError(
+                f"{place} {n_classes}: data.params.{name} has {len(names)} classes{why}; set {place}={len(names) + free}"
+            )
 
 
 def nearest(name: str, choices: list[str]) -> str:

@@ -13,9 +13,14 @@ from ldm.watermark import METHODS, Watermark
 
 
 def parser() -> Parser:
-    parser = Parser(prog="test_watermark.py", description="Print the watermark that is read out of a picture, and how much of it is there.")
+    parser = Parser(
+        prog="test_watermark.py",
+        description="Print the watermark that is read out of a picture, and how much of it is there.",
+    )
     parser.add_argument("image", metavar="IMAGE", help="the picture")
-    parser.add_argument("--method", choices=METHODS, default=METHODS[0], help="how the mark was made; the first is the published way")
+    parser.add_argument(
+        "--method", choices=METHODS, default=METHODS[0], help="how the mark was made; the first is the published way"
+    )
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser
 

@@ -44,9 +44,14 @@ CONTENT = {"a.txt": b"a", "sub/b.txt": b"b" * 5000}
 @pytest.mark.parametrize("name", ["x.tar", "x.tar.gz", "x.zip"])
 def test_what_was_packed_comes_out(tmp_path, name):
     archive = tmp_path / name
-    write_zip(archive, CONTENT) if name.endswith("zip") else write_tar(archive, CONTENT, "w:gz" if "gz" in name else "w")
+    write_zip(archive, CONTENT) if name.endswith("zip") else write_tar(
+        archive, CONTENT, "w:gz" if "gz" in name else "w"
+    )
     unpack(archive, tmp_path / "new/out")
-    assert files(tmp_path / "new/out") == set(CONTENT) and (tmp_path / "new/out/sub/b.txt").read_bytes() == CONTENT["sub/b.txt"]
+    assert (
+        files(tmp_path / "new/out") == set(CONTENT)
+        and (tmp_path / "new/out/sub/b.txt").read_bytes() == CONTENT["sub/b.txt"]
+    )
     assert os.listdir(tmp_path / "new") == ["out"]
 
 

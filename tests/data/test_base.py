@@ -60,5 +60,7 @@ def test_a_config_error_gains_its_place_and_survives_a_worker():
     error = DataConfigError("root", "/x/y", "no such folder", "set {param} to a folder of pictures")
     assert str(error) == "root '/x/y': no such folder; set root to a folder of pictures"
     placed = error.at("data.params.train")
-    expected = "data.params.train root '/x/y': no such folder; set data.params.train.params.root to a folder of pictures"
+    expected = (
+        "data.params.train root '/x/y': no such folder; set data.params.train.params.root to a folder of pictures"
+    )
     assert str(placed) == str(pickle.loads(pickle.dumps(placed))) == expected

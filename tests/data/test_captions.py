@@ -25,7 +25,10 @@ def table(tmp_path, name, content, **columns):
 )
 def test_tables_read_alike_with_and_without_byte_order_mark(tmp_path, name, content, encoding):
     rows = table(tmp_path, name, content.encode(encoding))
-    assert [(row.image, row.captions, row.problem) for row in rows] == [("a.png", ["a cat, asleep"], ""), ("b.png", ["een 🐈"], "")]
+    assert [(row.image, row.captions, row.problem) for row in rows] == [
+        ("a.png", ["a cat, asleep"], ""),
+        ("b.png", ["een 🐈"], ""),
+    ]
 
 
 def test_columns_have_usual_names_and_can_be_named(tmp_path):
@@ -34,14 +37,20 @@ def test_columns_have_usual_names_and_can_be_named(tmp_path):
 
 
 def test_a_missing_column_is_an_error_with_the_columns_there_are(tmp_path):
-    with pytest.raises(DataConfigError, match=r"caption_column None: .*c.csv has only the columns 'image', 'beschrijving'; set capt"):
+    with pytest.raises(
+        DataConfigError, match=r"caption_column None: .*c.csv has only the columns 'image', 'beschrijving'; set capt"
+    ):
         table(tmp_path, "c.csv", "image,beschrijving\na.png,x\n")
     with pytest.raises(DataConfigError, match=r"image_column 'pic': .* 'image', 'text'"):
         table(tmp_path, "c.jsonl", '{"image": "a", "text": "b"}', image="pic")
 
 
 def test_json_captions_may_be_lists_and_blank_ones_do_not_count(tmp_path):
-    rows = table(tmp_path, "c.jsonl", '{"image": "a", "text": ["x", " ", "y "]}\n{"image": "b", "text": null}\n{"image": "c", "text": " "}')
+    rows = table(
+        tmp_path,
+        "c.jsonl",
+        '{"image": "a", "text": ["x", " ", "y "]}\n{"image": "b", "text": null}\n{"image": "c", "text": " "}',
+    )
     assert [row.captions for row in rows] == [["x", "y"], [], []]
 
 
@@ -88,7 +97,9 @@ def test_a_caption_larger_than_csv_allows_by_default_is_read(tmp_path):
 
 
 def test_missing_captions_follow_the_policy():
-    with pytest.raises(DataConfigError, match=r"a.png has no caption .why.; add one, or set missing_caption to skip or empty"):
+    with pytest.raises(
+        DataConfigError, match=r"a.png has no caption .why.; add one, or set missing_caption to skip or empty"
+    ):
         CaptionPolicy().apply("a.png", [], "why")
     assert CaptionPolicy("skip").apply("a.png", [], "why") == ((), "no caption")
     assert CaptionPolicy("empty").apply("a.png", [], "why") == (("",), "")
@@ -103,4 +114,6 @@ def test_long_captions_follow_the_policy_and_what_is_dropped_is_logged_once(capl
     with caplog.at_level(logging.WARNING):
         assert policy.apply("a.png", ["ok", long], "") == (("ok", "x" * 10), "")
         assert policy.apply("b.png", [long], "") == (("x" * 10,), "")
-    assert len(caplog.records) == 1 and caplog.messages[0].endswith("dropped: dropped") and "a.png" in caplog.messages[0]
+    assert (
+        len(caplog.records) == 1 and caplog.messages[0].endswith("dropped: dropped") and "a.png" in caplog.messages[0]
+    )

@@ -33,7 +33,10 @@ def indices(loader):
 
 def test_a_published_yaml_builds_by_its_published_name():
     config = OmegaConf.create(
-        {"target": "main.DataModuleFromConfig", "params": {"batch_size": 4, "num_workers": 5, "wrap": True, "train": {"target": TARGET}}}
+        {
+            "target": "main.DataModuleFromConfig",
+            "params": {"batch_size": 4, "num_workers": 5, "wrap": True, "train": {"target": TARGET}},
+        }
     )
     module = instantiate_from_config(config)
     module.setup()
@@ -65,7 +68,12 @@ def test_training_data_is_shuffled_and_the_rest_only_on_request():
     in_order = [[0, 1, 2], [3, 4, 5], [6, 7, 8], [9]]
     assert indices(plain.train_dataloader()) != in_order
     assert sorted(chain(*indices(plain.train_dataloader()))) == list(range(LENGTH))
-    assert indices(plain.val_dataloader()) == indices(plain.test_dataloader()) == indices(plain.predict_dataloader()) == in_order
+    assert (
+        indices(plain.val_dataloader())
+        == indices(plain.test_dataloader())
+        == indices(plain.predict_dataloader())
+        == in_order
+    )
     assert indices(shuffled.val_dataloader()) != in_order != indices(shuffled.test_dataloader())
     assert indices(shuffled.predict_dataloader()) == in_order
 
@@ -112,7 +120,9 @@ def test_a_missing_folder_is_one_line_that_says_what_to_do():
     module = data(train={"target": "ldm.data.folder.ImageFolder", "params": {"root": "/x/y"}})
     with pytest.raises(DataConfigError) as caught:
         module.setup()
-    expected = "data.params.train root '/x/y': no such folder; set data.params.train.params.root to a folder of pictures"
+    expected = (
+        "data.params.train root '/x/y': no such folder; set data.params.train.params.root to a folder of pictures"
+    )
     assert str(caught.value) == expected
 
 
@@ -127,14 +137,20 @@ def test_splits_must_number_their_classes_alike():
     data(train=config, validation=config).setup()
     data(train=config, validation={"target": TARGET}).setup()
     for wrap in (False, True):
-        with pytest.raises(ConfigError, match=r"data.params.validation: its 1 classes are not the 2 of train \(differing: ape\)"):
+        with pytest.raises(
+            ConfigError, match=r"data.params.validation: its 1 classes are not the 2 of train \(differing: ape\)"
+        ):
             data(train=config, validation={"target": TARGET, "params": {"class_names": ["tench"]}}, wrap=wrap).setup()
 
 
 def as_rank(module, rank, world_size):
     """The module as it is attached to a trainer of that rank."""
-    fit_loop = pl.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False).fit_loop
-    module.trainer = SimpleNamespace(global_rank=rank, world_size=world_size, num_devices=world_size, accelerator=None, fit_loop=fit_loop)
+    fit_loop = pl.Trainer(
+        accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False
+    ).fit_loop
+    module.trainer = SimpleNamespace(
+        global_rank=rank, world_size=world_size, num_devices=world_size, accelerator=None, fit_loop=fit_loop
+    )
     return module
 
 
@@ -148,7 +164,14 @@ def test_ranks_share_the_data(target):
 
 
 def test_lightning_keeps_the_sampler_of_a_distributed_run():
-    trainer = pl.Trainer(accelerator="cpu", devices=2, strategy="ddp", logger=False, enable_checkpointing=False, enable_progress_bar=False)
+    trainer = pl.Trainer(
+        accelerator="cpu",
+        devices=2,
+        strategy="ddp",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+    )
     loader = data().train_dataloader()
     assert not trainer._data_connector._requires_distributed_sampler(loader)
 
@@ -195,7 +218,9 @@ def test_datasets_are_prepared_before_they_are_built_and_not_again():
         module.prepare_data()
         module.setup("fit")
     assert Prepared.calls == (("somewhere", before),)
-    with pytest.raises(DataConfigError, match=r"data.params.train root None: not set; set data.params.train.params.root"):
+    with pytest.raises(
+        DataConfigError, match=r"data.params.train root None: not set; set data.params.train.params.root"
+    ):
         data(train={"target": target}).prepare_data()
 
 

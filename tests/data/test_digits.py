@@ -62,7 +62,10 @@ def test_captions_name_the_digit_of_the_picture(splits):
 def test_no_caption_stands_for_two_digits():
     every = [caption for digit in range(10) for caption in module.captions(digit)]
     assert len(set(every)) == len(every) > 10_000
-    assert module.captions(7)[:2] == ["a handwritten seven", "a handwritten 7"] and "draw an eight, please" in module.captions(8)
+    assert module.captions(7)[:2] == [
+        "a handwritten seven",
+        "a handwritten 7",
+    ] and "draw an eight, please" in module.captions(8)
 
 
 def test_training_captions_are_drawn_from_many_phrasings_by_torchs_generator(splits):
@@ -76,7 +79,9 @@ def test_training_captions_are_drawn_from_many_phrasings_by_torchs_generator(spl
 
 
 def test_held_out_captions_never_change(splits):
-    assert [splits["held_out"][k]["caption"] for k in range(30)] == [splits["held_out"][k]["caption"] for k in range(30)]
+    assert [splits["held_out"][k]["caption"] for k in range(30)] == [
+        splits["held_out"][k]["caption"] for k in range(30)
+    ]
 
 
 def test_other_sizes(splits):

@@ -47,7 +47,11 @@ def test_a_batch_has_the_published_keys_shapes_and_ranges(captioned):
 
 def test_stable_diffusions_keys_can_be_asked_for(captioned):
     sample = ImageFolder(str(captioned), size=8, captions="sidecar", image_key="jpg", caption_key="beschrijving")[0]
-    assert sample["jpg"].shape == (8, 8, 3) and sample["beschrijving"] == sample["txt"] == "picture a.jpg" and "image" not in sample
+    assert (
+        sample["jpg"].shape == (8, 8, 3)
+        and sample["beschrijving"] == sample["txt"] == "picture a.jpg"
+        and "image" not in sample
+    )
 
 
 def test_without_captions_there_are_none(captioned):
@@ -83,14 +87,19 @@ def test_missing_captions_raise_skip_or_are_empty(captioned):
     with pytest.raises(DataConfigError, match=r"missing_caption 'raise': a.jpg has no caption \(no text in .*a.txt\)"):
         ImageFolder(**options)
     skipping = ImageFolder(**options, missing_caption="skip")
-    assert names(skipping) == ["d.tif", "sub/c.webp"] and skipping.skipped == {"a.jpg": "no caption", "b.png": "no caption"}
+    assert names(skipping) == ["d.tif", "sub/c.webp"] and skipping.skipped == {
+        "a.jpg": "no caption",
+        "b.png": "no caption",
+    }
     assert [item.captions for item in ImageFolder(**options, missing_caption="empty").items[:2]] == [("",), ("",)]
 
 
 def test_captions_in_another_encoding_are_errors_unless_it_is_named(captioned):
     (captioned / "a.txt").write_bytes(b"caf\xe9")
     options = {"root": str(captioned), "size": 8, "captions": "sidecar"}
-    with pytest.raises(DataConfigError, match=r"on_error 'raise': .*a.txt: not utf-8 \(byte 0xe9\).*; mend it, or set on_error to skip"):
+    with pytest.raises(
+        DataConfigError, match=r"on_error 'raise': .*a.txt: not utf-8 \(byte 0xe9\).*; mend it, or set on_error to skip"
+    ):
         ImageFolder(**options)
     skipping = ImageFolder(**options, on_error="skip")
     assert len(skipping) == 3 and list(skipping.skipped) == [str(captioned / "a.txt")]
@@ -132,7 +141,9 @@ def test_a_folder_without_pictures_says_so(tmp_path):
     with pytest.raises(DataConfigError, match="no pictures in it; set root"):
         ImageFolder(str(tmp_path))
     (tmp_path / "a.jpg").write_bytes(b"")
-    with pytest.raises(DataConfigError, match=r"no pictures in it can be used: 1 skipped, first a.jpg: empty file; set root"):
+    with pytest.raises(
+        DataConfigError, match=r"no pictures in it can be used: 1 skipped, first a.jpg: empty file; set root"
+    ):
         ImageFolder(str(tmp_path), on_error="skip")
 
 
@@ -169,7 +180,9 @@ def test_the_order_of_classes_can_be_given_as_a_list_or_a_folder(classes, tmp_pa
 
 def test_a_picture_outside_the_class_folders_is_an_error(classes):
     picture(classes / "stray.png")
-    with pytest.raises(DataConfigError, match=r"stray.png lies in no class folder; move it into one, or set class_labels to false"):
+    with pytest.raises(
+        DataConfigError, match=r"stray.png lies in no class folder; move it into one, or set class_labels to false"
+    ):
         ImageFolder(str(classes), size=8, class_labels=True)
 
 
@@ -189,19 +202,29 @@ def test_a_fraction_divides_a_folder_and_pictures_keep_their_side(tmp_path):
 
 
 def test_classes_are_numbered_before_the_split(classes):
-    parts = [ImageFolder(str(classes), size=8, class_labels=True, split=s, validation_fraction=0.2) for s in ("train", "validation")]
+    parts = [
+        ImageFolder(str(classes), size=8, class_labels=True, split=s, validation_fraction=0.2)
+        for s in ("train", "validation")
+    ]
     assert parts[0].class_names == parts[1].class_names == ["10", "9", "ape", "tench"]
 
 
 def test_sub_folders_named_as_the_splits_are_the_splits(tmp_path):
     for name in ("train/cat/0.png", "train/dog/1.png", "val/cat/2.png", "val/dog/3.png"):
         picture(tmp_path / name)
-    train, held_out = (ImageFolder(str(tmp_path), size=8, class_labels=True, split=split) for split in ("train", "validation"))
+    train, held_out = (
+        ImageFolder(str(tmp_path), size=8, class_labels=True, split=split) for split in ("train", "validation")
+    )
     assert names(train) == ["cat/0.png", "dog/1.png"] and names(held_out) == ["cat/2.png", "dog/3.png"]
     assert train.class_names == held_out.class_names == ["cat", "dog"]
     (tmp_path / "val").rename(tmp_path / "other")  # one alone is no division: both splits come from all pictures
     train, held_out = (ImageFolder(str(tmp_path), size=8, split=split) for split in ("train", "validation"))
-    assert sorted(names(train) + names(held_out)) == ["other/cat/2.png", "other/dog/3.png", "train/cat/0.png", "train/dog/1.png"]
+    assert sorted(names(train) + names(held_out)) == [
+        "other/cat/2.png",
+        "other/dog/3.png",
+        "train/cat/0.png",
+        "train/dog/1.png",
+    ]
 
 
 def test_previews_are_the_parts_of_a_captioned_folder(captioned):

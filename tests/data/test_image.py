@@ -82,7 +82,9 @@ MODES = {
 def lab(image):
     from PIL import ImageCms
 
-    return ImageCms.profileToProfile(image, ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB"), outputMode="LAB")
+    return ImageCms.profileToProfile(
+        image, ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB"), outputMode="LAB"
+    )
 
 
 def stored(image, orientation):
@@ -132,7 +134,11 @@ def test_a_transparent_color_becomes_white(tmp_path, image, options):
 
 @pytest.mark.parametrize("mode", ["La", "RGBa", "PA", "RGBX", "HSV", "I;16B"])
 def test_modes_that_no_file_has_convert_too(mode):
-    source = {"La": Image.merge("LA", [L, A]), "RGBa": MODES["RGBA"][0], "I;16B": Image.fromarray(WIDE.astype(np.int32))}.get(mode, RGB)
+    source = {
+        "La": Image.merge("LA", [L, A]),
+        "RGBa": MODES["RGBA"][0],
+        "I;16B": Image.fromarray(WIDE.astype(np.int32)),
+    }.get(mode, RGB)
     pixels = np.asarray(to_rgb(source.convert(mode)))
     assert pixels.shape == (4, 6, 3) and pixels.std() > 10
 
@@ -201,7 +207,9 @@ def test_a_bad_file_is_named_with_what_is_wrong(tmp_path, kind):
     write_bad(path, kind)
     with pytest.raises(BadImageError) as caught:
         load_image(path)
-    assert str(caught.value).startswith(f"{path}: ") and BAD[kind] in str(caught.value) and "\n" not in str(caught.value)
+    assert (
+        str(caught.value).startswith(f"{path}: ") and BAD[kind] in str(caught.value) and "\n" not in str(caught.value)
+    )
 
 
 def test_a_picture_above_max_pixels_is_refused_before_it_is_decoded(tmp_path):

@@ -24,7 +24,9 @@ def root(tmp_path):
         for number, synset in enumerate(SYNSETS):
             for k in range(count):
                 picture(tmp_path / f"ILSVRC2012_{split}/data/{synset}/{synset}_{k}.JPEG", number)
-        (tmp_path / f"ILSVRC2012_{split}/synset_human.txt").write_text("n01440764 tench, Tinca tinca\nn01443537 goldfish\n")
+        (tmp_path / f"ILSVRC2012_{split}/synset_human.txt").write_text(
+            "n01440764 tench, Tinca tinca\nn01443537 goldfish\n"
+        )
     return tmp_path
 
 
@@ -61,7 +63,9 @@ def test_the_published_yaml_finds_the_published_place(root, monkeypatch):
     for split in ("Train", "Validation"):
         config = OmegaConf.create({"target": f"ldm.data.imagenet.ImageNet{split}", "params": {"config": {"size": 16}}})
         assert instantiate_from_config(config)[0]["image"].shape == (16, 16, 3)
-    pairs = instantiate_from_config({"target": "ldm.data.imagenet.ImageNetSRTrain", "params": {"size": 16, "degradation": "pil_nearest"}})
+    pairs = instantiate_from_config(
+        {"target": "ldm.data.imagenet.ImageNetSRTrain", "params": {"size": 16, "degradation": "pil_nearest"}}
+    )
     assert pairs[0]["LR_image"].shape == (4, 4, 3)
 
 
@@ -94,7 +98,9 @@ def test_archives_are_unpacked_by_prepare_data_and_not_by_the_constructor(tmp_pa
     with pytest.raises(ArchiveError, match=r"put validation_synset.txt beside it"):
         module.prepare_data()
     assert os.listdir(tmp_path / "ILSVRC2012_validation") == ["ILSVRC2012_img_val.tar"]
-    (tmp_path / "ILSVRC2012_validation/validation_synset.txt").write_text("".join(f"{n} {s}\n" for n, s in zip(names, SYNSETS[::-1])))
+    (tmp_path / "ILSVRC2012_validation/validation_synset.txt").write_text(
+        "".join(f"{n} {s}\n" for n, s in zip(names, SYNSETS[::-1]))
+    )
     for _ in range(2):
         module.prepare_data()
         module.setup()

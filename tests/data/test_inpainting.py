@@ -21,7 +21,9 @@ def test_the_hole_is_black_and_the_rest_is_the_picture(dataset):
     for _ in range(5):
         sample = dataset[0]
         assert sample["mask"].shape == (32, 32, 1) and sample["masked_image"].shape == (32, 32, 3)
-        assert sample["mask"].dtype == sample["masked_image"].dtype == np.float32 and set(np.unique(sample["mask"])) == {-1, 1}
+        assert sample["mask"].dtype == sample["masked_image"].dtype == np.float32 and set(
+            np.unique(sample["mask"])
+        ) == {-1, 1}
         hole = sample["mask"][..., 0] == 1
         assert (sample["masked_image"][hole] == -1).all()
         np.testing.assert_array_equal(sample["masked_image"][~hole], sample["image"][~hole])
@@ -61,7 +63,9 @@ def test_stable_diffusions_holes_are_grey_and_some_take_the_whole_picture(tmp_pa
 
 
 def test_what_is_no_convention_and_no_probability_is_refused(tmp_path):
-    with pytest.raises(DataConfigError, match="convention 'sd': no such convention; set convention to one of ldm, stable-diffusion"):
+    with pytest.raises(
+        DataConfigError, match="convention 'sd': no such convention; set convention to one of ldm, stable-diffusion"
+    ):
         Inpainting(root=str(tmp_path), convention="sd")
     with pytest.raises(DataConfigError, match=r"whole_p 2: not a probability"):
         Inpainting(root=str(tmp_path), whole_p=2)

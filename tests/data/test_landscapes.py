@@ -34,7 +34,9 @@ def home(tmp_path, monkeypatch):
 def test_the_published_yaml_gives_one_hot_maps(home):
     for split, count in (("Train", 2), ("Validation", 1)):
         params = {"size": 20, "crop_size": 16, "segmentation_to_float32": True}
-        dataset = instantiate_from_config(OmegaConf.create({"target": f"ldm.data.landscapes.RFW{split}", "params": params}))
+        dataset = instantiate_from_config(
+            OmegaConf.create({"target": f"ldm.data.landscapes.RFW{split}", "params": params})
+        )
         assert len(dataset) == count
         sample = dataset[0]
         assert sample["image"].shape == (16, 16, 3) and sample["segmentation"].shape == (16, 16, 182)
@@ -62,7 +64,11 @@ def test_without_split_folders_the_pictures_are_divided(tmp_path, monkeypatch):
     for k in range(6):
         pair(tmp_path, f"{k}.png")
     train, validation = (cls(size=16, crop_size=16, validation_fraction=0.34) for cls in (RFWTrain, RFWValidation))
-    assert len(train) == 4 and len(validation) == 2 and not {i.name for i in train.items} & {i.name for i in validation.items}
+    assert (
+        len(train) == 4
+        and len(validation) == 2
+        and not {i.name for i in train.items} & {i.name for i in validation.items}
+    )
     assert train[3]["segmentation"].shape == (16, 16, 182)
 
 
@@ -93,13 +99,17 @@ def test_maps_that_do_not_fit_are_refused_or_skipped(tmp_path):
         SegmentedPictures(root=str(tmp_path / "images"), segmentation_root=str(tmp_path / "maps"), size=2)[0]
     Image.new("RGB", (4, 4)).save(tmp_path / "images/b.png")
     Image.new("L", (4, 4)).save(tmp_path / "maps/b.png")
-    kept = SegmentedPictures(root=str(tmp_path / "images"), segmentation_root=str(tmp_path / "maps"), size=2, on_error="skip")
+    kept = SegmentedPictures(
+        root=str(tmp_path / "images"), segmentation_root=str(tmp_path / "maps"), size=2, on_error="skip"
+    )
     assert [item.name for item in kept.items] == ["b.png"] and "no such file" in kept.skipped["a.png"]
 
 
 def test_missing_folders_are_told(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(DataConfigError, match=r"segmentation_root 'data/rfw/segmentations': no such folder; set segmentation_root"):
+    with pytest.raises(
+        DataConfigError, match=r"segmentation_root 'data/rfw/segmentations': no such folder; set segmentation_root"
+    ):
         RFWTrain()
     (tmp_path / "data/rfw/segmentations").mkdir(parents=True)
     with pytest.raises(DataConfigError, match=r"root 'data/rfw/images': no such folder"):

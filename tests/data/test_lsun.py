@@ -29,7 +29,10 @@ def home(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_published_yaml_finds_pictures_and_split(home, family):
-    sets = [instantiate_from_config({"target": f"ldm.data.lsun.LSUN{family}{s}", "params": {"size": 16}}) for s in ("Train", "Validation")]
+    sets = [
+        instantiate_from_config({"target": f"ldm.data.lsun.LSUN{family}{s}", "params": {"size": 16}})
+        for s in ("Train", "Validation")
+    ]
     assert [len(dataset) for dataset in sets] == [3, 1]
     assert sets[0][2]["image"].shape == (16, 16, 3) and sets[1][0]["file_path_"].endswith("a/3.webp")
 
@@ -47,7 +50,9 @@ def test_only_training_pictures_are_mirrored(home):
 def test_without_a_list_the_folder_is_divided_on_request(home):
     for path in (home / "data/lsun").glob("*.txt"):
         path.unlink()
-    with pytest.raises(DataConfigError, match=r"files 'data/lsun/church_outdoor_train.txt': no such file; set files to a text file"):
+    with pytest.raises(
+        DataConfigError, match=r"files 'data/lsun/church_outdoor_train.txt': no such file; set files to a text file"
+    ):
         lsun.LSUNChurchesTrain()
     train = lsun.LSUNChurchesTrain(split="train", validation_fraction=0.25)
     validation = lsun.LSUNChurchesValidation(split="validation", validation_fraction=0.25)

@@ -14,7 +14,9 @@ from ldm.layout import FULL
 from ldm.util import instantiate_from_config
 from tests.data.layouts import picture, pixels
 
-HEADER = "ImageID,Source,LabelName,Confidence,XMin,XMax,YMin,YMax,IsOccluded,IsTruncated,IsGroupOf,IsDepiction,IsInside\n"
+HEADER = (
+    "ImageID,Source,LabelName,Confidence,XMin,XMax,YMin,YMax,IsOccluded,IsTruncated,IsGroupOf,IsDepiction,IsInside\n"
+)
 CLASSES = "/m/02,Tortoise\n/m/01s55n,Suitcase\n/m/01,Cat\n/m/03,Tree\n"
 
 
@@ -30,8 +32,14 @@ def home(tmp_path, monkeypatch):
         picture(root / name, k, 20, 40)
     (root / "annotations").mkdir()
     (root / "annotations/class-descriptions-boxable.csv").write_text(CLASSES)
-    rows = row("bb", "/m/01", 0, 0.25, 0, 0.5) + row("zz", "/m/01", 0, 1, 0, 1) + row("aa", "/m/02", 0.5, 0.75, 0.5, 1, 1)
-    rows += row("bb", "/m/01s55n", 0.75, 1, 0, 1) + row("aa", "/m/01", 0, 0.5, 0, 1) + row("aa", "/m/03", 0, 0.001, 0, 0.001)
+    rows = (
+        row("bb", "/m/01", 0, 0.25, 0, 0.5) + row("zz", "/m/01", 0, 1, 0, 1) + row("aa", "/m/02", 0.5, 0.75, 0.5, 1, 1)
+    )
+    rows += (
+        row("bb", "/m/01s55n", 0.75, 1, 0, 1)
+        + row("aa", "/m/01", 0, 0.5, 0, 1)
+        + row("aa", "/m/03", 0, 0.001, 0, 0.001)
+    )
     (root / "annotations/oidv6-train-annotations-bbox.csv").write_text(HEADER + rows)
     both = row("dd", "/m/01", 0.25, 0.75, 0, 1) + row("dd", "/m/03", 0, 1, 0, 1)
     (root / "annotations/validation-annotations-bbox.csv").write_text(HEADER + both)
@@ -43,10 +51,21 @@ def test_the_published_yamls_find_the_published_place(home, split, count):
     for params in ({"size": 18, "crop_size": 16}, {"crop_size": 16}):
         dataset = instantiate_from_config({"target": f"ldm.data.openimages.FullOpenImages{split}", "params": params})
         assert len(dataset) == count and dataset[0]["image"].shape == (16, 16, 3)
-    params = {"size": 16, "degradation": "bsrgan_light", "downscale_f": 4, "min_crop_f": 0.5, "max_crop_f": 1.0, "random_crop": True}
-    sample = instantiate_from_config({"target": f"ldm.data.openimages.SuperresOpenImagesAdvanced{split}", "params": params})[0]
+    params = {
+        "size": 16,
+        "degradation": "bsrgan_light",
+        "downscale_f": 4,
+        "min_crop_f": 0.5,
+        "max_crop_f": 1.0,
+        "random_crop": True,
+    }
+    sample = instantiate_from_config(
+        {"target": f"ldm.data.openimages.SuperresOpenImagesAdvanced{split}", "params": params}
+    )[0]
     assert sample["image"].shape == (16, 16, 3) and sample["LR_image"].shape == (4, 4, 3)
-    sample = instantiate_from_config({"target": f"ldm.data.openimages.OpenImagesBBox{split}", "params": {"size": 16}})[0]
+    sample = instantiate_from_config({"target": f"ldm.data.openimages.OpenImagesBBox{split}", "params": {"size": 16}})[
+        0
+    ]
     assert sample["image"].shape == (16, 16, 3) and sample["coordinates_bbox"].shape == (92,)
 
 
@@ -92,9 +111,14 @@ def test_a_layout_follows_its_crop_and_its_mirror_image(home):
 
 
 def test_pictures_with_too_few_or_too_many_boxes_are_left_out(home):
-    assert [item.name for item in OpenImagesBBoxTrain(size=16).items] == ["0/bb.png", "aa.jpg"]  # cc has none, aa's tree is a speck
+    assert [item.name for item in OpenImagesBBoxTrain(size=16).items] == [
+        "0/bb.png",
+        "aa.jpg",
+    ]  # cc has none, aa's tree is a speck
     assert [item.name for item in OpenImagesBBoxTrain(size=16, min_objects=3, min_object_area=0.0).items] == ["aa.jpg"]
-    assert [item.name for item in OpenImagesBBoxTrain(size=16, max_objects=2, min_object_area=0.0).items] == ["0/bb.png"]
+    assert [item.name for item in OpenImagesBBoxTrain(size=16, max_objects=2, min_object_area=0.0).items] == [
+        "0/bb.png"
+    ]
     with pytest.raises(DataConfigError, match="min_objects 9: no picture has 9 to 30 boxes"):
         OpenImagesBBoxTrain(size=16, min_objects=9)
 
@@ -137,12 +161,17 @@ def test_tables_are_fetched_on_request_only(home, monkeypatch):
     (home / table.name).unlink()
     OpenImagesBBoxTrain.prepare_data(size=16)
     assert not fetched
-    with pytest.raises(DataConfigError, match=r"root 'data/openimages': holds no annotations/oidv6.*; get it from https.*download to true"):
+    with pytest.raises(
+        DataConfigError,
+        match=r"root 'data/openimages': holds no annotations/oidv6.*; get it from https.*download to true",
+    ):
         OpenImagesBBoxTrain(size=16)
     OpenImagesBBoxTrain.prepare_data(download=True, size=16)
     assert [name for name, _ in fetched] == [table.name]
 
 
 def test_a_missing_folder_names_the_place(tmp_path):
-    with pytest.raises(DataConfigError, match=r"root '.*/train': no such folder; set root to .*, the train/ of Open Images"):
+    with pytest.raises(
+        DataConfigError, match=r"root '.*/train': no such folder; set root to .*, the train/ of Open Images"
+    ):
         FullOpenImagesTrain(root=str(tmp_path))

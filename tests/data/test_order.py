@@ -21,7 +21,13 @@ class Draws(Dataset):
 
 
 def test_mix_gives_63_bits_that_differ_for_every_input():
-    seen = {mix(seed, purpose, epoch, index) for seed in range(5) for purpose in range(3) for epoch in range(10) for index in range(100)}
+    seen = {
+        mix(seed, purpose, epoch, index)
+        for seed in range(5)
+        for purpose in range(3)
+        for epoch in range(10)
+        for index in range(100)
+    }
     assert len(seen) == 15000 and all(0 <= number < 1 << 63 for number in seen)
     assert mix(1, 2) != mix(2, 1) and mix(-1) != mix(1)
 
@@ -43,7 +49,9 @@ def test_epochs_and_seeds_have_different_orders_of_the_same_samples():
 @pytest.mark.parametrize("length", [1, 7, 12])
 def test_ranks_share_an_epoch_evenly_and_completely(length, world_size):
     shares = [list(EpochSampler(length, 2, 0, True, rank, world_size)) for rank in range(world_size)]
-    assert len({len(share) for share in shares}) == 1  # ranks that make unequal numbers of steps wait for each other forever
+    assert (
+        len({len(share) for share in shares}) == 1
+    )  # ranks that make unequal numbers of steps wait for each other forever
     seen = [index for share in shares for _, index in share]
     assert set(seen) == set(range(length)) and len(seen) < length + world_size
 

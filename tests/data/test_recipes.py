@@ -14,7 +14,13 @@ from ldm.util import instantiate_from_config
 
 RECIPES = sorted((Path(__file__).parents[2] / "configs" / "recipes").glob("*.yaml"))
 CLASS_CONDITIONAL = next(path for path in RECIPES if path.stem == "class-conditional-folder")
-SMALL_UNET = {"model_channels": 32, "channel_mult": [1, 1], "num_res_blocks": 1, "attention_resolutions": [1], "context_dim": 32}
+SMALL_UNET = {
+    "model_channels": 32,
+    "channel_mult": [1, 1],
+    "num_res_blocks": 1,
+    "attention_resolutions": [1],
+    "context_dim": 32,
+}
 SMALL_CLIP = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
 SMALL_STAGE = {"ch": 32, "ch_mult": [1, 1], "num_res_blocks": 1, "resolution": 16}
 
@@ -48,10 +54,18 @@ def small(config, root):
         model.cond_stage_config.params = {"text_config": SMALL_CLIP}
     elif is_latent:
         embedder = model.cond_stage_config.params
-        width = {"embed_dim": 32} if "n_classes" in embedder else {"n_embed": 32, "n_layer": 1, "heads": 2, "dim_head": 16}
-        OmegaConf.update(model, "cond_stage_config.params", {**width, **({"n_classes": 3} if "n_classes" in embedder else {})})
+        width = (
+            {"embed_dim": 32} if "n_classes" in embedder else {"n_embed": 32, "n_layer": 1, "heads": 2, "dim_head": 16}
+        )
+        OmegaConf.update(
+            model, "cond_stage_config.params", {**width, **({"n_classes": 3} if "n_classes" in embedder else {})}
+        )
     elif "lossconfig" in model:
-        OmegaConf.update(model, "lossconfig.params", {"perceptual_init": "random", "disc_start": 0, "disc_ndf": 8, "disc_num_layers": 1})
+        OmegaConf.update(
+            model,
+            "lossconfig.params",
+            {"perceptual_init": "random", "disc_start": 0, "disc_ndf": 8, "disc_num_layers": 1},
+        )
     data.batch_size, data.num_workers = 2, 0
     data.train.params.root = str(root)
     for split in (data.train.params, data.validation.params):
@@ -82,7 +96,9 @@ def test_a_recipe_builds(path):
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_a_recipe_without_a_folder_asks_for_it(path):
-    with pytest.raises(DataConfigError, match=r"^data.params.train root None: not set; set data.params.train.params.root to a folder"):
+    with pytest.raises(
+        DataConfigError, match=r"^data.params.train root None: not set; set data.params.train.params.root to a folder"
+    ):
         instantiate_from_config(load(path).data).setup()
 
 
@@ -101,5 +117,7 @@ def test_a_small_recipe_trains_validates_and_logs_pictures(path, folder):
     assert trainer.global_step == 2 and all(p.isfinite().all() for p in model.parameters())
     batch = next(iter(data.val_dataloader()))
     with torch.no_grad():
-        pictures = model.log_images(batch, N=1, **({"ddim_steps": 2} if "first_stage_config" in config.model.params else {}))
+        pictures = model.log_images(
+            batch, N=1, **({"ddim_steps": 2} if "first_stage_config" in config.model.params else {})
+        )
     assert pictures and all(torch.is_tensor(p) and p.isfinite().all() for p in pictures.values())

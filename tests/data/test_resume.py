@@ -61,10 +61,18 @@ EPOCHS = {"max_epochs": 3}
 STEPS = {"max_steps": 11, "max_epochs": -1}
 
 
-@pytest.mark.parametrize("hook", ["on_train_batch_start", "on_train_batch_end", "on_validation_end", "on_train_epoch_end"])
+@pytest.mark.parametrize(
+    "hook", ["on_train_batch_start", "on_train_batch_end", "on_validation_end", "on_train_epoch_end"]
+)
 @pytest.mark.parametrize(
     "options",
-    [EPOCHS, STEPS, {**EPOCHS, "val_check_interval": 2}, {**EPOCHS, "limit_train_batches": 3}, {**EPOCHS, "limit_val_batches": 0}],
+    [
+        EPOCHS,
+        STEPS,
+        {**EPOCHS, "val_check_interval": 2},
+        {**EPOCHS, "limit_train_batches": 3},
+        {**EPOCHS, "limit_val_batches": 0},
+    ],
     ids=["epochs", "steps", "validation within", "limited", "no validation"],
 )
 def test_a_run_stopped_at_any_step_goes_on_with_the_next_batch(tmp_path, options, hook):
@@ -113,7 +121,9 @@ def test_a_stream_goes_on_too(tmp_path, workers):
     options = {"max_epochs": 2, "limit_val_batches": 0}
     whole = fit(data(workers, stream=True), **options)[0].seen
     assert len(set(whole)) == len(whole)
-    before = fit(data(workers, stream=True), callbacks=[SaveAndStop("on_train_batch_end", 5, tmp_path / "x.ckpt")], **options)[0].seen
+    before = fit(
+        data(workers, stream=True), callbacks=[SaveAndStop("on_train_batch_end", 5, tmp_path / "x.ckpt")], **options
+    )[0].seen
     assert before + fit(data(workers, stream=True), tmp_path / "x.ckpt", **options)[0].seen == whole
 
 
@@ -124,7 +134,9 @@ def test_the_number_of_workers_changes_nothing_in_a_run():
 
 def test_validation_draws_the_same_every_time():
     validated = fit(data(), **EPOCHS)[0].validated
-    assert len(validated) == 7 and set(validated[1:]) == set(validated[1:3])  # one batch of sanity check, then two in each epoch
+    assert len(validated) == 7 and set(validated[1:]) == set(
+        validated[1:3]
+    )  # one batch of sanity check, then two in each epoch
 
 
 def test_the_position_is_plain_numbers_and_knows_what_was_trained_on(tmp_path):
@@ -146,8 +158,12 @@ def test_another_batch_size_goes_on_after_the_samples_that_were_used(caplog):
         module.load_state_dict({"seed": 5, "epoch": 2, "batch": 3, "trained": 11, "global_batch_size": 3})
     told = [record.getMessage() for record in caplog.records if record.name == "ldm.data.datamodule"]
     assert len(told) == 2 and all(line.startswith("data        ") for line in told)  # aligned as all lines of a run are
-    assert module._position() is None and module._origin.position == (2, 1) and "5 samples a step, 3 before" in caplog.text
-    assert fit(module, **EPOCHS)[0].seen == fit(data(batch_size=5), **EPOCHS)[0].seen  # without a checkpoint: from the start
+    assert (
+        module._position() is None and module._origin.position == (2, 1) and "5 samples a step, 3 before" in caplog.text
+    )
+    assert (
+        fit(module, **EPOCHS)[0].seen == fit(data(batch_size=5), **EPOCHS)[0].seen
+    )  # without a checkpoint: from the start
 
 
 def test_a_fresh_fit_with_the_same_module_begins_at_the_start(tmp_path):

@@ -36,11 +36,15 @@ def test_a_pair_has_the_sizes_and_ranges_asked_for(folder, degradation):
 
 def test_the_small_picture_is_the_large_one_degraded(folder):
     sample = seeded(SuperResolution(root=folder, size=32, degradation="pil_box"), 0)
-    np.testing.assert_allclose(sample["LR_image"], sample["image"].reshape(8, 4, 8, 4, 3).mean(axis=(1, 3)), atol=1 / 127)
+    np.testing.assert_allclose(
+        sample["LR_image"], sample["image"].reshape(8, 4, 8, 4, 3).mean(axis=(1, 3)), atol=1 / 127
+    )
 
 
 def test_the_square_is_a_share_of_the_picture_and_seeded(folder):
-    whole = SuperResolution(root=folder, size=20, min_crop_f=1.0, random_crop=False, degradation="pil_nearest")[1]["image"]
+    whole = SuperResolution(root=folder, size=20, min_crop_f=1.0, random_crop=False, degradation="pil_nearest")[1][
+        "image"
+    ]
     original = np.asarray(Image.open(folder + "/small.png"))[:, 3:23] / 127.5 - 1
     np.testing.assert_allclose(whole, original, atol=1e-6)
     dataset = SuperResolution(root=folder, size=32)
@@ -58,7 +62,10 @@ def test_nearest_degradations_take_pixels_and_area_their_mean():
 @pytest.mark.parametrize(
     ("params", "message"),
     [
-        ({"degradation": "bsr"}, "degradation 'bsr': unknown; set degradation to one of bsrgan, bsrgan_light, cv_nearest"),
+        (
+            {"degradation": "bsr"},
+            "degradation 'bsr': unknown; set degradation to one of bsrgan, bsrgan_light, cv_nearest",
+        ),
         ({"size": 30}, "downscale_f 4: does not divide size 30"),
         ({"size": [32, 32]}, "size .* no side of a square"),
         ({"min_crop_f": 0.9, "max_crop_f": 0.5}, "min_crop_f 0.9: with max_crop_f 0.5"),

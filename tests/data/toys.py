@@ -33,7 +33,10 @@ class NumberStream(Txt2ImgIterableBaseDataset):
 
     def __iter__(self):
         for i in self.valid_ids:
-            yield {"index": (i + self.epoch) % LENGTH, "draw": torch.tensor(hash((self.seed, self.epoch, i)) % 1000 / 1000)}
+            yield {
+                "index": (i + self.epoch) % LENGTH,
+                "draw": torch.tensor(hash((self.seed, self.epoch, i)) % 1000 / 1000),
+            }
 
 
 class Recorder(pl.LightningModule):

@@ -10,13 +10,19 @@ CHECKS = {"step_counts": "20 minutes", "strengths": "17 minutes", "sizes": "7 mi
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m tests.full", description="Check for every value what the test suite checks for some.")
-    parser.add_argument("checks", nargs="*", metavar="NAME", help="; ".join(f"{name} ({cost})" for name, cost in CHECKS.items()))
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.full", description="Check for every value what the test suite checks for some."
+    )
+    parser.add_argument(
+        "checks", nargs="*", metavar="NAME", help="; ".join(f"{name} ({cost})" for name, cost in CHECKS.items())
+    )
     parser.add_argument("--only", nargs="+", metavar="PART", help="parts of the one check that is named, e.g. samplers")
     opt = parser.parse_args()
     unknown = [name for name in opt.checks if name not in CHECKS]
     if unknown or (opt.only and len(opt.checks) != 1):
-        parser.error(f"{unknown[0]}: choose among {', '.join(CHECKS)}" if unknown else "--only needs the name of one check")
+        parser.error(
+            f"{unknown[0]}: choose among {', '.join(CHECKS)}" if unknown else "--only needs the name of one check"
+        )
     for name in opt.checks or CHECKS:
         start = time.monotonic()
         for line in importlib.import_module(f"tests.full.{name}").run(*([opt.only] if opt.only else [])):

@@ -12,7 +12,11 @@ from ldm.settings import ModelFacts, Settings, model_facts, read_config
 from tests.tiny import save_text_model
 
 SIDES = range(64, 257, 8)
-CONFIGS = ("stable-diffusion/v1-inference", "latent-diffusion/txt2img-1p4B-eval", "retrieval-augmented-diffusion/768x768")
+CONFIGS = (
+    "stable-diffusion/v1-inference",
+    "latent-diffusion/txt2img-1p4B-eval",
+    "retrieval-augmented-diffusion/768x768",
+)
 
 
 def run(parts: Iterable[str] = ("refusals", "pictures", "prompts")) -> Iterator[str]:
@@ -36,9 +40,13 @@ def run(parts: Iterable[str] = ("refusals", "pictures", "prompts")) -> Iterator[
         for n_prompts in range(1, 8) if "prompts" in parts else ():
             for n_iter in (1, 2, 3):
                 settings = Settings(height=8, width=8, steps=1, n_samples=3, n_iter=n_iter)
-                pictures = list(text_to_image(pipeline, [f"prompt {k}" for k in range(n_prompts)], settings, progress=False))
+                pictures = list(
+                    text_to_image(pipeline, [f"prompt {k}" for k in range(n_prompts)], settings, progress=False)
+                )
                 assert len(pictures) == n_prompts * n_iter
-                assert [picture.info["prompt"] for picture in pictures] == [f"prompt {k}" for k in range(n_prompts)] * n_iter
+                assert [picture.info["prompt"] for picture in pictures] == [
+                    f"prompt {k}" for k in range(n_prompts)
+                ] * n_iter
         if "prompts" in parts:
             yield "1 to 7 prompts, 3 at once, 1 to 3 times: as many pictures as prompts x times"
 

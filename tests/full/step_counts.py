@@ -41,7 +41,9 @@ def check(name: str, counts: Iterable[int] = range(1, T + 1), clock: Clock | Non
         assert torch.isfinite(x).all(), f"{name}, {count} steps: the sample is not finite"
         assert made == list(range(count)), f"{name}, {count} steps: {len(made)} were made"
         assert len(times) == count, f"{name}, {count} steps: the network was asked at {len(times)} times"
-        assert (times.diff() < 0).all() and times[-1] >= 0 and times[0] < clock.num_timesteps, f"{name}, {count} steps: times {times}"
+        assert (times.diff() < 0).all() and times[-1] >= 0 and times[0] < clock.num_timesteps, (
+            f"{name}, {count} steps: times {times}"
+        )
         yield count
 
 
@@ -49,7 +51,10 @@ def check_refused(name: str, counts: Iterable[int] = (-1000, -1, 0, T + 1, 10 * 
     """AssertionError unless these counts of steps are refused without a model, and by the sampler before the network runs."""
     clock = Clock()
     for count in counts:
-        for ask in (lambda n: check_request(name, n, T), lambda n: make_sampler(name, clock).sample(n, 1, (1, 1, 1), verbose=False)):
+        for ask in (
+            lambda n: check_request(name, n, T),
+            lambda n: make_sampler(name, clock).sample(n, 1, (1, 1, 1), verbose=False),
+        ):
             try:
                 ask(count)
             except ValueError as error:

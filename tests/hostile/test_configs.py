@@ -20,7 +20,10 @@ from tests.tiny import text_model_config
 
 TRAINING = {
     **text_model_config(),
-    "data": {"target": "main.DataModuleFromConfig", "params": {"batch_size": 1, "train": {"target": "ldm.data.digits.Digits"}}},
+    "data": {
+        "target": "main.DataModuleFromConfig",
+        "params": {"batch_size": 1, "train": {"target": "ldm.data.digits.Digits"}},
+    },
     "lightning": {
         "callbacks": {"image_logger": {"target": "main.ImageLogger", "params": {"batch_frequency": 1}}},
         "trainer": {"max_steps": 1},
@@ -59,7 +62,9 @@ def evil(tmp_path, monkeypatch):
 
 
 def test_there_are_forty_and_more():
-    assert len(OUTSIDE) >= 40 and len(RE_EXPORTS) >= 40 and len({*OUTSIDE, *RE_EXPORTS}) == len(OUTSIDE) + len(RE_EXPORTS)
+    assert (
+        len(OUTSIDE) >= 40 and len(RE_EXPORTS) >= 40 and len({*OUTSIDE, *RE_EXPORTS}) == len(OUTSIDE) + len(RE_EXPORTS)
+    )
 
 
 @pytest.mark.parametrize("target", [*OUTSIDE, *NO_NAMES], ids=repr)
@@ -116,7 +121,12 @@ def test_training_refuses_a_hostile_yaml_and_a_hostile_override_in_one_line(plac
     hostile = tmp_path / "hostile.yaml"
     OmegaConf.save(OmegaConf.merge(TRAINING, OmegaConf.from_dotlist([f"{place}=evil.Model"])), hostile)
     code, said = trained(["--base", str(hostile)], capsys)
-    assert code == 2 and "'evil.Model' is not allowed" in said and "Traceback" not in said and not (tmp_path / "logs").exists()
+    assert (
+        code == 2
+        and "'evil.Model' is not allowed" in said
+        and "Traceback" not in said
+        and not (tmp_path / "logs").exists()
+    )
     good = tmp_path / "good.yaml"
     OmegaConf.save(OmegaConf.create(TRAINING), good)
     code, said = trained(["--base", str(good), f"+{place}=evil.Model"], capsys)
@@ -132,7 +142,9 @@ def test_a_yaml_cannot_widen_the_list_and_the_command_line_can(evil, tmp_path, c
         assert code == 2 and "unknown key allow" in said
         with contextlib.suppress(ConfigError):
             instantiate_from_config(read_config(file).model)
-    OmegaConf.save(OmegaConf.create({"model": {"target": "ldm.util.allow_targets", "params": {"prefixes": "evil"}}}), file)
+    OmegaConf.save(
+        OmegaConf.create({"model": {"target": "ldm.util.allow_targets", "params": {"prefixes": "evil"}}}), file
+    )
     with pytest.raises(ConfigError, match="not a class"):
         instantiate_from_config(read_config(file).model)
     with pytest.raises(ConfigError):
@@ -168,12 +180,16 @@ def test_a_yaml_is_data_and_ends(what, evil, tmp_path, capsys):
     assert said.count("\n") == 1 and str(file) in said
 
 
-@pytest.mark.parametrize("value", ["!!python/object/apply:os.system ['touch CANARY']", "!!python/name:os.system", "${evil:x}", "!evil x"])
+@pytest.mark.parametrize(
+    "value", ["!!python/object/apply:os.system ['touch CANARY']", "!!python/name:os.system", "${evil:x}", "!evil x"]
+)
 def test_an_override_is_data_too(value, evil):
     with pytest.raises(ConfigError):
         training_config.check(
             OmegaConf.merge(
-                training_config._apply(OmegaConf.create(TRAINING), f"model.params.scale_factor={value.replace('CANARY', str(evil))}")
+                training_config._apply(
+                    OmegaConf.create(TRAINING), f"model.params.scale_factor={value.replace('CANARY', str(evil))}"
+                )
             )
         )
 
@@ -184,7 +200,11 @@ def test_a_resumed_folder_is_trusted_no_more_than_any_other_file(evil, tmp_path,
         (folder / name).mkdir(parents=True)
     (folder / "checkpoints" / "last.ckpt").write_bytes(b"x")
     for number, text in enumerate(
-        ("model: {target: evil.Model}", "model: !!python/module:evil", "model: {target: os.system, params: {command: 'touch canary'}}")
+        (
+            "model: {target: evil.Model}",
+            "model: !!python/module:evil",
+            "model: {target: os.system, params: {command: 'touch canary'}}",
+        )
     ):
         OmegaConf.save(OmegaConf.create(TRAINING), folder / "configs" / "1-project.yaml")
         (folder / "configs" / "2-project.yaml").write_text(text)
@@ -200,11 +220,23 @@ def test_a_logger_is_a_logger_and_a_checkpoint_stays_in_its_folder(tmp_path, cap
 
     with pytest.raises(ConfigError, match="is no Lightning logger"):
         _loggers(
-            OmegaConf.create({"logger": {"target": "ldm.pictures.PictureFolder", "params": {"folder": str(tmp_path / "new")}}}),
+            OmegaConf.create(
+                {"logger": {"target": "ldm.pictures.PictureFolder", "params": {"folder": str(tmp_path / "new")}}}
+            ),
             RunFolder(tmp_path, "now"),
         )
     assert not (tmp_path / "new").exists()
-    for bad in ("../{epoch}", "/tmp/{epoch}", "a/../../b", "{../epoch}", "{epoch}/{../../step}", "~/x", "", "x" * 300, "a\0b"):
+    for bad in (
+        "../{epoch}",
+        "/tmp/{epoch}",
+        "a/../../b",
+        "{../epoch}",
+        "{epoch}/{../../step}",
+        "~/x",
+        "",
+        "x" * 300,
+        "a\0b",
+    ):
         with pytest.raises(ConfigError, match="filename"):
             _check_filename("filename", bad)
     for good in (None, "{epoch:06}", "{epoch:06}-{val/loss:.2f}", "best", "a..b-{step}"):
@@ -212,7 +244,9 @@ def test_a_logger_is_a_logger_and_a_checkpoint_stays_in_its_folder(tmp_path, cap
 
 
 @pytest.mark.parametrize(
-    "file", sorted((*(ROOT / "configs").rglob("*.yaml"), *(ROOT / "models").rglob("*.yaml"))), ids=lambda file: str(file.relative_to(ROOT))
+    "file",
+    sorted((*(ROOT / "configs").rglob("*.yaml"), *(ROOT / "models").rglob("*.yaml"))),
+    ids=lambda file: str(file.relative_to(ROOT)),
 )
 def test_every_shipped_config_resolves(file):
     check_targets(OmegaConf.to_container(training_config.load(file)))

@@ -26,7 +26,20 @@ from scripts.txt2img import main as txt2img
 from tests.tiny import save_text_model
 
 WORDS = (
-    *("../up", "../../../up", "/etc/cron.d/up", "~/up", "..", ".", "/", "\\up", "..\\up", "C:\\up", "C:up", "a/../../up"),
+    *(
+        "../up",
+        "../../../up",
+        "/etc/cron.d/up",
+        "~/up",
+        "..",
+        ".",
+        "/",
+        "\\up",
+        "..\\up",
+        "C:\\up",
+        "C:up",
+        "a/../../up",
+    ),
     *(
         "nul\0nul",
         "line\nline",
@@ -55,7 +68,12 @@ def tree(folder):
 @pytest.mark.parametrize("word", WORDS, ids=ascii)
 def test_a_run_folder_is_in_the_log_folder_or_its_name_is_refused(word, tmp_path):
     home = tmp_path / "home"
-    for flags in ({"name": word}, {"postfix": word}, {"project": word}, {"name": word, "postfix": word, "project": word}):
+    for flags in (
+        {"name": word},
+        {"postfix": word},
+        {"project": word},
+        {"name": word, "postfix": word, "project": word},
+    ):
         try:
             folder = new_run(Options(base=("x.yaml",), logdir=str(home), **flags), now="2026-01-01T00-00-00").path
         except ConfigError as error:
@@ -75,7 +93,20 @@ def test_prompts_are_never_names_of_files(tmp_path, monkeypatch):
     words = [word for word in WORDS if word.isprintable() and word]
     (tmp_path / "prompts.txt").write_text("\n".join([*words, "nul\0nul", "tab\tup"]), encoding="utf-8")
     before = tree(tmp_path)
-    model = ["--config", str(saved.config), "--ckpt", str(saved.ckpt), "--device", "cpu", "--precision", "full", "--H", "8", "--W", "8"]
+    model = [
+        "--config",
+        str(saved.config),
+        "--ckpt",
+        str(saved.ckpt),
+        "--device",
+        "cpu",
+        "--precision",
+        "full",
+        "--H",
+        "8",
+        "--W",
+        "8",
+    ]
     asked = [
         "--from-file",
         "prompts.txt",
@@ -92,7 +123,10 @@ def test_prompts_are_never_names_of_files(tmp_path, monkeypatch):
     assert run(txt2img, [*model, *asked, "--outdir", str(home)]) == 0
     assert tree(tmp_path) == before
     names = sorted(path.name for path in (home / "samples").iterdir())
-    assert names == [f"{k:05}.png" for k in range(len(words) + 2)] and sorted(os.listdir(home)) == ["grid-0000.png", "samples"]
+    assert names == [f"{k:05}.png" for k in range(len(words) + 2)] and sorted(os.listdir(home)) == [
+        "grid-0000.png",
+        "samples",
+    ]
 
 
 def picture():
@@ -145,7 +179,9 @@ def test_logged_pictures_stay_in_the_runs_folder_whatever_they_are_called(name, 
 # ---------------------------------------------------------------------------------------------------------------- metadata
 
 
-@pytest.mark.parametrize("text", ["", "{", "[" * 100_000, "[1]", "null", '"x"', "7", "{" * 100_000, "\\ud800", "9" * 10_000])
+@pytest.mark.parametrize(
+    "text", ["", "{", "[" * 100_000, "[1]", "null", '"x"', "7", "{" * 100_000, "\\ud800", "9" * 10_000]
+)
 def test_metadata_that_is_none_is_one_clear_line(text, tmp_path):
     chunk = PngImagePlugin.PngInfo()
     chunk.add_text(METADATA_KEY, text)
@@ -171,12 +207,25 @@ def saved(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    "name", [*FLAGS, "n_prompts", "batch_size", "image_index", "prompt", "prompts", "task", "outdir", "allow_targets", "debug"]
+    "name",
+    [*FLAGS, "n_prompts", "batch_size", "image_index", "prompt", "prompts", "task", "outdir", "allow_targets", "debug"],
 )
-def test_a_picture_to_draw_again_is_drawn_or_refused_in_one_line_whatever_its_metadata_say(name, saved, tmp_path, capsys, monkeypatch):
+def test_a_picture_to_draw_again_is_drawn_or_refused_in_one_line_whatever_its_metadata_say(
+    name, saved, tmp_path, capsys, monkeypatch
+):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("scripts.txt2img.load_model", lambda *args, **kwargs: (_ for _ in ()).throw(ValueError("accepted")))
-    good = {"task": "txt2img", "prompt": "a cat", "steps": 1, "height": 8, "width": 8, "config": str(saved.config), "ckpt": str(saved.ckpt)}
+    monkeypatch.setattr(
+        "scripts.txt2img.load_model", lambda *args, **kwargs: (_ for _ in ()).throw(ValueError("accepted"))
+    )
+    good = {
+        "task": "txt2img",
+        "prompt": "a cat",
+        "steps": 1,
+        "height": 8,
+        "width": 8,
+        "config": str(saved.config),
+        "ckpt": str(saved.ckpt),
+    }
     for value in VALUES:
         Picture(Image.new("RGB", (2, 2)), {}).image.save("x.png", pnginfo=png_info({**good, name: value}))
         assert run(txt2img, ["--from-metadata", "x.png", "--outdir", str(tmp_path / "home"), "--device", "cpu"]) == 2
@@ -196,10 +245,17 @@ def member(name, content=b"x", **fields):
     return info, content
 
 
-LINKS = [{"type": kind, "linkname": target, "size": 0} for kind in (tarfile.SYMTYPE, tarfile.LNKTYPE) for target in ("/etc", "..", "good")]
+LINKS = [
+    {"type": kind, "linkname": target, "size": 0}
+    for kind in (tarfile.SYMTYPE, tarfile.LNKTYPE)
+    for target in ("/etc", "..", "good")
+]
 SPECIAL = [{"type": kind, "size": 0} for kind in (tarfile.CHRTYPE, tarfile.BLKTYPE, tarfile.FIFOTYPE)]
 TARS = [
-    *([member(name)] for name in ("../up", "a/../../up", "/tmp/ldm-up", "a" * 300, "C:up", "..\\up", "..", "a/" * 3000 + "a")),
+    *(
+        [member(name)]
+        for name in ("../up", "a/../../up", "/tmp/ldm-up", "a" * 300, "C:up", "..\\up", "..", "a/" * 3000 + "a")
+    ),
     *([member("link", b"", **fields)] for fields in (*LINKS, *SPECIAL)),
     *([member("link", b"", **fields), member("link/up")] for fields in LINKS),
     *([member("a"), member("a/up")], [member("a"), member("a")]),

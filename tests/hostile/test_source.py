@@ -9,8 +9,26 @@ from ldm.commandline import ROOT
 
 FILES = sorted((*(ROOT / "ldm").rglob("*.py"), *(ROOT / "scripts").rglob("*.py"), ROOT / "main.py"))
 NEVER = {
-    *("eval", "exec", "compile", "__import__", "pickle.load", "pickle.loads", "pickle.Unpickler", "marshal.loads", "shelve.open"),
-    *("torch.jit.load", "torch.hub.load", "joblib.load", "yaml.load", "yaml.unsafe_load", "yaml.full_load", "runpy.run_path"),
+    *(
+        "eval",
+        "exec",
+        "compile",
+        "__import__",
+        "pickle.load",
+        "pickle.loads",
+        "pickle.Unpickler",
+        "marshal.loads",
+        "shelve.open",
+    ),
+    *(
+        "torch.jit.load",
+        "torch.hub.load",
+        "joblib.load",
+        "yaml.load",
+        "yaml.unsafe_load",
+        "yaml.full_load",
+        "runpy.run_path",
+    ),
     *("os.system", "os.popen", "shutil.unpack_archive", "tempfile.mktemp", "ctypes.CDLL"),
 }
 ONLY_IN = {  # a call -> the files that may hold it
@@ -47,5 +65,7 @@ def test_nothing_runs_what_it_reads(file):
             assert keywords.get(key) is value, f"{place}:{node.lineno}: {name} without {key}={value}"
         assert not keywords.get("shell") and not keywords.get("trust_remote_code"), f"{place}:{node.lineno}"
         if name.endswith(".from_pretrained"):
-            assert keywords.get("use_safetensors") is True and keywords.get("local_files_only") is True, f"{place}:{node.lineno}"
+            assert keywords.get("use_safetensors") is True and keywords.get("local_files_only") is True, (
+                f"{place}:{node.lineno}"
+            )
         assert name.rpartition(".")[2] not in METHODS, f"{place}:{node.lineno} calls {name}; ldm.data.archives unpacks"

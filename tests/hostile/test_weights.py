@@ -14,7 +14,15 @@ import torch
 from omegaconf import OmegaConf
 from torch import nn
 
-from ldm.checkpoint import CheckpointError, UnsafeCheckpointError, load_weights, read_checkpoint, read_step, read_weights, verify_checkpoint
+from ldm.checkpoint import (
+    CheckpointError,
+    UnsafeCheckpointError,
+    load_weights,
+    read_checkpoint,
+    read_step,
+    read_weights,
+    verify_checkpoint,
+)
 from ldm.checkpoint_io import AtomicCheckpointIO, find_checkpoint
 from ldm.commandline import run
 from ldm.interchange.files import read_component
@@ -78,7 +86,20 @@ def test_a_hostile_file_runs_nothing_and_is_refused_by_name(which, tmp_path):
 
 def script(path, folder):
     OmegaConf.save(OmegaConf.create(text_model_config()), folder / "config.yaml")
-    argv = ["--config", str(folder / "config.yaml"), "--ckpt", str(path), "--H", "16", "--W", "16", "--ddim_steps", "1", "--device", "cpu"]
+    argv = [
+        "--config",
+        str(folder / "config.yaml"),
+        "--ckpt",
+        str(path),
+        "--H",
+        "16",
+        "--W",
+        "16",
+        "--ddim_steps",
+        "1",
+        "--device",
+        "cpu",
+    ]
     code = run(txt2img.main, [*argv, "--outdir", str(folder / "out")])
     raise CheckpointError(f"exit code {code}")
 
@@ -86,9 +107,13 @@ def script(path, folder):
 def resumed_script(path, folder):
     run_folder = folder / "logs" / "run"
     (run_folder / "checkpoints").mkdir(parents=True)
-    OmegaConf.save(OmegaConf.create(text_model_config(cond_stage_config="__is_unconditional__")), run_folder / "config.yaml")
+    OmegaConf.save(
+        OmegaConf.create(text_model_config(cond_stage_config="__is_unconditional__")), run_folder / "config.yaml"
+    )
     shutil.copy(path, run_folder / "model.ckpt")
-    raise CheckpointError(f"exit code {run(sample_diffusion.main, ['-r', str(run_folder), '-n', '1', '-c', '1', '--device', 'cpu'])}")
+    raise CheckpointError(
+        f"exit code {run(sample_diffusion.main, ['-r', str(run_folder), '-n', '1', '-c', '1', '--device', 'cpu'])}"
+    )
 
 
 def config(path, folder):
@@ -118,7 +143,14 @@ def clip_folder(path, folder):
     shutil.copy(path, folder / "clip" / "pytorch_model.bin")
     load_pretrained_text(
         CLIPText(
-            **{**VIT_L_14, "vocab_size": 8, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+            **{
+                **VIT_L_14,
+                "vocab_size": 8,
+                "hidden_size": 8,
+                "intermediate_size": 8,
+                "num_hidden_layers": 1,
+                "num_attention_heads": 1,
+            }
         ),
         str(folder / "clip"),
     )
@@ -143,7 +175,9 @@ def diffusers_component(path, folder):
 
 def conversion(path, folder):
     OmegaConf.save(OmegaConf.create(text_model_config()), folder / "config.yaml")
-    code = run(convert.main, ["--config", str(folder / "config.yaml"), "--ckpt", str(path), "--out", str(folder / "out")])
+    code = run(
+        convert.main, ["--config", str(folder / "config.yaml"), "--ckpt", str(path), "--out", str(folder / "out")]
+    )
     assert code == 2 and not (folder / "out").exists()
     raise CheckpointError("exit code 2")
 
@@ -240,7 +274,8 @@ def test_objects_in_a_database_are_never_unpickled(save, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "shape", ["(1099511627776, 1099511627776)", "(-1, 3)", "(4611686018427387904, 4)", "(9, 3)", "[2, 3]", "__import__('os')"]
+    "shape",
+    ["(1099511627776, 1099511627776)", "(-1, 3)", "(4611686018427387904, 4)", "(9, 3)", "[2, 3]", "__import__('os')"],
 )
 def test_a_database_that_lies_about_its_shape_is_refused(shape, tmp_path):
     header = f"{{'descr': '<f4', 'fortran_order': False, 'shape': {shape}, }}".ljust(117) + "\n"
@@ -301,8 +336,20 @@ def test_an_index_of_other_vectors_or_of_another_kind_is_refused(tmp_path):
 # ---------------------------------------------------------------------------------------------------------------- old files
 
 WEIGHTS = {"model.diffusion_model.out.2.weight": torch.arange(6.0).reshape(2, 3), "betas": torch.linspace(0.1, 0.2, 4)}
-LIGHTNING = {"epoch": 12, "global_step": 470000, "pytorch-lightning_version": "1.4.2", "state_dict": collections.OrderedDict(WEIGHTS)}
-RATES = [{"_last_lr": [np.float64(1e-4)], "last_epoch": np.int64(3), "base_lrs": [np.float32(0.5)], "verbose": np.bool_(False)}]
+LIGHTNING = {
+    "epoch": 12,
+    "global_step": 470000,
+    "pytorch-lightning_version": "1.4.2",
+    "state_dict": collections.OrderedDict(WEIGHTS),
+}
+RATES = [
+    {
+        "_last_lr": [np.float64(1e-4)],
+        "last_epoch": np.int64(3),
+        "base_lrs": [np.float32(0.5)],
+        "verbose": np.bool_(False),
+    }
+]
 ADAM = {
     "state": {0: {"step": 5, "exp_avg": torch.ones(2)}},
     "param_groups": [{"lr": np.float64(1e-4), "betas": (0.9, 0.999), "params": [0]}],
@@ -312,9 +359,19 @@ ADAM = {
 def genuine(kind):
     from pytorch_lightning.callbacks.model_checkpoint import ModelCheckpoint
 
-    kept = {"monitor": "val/loss_simple_ema", "best_model_score": torch.tensor(0.1), "best_model_path": "logs/a.ckpt", "dirpath": "logs"}
+    kept = {
+        "monitor": "val/loss_simple_ema",
+        "best_model_score": torch.tensor(0.1),
+        "best_model_path": "logs/a.ckpt",
+        "dirpath": "logs",
+    }
     return {
-        "stable diffusion": {**LIGHTNING, "callbacks": {ModelCheckpoint: kept}, "lr_schedulers": RATES, "optimizer_states": [ADAM]},
+        "stable diffusion": {
+            **LIGHTNING,
+            "callbacks": {ModelCheckpoint: kept},
+            "lr_schedulers": RATES,
+            "optimizer_states": [ADAM],
+        },
         "first stage with two optimizers": {
             **LIGHTNING,
             "callbacks": {ModelCheckpoint: kept},
@@ -332,7 +389,9 @@ def genuine(kind):
 
 @pytest.mark.parametrize("zipped_as_now", [True, False], ids=["zip", "legacy"])
 @pytest.mark.parametrize("numpy_package", [b"numpy._core", b"numpy.core"], ids=["numpy 2", "numpy 1"])
-@pytest.mark.parametrize("kind", ["stable diffusion", "first stage with two optimizers", "scores in numpy", "weights alone", "bare"])
+@pytest.mark.parametrize(
+    "kind", ["stable diffusion", "first stage with two optimizers", "scores in numpy", "weights alone", "bare"]
+)
 def test_genuine_old_files_load(kind, zipped_as_now, numpy_package, tmp_path):
     from tests.test_checkpoint import rename_in_pickle
 

@@ -166,24 +166,37 @@ FILES: dict[str, Hostile] = {
     "exec": calling("builtins.exec", code),
     "eval of Python 2": in_zip(lambda c: weights_and(call(b"c__builtin__\neval\n", code(c))), "builtins.eval"),
     "getattr of __import__": in_zip(
-        lambda c: weights_and(call(call("builtins.getattr", call("builtins.__import__", text("os")), text("system")), touch(c))),
+        lambda c: weights_and(
+            call(call("builtins.getattr", call("builtins.__import__", text("os")), text("system")), touch(c))
+        ),
         "builtins.getattr",
     ),
-    "__import__": in_zip(lambda c: weights_and(call("builtins.__import__", text("os")) + b"0" + system(c)), "builtins.__import__"),
+    "__import__": in_zip(
+        lambda c: weights_and(call("builtins.__import__", text("os")) + b"0" + system(c)), "builtins.__import__"
+    ),
     "getattr alone": in_zip(
-        lambda c: weights_and(call(call("builtins.getattr", name("os.path"), text("join")), code(c))), "builtins.getattr", live=False
+        lambda c: weights_and(call(call("builtins.getattr", name("os.path"), text("join")), code(c))),
+        "builtins.getattr",
+        live=False,
     ),
     "runpy": calling("runpy.run_path", script),
     "subprocess": calling("subprocess.check_output", words),
     "Popen": calling("subprocess.Popen", words, live=False),
-    "partial": in_zip(lambda c: weights_and(call(call("functools.partial", name("posix.system"), touch(c)))), "functools.partial"),
+    "partial": in_zip(
+        lambda c: weights_and(call(call("functools.partial", name("posix.system"), touch(c)))), "functools.partial"
+    ),
     "attrgetter": in_zip(
         lambda c: weights_and(
-            call(call(call("operator.attrgetter", text("system")), call("importlib.import_module", text("os"))), touch(c))
+            call(
+                call(call("operator.attrgetter", text("system")), call("importlib.import_module", text("os"))), touch(c)
+            )
         ),
         "operator.attrgetter",
     ),
-    "timeit": in_zip(lambda c: weights_and(call("timeit.main", b"]" + MARK + text("-n1") + text("-r1") + code(c) + b"e")), "timeit.main"),
+    "timeit": in_zip(
+        lambda c: weights_and(call("timeit.main", b"]" + MARK + text("-n1") + text("-r1") + code(c) + b"e")),
+        "timeit.main",
+    ),
     # Names of the libraries that a checkpoint is read with.
     "torch's storage": in_zip(
         lambda c: weights_and(call("torch.storage._load_from_bytes", pickled(c)), 3), "torch.storage._load_from_bytes"
@@ -191,7 +204,13 @@ FILES: dict[str, Hostile] = {
     "torch's hub": in_zip(lambda c: weights_and(call("torch.hub.load", inner_file(c))), "torch.hub.load", live=False),
     "torch's rebuilding": in_zip(
         lambda c: weights_and(
-            call("torch._tensor._rebuild_from_type_v2", name("posix.system"), name("torch.Tensor"), MARK + touch(c) + b"t", b"N")
+            call(
+                "torch._tensor._rebuild_from_type_v2",
+                name("posix.system"),
+                name("torch.Tensor"),
+                MARK + touch(c) + b"t",
+                b"N",
+            )
         ),
         "posix.system",
     ),
@@ -211,7 +230,8 @@ FILES: dict[str, Hostile] = {
         "numpy._core.multiarray._reconstruct",
     ),
     "numpy's own tests": in_zip(
-        lambda c: weights_and(call("numpy.testing._private.utils.runstring", code(c), b"}")), "numpy.testing._private.utils.runstring"
+        lambda c: weights_and(call("numpy.testing._private.utils.runstring", code(c), b"}")),
+        "numpy.testing._private.utils.runstring",
     ),
     "omegaconf's node": in_zip(
         lambda c: weights_and(name("omegaconf.dictconfig.DictConfig") + b")\x81}" + text("x") + system(c) + b"sb"),
@@ -226,9 +246,13 @@ FILES: dict[str, Hostile] = {
     ),
     # Other words of the pickle language.
     "INST": in_zip(lambda c: b"(" + f"S'touch {c}'\n".encode() + b"iposix\nsystem\n" + STOP, "posix.system"),
-    "OBJ": in_zip(lambda c: weights_and(MARK + name("subprocess.Popen") + words(c) + b"o" + system(c)), "subprocess.Popen"),
+    "OBJ": in_zip(
+        lambda c: weights_and(MARK + name("subprocess.Popen") + words(c) + b"o" + system(c)), "subprocess.Popen"
+    ),
     "NEWOBJ": in_zip(lambda c: weights_and(name("subprocess.Popen") + b")\x81" + b"0" + system(c)), "subprocess.Popen"),
-    "NEWOBJ_EX": in_zip(lambda c: weights_and(name("subprocess.Popen") + b")}\x92" + b"0" + system(c), 4), "subprocess.Popen"),
+    "NEWOBJ_EX": in_zip(
+        lambda c: weights_and(name("subprocess.Popen") + b")}\x92" + b"0" + system(c), 4), "subprocess.Popen"
+    ),
     "STACK_GLOBAL": in_zip(lambda c: weights_and(call(stacked("posix.system"), touch(c)), 4), "posix.system"),
     "STACK_GLOBAL from the memo": in_zip(
         lambda c: (
@@ -246,91 +270,143 @@ FILES: dict[str, Hostile] = {
         "posix.system",
     ),
     "STACK_GLOBAL of torch's": in_zip(
-        lambda c: weights_and(call(stacked("torch.storage._load_from_bytes"), pickled(c)), 4), "torch.storage._load_from_bytes"
+        lambda c: weights_and(call(stacked("torch.storage._load_from_bytes"), pickled(c)), 4),
+        "torch.storage._load_from_bytes",
     ),
     "EXT": in_zip(lambda c: weights_and(b"\x82\x01"), None, live=False),
     "BUILD on a stub": in_zip(
         lambda c: weights_and(
-            name("pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint") + b")\x81}" + text("best") + system(c) + b"sb"
+            name("pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint")
+            + b")\x81}"
+            + text("best")
+            + system(c)
+            + b"sb"
         ),
         "posix.system",
     ),
     "a stub as a key": in_zip(
-        lambda c: weights_and(b"}" + name("pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint") + system(c) + b"s"),
+        lambda c: weights_and(
+            b"}" + name("pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint") + system(c) + b"s"
+        ),
         "posix.system",
     ),
     "a stub as a function's argument": in_zip(
-        lambda c: weights_and(call("posix.system", touch(c), name("numpy.dtype")) + b"0" + system(c)), "posix.system", live=False
+        lambda c: weights_and(call("posix.system", touch(c), name("numpy.dtype")) + b"0" + system(c)),
+        "posix.system",
+        live=False,
     ),
     "numpy's scalar of an object": in_zip(
-        lambda c: weights_and(call("numpy.core.multiarray.scalar", call("numpy.dtype", text("O8")), system(c))), "posix.system"
+        lambda c: weights_and(call("numpy.core.multiarray.scalar", call("numpy.dtype", text("O8")), system(c))),
+        "posix.system",
     ),
     "BUILD on a dict": in_zip(
         lambda c: weights_and(call("collections.OrderedDict") + b"}" + text("x") + system(c) + b"sb"), "posix.system"
     ),
-    "an identity that is a call": in_zip(lambda c: weights_and(MARK + text("storage") + system(c) + b"tQ"), "posix.system"),
-    "an identity in text": in_zip(lambda c: b"\x80\x02}" + b"Pposix system\n" + system(c) + b"s" + STOP, "posix.system", live=False),
+    "an identity that is a call": in_zip(
+        lambda c: weights_and(MARK + text("storage") + system(c) + b"tQ"), "posix.system"
+    ),
+    "an identity in text": in_zip(
+        lambda c: b"\x80\x02}" + b"Pposix system\n" + system(c) + b"s" + STOP, "posix.system", live=False
+    ),
     "a storage of another kind": in_zip(
-        lambda c: weights_and(MARK + text("storage") + call("builtins.eval", code(c)) + text("0") + text("cpu") + b"K\x01tQ"),
+        lambda c: weights_and(
+            MARK + text("storage") + call("builtins.eval", code(c)) + text("0") + text("cpu") + b"K\x01tQ"
+        ),
         "builtins.eval",
     ),
     "behind the state_dict": in_zip(
-        lambda c: b"\x80\x02" + b"}" + text("w") + b"]" + MARK + b"N" * 5000 + b"es" + system(c) + b"0" + STOP, "posix.system"
+        lambda c: b"\x80\x02" + b"}" + text("w") + b"]" + MARK + b"N" * 5000 + b"es" + system(c) + b"0" + STOP,
+        "posix.system",
     ),
-    "in the state_dict": in_zip(lambda c: b"\x80\x02}" + text("state_dict") + b"}" + text("w") + system(c) + b"ss" + STOP, "posix.system"),
+    "in the state_dict": in_zip(
+        lambda c: b"\x80\x02}" + text("state_dict") + b"}" + text("w") + system(c) + b"ss" + STOP, "posix.system"
+    ),
     # Containers.
     "legacy, first pickle": whole(lambda c: legacy(b"\x80\x02" + system(c) + STOP), "posix.system"),
-    "legacy, third pickle": whole(lambda c: legacy(pickle.dumps(1001, 2), pickle.dumps({}, 2), weights_and(system(c))), "posix.system"),
+    "legacy, third pickle": whole(
+        lambda c: legacy(pickle.dumps(1001, 2), pickle.dumps({}, 2), weights_and(system(c))), "posix.system"
+    ),
     "legacy, last pickle": whole(
-        lambda c: legacy(pickle.dumps(1001, 2), pickle.dumps({}, 2), b"\x80\x02}.", b"\x80\x02" + system(c) + STOP), "posix.system"
+        lambda c: legacy(pickle.dumps(1001, 2), pickle.dumps({}, 2), b"\x80\x02}.", b"\x80\x02" + system(c) + STOP),
+        "posix.system",
     ),
     "legacy, truncated": whole(lambda c: legacy(b"\x80\x02" + system(c) + b"0"), "posix.system"),
     "a bare pickle": whole(lambda c: b"\x80\x02" + system(c) + STOP, "posix.system"),
     "a bare pickle in text": whole(lambda c: f"cposix\nsystem\n(S'touch {c}'\ntR.".encode(), "posix.system"),
-    "a bare pickle, named .safetensors": whole(lambda c: b"\x80\x02" + system(c) + STOP, "posix.system", suffix=".safetensors", live=False),
+    "a bare pickle, named .safetensors": whole(
+        lambda c: b"\x80\x02" + system(c) + STOP, "posix.system", suffix=".safetensors", live=False
+    ),
     "a bare pickle, named .pt": whole(lambda c: b"\x80\x02" + system(c) + STOP, "posix.system", suffix=".pt"),
-    "a zip file, named .safetensors": in_zip(lambda c: weights_and(system(c)), "posix.system", suffix=".safetensors", live=False),
+    "a zip file, named .safetensors": in_zip(
+        lambda c: weights_and(system(c)), "posix.system", suffix=".safetensors", live=False
+    ),
     "a legacy file, named .safetensors": whole(
         lambda c: legacy(b"\x80\x02" + system(c) + STOP), "posix.system", suffix=".safetensors", live=False
     ),
     "tar": whole(lambda c: tar("readme", b"\x80\x02" + system(c) + STOP), None),
-    "tar, with the legacy magic number": whole(lambda c: tar(_LEGACY_START.decode("latin1"), b"\x80\x02" + system(c) + STOP), None),
+    "tar, with the legacy magic number": whole(
+        lambda c: tar(_LEGACY_START.decode("latin1"), b"\x80\x02" + system(c) + STOP), None
+    ),
     "zip, truncated": whole(lambda c: zipped(weights_and(system(c)))[:-40], None, live=False),
-    "zip, two pickles of one name": whole(lambda c: zipped(b"\x80\x02}.", ("archive/data.pkl", weights_and(system(c)))), "posix.system"),
-    "zip, two folders": whole(lambda c: zipped(weights_and(system(c)), ("other/data.pkl", b"\x80\x02}.")), None, live=False),
-    "zip in a zip": whole(lambda c: zipped(b"\x80\x02}.", ("archive/model.ckpt", zipped(weights_and(system(c))))), None, live=False),
+    "zip, two pickles of one name": whole(
+        lambda c: zipped(b"\x80\x02}.", ("archive/data.pkl", weights_and(system(c)))), "posix.system"
+    ),
+    "zip, two folders": whole(
+        lambda c: zipped(weights_and(system(c)), ("other/data.pkl", b"\x80\x02}.")), None, live=False
+    ),
+    "zip in a zip": whole(
+        lambda c: zipped(b"\x80\x02}.", ("archive/model.ckpt", zipped(weights_and(system(c))))), None, live=False
+    ),
     "zip, records outside": whole(
-        lambda c: zipped(b"\x80\x02}.", *((f"{up}canary", b"x") for up in ("../", "../../", "archive/../../", "/tmp/ldm-hostile-"))),
+        lambda c: zipped(
+            b"\x80\x02}.", *((f"{up}canary", b"x") for up in ("../", "../../", "archive/../../", "/tmp/ldm-hostile-"))
+        ),
         None,
         live=False,
     ),
-    "zip behind a safetensors' head": whole(lambda c: safetensors({}) + zipped(weights_and(system(c))), None, live=False),
-    "zip behind the legacy magic number": whole(lambda c: legacy(b"\x80\x02" + system(c) + STOP) + zipped(b"\x80\x02}."), "posix.system"),
+    "zip behind a safetensors' head": whole(
+        lambda c: safetensors({}) + zipped(weights_and(system(c))), None, live=False
+    ),
+    "zip behind the legacy magic number": whole(
+        lambda c: legacy(b"\x80\x02" + system(c) + STOP) + zipped(b"\x80\x02}."), "posix.system"
+    ),
     "TorchScript": whole(
-        lambda c: zipped(weights_and(system(c)), ("archive/constants.pkl", b"\x80\x02)."), ("archive/code/__torch__.py", b"x")),
+        lambda c: zipped(
+            weights_and(system(c)), ("archive/constants.pkl", b"\x80\x02)."), ("archive/code/__torch__.py", b"x")
+        ),
         None,
         live=False,
     ),
     "zip, a bomb": whole(lambda c: zipped(bytes(24 << 20), compression=zipfile.ZIP_DEFLATED), None, live=False),
     # Heads that lie.
-    "safetensors, a head longer than the file": whole(lambda c: safetensors({}, length=2**40), None, live=False, suffix=".safetensors"),
-    "safetensors, the longest head there is": whole(lambda c: safetensors({}, length=2**64 - 1), None, live=False, suffix=".safetensors"),
+    "safetensors, a head longer than the file": whole(
+        lambda c: safetensors({}, length=2**40), None, live=False, suffix=".safetensors"
+    ),
+    "safetensors, the longest head there is": whole(
+        lambda c: safetensors({}, length=2**64 - 1), None, live=False, suffix=".safetensors"
+    ),
     "safetensors, named .ckpt": whole(lambda c: safetensors({}, length=5), None, live=False),
     "safetensors, no JSON": whole(lambda c: safetensors(b"{" + b"[" * 100_000), None, live=False),
     "safetensors, no text": whole(lambda c: safetensors(b'{"\xff\xfe": {}}'), None, live=False),
     "safetensors, huge": whole(
-        lambda c: safetensors({"w": {"dtype": "F32", "shape": [LYING_SIZE], "data_offsets": [0, 4 * LYING_SIZE]}}, b"abcd"),
+        lambda c: safetensors(
+            {"w": {"dtype": "F32", "shape": [LYING_SIZE], "data_offsets": [0, 4 * LYING_SIZE]}}, b"abcd"
+        ),
         None,
         live=False,
     ),
     "safetensors, overflow": whole(
-        lambda c: safetensors({"w": {"dtype": "F32", "shape": [2**62, 2**62], "data_offsets": [0, 4]}}, b"abcd"), None, live=False
+        lambda c: safetensors({"w": {"dtype": "F32", "shape": [2**62, 2**62], "data_offsets": [0, 4]}}, b"abcd"),
+        None,
+        live=False,
     ),
     "safetensors, negative": whole(
         lambda c: safetensors({"w": {"dtype": "U8", "shape": [-4], "data_offsets": [-4, 0]}}, b"abcd"), None, live=False
     ),
     "safetensors, overlapping": whole(
-        lambda c: safetensors({n: {"dtype": "U8", "shape": [4], "data_offsets": [s, s + 4]} for n, s in (("a", 0), ("b", 2))}, b"abcdef"),
+        lambda c: safetensors(
+            {n: {"dtype": "U8", "shape": [4], "data_offsets": [s, s + 4]} for n, s in (("a", 0), ("b", 2))}, b"abcdef"
+        ),
         None,
         live=False,
     ),
@@ -338,14 +414,24 @@ FILES: dict[str, Hostile] = {
         lambda c: safetensors({"w": {"dtype": "F32", "shape": [3], "data_offsets": [0, 4]}}, b"abcd"), None, live=False
     ),
     "safetensors, with a tail": whole(
-        lambda c: safetensors({"w": {"dtype": "U8", "shape": [4], "data_offsets": [0, 4]}}, b"abcd" + b"\x80\x02" + system(c) + STOP),
+        lambda c: safetensors(
+            {"w": {"dtype": "U8", "shape": [4], "data_offsets": [0, 4]}}, b"abcd" + b"\x80\x02" + system(c) + STOP
+        ),
         None,
         live=False,
     ),
-    "a tensor larger than its memory": whole(lambda c: zipped(tensor((2**40,), (1,)), ("archive/data/0", b"abcd")), None, live=False),
-    "a tensor beside its memory": whole(lambda c: zipped(tensor((1,), (1,), offset=2**40), ("archive/data/0", b"abcd")), None, live=False),
-    "a tensor before its memory": whole(lambda c: zipped(tensor((1,), (1,), offset=-8), ("archive/data/0", b"abcd")), None, live=False),
-    "a tensor of backward strides": whole(lambda c: zipped(tensor((2,), (-1,)), ("archive/data/0", b"abcdabcd")), None, live=False),
+    "a tensor larger than its memory": whole(
+        lambda c: zipped(tensor((2**40,), (1,)), ("archive/data/0", b"abcd")), None, live=False
+    ),
+    "a tensor beside its memory": whole(
+        lambda c: zipped(tensor((1,), (1,), offset=2**40), ("archive/data/0", b"abcd")), None, live=False
+    ),
+    "a tensor before its memory": whole(
+        lambda c: zipped(tensor((1,), (1,), offset=-8), ("archive/data/0", b"abcd")), None, live=False
+    ),
+    "a tensor of backward strides": whole(
+        lambda c: zipped(tensor((2,), (-1,)), ("archive/data/0", b"abcdabcd")), None, live=False
+    ),
 }
 
 

@@ -12,7 +12,9 @@ from tests.tiny import FIRST_STAGE, KINDS, UNET, SavedModel, save_model
 
 CLIP = {
     "target": "ldm.modules.encoders.modules.FrozenCLIPEmbedder",
-    "params": {"text_config": {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}},
+    "params": {
+        "text_config": {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    },
 }
 OPEN_CLIP = {
     "target": "ldm.modules.encoders.modules.FrozenOpenCLIPEmbedder",
@@ -46,15 +48,32 @@ _SD = {
     "use_ema": False,
     "cond_stage_trainable": False,
 }
-_PLAIN = {"use_spatial_transformer": False, "context_dim": None, "legacy": True, "num_heads": None, "num_head_channels": 16}
-_V2 = {"context_dim": 32, "use_linear_in_transformer": True, "num_heads": None, "num_head_channels": 8, "channel_mult": [1, 2]}
+_PLAIN = {
+    "use_spatial_transformer": False,
+    "context_dim": None,
+    "legacy": True,
+    "num_heads": None,
+    "num_head_channels": 16,
+}
+_V2 = {
+    "context_dim": 32,
+    "use_linear_in_transformer": True,
+    "num_heads": None,
+    "num_head_channels": 8,
+    "channel_mult": [1, 2],
+}
 _V2 |= {"attention_resolutions": [1, 2]}
 
 MODELS: dict[str, dict[str, Any]] = {
     "sd1": {**_SD, "cond_stage_config": CLIP, "unet_config": unet(context_dim=32, channel_mult=[1, 2])},
     "v": {**_SD, "parameterization": "v", "cond_stage_config": CLIP, "unet_config": unet(context_dim=32)},
     "sd2": {**_SD, "parameterization": "v", "cond_stage_config": OPEN_CLIP, "unet_config": unet(**_V2)},
-    "inpainting": {**_SD, "cond_stage_config": CLIP, "conditioning_key": "hybrid", "unet_config": unet(context_dim=32, in_channels=9)},
+    "inpainting": {
+        **_SD,
+        "cond_stage_config": CLIP,
+        "conditioning_key": "hybrid",
+        "unet_config": unet(context_dim=32, in_channels=9),
+    },
     "unconditional": {
         **KINDS["unconditional"],
         "channels": 3,
@@ -64,7 +83,12 @@ MODELS: dict[str, dict[str, Any]] = {
         "cond_stage_trainable": False,
         "scale_factor": 1.0,
     },
-    "class": {**KINDS["class"], "channels": 3, "first_stage_config": VQ, "unet_config": unet(in_channels=3, out_channels=3)},
+    "class": {
+        **KINDS["class"],
+        "channels": 3,
+        "first_stage_config": VQ,
+        "unet_config": unet(in_channels=3, out_channels=3),
+    },
     "shared": {**KINDS["fill"], "cond_stage_trainable": False, "unet_config": unet(**_PLAIN, in_channels=9)},
 }
 """Parameters of LatentDiffusion, by what the model is for."""
@@ -89,4 +113,6 @@ def save(folder: Path, kind: str, **params: Any) -> SavedModel:
 
 def exactly(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
     """Whether both hold the same names with the same bits."""
-    return one.keys() == other.keys() and all(torch.equal(one[k], other[k]) and one[k].dtype == other[k].dtype for k in one)
+    return one.keys() == other.keys() and all(
+        torch.equal(one[k], other[k]) and one[k].dtype == other[k].dtype for k in one
+    )

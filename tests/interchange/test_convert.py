@@ -62,7 +62,10 @@ def test_a_folder_loads_wherever_a_file_does(converted, kind):
 
 def test_a_folder_draws_as_its_file_and_is_told_apart_by_its_content(converted, tmp_path):
     saved, folder = converted("sd1")
-    one, other = load_model(saved.config, saved.ckpt, "cpu", "full"), load_model(folder / "config.yaml", folder, "cpu", "full")
+    one, other = (
+        load_model(saved.config, saved.ckpt, "cpu", "full"),
+        load_model(folder / "config.yaml", folder, "cpu", "full"),
+    )
     z, t, c = torch.ones(1, 4, 8, 8), torch.tensor([500]), one.encode_prompts(["a cat"])[0]
     assert torch.equal(c, other.encode_prompts(["a cat"])[0])
     with torch.no_grad():
@@ -78,9 +81,16 @@ def test_a_component_alone_is_a_weights_file_too(converted):
     saved, folder = converted("sd1")
     stage = saved.model.first_stage_model
     assert exactly(read_weights(folder / "vae"), stage.state_dict())
-    network = {name: tensor for name, tensor in saved.model.state_dict().items() if name.startswith("model.diffusion_model.")}
+    network = {
+        name: tensor for name, tensor in saved.model.state_dict().items() if name.startswith("model.diffusion_model.")
+    }
     assert exactly(read_weights(folder / "unet"), network)
-    assert load_weights(instantiate_from_config(read_config(saved.config).model.params.first_stage_config), folder / "vae").missing == ()
+    assert (
+        load_weights(
+            instantiate_from_config(read_config(saved.config).model.params.first_stage_config), folder / "vae"
+        ).missing
+        == ()
+    )
 
 
 def test_what_a_folder_holds(converted):
@@ -88,9 +98,16 @@ def test_what_a_folder_holds(converted):
         folder = converted(kind)[1]
         return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
 
-    unet = {"unet/config.json", "unet/diffusion_pytorch_model.safetensors", "scheduler/scheduler_config.json", "config.yaml"}
+    unet = {
+        "unet/config.json",
+        "unet/diffusion_pytorch_model.safetensors",
+        "scheduler/scheduler_config.json",
+        "config.yaml",
+    }
     text = {"text_encoder/config.json", "text_encoder/model.safetensors"}
-    text |= {f"tokenizer/{name}" for name in ("vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json")}
+    text |= {
+        f"tokenizer/{name}" for name in ("vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json")
+    }
     extras, index = {"published_extras.safetensors"}, {"model_index.json"}
     vae, vq = ({f"{name}/config.json", f"{name}/diffusion_pytorch_model.safetensors"} for name in ("vae", "vqvae"))
     assert files("sd1") == unet | vae | text | extras | index
@@ -108,24 +125,37 @@ def test_configs_are_in_diffusers_terms(converted):
     assert (scheduler["steps_offset"], scheduler["clip_sample"], scheduler["set_alpha_to_one"]) == (1, False, False)
     assert read("sd1", "scheduler/scheduler_config.json")["prediction_type"] == "epsilon"
     assert read("sd1", "unet/config.json")["attention_head_dim"] == 2, "the number of heads, by diffusers' name"
-    assert read("sd2", "unet/config.json")["attention_head_dim"] == [4, 8] and read("sd2", "unet/config.json")["use_linear_projection"]
+    assert (
+        read("sd2", "unet/config.json")["attention_head_dim"] == [4, 8]
+        and read("sd2", "unet/config.json")["use_linear_projection"]
+    )
     assert read("sd2", "text_encoder/config.json")["num_hidden_layers"] == 2, "the layer that takes no part is left out"
-    assert read("unconditional", "vqvae/config.json")["scaling_factor"] == pytest.approx(0.7), "as measured, from the file"
-    classes = {kind: read(kind, "model_index.json")["_class_name"] for kind in ("sd1", "sd2", "inpainting", "unconditional")}
+    assert read("unconditional", "vqvae/config.json")["scaling_factor"] == pytest.approx(0.7), (
+        "as measured, from the file"
+    )
+    classes = {
+        kind: read(kind, "model_index.json")["_class_name"] for kind in ("sd1", "sd2", "inpainting", "unconditional")
+    }
     assert classes == {
         **{"sd1": "StableDiffusionPipeline", "sd2": "StableDiffusionPipeline"},
         **{"inpainting": "StableDiffusionInpaintPipeline", "unconditional": "LDMPipeline"},
     }
 
 
-@pytest.mark.parametrize("dtype, expected", [("fp16", torch.float16), ("bf16", torch.bfloat16), ("fp32", torch.float32)])
+@pytest.mark.parametrize(
+    "dtype, expected", [("fp16", torch.float16), ("bf16", torch.bfloat16), ("fp32", torch.float32)]
+)
 def test_weights_are_written_in_the_precision_asked_for(tmp_path, dtype, expected):
     saved = save(tmp_path, "sd1")
     to_folder(read_config(saved.config), saved.ckpt, tmp_path / "folder", dtype)
     for name in ("unet/diffusion_pytorch_model", "vae/diffusion_pytorch_model", "text_encoder/model"):
-        assert {tensor.dtype for tensor in load_file(tmp_path / "folder" / f"{name}.safetensors").values()} == {expected}
+        assert {tensor.dtype for tensor in load_file(tmp_path / "folder" / f"{name}.safetensors").values()} == {
+            expected
+        }
     tables = load_file(tmp_path / "folder" / "published_extras.safetensors")
-    assert {tensor.dtype for tensor in tables.values()} == {torch.float32}, "a noise schedule in half precision is useless"
+    assert {tensor.dtype for tensor in tables.values()} == {torch.float32}, (
+        "a noise schedule in half precision is useless"
+    )
     to_file(read_config(saved.config), tmp_path / "folder", tmp_path / "back.ckpt")
     assert read_weights(tmp_path / "back.ckpt")["model.diffusion_model.out.2.weight"].dtype == expected
 
@@ -137,7 +167,11 @@ def test_averages_are_converted_where_asked_for_even_from_a_file_of_averages_alo
     weights = read_folder(tmp_path / "averaged")
     for name, parameter in saved.model.model.named_parameters():
         assert torch.allclose(weights[f"model.{name}"], 0.9 * parameter)
-    stage = {name: t for name, t in saved.model.state_dict().items() if name.startswith(("model_ema", "first_stage", "cond_stage"))}
+    stage = {
+        name: t
+        for name, t in saved.model.state_dict().items()
+        if name.startswith(("model_ema", "first_stage", "cond_stage"))
+    }
     torch.save(stage, tmp_path / "alone.ckpt")
     to_folder(config, tmp_path / "alone.ckpt", tmp_path / "alone", use_ema=True)
     alone = read_folder(tmp_path / "alone")
@@ -182,17 +216,27 @@ def test_folders_of_others_are_read_whatever_their_files(converted, tmp_path, fo
     elif form == "old .bin files":
         as_old(other / "vae", "diffusion_pytorch_model", "diffusion_pytorch_model")
         tensors = load_file(other / "text_encoder" / "model.safetensors")
-        torch.save({**tensors, "text_model.embeddings.position_ids": torch.arange(77)[None]}, other / "text_encoder" / "pytorch_model.bin")
+        torch.save(
+            {**tensors, "text_model.embeddings.position_ids": torch.arange(77)[None]},
+            other / "text_encoder" / "pytorch_model.bin",
+        )
         (other / "text_encoder" / "model.safetensors").unlink()
     elif form == "fp16 variant":
-        (other / "unet" / "diffusion_pytorch_model.safetensors").rename(other / "unet" / "diffusion_pytorch_model.fp16.safetensors")
+        (other / "unet" / "diffusion_pytorch_model.safetensors").rename(
+            other / "unet" / "diffusion_pytorch_model.fp16.safetensors"
+        )
     else:
         tensors = load_file(other / "text_encoder" / "model.safetensors")
-        save_file({name.removeprefix("text_model."): t for name, t in tensors.items()}, other / "text_encoder" / "model.safetensors")
+        save_file(
+            {name.removeprefix("text_model."): t for name, t in tensors.items()},
+            other / "text_encoder" / "model.safetensors",
+        )
     for name in ("published_extras.safetensors", "config.yaml", "model_index.json"):
         (other / name).unlink()
     tables = {name for name in weights_of(saved) if "." not in name}
-    expected = {name: t for name, t in weights_of(saved).items() if name not in tables and not name.endswith("position_ids")}
+    expected = {
+        name: t for name, t in weights_of(saved).items() if name not in tables and not name.endswith("position_ids")
+    }
     assert exactly(read_weights(other), expected)
 
 
@@ -234,8 +278,16 @@ def test_a_bad_index_is_refused_in_one_line(tmp_path, index, says):
         ("vae/config.json", {"layers_per_block": 2}, "res_blocks is 2 there and 1 in the YAML"),
         ("vae/config.json", {"scaling_factor": 0.5}, "scaling_factor is 0.5 there and 0.18215 in the YAML"),
         ("text_encoder/config.json", {"num_hidden_layers": 3}, "layers is 3 there and 2 in the YAML"),
-        ("scheduler/scheduler_config.json", {"prediction_type": "v_prediction"}, "prediction_type is v_prediction there and epsilon"),
-        ("scheduler/scheduler_config.json", {"beta_schedule": "linear"}, "beta_schedule is linear there and scaled_linear in the YAML"),
+        (
+            "scheduler/scheduler_config.json",
+            {"prediction_type": "v_prediction"},
+            "prediction_type is v_prediction there and epsilon",
+        ),
+        (
+            "scheduler/scheduler_config.json",
+            {"beta_schedule": "linear"},
+            "beta_schedule is linear there and scaled_linear in the YAML",
+        ),
     ],
 )
 def test_a_folder_of_another_model_than_the_yamls_is_refused(converted, tmp_path, file, change, says):
@@ -262,7 +314,10 @@ def test_a_folder_of_another_model_than_the_yamls_is_refused(converted, tmp_path
         ('{"_class_name": "UNet2DModel", "block_out_channels": 5}', "wrong kind"),
         ('{"_class_name": "UNet2DModel", "layers_per_block": 1000000000}', "numbers of no model"),
         ('{"_class_name": "UNet2DModel", "layers_per_block": [1, 1000000000]}', "numbers of no model"),
-        ('{"_class_name": "UNet2DModel", "block_out_channels": [32, -1], "layers_per_block": -1}', "numbers of no model"),
+        (
+            '{"_class_name": "UNet2DModel", "block_out_channels": [32, -1], "layers_per_block": -1}',
+            "numbers of no model",
+        ),
     ],
 )
 def test_a_folder_with_a_bad_config_is_refused_in_one_line(tmp_path, content, says):
@@ -298,7 +353,10 @@ def test_code_in_a_folders_bin_file_is_refused(converted, tmp_path):
     [
         ({"resblock_updown": True}, "resblock_updown True"),
         ({"use_new_attention_order": True}, "use_new_attention_order True"),
-        ({"num_head_channels": -1, "num_heads": 2, "channel_mult": [1, 2], "attention_resolutions": [1, 2]}, "16, 32 channels wide"),
+        (
+            {"num_head_channels": -1, "num_heads": 2, "channel_mult": [1, 2], "attention_resolutions": [1, 2]},
+            "16, 32 channels wide",
+        ),
         ({"channel_mult": [2, 4]}, "must begin with 1"),
         ({"conv_resample": False}, "conv_resample False"),
     ],
@@ -350,7 +408,9 @@ def test_tensors_that_do_not_fit_their_config_are_named(converted, tmp_path):
     path = other / "unet" / "diffusion_pytorch_model.safetensors"
     tensors = load_file(path)
     save_file({**tensors, "down_blocks.0.attentions.0.to_q.weight": torch.zeros(7, 32)}, path)
-    with pytest.raises(CheckpointError, match=r"down_blocks\.0\.attentions\.0\.to_q\.weight does not fit its config: \(7, 32\)"):
+    with pytest.raises(
+        CheckpointError, match=r"down_blocks\.0\.attentions\.0\.to_q\.weight does not fit its config: \(7, 32\)"
+    ):
         read_weights(other)
     save_file({name: tensor for name, tensor in tensors.items() if name != "conv_in.bias"}, path)
     with pytest.raises(CheckpointError, match=r"lacks 1 of \d+ tensors .*conv_in\.bias"):

@@ -15,7 +15,7 @@ from tests.interchange.models import save
 pytest.importorskip("diffusers", reason="pip install -e '.[test]' brings it")
 
 PROMPTS, STEPS, SCALE = ["a cat", "a dog on the moon"], 5, 3.0
-TOLERANCE = 1e-3                                                            # of pixel values in [0, 1]
+TOLERANCE = 1e-3  # of pixel values in [0, 1]
 
 
 @pytest.fixture(autouse=True)
@@ -46,7 +46,7 @@ def close(ours: torch.Tensor, theirs: torch.Tensor) -> bool:
     return ours.shape == theirs.shape and bool(ours.isfinite().all()) and float((ours - theirs).abs().max()) < TOLERANCE
 
 
-@pytest.mark.parametrize("kind", ["sd1", "sd2"])                            # noise and v-prediction
+@pytest.mark.parametrize("kind", ["sd1", "sd2"])  # noise and v-prediction
 def test_a_converted_folder_and_the_original_file_draw_our_picture(tmp_path, kind):
     from diffusers import StableDiffusionPipeline
 
@@ -58,8 +58,13 @@ def test_a_converted_folder_and_the_original_file_draw_our_picture(tmp_path, kin
     pipe = StableDiffusionPipeline.from_pretrained(tmp_path / "folder", local_files_only=True)
     assert close(ours, their_picture(pipe))
 
-    parts = {"text_encoder": pipe.text_encoder, "tokenizer": pipe.tokenizer, "safety_checker": None, "feature_extractor": None}
-    if kind != "sd1":                                                       # it guesses the prediction from released files' sizes
+    parts = {
+        "text_encoder": pipe.text_encoder,
+        "tokenizer": pipe.tokenizer,
+        "safety_checker": None,
+        "feature_extractor": None,
+    }
+    if kind != "sd1":  # it guesses the prediction from released files' sizes
         parts["scheduler"] = pipe.scheduler
     single = StableDiffusionPipeline.from_single_file(
         str(saved.ckpt), original_config=str(saved.config), local_files_only=True, **parts
@@ -95,7 +100,9 @@ def test_unets_and_vq_models_give_our_outputs(tmp_path, kind):
 
     saved = save(tmp_path, kind)
     to_folder(read_config(saved.config), saved.ckpt, tmp_path / "folder")
-    network = {"unconditional": UNet2DModel, "class": UNet2DConditionModel}[kind].from_pretrained(tmp_path / "folder" / "unet")
+    network = {"unconditional": UNet2DModel, "class": UNet2DConditionModel}[kind].from_pretrained(
+        tmp_path / "folder" / "unet"
+    )
     stage = VQModel.from_pretrained(tmp_path / "folder" / "vqvae")
     t, z = torch.tensor([3, 77]), z_of(3)
     context = [torch.randn(2, 4, 16)] if kind == "class" else []
@@ -122,7 +129,9 @@ def test_every_noise_schedule_is_ours_there(params):
     zero_snr = bool(params.get("zero_terminal_snr"))
     names = ("linear_start", "linear_end", "cosine_s")
     betas = params.get("given_betas") or make_beta_schedule(
-        params.get("beta_schedule", "linear"), params.get("timesteps", 1000), **{name: params[name] for name in names if name in params}
+        params.get("beta_schedule", "linear"),
+        params.get("timesteps", 1000),
+        **{name: params[name] for name in names if name in params},
     )
     ours = Schedule.from_betas(betas, zero_terminal_snr=zero_snr).alphas_cumprod
     theirs = DDIMScheduler.from_config(scheduler_config(params)).alphas_cumprod
@@ -154,7 +163,9 @@ def test_an_unconditional_pipeline_draws_our_pictures(tmp_path):
     to_folder(read_config(saved.config), saved.ckpt, tmp_path / "folder", use_ema=True)
     pipe = LDMPipeline.from_pretrained(tmp_path / "folder", local_files_only=True)
     pipe.set_progress_bar_config(disable=True)
-    theirs = pipe(batch_size=2, num_inference_steps=STEPS, generator=torch.Generator().manual_seed(1), output_type="np").images
+    theirs = pipe(
+        batch_size=2, num_inference_steps=STEPS, generator=torch.Generator().manual_seed(1), output_type="np"
+    ).images
     pipeline = load_model(saved.config, saved.ckpt, "cpu", "full")
     with torch.no_grad():
         z, _ = DDIMSampler(pipeline.model).sample(STEPS, 2, (3, 8, 8), None, x_T=z_of(3), verbose=False)
@@ -169,12 +180,14 @@ def test_the_tokenizer_of_the_folder_gives_our_ids(tmp_path):
     from ldm.modules.encoders.clip_tokenizer import clip_tokenizer
 
     prompts = ["a photograph of an astronaut riding a horse", "It's 3 o'clock, naïve café?", ""]
-    for kind, pad in ((text.CLIP, None), (text.OPEN_CLIP, 0)):              # there "!" is the padding, also in released folders
+    for kind, pad in ((text.CLIP, None), (text.OPEN_CLIP, 0)):  # there "!" is the padding, also in released folders
         folder = tmp_path / kind
         folder.mkdir()
         for name, content in text.tokenizer_files(kind).items():
             (folder / name).write_text(content if isinstance(content, str) else text_as_json(content), encoding="utf-8")
-        theirs = CLIPTokenizer.from_pretrained(folder)(prompts, padding="max_length", max_length=77, truncation=True, return_tensors="pt")
+        theirs = CLIPTokenizer.from_pretrained(folder)(
+            prompts, padding="max_length", max_length=77, truncation=True, return_tensors="pt"
+        )
         assert torch.equal(theirs.input_ids, clip_tokenizer()(prompts, 77, pad_id=pad))
 
 

@@ -53,9 +53,15 @@ FAULTS = {
     "blocks of the middle": ("unet", lambda t: swapped(t, f"middle_block.0.{_IN}", f"middle_block.2.{_IN}")),
     "time embedding": ("unet", lambda t: swapped(t, "time_embed.0.bias", "time_embed.2.bias")),
     "a weight left out": ("unet", lambda t: [rule for rule in t if rule.ours != "out.0.bias"]),
-    "decoder upside down": ("vae", lambda t: swapped(t, "decoder.up.0.block.0.conv2.bias", "decoder.up.1.block.0.conv2.bias")),
+    "decoder upside down": (
+        "vae",
+        lambda t: swapped(t, "decoder.up.0.block.0.conv2.bias", "decoder.up.1.block.0.conv2.bias"),
+    ),
     "attention turned": ("vae", lambda t: formed(t, "encoder.mid.attn_1.v.weight", _TURNED)),
-    "layers of the text": ("text", lambda t: swapped(t, *(f"text_model.encoder.layers.{n}.mlp.fc1.bias" for n in (0, 1)))),
+    "layers of the text": (
+        "text",
+        lambda t: swapped(t, *(f"text_model.encoder.layers.{n}.mlp.fc1.bias" for n in (0, 1))),
+    ),
     "heads of qkv": ("plain", lambda t: formed(t, "input_blocks.1.1.qkv.bias", rules.STACKED)),
 }
 LAYOUTS = {"unet": unet.UNetLayout, "plain": unet.UNetLayout, "vae": first_stage.StageLayout, "text": text.TextLayout}
@@ -132,7 +138,9 @@ def test_the_tables_name_every_weight_of_a_published_model_once(path):
         assert len(ours) == len(set(ours)) and {*ours, *spare} == names
         theirs = [name for rule in part.layout.rules() for name in rule.theirs]
         assert len(theirs) == len(set(theirs))
-        assert type(part.layout).from_config(part.config) == part.layout, "the config says the layout that it was made from"
+        assert type(part.layout).from_config(part.config) == part.layout, (
+            "the config says the layout that it was made from"
+        )
 
 
 @pytest.mark.parametrize("heads", [1, 2, 4])
@@ -143,7 +151,9 @@ def test_queries_keys_and_values_are_split_by_head_and_joined_again(heads, kerne
     assert [part.shape for part in parts] == ([(8, 8)] * 3 if kernel else [(8,)] * 3)
     assert torch.equal(rules.by_head(heads, kernel).join(parts), tensor)
     width = 8 // heads
-    second_key = tensor[3 * width + width if heads > 1 else width]          # first row of the last key that a stacking would misplace
+    second_key = tensor[
+        3 * width + width if heads > 1 else width
+    ]  # first row of the last key that a stacking would misplace
     assert torch.equal(parts[1][width if heads > 1 else 0], second_key.flatten() if kernel else second_key)
 
 

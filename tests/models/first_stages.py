@@ -16,7 +16,14 @@ DDCONFIG = {
     "double_z": True, "z_channels": 2, "resolution": 16, "in_channels": 3, "out_ch": 3, "ch": 32, "ch_mult": [1, 1],
     "num_res_blocks": 1, "attn_resolutions": [], "dropout": 0.0,
 }  # fmt: skip
-LOSS = {"disc_start": 0, "perceptual_weight": 0, "disc_num_layers": 2, "disc_ndf": 8, "disc_weight": 0.5, "kl_weight": 1e-6}
+LOSS = {
+    "disc_start": 0,
+    "perceptual_weight": 0,
+    "disc_num_layers": 2,
+    "disc_ndf": 8,
+    "disc_weight": 0.5,
+    "kl_weight": 1e-6,
+}
 
 
 def loss_config(**options: Any) -> dict[str, Any]:
@@ -46,7 +53,11 @@ def vq_config(loss: dict[str, Any] | None = None, **options: Any) -> dict[str, A
 
 
 def make_vq(
-    learning_rate: float | None = 1e-3, accumulation: int = 1, loss: dict[str, Any] | None = None, cls: type = VQModel, **options: Any
+    learning_rate: float | None = 1e-3,
+    accumulation: int = 1,
+    loss: dict[str, Any] | None = None,
+    cls: type = VQModel,
+    **options: Any,
 ) -> VQModel:
     """The tiny VQ autoencoder, always with the same first weights; its codebook is as spread out as its latents are."""
     torch.manual_seed(0)
@@ -72,11 +83,20 @@ class SeedEveryBatch(pl.Callback):
 
 
 def fit(
-    model: pl.LightningModule, data: list[dict[str, Tensor]], validation: Any = (), ckpt_path: Any = None, **options: Any
+    model: pl.LightningModule,
+    data: list[dict[str, Tensor]],
+    validation: Any = (),
+    ckpt_path: Any = None,
+    **options: Any,
 ) -> pl.Trainer:
     """Train on the CPU without logs or files. Returns the trainer."""
     callbacks = [SeedEveryBatch(), *options.pop("callbacks", [])]
-    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+    quiet = {
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    }
     options = {**quiet, "max_epochs": 1, "num_sanity_val_steps": 0, "limit_val_batches": len(validation), **options}
     trainer = pl.Trainer(accelerator="cpu", devices=1, callbacks=callbacks, **options)
     loaders = [DataLoader(list(part), batch_size=None) for part in (data, validation)]

@@ -39,7 +39,11 @@ def test_shipped_configs_have_the_published_values_and_state_dicts(name):
     config = OmegaConf.load(CONFIGS / f"{name}.yaml")
     embed_dim, ch_mult, attn_resolutions = PUBLISHED[name]
     params = config.model.params
-    assert (config.model.base_learning_rate, params.embed_dim, params.ddconfig.z_channels) == (4.5e-6, embed_dim, embed_dim)
+    assert (config.model.base_learning_rate, params.embed_dim, params.ddconfig.z_channels) == (
+        4.5e-6,
+        embed_dim,
+        embed_dim,
+    )
     assert (list(params.ddconfig.ch_mult), list(params.ddconfig.attn_resolutions)) == (ch_mult, attn_resolutions)
     assert dict(params.lossconfig.params) == {"disc_start": 50001, "kl_weight": 1e-6, "disc_weight": 0.5}
     assert (config.data.params.batch_size, config.lightning.trainer.accumulate_grad_batches) == (12, 2)

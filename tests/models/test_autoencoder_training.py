@@ -31,13 +31,17 @@ def differing(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> list[st
     return [name for name in a if not torch.equal(a[name], b[name])]
 
 
-def train_by_hand(model, data, accumulation: int, clip: float | None, clip_algorithm: str = "norm", epochs: int = 1) -> None:
+def train_by_hand(
+    model, data, accumulation: int, clip: float | None, clip_algorithm: str = "norm", epochs: int = 1
+) -> None:
     """What the module promises, written out without Lightning."""
     model.train()
     parts = (model.encoder, model.decoder, model.quant_conv, model.post_quant_conv)
     generator = [p for part in parts for p in part.parameters()]
     discriminator = list(model.loss.discriminator.parameters())
-    optimizers = [torch.optim.Adam(p, lr=model.learning_rate, betas=ADAM_BETAS, fused=True) for p in (generator, discriminator)]
+    optimizers = [
+        torch.optim.Adam(p, lr=model.learning_rate, betas=ADAM_BETAS, fused=True) for p in (generator, discriminator)
+    ]
     updates, drawn = 0, 0
     for _ in range(epochs):
         for number, batch in enumerate(data):
@@ -46,7 +50,9 @@ def train_by_hand(model, data, accumulation: int, clip: float | None, clip_algor
             x = batch["image"].permute(0, 3, 1, 2).contiguous()
             ends = (number + 1) % accumulation == 0 or number + 1 == len(data)
             reconstruction, posterior = model(x)
-            for index, (optimizer, own, other) in enumerate(zip(optimizers, (generator, discriminator), (discriminator, generator))):
+            for index, (optimizer, own, other) in enumerate(
+                zip(optimizers, (generator, discriminator), (discriminator, generator))
+            ):
                 shown = reconstruction if index == 0 else reconstruction.detach()
                 for p in other:
                     p.requires_grad_(False)
@@ -164,7 +170,9 @@ class NaNAt(pl.Callback):
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_a_loss_that_is_not_finite_stops_before_the_update(accumulation):
     model, callback = make_autoencoder(accumulation=accumulation), NaNAt(2)
-    with pytest.raises(NonFiniteError, match=r"generator update \d, rank 0: .*train/nll_loss.*weights are good") as caught:
+    with pytest.raises(
+        NonFiniteError, match=r"generator update \d, rank 0: .*train/nll_loss.*weights are good"
+    ) as caught:
         fit(model, batches(5), callbacks=[callback])
     assert "\n" not in str(caught.value)
     weights = dict(model.named_parameters())
@@ -267,7 +275,9 @@ def test_an_update_that_float16s_scaler_skips_moves_the_discriminator_alone(accu
     model, moved = make_autoencoder(accumulation=accumulation), []
     model.on_generator_update = lambda: moved.append(model.generator_updates)
     start = state(model)
-    model.encoder.conv_in.weight.register_hook(lambda gradient: gradient * float("inf") if model.generator_updates == 0 else gradient)
+    model.encoder.conv_in.weight.register_hook(
+        lambda gradient: gradient * float("inf") if model.generator_updates == 0 else gradient
+    )
     plugin = LossScaling(growth_interval=100)
     fit(model, batches(accumulation), plugins=[plugin])
     assert plugin.scaler.get_scale() == 128.0 and model.generator_updates == 1 and moved == []
@@ -307,7 +317,9 @@ def test_perceptual_weights_are_there_before_the_first_step_or_the_run_stops(sou
     before = state(model)
     if source == "checkpoint":
         model.load_state_dict(before)
-    with pytest.raises(PerceptualWeightsError, match="could not be downloaded") if source == "nowhere" else nullcontext():
+    with (
+        pytest.raises(PerceptualWeightsError, match="could not be downloaded") if source == "nowhere" else nullcontext()
+    ):
         fit(model, batches(1))
     moved = differing(state(model), before)
     assert bool(moved) == (source != "nowhere") and not any("perceptual" in name for name in moved)

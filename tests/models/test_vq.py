@@ -20,7 +20,11 @@ def test_encoding_quantizes_and_decoding_takes_what_it_gives():
     assert quant.shape == (2, 2, 8, 12) and codebook_loss.shape == () and codes.shape == (2 * 8 * 12,)
     torch.testing.assert_close(quant.permute(0, 2, 3, 1).reshape(-1, 2), model.quantize.embedding.weight[codes])
     reconstruction, same_loss, same_codes = model(X, return_pred_indices=True)
-    assert torch.equal(model.decode(quant), reconstruction) and torch.equal(same_loss, codebook_loss) and torch.equal(same_codes, codes)
+    assert (
+        torch.equal(model.decode(quant), reconstruction)
+        and torch.equal(same_loss, codebook_loss)
+        and torch.equal(same_codes, codes)
+    )
     assert len(model(X)) == 2 and torch.equal(model(X)[0], reconstruction)
 
 
@@ -60,7 +64,9 @@ def test_remapped_codes_decode_to_the_reconstruction(tmp_path):
 @pytest.mark.parametrize("cls", [VQModel, VQModelInterface])
 def test_it_builds_without_memory(cls):
     with torch.device("meta"):
-        model = instantiate_from_config({"target": f"ldm.models.autoencoder.{cls.__name__}", "params": vq_config(use_ema=True)})
+        model = instantiate_from_config(
+            {"target": f"ldm.models.autoencoder.{cls.__name__}", "params": vq_config(use_ema=True)}
+        )
     assert type(model) is cls and all(tensor.is_meta for tensor in model.state_dict().values())
 
 
@@ -70,8 +76,15 @@ def test_the_loss_learns_how_many_codes_there_are():
 
 def test_the_average_has_the_published_names_and_leaves_frozen_weights_out():
     model = make_vq(use_ema=True, loss={"perceptual_weight": 1.0, "perceptual_init": "random"})
-    averages = {name for name in model.state_dict() if name.startswith("model_ema.")} - {"model_ema.decay", "model_ema.num_updates"}
-    trained = {"model_ema." + name.replace(".", "") for name, p in model.named_parameters() if ".perceptual_loss." not in f".{name}"}
+    averages = {name for name in model.state_dict() if name.startswith("model_ema.")} - {
+        "model_ema.decay",
+        "model_ema.num_updates",
+    }
+    trained = {
+        "model_ema." + name.replace(".", "")
+        for name, p in model.named_parameters()
+        if ".perceptual_loss." not in f".{name}"
+    }
     assert averages == trained and "model_ema.quantizeembeddingweight" in averages
 
 

@@ -19,7 +19,9 @@ def train_by_hand(model, data, accumulation: int) -> None:
     generator = [p for part in parts for p in part.parameters()]
     discriminator = list(model.loss.discriminator.parameters())
     rates = (model.lr_g_factor * model.learning_rate, model.learning_rate)
-    optimizers = [torch.optim.Adam(p, lr=lr, betas=ADAM_BETAS, fused=True) for p, lr in zip((generator, discriminator), rates)]
+    optimizers = [
+        torch.optim.Adam(p, lr=lr, betas=ADAM_BETAS, fused=True) for p, lr in zip((generator, discriminator), rates)
+    ]
     updates = 0
     for number, batch in enumerate(data):
         x = batch["image"].permute(0, 3, 1, 2).contiguous()
@@ -30,7 +32,9 @@ def train_by_hand(model, data, accumulation: int) -> None:
             for p in other:
                 p.requires_grad_(False)
             last_layer = model.decoder.conv_out.weight
-            loss, _ = model.loss(codebook_loss, x, shown, index, updates, last_layer=last_layer, predicted_indices=codes)
+            loss, _ = model.loss(
+                codebook_loss, x, shown, index, updates, last_layer=last_layer, predicted_indices=codes
+            )
             if loss.requires_grad:
                 (loss / accumulation).backward()
             for p in other:
@@ -86,7 +90,11 @@ def test_logs_have_the_published_names_and_the_use_of_the_codebook():
         "cluster_usage",
     }
     parts |= {"disc_loss", "logits_real", "logits_fake", "codebook_usage", "codebook_perplexity"}
-    expected = {f"{split}/{part}" for split in ("train", "val") for part in parts} | {"aeloss", "discloss", "val/aeloss"}
+    expected = {f"{split}/{part}" for split in ("train", "val") for part in parts} | {
+        "aeloss",
+        "discloss",
+        "val/aeloss",
+    }
     assert expected <= set(trainer.callback_metrics)
     assert all(torch.isfinite(value) for value in trainer.callback_metrics.values())
     assert not any(name.startswith("val_ema") for name in trainer.callback_metrics)
@@ -112,7 +120,9 @@ def test_the_average_moves_once_an_update_and_is_validated_too():
     by_hand(model)
     assert torch.equal(model.model_ema.quantizeembeddingweight, by_hand.quantizeembeddingweight)
     logged = trainer.callback_metrics
-    assert logged["val_ema/rec_loss"] != logged["val/rec_loss"] and {"val_ema/aeloss", "val_ema/codebook_usage"} <= set(logged)
+    assert logged["val_ema/rec_loss"] != logged["val/rec_loss"] and {"val_ema/aeloss", "val_ema/codebook_usage"} <= set(
+        logged
+    )
 
 
 def test_a_resumed_run_is_exact(tmp_path):

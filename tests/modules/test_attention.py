@@ -35,13 +35,21 @@ def test_attention_is_the_softmax_formula(masked):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_logits_beyond_half_precision_stay_finite(dtype):
-    q, k, v = (100 * randn(1, 1, 2, 6, 64)).to(dtype), (100 * randn(2, 1, 2, 6, 64)).to(dtype), randn(3, 1, 2, 6, 64).to(dtype)
+    q, k, v = (
+        (100 * randn(1, 1, 2, 6, 64)).to(dtype),
+        (100 * randn(2, 1, 2, 6, 64)).to(dtype),
+        randn(3, 1, 2, 6, 64).to(dtype),
+    )
     assert (q.float() @ k.float().transpose(-1, -2)).abs().max() > torch.finfo(torch.float16).max
     assert rel_error(attend(q, k, v).float(), softmax_formula(q.float(), k.float(), v.float())) < 0.02
 
 
 def test_masked_keys_have_no_influence():
-    layer, x, context = seed_weights(CrossAttention(16, 12, heads=2, dim_head=8)), randn(1, 2, 5, 16), randn(2, 2, 6, 12)
+    layer, x, context = (
+        seed_weights(CrossAttention(16, 12, heads=2, dim_head=8)),
+        randn(1, 2, 5, 16),
+        randn(2, 2, 6, 12),
+    )
     mask = torch.tensor([[True, True, False, True, False, True]] * 2)
     changed = context.clone()
     changed[:, ~mask[0]] = 100.0
@@ -103,7 +111,10 @@ def test_wrong_numbers_of_contexts_are_refused():
 
 
 def test_disabled_self_attention_turns_to_the_context():
-    plain, disabled = BasicTransformerBlock(16, 2, 8, context_dim=6), BasicTransformerBlock(16, 2, 8, context_dim=6, disable_self_attn=True)
+    plain, disabled = (
+        BasicTransformerBlock(16, 2, 8, context_dim=6),
+        BasicTransformerBlock(16, 2, 8, context_dim=6, disable_self_attn=True),
+    )
     assert plain.attn1.to_k.in_features == 16 and disabled.attn1.to_k.in_features == 6
     torch.nn.init.zeros_(disabled.attn2.to_out[0].weight)  # what is left of the context's influence goes through attn1
     x = randn(1, 2, 5, 16)

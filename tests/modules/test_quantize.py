@@ -91,7 +91,9 @@ def test_codes_that_remap_does_not_name_become_the_unknown_one(used):
     codes = quantizer(Z)[2][2]
     assert codes.tolist() == expected and quantizer.re_embed == 5 and {0, 4} & set(expected)
     before = codes.clone()
-    assert quantizer.unmap_to_all(codes.reshape(2, -1)).flatten().tolist() == [[5, 1, 9, 30, 5][code] for code in expected]
+    assert quantizer.unmap_to_all(codes.reshape(2, -1)).flatten().tolist() == [
+        [5, 1, 9, 30, 5][code] for code in expected
+    ]
     assert torch.equal(codes, before)
     assert set(pair(remap=used, unknown_index=2)[0](Z)[2][2].tolist()) == {2} | set(expected) - {4}
     drawn = pair(remap=used)[0](Z)[2][2]
@@ -100,7 +102,9 @@ def test_codes_that_remap_does_not_name_become_the_unknown_one(used):
 
 def test_the_state_dict_has_the_published_names(used):
     assert list(pair()[0].state_dict()) == ["embedding.weight"]
-    assert set(pair(remap=used)[0].state_dict()) == {"embedding.weight", "used"} == set(pair(remap=used)[1].state_dict())
+    assert (
+        set(pair(remap=used)[0].state_dict()) == {"embedding.weight", "used"} == set(pair(remap=used)[1].state_dict())
+    )
 
 
 def test_nothing_is_printed(used, capsys):

@@ -21,7 +21,11 @@ def changed_by(model: TransformerWrapper, position: int, **inputs) -> list[bool]
     ids = tokens()
     other = ids.clone()
     other[:, position] = (other[:, position] + 1) % 20
-    difference = (model(ids, return_embeddings=True, **inputs) - model(other, return_embeddings=True, **inputs)).abs().amax((0, 2))
+    difference = (
+        (model(ids, return_embeddings=True, **inputs) - model(other, return_embeddings=True, **inputs))
+        .abs()
+        .amax((0, 2))
+    )
     return (difference > 1e-6).tolist()
 
 
@@ -29,7 +33,9 @@ def changed_by(model: TransformerWrapper, position: int, **inputs) -> list[bool]
 def test_attention_is_softmax_of_scaled_products():
     attention = seed_weights(Attention(8, heads=2, dim_head=4))
     x, context = randn(1, 2, 5, 8), randn(2, 2, 3, 8)
-    q, k, v = (to(y).view(2, -1, 2, 4) for to, y in ((attention.to_q, x), (attention.to_k, context), (attention.to_v, context)))
+    q, k, v = (
+        to(y).view(2, -1, 2, 4) for to, y in ((attention.to_q, x), (attention.to_k, context), (attention.to_v, context))
+    )
     weights = (torch.einsum("blhd,bmhd->bhlm", q, k) * 4**-0.5).softmax(-1)
     expected = attention.to_out(torch.einsum("bhlm,bmhd->blhd", weights, v).reshape(2, 5, 8))
     assert rel_error(attention(x, context), expected) < 1e-6

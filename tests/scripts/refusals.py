@@ -25,6 +25,8 @@ def help_without_heavy_imports(script: Path, folder: Path) -> str:
         "try: runpy.run_path(sys.orig_argv[-2], run_name='__main__')\n"
         "except SystemExit as stop: print('code', stop.code, [m for m in ('torch', 'omegaconf', 'numpy') if m in sys.modules])"
     )
-    shown = subprocess.run([sys.executable, "-I", "-c", code, str(script), ""], cwd=folder, capture_output=True, text=True)
+    shown = subprocess.run(
+        [sys.executable, "-I", "-c", code, str(script), ""], cwd=folder, capture_output=True, text=True
+    )
     assert shown.stdout.strip().endswith("code 0 []"), shown.stderr
     return shown.stdout

@@ -44,7 +44,20 @@ def test_there_and_back_again(saved, folder, tmp_path, capsys):
 
 
 def test_txt2img_draws_the_same_picture_from_the_folder(saved, folder, tmp_path):
-    flags = ["--config", str(saved.config), "--prompt", "a cat", "--H", "16", "--W", "16", "--ddim_steps", "2", "--n_samples", "1"]
+    flags = [
+        "--config",
+        str(saved.config),
+        "--prompt",
+        "a cat",
+        "--H",
+        "16",
+        "--W",
+        "16",
+        "--ddim_steps",
+        "2",
+        "--n_samples",
+        "1",
+    ]
     flags += ["--n_iter", "1", "--device", "cpu", "--precision", "full", "--skip_grid", "--safety", "off"]
     for name, ckpt in (("file", saved.ckpt), ("folder", folder)):
         assert run(txt2img, [*flags, "--ckpt", str(ckpt), "--outdir", str(tmp_path / name)]) == 0
@@ -66,16 +79,30 @@ def test_a_converted_folder_is_a_run_to_sample_from(folder):
         (["--ckpt", "FILE", "--out", "new", "--dtype", "fp8"], "invalid choice: 'fp8'"),
         (["--ckpt", "FILE", "--out", "new", "--scheduler", "euler"], "invalid choice: 'euler'"),
         (["--ckpt", "FILE", "--out", "new", "--config", "nowhere.yaml"], "no such file"),
-        (["--ckpt", "FILE", "--out", "new", "--config", "models/ldm/lsun_churches256/config.yaml"], "resblock_updown True"),
+        (
+            ["--ckpt", "FILE", "--out", "new", "--config", "models/ldm/lsun_churches256/config.yaml"],
+            "resblock_updown True",
+        ),
         (["--ckpt", "FOLDER", "--out", "new.bin"], "ends in .ckpt or .safetensors"),
         (["--ckpt", "FOLDER", "--out", "new.ckpt", "--no-use_ema"], "--use_ema: says how a folder is made of a file"),
-        (["--ckpt", "FOLDER", "--out", "new.ckpt", "--scheduler", "ddim"], "--scheduler: says how a folder is made of a file"),
-        (["--ckpt", "FILE", "--out", "new", "--scheduler", "pndm", "--config", KL], "--scheduler pndm: a first stage alone has none"),
-        (["--ckpt", "FOLDER", "--out", "new.ckpt", "--config", "configs/stable-diffusion/v1-inference.yaml"], "in the YAML"),
+        (
+            ["--ckpt", "FOLDER", "--out", "new.ckpt", "--scheduler", "ddim"],
+            "--scheduler: says how a folder is made of a file",
+        ),
+        (
+            ["--ckpt", "FILE", "--out", "new", "--scheduler", "pndm", "--config", KL],
+            "--scheduler pndm: a first stage alone has none",
+        ),
+        (
+            ["--ckpt", "FOLDER", "--out", "new.ckpt", "--config", "configs/stable-diffusion/v1-inference.yaml"],
+            "in the YAML",
+        ),
         (["--ckpt", "FILE", "--out", "new", "--dytpe", "fp16"], "did you mean --dtype?"),
     ],
 )
-def test_what_cannot_be_done_is_refused_in_one_line_and_nothing_is_written(saved, folder, tmp_path, monkeypatch, capsys, flags, says):
+def test_what_cannot_be_done_is_refused_in_one_line_and_nothing_is_written(
+    saved, folder, tmp_path, monkeypatch, capsys, flags, says
+):
     monkeypatch.chdir(tmp_path)
     stands_for = {"FILE": str(saved.ckpt), "FOLDER": str(folder)}
     assert says in refused(main, [stands_for.get(flag, flag) for flag in flags], capsys)

@@ -26,8 +26,14 @@ def mirror(tmp_path) -> Path:
 
 
 def download(mirror: Path, *names: str, script: str = "download_first_stages.sh") -> subprocess.CompletedProcess:
-    env = {"PATH": "/usr/bin:/bin:/usr/local/bin", "LDM_DOWNLOADS": mirror.as_uri(), "LDM_MODELS": str(mirror.parent / "models")}
-    return subprocess.run(["bash", str(ROOT / "scripts" / script), *names], env=env, capture_output=True, text=True, cwd=mirror)
+    env = {
+        "PATH": "/usr/bin:/bin:/usr/local/bin",
+        "LDM_DOWNLOADS": mirror.as_uri(),
+        "LDM_MODELS": str(mirror.parent / "models"),
+    }
+    return subprocess.run(
+        ["bash", str(ROOT / "scripts" / script), *names], env=env, capture_output=True, text=True, cwd=mirror
+    )
 
 
 def here(mirror: Path, folder: str = "first_stage_models/kl-f4") -> set[str]:
@@ -41,7 +47,7 @@ def test_weights_come_beside_the_config_that_is_there_and_the_sum_is_printed(mir
     assert (folder / "model.ckpt").read_bytes() == PAYLOAD and (folder / "config.yaml").read_text() == "ours"
     assert here(mirror) == {"model.ckpt", "config.yaml"}
     sum_ = hashlib.sha256((mirror / "kl-f4.zip").read_bytes()).hexdigest()
-    assert f"{sum_}  kl-f4.zip\nnot compared" in done.stdout                 # no list of sums is shipped
+    assert f"{sum_}  kl-f4.zip\nnot compared" in done.stdout  # no list of sums is shipped
     assert "already" in download(mirror, "kl-f4").stdout
 
 
@@ -51,11 +57,14 @@ def test_a_folder_inside_the_archive_does_not_matter(mirror):
 
 
 def test_a_stopped_download_goes_on_where_it_was(mirror):
-    whole, part = (mirror / "kl-f4.zip").read_bytes(), mirror.parent / "models" / "first_stage_models" / "kl-f4" / "kl-f4.zip.part"
+    whole, part = (
+        (mirror / "kl-f4.zip").read_bytes(),
+        mirror.parent / "models" / "first_stage_models" / "kl-f4" / "kl-f4.zip.part",
+    )
     part.write_bytes(whole[:1000])
     assert download(mirror, "kl-f4").returncode == 0 and "model.ckpt" in here(mirror)
     (part.parent / "model.ckpt").unlink()
-    part.write_bytes(b"x" * 1000)                                           # gone on with, this gives no archive
+    part.write_bytes(b"x" * 1000)  # gone on with, this gives no archive
     done = download(mirror, "kl-f4")
     assert done.returncode == 2 and "damaged" in done.stderr and here(mirror) == {"config.yaml"}
     assert download(mirror, "kl-f4").returncode == 0
@@ -71,14 +80,22 @@ def test_the_sum_is_compared_where_the_list_has_a_line(mirror, right):
 
 
 def test_the_printed_line_is_a_line_of_the_list_however_it_is_written(mirror):
-    sums, weights = mirror.parent / "models" / "SHA256SUMS", mirror.parent / "models" / "first_stage_models" / "kl-f4" / "model.ckpt"
+    sums, weights = (
+        mirror.parent / "models" / "SHA256SUMS",
+        mirror.parent / "models" / "first_stage_models" / "kl-f4" / "model.ckpt",
+    )
     printed = next(line for line in download(mirror, "kl-f4").stdout.splitlines() if line.endswith("  kl-f4.zip"))
-    for content in (printed, printed.replace("  ", " *"), printed.upper().replace("KL-F4.ZIP", "kl-f4.zip"), printed + "\r\n"):
+    for content in (
+        printed,
+        printed.replace("  ", " *"),
+        printed.upper().replace("KL-F4.ZIP", "kl-f4.zip"),
+        printed + "\r\n",
+    ):
         weights.unlink()
         sums.write_text(content)
         assert "as in models/SHA256SUMS" in download(mirror, "kl-f4").stdout and weights.is_file()
     weights.unlink()
-    sums.write_text("")                                                     # a list without the archive's line changes nothing
+    sums.write_text("")  # a list without the archive's line changes nothing
     assert "not compared" in download(mirror, "kl-f4").stdout and weights.is_file()
 
 
@@ -102,7 +119,10 @@ def test_members_that_point_outside_stay_inside(mirror):
         archive.writestr("../../../escaped.ckpt", PAYLOAD)
         archive.writestr("/absolute.ckpt", PAYLOAD)
     download(mirror, "kl-f8")
-    assert not [p for p in mirror.parent.rglob("*.ckpt") if p.parent.name != "kl-f8"] and not Path("/absolute.ckpt").exists()
+    assert (
+        not [p for p in mirror.parent.rglob("*.ckpt") if p.parent.name != "kl-f8"]
+        and not Path("/absolute.ckpt").exists()
+    )
 
 
 def test_the_folders_are_those_of_the_published_configs(mirror):

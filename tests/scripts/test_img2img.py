@@ -65,7 +65,7 @@ def test_strength_0_gives_back_the_picture_as_the_first_stage_sees_it(saved, pip
         z = saved.model.get_first_stage_encoding(saved.model.encode_first_stage(x))
         expected = [np.asarray(from_tensor(x)) for x in saved.model.decode_first_stage(z)]
     assert same(draw(pipeline, image, strength=0.0), expected)
-    assert same(draw(pipeline, image, strength=0.19), expected)             # int(0.19 * 5) is 0
+    assert same(draw(pipeline, image, strength=0.19), expected)  # int(0.19 * 5) is 0
     assert len(list(image_to_image(pipeline, image, "", ImageSettings(**{**TINY, "strength": 0.0})))) == 2
 
 
@@ -88,7 +88,9 @@ def test_every_sampler_starts_from_a_picture(pipeline, image, name):
     assert same(draw(pipeline, image, strength=0.0, **some), draw(pipeline, image, strength=0.0, n_samples=1))
     assert same(draw(pipeline, image, strength=1.0, **some), draw(pipeline, other, strength=1.0, **some))
     halves = draw(pipeline, image, strength=0.6, **some)
-    assert not same(halves, draw(pipeline, other, strength=0.6, **some)) and same(halves, draw(pipeline, image, strength=0.6, **some))
+    assert not same(halves, draw(pipeline, other, strength=0.6, **some)) and same(
+        halves, draw(pipeline, image, strength=0.6, **some)
+    )
 
 
 def test_fixed_code_starts_every_batch_from_the_same_noise(pipeline, image):
@@ -101,11 +103,24 @@ def test_a_smaller_last_batch_of_prompts_is_drawn_too(pipeline, image):
 
 
 def arguments(saved: SavedModel, image_file, outdir, *flags: str) -> list[str]:
-    model = ["--config", str(saved.config), "--ckpt", str(saved.ckpt), "--outdir", str(outdir), "--device", "cpu", "--precision", "full"]
+    model = [
+        "--config",
+        str(saved.config),
+        "--ckpt",
+        str(saved.ckpt),
+        "--outdir",
+        str(outdir),
+        "--device",
+        "cpu",
+        "--precision",
+        "full",
+    ]
     return [*model, "--init-img", str(image_file), "--ddim_steps", "3", *flags]
 
 
-def test_a_picture_of_any_size_is_resized_to_the_nearest_that_the_model_takes_in_one_line(saved, tmp_path, caplog, capsys):
+def test_a_picture_of_any_size_is_resized_to_the_nearest_that_the_model_takes_in_one_line(
+    saved, tmp_path, caplog, capsys
+):
     Image.new("RGB", (37, 20), "red").save(tmp_path / "a.jpg")
     with caplog.at_level("INFO"):
         assert run(main, arguments(saved, tmp_path / "a.jpg", tmp_path, "--n_iter", "2")) == 0
@@ -114,7 +129,14 @@ def test_a_picture_of_any_size_is_resized_to_the_nearest_that_the_model_takes_in
     assert written == ["grid-0000.png", *(f"samples/0000{k}.png" for k in range(4))]
     assert Image.open(tmp_path / "samples" / "00000.png").size == (40, 16)
     info = read_info(tmp_path / "samples" / "00003.png")
-    expected = {"task": "img2img", "init_img": str(tmp_path / "a.jpg"), "strength": 0.75, "scale": 5.0, "height": 16, "width": 40}
+    expected = {
+        "task": "img2img",
+        "init_img": str(tmp_path / "a.jpg"),
+        "strength": 0.75,
+        "scale": 5.0,
+        "height": 16,
+        "width": 40,
+    }
     assert {key: info[key] for key in expected} == expected and "4 pictures in" in capsys.readouterr().out
     run(main, arguments(saved, tmp_path / "a.jpg", tmp_path))
     assert len(list((tmp_path / "samples").iterdir())) == 6
@@ -122,9 +144,25 @@ def test_a_picture_of_any_size_is_resized_to_the_nearest_that_the_model_takes_in
 
 def test_flags_have_the_published_defaults():
     opt = vars(parser().parse_args([]))
-    published = {"prompt": "a painting of a virus monster playing guitar", "ddim_steps": 50, "ddim_eta": None, "n_iter": 1, "n_samples": 2}
-    published |= {"n_rows": 0, "scale": 5.0, "strength": 0.75, "seed": 42, "precision": "auto", "outdir": "outputs/img2img-samples"}
-    published |= {"config": "configs/stable-diffusion/v1-inference.yaml", "ckpt": "models/ldm/stable-diffusion-v1/model.ckpt"}
+    published = {
+        "prompt": "a painting of a virus monster playing guitar",
+        "ddim_steps": 50,
+        "ddim_eta": None,
+        "n_iter": 1,
+        "n_samples": 2,
+    }
+    published |= {
+        "n_rows": 0,
+        "scale": 5.0,
+        "strength": 0.75,
+        "seed": 42,
+        "precision": "auto",
+        "outdir": "outputs/img2img-samples",
+    }
+    published |= {
+        "config": "configs/stable-diffusion/v1-inference.yaml",
+        "ckpt": "models/ldm/stable-diffusion-v1/model.ckpt",
+    }
     flags = ("plms", "fixed_code", "skip_grid", "skip_save")
     assert {name: opt[name] for name in published} == published and not any(opt[name] for name in flags)
     assert not {"H", "W", "dpm_solver", "laion400m"} & opt.keys()

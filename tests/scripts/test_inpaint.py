@@ -85,7 +85,9 @@ def test_the_masked_pixels_have_no_influence(pipeline):
     image, mask = picture(), hole()
     other = np.asarray(image).copy()
     other[np.asarray(mask) >= 128] = 77
-    results = [fill(pipeline, x, mask, FillSettings(steps=2), progress=False).image for x in (image, Image.fromarray(other))]
+    results = [
+        fill(pipeline, x, mask, FillSettings(steps=2), progress=False).image for x in (image, Image.fromarray(other))
+    ]
     assert np.array_equal(*map(np.asarray, results))
 
 
@@ -112,9 +114,18 @@ def test_every_pair_gives_a_file_of_its_name_and_none_is_overwritten(saved, tmp_
     one, two = (np.asarray(Image.open(tmp_path / "out" / name)) for name in ("a.png", "a-1.png"))
     assert np.array_equal(one, two) and "3 pictures in" in capsys.readouterr().out
     info = read_info(tmp_path / "out" / "a.png")
-    expected = {"task": "inpaint", "steps": 3, "eta": 0.0, "seed": 42, "mask": str(tmp_path / "in" / "a_mask.png"), "width": 24}
+    expected = {
+        "task": "inpaint",
+        "steps": 3,
+        "eta": 0.0,
+        "seed": 42,
+        "mask": str(tmp_path / "in" / "a_mask.png"),
+        "width": 24,
+    }
     assert {key: info[key] for key in expected} == expected and info["ckpt"] == str(saved.ckpt)
-    assert all(info[f"{name}_fingerprint"] == fingerprint(info[name]) for name in ("ckpt", "config", "init_img", "mask"))
+    assert all(
+        info[f"{name}_fingerprint"] == fingerprint(info[name]) for name in ("ckpt", "config", "init_img", "mask")
+    )
 
 
 def test_results_in_the_folder_of_the_pictures_leave_them_alone(saved, tmp_path):
@@ -146,7 +157,11 @@ def test_without_the_released_weights_the_defaults_say_how_to_get_them(tmp_path,
 
 def test_flags_have_the_published_defaults():
     opt = vars(parser().parse_args([]))
-    published = {"steps": 50, "config": "models/ldm/inpainting_big/config.yaml", "ckpt": "models/ldm/inpainting_big/last.ckpt"}
+    published = {
+        "steps": 50,
+        "config": "models/ldm/inpainting_big/config.yaml",
+        "ckpt": "models/ldm/inpainting_big/last.ckpt",
+    }
     assert {name: opt[name] for name in published} == published
 
 

@@ -36,7 +36,11 @@ def saved(tmp_path_factory) -> SavedModel:
 def clip_weights(tmp_path_factory):
     path = tmp_path_factory.mktemp("clip") / "clip.safetensors"
     halves = (FrozenCLIPTextEmbedder(clip_config=CLIP), FrozenClipImageEmbedder(clip_config=CLIP))
-    weights = {name.removeprefix("model."): tensor for half in halves for name, tensor in seed_weights(half).state_dict().items()}
+    weights = {
+        name.removeprefix("model."): tensor
+        for half in halves
+        for name, tensor in seed_weights(half).state_dict().items()
+    }
     write_weights(weights, path)
     return path
 
@@ -59,7 +63,18 @@ def database(tmp_path):
 
 
 def arguments(saved: SavedModel, clip_weights, outdir, *flags: str) -> list[str]:
-    model = ["--config", str(saved.config), "--ckpt", str(saved.ckpt), "--outdir", str(outdir), "--device", "cpu", "--precision", "full"]
+    model = [
+        "--config",
+        str(saved.config),
+        "--ckpt",
+        str(saved.ckpt),
+        "--outdir",
+        str(outdir),
+        "--device",
+        "cpu",
+        "--precision",
+        "full",
+    ]
     size = ["--H", "16", "--W", "16", "--ddim_steps", "2", "--n_samples", "2", "--clip_weights", str(clip_weights)]
     return [*model, *size, *flags]
 
@@ -70,12 +85,34 @@ def pixels(outdir) -> np.ndarray:
 
 def test_flags_have_the_published_defaults():
     opt = vars(knn2img.parser().parse_args([]))
-    published = {"H": 768, "W": 768, "n_iter": 1, "n_samples": 3, "scale": 5.0, "n_repeat": 1, "clip_type": "ViT-L/14", "knn": 10}
-    published |= {"config": "configs/retrieval-augmented-diffusion/768x768.yaml", "ckpt": "models/rdm/rdm768x768/model.ckpt"}
-    published |= {"database": "artbench-surrealism", "use_neighbors": False, "ddim_steps": 50, "seed": 42, "plms": False}
+    published = {
+        "H": 768,
+        "W": 768,
+        "n_iter": 1,
+        "n_samples": 3,
+        "scale": 5.0,
+        "n_repeat": 1,
+        "clip_type": "ViT-L/14",
+        "knn": 10,
+    }
+    published |= {
+        "config": "configs/retrieval-augmented-diffusion/768x768.yaml",
+        "ckpt": "models/rdm/rdm768x768/model.ckpt",
+    }
+    published |= {
+        "database": "artbench-surrealism",
+        "use_neighbors": False,
+        "ddim_steps": 50,
+        "seed": 42,
+        "plms": False,
+    }
     assert {name: opt[name] for name in published} == published
     opt = vars(train_searcher.parser().parse_args([]))
-    published = {"database": "data/rdm/retrieval_databases/openimages", "target_path": "data/rdm/searchers/openimages", "knn": 20}
+    published = {
+        "database": "data/rdm/retrieval_databases/openimages",
+        "target_path": "data/rdm/searchers/openimages",
+        "knn": 20,
+    }
     assert {name: opt[name] for name in published} == published
 
 
@@ -104,11 +141,24 @@ def test_neighbors_of_a_searcher_that_was_saved_or_made_on_the_spot_lead_to_the_
     a, b, c = (pixels(tmp_path / name) for name in "abc")
     assert a.shape == (2, 16, 16, 3) and np.array_equal(a, b) and not np.array_equal(a, c)
     info = read_info(tmp_path / "b" / "samples" / "00001.png")
-    said = {"task": "knn2img", "database": str(database), "knn": 4, "n_repeat": 2, "clip": "ViT-L/14", "scale": 5.0, "image_index": 1}
+    said = {
+        "task": "knn2img",
+        "database": str(database),
+        "knn": 4,
+        "n_repeat": 2,
+        "clip": "ViT-L/14",
+        "scale": 5.0,
+        "image_index": 1,
+    }
     assert {key: info[key] for key in said} == said
     assert read_info(tmp_path / "c" / "samples" / "00000.png")["database"] is None
     for before, drawn in (("b", b), ("c", c)):
-        again = ["--from-metadata", str(tmp_path / before / "samples" / "00001.png"), "--outdir", str(tmp_path / f"{before}2")]
+        again = [
+            "--from-metadata",
+            str(tmp_path / before / "samples" / "00001.png"),
+            "--outdir",
+            str(tmp_path / f"{before}2"),
+        ]
         assert run(knn2img.main, again) == 0
         assert np.array_equal(pixels(tmp_path / f"{before}2"), drawn[1:])
 
@@ -119,7 +169,9 @@ def test_pictures_are_those_of_the_context_alone(saved, clip_weights, database, 
     from ldm.models.diffusion.ddpm import LatentDiffusion
 
     seen, inner = [], LatentDiffusion.apply_model
-    monkeypatch.setattr(LatentDiffusion, "apply_model", lambda self, x, t, cond=None: (seen.append(cond), inner(self, x, t, cond))[1])
+    monkeypatch.setattr(
+        LatentDiffusion, "apply_model", lambda self, x, t, cond=None: (seen.append(cond), inner(self, x, t, cond))[1]
+    )
     command = ["--database", str(database), "--use_neighbors", "--knn", "3", "--n_repeat", "2", "--plms"]
     assert run(knn2img.main, arguments(saved, clip_weights, tmp_path / "out", *command, "--prompt", "a cat")) == 0
     clip = modules.FrozenCLIPTextEmbedder(weights=str(clip_weights))
@@ -130,7 +182,7 @@ def test_pictures_are_those_of_the_context_alone(saved, clip_weights, database, 
     assert torch.allclose(cond[:, :2], text.repeat(1, 2, 1), atol=1e-6)
     stored = Database(database)
     everything = stored.embedding(np.arange(60))
-    everything /= np.linalg.norm(everything, axis=1, keepdims=True)         # as published
+    everything /= np.linalg.norm(everything, axis=1, keepdims=True)  # as published
     order = np.argsort(-(everything @ text[0, 0].numpy()))[:3]
     assert np.allclose(cond[1, 2:].numpy(), everything[order], atol=1e-6)
 
@@ -142,7 +194,18 @@ def test_a_database_is_made_of_pictures_and_drawn_with(saved, clip_weights, tmp_
         picture = np.random.default_rng(k).integers(0, 256, (20, 30, 3), dtype=np.uint8)
         Image.fromarray(picture).save(tmp_path / "in" / f"{k}.png")
     made, index = tmp_path / "made", tmp_path / "index"
-    flags = ["-d", str(made), "-t", str(index), "--images", str(tmp_path / "in"), "--clip_weights", str(clip_weights), "--device", "cpu"]
+    flags = [
+        "-d",
+        str(made),
+        "-t",
+        str(index),
+        "--images",
+        str(tmp_path / "in"),
+        "--clip_weights",
+        str(clip_weights),
+        "--device",
+        "cpu",
+    ]
     assert run(train_searcher.main, flags) == 0
     assert len(Database(made)) == 5
     command = ["--database", str(made), "--searcher", str(index), "--use_neighbors", "--knn", "5", "--scale", "1"]
@@ -168,10 +231,14 @@ def test_what_is_wrong_is_said_in_one_line(saved, clip_weights, database, tmp_pa
     assert not (tmp_path / "out").exists()
 
 
-def test_a_clip_of_another_width_is_refused_before_the_model_is_loaded(saved, clip_weights, tmp_path, monkeypatch, capsys):
+def test_a_clip_of_another_width_is_refused_before_the_model_is_loaded(
+    saved, clip_weights, tmp_path, monkeypatch, capsys
+):
     wide = {**CLIP, "embed_dim": 32}
     monkeypatch.setattr(modules, "FrozenCLIPTextEmbedder", partial(FrozenCLIPTextEmbedder, clip_config=wide))
-    assert "makes vectors of 32 numbers, and this model takes 16" in refused(knn2img.main, arguments(saved, clip_weights, tmp_path), capsys)
+    assert "makes vectors of 32 numbers, and this model takes 16" in refused(
+        knn2img.main, arguments(saved, clip_weights, tmp_path), capsys
+    )
 
 
 @pytest.mark.parametrize("name, says", [("knn2img", "--use_neighbors"), ("train_searcher", "--target_path")])

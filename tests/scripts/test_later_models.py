@@ -58,22 +58,42 @@ def command(model: SavedModel, *flags: str) -> list[str]:
 
 @pytest.mark.parametrize("kind", ["v2", "v2-v"])
 def test_a_prompt_draws_what_the_model_itself_draws_and_the_negative_one_counts(saved, pipelines, kind):
-    model, settings = saved[kind].model, {"steps": 3, "height": 16, "width": 24, "n_samples": 1, "n_iter": 1, "scale": 5.0, "seed": 7}
+    model, settings = (
+        saved[kind].model,
+        {"steps": 3, "height": 16, "width": 24, "n_samples": 1, "n_iter": 1, "scale": 5.0, "seed": 7},
+    )
     torch.manual_seed(7)
     with torch.no_grad():
         cond, uncond = model.get_learned_conditioning(["a horse"]), model.get_learned_conditioning(["rain"])
         guided = {"unconditional_guidance_scale": 5.0, "unconditional_conditioning": uncond, "verbose": False}
-        expected = from_tensor(model.decode_first_stage(DDIMSampler(model).sample(3, 1, (4, 4, 6), cond, **guided).samples)[0])
+        expected = from_tensor(
+            model.decode_first_stage(DDIMSampler(model).sample(3, 1, (4, 4, 6), cond, **guided).samples)[0]
+        )
 
     def draw(**changes) -> np.ndarray:
-        return pixels(next(text_to_image(pipelines[kind], "a horse", Settings(**{**settings, **changes}), progress=False)).image)
+        return pixels(
+            next(text_to_image(pipelines[kind], "a horse", Settings(**{**settings, **changes}), progress=False)).image
+        )
 
     assert np.abs(draw(negative_prompt="rain") - pixels(expected)).max() <= 1
     assert np.abs(draw() - pixels(expected)).max() > 1
 
 
 def test_a_prompt_is_drawn_by_the_script(saved, tmp_path):
-    flags = ["--prompt", "a horse", "--negative_prompt", "rain", "--ddim_steps", "2", "--H", "16", "--W", "16", "--n_samples", "1"]
+    flags = [
+        "--prompt",
+        "a horse",
+        "--negative_prompt",
+        "rain",
+        "--ddim_steps",
+        "2",
+        "--H",
+        "16",
+        "--W",
+        "16",
+        "--n_samples",
+        "1",
+    ]
     assert run(txt2img.main, command(saved["v2-v"], *flags, "--n_iter", "1", "--outdir", str(tmp_path))) == 0
     assert read_info(next((tmp_path / "samples").iterdir()))["prompt"] == "a horse"
 
@@ -82,11 +102,15 @@ def test_emphasis_and_long_prompts_are_read_as_this_encoder_reads_prompts(pipeli
     encoder = pipelines["v2"].model.cond_stage_model
     with torch.no_grad():
         plain, long = encoder.encode(["a horse"]), PromptEncoder(encoder, emphasis=True, long_prompts=True)
-        assert torch.allclose(long(["a horse"], 1), plain, atol=1e-6) and not torch.allclose(long(["a (horse:1.5)"], 1), plain, atol=1e-3)
+        assert torch.allclose(long(["a horse"], 1), plain, atol=1e-6) and not torch.allclose(
+            long(["a (horse:1.5)"], 1), plain, atol=1e-3
+        )
         assert torch.allclose(long(["a horse"], 2), torch.cat([plain, encoder.encode([""])], dim=1), atol=1e-6)
 
 
-@pytest.mark.parametrize("kind, script", [("sd-fill", "inpaint.py"), ("depth", r"img2img.py with --depth"), ("x4", "upscale.py")])
+@pytest.mark.parametrize(
+    "kind, script", [("sd-fill", "inpaint.py"), ("depth", r"img2img.py with --depth"), ("x4", "upscale.py")]
+)
 def test_a_model_that_sees_more_than_a_prompt_is_sent_to_its_script(saved, tmp_path, capsys, kind, script):
     assert script in refused(txt2img.main, command(saved[kind], "--outdir", str(tmp_path)), capsys)
 
@@ -102,7 +126,10 @@ def test_a_hole_is_filled_after_a_prompt_as_the_network_was_trained(saved, pipel
         white = (as_batch(mask)[:, :1] > 0).float()
         latent = model.get_first_stage_encoding(model.encode_first_stage(as_batch(image) * (white < 0.5)))
         beside = [torch.cat([torch.nn.functional.interpolate(white, size=(4, 6)), latent], dim=1)]
-        cond, uncond = ({"c_concat": beside, "c_crossattn": [model.get_learned_conditioning([text])]} for text in ("a bench", "rain"))
+        cond, uncond = (
+            {"c_concat": beside, "c_crossattn": [model.get_learned_conditioning([text])]}
+            for text in ("a bench", "rain")
+        )
         guided = {"unconditional_guidance_scale": 4.0, "unconditional_conditioning": uncond, "verbose": False}
         x = model.decode_first_stage(DDIMSampler(model).sample(3, 1, (4, 4, 6), cond, **guided).samples)
     expected = np.where(pixels(mask)[..., None] > 0, pixels(from_tensor(x[0])), pixels(image))
@@ -113,9 +140,13 @@ def test_a_hole_is_filled_after_a_prompt_as_the_network_was_trained(saved, pipel
 
 def test_feathering_fades_in_from_the_edge_and_leaves_every_other_pixel_alone(pipelines):
     image, mask = picture(29, 21), hole(29, 21)
-    hard, soft = (fill(pipelines["sd-fill"], image, mask, FillSettings(steps=1, feather=f), progress=False).image for f in (0, 3))
+    hard, soft = (
+        fill(pipelines["sd-fill"], image, mask, FillSettings(steps=1, feather=f), progress=False).image for f in (0, 3)
+    )
     alpha = pixels(feathered(mask, 3))
-    assert np.array_equal(pixels(soft)[alpha == 0], pixels(image)[alpha == 0]) and np.array_equal(alpha == 0, pixels(mask) == 0)
+    assert np.array_equal(pixels(soft)[alpha == 0], pixels(image)[alpha == 0]) and np.array_equal(
+        alpha == 0, pixels(mask) == 0
+    )
     assert np.array_equal(pixels(soft)[alpha == 255], pixels(hard)[alpha == 255]) and (alpha == 255).any()
     blend = (pixels(image) * (255 - alpha[..., None]) + pixels(hard) * alpha[..., None]) / 255
     assert np.abs(pixels(soft) - blend).max() <= 1
@@ -142,7 +173,9 @@ def test_one_pair_is_filled_by_the_script(saved, tmp_path, capsys):
     expected = {"prompt": "a bench", "sampler": "euler", "feather": 2, "scale": 7.5, "mask": str(tmp_path / "m.png")}
     assert {key: info[key] for key in expected} == expected
     capsys.readouterr()
-    assert "--indir with --init-img" in refused(inpaint.main, command(saved["sd-fill"], *pair, "--indir", str(tmp_path)), capsys)
+    assert "--indir with --init-img" in refused(
+        inpaint.main, command(saved["sd-fill"], *pair, "--indir", str(tmp_path)), capsys
+    )
     assert "--mask: give both" in refused(inpaint.main, command(saved["sd-fill"], *pair[:2], *pair[4:]), capsys)
     assert "--feather -1" in refused(inpaint.main, command(saved["sd-fill"], *pair, "--feather", "-1"), capsys)
 
@@ -153,7 +186,9 @@ def test_what_leads_no_model_is_refused(tmp_path, capsys):
     hole().save(tmp_path / "m.png")
     pair = ["--init-img", str(tmp_path / "a.png"), "--mask", str(tmp_path / "m.png"), "--outdir", str(tmp_path / "out")]
     for flag, value in (("--prompt", "a bench"), ("--negative_prompt", "rain"), ("--scale", "3")):
-        assert f"{flag}: no prompt leads this model" in refused(inpaint.main, command(without, *pair, flag, value), capsys)
+        assert f"{flag}: no prompt leads this model" in refused(
+            inpaint.main, command(without, *pair, flag, value), capsys
+        )
 
 
 # --------------------------------------------------------------------------------------------------------------- depth
@@ -164,11 +199,17 @@ def test_a_picture_is_drawn_anew_in_the_depth_of_a_map(saved, pipelines, tmp_pat
     Image.fromarray(ramp).save(tmp_path / "d.png")
     depth = load_depth(tmp_path / "d.png")
     assert depth.dtype == np.float32 and np.array_equal(depth, ramp)
-    pipeline, settings = pipelines["depth"], ImageSettings(steps=4, height=16, width=24, n_samples=2, strength=1.0, scale=3.0)
+    pipeline, settings = (
+        pipelines["depth"],
+        ImageSettings(steps=4, height=16, width=24, n_samples=2, strength=1.0, scale=3.0),
+    )
 
     def draw(of: np.ndarray) -> list[np.ndarray]:
         parts = depth_parts(pipeline, (4, 6), picture(), of)
-        return [pixels(drawn.image) for drawn in image_to_image(pipeline, picture(), "a horse", settings, progress=False, beside=parts)]
+        return [
+            pixels(drawn.image)
+            for drawn in image_to_image(pipeline, picture(), "a horse", settings, progress=False, beside=parts)
+        ]
 
     (first, second), (turned, _) = draw(depth), draw(depth[:, ::-1].copy())
     assert first.shape == (16, 24, 3) and np.abs(first - second).max() > 1 and np.abs(first - turned).max() > 1
@@ -178,7 +219,16 @@ def test_a_picture_is_drawn_anew_in_the_depth_of_a_map(saved, pipelines, tmp_pat
 def test_depth_is_a_flag_of_img2img(saved, tmp_path, capsys):
     picture().save(tmp_path / "a.png")
     picture(seed=1).convert("L").save(tmp_path / "d.png")
-    flags = ["--init-img", str(tmp_path / "a.png"), "--ddim_steps", "2", "--n_samples", "1", "--outdir", str(tmp_path / "out")]
+    flags = [
+        "--init-img",
+        str(tmp_path / "a.png"),
+        "--ddim_steps",
+        "2",
+        "--n_samples",
+        "1",
+        "--outdir",
+        str(tmp_path / "out"),
+    ]
     assert run(img2img.main, command(saved["depth"], *flags, "--depth", str(tmp_path / "d.png"))) == 0
     first = tmp_path / "out" / "samples" / "00000.png"
     assert read_info(first)["depth"] == str(tmp_path / "d.png")
@@ -187,8 +237,12 @@ def test_depth_is_a_flag_of_img2img(saved, tmp_path, capsys):
     assert np.array_equal(pixels(Image.open(tmp_path / "again" / "samples" / "00000.png")), pixels(Image.open(first)))
     capsys.readouterr()
     assert "--depth" in refused(img2img.main, command(saved["depth"], *flags), capsys)
-    assert "sees no depth map" in refused(img2img.main, command(saved["v2"], *flags, "--depth", str(tmp_path / "d.png")), capsys)
-    assert "nowhere.png: no such file" in refused(img2img.main, command(saved["depth"], *flags, "--depth", "nowhere.png"), capsys)
+    assert "sees no depth map" in refused(
+        img2img.main, command(saved["v2"], *flags, "--depth", str(tmp_path / "d.png")), capsys
+    )
+    assert "nowhere.png: no such file" in refused(
+        img2img.main, command(saved["depth"], *flags, "--depth", "nowhere.png"), capsys
+    )
     (tmp_path / "empty").mkdir()
     empty = command(saved["depth"], *flags, "--depth", str(tmp_path / "empty"))
     assert "empty: holds no config.json; give a depth map" in refused(img2img.main, empty, capsys)
@@ -205,7 +259,9 @@ def test_a_small_picture_is_enlarged_after_a_prompt_with_the_noise_that_is_told(
         texts = (model.get_learned_conditioning([text]) for text in ("a cat", "rain"))
         cond, uncond = ({"c_concat": [noised], "c_crossattn": [text], "c_adm": level} for text in texts)
         guided = {"unconditional_guidance_scale": 4.0, "unconditional_conditioning": uncond, "verbose": False}
-        expected = from_tensor(model.decode_first_stage(DDIMSampler(model).sample(3, 1, (4, 4, 6), cond, **guided).samples)[0])
+        expected = from_tensor(
+            model.decode_first_stage(DDIMSampler(model).sample(3, 1, (4, 4, 6), cond, **guided).samples)[0]
+        )
     settings = UpscaleSettings(steps=3, seed=7, prompt="a cat", negative_prompt="rain", scale=4.0, noise_level=30)
     result = enlarge(pipelines["x4"], picture(6, 4), settings, progress=False)
     assert result.image.size == (24, 16) and np.abs(pixels(result.image) - pixels(expected)).max() <= 1
@@ -218,9 +274,17 @@ def test_a_small_picture_is_enlarged_by_the_script(saved, tmp_path, capsys):
     flags = ["--init-img", str(tmp_path / "a.png"), "--outdir", str(tmp_path / "out"), "--steps", "2"]
     assert run(upscale.main, command(saved["x4"], *flags, "--prompt", "a cat", "--noise_level", "5")) == 0
     info = read_info(tmp_path / "out" / "a.png")
-    assert (info["noise_level"], info["scale"], info["eta"], info["prompt"], info["width"]) == (5, 9.0, 0.0, "a cat", 24)
+    assert (info["noise_level"], info["scale"], info["eta"], info["prompt"], info["width"]) == (
+        5,
+        9.0,
+        0.0,
+        "a cat",
+        24,
+    )
     capsys.readouterr()
     too_much = command(saved["x4"], *flags, "--noise_level", "351")
     assert "--noise_level 351: choose 0 (none) to 350" in refused(upscale.main, too_much, capsys)
     plain = save_model(tmp_path, "enlarge")
-    assert "--noise_level: this model knows no noise" in refused(upscale.main, command(plain, *flags, "--noise_level", "5"), capsys)
+    assert "--noise_level: this model knows no noise" in refused(
+        upscale.main, command(plain, *flags, "--noise_level", "5"), capsys
+    )

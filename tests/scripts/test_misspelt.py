@@ -8,7 +8,9 @@ import pytest
 from ldm.commandline import EXIT_USAGE, ROOT
 from ldm.training.flags import UsageError, parse
 
-SCRIPTS = sorted(path.stem for path in Path(ROOT / "scripts").glob("*.py") if "def parser()" in path.read_text(encoding="utf-8"))
+SCRIPTS = sorted(
+    path.stem for path in Path(ROOT / "scripts").glob("*.py") if "def parser()" in path.read_text(encoding="utf-8")
+)
 
 
 def misspelt(flag: str) -> list[str]:

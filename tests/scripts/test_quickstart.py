@@ -27,7 +27,9 @@ def test_prompts_ask_for_every_digit_in_many_phrasings():
 def test_configs_agree_on_the_first_stage_and_train_without_downloads():
     from omegaconf import OmegaConf
 
-    autoencoder, text2image = (OmegaConf.load(quickstart.ROOT / path) for path in (quickstart.AUTOENCODER, quickstart.TEXT2IMAGE))
+    autoencoder, text2image = (
+        OmegaConf.load(quickstart.ROOT / path) for path in (quickstart.AUTOENCODER, quickstart.TEXT2IMAGE)
+    )
     first_stage = text2image.model.params.first_stage_config
     assert first_stage.target == autoencoder.model.target
     for key in ("ddconfig", "embed_dim"):
@@ -56,7 +58,10 @@ def test_a_stage_prints_a_command_that_can_be_repeated_and_gives_its_seconds(cap
     monkeypatch.chdir(tmp_path)
     assert quickstart.stage("greet", ["hello.py", "--prompt", "a handwritten seven"]) > 0
     out = capfd.readouterr().out
-    assert "=== greet\n$ python hello.py --prompt 'a handwritten seven'\n" in out and "['--prompt', 'a handwritten seven']" in out
+    assert (
+        "=== greet\n$ python hello.py --prompt 'a handwritten seven'\n" in out
+        and "['--prompt', 'a handwritten seven']" in out
+    )
 
 
 def test_a_failing_stage_ends_the_quickstart_with_its_exit_code(capfd, tmp_path, monkeypatch):
@@ -82,7 +87,11 @@ def test_fast_training_asks_main_for_a_twentieth_of_the_steps(tmp_path, monkeypa
         folder = quickstart.train(quickstart.AUTOENCODER, tmp_path, 7, fast, stages, "a.b=c")
     assert folder.name.startswith("2026-01-02"), "the newest run counts"
     full, fast = commands
-    assert full[:4] == ["main.py", "--base", quickstart.AUTOENCODER, "-t"] and full[-1] == "a.b=c" and "--max_steps" not in full
+    assert (
+        full[:4] == ["main.py", "--base", quickstart.AUTOENCODER, "-t"]
+        and full[-1] == "a.b=c"
+        and "--max_steps" not in full
+    )
     steps = quickstart_steps()
     assert fast[fast.index("--max_steps") + 1] == str(steps // 20)
     assert [name for name, _, _ in stages] == ["training, autoencoder"] * 2
@@ -104,11 +113,19 @@ def test_the_sheet_shows_every_digit_once_under_its_prompt():
 
 def test_the_sheet_is_written_as_every_drawn_picture_is_and_replaces_none(tmp_path):
     drawn = Output(tmp_path / "drawn")
-    files = [drawn.save_sample(Picture(Image.new("RGB", (8, 8)), {"prompt": word, "seed": 23})) for word in ("one", "two")]
+    files = [
+        drawn.save_sample(Picture(Image.new("RGB", (8, 8)), {"prompt": word, "seed": 23})) for word in ("one", "two")
+    ]
     sheet = Image.new("RGB", (300, 300), (90, 120, 90))
     assert [quickstart.save_sheet(tmp_path, sheet, files).name for _ in range(2)] == ["grid.png", "grid-1.png"]
     info = read_info(tmp_path / "grid.png")
-    expected = {"task": "quickstart", "seed": 23, "safety": "off", "flagged": None, "watermark": "StableDiffusionV1, dwtDct, 136 bits"}
+    expected = {
+        "task": "quickstart",
+        "seed": 23,
+        "safety": "off",
+        "flagged": None,
+        "watermark": "StableDiffusionV1, dwtDct, 136 bits",
+    }
     assert {key: info.get(key) for key in [*expected, "prompt"]} == {**expected, "prompt": None}
 
 

@@ -13,7 +13,13 @@ from tests.scripts.refusals import refused
 from tests.tiny import SavedModel, save_model
 
 EVERYTHING, NOTHING = -2.0, 2.0  # thresholds of a cosine
-KIND_OF = {"txt2img": "text", "img2img": "text", "inpaint": "fill", "upscale": "enlarge", "sample_diffusion": "unconditional"}
+KIND_OF = {
+    "txt2img": "text",
+    "img2img": "text",
+    "inpaint": "fill",
+    "upscale": "enlarge",
+    "sample_diffusion": "unconditional",
+}
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +33,10 @@ def checkers(tmp_path_factory):
 def models(tmp_path_factory) -> dict[str, SavedModel]:
     """A model for each script; config.yaml, so that sample_diffusion finds it."""
     saved = {kind: save_model(tmp_path_factory.mktemp(kind), kind, timesteps=20) for kind in set(KIND_OF.values())}
-    return {kind: model._replace(config=model.config.rename(model.config.with_name("config.yaml"))) for kind, model in saved.items()}
+    return {
+        kind: model._replace(config=model.config.rename(model.config.with_name("config.yaml")))
+        for kind, model in saved.items()
+    }
 
 
 def command(script: str, models, folder, *flags: str) -> list[str]:
@@ -58,7 +67,13 @@ def written(folder) -> dict[str, np.ndarray]:
 
 @pytest.mark.parametrize("script", KIND_OF)
 def test_on_writes_black_pictures_in_the_place_of_flagged_ones(models, checkers, tmp_path, script):
-    assert run(main_of(script), command(script, models, tmp_path, "--safety", "on", "--safety_checker", str(checkers[True]))) == 0
+    assert (
+        run(
+            main_of(script),
+            command(script, models, tmp_path, "--safety", "on", "--safety_checker", str(checkers[True])),
+        )
+        == 0
+    )
     pictures = written(tmp_path)
     assert pictures and not any(pixels.any() for pixels in pictures.values())
     for array in (tmp_path / "out").rglob("*.npz"):
@@ -85,7 +100,7 @@ def test_report_and_what_is_not_flagged_change_no_pixel(models, checkers, tmp_pa
 
 
 def seed_of(script: str) -> list[str]:
-    return ["--seed", "3"] if script == "sample_diffusion" else []          # its default is another one every time
+    return ["--seed", "3"] if script == "sample_diffusion" else []  # its default is another one every time
 
 
 def test_a_grid_is_made_of_checked_pictures_and_is_not_checked_itself(models, checkers, tmp_path, monkeypatch):
@@ -94,17 +109,28 @@ def test_a_grid_is_made_of_checked_pictures_and_is_not_checked_itself(models, ch
 
     seen = []
     monkeypatch.setattr(SafetyChecker, "flags", lambda self, image: bool(seen.append(image.size) or len(seen) > 2))
-    flags = ["--safety", "on", "--safety_checker", str(checkers[False])]    # the first look is the checker's own, when it is made
+    flags = [
+        "--safety",
+        "on",
+        "--safety_checker",
+        str(checkers[False]),
+    ]  # the first look is the checker's own, when it is made
     assert run(main_of("txt2img"), command("txt2img", models, tmp_path, *flags)) == 0
     pictures = written(tmp_path)
     grid = pictures["grid-0000.png"]
-    assert np.array_equal(grid[2:18, 2:18], pictures["00000.png"]) and not grid[:, 19:].any() and pictures["00000.png"].any()
+    assert (
+        np.array_equal(grid[2:18, 2:18], pictures["00000.png"])
+        and not grid[:, 19:].any()
+        and pictures["00000.png"].any()
+    )
     info = read_info(tmp_path / "out" / "grid-0000.png")
     assert (info["safety"], info["flagged"], len(seen)) == ("on", True, 3)
 
 
 @pytest.mark.parametrize("script", [*KIND_OF, "knn2img"])
-def test_a_checker_that_cannot_run_stops_every_script_before_it_loads_anything(models, tmp_path, script, capsys, monkeypatch):
+def test_a_checker_that_cannot_run_stops_every_script_before_it_loads_anything(
+    models, tmp_path, script, capsys, monkeypatch
+):
     module = importlib.import_module(f"scripts.{script}")
     monkeypatch.setattr(module, "load_model", None)
     if script == "knn2img":
@@ -132,9 +158,17 @@ def test_the_configs_word_is_the_default(models, checkers, tmp_path, capsys):
     assert "--safety_checker x with --safety off: nothing is checked" in refused(main_of("txt2img"), words, capsys)
 
 
-@pytest.mark.parametrize("method, text", [(None, "dwtDct, 136 bits"), ("dwtDctSvd", "dwtDctSvd, 136 bits"), ("off", None)])
+@pytest.mark.parametrize(
+    "method, text", [(None, "dwtDct, 136 bits"), ("dwtDctSvd", "dwtDctSvd, 136 bits"), ("off", None)]
+)
 def test_samples_and_grids_carry_the_watermark_that_is_asked_for(models, tmp_path, method, text, monkeypatch):
-    monkeypatch.setattr("ldm.watermark.MIN_PIXELS", 0)                      # the pictures are tiny, and hold a part of it
-    assert run(main_of("txt2img"), command("txt2img", models, tmp_path, *([] if method is None else ["--watermark", method]))) == 0
+    monkeypatch.setattr("ldm.watermark.MIN_PIXELS", 0)  # the pictures are tiny, and hold a part of it
+    assert (
+        run(
+            main_of("txt2img"),
+            command("txt2img", models, tmp_path, *([] if method is None else ["--watermark", method])),
+        )
+        == 0
+    )
     for path in (tmp_path / "out").rglob("*.png"):
         assert read_info(path)["watermark"] == (text and f"StableDiffusionV1, {text}")

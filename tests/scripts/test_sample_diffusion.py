@@ -27,7 +27,9 @@ def released(tmp_path_factory) -> SavedModel:
     """An unconditional model laid out as the released ones: model.ckpt beside config.yaml."""
     folder = tmp_path_factory.mktemp("celeba256")
     saved = save_model(folder, "unconditional", timesteps=20)
-    return saved._replace(config=saved.config.rename(folder / "config.yaml"), ckpt=saved.ckpt.rename(folder / "model.ckpt"))
+    return saved._replace(
+        config=saved.config.rename(folder / "config.yaml"), ckpt=saved.ckpt.rename(folder / "model.ckpt")
+    )
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +44,22 @@ def classes(tmp_path_factory) -> SavedModel:
 
 
 def arguments(resume, logdir, *flags: str) -> list[str]:
-    common = ["--device", "cpu", "--precision", "full", "-r", str(resume), "-l", str(logdir), "-c", "2", "--batch_size", "2", "--seed", "1"]
+    common = [
+        "--device",
+        "cpu",
+        "--precision",
+        "full",
+        "-r",
+        str(resume),
+        "-l",
+        str(logdir),
+        "-c",
+        "2",
+        "--batch_size",
+        "2",
+        "--seed",
+        "1",
+    ]
     return [*common, *flags]
 
 
@@ -59,9 +76,15 @@ def test_exactly_so_many_samples_as_asked_for_in_the_published_places(released, 
     files, arrays, name = result(tmp_path)
     assert [path.name for path in files] == [f"sample_{k:06}.png" for k in range(n_samples)]
     where = files[0].relative_to(tmp_path).as_posix()
-    assert re.fullmatch(re.escape(released.ckpt.parent.name) + r"/samples/00000007/\d{4}(-\d\d){5}/img/sample_000000.png", where)
-    assert name == f"{n_samples}x32x32x3-samples.npz" and list(arrays) == ["arr_0"] and arrays["arr_0"].dtype == np.uint8
-    assert all(np.array_equal(np.asarray(Image.open(path)), array) for path, array in zip(files, arrays["arr_0"], strict=True))
+    assert re.fullmatch(
+        re.escape(released.ckpt.parent.name) + r"/samples/00000007/\d{4}(-\d\d){5}/img/sample_000000.png", where
+    )
+    assert (
+        name == f"{n_samples}x32x32x3-samples.npz" and list(arrays) == ["arr_0"] and arrays["arr_0"].dtype == np.uint8
+    )
+    assert all(
+        np.array_equal(np.asarray(Image.open(path)), array) for path, array in zip(files, arrays["arr_0"], strict=True)
+    )
     assert name in capsys.readouterr().out
 
 
@@ -97,7 +120,9 @@ def test_any_sampler_draws_with_a_stream_of_noise_for_each_sample(released, tmp_
     assert {key: info[key] for key in said} == said
 
 
-def test_without_a_logdir_samples_go_into_the_runs_folder_and_two_runs_of_a_second_stay_apart(released, tmp_path, monkeypatch):
+def test_without_a_logdir_samples_go_into_the_runs_folder_and_two_runs_of_a_second_stay_apart(
+    released, tmp_path, monkeypatch
+):
     monkeypatch.setattr("time.strftime", lambda form: "2026-01-01-00-00-00")
     shutil.copytree(released.ckpt.parent, tmp_path / "run")
     for _ in range(2):
@@ -121,7 +146,15 @@ def test_classes_are_drawn_in_turn_and_told_in_array_and_metadata(classes, tmp_p
     files, arrays, _ = result(tmp_path)
     assert arrays["arr_1"].tolist() == [3, 0, 1, 3, 0] == [read_info(path)["class"] for path in files]
     info = read_info(files[0])
-    expected = {"task": "sample_diffusion", "steps": 2, "eta": 1.0, "seed": 1, "n_samples": 5, "batch_size": 2, "scale": 1.0}
+    expected = {
+        "task": "sample_diffusion",
+        "steps": 2,
+        "eta": 1.0,
+        "seed": 1,
+        "n_samples": 5,
+        "batch_size": 2,
+        "scale": 1.0,
+    }
     assert {key: info[key] for key in expected} == expected and info["config"] == str(classes.config)
     assert info["config_fingerprint"] == fingerprint(classes.config)
 
@@ -141,17 +174,24 @@ def test_the_class_and_guidance_matter(classes, tmp_path):
     base = draw()
     assert not np.array_equal(base, draw(classes=(2,))) and not np.array_equal(base, draw(scale=4.0))
     guided = draw(scale=4.0)
-    assert np.array_equal(guided, draw(scale=4.0, null_class=5)) and not np.array_equal(guided, draw(scale=4.0, null_class=0))
+    assert np.array_equal(guided, draw(scale=4.0, null_class=5)) and not np.array_equal(
+        guided, draw(scale=4.0, null_class=0)
+    )
     assert not np.array_equal(draw(vanilla=True), draw(vanilla=True, scale=4.0))
 
 
 @pytest.mark.parametrize("flags", [["-c", "3"], ["-v"]])
 def test_a_model_of_pixels_draws_too(tmp_path, flags):
     params = {"unet_config": KINDS["unconditional"]["unet_config"], "channels": 3, "image_size": 8, "timesteps": 10}
-    params["unet_config"] = {**params["unet_config"], "params": {**params["unet_config"]["params"], "in_channels": 3, "out_channels": 3}}
+    params["unet_config"] = {
+        **params["unet_config"],
+        "params": {**params["unet_config"]["params"], "in_channels": 3, "out_channels": 3},
+    }
     config = OmegaConf.create({"model": {"target": "ldm.models.diffusion.ddpm.DDPM", "params": params}})
     OmegaConf.save(config, tmp_path / "config.yaml")
-    torch.save({"state_dict": seed_weights(instantiate_from_config(config["model"])).state_dict()}, tmp_path / "model.ckpt")
+    torch.save(
+        {"state_dict": seed_weights(instantiate_from_config(config["model"])).state_dict()}, tmp_path / "model.ckpt"
+    )
     assert run(main, arguments(tmp_path, tmp_path / "out", "-n", "3", *flags)) == 0
     assert result(tmp_path / "out")[2] == "3x8x8x3-samples.npz"
 
@@ -208,7 +248,11 @@ def test_a_mistake_is_one_line_before_the_model_is_loaded(released, tmp_path, fl
 
 @pytest.mark.parametrize(
     "flags, words",
-    [(["--classes", "6"], "class 6: this model knows 0 to 5"), (["--null_class", "9"], "class 9"), (["--scale", "nan"], "--scale nan")],
+    [
+        (["--classes", "6"], "class 6: this model knows 0 to 5"),
+        (["--null_class", "9"], "class 9"),
+        (["--scale", "nan"], "--scale nan"),
+    ],
 )
 def test_classes_that_the_model_does_not_know_are_refused(classes, tmp_path, flags, words, capsys):
     assert words in refused(main, arguments(classes.ckpt, tmp_path / "out", *flags), capsys)

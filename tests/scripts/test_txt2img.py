@@ -20,7 +20,18 @@ FACTS = model_facts(read_config(ROOT / "configs" / "stable-diffusion" / "v1-infe
 
 def arguments(saved: SavedModel, outdir, *flags: str) -> list[str]:
     """A quick command line; later flags win."""
-    model = ["--config", str(saved.config), "--ckpt", str(saved.ckpt), "--outdir", str(outdir), "--device", "cpu", "--precision", "full"]
+    model = [
+        "--config",
+        str(saved.config),
+        "--ckpt",
+        str(saved.ckpt),
+        "--outdir",
+        str(outdir),
+        "--device",
+        "cpu",
+        "--precision",
+        "full",
+    ]
     return [*model, "--H", "16", "--W", "16", "--ddim_steps", "2", "--n_samples", "2", "--n_iter", "1", *flags]
 
 
@@ -44,7 +55,16 @@ def test_flags_have_the_published_defaults():
     opt = vars(parser().parse_args([]))
     assert settings_of(parser().parse_args([])).checked(FACTS).eta == 0.0
     published = {"prompt": "a painting of a virus monster playing guitar", "ddim_steps": 50, "n_iter": 2}
-    published |= {"H": 512, "W": 512, "n_samples": 3, "n_rows": 0, "scale": 7.5, "seed": 42, "precision": "auto", "from_file": None}
+    published |= {
+        "H": 512,
+        "W": 512,
+        "n_samples": 3,
+        "n_rows": 0,
+        "scale": 7.5,
+        "seed": 42,
+        "precision": "auto",
+        "from_file": None,
+    }
     flags = ("plms", "dpm_solver", "laion400m", "fixed_code", "skip_grid", "skip_save")
     assert {name: opt[name] for name in published} == published and not any(opt[name] for name in flags)
 
@@ -69,7 +89,12 @@ def test_the_same_command_draws_the_same_pictures_under_new_numbers(saved, tmp_p
     assert np.array_equal(a, c) and np.array_equal(b, d) and (tmp_path / "grid-0001.png").exists()
     (tmp_path / "samples" / "00001.png").unlink()
     run(main, arguments(saved, tmp_path, "--seed", "4", "--n_samples", "1"))
-    assert sorted(p.name for p in (tmp_path / "samples").iterdir()) == ["00000.png", "00002.png", "00003.png", "00004.png"]
+    assert sorted(p.name for p in (tmp_path / "samples").iterdir()) == [
+        "00000.png",
+        "00002.png",
+        "00003.png",
+        "00004.png",
+    ]
 
 
 @pytest.mark.parametrize("n_prompts", [1, 2, 3, 4, 7])
@@ -97,11 +122,36 @@ def test_skipping_samples_or_grid(saved, tmp_path):
 
 
 def test_everything_that_was_asked_for_is_in_the_metadata(saved, tmp_path):
-    flags = ["--prompt", "a «cat»", "--negative_prompt", "blurry", "--seed", "9", "--ddim_eta", "0.5", "--scale", "3", "--fixed_code"]
+    flags = [
+        "--prompt",
+        "a «cat»",
+        "--negative_prompt",
+        "blurry",
+        "--seed",
+        "9",
+        "--ddim_eta",
+        "0.5",
+        "--scale",
+        "3",
+        "--fixed_code",
+    ]
     run(main, arguments(saved, tmp_path, *flags))
-    expected = {"prompt": "a «cat»", "negative_prompt": "blurry", "seed": 9, "eta": 0.5, "scale": 3.0, "steps": 2, "sampler": "ddim"}
+    expected = {
+        "prompt": "a «cat»",
+        "negative_prompt": "blurry",
+        "seed": 9,
+        "eta": 0.5,
+        "scale": 3.0,
+        "steps": 2,
+        "sampler": "ddim",
+    }
     expected |= {"height": 16, "width": 16, "channels": 4, "factor": 4, "n_samples": 2, "n_iter": 1, "fixed_code": True}
-    expected |= {"config": str(saved.config), "ckpt": str(saved.ckpt), "ckpt_bytes": saved.ckpt.stat().st_size, "use_ema": True}
+    expected |= {
+        "config": str(saved.config),
+        "ckpt": str(saved.ckpt),
+        "ckpt_bytes": saved.ckpt.stat().st_size,
+        "use_ema": True,
+    }
     expected |= {"device": "cpu", "precision": "full"}
     for k in range(2):
         info = read_info(tmp_path / "samples" / f"0000{k}.png")
@@ -112,7 +162,9 @@ def test_everything_that_was_asked_for_is_in_the_metadata(saved, tmp_path):
 
 def test_laion400m_changes_what_is_not_given(saved, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert "txt2img-1p4B-eval.yaml" in refused(["--laion400m", "--config", "configs/latent-diffusion/txt2img-1p4B-eval.yaml.no"], capsys)
+    assert "txt2img-1p4B-eval.yaml" in refused(
+        ["--laion400m", "--config", "configs/latent-diffusion/txt2img-1p4B-eval.yaml.no"], capsys
+    )
     config = ["--config", str(saved.config), "--H", "16", "--W", "16"]
     assert "models/ldm/text2img-large/model.ckpt" in refused(["--laion400m", *config], capsys)
     run(main, [*arguments(saved, tmp_path / "own", "--laion400m")])
@@ -162,7 +214,9 @@ def test_without_stable_diffusions_weights_the_defaults_say_where_to_get_them(tm
     shutil.copy(ROOT / "configs" / "stable-diffusion" / "v1-inference.yaml", config)
     monkeypatch.setattr("ldm.commandline.ROOT", tmp_path / "checkout")
     monkeypatch.chdir(tmp_path)
-    missing = "models/ldm/stable-diffusion-v1/model.ckpt: no such file; put sd-v1-4.ckpt of https://huggingface.co/CompVis"
+    missing = (
+        "models/ldm/stable-diffusion-v1/model.ckpt: no such file; put sd-v1-4.ckpt of https://huggingface.co/CompVis"
+    )
     assert missing in refused([], capsys)
 
 
@@ -183,7 +237,11 @@ def test_it_runs_from_any_folder_without_being_installed_and_its_help_is_quick(t
         "try: runpy.run_path(sys.orig_argv[-2], run_name='__main__')\n"
         "except SystemExit as stop: print('code', stop.code, [m for m in ('torch', 'omegaconf', 'numpy') if m in sys.modules])"
     )
-    shown = subprocess.run([sys.executable, "-I", "-c", code, str(SCRIPT), "--help"], cwd=tmp_path, capture_output=True, text=True)
+    shown = subprocess.run(
+        [sys.executable, "-I", "-c", code, str(SCRIPT), "--help"], cwd=tmp_path, capture_output=True, text=True
+    )
     assert "--from-file" in shown.stdout and shown.stdout.strip().endswith("code 0 []"), shown.stderr
-    wrong = subprocess.run([sys.executable, "-I", "-c", code, str(SCRIPT), "--H=100"], cwd=tmp_path, capture_output=True, text=True)
+    wrong = subprocess.run(
+        [sys.executable, "-I", "-c", code, str(SCRIPT), "--H=100"], cwd=tmp_path, capture_output=True, text=True
+    )
     assert "multiples of 64" in wrong.stderr and "code 2 ['omegaconf']" in wrong.stdout

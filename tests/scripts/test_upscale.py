@@ -39,7 +39,9 @@ def test_the_network_sees_the_small_picture_beside_a_latent_of_its_size(saved, p
     torch.manual_seed(7)
     small = torch.from_numpy(to_array(picture())).permute(2, 0, 1)[None]
     with torch.no_grad(), saved.model.ema_scope():
-        z, _ = DDIMSampler(saved.model).sample(S=3, batch_size=1, shape=(4, 4, 6), conditioning=small, eta=1.0, verbose=False)
+        z, _ = DDIMSampler(saved.model).sample(
+            S=3, batch_size=1, shape=(4, 4, 6), conditioning=small, eta=1.0, verbose=False
+        )
         expected = from_tensor(saved.model.decode_first_stage(z)[0])
     result = enlarge(pipeline, picture(), UpscaleSettings(steps=3, seed=7), progress=False).image
     assert result.size == (24, 16) and np.array_equal(np.asarray(result), np.asarray(expected))
@@ -53,11 +55,15 @@ def test_any_size_becomes_four_times_that(pipeline, width, height):
 
 def test_the_network_sees_no_more_than_a_tile_and_what_fits_is_drawn_in_one_piece(pipeline, monkeypatch):
     def draw(**changes) -> np.ndarray:
-        return np.asarray(enlarge(pipeline, picture(22, 13), UpscaleSettings(**{"steps": 2, **changes}), progress=False).image)
+        return np.asarray(
+            enlarge(pipeline, picture(22, 13), UpscaleSettings(**{"steps": 2, **changes}), progress=False).image
+        )
 
     whole, seen, apply_model = draw(tile=0), set(), pipeline.model.apply_model
     assert np.array_equal(draw(tile=22), whole) and whole.shape == (52, 88, 3)
-    monkeypatch.setattr(pipeline.model, "apply_model", lambda x, *rest: seen.add(tuple(x.shape[-2:])) or apply_model(x, *rest))
+    monkeypatch.setattr(
+        pipeline.model, "apply_model", lambda x, *rest: seen.add(tuple(x.shape[-2:])) or apply_model(x, *rest)
+    )
     tiled = draw(tile=8)
     assert seen == {(8, 8)} and tiled.shape == whole.shape and not np.array_equal(tiled, whole)
 
@@ -66,14 +72,27 @@ def test_a_picture_does_not_depend_on_those_before_it_and_none_is_overwritten(sa
     for k in range(2):
         picture(seed=k).save(tmp_path / f"{k}.png")
     command = arguments(saved, tmp_path / "0.png", tmp_path / "out")
-    command[command.index("--init-img") + 1 : command.index("--outdir")] = [str(tmp_path / "0.png"), str(tmp_path / "1.png")]
+    command[command.index("--init-img") + 1 : command.index("--outdir")] = [
+        str(tmp_path / "0.png"),
+        str(tmp_path / "1.png"),
+    ]
     assert run(main, command) == 0 and "2 pictures in" in capsys.readouterr().out
     assert run(main, arguments(saved, tmp_path / "1.png", tmp_path / "out")) == 0
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["0.png", "1-1.png", "1.png"]
     assert np.array_equal(*(np.asarray(Image.open(tmp_path / "out" / name)) for name in ("1.png", "1-1.png")))
     info = read_info(tmp_path / "out" / "1.png")
-    expected = {"task": "upscale", "steps": 3, "eta": 1.0, "seed": 42, "width": 24, "height": 16, "init_img": str(tmp_path / "1.png")}
-    assert {key: info[key] for key in expected} == expected and info["init_img_fingerprint"] == fingerprint(tmp_path / "1.png")
+    expected = {
+        "task": "upscale",
+        "steps": 3,
+        "eta": 1.0,
+        "seed": 42,
+        "width": 24,
+        "height": 16,
+        "init_img": str(tmp_path / "1.png"),
+    }
+    assert {key: info[key] for key in expected} == expected and info["init_img_fingerprint"] == fingerprint(
+        tmp_path / "1.png"
+    )
 
 
 def test_the_defaults_are_the_released_models():

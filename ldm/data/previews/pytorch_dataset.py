@@ -12,7 +12,12 @@ class PreviewsTrain(ImageFolder):
     """The training part of a captioned folder; for all of it say `split: null`. Other parameters are those of ImageFolder."""
 
     def __init__(
-        self, root: str | None = None, size: Size = 256, captions: str = "sidecar", split: str | None = "train", **options: Any
+        self,
+        root: str | None = None,
+        size: Size = 256,
+        captions: str = "sidecar",
+        split: str | None = "train",
+        **options: Any,
     ) -> None:
         super().__init__(root, size, captions=captions, split=split, **options)
 
@@ -21,6 +26,11 @@ class PreviewsValidation(ImageFolder):
     """The validation part of a captioned folder; for all of it say `split: null`. Other parameters are those of ImageFolder."""
 
     def __init__(
-        self, root: str | None = None, size: Size = 256, captions: str = "sidecar", split: str | None = "validation", **options: Any
+        self,
+        root: str | None = None,
+        size: Size = 256,
+        captions: str = "sidecar",
+        split: str | None = "validation",
+        **options: Any,
     ) -> None:
         super().__init__(root, size, captions=captions, split=split, **options)

@@ -61,7 +61,12 @@ class NoisyLatentImageClassifier(pl.LightningModule):
         self.diffusion_model.requires_grad_(False)
         self._has_weights = weights is not None
         self.label_key = label_key or _label_key_of(self.diffusion_model)
-        self.num_classes, self.monitor, self.weight_decay, self.scheduler_config = num_classes, monitor, weight_decay, scheduler_config
+        self.num_classes, self.monitor, self.weight_decay, self.scheduler_config = (
+            num_classes,
+            monitor,
+            weight_decay,
+            scheduler_config,
+        )
         self.learning_rate: float | None = None  # set by whoever trains: main.py works it out from the config
         T = self.diffusion_model.num_timesteps
         if not 1 <= log_steps <= T:
@@ -77,10 +82,19 @@ class NoisyLatentImageClassifier(pl.LightningModule):
         network = UNetModel if self.label_key == SEGMENTATION else EncoderUNetModel
         accepted, _ = accepted_params(network)
         params = {name: value for name, value in unet.items() if name in accepted}
-        params |= {"in_channels": unet["out_channels"], "out_channels": self.num_classes, "image_size": self.diffusion_model.image_size}
+        params |= {
+            "in_channels": unet["out_channels"],
+            "out_channels": self.num_classes,
+            "image_size": self.diffusion_model.image_size,
+        }
         if network is EncoderUNetModel:
             return network(**params, pool=pool)
-        for name in ("use_spatial_transformer", "context_dim", "num_classes", "n_embed"):  # a label's classifier has no condition
+        for name in (
+            "use_spatial_transformer",
+            "context_dim",
+            "num_classes",
+            "n_embed",
+        ):  # a label's classifier has no condition
             params.pop(name, None)
         return network(**params)
 
@@ -169,12 +183,16 @@ class NoisyLatentImageClassifier(pl.LightningModule):
 
     def configure_optimizers(self) -> Any:
         if self.learning_rate is None:
-            raise ValueError("learning_rate is not set: assign model.learning_rate first (main.py takes it from base_learning_rate)")
+            raise ValueError(
+                "learning_rate is not set: assign model.learning_rate first (main.py takes it from base_learning_rate)"
+            )
         optimizer = torch.optim.AdamW(self.model.parameters(), lr=self.learning_rate, weight_decay=self.weight_decay)
         if self.scheduler_config is None:
             return optimizer
         schedule = instantiate_from_config(self.scheduler_config)
-        return [optimizer], [{"scheduler": LambdaLR(optimizer, lr_lambda=schedule.schedule), "interval": "step", "frequency": 1}]
+        return [optimizer], [
+            {"scheduler": LambdaLR(optimizer, lr_lambda=schedule.schedule), "interval": "step", "frequency": 1}
+        ]
 
     @property
     def logging_step(self) -> int:
@@ -198,11 +216,20 @@ class NoisyLatentImageClassifier(pl.LightningModule):
         if labels.ndim > 1:
             from ldm.visualize import labels_to_rgb
 
-            return log | {"labels": labels_to_rgb(labels, self.num_classes), "predictions": film([labels_to_rgb(s) for s in scores])}
+            return log | {
+                "labels": labels_to_rgb(labels, self.num_classes),
+                "predictions": film([labels_to_rgb(s) for s in scores]),
+            }
         names = list(batch.get("human_label") or map(str, labels.tolist()))[: len(x)]
-        seen = [[f"t={step}: {int(score[i].argmax())}" for step, score in zip(self.log_times, scores)] for i in range(len(x))]
+        seen = [
+            [f"t={step}: {int(score[i].argmax())}" for step, score in zip(self.log_times, scores)]
+            for i in range(len(x))
+        ]
         size = (max(x.shape[3], 128), max(x.shape[2], 128))
-        return log | {"labels": log_txt_as_img(size, names), "predictions": log_txt_as_img(size, ["\n".join(lines) for lines in seen])}
+        return log | {
+            "labels": log_txt_as_img(size, names),
+            "predictions": log_txt_as_img(size, ["\n".join(lines) for lines in seen]),
+        }
 
 
 class ClassifierGuidance:
@@ -246,7 +273,11 @@ def _sigma(model: Any, t: Tensor) -> Tensor:
     position = t.float().clamp(0, len(log_alpha) - 1)
     low = position.floor().long()
     high = (low + 1).clamp(max=len(log_alpha) - 1)
-    return (1 - torch.lerp(log_alpha[low], log_alpha[high], position - low).exp()).clamp(min=0.0).sqrt()[:, None, None, None]
+    return (
+        (1 - torch.lerp(log_alpha[low], log_alpha[high], position - low).exp())
+        .clamp(min=0.0)
+        .sqrt()[:, None, None, None]
+    )
 
 
 def _read_diffusion(path: str) -> tuple[Any, Path | None]:
@@ -257,7 +288,9 @@ def _read_diffusion(path: str) -> tuple[Any, Path | None]:
     else:
         projects = sorted((place / "configs").glob("*-project.yaml"))  # their names begin with the time
         if not projects:
-            raise ValueError(f"diffusion_path {path!r}: neither a YAML file nor a run's folder with configs/*-project.yaml")
+            raise ValueError(
+                f"diffusion_path {path!r}: neither a YAML file nor a run's folder with configs/*-project.yaml"
+            )
         config, weights = projects[-1], checkpoint.find_checkpoint(place)
     config = load_yaml(config)
     if "model" not in config:
@@ -268,5 +301,7 @@ def _read_diffusion(path: str) -> tuple[Any, Path | None]:
 def _label_key_of(model: Any) -> str:
     """The key that a class-conditional or segmentation model reads; ValueError for others."""
     if getattr(getattr(model, "model", None), "conditioning_key", None) is None:
-        raise ValueError("label_key: the diffusion model is unconditional, so say which key of the batch holds the labels")
+        raise ValueError(
+            "label_key: the diffusion model is unconditional, so say which key of the batch holds the labels"
+        )
     return model.cond_stage_key

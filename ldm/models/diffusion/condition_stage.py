@@ -41,9 +41,13 @@ class ConditionStage:
         key = self.model.conditioning_key
         needs, main = route(key).needs, main_part(key)
         if concat_keys and "c_concat" not in needs:
-            raise ValueError(f"concat_keys {list(concat_keys)}: conditioning_key {key!r} has no channels to join; concat or hybrid has")
+            raise ValueError(
+                f"concat_keys {list(concat_keys)}: conditioning_key {key!r} has no channels to join; concat or hybrid has"
+            )
         if adm_key is not None and ("c_adm" not in needs or main == "c_adm"):
-            raise ValueError(f"adm_key {adm_key!r}: conditioning_key {key!r} takes no labels beside its condition; crossattn-adm does")
+            raise ValueError(
+                f"adm_key {adm_key!r}: conditioning_key {key!r} takes no labels beside its condition; crossattn-adm does"
+            )
         self.concat_keys, self.masked_image_key, self.adm_key = tuple(concat_keys), masked_image_key, adm_key
 
     @property
@@ -69,7 +73,11 @@ class ConditionStage:
         for key in self.concat_keys:
             x = self.get_pictures(batch, key, bs)
             encoded = key == self.masked_image_key
-            channels.append(self.get_first_stage_encoding(self.encode_first_stage(x)) if encoded else F.interpolate(x, size=tuple(size)))
+            channels.append(
+                self.get_first_stage_encoding(self.encode_first_stage(x))
+                if encoded
+                else F.interpolate(x, size=tuple(size))
+            )
         if channels:
             parts["c_concat"] = channels
         if self.adm_key is not None:
@@ -86,7 +94,9 @@ class ConditionStage:
             return {self.cond_stage_model.key: self.batch_value(batch, key)[:bs].to(self.device)}
         value = self.batch_value(batch, key)
         if torch.is_tensor(value):
-            vectors = main_part(self.model.conditioning_key) == "c_crossattn"  # (B, L, D), where maps would be (B, H, W)
+            vectors = (
+                main_part(self.model.conditioning_key) == "c_crossattn"
+            )  # (B, L, D), where maps would be (B, H, W)
             if value.ndim == 4 or (value.ndim == 3 and value.is_floating_point() and not vectors):
                 return self.get_pictures(batch, key, bs)
             return value[:bs].to(self.device)
@@ -107,7 +117,9 @@ class ConditionStage:
         c = self.get_learned_conditioning(self._on_device(null_label))
         size = condition_batch_size(c)
         if size == 1 and batch_size > 1:
-            return map_tensors(lambda leaf: leaf.expand(batch_size, *leaf.shape[1:]) if torch.is_tensor(leaf) else leaf, c)
+            return map_tensors(
+                lambda leaf: leaf.expand(batch_size, *leaf.shape[1:]) if torch.is_tensor(leaf) else leaf, c
+            )
         if size is not None and size != batch_size:
             raise ValueError(f"null_label is for {size} samples: give it for one or for all {batch_size}")
         return c
@@ -134,7 +146,9 @@ class ConditionStage:
             # The network has the table of classes: the last one means none, as in ClassEmbedder.
             return torch.full((batch_size,), classes - 1, device=self.device)
         name = type(self.cond_stage_model).__name__
-        raise ValueError(f"{name} has no input that means 'no condition': set cond_dropout 0, sample at scale 1 or pass null_label")
+        raise ValueError(
+            f"{name} has no input that means 'no condition': set cond_dropout 0, sample at scale 1 or pass null_label"
+        )
 
     def _on_device(self, value: Any) -> Any:
         if torch.is_tensor(value):

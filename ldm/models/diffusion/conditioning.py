@@ -45,11 +45,17 @@ ROUTES: dict[str | None, Route] = {
     None: Route((), None, lambda net, x, t, c: net(x, t)),
     "concat": Route(("c_concat",), "c_concat", lambda net, x, t, c: net(_channels(x, c), t)),
     "crossattn": Route(("c_crossattn",), "c_crossattn", lambda net, x, t, c: net(x, t, context=_context(c))),
-    "hybrid": Route(("c_concat", "c_crossattn"), None, lambda net, x, t, c: net(_channels(x, c), t, context=_context(c))),
+    "hybrid": Route(
+        ("c_concat", "c_crossattn"), None, lambda net, x, t, c: net(_channels(x, c), t, context=_context(c))
+    ),
     "adm": Route(("c_adm",), "c_adm", lambda net, x, t, c: net(x, t, y=c["c_adm"])),
-    "crossattn-adm": Route(("c_crossattn", "c_adm"), None, lambda net, x, t, c: net(x, t, context=_context(c), y=c["c_adm"])),
+    "crossattn-adm": Route(
+        ("c_crossattn", "c_adm"), None, lambda net, x, t, c: net(x, t, context=_context(c), y=c["c_adm"])
+    ),
     "hybrid-adm": Route(
-        ("c_concat", "c_crossattn", "c_adm"), None, lambda net, x, t, c: net(_channels(x, c), t, context=_context(c), y=c["c_adm"])
+        ("c_concat", "c_crossattn", "c_adm"),
+        None,
+        lambda net, x, t, c: net(_channels(x, c), t, context=_context(c), y=c["c_adm"]),
     ),
 }
 
@@ -57,7 +63,9 @@ ROUTES: dict[str | None, Route] = {
 def route(conditioning_key: str | None) -> Route:
     """The table's entry; ValueError lists the choices."""
     if conditioning_key not in ROUTES:
-        raise ValueError(f"conditioning_key {conditioning_key!r}: choose one of {', '.join(str(key) for key in ROUTES)}")
+        raise ValueError(
+            f"conditioning_key {conditioning_key!r}: choose one of {', '.join(str(key) for key in ROUTES)}"
+        )
     return ROUTES[conditioning_key]
 
 
@@ -72,7 +80,9 @@ def normalize_condition(cond: Conditioning, conditioning_key: str | None) -> Par
     elif cond is None or not needs:
         parts = {}
     elif bare is None:
-        raise ValueError(f"conditioning_key {conditioning_key!r} needs a dict with {', '.join(needs)}, got {type(cond).__name__}")
+        raise ValueError(
+            f"conditioning_key {conditioning_key!r} needs a dict with {', '.join(needs)}, got {type(cond).__name__}"
+        )
     else:
         parts = {bare: cond}
     for name in ("c_concat", "c_crossattn"):
@@ -133,11 +143,15 @@ class DiffusionWrapper(nn.Module):
         A network with 16-bit weights is given its inputs in their dtype.
         """
         given = {"c_concat": c_concat, "c_crossattn": c_crossattn, "c_adm": c_adm}
-        parts = normalize_condition({name: part for name, part in given.items() if part is not None}, self.conditioning_key)
+        parts = normalize_condition(
+            {name: part for name, part in given.items() if part is not None}, self.conditioning_key
+        )
         dtype = weights_dtype(self.diffusion_model)
         if dtype not in HALF or x.dtype == dtype:
             return route(self.conditioning_key).call(self.diffusion_model, x, t, parts)
-        parts = map_tensors(lambda leaf: leaf.to(dtype) if torch.is_tensor(leaf) and leaf.is_floating_point() else leaf, parts)
+        parts = map_tensors(
+            lambda leaf: leaf.to(dtype) if torch.is_tensor(leaf) and leaf.is_floating_point() else leaf, parts
+        )
         return in_dtype(dtype, lambda x: route(self.conditioning_key).call(self.diffusion_model, x, t, parts), x)
 
 

@@ -54,7 +54,9 @@ class DDIMSampler(Sampler):
 
         `t` (B,) is what the network is given; on the schedule's own grid it is `ddim_timesteps[index]`.
         """
-        options = Options(temperature, noise_dropout, repeat_noise, quantize_denoised, False, score_corrector, corrector_kwargs or {})
+        options = Options(
+            temperature, noise_dropout, repeat_noise, quantize_denoised, False, score_corrector, corrector_kwargs or {}
+        )
         grid = self._grid_of(use_original_steps)
         run = Run(self.model, grid, x, c, unconditional_conditioning, unconditional_guidance_scale, options)
         run.t = t.expand(len(grid.t), len(x))  # (S, B): this step's time, which may differ between samples

@@ -57,7 +57,9 @@ def noise_levels(name: str, count: int, alphas_cumprod: np.ndarray) -> Levels:
         t = make_ddim_timesteps("trailing", count, T, verbose=False)
         return Levels(t, alphas_cumprod[t])
     if alphas_cumprod[-1] == 0.0:
-        raise ValueError(f"ddim_discretize {name!r}: this schedule has zero terminal SNR, whose logarithm is infinite; choose 'trailing'")
+        raise ValueError(
+            f"ddim_discretize {name!r}: this schedule has zero terminal SNR, whose logarithm is infinite; choose 'trailing'"
+        )
     log_alphas = np.log(alphas_cumprod)
     if name == "uniform":
         t = np.linspace(T - 1, 0, count)[::-1].copy()

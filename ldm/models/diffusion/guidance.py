@@ -30,5 +30,7 @@ def guided_output(
 def rescale_guidance(guided: Tensor, out_cond: Tensor, rescale: float) -> Tensor:
     """`guided` (B, C, H, W) with the standard deviation of `out_cond`, by the share `rescale` (section 3.4 of arXiv 2305.08891)."""
     std_cond, std_guided = (out.flatten(1).std(dim=1)[:, None, None, None] for out in (out_cond, guided))
-    std_guided = std_guided.clamp(min=torch.finfo(guided.dtype).tiny)  # an untrained network's output is zero everywhere
+    std_guided = std_guided.clamp(
+        min=torch.finfo(guided.dtype).tiny
+    )  # an untrained network's output is zero everywhere
     return torch.lerp(guided, guided * (std_cond / std_guided), rescale)

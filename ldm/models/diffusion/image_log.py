@@ -19,7 +19,13 @@ GUIDANCE_SCALE = 3.0  # of the guided samples that a model trained with cond_dro
 
 
 def log_pixel_images(
-    model: Any, batch: Mapping[str, Any], N: int, n_row: int, split: str = "train", sample: bool = True, plot_diffusion_rows: bool = True
+    model: Any,
+    batch: Mapping[str, Any],
+    N: int,
+    n_row: int,
+    split: str = "train",
+    sample: bool = True,
+    plot_diffusion_rows: bool = True,
 ) -> dict[str, Tensor]:
     """Pictures of a DDPM in pixel space, each (B, C, H, W) in about [-1, 1]: inputs, diffusion_row, samples, denoise_row."""
     x = model.get_pictures(batch, model.first_stage_key, N)
@@ -61,14 +67,21 @@ def log_latent_images(
     """
     # Through the published hook, which downstream models override to add to the condition.
     z, c, x, reconstruction, raw_c = model.get_input(
-        batch, model.first_stage_key, return_first_stage_outputs=True, force_c_encode=True, return_original_cond=True, bs=N
+        batch,
+        model.first_stage_key,
+        return_first_stage_outputs=True,
+        force_c_encode=True,
+        return_original_cond=True,
+        bs=N,
     )
     log = {"inputs": x, "reconstruction": reconstruction}
     shown = _condition_pictures(model, batch, raw_c, x)
     if shown is not None:
         log["conditioning"] = shown
     for key in model.concat_keys:
-        joined = model.get_pictures(batch, key, N) if key in batch else None  # a depth map may be there in the place of its picture
+        joined = (
+            model.get_pictures(batch, key, N) if key in batch else None
+        )  # a depth map may be there in the place of its picture
         if isimage(joined):
             log[f"conditioning_{key}"] = joined
     if plot_diffusion_rows:
@@ -106,13 +119,17 @@ def log_latent_images(
     return log
 
 
-def sample_log(model: Any, cond: Any, shape: Sequence[int], ddim_steps: int | None, ddim_eta: float, **kwargs: Any) -> Samples:
+def sample_log(
+    model: Any, cond: Any, shape: Sequence[int], ddim_steps: int | None, ddim_eta: float, **kwargs: Any
+) -> Samples:
     """Samples for a log: DDIM with at most as many steps as the model has, or the ancestral chain where `ddim_steps` is None."""
     batch_size, *latent = shape
     if ddim_steps is not None:
         steps = min(ddim_steps, model.num_timesteps)
         every = max(1, steps // 8)
-        return DDIMSampler(model).sample(steps, batch_size, latent, cond, eta=ddim_eta, verbose=False, log_every_t=every, **kwargs)
+        return DDIMSampler(model).sample(
+            steps, batch_size, latent, cond, eta=ddim_eta, verbose=False, log_every_t=every, **kwargs
+        )
     sampler = AncestralSampler(model)
     options = Options(clip_denoised=model.clip_denoised, quantize_x0=kwargs.pop("quantize_x0", False))
     mask, x0 = kwargs.pop("mask", None), kwargs.pop("x0", None)

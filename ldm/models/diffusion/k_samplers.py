@@ -53,7 +53,9 @@ class EulerAncestralSampler(KSampler):
     adds_noise = True
 
     def tables(self, start: Levels, end: Levels, eta: float) -> tuple[np.ndarray, Mapping[str, np.ndarray]]:
-        signal_share = (start.alphas / end.alphas) * (1 - end.alphas) / (1 - start.alphas)  # (sigma_end / sigma_start)^2 in EDM's scale
+        signal_share = (
+            (start.alphas / end.alphas) * (1 - end.alphas) / (1 - start.alphas)
+        )  # (sigma_end / sigma_start)^2 in EDM's scale
         up = np.minimum(end.sigma, eta * end.sigma * np.sqrt(1 - signal_share))
         return up, {"down": np.sqrt(np.maximum(end.sigma**2 - up**2, 0.0))}
 

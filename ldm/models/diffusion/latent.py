@@ -75,7 +75,11 @@ class LatentDiffusion(ConditionStage, DDPM):
         self.num_timesteps_cond = 1 if num_timesteps_cond is None else num_timesteps_cond
         if not 1 <= self.num_timesteps_cond <= self.num_timesteps:
             raise ValueError(f"num_timesteps_cond {self.num_timesteps_cond}: choose 1 to {self.num_timesteps}")
-        self.cond_stage_key, self.cond_stage_trainable, self.cond_stage_forward = cond_stage_key, cond_stage_trainable, cond_stage_forward
+        self.cond_stage_key, self.cond_stage_trainable, self.cond_stage_forward = (
+            cond_stage_key,
+            cond_stage_trainable,
+            cond_stage_forward,
+        )
         self.concat_mode, self.cond_dropout, self.scale_by_std = concat_mode, cond_dropout, scale_by_std
         self.clip_denoised = False
         self._scale_factor_loaded = False
@@ -87,7 +91,9 @@ class LatentDiffusion(ConditionStage, DDPM):
         self.first_stage_model.requires_grad_(False)
         self._build_cond_stage(cond_stage_config)
         if self.num_timesteps_cond > 1:
-            self.register_buffer("cond_ids", _cond_timesteps(self.num_timesteps, self.num_timesteps_cond), persistent=False)
+            self.register_buffer(
+                "cond_ids", _cond_timesteps(self.num_timesteps, self.num_timesteps_cond), persistent=False
+            )
         if ckpt_path is not None:
             self.init_from_ckpt(ckpt_path, ignore_keys, load_only_unet)
         self.train(self.training)
@@ -95,7 +101,9 @@ class LatentDiffusion(ConditionStage, DDPM):
     def _build_cond_stage(self, config: Mapping[str, Any] | str) -> None:
         if config == FIRST_STAGE_AS_CONDITION:
             if self.cond_stage_trainable:
-                raise ValueError("cond_stage_config __is_first_stage__ is frozen with the first stage: set cond_stage_trainable false")
+                raise ValueError(
+                    "cond_stage_config __is_first_stage__ is frozen with the first stage: set cond_stage_trainable false"
+                )
             self.cond_stage_model = self.first_stage_model
         else:
             self.cond_stage_model = instantiate_from_config(config)
@@ -105,7 +113,10 @@ class LatentDiffusion(ConditionStage, DDPM):
     def train(self, mode: bool = True) -> LatentDiffusion:
         """As every module, but frozen stages stay in evaluation mode."""
         super().train(mode)
-        for name, trained in (("first_stage_model", False), ("cond_stage_model", getattr(self, "cond_stage_trainable", False))):
+        for name, trained in (
+            ("first_stage_model", False),
+            ("cond_stage_model", getattr(self, "cond_stage_trainable", False)),
+        ):
             stage = getattr(self, name, None)
             if stage is not None and not trained:
                 stage.eval()
@@ -142,7 +153,9 @@ class LatentDiffusion(ConditionStage, DDPM):
         stage = self.first_stage_model
         filled = self.restarted_from_ckpt or self.trainer.ckpt_path is not None or getattr(stage, "_weights_file", None)
         if not filled and any(True for _ in stage.parameters()):
-            logger.warning("the first stage has random weights: set model.params.first_stage_config.params.ckpt_path to a trained one")
+            logger.warning(
+                "the first stage has random weights: set model.params.first_stage_config.params.ckpt_path to a trained one"
+            )
 
     def init_from_ckpt(self, path: str, ignore_keys: Sequence[str] = (), only_model: bool = False) -> None:
         """Load weights from a file, see DDPM. A scale factor that is measured comes from the file where it has one.
@@ -150,7 +163,9 @@ class LatentDiffusion(ConditionStage, DDPM):
         Raises ValueError where the file was trained with another scale factor than the config's.
         """
         super().init_from_ckpt(path, ignore_keys, only_model)
-        given = None if only_model or "scale_factor" in ignore_keys else checkpoint.read_weights(path).get("scale_factor")
+        given = (
+            None if only_model or "scale_factor" in ignore_keys else checkpoint.read_weights(path).get("scale_factor")
+        )
         self._scale_factor_loaded = given is not None
         if given is not None and not self.scale_by_std and abs(float(given) / float(self.scale_factor) - 1) > 1e-3:
             raise ValueError(
@@ -227,7 +242,9 @@ class LatentDiffusion(ConditionStage, DDPM):
             c = self.q_sample(c, self.cond_ids[t], torch.randn_like(c))  # a noise schedule of the condition's own
         return self.p_losses(x, c, t, *args, **kwargs)
 
-    def p_losses(self, x_start: Tensor, cond: Conditioning, t: Tensor, noise: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+    def p_losses(
+        self, x_start: Tensor, cond: Conditioning, t: Tensor, noise: Tensor | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss of latents x_start (B, c, h, w) at t (B,) and its named parts (LDM eq. 2 and 3).
 
         `logvar` weighs timesteps, each loss l as l / exp(logvar_t) + logvar_t.
@@ -240,7 +257,11 @@ class LatentDiffusion(ConditionStage, DDPM):
         return self._losses(x_start, cond, t, noise, weigh)
 
     def trainable_parameters(self) -> list[nn.Parameter]:
-        condition = list(self.cond_stage_model.parameters()) if self.cond_stage_trainable and self.cond_stage_model is not None else []
+        condition = (
+            list(self.cond_stage_model.parameters())
+            if self.cond_stage_trainable and self.cond_stage_model is not None
+            else []
+        )
         return [*super().trainable_parameters(), *condition]
 
     def on_save_checkpoint(self, content: dict[str, Any]) -> None:
@@ -253,7 +274,9 @@ class LatentDiffusion(ConditionStage, DDPM):
         }
 
     @torch.no_grad()
-    def sample_log(self, cond: Conditioning, batch_size: int, ddim: bool, ddim_steps: int, **kwargs: Any) -> tuple[Tensor, Any]:
+    def sample_log(
+        self, cond: Conditioning, batch_size: int, ddim: bool, ddim_steps: int, **kwargs: Any
+    ) -> tuple[Tensor, Any]:
         """(samples, intermediates) of DDIM, or of the ancestral chain: the published hook of image logs."""
         if not ddim:
             return self.sample(cond, batch_size, return_intermediates=True, **kwargs)

@@ -24,9 +24,13 @@ class Layout2ImgDiffusion(LatentDiffusion):
     (`conditional_builders`, `get_textual_label_for_category_no`), else from `class_names`, else objects show the number of their token.
     """
 
-    def __init__(self, *args: Any, cond_stage_key: str = LAYOUT_KEY, class_names: Sequence[str] | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self, *args: Any, cond_stage_key: str = LAYOUT_KEY, class_names: Sequence[str] | None = None, **kwargs: Any
+    ) -> None:
         if cond_stage_key != LAYOUT_KEY:
-            raise ValueError(f"cond_stage_key {cond_stage_key!r}: Layout2ImgDiffusion takes {LAYOUT_KEY!r}; for others use LatentDiffusion")
+            raise ValueError(
+                f"cond_stage_key {cond_stage_key!r}: Layout2ImgDiffusion takes {LAYOUT_KEY!r}; for others use LatentDiffusion"
+            )
         super().__init__(*args, cond_stage_key=cond_stage_key, **kwargs)
         self.class_names = None if class_names is None else list(class_names)
 
@@ -51,18 +55,25 @@ class Layout2ImgDiffusion(LatentDiffusion):
             layout, name = self.layout_reader()
             height, width = (max(side, 128) for side in log["inputs"].shape[2:])
             rows = self.batch_value(batch, LAYOUT_KEY)[:N].tolist()
-            log["bbox_image"] = torch.stack([draw_layout(row, layout, (width, height), name) for row in rows]).to(log["inputs"])
+            log["bbox_image"] = torch.stack([draw_layout(row, layout, (width, height), name) for row in rows]).to(
+                log["inputs"]
+            )
         return log
 
 
-def draw_layout(tokens: Sequence[int], layout: LayoutTokens, size: tuple[int, int], name: Callable[[int], str] = str) -> Tensor:
+def draw_layout(
+    tokens: Sequence[int], layout: LayoutTokens, size: tuple[int, int], name: Callable[[int], str] = str
+) -> Tensor:
     """A layout's boxes with the names of their classes, (3, height, width) in [-1, 1]; size: (width, height)."""
     picture = Image.new("RGB", size, "white")
     draw, font = ImageDraw.Draw(picture), ImageFont.load_default(max(9, size[0] // 25))
     colors = palette(layout.num_classes + 1)[1:]
     scale = np.array([size[0] - 1, size[1] - 1])
     for box in layout.decode(tokens).boxes:
-        corner, extent = np.array(box.region[:2]), np.array(box.region[2:]).clip(min=0.0)  # a sampled layout may be upside down
+        corner, extent = (
+            np.array(box.region[:2]),
+            np.array(box.region[2:]).clip(min=0.0),
+        )  # a sampled layout may be upside down
         color = tuple(int(value) for value in colors[box.category])
         draw.rectangle((*(corner * scale), *((corner + extent) * scale)), outline=color, width=2)
         label = name(box.category) + (" (group)" if box.is_group else "")

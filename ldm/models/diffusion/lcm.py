@@ -35,7 +35,9 @@ class LCMSampler(Sampler):
         super().__init__(model, schedule)
         original_steps = min(50, model.num_timesteps) if original_steps is None else original_steps
         if not 1 <= original_steps <= model.num_timesteps:
-            raise ValueError(f"original_steps {original_steps}: choose 1 to {model.num_timesteps}, the model's timesteps")
+            raise ValueError(
+                f"original_steps {original_steps}: choose 1 to {model.num_timesteps}, the model's timesteps"
+            )
         self.original_steps, self.sigma_data, self.timestep_scaling = original_steps, sigma_data, timestep_scaling
 
     def make_grid(self, S: int, eta: float, discretize: str) -> Grid:

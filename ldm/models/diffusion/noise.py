@@ -46,7 +46,9 @@ class NoisePerSample(NoiseSource):
 
     def _for(self, shape: Sequence[int]) -> list[torch.Generator]:
         if shape[0] != len(self.generators):
-            raise ValueError(f"noise of {len(self.generators)} samples was asked for {shape[0]}: each has a stream of its own")
+            raise ValueError(
+                f"noise of {len(self.generators)} samples was asked for {shape[0]}: each has a stream of its own"
+            )
         return self.generators
 
 

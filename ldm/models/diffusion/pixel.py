@@ -14,7 +14,13 @@ from torch.optim.lr_scheduler import LambdaLR
 from ldm import checkpoint
 from ldm.generators import torch_generators_kept
 from ldm.models.diffusion.ancestral import AncestralSampler
-from ldm.models.diffusion.conditioning import Conditioning, DiffusionWrapper, condition_batch_size, map_tensors, normalize_condition
+from ldm.models.diffusion.conditioning import (
+    Conditioning,
+    DiffusionWrapper,
+    condition_batch_size,
+    map_tensors,
+    normalize_condition,
+)
 from ldm.models.diffusion.image_log import log_pixel_images
 from ldm.models.diffusion.process import GaussianProcess
 from ldm.models.diffusion.run import Options, Run
@@ -68,7 +74,9 @@ class DDPM(pl.LightningModule, GaussianProcess):
         if loss_type not in LOSSES:
             raise ValueError(f"loss_type {loss_type!r}: choose one of {', '.join(LOSSES)}")
         if use_positional_encodings:
-            raise ValueError("use_positional_encodings: no published model uses it and it is not supported; leave it false")
+            raise ValueError(
+                "use_positional_encodings: no published model uses it and it is not supported; leave it false"
+            )
         self.parameterization, self.loss_type, self.v_posterior = parameterization, loss_type, v_posterior
         self.first_stage_key, self.image_size, self.channels = first_stage_key, image_size, channels
         self.log_every_t, self.clip_denoised, self.monitor = log_every_t, clip_denoised, monitor
@@ -81,7 +89,9 @@ class DDPM(pl.LightningModule, GaussianProcess):
         self._ema_scopes = 0
         if use_ema:
             self.model_ema = LitEma(self.model, decay=ema_decay)
-        self.register_schedule(given_betas, beta_schedule, timesteps, linear_start, linear_end, cosine_s, zero_terminal_snr)
+        self.register_schedule(
+            given_betas, beta_schedule, timesteps, linear_start, linear_end, cosine_s, zero_terminal_snr
+        )
         self.learn_logvar = learn_logvar
         logvar = torch.full((self.num_timesteps,), float(logvar_init))
         if learn_logvar:
@@ -131,7 +141,12 @@ class DDPM(pl.LightningModule, GaussianProcess):
         return self._losses(x_start, None, t, noise)
 
     def _losses(
-        self, x_start: Tensor, cond: Conditioning, t: Tensor, noise: Tensor | None, weigh: Callable[[Tensor], Tensor] | None = None
+        self,
+        x_start: Tensor,
+        cond: Conditioning,
+        t: Tensor,
+        noise: Tensor | None,
+        weigh: Callable[[Tensor], Tensor] | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         prefix = "train" if self.training else "val"
         noise = torch.randn_like(x_start) if noise is None else noise
@@ -164,7 +179,9 @@ class DDPM(pl.LightningModule, GaussianProcess):
         """`batch[key]`, or a ValueError that names the keys which are there."""
         if key not in batch:
             has = ", ".join(sorted(batch))
-            raise ValueError(f"the batch has no {key!r}, it has {has}: set first_stage_key or cond_stage_key to one of these")
+            raise ValueError(
+                f"the batch has no {key!r}, it has {has}: set first_stage_key or cond_stage_key to one of these"
+            )
         return batch[key]
 
     def get_pictures(self, batch: Mapping[str, Any], k: str, bs: int | None = None) -> Tensor:
@@ -193,7 +210,14 @@ class DDPM(pl.LightningModule, GaussianProcess):
         self.log_dict(logs, logger=True, on_step=True, on_epoch=True, batch_size=size)
         self.log("loss", loss.detach(), prog_bar=True, logger=False, batch_size=size)
         if self.scheduler_config is not None:
-            self.log("lr_abs", self.optimizers().param_groups[0]["lr"], logger=True, on_step=True, on_epoch=False, batch_size=size)
+            self.log(
+                "lr_abs",
+                self.optimizers().param_groups[0]["lr"],
+                logger=True,
+                on_step=True,
+                on_epoch=False,
+                batch_size=size,
+            )
         return loss
 
     @torch.no_grad()
@@ -206,14 +230,20 @@ class DDPM(pl.LightningModule, GaussianProcess):
             with self.ema_scope(), fixed_noise(batch_idx, self.device):
                 _, logs_ema = self.shared_step(batch)
         logs = {**logs, **{f"{name}_ema": value for name, value in logs_ema.items()}}
-        self.log_dict(logs, logger=True, on_step=False, on_epoch=True, batch_size=self._batch_size(batch), sync_dist=True)
+        self.log_dict(
+            logs, logger=True, on_step=False, on_epoch=True, batch_size=self._batch_size(batch), sync_dist=True
+        )
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         scaler = getattr(self.trainer.precision_plugin, "scaler", None)
         scale = None if scaler is None else scaler.get_scale()
         super().optimizer_step(*args, **kwargs)
-        skipped = scaler is not None and scaler.get_scale() < scale  # float16 met an infinite gradient and left the weights alone
-        if self.use_ema and not skipped:  # here and not at the batch's end: a checkpoint written then must hold this step's average
+        skipped = (
+            scaler is not None and scaler.get_scale() < scale
+        )  # float16 met an infinite gradient and left the weights alone
+        if (
+            self.use_ema and not skipped
+        ):  # here and not at the batch's end: a checkpoint written then must hold this step's average
             self.model_ema(self.model)
 
     def trainable_parameters(self) -> list[nn.Parameter]:
@@ -222,7 +252,9 @@ class DDPM(pl.LightningModule, GaussianProcess):
 
     def configure_optimizers(self) -> Any:
         if self.learning_rate is None:
-            raise ValueError("learning_rate is not set: assign model.learning_rate first (main.py takes it from base_learning_rate)")
+            raise ValueError(
+                "learning_rate is not set: assign model.learning_rate first (main.py takes it from base_learning_rate)"
+            )
         # On a CPU the fused step saves a Python loop over hundreds of small tensors; on a GPU the default already is foreach.
         fused = True if self.device.type == "cpu" else None
         optimizer = torch.optim.AdamW(self.trainable_parameters(), lr=self.learning_rate, fused=fused)

@@ -21,7 +21,9 @@ class PLMSSampler(Sampler):
 
     def step(self, x: Tensor, k: int, run: Run) -> tuple[Tensor, Tensor]:
         eps, x0 = run.predict(x, k)
-        if run.starts_from_noise(k):  # no x_0 can be had from pure noise and a slope: Euler's step, and the history starts after it
+        if run.starts_from_noise(
+            k
+        ):  # no x_0 can be had from pure noise and a slope: Euler's step, and the history starts after it
             return run.alpha_prev[k].sqrt() * x0 + (1 - run.alpha_prev[k]).sqrt() * eps, x0
         match run.history:
             case []:  # Heun: average with the noise seen after an Euler step

@@ -50,7 +50,9 @@ class GaussianProcess(nn.Module):
         ValueError unless the network predicts v or x0.
         """
         if zero_terminal_snr and self.parameterization == "eps":
-            raise ValueError("zero_terminal_snr: the last timestep is pure noise, which tells eps nothing; set parameterization v or x0")
+            raise ValueError(
+                "zero_terminal_snr: the last timestep is pure noise, which tells eps nothing; set parameterization v or x0"
+            )
         if given_betas is None:
             given_betas = make_beta_schedule(beta_schedule, timesteps, linear_start, linear_end, cosine_s)
         schedule = Schedule.from_betas(given_betas, self.v_posterior, zero_terminal_snr)

@@ -40,7 +40,9 @@ class Options:
     repeat_noise: bool = False  # one noise for the whole batch
     quantize_x0: bool = False  # predicted x_0 snaps to the first stage's codebook
     clip_denoised: bool = False  # predicted x_0 stays in [-1, 1]
-    score_corrector: Any = None  # its modify_score(model, eps, x, t, cond, **corrector_kwargs) returns the noise to use instead
+    score_corrector: Any = (
+        None  # its modify_score(model, eps, x, t, cond, **corrector_kwargs) returns the noise to use instead
+    )
     corrector_kwargs: Mapping[str, Any] = field(default_factory=dict)
     guidance_rescale: float = 0.0  # phi of Lin et al. 2023, section 3.4: 0 off, 0.7 usual
     dynamic_threshold: float | None = None  # share of Imagen, section 2.3, e.g. 0.995; None off
@@ -52,14 +54,23 @@ class Options:
         if not 0.0 <= self.guidance_rescale <= 1.0:
             raise ValueError(f"guidance_rescale {self.guidance_rescale}: choose 0 (off) to 1, 0.7 is usual")
         if self.dynamic_threshold is not None and not 0.0 < self.dynamic_threshold <= 1.0:
-            raise ValueError(f"dynamic_threshold {self.dynamic_threshold}: choose a share in (0, 1], 0.995 is usual, or None")
+            raise ValueError(
+                f"dynamic_threshold {self.dynamic_threshold}: choose a share in (0, 1], 0.995 is usual, or None"
+            )
 
 
 class Run:
     """The values of one sampling run: tables on the latent's device, the condition, and the history of multistep solvers."""
 
     def __init__(
-        self, model: Any, grid: Grid, x: Tensor, cond: Conditioning, uncond: Conditioning, scale: float, options: Options
+        self,
+        model: Any,
+        grid: Grid,
+        x: Tensor,
+        cond: Conditioning,
+        uncond: Conditioning,
+        scale: float,
+        options: Options,
     ) -> None:
         self.model, self.cond, self.uncond, self.scale, self.options = model, cond, uncond, scale, options
         self.grid = grid
@@ -68,7 +79,9 @@ class Run:
         whole = np.issubdtype(grid.t.dtype, np.integer)
         self.t = torch.as_tensor(grid.t, dtype=torch.int64 if whole else torch.float32, device=x.device)
         tables = {"alpha": grid.alphas, "alpha_prev": grid.alphas_prev, "sigma": grid.sigmas, **grid.coefs}
-        self.coefs = {name: torch.as_tensor(table, dtype=torch.float32, device=x.device) for name, table in tables.items()}
+        self.coefs = {
+            name: torch.as_tensor(table, dtype=torch.float32, device=x.device) for name, table in tables.items()
+        }
         self.alpha, self.alpha_prev, self.sigma = self.coefs["alpha"], self.coefs["alpha_prev"], self.coefs["sigma"]
         self.history: list[Tensor] = []
         self.kept: tuple[Tensor, Tensor] | None = None  # mask and x_0: where the mask is 1 the prediction is x_0

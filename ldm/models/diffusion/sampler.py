@@ -61,15 +61,21 @@ class Sampler(ABC):
         name = type(self).__name__
         check_steps(S, self.model.num_timesteps)
         if discretize not in self.grids:
-            raise ValueError(f"ddim_discretize {discretize!r}: {name} has no such grid, choose one of {', '.join(self.grids)}")
+            raise ValueError(
+                f"ddim_discretize {discretize!r}: {name} has no such grid, choose one of {', '.join(self.grids)}"
+            )
         eta = self.default_eta if eta is None else eta
         if not self.takes_eta and eta != self.default_eta:
-            raise ValueError(f"{name} has a noise of its own: eta must be {self.default_eta:g}, got {eta:g}; DDIM takes any eta")
+            raise ValueError(
+                f"{name} has a noise of its own: eta must be {self.default_eta:g}, got {eta:g}; DDIM takes any eta"
+            )
         if not (math.isfinite(eta) and eta >= 0):
             raise ValueError(f"eta {eta}: choose 0 (deterministic) to 1 (as noisy as the diffusion itself)")
         grid = self.make_grid(S, eta, discretize)
         if grid.alphas[-1] == 0.0 and self.model.parameterization == "eps":
-            raise ValueError("this schedule has zero terminal SNR: it starts from pure noise, which tells eps nothing; predict v or x0")
+            raise ValueError(
+                "this schedule has zero terminal SNR: it starts from pure noise, which tells eps nothing; predict v or x0"
+            )
         return grid
 
     @torch.no_grad()
@@ -126,7 +132,10 @@ class Sampler(ABC):
         if x_T is not None and tuple(x_T.shape) != expected:
             raise ValueError(f"x_T has shape {tuple(x_T.shape)}, expected {expected}")
         self._check_run(batch_size, conditioning, unconditional_guidance_scale, unconditional_conditioning, options)
-        self._scheduled, self._eta = grid, self.default_eta if eta is None else eta  # published: callbacks read the ddim_* tables
+        self._scheduled, self._eta = (
+            grid,
+            self.default_eta if eta is None else eta,
+        )  # published: callbacks read the ddim_* tables
         x = noise_source.normal(expected, self.model.device) if x_T is None else x_T
         run = Run(self.model, grid, x, conditioning, unconditional_conditioning, unconditional_guidance_scale, options)
         return self.loop(x, run, len(grid.t), mask, x0, callback, img_callback, log_every_t, verbose)
@@ -179,7 +188,9 @@ class Sampler(ABC):
         self._scheduled = self.grid(ddim_num_steps, self._eta, ddim_discretize)
 
     @torch.no_grad()
-    def stochastic_encode(self, x0: Tensor, t: Tensor, use_original_steps: bool = False, noise: Tensor | None = None) -> Tensor:
+    def stochastic_encode(
+        self, x0: Tensor, t: Tensor, use_original_steps: bool = False, noise: Tensor | None = None
+    ) -> Tensor:
         """x0 (B, C, H, W) brought to the noise level that `decode` starts from with t_start = t (B,), 0 to S.
 
         At 0 (strength 0) this is x0 itself; at S, which strength 1 asks for, it is pure noise.
@@ -245,18 +256,26 @@ class Sampler(ABC):
 
     def _grid_of(self, use_original_steps: bool) -> Grid:
         if use_original_steps:
-            raise ValueError(f"use_original_steps: {type(self).__name__} walks the steps of make_schedule alone; DDIM can")
+            raise ValueError(
+                f"use_original_steps: {type(self).__name__} walks the steps of make_schedule alone; DDIM can"
+            )
         if self._scheduled is None:
             raise ValueError("call make_schedule(ddim_num_steps=...) first")
         return self._scheduled
 
-    def _check_run(self, batch_size: int, cond: Conditioning, scale: float, uncond: Conditioning, options: Options) -> None:
+    def _check_run(
+        self, batch_size: int, cond: Conditioning, scale: float, uncond: Conditioning, options: Options
+    ) -> None:
         for name, condition in (("conditioning", cond), ("unconditional_conditioning", uncond)):
             size = condition_batch_size(condition)
             if size is not None and size != batch_size:
                 raise ValueError(f"{name} is for {size} samples, batch_size is {batch_size}")
         if scale != 1.0 and uncond is None:
-            raise ValueError(f"unconditional_guidance_scale {scale:g} needs unconditional_conditioning; without it the scale must be 1")
+            raise ValueError(
+                f"unconditional_guidance_scale {scale:g} needs unconditional_conditioning; without it the scale must be 1"
+            )
         noisy = options.temperature != 1.0 or options.noise_dropout > 0.0 or options.repeat_noise
         if noisy and not self.adds_noise:
-            raise ValueError(f"{type(self).__name__} adds no noise that temperature, noise_dropout or repeat_noise could change")
+            raise ValueError(
+                f"{type(self).__name__} adds no noise that temperature, noise_dropout or repeat_noise could change"
+            )

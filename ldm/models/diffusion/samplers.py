@@ -35,18 +35,28 @@ SAMPLERS: dict[str, SamplerEntry] = {
     "dpm_solver": SamplerEntry(f"{PACKAGE}.dpm_solver.DPMSolverSampler", "DPM-Solver++ 2M"),
     "dpm_solver_3m": SamplerEntry(f"{PACKAGE}.dpm_solver.DPMSolverSampler", "DPM-Solver++ 3M", options={"order": 3}),
     "dpm_solver_2s": SamplerEntry(
-        f"{PACKAGE}.dpm_solver.DPMSolverSampler", "DPM-Solver++ 2S, single-step", options={"order": 2, "method": "singlestep"}
+        f"{PACKAGE}.dpm_solver.DPMSolverSampler",
+        "DPM-Solver++ 2S, single-step",
+        options={"order": 2, "method": "singlestep"},
     ),
     "dpm_solver_3s": SamplerEntry(
-        f"{PACKAGE}.dpm_solver.DPMSolverSampler", "DPM-Solver++ 3S, single-step", options={"order": 3, "method": "singlestep"}
+        f"{PACKAGE}.dpm_solver.DPMSolverSampler",
+        "DPM-Solver++ 3S, single-step",
+        options={"order": 3, "method": "singlestep"},
     ),
     "unipc": SamplerEntry(f"{PACKAGE}.unipc.UniPCSampler", "UniPC of order 2"),
     "euler": SamplerEntry(f"{PACKAGE}.k_samplers.EulerSampler", "Euler"),
-    "euler_ancestral": SamplerEntry(f"{PACKAGE}.k_samplers.EulerAncestralSampler", "Euler with fresh noise", CONTINUOUS, 1.0, True),
+    "euler_ancestral": SamplerEntry(
+        f"{PACKAGE}.k_samplers.EulerAncestralSampler", "Euler with fresh noise", CONTINUOUS, 1.0, True
+    ),
     "heun": SamplerEntry(f"{PACKAGE}.k_samplers.HeunSampler", "Heun, two network calls a step"),
     "dpmpp_2m": SamplerEntry(f"{PACKAGE}.k_samplers.DPMPP2MSampler", "DPM++ 2M of k-diffusion"),
-    "dpmpp_2m_sde": SamplerEntry(f"{PACKAGE}.k_samplers.DPMPP2MSDESampler", "DPM++ 2M SDE of k-diffusion", CONTINUOUS, 1.0, True),
-    "lcm": SamplerEntry(f"{PACKAGE}.lcm.LCMSampler", "few steps of a latent consistency model", ("uniform", "trailing"), 1.0),
+    "dpmpp_2m_sde": SamplerEntry(
+        f"{PACKAGE}.k_samplers.DPMPP2MSDESampler", "DPM++ 2M SDE of k-diffusion", CONTINUOUS, 1.0, True
+    ),
+    "lcm": SamplerEntry(
+        f"{PACKAGE}.lcm.LCMSampler", "few steps of a latent consistency model", ("uniform", "trailing"), 1.0
+    ),
 }
 
 
@@ -63,7 +73,9 @@ def check_request(name: str, S: int, num_timesteps: int, eta: float | None = Non
         raise ValueError(f"eta {eta}: choose 0 (deterministic) to 1 (as noisy as the diffusion itself)")
     if eta is not None and eta != entry.default_eta and not entry.takes_eta:
         takers = ", ".join(other for other, choice in SAMPLERS.items() if choice.takes_eta)
-        raise ValueError(f"eta {eta:g}: {name} has a noise of its own, eta {entry.default_eta:g}; others take any: {takers}")
+        raise ValueError(
+            f"eta {eta:g}: {name} has a noise of its own, eta {entry.default_eta:g}; others take any: {takers}"
+        )
 
 
 def make_sampler(name: str, model: Any, **options: Any) -> Sampler:

@@ -63,7 +63,9 @@ class Tiling:
     def __post_init__(self) -> None:
         for name in ("size", "stride"):
             value = getattr(self, name)
-            object.__setattr__(self, name, (value, value) if isinstance(value, int) else tuple(int(side) for side in value))
+            object.__setattr__(
+                self, name, (value, value) if isinstance(value, int) else tuple(int(side) for side in value)
+            )
             if len(getattr(self, name)) != 2:
                 raise ValueError(f"{name} {value}: give height and width in latent cells")
         if any(not 1 <= step < side for side, step in zip(self.size, self.stride)):
@@ -73,7 +75,9 @@ class Tiling:
         if self.margin is None:
             object.__setattr__(self, "margin", shared // 4)
         if not 0 <= 2 * self.margin < shared:
-            raise ValueError(f"margin {self.margin}: neighbors share {shared} cells and fade between them; choose 0 to {(shared - 1) // 2}")
+            raise ValueError(
+                f"margin {self.margin}: neighbors share {shared} cells and fade between them; choose 0 to {(shared - 1) // 2}"
+            )
 
     @classmethod
     def from_split_input_params(cls, params: Mapping[str, Any]) -> Tiling:
@@ -99,7 +103,11 @@ class Tiling:
     def weight(self, span: Span, axis: int, scale: int = 1) -> Tensor:
         """How much each of a tile's `scale` values per cell counts along an axis: 0 in inner margins, 1 away from them, linear between."""
         ramp = (self.size[axis] - self.stride[axis] - 2 * self.margin) * scale
-        at = torch.arange((span.stop - span.start) * scale, dtype=torch.float32, device="cpu") + 0.5 - self.margin * scale
+        at = (
+            torch.arange((span.stop - span.start) * scale, dtype=torch.float32, device="cpu")
+            + 0.5
+            - self.margin * scale
+        )
         rising = (at / ramp).clamp(0.0, 1.0)
         weight = torch.ones_like(rising)
         if span.start > 0:
@@ -120,11 +128,17 @@ class Tiling:
                 tile = f(Cut(rows, columns))
                 expected = ((rows.stop - rows.start) * scale, (columns.stop - columns.start) * scale)
                 if tuple(tile.shape[-2:]) != expected:
-                    raise ValueError(f"a tile came back with {tuple(tile.shape[-2:])} values, expected {expected}: {scale} a cell")
+                    raise ValueError(
+                        f"a tile came back with {tuple(tile.shape[-2:])} values, expected {expected}: {scale} a cell"
+                    )
                 if out is None:
                     out = tile.new_zeros(*tile.shape[:-2], height * scale, width * scale)
                     total = torch.zeros(height * scale, width * scale, device=tile.device)
-                place = (..., slice(rows.start * scale, rows.stop * scale), slice(columns.start * scale, columns.stop * scale))
+                place = (
+                    ...,
+                    slice(rows.start * scale, rows.stop * scale),
+                    slice(columns.start * scale, columns.stop * scale),
+                )
                 weight = (self.weight(rows, 0, scale)[:, None] * self.weight(columns, 1, scale)).to(tile.device)
                 total[place] += weight
                 share = torch.where(weight > 0, weight / total[place], 0.0)
@@ -170,14 +184,18 @@ class TiledModel:
 
         height, width = (side // self.factor for side in x.shape[-2:])
         if not height or not width:
-            raise ValueError(f"pictures of {x.shape[-2]}x{x.shape[-1]} pixels: a latent cell has {self.factor}x{self.factor}")
+            raise ValueError(
+                f"pictures of {x.shape[-2]}x{x.shape[-1]} pixels: a latent cell has {self.factor}x{self.factor}"
+            )
         blended = self.tiling.apply(encode, height, width)
         return DiagonalGaussianDistribution(blended) if posterior else blended
 
     @torch.no_grad()
     def decode_first_stage(self, z: Tensor, **options: Any) -> Tensor:
         """Scaled latents z (B, c, h, w) -> pictures (B, C, h * factor, w * factor) in about [-1, 1]; options as the model's own."""
-        return self.tiling.apply(lambda cut: self.model_in_tiles.decode_first_stage(cut(z), **options), *z.shape[-2:], scale=self.factor)
+        return self.tiling.apply(
+            lambda cut: self.model_in_tiles.decode_first_stage(cut(z), **options), *z.shape[-2:], scale=self.factor
+        )
 
     def apply_model(self, x_noisy: Tensor, t: Tensor, cond: Conditioning = None) -> Tensor:
         """Network output (B, C, h, w) at x_noisy (B, C, h, w) and t (B,), tile by tile."""

@@ -55,7 +55,9 @@ class UniPCSampler(Sampler):
         run.history = [] if run.starts_from_noise(k) else [x, *recent]
         return self.move(x, k, run, recent, recent[1:order], run.coefs["predict"][k, order - 1]), x0  # UniP
 
-    def move(self, x: Tensor, k: int, run: Run, predictions: list[Tensor], others: list[Tensor], weight: Tensor) -> Tensor:
+    def move(
+        self, x: Tensor, k: int, run: Run, predictions: list[Tensor], others: list[Tensor], weight: Tensor
+    ) -> Tensor:
         """Step k from x with the newest of `predictions`, and the `others` by their weights."""
         x_prev = run.coefs["keep"][k] * x + run.coefs["move"][k] * predictions[0]
         for i, other in enumerate(others):

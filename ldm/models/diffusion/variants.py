@@ -63,14 +63,18 @@ class LatentFinetuneDiffusion(LatentDiffusion):
     def _widen(self, own: Tensor, given: Tensor, what: str) -> None:
         """Fill `own` (C_out, C_in, k, k) with the first channels of `given`, and with zeros."""
         keep = self.keep_finetune_dims
-        if given.shape[:1] + given.shape[2:] != own.shape[:1] + own.shape[2:] or keep > min(given.shape[1], own.shape[1]):
+        if given.shape[:1] + given.shape[2:] != own.shape[:1] + own.shape[2:] or keep > min(
+            given.shape[1], own.shape[1]
+        ):
             raise checkpoint.CheckpointError(
                 f"{what} has shape {tuple(given.shape)}, the model's {tuple(own.shape)}: these cannot share {keep} input channels"
             )
         with torch.no_grad():
             own.zero_()
             own[:, :keep] = given[:, :keep]
-        logger.info("%s: the first %d input channels are kept, %d new ones start at zero", what, keep, own.shape[1] - keep)
+        logger.info(
+            "%s: the first %d input channels are kept, %d new ones start at zero", what, keep, own.shape[1] - keep
+        )
 
     @torch.no_grad()
     def log_images(self, batch: Mapping[str, Any], N: int = 8, n_row: int = 4, **kwargs: Any) -> dict[str, Tensor]:
@@ -115,7 +119,9 @@ class LatentDepth2ImageDiffusion(LatentFinetuneDiffusion):
         **kwargs: Any,
     ) -> None:
         if len(concat_keys) != 1:
-            raise ValueError(f"concat_keys {list(concat_keys)}: give the one key of the pictures whose depth is estimated")
+            raise ValueError(
+                f"concat_keys {list(concat_keys)}: give the one key of the pictures whose depth is estimated"
+            )
         super().__init__(*args, concat_keys=concat_keys, **kwargs)
         self.depth_key, self.depth_stage_key = depth_key, concat_keys[0]
         self.depth_model = None if depth_stage_config is None else instantiate_from_config(depth_stage_config)
@@ -143,7 +149,9 @@ class LatentDepth2ImageDiffusion(LatentFinetuneDiffusion):
                 raise ValueError(f"{self.depth_key}: a depth map has one channel, these have {depth.shape[1]}")
             return depth
         if self.depth_model is None:
-            raise ValueError(f"the batch has no {self.depth_key!r} and the model no depth_stage_config that could estimate it")
+            raise ValueError(
+                f"the batch has no {self.depth_key!r} and the model no depth_stage_config that could estimate it"
+            )
         return self.depth_model(self.get_pictures(batch, self.depth_stage_key, bs))
 
     @staticmethod
@@ -181,7 +189,9 @@ class LatentUpscaleDiffusion(LatentDiffusion):
     ) -> None:
         super().__init__(*args, **kwargs)
         if self.model.conditioning_key != "hybrid-adm":
-            raise ValueError(f"conditioning_key {self.model.conditioning_key!r}: LatentUpscaleDiffusion takes hybrid-adm")
+            raise ValueError(
+                f"conditioning_key {self.model.conditioning_key!r}: LatentUpscaleDiffusion takes hybrid-adm"
+            )
         self.low_scale_model = instantiate_from_config(low_scale_config)
         self.low_scale_model.requires_grad_(False).eval()
         self.low_scale_key, self.noise_level_key = low_scale_key, noise_level_key
@@ -196,7 +206,9 @@ class LatentUpscaleDiffusion(LatentDiffusion):
         small = self.get_pictures(batch, self.low_scale_key, bs)
         if small.shape[2:] != tuple(size):
             given, wanted = ("x".join(map(str, sides)) for sides in (small.shape[2:], size))
-            raise ValueError(f"{self.low_scale_key}: pictures of {given} pixels beside latents of {wanted}: they must be alike")
+            raise ValueError(
+                f"{self.low_scale_key}: pictures of {given} pixels beside latents of {wanted}: they must be alike"
+            )
         level = None
         if self.noise_level_key is not None:
             level = self._on_device(self.batch_value(batch, self.noise_level_key)[:bs])

@@ -25,7 +25,9 @@ def get_timestep_embedding(timesteps: Tensor, embedding_dim: int) -> Tensor:
     if embedding_dim < 4:
         raise ValueError(f"embedding_dim={embedding_dim}: at least 4 (two frequencies) are needed")
     half = embedding_dim // 2
-    frequencies = torch.exp(torch.arange(half, dtype=torch.float32, device=timesteps.device) * -(math.log(10000) / (half - 1)))
+    frequencies = torch.exp(
+        torch.arange(half, dtype=torch.float32, device=timesteps.device) * -(math.log(10000) / (half - 1))
+    )
     angles = timesteps.float()[:, None] * frequencies[None, :]  # (B, half)
     embedding = torch.cat([angles.sin(), angles.cos()], dim=1)  # (B, 2 * half)
     return F.pad(embedding, (0, embedding_dim % 2))
@@ -39,7 +41,9 @@ def nonlinearity(x: Tensor) -> Tensor:
 def Normalize(in_channels: int, num_groups: int = NORM_GROUPS) -> nn.GroupNorm:
     """GroupNorm with the first stage's eps of 1e-6. Raises ValueError where `num_groups` does not divide the width."""
     if in_channels % num_groups:
-        raise ValueError(f"GroupNorm: {in_channels} channels are not a multiple of {num_groups} groups; change ch or ch_mult")
+        raise ValueError(
+            f"GroupNorm: {in_channels} channels are not a multiple of {num_groups} groups; change ch or ch_mult"
+        )
     return nn.GroupNorm(num_groups=num_groups, num_channels=in_channels, eps=1e-6, affine=True)
 
 
@@ -77,7 +81,13 @@ class ResnetBlock(nn.Module):
     """Two normalized 3x3 convolutions beside a shortcut; x (B, in, H, W), temb (B, temb_channels) or None -> (B, out, H, W)."""
 
     def __init__(
-        self, *, in_channels: int, out_channels: int | None = None, conv_shortcut: bool = False, dropout: float, temb_channels: int = 512
+        self,
+        *,
+        in_channels: int,
+        out_channels: int | None = None,
+        conv_shortcut: bool = False,
+        dropout: float,
+        temb_channels: int = 512,
     ) -> None:
         super().__init__()
         out_channels = in_channels if out_channels is None else out_channels

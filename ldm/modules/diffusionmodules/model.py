@@ -83,14 +83,22 @@ class _Plan(NamedTuple):
 
     @classmethod
     def checked(
-        cls, *, ch_mult: Sequence[int], attn_resolutions: Sequence[int], use_linear_attn: bool, attn_type: str, **options: Any
+        cls,
+        *,
+        ch_mult: Sequence[int],
+        attn_resolutions: Sequence[int],
+        use_linear_attn: bool,
+        attn_type: str,
+        **options: Any,
     ) -> _Plan:
         """The plan for these options. Raises ValueError where the levels do not divide the resolution."""
         attn_type = "linear" if use_linear_attn else attn_type
         plan = cls(ch_mult=tuple(ch_mult), attn_resolutions=tuple(attn_resolutions), attn_type=attn_type, **options)
         factor = 2 ** (len(plan.ch_mult) - 1)
         if plan.resolution % factor:
-            raise ValueError(f"resolution={plan.resolution}: the {len(plan.ch_mult)} levels of ch_mult need a multiple of {factor}")
+            raise ValueError(
+                f"resolution={plan.resolution}: the {len(plan.ch_mult)} levels of ch_mult need a multiple of {factor}"
+            )
         return plan
 
     @property
@@ -106,7 +114,12 @@ class _Plan(NamedTuple):
         block, attn = nn.ModuleList(), nn.ModuleList()
         for in_channels, out_channels in widths:
             block.append(
-                ResnetBlock(in_channels=in_channels, out_channels=out_channels, temb_channels=self.temb_channels, dropout=self.dropout)
+                ResnetBlock(
+                    in_channels=in_channels,
+                    out_channels=out_channels,
+                    temb_channels=self.temb_channels,
+                    dropout=self.dropout,
+                )
             )
             if size in self.attn_resolutions:
                 attn.append(make_attn(out_channels, self.attn_type))
@@ -172,7 +185,9 @@ class Encoder(nn.Module):
         self.down = plan.down()
         self.mid = plan.middle()
         self.norm_out = Normalize(plan.lowest_width)
-        self.conv_out = nn.Conv2d(plan.lowest_width, 2 * z_channels if double_z else z_channels, kernel_size=3, padding=1)
+        self.conv_out = nn.Conv2d(
+            plan.lowest_width, 2 * z_channels if double_z else z_channels, kernel_size=3, padding=1
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.conv_in(x)  # (B, ch, H, W)

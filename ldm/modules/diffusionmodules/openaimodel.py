@@ -105,13 +105,17 @@ class UNetModel(UNetTrunk):
             use_new_attention_order=use_new_attention_order,
             use_spatial_transformer=use_spatial_transformer,
             transformer_depth=transformer_depth,
-            context_dim=context_dim if context_dim is None or isinstance(context_dim, int) else [int(width) for width in context_dim],
+            context_dim=context_dim
+            if context_dim is None or isinstance(context_dim, int)
+            else [int(width) for width in context_dim],
             use_linear_in_transformer=use_linear_in_transformer,
             legacy=legacy,
         )
         levels = len(channel_mult)
         res_blocks = per_level("num_res_blocks", num_res_blocks, levels)
-        attention_blocks = None if num_attention_blocks is None else per_level("num_attention_blocks", num_attention_blocks, levels)
+        attention_blocks = (
+            None if num_attention_blocks is None else per_level("num_attention_blocks", num_attention_blocks, levels)
+        )
         no_self = [False] * levels
         if disable_self_attentions is not None:
             no_self = per_level("disable_self_attentions", disable_self_attentions, levels)
@@ -149,13 +153,19 @@ class UNetModel(UNetTrunk):
             for block in range(res_blocks[level] + 1):
                 layers: list[nn.Module] = [make.res(ch + skips.pop(), channel_mult[level] * model_channels)]
                 ch = channel_mult[level] * model_channels
-                if downsampling in attention_resolutions and (attention_blocks is None or block < attention_blocks[level]):
-                    layers.append(make.attention(ch, num_heads=self.num_heads_upsample, disable_self_attn=no_self[level]))
+                if downsampling in attention_resolutions and (
+                    attention_blocks is None or block < attention_blocks[level]
+                ):
+                    layers.append(
+                        make.attention(ch, num_heads=self.num_heads_upsample, disable_self_attn=no_self[level])
+                    )
                 if level and block == res_blocks[level]:
                     layers.append(make.up(ch))
                     downsampling //= 2
                 self.output_blocks.append(TimestepEmbedSequential(*layers))
-        self.out = nn.Sequential(normalization(ch), nn.SiLU(), zero_module(conv_nd(dims, ch, out_channels, 3, padding=1)))
+        self.out = nn.Sequential(
+            normalization(ch), nn.SiLU(), zero_module(conv_nd(dims, ch, out_channels, 3, padding=1))
+        )
         if self.predict_codebook_ids:
             self.id_predictor = nn.Sequential(normalization(ch), conv_nd(dims, ch, n_embed, 1))
         if use_fp16:
@@ -196,21 +206,29 @@ class UNetModel(UNetTrunk):
         if any(n % multiple for n in size):
             near = [max(multiple, round(n / multiple) * multiple) for n in size]
             given, nearest = ("x".join(map(str, numbers)) for numbers in (size, near))
-            raise ValueError(f"input of size {given}: this UNet needs multiples of {multiple}; the nearest is {nearest}")
+            raise ValueError(
+                f"input of size {given}: this UNet needs multiples of {multiple}; the nearest is {nearest}"
+            )
 
     def _context(self, x: Tensor, context: Tensor | Sequence[Tensor] | None) -> Tensor | list[Tensor] | None:
         """The context in the dtype of the blocks."""
         if self.context_dim is None:
             if context is not None:
-                raise ValueError("a context was given, but this UNet was built without use_spatial_transformer and would ignore it")
+                raise ValueError(
+                    "a context was given, but this UNet was built without use_spatial_transformer and would ignore it"
+                )
             return None
         if context is None:
-            raise ValueError(f"this UNet attends to a context of shape ({x.shape[0]}, L, {self.context_dim}), which is missing")
+            raise ValueError(
+                f"this UNet attends to a context of shape ({x.shape[0]}, L, {self.context_dim}), which is missing"
+            )
         if not torch.is_tensor(context):
             return [self._context(x, part) for part in context]
         widths = (self.context_dim,) if isinstance(self.context_dim, int) else self.context_dim
         if context.ndim != 3 or context.shape[0] != x.shape[0] or context.shape[2] not in widths:
-            raise ValueError(f"context of shape {tuple(context.shape)}: expected ({x.shape[0]}, L, {' or '.join(map(str, widths))})")
+            raise ValueError(
+                f"context of shape {tuple(context.shape)}: expected ({x.shape[0]}, L, {' or '.join(map(str, widths))})"
+            )
         return context.to(self.dtype)
 
 
@@ -290,9 +308,19 @@ class EncoderUNetModel(UNetTrunk):
         ch = self._middle_channels
         if self.pool == "adaptive":
             average = (nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d)[dims - 1](1)
-            return nn.Sequential(normalization(ch), nn.SiLU(), average, zero_module(conv_nd(dims, ch, self.out_channels, 1)), nn.Flatten())
+            return nn.Sequential(
+                normalization(ch),
+                nn.SiLU(),
+                average,
+                zero_module(conv_nd(dims, ch, self.out_channels, 1)),
+                nn.Flatten(),
+            )
         if self.pool == "attention":
-            attention = AttentionPool2d(self.image_size // self._downsampling, ch, self.num_head_channels, self.out_channels)
+            attention = AttentionPool2d(
+                self.image_size // self._downsampling, ch, self.num_head_channels, self.out_channels
+            )
             return nn.Sequential(normalization(ch), nn.SiLU(), attention)
         activation = [nn.ReLU()] if self.pool == "spatial" else [normalization(2048), nn.SiLU()]
-        return nn.Sequential(nn.Linear(sum(self._skip_channels) + ch, 2048), *activation, nn.Linear(2048, self.out_channels))
+        return nn.Sequential(
+            nn.Linear(sum(self._skip_channels) + ch, 2048), *activation, nn.Linear(2048, self.out_channels)
+        )

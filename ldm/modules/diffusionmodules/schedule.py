@@ -66,7 +66,11 @@ class Schedule:
     zero_terminal_snr: bool = False
 
     def __post_init__(self) -> None:
-        bounded = self.betas[:-1] if self.zero_terminal_snr and self.betas.ndim == 1 and self.betas[-1:] == 1.0 else self.betas
+        bounded = (
+            self.betas[:-1]
+            if self.zero_terminal_snr and self.betas.ndim == 1 and self.betas[-1:] == 1.0
+            else self.betas
+        )
         if self.betas.ndim != 1 or not ((bounded >= 0) & (bounded < 1)).all():
             raise ValueError(f"betas must be (T,) with values in [0, 1), got shape {self.betas.shape}")
 
@@ -119,7 +123,9 @@ class Schedule:
 def check_steps(steps: int, num_timesteps: int) -> None:
     """Raise ValueError unless a grid of `steps` steps exists on a chain of `num_timesteps`."""
     if not 1 <= steps <= num_timesteps:
-        raise ValueError(f"{steps} sampling steps: choose 1 to {num_timesteps}, the length of this model's noise schedule")
+        raise ValueError(
+            f"{steps} sampling steps: choose 1 to {num_timesteps}, the length of this model's noise schedule"
+        )
 
 
 def make_ddim_timesteps(

@@ -38,7 +38,9 @@ class TimestepEmbedSequential(nn.Sequential, TimestepBlock):
 class Upsample(nn.Module):
     """Nearest-neighbour upsampling by two, with a convolution where `use_conv` is true; for dims=3 the first axis keeps its size."""
 
-    def __init__(self, channels: int, use_conv: bool, dims: int = 2, out_channels: int | None = None, padding: int = 1) -> None:
+    def __init__(
+        self, channels: int, use_conv: bool, dims: int = 2, out_channels: int | None = None, padding: int = 1
+    ) -> None:
         super().__init__()
         self.channels = channels
         self.out_channels = out_channels or channels
@@ -57,7 +59,9 @@ class Upsample(nn.Module):
 class Downsample(nn.Module):
     """Downsampling by two, by a strided convolution or an average pool; for dims=3 the first axis keeps its size."""
 
-    def __init__(self, channels: int, use_conv: bool, dims: int = 2, out_channels: int | None = None, padding: int = 1) -> None:
+    def __init__(
+        self, channels: int, use_conv: bool, dims: int = 2, out_channels: int | None = None, padding: int = 1
+    ) -> None:
         super().__init__()
         self.channels = channels
         self.out_channels = out_channels or channels
@@ -67,7 +71,9 @@ class Downsample(nn.Module):
         if use_conv:
             self.op = conv_nd(dims, self.channels, self.out_channels, 3, stride=stride, padding=padding)
         elif self.out_channels != channels:
-            raise ValueError(f"Downsample without a convolution keeps its {channels} channels; got out_channels={out_channels}")
+            raise ValueError(
+                f"Downsample without a convolution keeps its {channels} channels; got out_channels={out_channels}"
+            )
         else:
             self.op = avg_pool_nd(dims, kernel_size=stride, stride=stride)
 
@@ -108,11 +114,15 @@ class ResBlock(TimestepBlock):
         self.use_scale_shift_norm = use_scale_shift_norm
         self.updown = up or down
 
-        self.in_layers = nn.Sequential(normalization(channels), nn.SiLU(), conv_nd(dims, channels, self.out_channels, 3, padding=1))
+        self.in_layers = nn.Sequential(
+            normalization(channels), nn.SiLU(), conv_nd(dims, channels, self.out_channels, 3, padding=1)
+        )
         resample = Upsample if up else Downsample
         self.h_upd = resample(channels, False, dims) if self.updown else nn.Identity()
         self.x_upd = resample(channels, False, dims) if self.updown else nn.Identity()
-        self.emb_layers = nn.Sequential(nn.SiLU(), linear(emb_channels, (2 if use_scale_shift_norm else 1) * self.out_channels))
+        self.emb_layers = nn.Sequential(
+            nn.SiLU(), linear(emb_channels, (2 if use_scale_shift_norm else 1) * self.out_channels)
+        )
         self.out_layers = nn.Sequential(
             normalization(self.out_channels),
             nn.SiLU(),
@@ -166,7 +176,11 @@ class AttentionBlock(nn.Module):
         super().__init__()
         self.channels = channels
         self.num_heads = num_heads if num_head_channels == -1 else channels // num_head_channels
-        if self.num_heads < 1 or channels % self.num_heads or (num_head_channels != -1 and channels % num_head_channels):
+        if (
+            self.num_heads < 1
+            or channels % self.num_heads
+            or (num_head_channels != -1 and channels % num_head_channels)
+        ):
             raise ValueError(
                 f"{channels} channels cannot be split into heads with num_heads={num_heads}, num_head_channels={num_head_channels}; "
                 f"choose one that divides {channels} and leave the other at -1"
@@ -190,10 +204,14 @@ class AttentionBlock(nn.Module):
 class AttentionPool2d(nn.Module):
     """A feature map's average, as the one query of an attention over all its positions (CLIP, arXiv 2103.00020)."""
 
-    def __init__(self, spacial_dim: int, embed_dim: int, num_heads_channels: int, output_dim: int | None = None) -> None:
+    def __init__(
+        self, spacial_dim: int, embed_dim: int, num_heads_channels: int, output_dim: int | None = None
+    ) -> None:
         super().__init__()
         if num_heads_channels < 1 or embed_dim % num_heads_channels:
-            raise ValueError(f"AttentionPool2d: {embed_dim} channels are no multiple of num_head_channels={num_heads_channels}")
+            raise ValueError(
+                f"AttentionPool2d: {embed_dim} channels are no multiple of num_head_channels={num_heads_channels}"
+            )
         self.positional_embedding = nn.Parameter(torch.randn(embed_dim, spacial_dim**2 + 1) / embed_dim**0.5)
         self.qkv_proj = conv_nd(1, embed_dim, 3 * embed_dim, 1)
         self.c_proj = conv_nd(1, embed_dim, output_dim or embed_dim, 1)

@@ -10,7 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from ldm.modules.attention import SpatialTransformer
-from ldm.modules.diffusionmodules.unet_blocks import AttentionBlock, Downsample, ResBlock, TimestepEmbedSequential, Upsample
+from ldm.modules.diffusionmodules.unet_blocks import (
+    AttentionBlock,
+    Downsample,
+    ResBlock,
+    TimestepEmbedSequential,
+    Upsample,
+)
 from ldm.modules.diffusionmodules.util import conv_nd, linear, timestep_embedding
 
 T = TypeVar("T")
@@ -38,7 +44,9 @@ class LayerFactory:
 
     def __post_init__(self) -> None:
         if self.num_heads == -1 and self.num_head_channels == -1:
-            raise ValueError("num_heads and num_head_channels are both -1: set the number of attention heads, or the channels of each")
+            raise ValueError(
+                "num_heads and num_head_channels are both -1: set the number of attention heads, or the channels of each"
+            )
         if self.use_spatial_transformer != (self.context_dim is not None):
             raise ValueError(
                 f"use_spatial_transformer={self.use_spatial_transformer} with context_dim={self.context_dim}: a spatial transformer "
@@ -132,7 +140,9 @@ class UNetTrunk(nn.Module):
         self.model_channels = model_channels
         self.dims = make.dims
         emb_channels = make.emb_channels
-        self.time_embed = nn.Sequential(linear(model_channels, emb_channels), nn.SiLU(), linear(emb_channels, emb_channels))
+        self.time_embed = nn.Sequential(
+            linear(model_channels, emb_channels), nn.SiLU(), linear(emb_channels, emb_channels)
+        )
         self.num_classes = num_classes
         if num_classes is not None:
             self.label_emb = nn.Embedding(num_classes, emb_channels)
@@ -145,8 +155,14 @@ class UNetTrunk(nn.Module):
             for block in range(num_res_blocks[level]):
                 layers: list[nn.Module] = [make.res(ch, mult * model_channels)]
                 ch = mult * model_channels
-                if self._downsampling in attention_resolutions and (num_attention_blocks is None or block < num_attention_blocks[level]):
-                    layers.append(make.attention(ch, disable_self_attn=bool(disable_self_attentions and disable_self_attentions[level])))
+                if self._downsampling in attention_resolutions and (
+                    num_attention_blocks is None or block < num_attention_blocks[level]
+                ):
+                    layers.append(
+                        make.attention(
+                            ch, disable_self_attn=bool(disable_self_attentions and disable_self_attentions[level])
+                        )
+                    )
                 self.input_blocks.append(TimestepEmbedSequential(*layers))
                 self._skip_channels.append(ch)
             if level < len(channel_mult) - 1:
@@ -193,9 +209,13 @@ class UNetTrunk(nn.Module):
             shape = None if timesteps is None else tuple(timesteps.shape)
             raise ValueError(f"timesteps of shape {shape}: expected one for each of the {batch} inputs, ({batch},)")
         if y is None and self.num_classes is not None:
-            raise ValueError(f"this UNet has num_classes={self.num_classes}: class labels y of shape ({batch},) are missing")
+            raise ValueError(
+                f"this UNet has num_classes={self.num_classes}: class labels y of shape ({batch},) are missing"
+            )
         if y is not None and self.num_classes is None:
-            raise ValueError("class labels y were given, but this UNet was built without num_classes and would ignore them")
+            raise ValueError(
+                "class labels y were given, but this UNet was built without num_classes and would ignore them"
+            )
         emb = self.time_embed(timestep_embedding(timesteps, self.model_channels).to(self.time_embed[0].weight.dtype))
         if y is not None:
             if y.shape != (batch,):

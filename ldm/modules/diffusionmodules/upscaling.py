@@ -29,17 +29,23 @@ class ImageConcatWithNoiseAugmentation(nn.Module):
     noise_schedule_config: any of OPTIONS, as for a model; by default 1000 levels.
     """
 
-    def __init__(self, noise_schedule_config: Mapping[str, Any] | None = None, max_noise_level: int = 1000, to_cuda: bool = False) -> None:
+    def __init__(
+        self, noise_schedule_config: Mapping[str, Any] | None = None, max_noise_level: int = 1000, to_cuda: bool = False
+    ) -> None:
         """to_cuda: part of the published signature; the module is moved with its model."""
         super().__init__()
         options = {"beta_schedule": "linear", "timesteps": 1000, **(noise_schedule_config or {})}
         unknown = sorted(set(options) - set(OPTIONS))
         if unknown:
             raise ValueError(f"noise_schedule_config: unknown {', '.join(unknown)}; it takes {', '.join(OPTIONS)}")
-        schedule = Schedule.from_betas(make_beta_schedule(options.pop("beta_schedule"), options.pop("timesteps"), **options))
+        schedule = Schedule.from_betas(
+            make_beta_schedule(options.pop("beta_schedule"), options.pop("timesteps"), **options)
+        )
         self.num_timesteps = len(schedule)
         if not 1 <= max_noise_level <= self.num_timesteps:
-            raise ValueError(f"max_noise_level {max_noise_level}: choose 1 to {self.num_timesteps}, the length of its noise schedule")
+            raise ValueError(
+                f"max_noise_level {max_noise_level}: choose 1 to {self.num_timesteps}, the length of its noise schedule"
+            )
         self.max_noise_level = max_noise_level
         tables = schedule.tables()
         for name in TABLES:
@@ -51,7 +57,9 @@ class ImageConcatWithNoiseAugmentation(nn.Module):
             noise_level = torch.randint(0, self.max_noise_level, (x.shape[0],), device=x.device)
         alpha = extract_into_tensor(self.sqrt_alphas_cumprod, noise_level, x.shape)
         sigma = extract_into_tensor(self.sqrt_one_minus_alphas_cumprod, noise_level, x.shape)
-        noise = torch.randn_like(x, memory_format=torch.contiguous_format)  # else it would depend on how the pictures lie in memory
+        noise = torch.randn_like(
+            x, memory_format=torch.contiguous_format
+        )  # else it would depend on how the pictures lie in memory
         return alpha * x + sigma * noise, noise_level
 
     def decode(self, x: Tensor) -> Tensor:

@@ -68,7 +68,9 @@ class GroupNorm32(nn.GroupNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.weight is None or x.dtype == self.weight.dtype:
-            return super().forward(x)  # torch's kernels accumulate 16-bit inputs in float32: a copy would only cost memory traffic
+            return super().forward(
+                x
+            )  # torch's kernels accumulate 16-bit inputs in float32: a copy would only cost memory traffic
         return F.group_norm(x.float(), self.num_groups, self.weight.float(), self.bias.float(), self.eps).to(x.dtype)
 
 
@@ -96,7 +98,9 @@ def scale_module(module: M, scale: float) -> M:
     return module
 
 
-def checkpoint(func: Callable[..., Any], inputs: Sequence[Any], params: Iterable[nn.Parameter] | None = None, flag: bool = True) -> Any:
+def checkpoint(
+    func: Callable[..., Any], inputs: Sequence[Any], params: Iterable[nn.Parameter] | None = None, flag: bool = True
+) -> Any:
     """`func(*inputs)`, whose activations are computed again in the backward pass instead of kept, where `flag` is true.
 
     Frozen parameters and inputs without gradient are fine. `params` is a part of the published signature; autograd finds them itself.
@@ -114,7 +118,9 @@ def timestep_embedding(timesteps: Tensor, dim: int, max_period: float = 10000, r
     if repeat_only:
         return timesteps[:, None].expand(-1, dim).contiguous()
     half = dim // 2
-    exponents = -math.log(max_period) * torch.arange(half, dtype=torch.float32, device=timesteps.device) / half  # not half - 1
+    exponents = (
+        -math.log(max_period) * torch.arange(half, dtype=torch.float32, device=timesteps.device) / half
+    )  # not half - 1
     args = timesteps[:, None].float() * torch.exp(exponents)  # (B, half)
     embedding = torch.cat([args.cos(), args.sin()], dim=-1)
     return F.pad(embedding, (0, 1)) if dim % 2 else embedding

@@ -25,7 +25,9 @@ class DiagonalGaussianDistribution:
 
     def __init__(self, parameters: Tensor, deterministic: bool = False) -> None:
         if parameters.shape[1] % 2:
-            raise ValueError(f"parameters: expected (B, 2C, ...), mean and log variance, got {tuple(parameters.shape)}; is double_z true?")
+            raise ValueError(
+                f"parameters: expected (B, 2C, ...), mean and log variance, got {tuple(parameters.shape)}; is double_z true?"
+            )
         self.parameters = parameters
         self.mean, logvar = torch.chunk(parameters, 2, dim=1)  # (B, C, h, w) each
         self.logvar = logvar.clamp(*LOGVAR_RANGE)

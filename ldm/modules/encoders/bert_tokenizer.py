@@ -10,7 +10,10 @@ from torch import Tensor
 
 from ldm.modules.encoders.cut import CutTexts
 
-_REPOSITORIES = ("google-bert/bert-base-uncased", "bert-base-uncased")  # the hub's present name, and the one in older caches
+_REPOSITORIES = (
+    "google-bert/bert-base-uncased",
+    "bert-base-uncased",
+)  # the hub's present name, and the one in older caches
 
 
 class BERTTokenizer:
@@ -45,7 +48,9 @@ class BERTTokenizer:
             path = Path(self.vocab_path)
             path = path / "vocab.txt" if path.is_dir() else path
             if not path.is_file():
-                raise FileNotFoundError(f"{path}: no such file; BERT's tokenizer needs the vocab.txt of bert-base-uncased")
+                raise FileNotFoundError(
+                    f"{path}: no such file; BERT's tokenizer needs the vocab.txt of bert-base-uncased"
+                )
             return path
         from huggingface_hub import hf_hub_download
 
@@ -53,7 +58,9 @@ class BERTTokenizer:
         for repository in _REPOSITORIES:
             try:
                 return Path(hf_hub_download(repository, "vocab.txt"))
-            except Exception as error:  # the hub's client fails in many ways, and all of them mean that the file is not to be had
+            except (
+                Exception
+            ) as error:  # the hub's client fails in many ways, and all of them mean that the file is not to be had
                 reason = reason or error
         raise FileNotFoundError(
             f"BERT's tokenizer needs the vocab.txt of {_REPOSITORIES[0]}, which is neither in the hub's cache nor to be downloaded "
@@ -63,5 +70,7 @@ class BERTTokenizer:
 
 def _dropped(text: str, encoded: Any) -> str:
     """The end of a text that is not in its encoding."""
-    kept = max((end for (_, end), special in zip(encoded.offsets, encoded.special_tokens_mask) if not special), default=0)
+    kept = max(
+        (end for (_, end), special in zip(encoded.offsets, encoded.special_tokens_mask) if not special), default=0
+    )
     return text[kept:].strip()

@@ -32,7 +32,9 @@ _HUB_FILE = "open_clip_model.safetensors"
 class _FrozenCLIP(PretrainedEncoder):
     """A half of CLIP that is never trained and finds its pretrained weights where no checkpoint holds them."""
 
-    def __init__(self, version: str, weights: str | None, clip_config: Mapping[str, Any] | None, drop: tuple[str, ...]) -> None:
+    def __init__(
+        self, version: str, weights: str | None, clip_config: Mapping[str, Any] | None, drop: tuple[str, ...]
+    ) -> None:
         super().__init__()
         if version not in VERSIONS:
             raise ValueError(f"CLIP version {version!r}: choose one of {', '.join(VERSIONS)}")
@@ -48,7 +50,11 @@ class _FrozenCLIP(PretrainedEncoder):
         self.model = CLIP(**{**shape, "quick_gelu": True})
         for name in drop:
             delattr(self.model, name)
-        self.version, self.weights, self.finds_own_weights = version, weights, clip_config is None or weights is not None
+        self.version, self.weights, self.finds_own_weights = (
+            version,
+            weights,
+            clip_config is None or weights is not None,
+        )
         self.width = int(shape["embed_dim"])
         self.freeze()
 
@@ -94,8 +100,12 @@ class FrozenCLIPTextEmbedder(_FrozenCLIP):
 
     def forward(self, text: str | Sequence[str]) -> Tensor:
         """text: B texts -> (B, D)."""
-        tokens = clip_tokenizer()(text, self.max_length, pad_id=0).to(self.device)  # 0: the vector is read at the largest id, the end token
-        if self.model.attn_mask.is_meta:  # not in the weights' file: it stays behind when these replace a model built on meta
+        tokens = clip_tokenizer()(text, self.max_length, pad_id=0).to(
+            self.device
+        )  # 0: the vector is read at the largest id, the end token
+        if (
+            self.model.attn_mask.is_meta
+        ):  # not in the weights' file: it stays behind when these replace a model built on meta
             size = self.max_length
             self.model.attn_mask = torch.full((size, size), float("-inf"), device=self.device).triu_(1)
         return self.model.encode_text(tokens, normalize=self.normalize)
@@ -125,7 +135,9 @@ class FrozenClipImageEmbedder(_FrozenCLIP):
         clip_config: Mapping[str, Any] | None = None,
     ) -> None:
         if jit:
-            raise ValueError("jit: OpenAI's compiled files are programs, not weights, and are never run; leave it false")
+            raise ValueError(
+                "jit: OpenAI's compiled files are programs, not weights, and are never run; leave it false"
+            )
         super().__init__(model, weights, clip_config, drop=_TEXT_PARTS)
         self.antialias, self.normalize = antialias, normalize
         self.size = int(self.model.visual.image_size[0])
@@ -142,7 +154,9 @@ class FrozenClipImageEmbedder(_FrozenCLIP):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (B, 3, H, W) in [-1, 1] -> (B, D)."""
-        return in_dtype(weights_dtype(self), lambda x: self.model.encode_image(x, normalize=self.normalize), self.preprocess(x))
+        return in_dtype(
+            weights_dtype(self), lambda x: self.model.encode_image(x, normalize=self.normalize), self.preprocess(x)
+        )
 
     def encode(self, x: Tensor) -> Tensor:
         """x: (B, 3, H, W) in [-1, 1] -> (B, 1, D)."""

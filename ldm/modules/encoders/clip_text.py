@@ -64,7 +64,9 @@ class SelfAttention(nn.Module):
         self.out_proj = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        q, k, v = (to(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for to in (self.q_proj, self.k_proj, self.v_proj))
+        q, k, v = (
+            to(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for to in (self.q_proj, self.k_proj, self.v_proj)
+        )
         out = F.scaled_dot_product_attention(q, k, v, is_causal=True)  # (B, heads, L, D / heads)
         return self.out_proj(out.transpose(1, 2).flatten(2))
 
@@ -114,7 +116,8 @@ class CLIPText(nn.Module):
         if hidden_size % num_attention_heads:
             raise ValueError(f"hidden_size {hidden_size}: no multiple of num_attention_heads {num_attention_heads}")
         layers = (
-            Layer(hidden_size, num_attention_heads, intermediate_size, hidden_act, layer_norm_eps) for _ in range(num_hidden_layers)
+            Layer(hidden_size, num_attention_heads, intermediate_size, hidden_act, layer_norm_eps)
+            for _ in range(num_hidden_layers)
         )
         self.text_model = nn.Module()
         self.text_model.embeddings = Embeddings(vocab_size, hidden_size, max_position_embeddings)
@@ -134,7 +137,9 @@ class CLIPText(nn.Module):
     def _renew_positions(module: "CLIPText", state: dict[str, Any], prefix: str, *_: Any) -> None:
         """Some files lack position_ids, in others they were rounded to half precision: 0, 1, 2, ... whatever the file says."""
         if any(name.startswith(prefix) for name in state):
-            state[prefix + POSITION_IDS] = torch.arange(module.text_model.embeddings.position_embedding.num_embeddings)[None]
+            state[prefix + POSITION_IDS] = torch.arange(module.text_model.embeddings.position_embedding.num_embeddings)[
+                None
+            ]
 
 
 def shape_of(version: str) -> dict[str, Any]:
@@ -148,7 +153,9 @@ def shape_of(version: str) -> dict[str, Any]:
         config = load_object(Path(version) / "config.json")
         text = config.get("text_config") or config
         if not isinstance(text, dict):
-            raise ValueError(f"{Path(version) / 'config.json'}: its text_config is {text!r}, where an object was expected")
+            raise ValueError(
+                f"{Path(version) / 'config.json'}: its text_config is {text!r}, where an object was expected"
+            )
         return {key: text.get(key, value) for key, value in VIT_L_14.items()}
     raise ValueError(
         f"CLIP version {version!r}: neither a folder with a config.json nor one of {', '.join(KNOWN_SHAPES)}; "

@@ -19,7 +19,9 @@ from ldm.modules.encoders.cut import CutTexts
 
 BEGIN, END = "<|startoftext|>", "<|endoftext|>"
 VOCAB_SIZE = 49408
-_MERGES = VOCAB_SIZE - 2 * 256 - 2  # the vocabulary: 256 bytes, the same at a word's end, one token per merge, begin and end
+_MERGES = (
+    VOCAB_SIZE - 2 * 256 - 2
+)  # the vocabulary: 256 bytes, the same at a word's end, one token per merge, begin and end
 _FILE = "bpe_simple_vocab_16e6.txt.gz"
 _WORD = r"""'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"""
 
@@ -91,7 +93,11 @@ class CLIPTokenizer:
         due: list[tuple[int, int]] = []  # (rank of a pair, where its left part is)
 
         def note(i: int) -> None:
-            if i >= 0 and following[i] < len(parts) and (rank := self._rank.get((parts[i], parts[following[i]]))) is not None:
+            if (
+                i >= 0
+                and following[i] < len(parts)
+                and (rank := self._rank.get((parts[i], parts[following[i]]))) is not None
+            ):
                 heapq.heappush(due, (rank, i))
 
         for i in range(len(parts)):

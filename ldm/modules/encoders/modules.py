@@ -50,12 +50,16 @@ class ClassEmbedder(AbstractEncoder):
         """batch[key]: (B,) int64 in 0..n_classes-1 -> (B, 1, embed_dim). `key` stands in for the embedder's own."""
         key = key or self.key
         if key not in batch:
-            raise ValueError(f"the batch has no {key!r}; it has {', '.join(batch)}; set cond_stage_config.params.key to the dataset's name")
+            raise ValueError(
+                f"the batch has no {key!r}; it has {', '.join(batch)}; set cond_stage_config.params.key to the dataset's name"
+            )
         labels = torch.as_tensor(batch[key], device=self.device)
         if labels.device.type == "cpu" and labels.numel():  # elsewhere the check would wait for the device
             low, high = labels.aminmax()
             if low < 0 or high >= self.n_classes:
-                raise ValueError(f"{key}: labels from {low} to {high}, but n_classes is {self.n_classes} (0 to {self.n_classes - 1})")
+                raise ValueError(
+                    f"{key}: labels from {low} to {high}, but n_classes is {self.n_classes} (0 to {self.n_classes - 1})"
+                )
         return self.embedding(labels[:, None])
 
     def unconditional_input(self, batch_size: int) -> dict[str, Tensor]:
@@ -171,7 +175,16 @@ class CaptionEmbedder(TransformerEmbedder):
         """
         token_emb = HashedEmbedding(vocab_rows, n_embed) if vocab_rows is not None else None
         super().__init__(
-            n_embed, n_layer, VOCAB_SIZE, max_seq_len, None, heads, dim_head, embedding_dropout, token_emb=token_emb, logits=False
+            n_embed,
+            n_layer,
+            VOCAB_SIZE,
+            max_seq_len,
+            None,
+            heads,
+            dim_head,
+            embedding_dropout,
+            token_emb=token_emb,
+            logits=False,
         )
 
     def forward(self, text: str | Sequence[str]) -> Tensor:
@@ -240,7 +253,9 @@ class FrozenCLIPEmbedder(PretrainedEncoder):
 
         shape = text_shape(version, text_config)
         if not 2 <= max_length <= shape["max_position_embeddings"]:
-            raise ValueError(f"max_length {max_length}: from 2 to {shape['max_position_embeddings']}, the positions of {version}")
+            raise ValueError(
+                f"max_length {max_length}: from 2 to {shape['max_position_embeddings']}, the positions of {version}"
+            )
         self.version, self.max_length, self.finds_own_weights = version, max_length, not text_config
         self.transformer = CLIPText(**shape)
         self.freeze()

@@ -21,7 +21,14 @@ logger = logging.getLogger(__name__)
 
 # open_clip's model configs: text_cfg and the width of the joint space.
 ARCHITECTURES: dict[str, dict[str, int]] = {
-    "ViT-H-14": {"context_length": 77, "vocab_size": 49408, "width": 1024, "heads": 16, "layers": 24, "embed_dim": 1024},
+    "ViT-H-14": {
+        "context_length": 77,
+        "vocab_size": 49408,
+        "width": 1024,
+        "heads": 16,
+        "layers": 24,
+        "embed_dim": 1024,
+    },
 }
 # open_clip's tags of pretrained weights -> where the hub has them.
 HUB = {("ViT-H-14", "laion2b_s32b_b79k"): "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"}
@@ -42,9 +49,9 @@ class FusedAttention(nn.Module):
         nn.init.normal_(self.in_proj_weight, std=width**-0.5)
 
     def forward(self, x: Tensor) -> Tensor:
-        qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias)                         # (B, L, 3 D)
+        qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias)  # (B, L, 3 D)
         q, k, v = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in qkv.chunk(3, dim=-1))
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=True)                     # (B, heads, L, D / heads)
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True)  # (B, heads, L, D / heads)
         return self.out_proj(out.transpose(1, 2).flatten(2))
 
 
@@ -58,7 +65,7 @@ class ResidualBlock(nn.Module):
         self.ln_2 = nn.LayerNorm(width)
         self.mlp = nn.Sequential()
         self.mlp.add_module("c_fc", nn.Linear(width, 4 * width))
-        self.mlp.add_module("gelu", nn.GELU())                                            # exact, unlike OpenAI's models
+        self.mlp.add_module("gelu", nn.GELU())  # exact, unlike OpenAI's models
         self.mlp.add_module("c_proj", nn.Linear(4 * width, width))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -69,7 +76,9 @@ class ResidualBlock(nn.Module):
 class OpenCLIPText(nn.Module):
     """The text tower. `text_projection` and `logit_scale` belong to the joint space: files hold them, and nothing here uses them."""
 
-    def __init__(self, context_length: int, vocab_size: int, width: int, heads: int, layers: int, embed_dim: int) -> None:
+    def __init__(
+        self, context_length: int, vocab_size: int, width: int, heads: int, layers: int, embed_dim: int
+    ) -> None:
         super().__init__()
         if width % heads:
             raise ValueError(f"text_config: width {width} is no multiple of heads {heads}")
@@ -157,7 +166,9 @@ class FrozenOpenCLIPEmbedder(PretrainedEncoder):
         for module, name in [*places, (self.model, "text_projection"), (self.model, "logit_scale")]:
             parameter = getattr(module, name)
             if parameter.is_meta:
-                setattr(module, name, nn.Parameter(torch.zeros(parameter.shape, dtype=parameter.dtype), requires_grad=False))
+                setattr(
+                    module, name, nn.Parameter(torch.zeros(parameter.shape, dtype=parameter.dtype), requires_grad=False)
+                )
 
     def load_pretrained(self) -> None:
         """Read the weights from `version`: a local file or folder, else the hub. CheckpointError, in one line, where that fails."""
@@ -187,7 +198,9 @@ def weights_file(arch: str, version: str) -> Path:
         return in_folder(place, FILES)
     if (arch, version) not in HUB:
         known = ", ".join(tag for of, tag in HUB if of == arch)
-        raise CheckpointError(f"version {version!r}: neither a file or folder nor one of {known}, open_clip's weights of {arch}")
+        raise CheckpointError(
+            f"version {version!r}: neither a file or folder nor one of {known}, open_clip's weights of {arch}"
+        )
     repository = HUB[arch, version]
     otherwise = "load a checkpoint that holds them, or give a local file: cond_stage_config.params.version"
     return from_hub(repository, FILES[0], f"the text encoder's weights of {repository}", otherwise)

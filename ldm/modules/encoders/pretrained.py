@@ -21,7 +21,9 @@ def fill(module: nn.Module, path: Path, what: str, inner_name: Callable[[str], s
     wanted = {name: tensor for name, tensor in module.state_dict().items() if name not in made}
     lacking = [name for name, tensor in wanted.items() if name not in found or found[name].shape != tensor.shape]
     if lacking:
-        raise CheckpointError(f"{path}: {len(lacking)} of {len(wanted)} weights of {what} are missing or differ: {lacking[0]}")
+        raise CheckpointError(
+            f"{path}: {len(lacking)} of {len(wanted)} weights of {what} are missing or differ: {lacking[0]}"
+        )
     on_meta = any(tensor.is_meta for tensor in wanted.values())
     state = {name: found[name].to(tensor.dtype) for name, tensor in wanted.items()}
     module.load_state_dict(state, strict=not made, assign=on_meta)
@@ -41,7 +43,9 @@ def from_hub(repository: str, file: str, what: str, otherwise: str) -> Path:
 
     try:
         return Path(hf_hub_download(repository, file))
-    except Exception as error:  # the hub's client fails in many ways, and all of them mean that the file is not to be had
+    except (
+        Exception
+    ) as error:  # the hub's client fails in many ways, and all of them mean that the file is not to be had
         raise CheckpointError(
             f"{what} are in no loaded checkpoint, not in the hub's cache and not to be downloaded ({type(error).__name__}); {otherwise}"
         ) from error

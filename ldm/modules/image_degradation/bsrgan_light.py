@@ -10,7 +10,13 @@ import numpy as np
 from ldm.modules.image_degradation.pipeline import Degradation
 
 BSRGAN_LIGHT = Degradation(
-    blurs=1, blur_scale=0.25, kernel_sizes=(5, 13), round_kernel_sizes=(5, 7), resized=0.8, noise=(1, 2), jpeg_quality=(80, 95)
+    blurs=1,
+    blur_scale=0.25,
+    kernel_sizes=(5, 13),
+    round_kernel_sizes=(5, 7),
+    resized=0.8,
+    noise=(1, 2),
+    jpeg_quality=(80, 95),
 )
 
 

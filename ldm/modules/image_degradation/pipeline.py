@@ -28,7 +28,9 @@ class Degradation:
     kernel_sizes: tuple[int, int] = (7, 21)  # of elliptic blurs, odd
     round_kernel_sizes: tuple[int, int] = (7, 21)
     halved_first: float = 0.25  # probability that a downsampling by 4 begins with one by 2
-    resized: float = 0.75  # probability that the first downsampling is a resize to anything from full size to half the final one
+    resized: float = (
+        0.75  # probability that the first downsampling is a resize to anything from full size to half the final one
+    )
     noise: tuple[int, int] = (2, 25)
     jpeg: float = 0.9  # probability of JPEG before the last
     jpeg_quality: tuple[int, int] = (30, 95)
@@ -38,7 +40,9 @@ class Degradation:
         if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
             raise ValueError(f"picture of shape {image.shape} and type {image.dtype}: expected (H, W, 3) of uint8")
         if not 1 <= factor <= min(image.shape[:2]):
-            raise ValueError(f"downscaling by {factor}: a picture of {image.shape[0]}x{image.shape[1]} allows 1 .. {min(image.shape[:2])}")
+            raise ValueError(
+                f"downscaling by {factor}: a picture of {image.shape[0]}x{image.shape[1]} allows 1 .. {min(image.shape[:2])}"
+            )
         height, width = (side // factor for side in image.shape[:2])
         x = image[: height * factor, : width * factor].astype(np.float32) / LEVELS
         left = factor  # how much of the downsampling is still to come

@@ -80,8 +80,14 @@ class AdversarialLoss(nn.Module):
         if perceptual_init not in PERCEPTUAL_INITS:
             raise ValueError(f"perceptual_init={perceptual_init!r}: choose one of {', '.join(PERCEPTUAL_INITS)}")
         if use_discriminator and disc_start is None:
-            raise ValueError("disc_start is missing: the generator update at which the discriminator starts (or use_discriminator: false)")
-        for name, value in (("perceptual_weight", perceptual_weight), ("disc_factor", disc_factor), ("disc_weight", disc_weight)):
+            raise ValueError(
+                "disc_start is missing: the generator update at which the discriminator starts (or use_discriminator: false)"
+            )
+        for name, value in (
+            ("perceptual_weight", perceptual_weight),
+            ("disc_factor", disc_factor),
+            ("disc_weight", disc_weight),
+        ):
             if value < 0:
                 raise ValueError(f"{name}={value}: must not be negative; 0 switches it off")
         self.pixel_weight = pixelloss_weight
@@ -93,7 +99,9 @@ class AdversarialLoss(nn.Module):
         self.discriminator_weight = disc_weight
         self.disc_conditional = disc_conditional
         self.disc_loss = DISC_LOSSES[disc_loss]
-        self.discriminator = _discriminator(disc_in_channels, disc_ndf, disc_num_layers, use_actnorm) if use_discriminator else None
+        self.discriminator = (
+            _discriminator(disc_in_channels, disc_ndf, disc_num_layers, use_actnorm) if use_discriminator else None
+        )
 
     @property
     def adversarial(self) -> bool:
@@ -122,7 +130,12 @@ class AdversarialLoss(nn.Module):
         return (inputs - reconstructions).abs()
 
     def generator_term(
-        self, nll_loss: Tensor, reconstructions: Tensor, cond: Tensor | None, global_step: int, last_layer: Tensor | None
+        self,
+        nll_loss: Tensor,
+        reconstructions: Tensor,
+        cond: Tensor | None,
+        global_step: int,
+        last_layer: Tensor | None,
     ) -> GeneratorTerm:
         """What the discriminator adds to the generator's loss: d_weight * disc_factor * -E[D(x_rec)].
 
@@ -133,9 +146,13 @@ class AdversarialLoss(nn.Module):
             return GeneratorTerm(None, zero, 0.0, zero)
         g_loss = -self.logits(reconstructions, cond).mean()
         # Without a graph (validation) there is nothing to balance, and the weight is 0 as published.
-        d_weight = self.calculate_adaptive_weight(nll_loss, g_loss, last_layer) if reconstructions.requires_grad else zero
+        d_weight = (
+            self.calculate_adaptive_weight(nll_loss, g_loss, last_layer) if reconstructions.requires_grad else zero
+        )
         disc_factor = self.disc_factor_at(global_step)
-        return GeneratorTerm(d_weight * disc_factor * g_loss if disc_factor > 0 else None, d_weight, disc_factor, g_loss.detach())
+        return GeneratorTerm(
+            d_weight * disc_factor * g_loss if disc_factor > 0 else None, d_weight, disc_factor, g_loss.detach()
+        )
 
     def calculate_adaptive_weight(self, nll_loss: Tensor, g_loss: Tensor, last_layer: Tensor | None) -> Tensor:
         """disc_weight * |d nll / d w| / (|d g / d w| + 1e-4), the ratio at most 1e4, w the decoder's last layer (VQGAN eq. 7).
@@ -144,7 +161,9 @@ class AdversarialLoss(nn.Module):
         """
         if last_layer is None:
             raise ValueError("last_layer: the adaptive weight needs the weight of the decoder's last layer")
-        nll_norm, g_norm = (torch.autograd.grad(loss, last_layer, retain_graph=True)[0].float().norm() for loss in (nll_loss, g_loss))
+        nll_norm, g_norm = (
+            torch.autograd.grad(loss, last_layer, retain_graph=True)[0].float().norm() for loss in (nll_loss, g_loss)
+        )
         return (nll_norm / (g_norm + 1e-4)).clamp(0.0, 1e4).detach() * self.discriminator_weight
 
     def discriminator_loss(
@@ -155,14 +174,18 @@ class AdversarialLoss(nn.Module):
         with torch.set_grad_enabled(torch.is_grad_enabled() and disc_factor > 0):
             logits_real = self.logits(inputs.detach(), cond)
             logits_fake = self.logits(reconstructions.detach(), cond)
-            loss = disc_factor * self.disc_loss(logits_real, logits_fake) if disc_factor > 0 else logits_real.new_zeros(())
+            loss = (
+                disc_factor * self.disc_loss(logits_real, logits_fake) if disc_factor > 0 else logits_real.new_zeros(())
+            )
         log = {"disc_loss": loss, "logits_real": logits_real.mean(), "logits_fake": logits_fake.mean()}
         return loss, {f"{split}/{name}": value.detach() for name, value in log.items()}
 
     def logits(self, pictures: Tensor, cond: Tensor | None) -> Tensor:
         """The discriminator's verdict on each patch, (B, 1, h, w) in float32; a conditional one sees `cond` as further channels."""
         if (cond is not None) != self.disc_conditional:
-            raise ValueError(f"disc_conditional={self.disc_conditional}, but cond is {'missing' if cond is None else 'given'}")
+            raise ValueError(
+                f"disc_conditional={self.disc_conditional}, but cond is {'missing' if cond is None else 'given'}"
+            )
         pictures = pictures.contiguous()
         return self.discriminator(pictures if cond is None else torch.cat((pictures, cond), dim=1)).float()
 
@@ -171,4 +194,6 @@ def _discriminator(in_channels: int, ndf: int, num_layers: int, use_actnorm: boo
     # taming is imported where it is needed: configs without a discriminator work without it.
     from taming.modules.discriminator.model import NLayerDiscriminator, weights_init
 
-    return NLayerDiscriminator(input_nc=in_channels, ndf=ndf, n_layers=num_layers, use_actnorm=use_actnorm).apply(weights_init)
+    return NLayerDiscriminator(input_nc=in_channels, ndf=ndf, n_layers=num_layers, use_actnorm=use_actnorm).apply(
+        weights_init
+    )

@@ -54,7 +54,9 @@ class _Vgg16(nn.Module):
                     index += 1
                 else:
                     convolution = nn.Conv2d(width, int(layer), kernel_size=3, padding=1)
-                    nn.init.kaiming_normal_(convolution.weight, nonlinearity="relu")  # only matters where the weights stay random
+                    nn.init.kaiming_normal_(
+                        convolution.weight, nonlinearity="relu"
+                    )  # only matters where the weights stay random
                     nn.init.zeros_(convolution.bias)
                     part.add_module(str(index), convolution)
                     part.add_module(str(index + 1), nn.ReLU(inplace=True))
@@ -88,7 +90,9 @@ class _LinearLayer(nn.Module):
         super().__init__()
         # Place 0 of the published module is a dropout, which belongs to the training of LPIPS itself and to nothing else.
         self.model = nn.Sequential(nn.Identity(), nn.Conv2d(channels, 1, kernel_size=1, bias=False))
-        nn.init.uniform_(self.model[1].weight, 0.0, 2.0 / channels)  # positive, so that a random LPIPS is a distance as well
+        nn.init.uniform_(
+            self.model[1].weight, 0.0, 2.0 / channels
+        )  # positive, so that a random LPIPS is a distance as well
 
     def forward(self, x: Tensor) -> Tensor:
         return self.model(x)
@@ -123,7 +127,9 @@ class LPIPS(nn.Module):
                 f"{tuple(input.shape)}; set perceptual_weight: 0 to train without it"
             )
         with torch.autocast(device_type=input.device.type, enabled=False):
-            dtype = self.scaling_layer.shift.dtype  # float32 under autocast; the model's own where all of it is in half precision
+            dtype = (
+                self.scaling_layer.shift.dtype
+            )  # float32 under autocast; the model's own where all of it is in half precision
             features = self.net(self.scaling_layer(input.to(dtype)))
             others = self.net(self.scaling_layer(target.to(dtype)))
             distance = input.new_zeros((), dtype=dtype)
@@ -147,17 +153,24 @@ class LPIPS(nn.Module):
         own = {name: value for name, value in self.state_dict().items() if not name.startswith("scaling_layer.")}
         wrong = [name for name, value in own.items() if name not in weights or weights[name].shape != value.shape]
         if wrong:
-            raise PerceptualWeightsError(f"{path}: not VGG16 or LPIPS weights: {len(wrong)} of {len(own)} are missing, {wrong[0]} for one")
+            raise PerceptualWeightsError(
+                f"{path}: not VGG16 or LPIPS weights: {len(wrong)} of {len(own)} are missing, {wrong[0]} for one"
+            )
         self.load_state_dict({name: weights[name] for name in own}, strict=False)
         logger.info("LPIPS: loaded VGG16 from %s", path)
 
     def _local_file(self) -> Path | None:
         """The file that the config or the environment names; none of them may be misspelt silently."""
-        for source, value in (("perceptual_weights", self.weights_file), (VGG16_VARIABLE, os.environ.get(VGG16_VARIABLE))):
+        for source, value in (
+            ("perceptual_weights", self.weights_file),
+            (VGG16_VARIABLE, os.environ.get(VGG16_VARIABLE)),
+        ):
             if value:
                 path = Path(value).expanduser()
                 if not path.is_file():
-                    raise PerceptualWeightsError(f"{source}={value}: there is no such file; expected a copy of {VGG16_URL}")
+                    raise PerceptualWeightsError(
+                        f"{source}={value}: there is no such file; expected a copy of {VGG16_URL}"
+                    )
                 return path
         return None
 

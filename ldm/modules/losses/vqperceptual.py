@@ -79,7 +79,9 @@ class VQLPIPSWithDiscriminator(AdversarialLoss):
         use_discriminator: bool = True,
     ) -> None:
         if perceptual_loss not in PERCEPTUAL_LOSSES:
-            raise ValueError(f"perceptual_loss={perceptual_loss!r}: choose {', '.join(PERCEPTUAL_LOSSES)} (perceptual_weight: 0 for none)")
+            raise ValueError(
+                f"perceptual_loss={perceptual_loss!r}: choose {', '.join(PERCEPTUAL_LOSSES)} (perceptual_weight: 0 for none)"
+            )
         if pixel_loss not in PIXEL_LOSSES:
             raise ValueError(f"pixel_loss={pixel_loss!r}: choose one of {', '.join(PIXEL_LOSSES)}")
         super().__init__(

@@ -34,8 +34,10 @@ class MiDaSInference(nn.Module):
         """x: (B, 3, H, W) in [-1, 1] -> inverse depth (B, 1, H, W) in the network's own unit."""
         network = self._loaded().to(x.device)
         side = int(network.config.image_size)
-        resized = F.interpolate(x.float(), (side, side), mode="bicubic", align_corners=False).clamp(-1.0, 1.0)  # its mean and std are 0.5
-        depth = network(pixel_values=resized).predicted_depth[:, None]                    # (B, 1, side, side)
+        resized = F.interpolate(x.float(), (side, side), mode="bicubic", align_corners=False).clamp(
+            -1.0, 1.0
+        )  # its mean and std are 0.5
+        depth = network(pixel_values=resized).predicted_depth[:, None]  # (B, 1, side, side)
         return F.interpolate(depth, x.shape[2:], mode="bicubic", align_corners=False)
 
     def _loaded(self) -> nn.Module:
@@ -48,7 +50,9 @@ class MiDaSInference(nn.Module):
                 )
             from transformers import DPTForDepthEstimation
 
-            network = DPTForDepthEstimation.from_pretrained(self.weights, local_files_only=True, use_safetensors=True, dtype=torch.float32)
+            network = DPTForDepthEstimation.from_pretrained(
+                self.weights, local_files_only=True, use_safetensors=True, dtype=torch.float32
+            )
             self._network = (network.requires_grad_(False).eval(),)
             logger.info("depth: DPT of %s", self.weights)
         return self._network[0]

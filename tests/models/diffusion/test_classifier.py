@@ -18,7 +18,13 @@ from tests.models.diffusion.tiny import ATTEND, AUTOENCODER, CLASSES, unet
 from tests.models.diffusion.toy import GaussianModel
 from tests.reference import randn, seed_weights
 
-QUIET = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
+QUIET = {
+    "logger": False,
+    "enable_checkpointing": False,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+    "accelerator": "cpu",
+}
 
 
 def loader(batch_size=4):
@@ -26,9 +32,18 @@ def loader(batch_size=4):
 
 
 def diffusion_config(mode="class"):
-    key, changes, cond, params = {"class": ("crossattn", ATTEND, CLASSES, {"cond_stage_key": "class_label"}), **MODES}[mode]
+    key, changes, cond, params = {"class": ("crossattn", ATTEND, CLASSES, {"cond_stage_key": "class_label"}), **MODES}[
+        mode
+    ]
     network = unet(**{**changes, "num_heads": -1, "num_head_channels": 16})
-    base = {"conditioning_key": key, "timesteps": 100, "image_size": 8, "channels": 4, "scale_factor": 0.5, "use_ema": False}
+    base = {
+        "conditioning_key": key,
+        "timesteps": 100,
+        "image_size": 8,
+        "channels": 4,
+        "scale_factor": 0.5,
+        "use_ema": False,
+    }
     stages = {"unet_config": network, "first_stage_config": AUTOENCODER, "cond_stage_config": cond}
     return {"model": {"target": "ldm.models.diffusion.ddpm.LatentDiffusion", "params": {**base, **stages, **params}}}
 
@@ -47,7 +62,9 @@ def diffusion(tmp_path):
 def classifier(path, **changes):
     params = {"diffusion_path": str(path), "num_classes": 8, "log_steps": 2, **changes}
     torch.manual_seed(0)
-    return instantiate_from_config({"target": "ldm.models.diffusion.classifier.NoisyLatentImageClassifier", "params": params})
+    return instantiate_from_config(
+        {"target": "ldm.models.diffusion.classifier.NoisyLatentImageClassifier", "params": params}
+    )
 
 
 def fit(model, steps=2, lr=1e-3):
@@ -63,11 +80,16 @@ def test_it_trains_validates_and_logs_images_and_leaves_the_diffusion_model_alon
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     trainer = fit(model)
     assert trainer.global_step == 2
-    assert all(np.isfinite(trainer.callback_metrics[name]) for name in ("val/loss", "val/acc@1", "val/acc@5", "val/acc@1_t0050"))
+    assert all(
+        np.isfinite(trainer.callback_metrics[name])
+        for name in ("val/loss", "val/acc@1", "val/acc@5", "val/acc@1_t0050")
+    )
     moved = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
     assert moved and all(name.startswith("model.") for name in moved)
     log = model.eval().log_images(next(iter(loader())), N=2)
-    assert set(log) == {"inputs", "noisy", "labels", "predictions"} and all(torch.isfinite(picture).all() for picture in log.values())
+    assert set(log) == {"inputs", "noisy", "labels", "predictions"} and all(
+        torch.isfinite(picture).all() for picture in log.values()
+    )
 
 
 def test_a_run_folder_gives_the_weights_of_the_diffusion_model(diffusion):
@@ -139,12 +161,18 @@ def test_segmentation_maps_are_labels_of_every_latent_pixel(tmp_path):
 
 def test_accuracy_counts_the_best_k():
     scores = torch.tensor([[0.1, 0.9, 0.5], [0.8, 0.1, 0.3]])
-    assert float(top_k_accuracy(scores, torch.tensor([2, 0]), 1)) == 0.5 and float(top_k_accuracy(scores, torch.tensor([2, 0]), 2)) == 1.0
+    assert (
+        float(top_k_accuracy(scores, torch.tensor([2, 0]), 1)) == 0.5
+        and float(top_k_accuracy(scores, torch.tensor([2, 0]), 2)) == 1.0
+    )
 
 
 @pytest.mark.parametrize(
     "changes, message",
-    [({"num_classes": 3}, "labels from 0 to 7, but num_classes is 3"), ({"label_key": "label"}, "the batch has no 'label'")],
+    [
+        ({"num_classes": 3}, "labels from 0 to 7, but num_classes is 3"),
+        ({"label_key": "label"}, "the batch has no 'label'"),
+    ],
 )
 def test_labels_that_do_not_fit_are_refused(diffusion, changes, message):
     model = classifier(diffusion, **changes)
@@ -154,7 +182,10 @@ def test_labels_that_do_not_fit_are_refused(diffusion, changes, message):
 
 @pytest.mark.parametrize(
     "changes, message",
-    [({"diffusion_path": "nowhere"}, "neither a YAML file nor a run's folder"), ({"log_steps": 101}, "log_steps 101: choose 1 to 100")],
+    [
+        ({"diffusion_path": "nowhere"}, "neither a YAML file nor a run's folder"),
+        ({"log_steps": 101}, "log_steps 101: choose 1 to 100"),
+    ],
 )
 def test_settings_that_cannot_be_honoured_are_refused(diffusion, changes, message):
     with pytest.raises(ValueError, match=message):
@@ -201,11 +232,18 @@ class Mixture(GaussianModel):
 def test_guidance_by_an_exact_classifier_turns_the_mixture_into_the_class(name, parameterization):
     model = Mixture(parameterization)
     labels = torch.ones(4, 16, 16, dtype=torch.long)
-    options = {"x_T": randn(3, 4, 1, 16, 16), "ddim_discretize": "logsnr" if "logsnr" in SAMPLERS[name].grids else "uniform"}
+    options = {
+        "x_T": randn(3, 4, 1, 16, 16),
+        "ddim_discretize": "logsnr" if "logsnr" in SAMPLERS[name].grids else "uniform",
+    }
 
     def draw(**kwargs):
         torch.manual_seed(0)
-        return make_sampler(name, model).sample(40, 4, (1, 16, 16), torch.zeros(4), verbose=False, **options, **kwargs).samples
+        return (
+            make_sampler(name, model)
+            .sample(40, 4, (1, 16, 16), torch.zeros(4), verbose=False, **options, **kwargs)
+            .samples
+        )
 
     plain = draw()
     assert abs(float(plain.mean())) < 0.15 and float(plain.std()) > 0.9
@@ -245,7 +283,11 @@ def test_a_trained_classifier_leads_a_latent_diffusion_model_with_guidance_of_bo
 
     def draw(**kwargs):
         both = {"unconditional_guidance_scale": 2.0, "unconditional_conditioning": null}
-        return DDIMSampler(z).sample(4, 2, (4, 8, 8), cond, x_T=randn(1, 2, 4, 8, 8), verbose=False, **both, **kwargs).samples
+        return (
+            DDIMSampler(z)
+            .sample(4, 2, (4, 8, 8), cond, x_T=randn(1, 2, 4, 8, 8), verbose=False, **both, **kwargs)
+            .samples
+        )
 
     plain, led = draw(), draw(score_corrector=guidance)
     t = torch.zeros(2, dtype=torch.long)

@@ -35,7 +35,12 @@ MODES = {
     "boxes": ("crossattn", ATTEND, BOXES, {"cond_stage_key": "coordinates_bbox", **TRAINED}),
     "segmentation": ("concat", {"in_channels": 7}, MAPS, {"cond_stage_key": "segmentation", **TRAINED}),
     "low resolution": ("concat", {"in_channels": 7}, IDENTITY, {"cond_stage_key": "LR_image"}),
-    "masked image": ("concat", {"in_channels": 9}, "__is_first_stage__", {"cond_stage_key": "masked_image", "concat_keys": ["mask"]}),
+    "masked image": (
+        "concat",
+        {"in_channels": 9},
+        "__is_first_stage__",
+        {"cond_stage_key": "masked_image", "concat_keys": ["mask"]},
+    ),
     "hybrid": (
         "hybrid",
         {**ATTEND, "in_channels": 9},
@@ -111,8 +116,15 @@ def build(mode, target="LatentDiffusion", **changes):
 
 def fit(model, steps=2):
     model.learning_rate = 1e-3
-    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
-    trainer = pl.Trainer(max_steps=steps, accelerator="cpu", val_check_interval=2, num_sanity_val_steps=0, limit_val_batches=1, **quiet)
+    quiet = {
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    }
+    trainer = pl.Trainer(
+        max_steps=steps, accelerator="cpu", val_check_interval=2, num_sanity_val_steps=0, limit_val_batches=1, **quiet
+    )
     trainer.fit(model.train(), loader(), loader())
     return trainer
 
@@ -187,7 +199,9 @@ def test_dropping_the_condition_never_touches_the_further_parts():
     model = build("hybrid", cond_dropout=0.9).train()
     torch.manual_seed(0)
     c = model.encode_batch(batch(8)).c
-    assert "" in c["c_crossattn"][0] and torch.equal(c["c_concat"][0], model.further_parts(batch(8), (8, 8))["c_concat"][0])
+    assert "" in c["c_crossattn"][0] and torch.equal(
+        c["c_concat"][0], model.further_parts(batch(8), (8, 8))["c_concat"][0]
+    )
 
 
 def test_the_last_class_of_the_networks_table_means_none():
@@ -215,7 +229,9 @@ def test_layouts_are_read_in_the_datasets_way_where_it_has_one():
 
 
 def test_a_drawn_layout_shows_its_boxes():
-    empty, full = (draw_layout(LAYOUT.encode(boxes), LAYOUT, (64, 48)) for boxes in ([], [Box(1, (0.1, 0.1, 0.5, 0.5))]))
+    empty, full = (
+        draw_layout(LAYOUT.encode(boxes), LAYOUT, (64, 48)) for boxes in ([], [Box(1, (0.1, 0.1, 0.5, 0.5))])
+    )
     assert empty.shape == full.shape == (3, 48, 64) and (empty == 1).all() and (full < 1).any() and full.min() >= -1
     assert (full[:, 30:, 40:] == 1).all()
 

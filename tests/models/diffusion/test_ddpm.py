@@ -18,7 +18,12 @@ from tests.reference import GOLDEN, TOLERANCE, randn, rel_error, seed_weights
 LOSSES = np.load(GOLDEN / "numerics" / "losses.npz")
 LOSS_CASES = {
     "crossattn": ("crossattn", ATTEND, CLASSES, {}),
-    "crossattn_l1_elbo": ("crossattn", ATTEND, CLASSES, {"loss_type": "l1", "original_elbo_weight": 0.1, "l_simple_weight": 0.9}),
+    "crossattn_l1_elbo": (
+        "crossattn",
+        ATTEND,
+        CLASSES,
+        {"loss_type": "l1", "original_elbo_weight": 0.1, "l_simple_weight": 0.9},
+    ),
     "crossattn_x0": ("crossattn", ATTEND, CLASSES, {"parameterization": "x0"}),
     "crossattn_logvar": ("crossattn", ATTEND, CLASSES, {"learn_logvar": True, "logvar_init": 0.3}),
     "concat": ("concat", {"in_channels": 8}, "__is_first_stage__", {"concat_mode": True}),
@@ -34,8 +39,15 @@ KEYS = {  # one way to train each conditioning key
 
 def fit(model, steps=2, **kwargs):
     model.learning_rate = 1e-3
-    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
-    trainer = pl.Trainer(max_steps=steps, accelerator="cpu", val_check_interval=2, num_sanity_val_steps=0, **quiet, **kwargs)
+    quiet = {
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    }
+    trainer = pl.Trainer(
+        max_steps=steps, accelerator="cpu", val_check_interval=2, num_sanity_val_steps=0, **quiet, **kwargs
+    )
     trainer.fit(model.train(), loader(), loader())
     return trainer
 
@@ -59,7 +71,9 @@ def test_a_small_model_end_to_end_meets_the_published_figures():
     model = latent_diffusion("crossattn", ATTEND, CLASSES)
     posterior = model.encode_first_stage(torch.tanh(randn(214, 2, 3, 32, 32)))
     cond = model.get_learned_conditioning({"class_label": torch.tensor([1, 7])})
-    y, _ = DDIMSampler(model).sample(S=5, batch_size=2, shape=(4, 8, 8), conditioning=cond, x_T=randn(215, 2, 4, 8, 8), verbose=False)
+    y, _ = DDIMSampler(model).sample(
+        S=5, batch_size=2, shape=(4, 8, 8), conditioning=cond, x_T=randn(215, 2, 4, 8, 8), verbose=False
+    )
     outs = {
         "posterior": posterior.parameters,
         "latent": model.scale_factor * posterior.mode(),
@@ -71,18 +85,30 @@ def test_a_small_model_end_to_end_meets_the_published_figures():
 
 
 def pixel_model(**changes):
-    params = {"unet_config": unet(in_channels=3, out_channels=3), "timesteps": 30, "image_size": 8, "channels": 3, "use_ema": False}
-    return seed_weights(instantiate_from_config({"target": "ldm.models.diffusion.ddpm.DDPM", "params": params | changes}))
+    params = {
+        "unet_config": unet(in_channels=3, out_channels=3),
+        "timesteps": 30,
+        "image_size": 8,
+        "channels": 3,
+        "use_ema": False,
+    }
+    return seed_weights(
+        instantiate_from_config({"target": "ldm.models.diffusion.ddpm.DDPM", "params": params | changes})
+    )
 
 
 def test_the_ancestral_chain_meets_the_published_figures():
     model = pixel_model()
     torch.manual_seed(7)
-    assert rel_error(model.sample(batch_size=2), np.load(GOLDEN / "numerics" / "ddpm_ancestral.npz")["sample"]) < TOLERANCE
+    assert (
+        rel_error(model.sample(batch_size=2), np.load(GOLDEN / "numerics" / "ddpm_ancestral.npz")["sample"]) < TOLERANCE
+    )
 
 
 def test_stable_diffusion_v1_has_the_published_names_and_shapes():
-    (name, wanted), *_ = json.loads(gzip.decompress((GOLDEN / "manifests" / "stable-diffusion-v1.json.gz").read_bytes())).items()
+    (name, wanted), *_ = json.loads(
+        gzip.decompress((GOLDEN / "manifests" / "stable-diffusion-v1.json.gz").read_bytes())
+    ).items()
     with torch.device("meta"):
         model = instantiate_from_config(OmegaConf.load(name).model)
     have = {key: list(value.shape) for key, value in model.state_dict().items()}
@@ -121,7 +147,9 @@ def test_pixel_diffusion_trains_and_logs():
 
 
 def test_a_condition_reaches_only_the_samples_that_keep_it():
-    model = latent_diffusion("crossattn", ATTEND, CLASSES, cond_stage_key="class_label", cond_stage_trainable=True, cond_dropout=0.5)
+    model = latent_diffusion(
+        "crossattn", ATTEND, CLASSES, cond_stage_key="class_label", cond_stage_trainable=True, cond_dropout=0.5
+    )
     null = model.cond_stage_model.n_classes - 1
     torch.manual_seed(0)
     model.train()
@@ -133,13 +161,17 @@ def test_a_condition_reaches_only_the_samples_that_keep_it():
 
 
 def test_dropping_never_changes_the_batch():
-    model = latent_diffusion("crossattn", ATTEND, CAPTIONS, cond_stage_key="caption", cond_stage_trainable=True, cond_dropout=0.9).train()
+    model = latent_diffusion(
+        "crossattn", ATTEND, CAPTIONS, cond_stage_key="caption", cond_stage_trainable=True, cond_dropout=0.9
+    ).train()
     data = batch(4)
     encoded = model.encode_batch(data)
     assert data["caption"] == [f"sample number {i}" for i in range(4)] == encoded.raw_c and "" in encoded.c
 
 
-@pytest.mark.parametrize("cond, changes", [(CLASSES, {"cond_stage_key": "class_label"}), (CAPTIONS, {"cond_stage_key": "caption"})])
+@pytest.mark.parametrize(
+    "cond, changes", [(CLASSES, {"cond_stage_key": "class_label"}), (CAPTIONS, {"cond_stage_key": "caption"})]
+)
 def test_the_unconditional_condition_is_what_dropping_trains_on(cond, changes):
     model = latent_diffusion("crossattn", ATTEND, cond, **changes)
     null = model.cond_stage_model.unconditional_input(3)
@@ -178,11 +210,15 @@ def test_frozen_stages_stay_frozen_in_training_mode():
     model = latent_diffusion("crossattn", ATTEND, CLASSES).train()
     assert model.training and model.model.training
     assert not model.first_stage_model.training and not model.cond_stage_model.training
-    assert not any(p.requires_grad for p in [*model.first_stage_model.parameters(), *model.cond_stage_model.parameters()])
+    assert not any(
+        p.requires_grad for p in [*model.first_stage_model.parameters(), *model.cond_stage_model.parameters()]
+    )
 
 
 def test_scale_by_std_gives_latents_of_unit_deviation():
-    model = latent_diffusion("crossattn", ATTEND, CLASSES, cond_stage_key="class_label", scale_factor=1.0, scale_by_std=True)
+    model = latent_diffusion(
+        "crossattn", ATTEND, CLASSES, cond_stage_key="class_label", scale_factor=1.0, scale_by_std=True
+    )
     fit(model, steps=1)
     z = torch.cat([model.encode_batch(data).z for data in loader(2)])
     assert abs(float(z.std()) - 1) < 0.05 and float(model.scale_factor) != 1.0
@@ -229,7 +265,9 @@ def test_the_published_input_has_what_downstream_code_unpacks():
     model = latent_diffusion("crossattn", ATTEND, CLASSES, cond_stage_key="class_label")
     z, c = model.get_input(batch(), "image")
     assert z.shape == (2, 4, 8, 8) and c.shape == (2, 1, 16)
-    z, c, x, reconstruction, raw = model.get_input(batch(4), "image", return_first_stage_outputs=True, return_original_cond=True, bs=3)
+    z, c, x, reconstruction, raw = model.get_input(
+        batch(4), "image", return_first_stage_outputs=True, return_original_cond=True, bs=3
+    )
     assert len(z) == len(c) == len(x) == len(reconstruction) == len(raw["class_label"]) == 3
 
 

@@ -29,7 +29,9 @@ def error_between_fixed_times(name, steps, discretize="uniform", **options):
     grid = sampler.grid(steps, eta, discretize)
     to_clean = grid.alphas_prev[0] == 1.0
     x_T = on_the_flow(model, grid.alphas[-1], u)
-    x, inter = sampler.sample(steps, 1, SHAPE, x_T=x_T, eta=eta, verbose=False, log_every_t=1, ddim_discretize=discretize)
+    x, inter = sampler.sample(
+        steps, 1, SHAPE, x_T=x_T, eta=eta, verbose=False, log_every_t=1, ddim_discretize=discretize
+    )
     if to_clean:
         return rel_error(inter["x_inter"][-2], on_the_flow(model, grid.alphas[0], u))
     return rel_error(x, on_the_flow(model, grid.alphas_prev[0], u))
@@ -70,7 +72,9 @@ def test_the_grid_uniform_in_time_converges_with_many_steps(name, fall):
 
 
 @pytest.mark.parametrize("zero_terminal_snr", [False, True])
-@pytest.mark.parametrize("name", [name for name, entry in SAMPLERS.items() if entry.takes_eta or entry.default_eta == 0.0])
+@pytest.mark.parametrize(
+    "name", [name for name, entry in SAMPLERS.items() if entry.takes_eta or entry.default_eta == 0.0]
+)
 def test_a_constant_prediction_is_followed_exactly(name, zero_terminal_snr):
     model, clean = ToyModel("x0", zero_terminal_snr=zero_terminal_snr), torch.full((1, *SHAPE), 0.5)
     model.apply_model = lambda x, t, c: clean
@@ -106,11 +110,17 @@ def test_multistep_tables_of_order_three_are_exact_for_predictions_quadratic_in_
     m = polynomial(lam)
     fine = np.linspace(lam[k + 1], lam[k], 20001)
     integral = np.trapezoid(np.exp(fine - lam[k]) * polynomial(fine), fine) * levels.alpha[k]
-    step = tables["move"][k] * m[k + 1] + tables["third_new"][k] * (m[k + 1] - m[k + 2]) + tables["third_old"][k] * (m[k + 2] - m[k + 3])
+    step = (
+        tables["move"][k] * m[k + 1]
+        + tables["third_new"][k] * (m[k + 1] - m[k + 2])
+        + tables["third_old"][k] * (m[k + 2] - m[k + 3])
+    )
     assert abs(step - integral) < 1e-7
 
 
-@pytest.mark.parametrize("exact, rough", [("plms", "ddim"), ("dpm_solver_3m", "dpm_solver"), ("dpm_solver_3s", "dpm_solver_2s")])
+@pytest.mark.parametrize(
+    "exact, rough", [("plms", "ddim"), ("dpm_solver_3m", "dpm_solver"), ("dpm_solver_3s", "dpm_solver_2s")]
+)
 def test_higher_orders_are_more_exact(exact, rough):
     grid = "uniform" if exact == "plms" else "logsnr"
     assert error_between_fixed_times(exact, 50, grid) < 0.4 * error_between_fixed_times(rough, 50, grid)
@@ -129,7 +139,11 @@ def test_higher_orders_are_more_exact(exact, rough):
 )
 def test_stochastic_samplers_reproduce_mean_and_deviation(name, steps, grid, tolerance):
     torch.manual_seed(0)
-    x = make_sampler(name, GaussianModel()).sample(steps, 16, (4, 16, 16), eta=1.0, verbose=False, ddim_discretize=grid).samples
+    x = (
+        make_sampler(name, GaussianModel())
+        .sample(steps, 16, (4, 16, 16), eta=1.0, verbose=False, ddim_discretize=grid)
+        .samples
+    )
     assert abs(float(x.mean()) - 0.7) < tolerance and abs(float(x.std()) - 0.3) < tolerance
 
 
@@ -152,8 +166,15 @@ def test_lcm_draws_the_data_from_an_exact_consistency_model(steps):
 def test_lcm_meets_its_formula():
     model, x_T = ToyModel(), randn(1, 2, *SHAPE)
     torch.manual_seed(4)
-    x, inter = make_sampler("lcm", model).sample(4, 2, SHAPE, torch.zeros(2, 4, 1, 1), x_T=x_T, verbose=False, log_every_t=1)
-    assert [int(t[0]) for _, t in model.calls] == [999, 759, 499, 259]  # four of the 50 distilled timesteps 999, 979, ... 19
+    x, inter = make_sampler("lcm", model).sample(
+        4, 2, SHAPE, torch.zeros(2, 4, 1, 1), x_T=x_T, verbose=False, log_every_t=1
+    )
+    assert [int(t[0]) for _, t in model.calls] == [
+        999,
+        759,
+        499,
+        259,
+    ]  # four of the 50 distilled timesteps 999, 979, ... 19
     torch.manual_seed(4)
     expected = x_T
     for t, t_next in ((999, 759), (759, 499), (499, 259), (259, None)):
@@ -163,7 +184,9 @@ def test_lcm_meets_its_formula():
         expected = c_skip * expected + c_out * x0
         if t_next is not None:
             noise = torch.randn_like(x_T)
-            expected = model.sqrt_alphas_cumprod[t_next] * expected + model.sqrt_one_minus_alphas_cumprod[t_next] * noise
+            expected = (
+                model.sqrt_alphas_cumprod[t_next] * expected + model.sqrt_one_minus_alphas_cumprod[t_next] * noise
+            )
     assert rel_error(x, expected) < 1e-5
     assert torch.equal(inter["pred_x0"][-1], x)
 

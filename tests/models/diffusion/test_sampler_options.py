@@ -115,7 +115,9 @@ def test_full_rescale_gives_the_guided_output_the_deviation_of_the_conditional_o
     plain = guided_output(model, X_T, t, COND, UNCOND, 1.0)
     guided, half, full = (guided_output(model, X_T, t, COND, UNCOND, 40.0, rescale) for rescale in (0.0, 0.5, 1.0))
     deviations = [out.flatten(1).std(dim=1) for out in (plain, guided, half, full)]
-    assert torch.allclose(deviations[3], deviations[0], rtol=1e-4) and not torch.allclose(deviations[1], deviations[0], rtol=1e-2)
+    assert torch.allclose(deviations[3], deviations[0], rtol=1e-4) and not torch.allclose(
+        deviations[1], deviations[0], rtol=1e-2
+    )
     assert torch.allclose(half, (guided + full) / 2, atol=1e-5)
     assert rel_error(full / deviations[3][:, None, None, None], guided / deviations[1][:, None, None, None]) < 1e-5
 
@@ -123,7 +125,9 @@ def test_full_rescale_gives_the_guided_output_the_deviation_of_the_conditional_o
 def test_rescaling_the_zeros_of_an_untrained_network_leaves_them_zero():
     model = ToyModel()
     model.apply_model = lambda x, t, c: torch.zeros_like(x)
-    assert torch.equal(guided_output(model, X_T, torch.tensor([500, 500]), COND, UNCOND, 5.0, 0.7), torch.zeros_like(X_T))
+    assert torch.equal(
+        guided_output(model, X_T, torch.tensor([500, 500]), COND, UNCOND, 5.0, 0.7), torch.zeros_like(X_T)
+    )
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
@@ -187,7 +191,10 @@ def test_zero_terminal_snr_with_trailing_steps_draws_the_data_from_pure_noise(na
 def test_zero_terminal_snr_works_with_every_step_count(name, steps):
     model = GaussianModel("v", zero_terminal_snr=True)
     times = []
-    apply_model, model.apply_model = model.apply_model, lambda x, t, c: times.append(float(t[0])) or apply_model(x, t, c)
+    apply_model, model.apply_model = (
+        model.apply_model,
+        lambda x, t, c: times.append(float(t[0])) or apply_model(x, t, c),
+    )
     x = draw(name, model, steps, conditioning=None, ddim_discretize="trailing")
     assert torch.isfinite(x).all() and times[0] == 999
     assert len(set(times)) == steps
@@ -204,7 +211,14 @@ def test_zero_terminal_snr_is_refused_with_eps_and_on_grids_that_need_its_logari
 
 
 def small_ddpm(**changes):
-    config = {"timesteps": 20, "image_size": 8, "channels": 4, "use_ema": False, "linear_start": 1e-3, "linear_end": 0.2}
+    config = {
+        "timesteps": 20,
+        "image_size": 8,
+        "channels": 4,
+        "use_ema": False,
+        "linear_start": 1e-3,
+        "linear_end": 0.2,
+    }
     return DDPM(unet(model_channels=32, attention_resolutions=[]), **{**config, **changes})
 
 

@@ -54,7 +54,9 @@ def test_image_to_image_meets_the_published_figures():
     sampler.make_schedule(int(IMG2IMG["steps"]), ddim_eta=0.0, verbose=False)
     noise = randn(int(IMG2IMG["noise_seed"]), 2, *SHAPE)
     z = sampler.stochastic_encode(TENSORS["x0"], torch.tensor([t_enc] * 2), noise=noise)
-    y = sampler.decode(z, COND, t_enc, unconditional_guidance_scale=5.0, unconditional_conditioning=UNCOND, verbose=False)
+    y = sampler.decode(
+        z, COND, t_enc, unconditional_guidance_scale=5.0, unconditional_conditioning=UNCOND, verbose=False
+    )
     assert rel_error(z, IMG2IMG["encoded"]) < TOLERANCE
     assert rel_error(y, IMG2IMG["decoded"]) < TOLERANCE
 
@@ -108,7 +110,9 @@ def test_all_parameterizations_of_one_denoiser_give_one_sample(name, parameteriz
     samples = []
     for kind in ("eps", parameterization):
         torch.manual_seed(0)
-        samples.append(make_sampler(name, GaussianModel(kind)).sample(25, 2, SHAPE, x_T=randn(5, 2, *SHAPE), verbose=False).samples)
+        samples.append(
+            make_sampler(name, GaussianModel(kind)).sample(25, 2, SHAPE, x_T=randn(5, 2, *SHAPE), verbose=False).samples
+        )
     assert rel_error(samples[1], samples[0]) < 1e-3
 
 
@@ -136,7 +140,10 @@ def test_the_ancestral_chain_has_the_reverse_variance_of_its_model_and_the_true_
 def test_guidance_scale_one_is_the_plain_call(name):
     plain, guided = ToyModel(), ToyModel()
     samples = []
-    for model, kwargs in ((plain, {}), (guided, {"unconditional_guidance_scale": 1.0, "unconditional_conditioning": UNCOND})):
+    for model, kwargs in (
+        (plain, {}),
+        (guided, {"unconditional_guidance_scale": 1.0, "unconditional_conditioning": UNCOND}),
+    ):
         torch.manual_seed(0)
         samples.append(draw(make_sampler(name, model), 5, x_T=TENSORS["x_T"], **kwargs).samples)
     assert torch.equal(*samples) and len(plain.calls) == len(guided.calls)
@@ -149,7 +156,9 @@ def test_a_mask_of_ones_follows_the_kept_latent_to_the_last_step(name):
     model = ToyModel()
     draw(make_sampler(name, model), 30, x_T=TENSORS["x_T"], mask=torch.ones(2, 1, 6, 6), x0=TENSORS["x0"])
     last_input, _ = model.calls[-1]
-    assert float((last_input - TENSORS["x0"]).std()) < 0.35  # x0 at the grid's smallest noise level, whatever the network says
+    assert (
+        float((last_input - TENSORS["x0"]).std()) < 0.35
+    )  # x0 at the grid's smallest noise level, whatever the network says
 
 
 def test_callbacks_see_every_step_in_order():
@@ -183,7 +192,9 @@ def test_intermediates_hold_the_start_and_every_logged_step():
 )
 def test_requests_that_cannot_be_honoured_are_refused(kwargs, message):
     with pytest.raises(ValueError, match=message):
-        DDIMSampler(ToyModel()).sample(**{"S": 5, "batch_size": 2, "shape": SHAPE, "conditioning": COND, "verbose": False, **kwargs})
+        DDIMSampler(ToyModel()).sample(
+            **{"S": 5, "batch_size": 2, "shape": SHAPE, "conditioning": COND, "verbose": False, **kwargs}
+        )
 
 
 @pytest.mark.parametrize("name", [name for name, entry in SAMPLERS.items() if not entry.takes_eta])
@@ -217,7 +228,11 @@ def test_one_published_step_equals_the_loops_step():
 def test_a_sampler_stores_no_run():
     sampler = PLMSSampler(ToyModel())
     first = draw(sampler, 6, x_T=TENSORS["x_T"]).samples
-    assert torch.equal(draw(sampler, 6, x_T=TENSORS["x_T"]).samples, first) and set(vars(sampler)) == {"model", "_scheduled", "_eta"}
+    assert torch.equal(draw(sampler, 6, x_T=TENSORS["x_T"]).samples, first) and set(vars(sampler)) == {
+        "model",
+        "_scheduled",
+        "_eta",
+    }
 
 
 def test_a_published_step_takes_each_samples_own_time():

@@ -24,7 +24,9 @@ def test_every_step_count_has_its_grid_and_is_accepted_before_loading(name):
             grid = sampler.grid(steps)
             assert len(grid.t) == len(grid.alphas_prev) == steps, steps
             assert (np.diff(grid.t) > 0).all() and grid.t[0] >= 0 and grid.t[-1] <= 999, steps
-            assert all(np.isfinite(table).all() for table in (grid.t, grid.alphas, grid.alphas_prev, grid.sigmas)), steps
+            assert all(np.isfinite(table).all() for table in (grid.t, grid.alphas, grid.alphas_prev, grid.sigmas)), (
+                steps
+            )
 
 
 def test_a_scripts_settings_accept_the_same_counts():

@@ -75,7 +75,9 @@ def test_neighbors_fade_without_a_jump(axis, scale):
     """Tiles of values 0, 1, 2, ... in turn along an axis: the blend climbs from one to the next in steps no larger than the ramp's."""
     tiling, ramp = Tiling(16, 8, 2), (8 - 2 * 2) * scale
     size = (8 + 8 * 6, 16) if axis == 0 else (16, 8 + 8 * 6)
-    blend = tiling.apply(lambda cut: torch.full((1, 1, 16 * scale, 16 * scale), cut[axis].start / 8), *size, scale=scale)
+    blend = tiling.apply(
+        lambda cut: torch.full((1, 1, 16 * scale, 16 * scale), cut[axis].start / 8), *size, scale=scale
+    )
     line = blend[0, 0, :, 0] if axis == 0 else blend[0, 0, 0]
     steps = line.diff()
     assert line[0] == 0 and line[-1] == 5 and (steps > -1e-6).all() and steps.max() < 1 / ramp + 1e-5
@@ -86,7 +88,9 @@ def test_neighbors_fade_without_a_jump(axis, scale):
 def test_pictures_of_any_size_are_encoded_as_they_are_whole(height, width, gaussian):
     model, x = LocalModel(gaussian=gaussian), randn(3, 1, 3, height, width)
     encoded = TiledModel(model, TILING, factor=2).encode_first_stage(x)
-    assert max(side for shape in model.shapes for side in shape) <= 2 * 8 + 1  # a whole tile, and what is left of a cell
+    assert (
+        max(side for shape in model.shapes for side in shape) <= 2 * 8 + 1
+    )  # a whole tile, and what is left of a cell
     whole = model.encode_first_stage(x)
     if gaussian:
         torch.testing.assert_close(encoded.mean, whole.mean)
@@ -101,7 +105,9 @@ def test_what_a_quantizing_decoder_is_asked_for_reaches_it():
     model, z = LocalModel(), randn(4, 1, 4, 20, 20)
     tiled = TiledModel(model, TILING, factor=2)
     with torch.no_grad():
-        torch.testing.assert_close(tiled.decode_first_stage(z, force_not_quantize=True), model.decode_first_stage(z, True))
+        torch.testing.assert_close(
+            tiled.decode_first_stage(z, force_not_quantize=True), model.decode_first_stage(z, True)
+        )
         assert not torch.allclose(tiled.decode_first_stage(z), model.decode_first_stage(z, True))
 
 
@@ -133,7 +139,12 @@ def test_a_sampler_walks_a_tiled_model_and_nothing_changes_where_one_tile_holds_
     assert tiled.factor == 4 and tiled.num_timesteps == 1000 and copy.copy(tiled).factor == 4
     for size, same in (((8, 8), True), ((8, 20), False)):
         cond, x_T = torch.tanh(randn(9, 1, 3, *size)), randn(10, 1, 4, *size)
-        options = {"x_T": x_T, "verbose": False, "unconditional_guidance_scale": 2.0, "unconditional_conditioning": -cond}
+        options = {
+            "x_T": x_T,
+            "verbose": False,
+            "unconditional_guidance_scale": 2.0,
+            "unconditional_conditioning": -cond,
+        }
         z, zt = (DDIMSampler(either).sample(2, 1, (4, *size), cond, **options).samples for either in (model, tiled))
         assert zt.isfinite().all() and zt.shape == z.shape and torch.equal(z, zt) == same
     x = tiled.decode_first_stage(zt)
@@ -154,7 +165,10 @@ def test_first_stages_as_they_are_trained_keep_their_form_and_nearly_their_value
     x = torch.tanh(randn(11, 1, 3, 96, 72))
     for tiling, tolerance in ((Tiling((24, 18), 9), 0.0), (Tiling(16, 8), 0.2)):
         tiled = TiledModel(model, tiling)
-        z, zt = ((e.mode() if kind == "AutoencoderKL" else e) for e in (model.encode_first_stage(x), tiled.encode_first_stage(x)))
+        z, zt = (
+            (e.mode() if kind == "AutoencoderKL" else e)
+            for e in (model.encode_first_stage(x), tiled.encode_first_stage(x))
+        )
         assert zt.shape == (1, 4, 24, 18) and (zt - z).norm() <= tolerance * z.norm()
         for options in ({}, {"force_not_quantize": True}) if more else ({},):
             decoded, decoded_t = (either.decode_first_stage(z, **options) for either in (model, tiled))
@@ -162,7 +176,14 @@ def test_first_stages_as_they_are_trained_keep_their_form_and_nearly_their_value
 
 
 def test_published_parameters_give_their_tiles(caplog):
-    params = {"ks": (128, 128), "stride": (64, 64), "vqf": 4, "patch_distributed_vq": True, "tie_braker": False, "clip_min_weight": 0.01}
+    params = {
+        "ks": (128, 128),
+        "stride": (64, 64),
+        "vqf": 4,
+        "patch_distributed_vq": True,
+        "tie_braker": False,
+        "clip_min_weight": 0.01,
+    }
     with caplog.at_level(logging.INFO):
         assert Tiling.from_split_input_params(params) == Tiling((128, 128), (64, 64), 16)
     assert "clip_min_weight, patch_distributed_vq, tie_braker" in caplog.text

@@ -50,7 +50,11 @@ def test_a_text_model_gives_its_weights_and_the_new_channels_start_at_zero(tmp_p
     source = tiny("v2")
     for name, parameter in source.model.named_parameters():
         getattr(source.model_ema, name.replace(".", "")).copy_(0.9 * parameter.detach())
-    weights = {name: tensor for name, tensor in source.state_dict().items() if averages == "present" or not name.startswith("model_ema.")}
+    weights = {
+        name: tensor
+        for name, tensor in source.state_dict().items()
+        if averages == "present" or not name.startswith("model_ema.")
+    }
     write_weights(weights, tmp_path / "a.safetensors")
     with caplog.at_level(logging.INFO):
         model = build("sd-fill", finetune_keys=[FIRST, FIRST_EMA], ckpt_path=str(tmp_path / "a.safetensors"))
@@ -70,9 +74,17 @@ def test_a_text_model_gives_its_weights_and_the_new_channels_start_at_zero(tmp_p
 
 def test_the_network_alone_and_a_file_of_the_same_kind_load_too(tmp_path):
     source, own = tiny("v2"), tiny("sd-fill")
-    write_weights({name: tensor for name, tensor in source.state_dict().items() if name.startswith("model.")}, tmp_path / "net.ckpt")
-    model = build("sd-fill", finetune_keys=[FIRST, FIRST_EMA], ckpt_path=str(tmp_path / "net.ckpt"), load_only_unet=True)
-    assert torch.equal(model.state_dict()[FIRST][:, :4], source.state_dict()[FIRST]) and model.state_dict()[FIRST][:, 4:].eq(0).all()
+    write_weights(
+        {name: tensor for name, tensor in source.state_dict().items() if name.startswith("model.")},
+        tmp_path / "net.ckpt",
+    )
+    model = build(
+        "sd-fill", finetune_keys=[FIRST, FIRST_EMA], ckpt_path=str(tmp_path / "net.ckpt"), load_only_unet=True
+    )
+    assert (
+        torch.equal(model.state_dict()[FIRST][:, :4], source.state_dict()[FIRST])
+        and model.state_dict()[FIRST][:, 4:].eq(0).all()
+    )
     bare = {name.removeprefix("model."): tensor for name, tensor in source.model.state_dict(prefix="model.").items()}
     write_weights(bare, tmp_path / "bare.ckpt")
     model = build("sd-fill", finetune_keys=[FIRST], ckpt_path=str(tmp_path / "bare.ckpt"), load_only_unet=True)
@@ -110,7 +122,9 @@ def test_inpainting_sees_mask_and_masked_latent_beside_the_noise():
 def test_the_image_log_decodes_what_was_concatenated_where_asked():
     model = tiny("sd-fill", c_concat_log_start=1, c_concat_log_end=5)
     log = model.log_images(batch(), N=2, ddim_steps=1, plot_denoise_rows=False, unconditional_guidance_scale=3.0)
-    assert log["c_concat_decoded"].shape == (2, 3, 32, 32) and {"conditioning_mask", "samples_cfg_scale_3.00"} <= set(log)
+    assert log["c_concat_decoded"].shape == (2, 3, 32, 32) and {"conditioning_mask", "samples_cfg_scale_3.00"} <= set(
+        log
+    )
 
 
 def test_depth_is_given_or_estimated_and_spans_each_samples_range(monkeypatch):
@@ -133,7 +147,9 @@ def test_without_a_depth_map_or_an_estimate_the_error_says_what_to_do():
     data = batch()
     del data["depth"]
     data["midas_in"] = data["image"]
-    with pytest.raises(ValueError, match=r"weights is not set: give a folder with transformers' DPT \(Intel/dpt-hybrid-midas"):
+    with pytest.raises(
+        ValueError, match=r"weights is not set: give a folder with transformers' DPT \(Intel/dpt-hybrid-midas"
+    ):
         tiny("depth").get_input(data, "image")
     with pytest.raises(ValueError, match="the batch has no 'depth' and the model no depth_stage_config"):
         tiny("depth", depth_stage_config=None).get_input(data, "image")
@@ -143,7 +159,13 @@ def test_without_a_depth_map_or_an_estimate_the_error_says_what_to_do():
 
 def test_depth_comes_from_transformers_dpt_in_a_local_folder(tmp_path):
     transformers = pytest.importorskip("transformers")
-    shape = {"hidden_size": 16, "num_hidden_layers": 4, "num_attention_heads": 2, "intermediate_size": 16, "image_size": 32}
+    shape = {
+        "hidden_size": 16,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 2,
+        "intermediate_size": 16,
+        "image_size": 32,
+    }
     neck = {"backbone_out_indices": [0, 1, 2, 3], "neck_hidden_sizes": [8] * 4, "fusion_hidden_size": 8}
     neck |= {"is_hybrid": False, "patch_size": 16}
     torch.manual_seed(0)
@@ -176,7 +198,9 @@ def test_the_upscaler_sees_the_small_picture_with_noise_of_the_level_it_is_told(
 
 def test_the_small_pictures_noise_is_the_diffusions_own_and_its_tables_have_the_published_names():
     module = ImageConcatWithNoiseAugmentation({"linear_start": 0.0001, "linear_end": 0.02}, max_noise_level=350)
-    assert tuple(module.state_dict()) == TABLES and all(table.shape == (1000,) for table in module.state_dict().values())
+    assert tuple(module.state_dict()) == TABLES and all(
+        table.shape == (1000,) for table in module.state_dict().values()
+    )
     x, level = randn(0, 2, 3, 4, 4), torch.tensor([10, 300])
     torch.manual_seed(0)
     noised, same = module(x, level)
@@ -197,8 +221,14 @@ def test_guidance_leads_away_from_no_text_under_the_same_further_parts(kind):
     uncond = model.unconditional_like(encoded.c, encoded.raw_c, 2)
     options = {"verbose": False, "x_T": randn(9, 2, 4, 8, 8), "unconditional_guidance_scale": 4.0}
     with torch.no_grad():
-        guided = DDIMSampler(model).sample(2, 2, (4, 8, 8), encoded.c, unconditional_conditioning=uncond, **options).samples
-        plain = DDIMSampler(model).sample(2, 2, (4, 8, 8), encoded.c, unconditional_conditioning=encoded.c, **options).samples
+        guided = (
+            DDIMSampler(model).sample(2, 2, (4, 8, 8), encoded.c, unconditional_conditioning=uncond, **options).samples
+        )
+        plain = (
+            DDIMSampler(model)
+            .sample(2, 2, (4, 8, 8), encoded.c, unconditional_conditioning=encoded.c, **options)
+            .samples
+        )
     assert guided.isfinite().all() and not torch.allclose(guided, plain)
     if isinstance(uncond, dict):
         assert all(a is b for a, b in zip(uncond["c_concat"], encoded.c["c_concat"], strict=True))

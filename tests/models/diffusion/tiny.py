@@ -27,7 +27,10 @@ AUTOENCODER = {
         },
     },
 }
-CLASSES = {"target": "ldm.modules.encoders.modules.ClassEmbedder", "params": {"n_classes": 10, "embed_dim": 16, "key": "class_label"}}
+CLASSES = {
+    "target": "ldm.modules.encoders.modules.ClassEmbedder",
+    "params": {"n_classes": 10, "embed_dim": 16, "key": "class_label"},
+}
 CAPTIONS = {
     "target": "ldm.modules.encoders.modules.CaptionEmbedder",
     "params": {"n_embed": 16, "n_layer": 1, "max_seq_len": 8, "vocab_rows": 64, "heads": 2, "dim_head": 8},
@@ -49,7 +52,9 @@ def unet(**changes: Any) -> dict[str, Any]:
     return {"target": "ldm.modules.diffusionmodules.openaimodel.UNetModel", "params": params | changes}
 
 
-def latent_diffusion(conditioning_key: str | None, unet_changes: dict[str, Any], cond: dict[str, Any] | str, **changes: Any) -> Any:
+def latent_diffusion(
+    conditioning_key: str | None, unet_changes: dict[str, Any], cond: dict[str, Any] | str, **changes: Any
+) -> Any:
     """A small LatentDiffusion with the weights of the rule in tests/reference.py."""
     params = {
         "linear_start": 0.00085,

@@ -25,7 +25,10 @@ class ToyModel(nn.Module):
 
     def q_sample(self, x0: Tensor, t: Tensor, noise: Tensor | None = None) -> Tensor:
         noise = torch.randn_like(x0) if noise is None else noise
-        return self.sqrt_alphas_cumprod[t][:, None, None, None] * x0 + self.sqrt_one_minus_alphas_cumprod[t][:, None, None, None] * noise
+        return (
+            self.sqrt_alphas_cumprod[t][:, None, None, None] * x0
+            + self.sqrt_one_minus_alphas_cumprod[t][:, None, None, None] * noise
+        )
 
 
 class GaussianModel(ToyModel):

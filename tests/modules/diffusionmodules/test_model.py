@@ -27,7 +27,15 @@ DDCONFIG = {
     "num_res_blocks": 1, "attn_resolutions": [8], "dropout": 0.0,
 }  # fmt: skip
 TINY = {**DDCONFIG, "resolution": 16, "ch_mult": [1, 1], "attn_resolutions": []}
-UNET = {"ch": 32, "out_ch": 3, "ch_mult": [1, 2], "num_res_blocks": 1, "attn_resolutions": [8], "in_channels": 3, "resolution": 16}
+UNET = {
+    "ch": 32,
+    "out_ch": 3,
+    "ch_mult": [1, 2],
+    "num_res_blocks": 1,
+    "attn_resolutions": [8],
+    "in_channels": 3,
+    "resolution": 16,
+}
 
 
 @pytest.mark.parametrize(
@@ -117,7 +125,9 @@ def test_norms_have_the_first_stages_eps():
 @torch.no_grad()
 def test_decoder_options_stop_before_the_last_norm_or_bound_the_output():
     z = 5 * randn(4, 1, 4, 8, 8)
-    plain, early, bounded = (seed_weights(Decoder(**TINY, **options)) for options in ({}, {"give_pre_end": True}, {"tanh_out": True}))
+    plain, early, bounded = (
+        seed_weights(Decoder(**TINY, **options)) for options in ({}, {"give_pre_end": True}, {"tanh_out": True})
+    )
     assert early(z).shape == (1, 32, 16, 16)
     torch.testing.assert_close(bounded(z), torch.tanh(plain(z)))
 

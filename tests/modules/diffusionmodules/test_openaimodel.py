@@ -10,7 +10,12 @@ from omegaconf import OmegaConf
 
 from ldm.modules.attention import SpatialTransformer
 from ldm.modules.diffusionmodules import openaimodel
-from ldm.modules.diffusionmodules.openaimodel import AttentionBlock, EncoderUNetModel, TimestepEmbedSequential, UNetModel
+from ldm.modules.diffusionmodules.openaimodel import (
+    AttentionBlock,
+    EncoderUNetModel,
+    TimestepEmbedSequential,
+    UNetModel,
+)
 from ldm.modules.diffusionmodules.util import timestep_embedding
 from tests.reference import GOLDEN, randn, rel_error, seed_weights
 
@@ -109,7 +114,9 @@ def test_heads_of_the_expanding_half_are_its_own_only_under_legacy(legacy, heads
 
 
 def test_attention_is_where_its_options_put_it():
-    model = UNetModel(**{**TINY, "num_res_blocks": 2, "attention_resolutions": [2], "num_attention_blocks": [2, 1], **ATTEND})
+    model = UNetModel(
+        **{**TINY, "num_res_blocks": 2, "attention_resolutions": [2], "num_attention_blocks": [2, 1], **ATTEND}
+    )
     places = [name for name, m in model.named_modules() if isinstance(m, SpatialTransformer)]
     # The second level has one block with attention on either side, the first none: its factor 1 is not among the resolutions.
     assert places == ["input_blocks.4.1", "middle_block.1", "output_blocks.0.1"]
@@ -128,7 +135,12 @@ def test_self_attention_is_disabled_where_asked():
 # Number of parameters, and CRC-32 of the sorted "name shape" lines, of the published models' `model.diffusion_model`.
 PUBLISHED = {
     "configs/latent-diffusion/celebahq-ldm-vq-4.yaml": (
-        {"model_channels": 224, "attention_resolutions": [8, 4, 2], "channel_mult": [1, 2, 3, 4], "num_head_channels": 32},
+        {
+            "model_channels": 224,
+            "attention_resolutions": [8, 4, 2],
+            "channel_mult": [1, 2, 3, 4],
+            "num_head_channels": 32,
+        },
         (3, 3, 274056163, 2457482995),
     ),
     "configs/latent-diffusion/cin256-v2.yaml": (
@@ -200,7 +212,9 @@ PUBLISHED = {
 def test_names_and_shapes_are_the_published_ones(name):
     options, (in_channels, out_channels, parameters, checksum) = PUBLISHED[name]
     with torch.device("meta"):
-        model = UNetModel(image_size=32, in_channels=in_channels, out_channels=out_channels, num_res_blocks=2, **options)
+        model = UNetModel(
+            image_size=32, in_channels=in_channels, out_channels=out_channels, num_res_blocks=2, **options
+        )
     lines = "\n".join(f"{key} {list(value.shape)}" for key, value in sorted(model.state_dict().items()))
     assert (sum(p.numel() for p in model.parameters()), zlib.crc32(lines.encode())) == (parameters, checksum)
 
@@ -246,7 +260,9 @@ def test_16_bit_arithmetic_is_close_to_float32(how):
     elif how == "fp16 blocks":
         half = UNetModel(**TINY, **ATTEND, num_classes=10, use_fp16=True)
         half.load_state_dict(model.state_dict())
-        assert half.dtype == torch.float16 and half.out[2].weight.dtype == half.time_embed[0].weight.dtype == torch.float32
+        assert (
+            half.dtype == torch.float16 and half.out[2].weight.dtype == half.time_embed[0].weight.dtype == torch.float32
+        )
         out = half.eval()(x, T, **inputs)
         half.convert_to_fp32()
         assert half.dtype == torch.float32
@@ -266,7 +282,9 @@ def test_channels_last_gives_the_same_and_stays(options):
     assert reference.is_contiguous()
     layouts = []
     for block in (*model.input_blocks, model.middle_block, *model.output_blocks):
-        block.register_forward_hook(lambda m, args, out: layouts.append(out.is_contiguous(memory_format=torch.channels_last)))
+        block.register_forward_hook(
+            lambda m, args, out: layouts.append(out.is_contiguous(memory_format=torch.channels_last))
+        )
     out = model.to(memory_format=torch.channels_last)(x.contiguous(memory_format=torch.channels_last), T, context)
     assert rel_error(out, reference) < 1e-5 and all(layouts) and out.is_contiguous(memory_format=torch.channels_last)
 
@@ -279,7 +297,9 @@ def test_checkpointing_changes_no_gradient(options):
         for p in model.input_blocks[1].parameters():
             p.requires_grad_(False)  # a frozen block in the middle
         torch.manual_seed(0)
-        model(randn(1, 2, 4, 8, 8), T, randn(2, 2, 3, 12) if "context_dim" in options else None).square().mean().backward()
+        model(
+            randn(1, 2, 4, 8, 8), T, randn(2, 2, 3, 12) if "context_dim" in options else None
+        ).square().mean().backward()
         gradients.append({name: p.grad for name, p in model.named_parameters() if p.requires_grad})
     assert all(torch.equal(gradients[0][name], gradients[1][name]) for name in gradients[0])
 
@@ -380,7 +400,8 @@ def test_averaging_pools_take_any_size_and_attention_its_own():
 
 
 @pytest.mark.parametrize(
-    "options, message", [({"pool": "max"}, "expected one of adaptive, attention"), ({"pool": "attention"}, "needs num_head_channels")]
+    "options, message",
+    [({"pool": "max"}, "expected one of adaptive, attention"), ({"pool": "attention"}, "needs num_head_channels")],
 )
 def test_wrong_pools_are_refused_in_words(options, message):
     with pytest.raises(ValueError, match=message):

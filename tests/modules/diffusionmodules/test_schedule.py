@@ -34,7 +34,9 @@ def test_ddim_tables_meet_the_published_figures(key):
     assert np.array_equal(grid, FIGURES[key])
     alphas_cumprod = Schedule(FIGURES["betas_sd"]).alphas_cumprod
     for eta in (0, 1):
-        for part, table in make_ddim_sampling_parameters(alphas_cumprod, grid, float(eta), verbose=False)._asdict().items():
+        for part, table in (
+            make_ddim_sampling_parameters(alphas_cumprod, grid, float(eta), verbose=False)._asdict().items()
+        ):
             assert rel_error(table, FIGURES[f"ddim_{method}_{steps}_eta{eta}_{part}"]) < TOLERANCE
 
 
@@ -49,7 +51,9 @@ def test_every_grid_has_exactly_the_steps_asked_for(name):
 
 def test_uniform_is_the_published_grid_where_steps_divide_the_chain():
     for steps in (s for s in range(1, 1000) if 1000 % s == 0):
-        assert np.array_equal(make_ddim_timesteps("uniform", steps, 1000, verbose=False), np.arange(0, 1000, 1000 // steps) + 1)
+        assert np.array_equal(
+            make_ddim_timesteps("uniform", steps, 1000, verbose=False), np.arange(0, 1000, 1000 // steps) + 1
+        )
 
 
 @pytest.mark.parametrize("steps", [0, -3, 1001])
@@ -87,7 +91,9 @@ def test_zero_terminal_snr_keeps_the_first_timestep_and_leaves_no_signal_at_the_
     schedule = Schedule.from_betas(betas, zero_terminal_snr=True)
     before, after = np.sqrt(Schedule(betas).alphas_cumprod), np.sqrt(schedule.alphas_cumprod)
     assert after[-1] == 0.0 and schedule.betas[-1] == 1.0 and abs(after[0] - before[0]) < 1e-12
-    assert np.allclose((after - after[-1]) / (after[0] - after[-1]), (before - before[-1]) / (before[0] - before[-1]))  # shifted and scaled
+    assert np.allclose(
+        (after - after[-1]) / (after[0] - after[-1]), (before - before[-1]) / (before[0] - before[-1])
+    )  # shifted and scaled
     tables = schedule.tables()
     assert all(np.isfinite(table[:-1]).all() for table in tables.values())
     assert np.isfinite(tables["posterior_mean_coef1"]).all() and tables["posterior_mean_coef2"][-1] == 0.0

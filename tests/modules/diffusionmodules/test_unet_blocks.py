@@ -69,7 +69,9 @@ def test_residual_block_refuses_to_go_both_ways():
 
 def test_both_qkv_orders_are_one_attention():
     heads, x = 4, randn(1, 2, 64, 4, 4)
-    legacy, new = (seed_weights(AttentionBlock(64, num_heads=heads, use_new_attention_order=order)) for order in (False, True))
+    legacy, new = (
+        seed_weights(AttentionBlock(64, num_heads=heads, use_new_attention_order=order)) for order in (False, True)
+    )
     assert rel_error(legacy(x), new(x).detach()) > 0.01
     with torch.no_grad():
         for p in (new.qkv.weight, new.qkv.bias):
@@ -90,7 +92,9 @@ def test_attention_block_starts_as_identity():
     assert torch.equal(AttentionBlock(32)(x), x)
 
 
-@pytest.mark.parametrize("options", [{"num_heads": 5}, {"num_head_channels": 24}, {"num_head_channels": 128}, {"num_heads": -1}])
+@pytest.mark.parametrize(
+    "options", [{"num_heads": 5}, {"num_head_channels": 24}, {"num_head_channels": 128}, {"num_heads": -1}]
+)
 def test_heads_that_do_not_divide_the_channels_are_refused(options):
     with pytest.raises(ValueError, match="64 channels cannot be split"):
         AttentionBlock(64, **options)
@@ -101,7 +105,9 @@ def test_attention_pool_reads_the_query_of_the_average():
     tokens = x.flatten(2)
     tokens = torch.cat([tokens.mean(-1, keepdim=True), tokens], -1) + pool.positional_embedding
     q, k, v = pool.qkv_proj(tokens).view(2, 3, 4, 8, 10).unbind(1)
-    out = torch.einsum("bhm,bhcm->bhc", (torch.einsum("bhc,bhcm->bhm", q[..., 0], k) / 8**0.5).softmax(-1), v).reshape(2, 32, 1)
+    out = torch.einsum("bhm,bhcm->bhc", (torch.einsum("bhc,bhcm->bhm", q[..., 0], k) / 8**0.5).softmax(-1), v).reshape(
+        2, 32, 1
+    )
     torch.testing.assert_close(pool(x), pool.c_proj(out)[:, :, 0])
 
 
@@ -114,7 +120,9 @@ def test_attention_pool_refuses_another_size():
 
 def test_sequence_hands_each_layer_what_it_takes():
     sequence = seed_weights(
-        TimestepEmbedSequential(nn.Conv2d(4, 32, 1), ResBlock(32, 16, 0.0), SpatialTransformer(32, 2, 16, context_dim=8))
+        TimestepEmbedSequential(
+            nn.Conv2d(4, 32, 1), ResBlock(32, 16, 0.0), SpatialTransformer(32, 2, 16, context_dim=8)
+        )
     )
     x, emb, context = randn(1, 2, 4, 4, 4), randn(2, 2, 16), randn(3, 2, 3, 8)
     torch.testing.assert_close(sequence(x, emb, context), sequence[2](sequence[1](sequence[0](x), emb), context))

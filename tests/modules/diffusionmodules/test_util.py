@@ -13,7 +13,13 @@ from tests.reference import randn, rel_error, seed_weights
 
 
 def test_published_names_can_be_imported():
-    for name in ("make_beta_schedule", "make_ddim_timesteps", "make_ddim_sampling_parameters", "extract_into_tensor", "noise_like"):
+    for name in (
+        "make_beta_schedule",
+        "make_ddim_timesteps",
+        "make_ddim_sampling_parameters",
+        "extract_into_tensor",
+        "noise_like",
+    ):
         assert getattr(U, name) is getattr(schedule, name)
     torch.testing.assert_close(U.mean_flat(randn(1, 2, 3, 4)), randn(1, 2, 3, 4).flatten(1).mean(1))
 
@@ -43,7 +49,10 @@ def test_channels_that_norm_cannot_split_are_refused():
 @torch.no_grad()
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_norm_of_16_bit_inputs_is_the_float32_one_rounded_once(dtype):
-    norm, x = seed_weights(U.normalization(32)), (100 + randn(1, 2, 32, 8, 8)).to(dtype)  # a mean that 16-bit sums would drown in
+    norm, x = (
+        seed_weights(U.normalization(32)),
+        (100 + randn(1, 2, 32, 8, 8)).to(dtype),
+    )  # a mean that 16-bit sums would drown in
     assert torch.equal(norm(x), norm(x.float()).to(dtype))
     rounded = copy.deepcopy(norm).to(dtype)
     assert rounded(x).dtype == dtype and rel_error(rounded(x).float(), norm(x.float())) < 0.01

@@ -17,7 +17,13 @@ def test_agrees_with_the_published_figures():
     reference = np.load(GOLDEN / "numerics/gaussian.npz")
     p, q = make_pair()
     torch.manual_seed(3)
-    out = {"kl": p.kl(), "kl_other": p.kl(q), "nll": p.nll(randn(224, 2, 4, 8, 8)), "sample": p.sample(), "mode": p.mode()}
+    out = {
+        "kl": p.kl(),
+        "kl_other": p.kl(q),
+        "nll": p.nll(randn(224, 2, 4, 8, 8)),
+        "sample": p.sample(),
+        "mode": p.mode(),
+    }
     assert set(out) == set(reference.files)
     for name, value in out.items():
         assert rel_error(value, reference[name]) < TOLERANCE, name

@@ -58,7 +58,9 @@ def test_pictures_of_any_size_become_one_vector_each():
 def test_pictures_are_brought_to_clips_own_range():
     grey = image().preprocess(torch.zeros(1, 3, 8, 8))
     assert grey.shape == (1, 3, 16, 16)
-    wanted = torch.tensor([(0.5 - 0.48145466) / 0.26862954, (0.5 - 0.4578275) / 0.26130258, (0.5 - 0.40821073) / 0.27577711])
+    wanted = torch.tensor(
+        [(0.5 - 0.48145466) / 0.26862954, (0.5 - 0.4578275) / 0.26130258, (0.5 - 0.40821073) / 0.27577711]
+    )
     assert torch.allclose(grey[0, :, 5, 5], wanted, atol=1e-5)
 
 

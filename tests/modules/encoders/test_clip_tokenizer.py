@@ -35,7 +35,10 @@ def invented(seed: int) -> str:
     """Words of the vocabulary, letters at random, symbols at random."""
     draw = random.Random(seed)
     if seed % 3 == 0:
-        return " ".join(token.replace("</w>", "") for token in draw.choices(clip_tokenizer().tokens[300:48000], k=draw.randint(1, 20)))
+        return " ".join(
+            token.replace("</w>", "")
+            for token in draw.choices(clip_tokenizer().tokens[300:48000], k=draw.randint(1, 20))
+        )
     if seed % 3 == 1:
         return "".join(draw.choices("abcdeinorst", k=draw.randint(5, 300)))
     spans = [(32, 126), (32, 126), (160, 591), (0x3000, 0x30FF), (0x1F300, 0x1F64F)]

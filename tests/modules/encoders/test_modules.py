@@ -59,7 +59,11 @@ def test_clip_agrees_with_transformers():
     shape = {**VIT_L_14, **TINY_CLIP}
     ours = seed_weights(CLIPText(**shape))
     theirs = CLIPTextModel(CLIPTextConfig(**shape, bos_token_id=49406, eos_token_id=49407)).eval()
-    flat = {name.removeprefix("text_model."): value for name, value in ours.state_dict().items() if "position_ids" not in name}
+    flat = {
+        name.removeprefix("text_model."): value
+        for name, value in ours.state_dict().items()
+        if "position_ids" not in name
+    }
     nested = next(iter(theirs.state_dict())).startswith("text_model.")
     theirs.load_state_dict({("text_model." if nested else "") + name: value for name, value in flat.items()})
     tokens = torch.randint(0, 49408, (2, 77), generator=torch.Generator().manual_seed(0))
@@ -73,7 +77,11 @@ def test_clip_agrees_with_transformers():
 def test_clip_has_the_names_and_shapes_of_stable_diffusion_v1():
     with gzip.open(GOLDEN / "manifests/stable-diffusion-v1.json.gz") as file:
         manifest = json.load(file)["configs/stable-diffusion/v1-inference.yaml"]
-    wanted = {name.removeprefix("cond_stage_model."): shape for name, shape in manifest.items() if name.startswith("cond_stage_model.")}
+    wanted = {
+        name.removeprefix("cond_stage_model."): shape
+        for name, shape in manifest.items()
+        if name.startswith("cond_stage_model.")
+    }
     with torch.device("meta"):
         model = FrozenCLIPEmbedder()
     assert {name: list(value.shape) for name, value in model.state_dict().items()} == wanted
@@ -147,7 +155,9 @@ def test_clip_encodes_texts_and_the_empty_text_is_no_condition():
 def test_clip_stays_frozen_whatever_its_parent_does():
     parent = nn.Sequential(tiny_clip())
     parent.train()
-    assert not any(module.training for module in parent[0].modules()) and not any(p.requires_grad for p in parent.parameters())
+    assert not any(module.training for module in parent[0].modules()) and not any(
+        p.requires_grad for p in parent.parameters()
+    )
 
 
 @pytest.mark.parametrize("positions", ["absent", "rounded"])
@@ -178,7 +188,9 @@ def test_clip_takes_its_weights_from_a_local_folder_where_no_checkpoint_had_them
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps({"text_config": {**VIT_L_14, **TINY_CLIP}, "model_type": "clip"}))
     weights = {name.removeprefix("transformer."): value for name, value in source.state_dict().items()}
-    write_weights(weights | {"vision_model.x": torch.ones(1), "logit_scale": torch.ones(1)}, folder / "model.safetensors")
+    write_weights(
+        weights | {"vision_model.x": torch.ones(1), "logit_scale": torch.ones(1)}, folder / "model.safetensors"
+    )
     model = FrozenCLIPEmbedder(version=str(folder))
     assert not model.has_weights
     ensure_weights(nn.Sequential(model))
@@ -231,7 +243,9 @@ def test_caption_embedder_learns_and_its_checkpoint_gives_the_same_encoding(tmp_
     assert out.shape == (3, 8, 16) and not torch.allclose(out[0], out[1], atol=1e-3)
     assert torch.equal(model.encode(model.unconditional_input(1)), out[2:])
     out.square().sum().backward()
-    assert all(parameter.grad is not None and parameter.grad.isfinite().all() for parameter in model.parameters()), "DDP waits for all"
+    assert all(parameter.grad is not None and parameter.grad.isfinite().all() for parameter in model.parameters()), (
+        "DDP waits for all"
+    )
     write_weights(model.state_dict(), tmp_path / "a.ckpt")
     other = CaptionEmbedder(**options)
     load_weights(other, tmp_path / "a.ckpt")
@@ -243,7 +257,11 @@ def test_hashed_tokens_are_told_apart_and_their_rows_never_move():
     pairs = rows.sort(-1).values
     _, counts = (pairs[:, 0] * 4096 + pairs[:, 1]).unique(return_counts=True)
     assert int(counts[counts > 1].sum()) < 0.005 * 49408, "hardly a token shares both rows with another"
-    assert HashedEmbedding(4096, 4).rows_of(torch.tensor([0, 320, 49407])).tolist() == [[357, 1355], [1317, 1823], [569, 0]]
+    assert HashedEmbedding(4096, 4).rows_of(torch.tensor([0, 320, 49407])).tolist() == [
+        [357, 1355],
+        [1317, 1823],
+        [569, 0],
+    ]
 
 
 # -------------------------------------------------------------------------------------------------------------- BERT

@@ -84,7 +84,9 @@ def test_padding_is_zero_and_the_batch_does_not_mix():
     model = seed_weights(tiny())
     texts = ["a horse", "a cat", ""]
     together = model.encode(texts)
-    assert all(torch.allclose(model.encode([text]), row[None], atol=1e-5) for text, row in zip(texts, together, strict=True))
+    assert all(
+        torch.allclose(model.encode([text]), row[None], atol=1e-5) for text, row in zip(texts, together, strict=True)
+    )
     tokens = clip_tokenizer()(["a horse"], pad_id=0)
     assert tokens[0, 4:].eq(0).all() and torch.allclose(model.encode_tokens(tokens), together[:1], atol=1e-5)
     assert model.unconditional_input(2) == ["", ""]
@@ -92,7 +94,9 @@ def test_padding_is_zero_and_the_batch_does_not_mix():
 
 def test_it_is_frozen_unless_asked_otherwise_and_what_is_unused_never_learns():
     frozen = nn.Sequential(tiny()).train()
-    assert not any(module.training for module in frozen[0].modules()) and not any(p.requires_grad for p in frozen.parameters())
+    assert not any(module.training for module in frozen[0].modules()) and not any(
+        p.requires_grad for p in frozen.parameters()
+    )
     model = tiny(freeze=False).train()
     assert model.training
     model.encode(["a horse"]).sum().backward()
@@ -137,14 +141,18 @@ def test_weights_come_from_a_local_file_or_folder_where_no_checkpoint_had_them(t
         model.load_pretrained()
         assert torch.equal(model.encode(TEXTS), source.encode(TEXTS))
     write_weights({"positional_embedding": torch.ones(2)}, tmp_path / "open_clip_model.safetensors")
-    with pytest.raises(CheckpointError, match=r"42 of 42 weights of the text model are missing or differ: positional_embedding"):
+    with pytest.raises(
+        CheckpointError, match=r"42 of 42 weights of the text model are missing or differ: positional_embedding"
+    ):
         model.load_pretrained()
 
 
 def test_weights_that_are_nowhere_to_be_had_are_one_clear_line(tmp_path, no_hub):
     with pytest.raises(CheckpointError, match=r"CLIP-ViT-H-14-laion2B-s32B-b79K .*not to be downloaded.*local file"):
         tiny().load_pretrained()
-    with pytest.raises(CheckpointError, match=r"version 'nowhere': neither a file or folder nor one of laion2b_s32b_b79k"):
+    with pytest.raises(
+        CheckpointError, match=r"version 'nowhere': neither a file or folder nor one of laion2b_s32b_b79k"
+    ):
         tiny(version="nowhere").load_pretrained()
     with pytest.raises(CheckpointError, match=r"holds none of open_clip_model\.safetensors"):
         tiny(version=str(tmp_path)).load_pretrained()
@@ -173,6 +181,8 @@ def test_the_published_config_builds_and_open_clip_stays_unimported():
     )
     subprocess.run([sys.executable, "-c", code], check=True)
     assert isinstance(
-        instantiate_from_config({"target": "ldm.modules.encoders.modules.FrozenOpenCLIPEmbedder", "params": {"text_config": TINY}}),
+        instantiate_from_config(
+            {"target": "ldm.modules.encoders.modules.FrozenOpenCLIPEmbedder", "params": {"text_config": TINY}}
+        ),
         FrozenOpenCLIPEmbedder,
     )

@@ -33,7 +33,9 @@ def area(image, factor):
 
 
 @pytest.mark.parametrize("degrade", VARIANTS)
-@pytest.mark.parametrize(("shape", "factor"), [((64, 48), 4), ((66, 51), 4), ((33, 20), 2), ((30, 30), 3), ((16, 16), 1), ((64, 64), 8)])
+@pytest.mark.parametrize(
+    ("shape", "factor"), [((64, 48), 4), ((66, 51), 4), ((33, 20), 2), ((30, 30), 3), ((16, 16), 1), ((64, 64), 8)]
+)
 def test_the_result_is_smaller_by_the_factor_whatever_is_drawn(degrade, shape, factor):
     for _ in range(12):
         small = degrade(smooth(*shape), sf=factor)["image"]
@@ -54,7 +56,9 @@ def test_the_seeds_of_python_and_numpy_decide_all(degrade):
 
 
 def test_the_light_variant_stays_nearer_to_the_picture():
-    errors = {d: np.mean([np.abs(d(smooth())["image"] - area(smooth(), 4)).mean() for _ in range(30)]) for d in VARIANTS}
+    errors = {
+        d: np.mean([np.abs(d(smooth())["image"] - area(smooth(), 4)).mean() for _ in range(30)]) for d in VARIANTS
+    }
     assert errors[degradation_fn_bsr_light] < 0.7 * errors[degradation_fn_bsr] and errors[degradation_fn_bsr] < 30
 
 
@@ -75,26 +79,34 @@ def test_no_step_moves_the_picture(resized):
 @pytest.mark.parametrize("variant", [BSRGAN, BSRGAN_LIGHT])
 def test_steps_come_in_every_order_but_the_final_size_after_the_first_part(variant):
     orders = [tuple(variant._order()) for _ in range(400)]
-    assert all(order.index("shrink") < order.index("final size") and order.count("blur") == variant.blurs for order in orders)
+    assert all(
+        order.index("shrink") < order.index("final size") and order.count("blur") == variant.blurs for order in orders
+    )
     assert {order[0] for order in orders} == {"blur", "shrink", "noise", "jpeg"} and len(set(orders)) > 20
 
 
 def test_kernels_have_the_widths_asked_for():
     kernel = gaussian_kernel(41, (3.0, 1.5), angle=0.5).astype(float)
     y, x = np.mgrid[-20:21, -20:21]
-    covariance = np.array([[(kernel * x * x).sum(), (kernel * x * y).sum()], [(kernel * x * y).sum(), (kernel * y * y).sum()]])
+    covariance = np.array(
+        [[(kernel * x * x).sum(), (kernel * x * y).sum()], [(kernel * x * y).sum(), (kernel * y * y).sum()]]
+    )
     np.testing.assert_allclose(np.linalg.eigvalsh(covariance), [1.5**2, 3.0**2], rtol=0.01)
     direction = np.linalg.eigh(covariance)[1][:, 1]
     np.testing.assert_allclose(abs(direction @ [np.cos(0.5), np.sin(0.5)]), 1.0, atol=1e-3)
     shifted = gaussian_kernel(41, (2.0, 2.0), shift=1.5).astype(float)
-    np.testing.assert_allclose([kernel.sum(), shifted.sum(), (shifted * x).sum(), (shifted * y).sum()], [1, 1, 1.5, 1.5], rtol=1e-3)
+    np.testing.assert_allclose(
+        [kernel.sum(), shifted.sum(), (shifted * x).sum(), (shifted * y).sum()], [1, 1, 1.5, 1.5], rtol=1e-3
+    )
     assert gaussian_kernel(7, (0.0, 0.0))[3, 3] == 1 and np.isfinite(gaussian_kernel(7, (0.0, 0.0), shift=0.5)).all()
     with pytest.raises(ValueError, match="size 4"):
         gaussian_kernel(4, (1.0, 1.0))
 
 
 def test_blurring_keeps_a_plain_picture_up_to_its_borders():
-    np.testing.assert_allclose(blur(np.full((9, 9, 3), 0.25, np.float32), gaussian_kernel(7, (2.0, 1.0), 1.0)), 0.25, atol=1e-6)
+    np.testing.assert_allclose(
+        blur(np.full((9, 9, 3), 0.25, np.float32), gaussian_kernel(7, (2.0, 1.0), 1.0)), 0.25, atol=1e-6
+    )
 
 
 def test_noise_has_the_level_asked_for_and_is_grey_colored_or_correlated():

@@ -27,7 +27,9 @@ class Picture:
 
     def loss_of(self, loss, optimizer_idx, step, split="train", **kwargs):
         weight = self.decoder.weight
-        return loss(self.x, self.decoder(self.h), self.posterior, optimizer_idx, step, last_layer=weight, split=split, **kwargs)
+        return loss(
+            self.x, self.decoder(self.h), self.posterior, optimizer_idx, step, last_layer=weight, split=split, **kwargs
+        )
 
 
 @pytest.fixture
@@ -59,9 +61,13 @@ def test_logs_carry_their_split_and_no_graph(picture):
 
 def test_discriminator_losses_are_their_formulas():
     real, fake = randn(1, 2, 1, 3, 3), randn(2, 2, 1, 3, 3)
-    torch.testing.assert_close(hinge_d_loss(real, fake), ((1 - real).clamp(min=0).mean() + (1 + fake).clamp(min=0).mean()) / 2)
+    torch.testing.assert_close(
+        hinge_d_loss(real, fake), ((1 - real).clamp(min=0).mean() + (1 + fake).clamp(min=0).mean()) / 2
+    )
     bce = F.binary_cross_entropy_with_logits
-    torch.testing.assert_close(vanilla_d_loss(real, fake), (bce(real, torch.ones_like(real)) + bce(fake, torch.zeros_like(fake))) / 2)
+    torch.testing.assert_close(
+        vanilla_d_loss(real, fake), (bce(real, torch.ones_like(real)) + bce(fake, torch.zeros_like(fake))) / 2
+    )
 
 
 def test_the_discriminator_joins_at_disc_start():
@@ -149,7 +155,9 @@ def test_perceptual_weight_zero_builds_no_perceptual_network():
 
 def test_pixel_weight_and_pixel_weights_scale_the_nll(picture):
     plain, log = picture.loss_of(LPIPSWithDiscriminator(**SMALL, use_discriminator=False, kl_weight=0.0), 0, 0)
-    double, _ = picture.loss_of(LPIPSWithDiscriminator(**SMALL, use_discriminator=False, kl_weight=0.0, pixelloss_weight=2.0), 0, 0)
+    double, _ = picture.loss_of(
+        LPIPSWithDiscriminator(**SMALL, use_discriminator=False, kl_weight=0.0, pixelloss_weight=2.0), 0, 0
+    )
     masked, masked_log = picture.loss_of(
         LPIPSWithDiscriminator(**SMALL, use_discriminator=False, kl_weight=0.0), 0, 0, weights=torch.tensor(0.5)
     )

@@ -127,7 +127,9 @@ def test_weights_come_from_a_local_file(distance, source, no_network, monkeypatc
     model.load_pretrained()
     assert model.has_weights
     assert torch.equal(model.net.slice3[1].weight, distance.net.slice3[1].weight)
-    assert (model.lin4.model[1].weight >= 0).all() and not torch.equal(model.lin4.model[1].weight, distance.lin4.model[1].weight)
+    assert (model.lin4.model[1].weight >= 0).all() and not torch.equal(
+        model.lin4.model[1].weight, distance.lin4.model[1].weight
+    )
 
 
 def test_weights_come_from_a_first_stages_checkpoint(distance, no_network, tmp_path):
@@ -148,7 +150,9 @@ def test_loaded_weights_are_kept_and_nothing_is_fetched(distance, no_network):
 
 def test_a_part_of_the_weights_does_not_count(distance):
     model = LPIPS()
-    model.load_state_dict({name: value for name, value in distance.state_dict().items() if "lin" not in name}, strict=False)
+    model.load_state_dict(
+        {name: value for name, value in distance.state_dict().items() if "lin" not in name}, strict=False
+    )
     assert not model.has_weights
 
 

@@ -24,7 +24,9 @@ class Decoder:
 
     def loss_of(self, loss, optimizer_idx, step, split="train", codebook_loss=CODEBOOK_LOSS, **kwargs):
         pictures = self.layer(randn(221, 2, 8, 32, 32))
-        return loss(codebook_loss, X, pictures, optimizer_idx, step, last_layer=self.layer.weight, split=split, **kwargs)
+        return loss(
+            codebook_loss, X, pictures, optimizer_idx, step, last_layer=self.layer.weight, split=split, **kwargs
+        )
 
 
 @pytest.fixture
@@ -34,7 +36,9 @@ def decoder() -> Decoder:
 
 def test_agrees_with_the_published_figures(decoder):
     reference = np.load(GOLDEN / "numerics/gan_losses.npz")
-    loss = VQLPIPSWithDiscriminator(5, disc_weight=0.8, codebook_weight=1.0, disc_conditional=False, disc_in_channels=3, disc_num_layers=2)
+    loss = VQLPIPSWithDiscriminator(
+        5, disc_weight=0.8, codebook_weight=1.0, disc_conditional=False, disc_in_channels=3, disc_num_layers=2
+    )
     loss = seed_weights(loss).train()
     checked = 0
     for optimizer_idx in (0, 1):

@@ -28,7 +28,9 @@ class DPMSolverSampler(Sampler):
     def __init__(self, model: Any, schedule: str = "linear", order: int = 2, method: str = "multistep") -> None:
         super().__init__(model, schedule)
         if order not in ORDERS:
-            raise ValueError(f"order {order}: choose one of {', '.join(map(str, ORDERS))}; 2 is usual with guidance, 3 without")
+            raise ValueError(
+                f"order {order}: choose one of {', '.join(map(str, ORDERS))}; 2 is usual with guidance, 3 without"
+            )
         if method not in METHODS:
             raise ValueError(f"method {method!r}: choose one of {', '.join(METHODS)}")
         self.order, self.method = order, method
