@@ -17,9 +17,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout tha
 import numpy as np
 from PIL import Image
 
-from ldm.commandline import Parser, run
+from ldm.cli import Parser, run
 from ldm.data.image import EXTENSIONS, load_image
-from ldm.watermark import METHODS, Watermark
+from ldm.output.watermark import METHODS, Watermark
 
 SIDE = 512  # pixels
 SCIKIT_IMAGE = (

@@ -10,8 +10,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout tha
 
 from argparse import BooleanOptionalAction
 
-from ldm.commandline import Parser, find_file, run
-from ldm.settings import model_facts, read_config
+from ldm.cli import Parser, find_file, run
+from ldm.inference.settings import model_facts, read_config
 
 CONFIG = "configs/stable-diffusion/v1-inference.yaml"
 DESCRIPTION = """Turn a weights file into a diffusers folder, or a diffusers folder into a weights file; diffusers need not be installed.
@@ -67,13 +67,13 @@ def main(argv: Sequence[str]) -> None:
         from ldm.util import allow_targets
 
         allow_targets(*opt.allow_targets)
-    from ldm.interchange.plan import plan_of
+    from ldm.checkpoint.diffusers.plan import plan_of
 
     scheduler = opt.scheduler or "ddim"
     plan = plan_of(config, scheduler)  # a model that diffusers has no class for is refused here
     if opt.scheduler is not None and plan.scheduler is None:
         raise ValueError(f"--scheduler {opt.scheduler}: a first stage alone has none; leave it out")
-    from ldm.interchange.convert import to_file, to_folder
+    from ldm.convert.convert import to_file, to_folder
 
     if source.is_dir():
         done = to_file(config, source, target, opt.dtype)

@@ -8,12 +8,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout that this script is in, installed or not
 
-from ldm.commandline import Parser, find_file, run
+from ldm.cli import Parser, find_file, run
 from ldm.inference import depth_parts, fingerprint, image_to_image, load_model
-from ldm.inference.prompt_weights import check_emphasis
-from ldm.pictures import Output
-from ldm.redraw import add_redraw_flag, check_unchanged, parse
-from ldm.scripting import (
+from ldm.inference.cli import (
     STABLE_DIFFUSION,
     add_model_flags,
     add_prompt_flags,
@@ -27,8 +24,11 @@ from ldm.scripting import (
     watermark_of,
     write_prompt_pictures,
 )
-from ldm.settings import check_takes_text, model_facts, read_config
-from ldm.task_settings import ImageSettings
+from ldm.inference.from_metadata import add_redraw_flag, check_unchanged, parse
+from ldm.inference.prompt_weights import check_emphasis
+from ldm.inference.settings import check_takes_text, model_facts, read_config
+from ldm.inference.task_settings import ImageSettings
+from ldm.output.images import Output
 
 
 def parser() -> Parser:

@@ -12,10 +12,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout that this script is in, installed or not
 
-from ldm.commandline import Parser, find_file, run
+from ldm.cli import Parser, find_file, run
 from ldm.inference import fill, fingerprint, load_model
-from ldm.pictures import NamedOutput
-from ldm.scripting import (
+from ldm.inference.cli import (
     add_model_flags,
     add_sampler_flag,
     add_sampling_flags,
@@ -25,8 +24,9 @@ from ldm.scripting import (
     safety_of,
     watermark_of,
 )
-from ldm.settings import model_facts, read_config
-from ldm.task_settings import FillSettings, check_fills_masks, find_pairs, the_pair
+from ldm.inference.settings import model_facts, read_config
+from ldm.inference.task_settings import FillSettings, check_fills_masks, find_pairs, the_pair
+from ldm.output.images import NamedOutput
 
 CONFIG, CKPT = "models/ldm/inpainting_big/config.yaml", "models/ldm/inpainting_big/last.ckpt"
 WHERE = {CKPT: "bash scripts/download_models.sh inpainting_big brings it"}

@@ -10,11 +10,9 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout that this script is in, installed or not
 
-from ldm.commandline import Parser, find_file, run
+from ldm.cli import Parser, find_file, run
 from ldm.inference import choose_device, load_model, text_to_image
-from ldm.pictures import Output
-from ldm.redraw import add_redraw_flag, check_unchanged, parse
-from ldm.scripting import (
+from ldm.inference.cli import (
     add_model_flags,
     add_prompt_flags,
     add_sampler_flag,
@@ -26,7 +24,9 @@ from ldm.scripting import (
     watermark_of,
     write_prompt_pictures,
 )
-from ldm.settings import Settings, model_facts, read_config, value_at
+from ldm.inference.from_metadata import add_redraw_flag, check_unchanged, parse
+from ldm.inference.settings import Settings, model_facts, read_config, value_at
+from ldm.output.images import Output
 
 CONFIG, CKPT = "configs/retrieval-augmented-diffusion/768x768.yaml", "models/rdm/rdm768x768/model.ckpt"
 WHERE = {CKPT: "put https://ommer-lab.com/files/rdm/model.ckpt there"}
@@ -83,8 +83,8 @@ def main(argv: Sequence[str]) -> None:
         if value < 1:
             raise ValueError(f"{flag} {value}: choose 1 or more")
     prompts = prompts_of(opt)
-    from ldm.retrieval import RetrievalCondition, Searcher, check_knn, import_faiss
-    from ldm.vectors import Database, find_database, searcher_folder
+    from ldm.retrieval.database import Database, find_database, searcher_folder
+    from ldm.retrieval.searcher import RetrievalCondition, Searcher, check_knn, import_faiss
 
     database = None
     if opt.use_neighbors:

@@ -19,12 +19,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout tha
 import numpy as np
 from PIL import Image
 
-from ldm.commandline import ROOT, Parser, run
+from ldm.cli import ROOT, Parser, run
 from ldm.data.image import load_image, to_array
-from ldm.evaluation import DigitReport, judge_digits, psnr
-from ldm.pictures import NamedOutput, Picture, read_info
+from ldm.evaluation.metrics import DigitReport, judge_digits, psnr
+from ldm.output.images import NamedOutput, Picture, read_info
+from ldm.output.watermark import Watermark
 from ldm.visualize import grid
-from ldm.watermark import Watermark
 
 AUTOENCODER = "configs/quickstart/autoencoder.yaml"
 TEXT2IMAGE = "configs/quickstart/text2image.yaml"
@@ -189,7 +189,7 @@ def reconstruct(checkpoint: Path, images: np.ndarray) -> np.ndarray:
     import torch
     from omegaconf import OmegaConf
 
-    from ldm.checkpoint import load_weights
+    from ldm.checkpoint.load import load_weights
     from ldm.util import instantiate_from_config
 
     model = instantiate_from_config(OmegaConf.load(ROOT / AUTOENCODER).model).eval()

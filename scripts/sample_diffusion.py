@@ -12,10 +12,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout that this script is in, installed or not
 
-from ldm.commandline import Parser, find_file, in_checkout, run
+from ldm.cli import Parser, find_file, in_checkout, run
 from ldm.inference import draw_samples, fingerprint, load_model
-from ldm.pictures import Output, SampleArray
-from ldm.scripting import (
+from ldm.inference.cli import (
     add_model_flags,
     add_sampler_flag,
     add_sampling_flags,
@@ -25,8 +24,9 @@ from ldm.scripting import (
     safety_of,
     watermark_of,
 )
-from ldm.settings import MAX_SEED, model_facts, read_config
-from ldm.task_settings import SampleSettings, SavedRun, find_run, parse_classes
+from ldm.inference.settings import MAX_SEED, model_facts, read_config
+from ldm.inference.task_settings import SampleSettings, SavedRun, find_run, parse_classes
+from ldm.output.images import Output, SampleArray
 
 logger = logging.getLogger(__name__)
 
@@ -150,7 +150,7 @@ def new_folder(saved: SavedRun, opt: Namespace) -> Path:
     """The published place, <run>/samples/<step>/<time>, or in --logdir; with the settings in sampling_config.yaml."""
     from omegaconf import OmegaConf
 
-    from ldm.checkpoint import read_step
+    from ldm.checkpoint.load import read_step
 
     root = saved.folder if opt.logdir == "none" else Path(opt.logdir) / saved.folder.resolve().name
     above = root / "samples" / f"{read_step(saved.ckpt) or 0:08}"

@@ -9,7 +9,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout that this script is in, installed or not
 
-from ldm.commandline import Parser, find_file, run
+from ldm.cli import Parser, find_file, run
 
 
 def parser() -> Parser:
@@ -48,8 +48,8 @@ def main(argv: Sequence[str]) -> None:
     opt = parser().parse_args(argv)
     if opt.knn < 1:
         raise ValueError(f"--knn {opt.knn}: choose 1 or more")
-    from ldm.retrieval import Searcher, import_faiss
-    from ldm.vectors import Database, embed_folder
+    from ldm.retrieval.database import Database, embed_folder
+    from ldm.retrieval.searcher import Searcher, import_faiss
 
     import_faiss()
     folder, start = find_file(opt.database), time.perf_counter()

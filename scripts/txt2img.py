@@ -9,12 +9,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout that this script is in, installed or not
 
-from ldm.commandline import Parser, find_file, run
+from ldm.cli import Parser, find_file, run
 from ldm.inference import load_model, text_to_image
-from ldm.inference.prompt_weights import check_emphasis
-from ldm.pictures import Output
-from ldm.redraw import add_redraw_flag, check_unchanged, parse
-from ldm.scripting import (
+from ldm.inference.cli import (
     STABLE_DIFFUSION,
     add_model_flags,
     add_prompt_flags,
@@ -28,7 +25,10 @@ from ldm.scripting import (
     watermark_of,
     write_prompt_pictures,
 )
-from ldm.settings import Settings, check_takes_text, model_facts, read_config
+from ldm.inference.from_metadata import add_redraw_flag, check_unchanged, parse
+from ldm.inference.prompt_weights import check_emphasis
+from ldm.inference.settings import Settings, check_takes_text, model_facts, read_config
+from ldm.output.images import Output
 
 DEFAULTS = {**STABLE_DIFFUSION, "outdir": "outputs/txt2img-samples"}
 LAION400M = {

@@ -9,10 +9,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout that this script is in, installed or not
 
-from ldm.commandline import Parser, find_file, run
+from ldm.cli import Parser, find_file, run
 from ldm.inference import enlarge, fingerprint, load_model
-from ldm.pictures import NamedOutput
-from ldm.scripting import (
+from ldm.inference.cli import (
     add_model_flags,
     add_sampler_flag,
     add_sampling_flags,
@@ -22,8 +21,9 @@ from ldm.scripting import (
     safety_of,
     watermark_of,
 )
-from ldm.settings import model_facts, read_config
-from ldm.task_settings import UpscaleSettings, check_enlarges
+from ldm.inference.settings import model_facts, read_config
+from ldm.inference.task_settings import UpscaleSettings, check_enlarges
+from ldm.output.images import NamedOutput
 
 CONFIG, CKPT = "models/ldm/bsr_sr/config.yaml", "models/ldm/bsr_sr/model.ckpt"
 WHERE = {CKPT: "bash scripts/download_models.sh sr_bsr brings it"}

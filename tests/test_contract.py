@@ -11,8 +11,8 @@ from ldm.models.diffusion.ddim import DDIMSampler
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.models.diffusion.dpm_solver import DPMSolverSampler
 from ldm.models.diffusion.plms import PLMSSampler
+from tests.models.diffusion.samplers.toy import ToyModel
 from tests.models.diffusion.tiny import ATTEND, CAPTIONS, latent_diffusion
-from tests.models.diffusion.toy import ToyModel
 
 FUNCTIONS = {
     "ldm.util": "instantiate_from_config get_obj_from_str exists default ismap isimage mean_flat count_params log_txt_as_img",

@@ -9,9 +9,9 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 import main
-from ldm.commandline import ROOT
-from ldm.models.diffusion.samplers import SAMPLERS
-from ldm.settings import PRECISIONS, SEED_MODES
+from ldm.cli import ROOT
+from ldm.inference.settings import PRECISIONS, SEED_MODES
+from ldm.models.diffusion.samplers.registry import SAMPLERS
 from ldm.util import instantiate_from_config
 
 DRAWING = (ROOT / "docs" / "drawing.md").read_text(encoding="utf-8")

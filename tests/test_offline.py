@@ -6,7 +6,7 @@ import socket
 import pytest
 import torch
 
-from ldm.commandline import run
+from ldm.cli import run
 from ldm.modules.encoders import clip_text
 from scripts import img2img, txt2img
 from tests.tiny import save_text_model

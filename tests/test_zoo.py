@@ -9,8 +9,8 @@ import torch
 from omegaconf import OmegaConf
 from torch.utils.data import DataLoader, Dataset
 
-from ldm.layout import Box, LayoutTokens
 from ldm.models.diffusion.ddim import DDIMSampler
+from ldm.modules.encoders.layout_tokens import Box, LayoutTokens
 from ldm.util import instantiate_from_config
 from tests.reference import randn
 from tests.test_configs import PUBLISHED, STABLE_DIFFUSION, load, nodes, plain

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ldm.callbacks.steps import seed_generators
 from ldm.data.image import from_tensor
-from ldm.generators import generators_kept
+from ldm.rng import generators_kept
 
 logger = logging.getLogger(__name__)
 

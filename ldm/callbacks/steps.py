@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.utils import get_total_norm
 
 from ldm.data.order import mix
-from ldm.finite import NonFiniteError
+from ldm.models.training import NonFiniteError
 
 TRAIN, EVALUATE = 11, 12  # purposes of random numbers, beside those of ldm.data.order
 

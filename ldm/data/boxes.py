@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from ldm.data.base import DataConfigError
-from ldm.layout import Box
+from ldm.modules.encoders.layout_tokens import Box
 
 LAST_CLASS = "/m/01s55n"  # suitcases stand at the end of the classes in taming-transformers' layouts
 COLUMNS = ("ImageID", "LabelName", "XMin", "XMax", "YMin", "YMax", "IsGroupOf")

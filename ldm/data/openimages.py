@@ -27,7 +27,7 @@ from ldm.data.boxes import read_boxes, read_classes
 from ldm.data.folder import ImageFolder
 from ldm.data.image import Size, View
 from ldm.data.superres import SuperResolution
-from ldm.layout import LayoutTokens, Region
+from ldm.modules.encoders.layout_tokens import LayoutTokens, Region
 
 logger = logging.getLogger(__name__)
 
@@ -80,7 +80,7 @@ class SuperresOpenImagesAdvancedValidation(SuperResolution, _Validation):
 
 
 class Layouts(ImageFolder):
-    """Mixin: pictures with `coordinates_bbox`, the boxes of their objects as 92 tokens (see ldm.layout), int64.
+    """Mixin: pictures with `coordinates_bbox`, the boxes of their objects as 92 tokens (see ldm.modules.encoders.layout_tokens), int64.
 
     object_classes: ids of the classes ("/m/011k07"), as a list or as a text file with one on each line; None is all boxable ones (601).
     min_object_area: smaller boxes, as a share of the picture, are left out. min_objects, max_objects: pictures with fewer or more boxes are

@@ -20,7 +20,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, get_worker_info
 
 from ldm.data.base import Txt2ImgIterableBaseDataset
-from ldm.generators import generators_kept
+from ldm.rng import generators_kept
 
 ORDER, SAMPLE, WORKERS = 1, 2, 3  # purposes of random numbers
 

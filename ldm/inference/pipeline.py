@@ -9,10 +9,10 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ldm.commandline import in_checkout
+from ldm.cli import in_checkout
+from ldm.config.model_info import ModelFacts, model_facts, read_config, value_at
 from ldm.inference.precision import choose_device, choose_numbers, shape_weights
-from ldm.model_facts import ModelFacts, model_facts, read_config, value_at
-from ldm.models.diffusion.samplers import make_sampler
+from ldm.models.diffusion.samplers.registry import make_sampler
 
 if TYPE_CHECKING:
     import torch
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from PIL import Image
     from torch import Tensor, nn
 
-    from ldm.models.diffusion.sampler import Sampler
+    from ldm.models.diffusion.samplers.base import Sampler
 
 logger = logging.getLogger(__name__)
 
@@ -66,7 +66,7 @@ class Pipeline:
         return self.model.get_learned_conditioning(list(prompts)), uncond
 
     def sampler(self, name: str) -> Sampler:
-        """A sampler over this model, by its name in ldm.models.diffusion.samplers."""
+        """A sampler over this model, by its name in ldm.models.diffusion.samplers.registry."""
         return make_sampler(name, self.model)
 
     def tensor(self, image: Image.Image) -> Tensor:
@@ -84,7 +84,7 @@ class Pipeline:
         """
         import torch
 
-        from ldm.modules.numbers import weights_dtype
+        from ldm.modules.dtype import weights_dtype
 
         if not torch.isfinite(z).all():
             raise ValueError(
@@ -123,7 +123,7 @@ def load_model(
     import torch
     from omegaconf import OmegaConf
 
-    from ldm.checkpoint import CheckpointError, ensure_weights, load_weights, read_weights
+    from ldm.checkpoint.load import CheckpointError, ensure_weights, load_weights, read_weights
     from ldm.util import import_lightning, instantiate_from_config
 
     start = time.perf_counter()
@@ -135,7 +135,7 @@ def load_model(
     where = choose_device(device)
     numbers = choose_numbers(precision, where)
     if Path(ckpt).is_dir():
-        from ldm.interchange.reader import check_is_of
+        from ldm.checkpoint.diffusers.read import check_is_of
 
         check_is_of(Path(ckpt), config)
 
@@ -216,7 +216,7 @@ def weights_on_meta() -> Iterator[None]:
 def identify(ckpt: str | Path, config: str | Path | None = None) -> dict[str, Any]:
     """What tells this model from another: version, files, the size of the weights, fingerprints of both."""
     from ldm import __version__
-    from ldm.interchange.files import files_of
+    from ldm.checkpoint.diffusers.files import files_of
 
     return {
         "version": __version__,
@@ -235,7 +235,7 @@ def fingerprint(path: str | Path, pieces: int = 64, piece: int = 16384) -> str:
     """
     import hashlib
 
-    from ldm.interchange.files import files_of
+    from ldm.checkpoint.diffusers.files import files_of
 
     digest = hashlib.sha256()
     for name in files_of(Path(path)):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
-from ldm.settings import PRECISIONS
+from ldm.inference.settings import PRECISIONS
 
 if TYPE_CHECKING:
     import torch

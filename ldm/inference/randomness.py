@@ -6,13 +6,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from ldm.settings import MAX_SEED
+from ldm.inference.settings import MAX_SEED
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from ldm.models.diffusion.noise import NoiseSource
+    from ldm.models.diffusion.samplers.noise import NoiseSource
 
 
 class Randomness:
@@ -27,7 +27,7 @@ class Randomness:
         """Within it torch's generators are the run's; afterwards they are the caller's again."""
         import torch
 
-        from ldm.generators import set_torch_states, torch_generators_kept, torch_states
+        from ldm.rng import set_torch_states, torch_generators_kept, torch_states
 
         with torch_generators_kept(self.device):
             if self._states is None:
@@ -40,7 +40,7 @@ class Randomness:
 
 def noise_of(seed_mode: str, seed: int, places: Sequence[int]) -> NoiseSource:
     """The noise of the pictures at some places of a run: torch's own stream or, in mode `image`, one for each from seed + place."""
-    from ldm.models.diffusion.noise import PUBLISHED_NOISE, NoisePerSample
+    from ldm.models.diffusion.samplers.noise import PUBLISHED_NOISE, NoisePerSample
 
     if seed_mode == "batch":
         return PUBLISHED_NOISE

@@ -17,11 +17,11 @@ from torch.nn.utils import clip_grad_value_, clip_grads_with_norm_, get_total_no
 from torch.optim.lr_scheduler import LambdaLR
 
 from ldm import checkpoint
-from ldm.finite import NonFiniteError
+from ldm.models.training import NonFiniteError
 from ldm.modules.diffusionmodules.model import Decoder, Encoder
-from ldm.modules.losses.adversarial import DISCRIMINATOR, GENERATOR
 from ldm.modules.losses.contperceptual import DummyLoss
 from ldm.modules.losses.lpips import PerceptualWeightsError
+from ldm.modules.losses.reconstruction import DISCRIMINATOR, GENERATOR
 from ldm.util import ConfigError, accepted_params, instantiate_from_config
 
 CLIP_ALGORITHMS = ("norm", "value")

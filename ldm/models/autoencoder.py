@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ldm.models.adversarial import AdversarialAutoencoder
 from ldm.models.vq import VQModel, VQModelInterface
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
-from ldm.modules.numbers import in_dtype, weights_dtype
+from ldm.modules.dtype import in_dtype, weights_dtype
 
 __all__ = ["AutoencoderKL", "IdentityFirstStage", "VQModel", "VQModelInterface"]
 

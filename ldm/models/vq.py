@@ -11,10 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm.models.adversarial import AdversarialAutoencoder
+from ldm.modules.dtype import in_dtype, weights_dtype
 from ldm.modules.ema import LitEma
-from ldm.modules.losses.adversarial import GENERATOR
+from ldm.modules.losses.reconstruction import GENERATOR
 from ldm.modules.losses.vqperceptual import codebook_use
-from ldm.modules.numbers import in_dtype, weights_dtype
 
 COMMITMENT = 0.25  # beta of the quantizer, the same in all published models
 RESIZE_STEP = 16

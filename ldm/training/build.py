@@ -12,7 +12,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from ldm.training.config import DEFAULT_CALLBACKS, DEFAULT_CHECKPOINT, DEFAULT_STEP_CHECKPOINTS, STEP_CHECKPOINTS
+from ldm.config.merge import DEFAULT_CALLBACKS, DEFAULT_CHECKPOINT, DEFAULT_STEP_CHECKPOINTS, STEP_CHECKPOINTS
 from ldm.training.devices import Devices
 from ldm.training.folder import RunFolder
 from ldm.training.settings import MANUAL, LearningRate, Settings
@@ -28,7 +28,7 @@ def build_trainer(
     import pytorch_lightning as pl
     from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
-    from ldm.checkpoint import AtomicCheckpointIO
+    from ldm.checkpoint.load import AtomicCheckpointIO
 
     arguments = dict(settings.trainer)
     if not model.automatic_optimization:

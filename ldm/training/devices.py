@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from ldm.training.legacy import DEVICE_SETTINGS
+from ldm.config.legacy import DEVICE_SETTINGS
 from ldm.util import ConfigError
 
 

@@ -8,8 +8,8 @@ import re
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
-from ldm.training.legacy import GONE, TRANSLATED
-from ldm.training.signature import argument_help, constructor_arguments
+from ldm.config.legacy import GONE, TRANSLATED
+from ldm.config.signature import argument_help, constructor_arguments
 
 TRAINER = "pytorch_lightning.trainer.trainer.Trainer"
 DEFAULT_SEED = 23

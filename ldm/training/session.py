@@ -12,13 +12,13 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from ldm.commandline import EXIT_INTERRUPTED, EXIT_USAGE, one_line
-from ldm.training import config as configs
+from ldm.cli import EXIT_INTERRUPTED, EXIT_USAGE, one_line
+from ldm.config import merge as configs
+from ldm.config.validate import check_class_count, forget_absent_weights
 from ldm.training.flags import Options, UsageError, parse
 from ldm.training.folder import RunFolder, new_run, resumed_run, saved_configs, with_checkpoint
 from ldm.training.report import console, is_main_process
 from ldm.training.settings import Settings, learning_rate, settle
-from ldm.training.targets import check_class_count, forget_absent_weights
 from ldm.util import ConfigError, allow_targets, import_lightning, instantiate_from_config
 
 logger = logging.getLogger(__name__)
@@ -206,7 +206,7 @@ def _build_data(config: DictConfig, settings: Settings) -> Any:
 
 
 def _existing(path: str) -> Path:
-    from ldm.checkpoint import verify_checkpoint
+    from ldm.checkpoint.load import verify_checkpoint
 
     file = Path(path).expanduser()
     verify_checkpoint(file)
@@ -229,8 +229,8 @@ def _one_line_errors() -> tuple[type[BaseException], ...]:
     """Errors whose message says all; known only once what raises them has been imported."""
     found = [ConfigError]
     for module, name in (
-        ("ldm.finite", "NonFiniteError"),
-        ("ldm.checkpoint", "CheckpointError"),
+        ("ldm.models.training", "NonFiniteError"),
+        ("ldm.checkpoint.load", "CheckpointError"),
         ("ldm.data.image", "BadImageError"),
     ):
         if module in sys.modules:

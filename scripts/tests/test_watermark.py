@@ -8,8 +8,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the checkout that this script is in, installed or not
 
-from ldm.commandline import Parser, run
-from ldm.watermark import METHODS, Watermark
+from ldm.cli import Parser, run
+from ldm.output.watermark import METHODS, Watermark
 
 
 def parser() -> Parser:

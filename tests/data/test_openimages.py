@@ -10,7 +10,7 @@ from ldm.data import openimages
 from ldm.data.base import DataConfigError
 from ldm.data.boxes import read_boxes, read_classes
 from ldm.data.openimages import FullOpenImagesTrain, OpenImagesBBoxTrain, OpenImagesBBoxValidation
-from ldm.layout import FULL
+from ldm.modules.encoders.layout_tokens import FULL
 from ldm.util import instantiate_from_config
 from tests.data.layouts import picture, pixels
 

@@ -7,8 +7,8 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor
 
-from ldm.models.diffusion.samplers import SAMPLERS, check_request, make_sampler
-from tests.models.diffusion.toy import ToyModel
+from ldm.models.diffusion.samplers.registry import SAMPLERS, check_request, make_sampler
+from tests.models.diffusion.samplers.toy import ToyModel
 
 MORE_CALLS = ("plms", "heun")  # they ask the network again at a time that they have been at, or are about to come to
 T = 1000

@@ -10,8 +10,8 @@ import numpy as np
 from PIL import Image
 
 from ldm.inference import Pipeline, image_to_image, load_model
-from ldm.models.diffusion.samplers import SAMPLERS
-from ldm.task_settings import ImageSettings
+from ldm.inference.task_settings import ImageSettings
+from ldm.models.diffusion.samplers.registry import SAMPLERS
 from tests.tiny import save_text_model
 
 STRENGTHS = [k / 20 for k in range(21)]

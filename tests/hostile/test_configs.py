@@ -8,11 +8,11 @@ import pytest
 from omegaconf import OmegaConf
 
 from ldm import util
-from ldm.commandline import ROOT, run
-from ldm.settings import read_config
-from ldm.training import config as training_config
+from ldm.cli import ROOT, run
+from ldm.config import merge as training_config
+from ldm.config.validate import check_targets
+from ldm.inference.settings import read_config
 from ldm.training.session import main as train
-from ldm.training.targets import check_targets
 from ldm.util import ConfigError, check_allowed, get_obj_from_str, instantiate_from_config
 from scripts import sample_diffusion, txt2img
 from tests.hostile.configs import NO_NAMES, OUTSIDE, RE_EXPORTS, YAML
@@ -221,7 +221,7 @@ def test_a_logger_is_a_logger_and_a_checkpoint_stays_in_its_folder(tmp_path, cap
     with pytest.raises(ConfigError, match="is no Lightning logger"):
         _loggers(
             OmegaConf.create(
-                {"logger": {"target": "ldm.pictures.PictureFolder", "params": {"folder": str(tmp_path / "new")}}}
+                {"logger": {"target": "ldm.output.images.PictureFolder", "params": {"folder": str(tmp_path / "new")}}}
             ),
             RunFolder(tmp_path, "now"),
         )

@@ -13,12 +13,12 @@ from PIL import Image, PngImagePlugin
 from torch import nn
 
 from ldm.callbacks import ImageLogger
-from ldm.commandline import run
+from ldm.cli import run
 from ldm.data import archives
 from ldm.data.archives import ArchiveError, unpack
+from ldm.inference.from_metadata import FLAGS
 from ldm.modules.encoders.clip_text import shape_of
-from ldm.pictures import METADATA_KEY, NamedOutput, Output, Picture, png_info, read_info
-from ldm.redraw import FLAGS
+from ldm.output.images import METADATA_KEY, NamedOutput, Output, Picture, png_info, read_info
 from ldm.training.flags import Options
 from ldm.training.folder import new_run
 from ldm.util import ConfigError

@@ -14,7 +14,8 @@ import torch
 from omegaconf import OmegaConf
 from torch import nn
 
-from ldm.checkpoint import (
+from ldm.checkpoint.diffusers.files import read_component
+from ldm.checkpoint.load import (
     CheckpointError,
     UnsafeCheckpointError,
     load_weights,
@@ -23,17 +24,16 @@ from ldm.checkpoint import (
     read_weights,
     verify_checkpoint,
 )
-from ldm.checkpoint_io import AtomicCheckpointIO, find_checkpoint
-from ldm.commandline import run
-from ldm.interchange.files import read_component
+from ldm.checkpoint.write import AtomicCheckpointIO, find_checkpoint
+from ldm.cli import run
 from ldm.modules.encoders.clip_text import VIT_L_14, CLIPText, load_pretrained_text
 from ldm.modules.encoders.modules import FrozenCLIPTextEmbedder
 from ldm.modules.losses.lpips import LPIPS
 from ldm.modules.quantize import VectorQuantizer2
-from ldm.retrieval import Searcher
-from ldm.safety_checker import fill
+from ldm.output.safety_checker import fill
+from ldm.retrieval.database import Database
+from ldm.retrieval.searcher import Searcher
 from ldm.util import instantiate_from_config
-from ldm.vectors import Database
 from scripts import convert, sample_diffusion, txt2img
 from tests.hostile.weights import FILES, call, name, system, unsafely, weights_and, zipped
 from tests.modules.encoders.test_clip_joint import TINY as TINY_CLIP
@@ -233,7 +233,7 @@ def test_the_stubs_do_nothing_whatever_they_are_given(gadget, tmp_path):
     path.write_bytes(zipped(weights_and(gadget)))
     with contextlib.suppress(CheckpointError):
         extra = read_checkpoint(path)["extra"]
-        assert type(extra).__module__ in ("builtins", "ldm.checkpoint_formats")
+        assert type(extra).__module__ in ("builtins", "ldm.checkpoint.formats")
 
 
 def test_sizes_that_lie_allocate_nothing(tmp_path):
@@ -393,7 +393,7 @@ def genuine(kind):
     "kind", ["stable diffusion", "first stage with two optimizers", "scores in numpy", "weights alone", "bare"]
 )
 def test_genuine_old_files_load(kind, zipped_as_now, numpy_package, tmp_path):
-    from tests.test_checkpoint import rename_in_pickle
+    from tests.checkpoint.test_checkpoint import rename_in_pickle
 
     path = tmp_path / "model.ckpt"
     torch.save(genuine(kind), path, _use_new_zipfile_serialization=zipped_as_now)

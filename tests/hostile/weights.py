@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import torch
 
-from ldm.checkpoint_formats import _LEGACY_START
+from ldm.checkpoint.formats import _LEGACY_START
 
 STOP, MARK = b".", b"("
 LYING_SIZE = 10**15  # bytes that no machine has

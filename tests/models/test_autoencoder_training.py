@@ -9,8 +9,8 @@ import torch
 from pytorch_lightning.loggers.logger import DummyLogger
 from pytorch_lightning.plugins.precision import MixedPrecision
 
-from ldm.finite import NonFiniteError
 from ldm.models.adversarial import ADAM_BETAS
+from ldm.models.training import NonFiniteError
 from ldm.modules.losses import lpips
 from ldm.modules.losses.lpips import PerceptualWeightsError
 from tests.models.first_stages import batches, fit, make_autoencoder

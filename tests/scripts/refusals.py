@@ -4,7 +4,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from ldm.commandline import run
+from ldm.cli import run
 
 
 def refused(main, argv, capsys) -> str:

@@ -9,12 +9,12 @@ import pytest
 import torch
 from PIL import Image
 
-from ldm.commandline import run
-from ldm.pictures import read_info
-from ldm.task_settings import find_run
+from ldm.cli import run
+from ldm.inference.task_settings import find_run
+from ldm.output.images import read_info
 from scripts.convert import main
 from scripts.txt2img import main as txt2img
-from tests.interchange.models import save
+from tests.convert.models import save
 from tests.scripts.refusals import help_without_heavy_imports, refused
 
 KL = "models/first_stage_models/kl-f8/config.yaml"

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from ldm.commandline import ROOT
+from ldm.cli import ROOT
 
 PAYLOAD = bytes(range(256)) * 400
 

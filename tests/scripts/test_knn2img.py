@@ -7,13 +7,13 @@ import pytest
 import torch
 from PIL import Image
 
-from ldm.checkpoint_io import write_weights
-from ldm.commandline import ROOT, run
+from ldm.checkpoint.write import write_weights
+from ldm.cli import ROOT, run
+from ldm.inference.settings import model_facts, read_config
 from ldm.modules.encoders import modules
 from ldm.modules.encoders.modules import FrozenClipImageEmbedder, FrozenCLIPTextEmbedder
-from ldm.pictures import read_info
-from ldm.settings import model_facts, read_config
-from ldm.vectors import Database
+from ldm.output.images import read_info
+from ldm.retrieval.database import Database
 from scripts import knn2img, train_searcher
 from tests.reference import seed_weights
 from tests.scripts.refusals import help_without_heavy_imports, refused

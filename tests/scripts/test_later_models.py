@@ -5,15 +5,15 @@ import pytest
 import torch
 from PIL import Image
 
-from ldm.commandline import run
+from ldm.cli import run
 from ldm.data.image import from_tensor, load_depth, to_array
 from ldm.inference import depth_parts, enlarge, fill, image_to_image, load_model, text_to_image
-from ldm.inference.beside import feathered
+from ldm.inference.concat import feathered
 from ldm.inference.prompt_weights import PromptEncoder
+from ldm.inference.settings import Settings
+from ldm.inference.task_settings import FillSettings, ImageSettings, UpscaleSettings
 from ldm.models.diffusion.ddim import DDIMSampler
-from ldm.pictures import read_info
-from ldm.settings import Settings
-from ldm.task_settings import FillSettings, ImageSettings, UpscaleSettings
+from ldm.output.images import read_info
 from scripts import img2img, inpaint, txt2img, upscale
 from tests.scripts.refusals import refused
 from tests.tiny import SavedModel, save_model

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from ldm.commandline import EXIT_USAGE, ROOT
+from ldm.cli import EXIT_USAGE, ROOT
 from ldm.training.flags import UsageError, parse
 
 SCRIPTS = sorted(

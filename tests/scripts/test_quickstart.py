@@ -7,8 +7,8 @@ import pytest
 from PIL import Image
 
 from ldm.data.digits import WORDS, captions
-from ldm.evaluation import DigitReport
-from ldm.pictures import Output, Picture, read_info
+from ldm.evaluation.metrics import DigitReport
+from ldm.output.images import Output, Picture, read_info
 
 pytest.importorskip("sklearn")
 

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ldm.commandline import run
-from ldm.pictures import read_info
-from tests.safety_toys import save_checker
+from ldm.cli import run
+from ldm.output.images import read_info
+from tests.output.toys import save_checker
 from tests.scripts.refusals import refused
 from tests.tiny import SavedModel, save_model
 
@@ -105,7 +105,7 @@ def seed_of(script: str) -> list[str]:
 
 def test_a_grid_is_made_of_checked_pictures_and_is_not_checked_itself(models, checkers, tmp_path, monkeypatch):
     """Of two pictures the second is flagged; the grid has a black square there, and a checker would have flagged the grid too."""
-    from ldm.safety_checker import SafetyChecker
+    from ldm.output.safety_checker import SafetyChecker
 
     seen = []
     monkeypatch.setattr(SafetyChecker, "flags", lambda self, image: bool(seen.append(image.size) or len(seen) > 2))
@@ -162,7 +162,7 @@ def test_the_configs_word_is_the_default(models, checkers, tmp_path, capsys):
     "method, text", [(None, "dwtDct, 136 bits"), ("dwtDctSvd", "dwtDctSvd, 136 bits"), ("off", None)]
 )
 def test_samples_and_grids_carry_the_watermark_that_is_asked_for(models, tmp_path, method, text, monkeypatch):
-    monkeypatch.setattr("ldm.watermark.MIN_PIXELS", 0)  # the pictures are tiny, and hold a part of it
+    monkeypatch.setattr("ldm.output.watermark.MIN_PIXELS", 0)  # the pictures are tiny, and hold a part of it
     assert (
         run(
             main_of("txt2img"),

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ldm.commandline import ROOT, run
-from ldm.pictures import Output, Picture
-from ldm.watermark import METHODS, Watermark
+from ldm.cli import ROOT, run
+from ldm.output.images import Output, Picture
+from ldm.output.watermark import METHODS, Watermark
 from scripts.tests.test_watermark import main
 from tests.scripts.refusals import help_without_heavy_imports, refused
 

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ldm.modules.numbers import in_dtype, weights_dtype
+from ldm.modules.dtype import in_dtype, weights_dtype
 from ldm.util import get_obj_from_str, instantiate_from_config
 
 Conditioning = Tensor | Sequence[Tensor] | Mapping[str, Any] | None

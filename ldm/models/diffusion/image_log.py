@@ -9,9 +9,9 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from ldm.models.diffusion.ancestral import AncestralSampler
-from ldm.models.diffusion.ddim import DDIMSampler
-from ldm.models.diffusion.sampler import Options, Run, Samples
+from ldm.models.diffusion.samplers.ancestral import AncestralSampler
+from ldm.models.diffusion.samplers.base import Options, Run, Samples
+from ldm.models.diffusion.samplers.ddim import DDIMSampler
 from ldm.util import isimage, ismap, log_txt_as_img
 from ldm.visualize import labels_to_rgb
 

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from ldm import checkpoint
 from ldm.models.diffusion.condition_stage import ConditionStage
 from ldm.models.diffusion.conditioning import Conditioning, compose_condition
-from ldm.models.diffusion.ddim import DDIMSampler
 from ldm.models.diffusion.dropout import drop_samples
 from ldm.models.diffusion.image_log import log_latent_images
+from ldm.models.diffusion.latent_scale import measure_latent_std
 from ldm.models.diffusion.pixel import DDPM, latent_size
-from ldm.models.diffusion.scale import measure_latent_std
+from ldm.models.diffusion.samplers.ddim import DDIMSampler
 from ldm.modules.diffusionmodules.schedule import extract_into_tensor
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
 from ldm.util import FIRST_STAGE_AS_CONDITION, UNCONDITIONAL, instantiate_from_config

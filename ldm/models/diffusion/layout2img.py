@@ -10,8 +10,8 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from ldm.layout import LayoutTokens
 from ldm.models.diffusion.latent import LatentDiffusion
+from ldm.modules.encoders.layout_tokens import LayoutTokens
 from ldm.visualize import palette
 
 LAYOUT_KEY = "coordinates_bbox"
@@ -20,7 +20,7 @@ LAYOUT_KEY = "coordinates_bbox"
 class Layout2ImgDiffusion(LatentDiffusion):
     """Latent diffusion conditioned on layouts of bounding boxes, which its image log draws (`bbox_image`).
 
-    The tokens are those of `ldm.layout.LayoutTokens`. How they are read for a picture comes from the dataset where it says so
+    The tokens are those of `ldm.modules.encoders.layout_tokens.LayoutTokens`. How they are read for a picture comes from the dataset where it says so
     (`conditional_builders`, `get_textual_label_for_category_no`), else from `class_names`, else objects show the number of their token.
     """
 

@@ -12,8 +12,6 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from ldm import checkpoint
-from ldm.generators import torch_generators_kept
-from ldm.models.diffusion.ancestral import AncestralSampler
 from ldm.models.diffusion.conditioning import (
     Conditioning,
     DiffusionWrapper,
@@ -21,11 +19,13 @@ from ldm.models.diffusion.conditioning import (
     map_tensors,
     normalize_condition,
 )
+from ldm.models.diffusion.gaussian_diffusion import GaussianProcess
 from ldm.models.diffusion.image_log import log_pixel_images
-from ldm.models.diffusion.process import GaussianProcess
-from ldm.models.diffusion.run import Options, Run
+from ldm.models.diffusion.samplers.ancestral import AncestralSampler
+from ldm.models.diffusion.samplers.denoiser import Options, Run
 from ldm.modules.diffusionmodules.parameterization import get_parameterization
 from ldm.modules.ema import LitEma
+from ldm.rng import torch_generators_kept
 from ldm.util import instantiate_from_config
 
 LOSSES = {"l1": nn.functional.l1_loss, "l2": nn.functional.mse_loss}

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ldm import checkpoint
-from ldm.checkpoint_names import EMA, ema_name
+from ldm.checkpoint.names import EMA, ema_name
 from ldm.models.diffusion.latent import LatentDiffusion
 from ldm.util import instantiate_from_config
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ldm.modules.encoders.cut import CutTexts
+from ldm.modules.encoders.truncation import CutTexts
 
 _REPOSITORIES = (
     "google-bert/bert-base-uncased",

@@ -14,10 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ldm.modules.dtype import in_dtype, weights_dtype
 from ldm.modules.encoders.base import PretrainedEncoder
 from ldm.modules.encoders.clip_tokenizer import clip_tokenizer
-from ldm.modules.encoders.pretrained import fill, from_hub
-from ldm.modules.numbers import in_dtype, weights_dtype
+from ldm.modules.encoders.weights import fill, from_hub
 
 logger = logging.getLogger(__name__)
 

@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ldm.json_files import load_object
-from ldm.modules.encoders.pretrained import fill, from_hub, in_folder
+from ldm.config.json_files import load_object
+from ldm.modules.encoders.weights import fill, from_hub, in_folder
 
 VIT_L_14: dict[str, Any] = {  # openai/clip-vit-large-patch14, config.json, text_config
     "vocab_size": 49408,

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ldm.modules.encoders.cut import CutTexts
+from ldm.modules.encoders.truncation import CutTexts
 
 BEGIN, END = "<|startoftext|>", "<|endoftext|>"
 VOCAB_SIZE = 49408

@@ -13,12 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ldm.modules.dtype import in_dtype, weights_dtype
 from ldm.modules.encoders.base import AbstractEncoder, PretrainedEncoder
 from ldm.modules.encoders.bert_tokenizer import BERTTokenizer
 from ldm.modules.encoders.clip_joint import FrozenClipImageEmbedder, FrozenCLIPTextEmbedder
 from ldm.modules.encoders.clip_tokenizer import VOCAB_SIZE, clip_tokenizer
 from ldm.modules.encoders.open_clip_text import FrozenOpenCLIPEmbedder
-from ldm.modules.numbers import in_dtype, weights_dtype
 from ldm.modules.x_transformer import Encoder, TransformerWrapper
 
 __all__ = [

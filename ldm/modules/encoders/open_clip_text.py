@@ -12,10 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ldm.checkpoint import CheckpointError
+from ldm.checkpoint.load import CheckpointError
 from ldm.modules.encoders.base import PretrainedEncoder
 from ldm.modules.encoders.clip_tokenizer import clip_tokenizer
-from ldm.modules.encoders.pretrained import fill, from_hub, in_folder
+from ldm.modules.encoders.weights import fill, from_hub, in_folder
 
 logger = logging.getLogger(__name__)
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
-from ldm.modules.losses.adversarial import DISCRIMINATOR, GENERATOR, AdversarialLoss
+from ldm.modules.losses.reconstruction import DISCRIMINATOR, GENERATOR, AdversarialLoss
 
 
 class DummyLoss(nn.Module):

@@ -11,8 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ldm.modules.losses.adversarial import DISCRIMINATOR, GENERATOR, AdversarialLoss
 from ldm.modules.losses.contperceptual import DummyLoss
+from ldm.modules.losses.reconstruction import DISCRIMINATOR, GENERATOR, AdversarialLoss
 
 __all__ = ["CodebookUse", "DummyLoss", "VQLPIPSWithDiscriminator", "codebook_use", "measure_perplexity"]
 

@@ -8,14 +8,14 @@ import pytorch_lightning as pl
 import torch
 from omegaconf import OmegaConf
 
-from ldm.checkpoint_io import write_weights
+from ldm.checkpoint.write import write_weights
 from ldm.models.diffusion.classifier import ClassifierGuidance, top_k_accuracy
 from ldm.models.diffusion.ddim import DDIMSampler
-from ldm.models.diffusion.samplers import SAMPLERS, make_sampler
+from ldm.models.diffusion.samplers.registry import SAMPLERS, make_sampler
 from ldm.util import instantiate_from_config
+from tests.models.diffusion.samplers.toy import GaussianModel
 from tests.models.diffusion.test_condition_modes import MODES, Everything
 from tests.models.diffusion.tiny import ATTEND, AUTOENCODER, CLASSES, unet
-from tests.models.diffusion.toy import GaussianModel
 from tests.reference import randn, seed_weights
 
 QUIET = {

@@ -6,10 +6,10 @@ import pytorch_lightning as pl
 import torch
 from omegaconf import OmegaConf
 
-from ldm.layout import Box, LayoutTokens
 from ldm.models.diffusion.conditioning import normalize_condition
 from ldm.models.diffusion.ddim import DDIMSampler
 from ldm.models.diffusion.layout2img import draw_layout
+from ldm.modules.encoders.layout_tokens import Box, LayoutTokens
 from ldm.util import instantiate_from_config
 from tests.models.diffusion.tiny import ATTEND, AUTOENCODER, CAPTIONS, CLASSES, unet
 from tests.reference import randn, seed_weights

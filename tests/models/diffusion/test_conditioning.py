@@ -6,7 +6,7 @@ from torch import nn
 
 from ldm.models.diffusion.conditioning import ROUTES, DiffusionWrapper, join_conditions, normalize_condition
 from ldm.models.diffusion.dropout import drop_samples
-from ldm.models.diffusion.guidance import guided_output
+from ldm.models.diffusion.samplers.guidance import guided_output
 from tests.reference import randn
 
 X, T = randn(0, 2, 4, 8, 8), torch.tensor([1, 9])

@@ -6,7 +6,7 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from ldm.checkpoint import CheckpointError, write_weights
+from ldm.checkpoint.load import CheckpointError, write_weights
 from ldm.models.diffusion.ddim import DDIMSampler
 from ldm.modules.diffusionmodules.upscaling import TABLES, ImageConcatWithNoiseAugmentation
 from ldm.modules.midas.api import MiDaSInference

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
 from ldm.modules.losses import LPIPSWithDiscriminator
-from ldm.modules.losses.adversarial import adopt_weight, hinge_d_loss, vanilla_d_loss
+from ldm.modules.losses.reconstruction import adopt_weight, hinge_d_loss, vanilla_d_loss
 from tests.reference import GOLDEN, TOLERANCE, randn, rel_error, seed_weights
 
 SMALL = {"disc_start": 5, "perceptual_weight": 0, "disc_num_layers": 1, "disc_ndf": 8}

@@ -1,5 +1,3 @@
-"""DPM-Solver++."""
+"""The published package of `DPMSolverSampler`."""
 
-from ldm.models.diffusion.dpm_solver.sampler import DPMSolverSampler
-
-__all__ = ["DPMSolverSampler"]
+from ldm.models.diffusion.samplers.dpm_solver.sampler import DPMSolverSampler as DPMSolverSampler

@@ -1,0 +1,135 @@
+"""Which components a model of our YAML becomes in diffusers' layout. Nothing is built, and torch is not needed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from ldm.checkpoint.diffusers import text
+from ldm.checkpoint.diffusers.first_stage import KL, VQ, StageLayout
+from ldm.checkpoint.diffusers.rules import InterchangeError
+from ldm.checkpoint.diffusers.scheduler import scheduler_config
+from ldm.checkpoint.diffusers.text import TextLayout
+from ldm.checkpoint.diffusers.unet import CROSS, PLAIN, UNetLayout
+from ldm.config.model_info import value_at
+from ldm.util import FIRST_STAGE_AS_CONDITION, UNCONDITIONAL
+
+UNET, STAGE, CONDITION = "model.diffusion_model.", "first_stage_model.", "cond_stage_model."
+CLASS_FILE, CONDITION_FILE = "class_embedder.safetensors", "condition_encoder.safetensors"
+Layout = UNetLayout | StageLayout | TextLayout
+
+
+@dataclass(frozen=True)
+class Component:
+    """A part with a folder of its own; `folder` is empty where the part is all there is. `params` are those of its YAML."""
+
+    folder: str
+    prefix: str  # of its tensors' published names
+    layout: Layout
+    config: dict[str, Any]
+    params: Mapping[str, Any]
+
+    @property
+    def name(self) -> str:
+        return self.folder or self.config["_class_name"]
+
+    @property
+    def weights_name(self) -> str:
+        return "model.safetensors" if isinstance(self.layout, TextLayout) else "diffusion_pytorch_model.safetensors"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A model in diffusers' layout. `pipeline` is None where no pipeline of diffusers holds all of its parts."""
+
+    components: tuple[Component, ...]
+    pipeline: str | None = None
+    scheduler: dict[str, Any] | None = None
+    condition_file: str | None = None  # what the condition's own weights are written to, as they are
+    shared_condition: bool = False  # the first stage is the condition's encoder too
+    scale_factor: float | None = None  # of the YAML; None where training measures it
+    params: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def text(self) -> TextLayout | None:
+        return next((part.layout for part in self.components if isinstance(part.layout, TextLayout)), None)
+
+    def model_index(self) -> dict[str, Any] | None:
+        """model_index.json, from which diffusers makes the pipeline."""
+        if self.pipeline is None:
+            return None
+        index: dict[str, Any] = {"_class_name": self.pipeline}
+        index |= {
+            part.folder: ["diffusers", part.config["_class_name"]]
+            for part in self.components
+            if part.layout != self.text
+        }
+        index["scheduler"] = ["diffusers", self.scheduler["_class_name"]]
+        if self.text is not None:
+            index |= {"text_encoder": ["transformers", "CLIPTextModel"], "tokenizer": ["transformers", "CLIPTokenizer"]}
+            index |= {
+                "safety_checker": [None, None],
+                "feature_extractor": [None, None],
+                "requires_safety_checker": False,
+            }
+        return index
+
+
+def plan_of(config: Mapping[str, Any], scheduler: str = "ddim", scale_factor: float | None = None) -> Plan:
+    """The plan for a config (with its key `model`): a diffusion model or a first stage.
+
+    scheduler: ddim or pndm; scale_factor: measured by training, in the place of the YAML's.
+    Raises InterchangeError in one line for a model that diffusers has no class for.
+    """
+    params = config["model"].get("params") or {}
+    if "ddconfig" in params:
+        return Plan((_stage("", "", params, 1.0),))
+    if "unet_config" not in params:
+        raise InterchangeError(
+            f"{config['model'].get('target')}: neither a diffusion model (unet_config) nor a first stage (ddconfig)"
+        )
+    given = None if params.get("scale_by_std") else float(params.get("scale_factor", 1.0))
+    unet = UNetLayout.from_params(value_at(params, "unet_config", "params") or {})
+    size = params.get("image_size", 256)
+    parts = [Component("unet", UNET, unet, unet.config(size), params["unet_config"]["params"])]
+    stage_config = params.get("first_stage_config")
+    condition = params.get("cond_stage_config") or UNCONDITIONAL
+    if isinstance(stage_config, Mapping) and value_at(stage_config, "params", "ddconfig") is not None:
+        stage_params = stage_config["params"]
+        folder = "vqvae" if "n_embed" in stage_params or condition == UNCONDITIONAL or unet.kind == PLAIN else "vae"
+        parts.append(_stage(folder, STAGE, stage_params, scale_factor or given or 1.0))
+    kind = str(value_at(condition, "target")).rpartition(".")[2] if isinstance(condition, Mapping) else condition
+    if kind in text.PREFIX:
+        text_params = condition.get("params") or {}
+        layout = TextLayout.from_params(kind, text_params)
+        parts.append(Component("text_encoder", text.PREFIX[kind], layout, layout.config(), text_params))
+    has_file = kind not in (*text.PREFIX, UNCONDITIONAL, FIRST_STAGE_AS_CONDITION, "Identity")
+    return Plan(
+        tuple(parts),
+        pipeline=_pipeline(params, parts, kind),
+        scheduler=scheduler_config(params, scheduler),
+        condition_file=(CLASS_FILE if kind == "ClassEmbedder" else CONDITION_FILE) if has_file else None,
+        shared_condition=kind == FIRST_STAGE_AS_CONDITION,
+        scale_factor=given,
+        params=params,
+    )
+
+
+def _stage(folder: str, prefix: str, params: Mapping[str, Any], scale_factor: float) -> Component:
+    layout = StageLayout.from_params(VQ if "n_embed" in params else KL, params)
+    return Component(folder, prefix, layout, layout.config(params["ddconfig"]["resolution"], scale_factor), params)
+
+
+def _pipeline(params: Mapping[str, Any], parts: list[Component], condition: str) -> str | None:
+    """The pipeline of diffusers that draws with these parts as this framework does; None where there is none."""
+    unet, channels = parts[0].layout, int(params.get("channels", 3))
+    stage = parts[1].layout.kind if len(parts) > 1 and isinstance(parts[1].layout, StageLayout) else None
+    extra = unet.in_channels - channels
+    if unet.kind == PLAIN and condition == UNCONDITIONAL and not extra:
+        return "LDMPipeline" if stage else "DDIMPipeline"
+    if unet.kind == PLAIN and condition == "Identity" and stage == VQ and extra == 3:
+        return "LDMSuperResolutionPipeline"
+    if unet.kind == CROSS and condition in text.PREFIX and stage == KL and unet.classes is None:
+        return {0: "StableDiffusionPipeline", channels + 1: "StableDiffusionInpaintPipeline"}.get(extra)
+    return None

@@ -1,0 +1,157 @@
+"""CLIP's and OpenCLIP's text towers as transformers' CLIPTextModel, and the tokenizer's files."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from ldm.checkpoint.diffusers.rules import STACKED, InterchangeError, Rule, same
+
+CLIP, OPEN_CLIP = "FrozenCLIPEmbedder", "FrozenOpenCLIPEmbedder"
+PREFIX = {CLIP: "cond_stage_model.transformer.", OPEN_CLIP: "cond_stage_model.model."}
+POSITION_IDS = f"{PREFIX[CLIP]}text_model.embeddings.position_ids"
+_ACTIVATION = {CLIP: "quick_gelu", OPEN_CLIP: "gelu"}
+_OPEN_CLIP_LAYER = (
+    ("ln_1", "layer_norm1"),
+    ("ln_2", "layer_norm2"),
+    ("mlp.c_fc", "mlp.fc1"),
+    ("mlp.c_proj", "mlp.fc2"),
+)
+_OPEN_CLIP_LAYER += (("attn.out_proj", "self_attn.out_proj"),)
+_CLIP_LAYER = ("layer_norm1", "layer_norm2", "mlp.fc1", "mlp.fc2")
+_CLIP_LAYER += tuple(f"self_attn.{name}_proj" for name in ("q", "k", "v", "out"))
+
+
+class TextLayout(NamedTuple):
+    """The tower's shape. `layers` are those that take part: Stable Diffusion v2 leaves OpenCLIP's last one out, and so does its folder."""
+
+    kind: str
+    vocab_size: int
+    width: int
+    inner: int
+    layers: int
+    heads: int
+    positions: int
+    activation: str
+    eps: float = 1e-5
+
+    @classmethod
+    def from_params(cls, kind: str, params: Mapping[str, Any]) -> TextLayout:
+        """From the `params` of our embedder; kind: CLIP or OPEN_CLIP."""
+        if kind == CLIP:
+            from ldm.modules.encoders.clip_text import text_shape
+
+            shape = text_shape(params.get("version", "openai/clip-vit-large-patch14"), params.get("text_config"))
+            names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+            names += ("max_position_embeddings",)
+            return cls(CLIP, *(shape[name] for name in names), shape["hidden_act"], shape["layer_norm_eps"])
+        from ldm.modules.encoders.open_clip_text import shape_of
+
+        shape = shape_of(params.get("arch", "ViT-H-14"), params.get("text_config"))
+        layers = shape["layers"] - (params.get("layer", "last") == "penultimate")
+        width = shape["width"]
+        return cls(
+            OPEN_CLIP, shape["vocab_size"], width, 4 * width, layers, shape["heads"], shape["context_length"], "gelu"
+        )
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any], kind: str | None = None) -> TextLayout:
+        """From text_encoder/config.json. kind: None tells the towers apart by their activation, quick_gelu being OpenAI's."""
+        if "CLIPTextModel" not in (config.get("architectures") or ["CLIPTextModel"]):
+            raise InterchangeError(
+                f"text_encoder/config.json: a {config['architectures']}; only CLIPTextModel can be read"
+            )
+        activation = config.get("hidden_act", "quick_gelu")
+        if activation not in _ACTIVATION.values():
+            raise InterchangeError(
+                f"text_encoder/config.json: hidden_act {activation}: {' or '.join(_ACTIVATION.values())} can be read"
+            )
+        return cls(
+            kind or (CLIP if activation == "quick_gelu" else OPEN_CLIP),
+            config.get("vocab_size", 49408),
+            config.get("hidden_size", 512),
+            config.get("intermediate_size", 2048),
+            config.get("num_hidden_layers", 12),
+            config.get("num_attention_heads", 8),
+            config.get("max_position_embeddings", 77),
+            activation,
+            config.get("layer_norm_eps", 1e-5),
+        )
+
+    def config(self) -> dict[str, Any]:
+        """text_encoder/config.json."""
+        return {
+            "architectures": ["CLIPTextModel"],
+            "model_type": "clip_text_model",
+            "vocab_size": self.vocab_size,
+            "hidden_size": self.width,
+            "intermediate_size": self.inner,
+            "num_hidden_layers": self.layers,
+            "num_attention_heads": self.heads,
+            "max_position_embeddings": self.positions,
+            "hidden_act": self.activation,
+            "layer_norm_eps": self.eps,
+            "projection_dim": 768 if self.kind == CLIP else 512,
+            "attention_dropout": 0.0,
+            "bos_token_id": 49406,
+            "eos_token_id": 49407,
+            "pad_token_id": 49407 if self.kind == CLIP else 0,
+        }
+
+    def rules(self) -> list[Rule]:
+        """The table of names."""
+        return self._clip_rules() if self.kind == CLIP else self._open_clip_rules()
+
+    def _clip_rules(self) -> list[Rule]:
+        names = [f"embeddings.{name}_embedding.weight" for name in ("token", "position")]
+        layers = [f"encoder.layers.{n}.{layer}" for n in range(self.layers) for layer in _CLIP_LAYER]
+        names += [f"{layer}.{leaf}" for layer in (*layers, "final_layer_norm") for leaf in ("weight", "bias")]
+        return [Rule(f"text_model.{name}", (f"text_model.{name}",)) for name in names]
+
+    def _open_clip_rules(self) -> list[Rule]:
+        rules = same("token_embedding", "text_model.embeddings.token_embedding", ("weight",))
+        rules += [Rule("positional_embedding", ("text_model.embeddings.position_embedding.weight",))]
+        for n in range(self.layers):
+            ours, theirs = f"transformer.resblocks.{n}", f"text_model.encoder.layers.{n}"
+            for leaf in ("weight", "bias"):
+                parts = tuple(f"{theirs}.self_attn.{name}_proj.{leaf}" for name in ("q", "k", "v"))
+                rules.append(Rule(f"{ours}.attn.in_proj_{leaf}", parts, STACKED))
+            for here, there in _OPEN_CLIP_LAYER:
+                rules += same(f"{ours}.{here}", f"{theirs}.{there}")
+        return rules + same("ln_final", "text_model.final_layer_norm")
+
+    def unused_shapes(self) -> dict[str, tuple[int, ...]]:
+        """What an OpenCLIP file holds beside a folder: tensors that take no part in the penultimate layer's output."""
+        if self.kind == CLIP:
+            return {}
+        width, last = self.width, f"transformer.resblocks.{self.layers}"
+        shapes: dict[str, tuple[int, ...]] = {"text_projection": (width, width), "logit_scale": ()}
+        for name in ("ln_1", "ln_2"):
+            shapes |= {f"{last}.{name}.weight": (width,), f"{last}.{name}.bias": (width,)}
+        shapes |= {f"{last}.attn.in_proj_weight": (3 * width, width), f"{last}.attn.in_proj_bias": (3 * width,)}
+        for name, out, into in (
+            ("attn.out_proj", width, width),
+            ("mlp.c_fc", self.inner, width),
+            ("mlp.c_proj", width, self.inner),
+        ):
+            shapes |= {f"{last}.{name}.weight": (out, into), f"{last}.{name}.bias": (out,)}
+        return shapes
+
+
+def tokenizer_files(kind: str) -> dict[str, Any]:
+    """The files of tokenizer/: name -> text, or what becomes JSON. kind: CLIP pads with the end token, OPEN_CLIP with id 0, "!"."""
+    from ldm.modules.encoders.clip_tokenizer import BEGIN, END, clip_tokenizer
+
+    tokenizer = clip_tokenizer()
+    special = {"bos_token": BEGIN, "eos_token": END, "unk_token": END, "pad_token": END if kind == CLIP else "!"}
+    return {
+        "vocab.json": tokenizer.token_ids,
+        "merges.txt": "\n".join(["#version: 0.2", *(" ".join(pair) for pair in tokenizer.merges), ""]),
+        "special_tokens_map.json": special,
+        "tokenizer_config.json": {
+            "tokenizer_class": "CLIPTokenizer",
+            "model_max_length": 77,
+            "do_lower_case": True,
+            **special,
+        },
+    }

@@ -1,0 +1,306 @@
+"""The UNet: its layout from our YAML or from diffusers' config.json, diffusers' config of it, and the table of names.
+
+Published names number every block in the order in which it runs (`input_blocks.0`, `.1`, ...); diffusers counts by level, and residual
+blocks, attentions and samplers of a level apart.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from ldm.checkpoint.diffusers.rules import CONV1D, SAME, InterchangeError, Rule, by_head, same
+
+CROSS, PLAIN = "UNet2DConditionModel", "UNet2DModel"
+_DOWN = {CROSS: "CrossAttnDownBlock2D", PLAIN: "AttnDownBlock2D"}
+_UP = {CROSS: "CrossAttnUpBlock2D", PLAIN: "AttnUpBlock2D"}
+_FIXED = {  # what published UNets are, in diffusers' terms
+    "act_fn": "silu",
+    "center_input_sample": False,
+    "downsample_padding": 1,
+    "flip_sin_to_cos": True,
+    "freq_shift": 0,
+    "mid_block_scale_factor": 1,
+    "norm_eps": 1e-05,
+    "norm_num_groups": 32,
+}
+_RESNET = (("in_layers.0", "norm1"), ("in_layers.2", "conv1"), ("emb_layers.1", "time_emb_proj"))
+_RESNET += (("out_layers.0", "norm2"), ("out_layers.3", "conv2"))
+
+
+class UNetLayout(NamedTuple):
+    """All that names and diffusers' config depend on. Sequences have an entry for each level, full size first."""
+
+    kind: str  # CROSS: transformers on a context; PLAIN: attention alone
+    in_channels: int
+    out_channels: int
+    channels: tuple[int, ...]
+    res_blocks: tuple[int, ...]  # in the contracting half; one more in the expanding
+    heads: tuple[int | None, ...]  # of attention; None where a level has none
+    middle_heads: int
+    depth: int = 1  # transformer blocks in a row
+    context_dim: int | None = None
+    linear: bool = False  # tokens are projected by linear layers
+    cross_only: tuple[bool, ...] = ()  # levels whose first attention is on the context too
+    middle_cross_only: bool = False
+    classes: int | None = None
+    scale_shift: bool = False
+
+    # ------------------------------------------------------------------------------------------------------- from a config
+
+    @classmethod
+    def from_params(cls, params: Mapping[str, Any]) -> UNetLayout:
+        """From the `params` of a UNetModel in our YAML; InterchangeError for what diffusers has no UNet for."""
+        mult = tuple(params.get("channel_mult") or (1, 2, 4, 8))
+        channels = tuple(int(params["model_channels"]) * m for m in mult)
+        levels = len(mult)
+        cross = bool(params.get("use_spatial_transformer"))
+        _refuse_what_diffusers_lacks(params, mult)
+        per_head, heads = params.get("num_head_channels", -1), params.get("num_heads", -1)
+
+        def heads_of(width: int) -> int:
+            return width // per_head if per_head != -1 else heads
+
+        attended = [2**level in tuple(params["attention_resolutions"]) for level in range(levels)]
+        layout = cls(
+            kind=CROSS if cross else PLAIN,
+            in_channels=params["in_channels"],
+            out_channels=params["out_channels"],
+            channels=channels,
+            res_blocks=_each(params["num_res_blocks"], levels),
+            heads=tuple(heads_of(width) if has else None for width, has in zip(channels, attended)),
+            middle_heads=heads_of(channels[-1]),
+            depth=int(params.get("transformer_depth", 1)) if cross else 1,
+            context_dim=_one_width(params.get("context_dim")),
+            linear=bool(params.get("use_linear_in_transformer", False)),
+            cross_only=_each(params.get("disable_self_attentions") or False, levels),
+            middle_cross_only=bool(params.get("disable_middle_self_attn", False)),
+            classes=params.get("num_classes"),
+            scale_shift=bool(params.get("use_scale_shift_norm", False)),
+        )
+        return layout.checked()
+
+    def checked(self) -> UNetLayout:
+        if self.kind == PLAIN:
+            widths = {width // heads for width, heads in self._attended()}
+            if len(widths) > 1:
+                raise InterchangeError(
+                    f"this UNet's attention heads are {', '.join(map(str, sorted(widths)))} channels wide; diffusers' UNet2DModel has one "
+                    f"width for all levels (num_head_channels in the YAML), so it cannot be converted"
+                )
+            if len(set(self.res_blocks)) > 1:
+                raise InterchangeError(
+                    f"num_res_blocks {list(self.res_blocks)}: diffusers' UNet2DModel has one number for all levels"
+                )
+        return self
+
+    def _attended(self) -> list[tuple[int, int]]:
+        """(width, heads) of every level with attention, and of the middle."""
+        levels = [(width, heads) for width, heads in zip(self.channels, self.heads) if heads is not None]
+        return [*levels, (self.channels[-1], self.middle_heads)]
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> UNetLayout:
+        """From diffusers' unet/config.json; InterchangeError for a UNet that this framework does not build."""
+        kind = config.get("_class_name")
+        if kind not in (CROSS, PLAIN):
+            raise InterchangeError(f"unet/config.json: a {kind}; only {CROSS} and {PLAIN} can be read")
+        channels = tuple(config["block_out_channels"])
+        levels = len(channels)
+        down, up = config["down_block_types"], config["up_block_types"]
+        known = {_DOWN[kind]: True, "DownBlock2D": False, _UP[kind]: True, "UpBlock2D": False}
+        _refuse_what_we_lack(config, [*down, *up], known)
+        attended = [known[block] for block in down]
+        if attended != [known[block] for block in reversed(up)]:
+            raise InterchangeError(
+                f"unet/config.json: attention at other levels in down_block_types {down} than in up_block_types {up}"
+            )
+        if kind == CROSS:  # the entry is misnamed there: it is the number of heads
+            every = _each(config.get("num_attention_heads") or config.get("attention_head_dim", 8), levels)
+            context_dim = _one_width(config.get("cross_attention_dim", 1280))
+        else:
+            width = config.get("attention_head_dim", 8)
+            every, context_dim = tuple(1 if width is None else c // width for c in channels), None
+        return cls(
+            kind=kind,
+            in_channels=config["in_channels"],
+            out_channels=config["out_channels"],
+            channels=channels,
+            res_blocks=_each(config.get("layers_per_block", 2), levels),
+            heads=tuple(heads if has else None for heads, has in zip(every, attended)),
+            middle_heads=every[-1],
+            depth=_one_width(config.get("transformer_layers_per_block", 1)),
+            context_dim=context_dim,
+            linear=bool(config.get("use_linear_projection", False)),
+            cross_only=_each(config.get("only_cross_attention") or False, levels),
+            middle_cross_only=_middle_cross_only(config),
+            classes=config.get("num_class_embeds"),
+            scale_shift=config.get("resnet_time_scale_shift", "default") == "scale_shift",
+        )
+
+    # --------------------------------------------------------------------------------------------------------- to diffusers
+
+    def config(self, sample_size: int | Sequence[int]) -> dict[str, Any]:
+        """diffusers' unet/config.json; sample_size: the latent's side."""
+        attended = [heads is not None for heads in self.heads]
+        config: dict[str, Any] = {
+            "_class_name": self.kind,
+            **_FIXED,
+            "sample_size": sample_size if isinstance(sample_size, int) else list(sample_size),
+            "in_channels": self.in_channels,
+            "out_channels": self.out_channels,
+            "block_out_channels": list(self.channels),
+            "layers_per_block": self.res_blocks[0] if len(set(self.res_blocks)) == 1 else list(self.res_blocks),
+            "down_block_types": [_DOWN[self.kind] if has else "DownBlock2D" for has in attended],
+            "up_block_types": [_UP[self.kind] if has else "UpBlock2D" for has in reversed(attended)],
+            "resnet_time_scale_shift": "scale_shift" if self.scale_shift else "default",
+        }
+        if self.classes is not None:
+            config["num_class_embeds"] = self.classes
+        if self.kind == PLAIN:
+            return {**config, "attention_head_dim": self.channels[-1] // self.middle_heads}
+        heads = [self.middle_heads if value is None else value for value in self.heads]
+        heads[-1] = self.middle_heads
+        return {
+            **config,
+            "attention_head_dim": heads[0] if len(set(heads)) == 1 else heads,
+            "cross_attention_dim": self.context_dim,
+            "transformer_layers_per_block": self.depth,
+            "use_linear_projection": self.linear,
+            "only_cross_attention": list(self.cross_only) if any(self.cross_only) else False,
+            "mid_block_only_cross_attention": self.middle_cross_only,
+            "dual_cross_attention": False,
+        }
+
+    def rules(self) -> list[Rule]:
+        """The table of names, in the order in which the network runs."""
+        rules = [*same("time_embed.0", "time_embedding.linear_1"), *same("time_embed.2", "time_embedding.linear_2")]
+        if self.classes is not None:
+            rules += same("label_emb", "class_embedding", ("weight",))
+        rules += same("input_blocks.0.0", "conv_in")
+        width, skips, number, last = self.channels[0], [self.channels[0]], 1, len(self.channels) - 1
+        for level, channels in enumerate(self.channels):
+            for block in range(self.res_blocks[level]):
+                rules += _resnet(f"input_blocks.{number}.0", f"down_blocks.{level}.resnets.{block}", width != channels)
+                rules += self._attention(
+                    f"input_blocks.{number}.1", f"down_blocks.{level}.attentions.{block}", self.heads[level]
+                )
+                width, number = channels, number + 1
+                skips.append(width)
+            if level != last:
+                rules += same(f"input_blocks.{number}.0.op", f"down_blocks.{level}.downsamplers.0.conv")
+                number += 1
+                skips.append(width)
+        rules += _resnet("middle_block.0", "mid_block.resnets.0", False)
+        rules += self._attention("middle_block.1", "mid_block.attentions.0", self.middle_heads)
+        rules += _resnet("middle_block.2", "mid_block.resnets.1", False)
+        number = 0
+        for up, (level, channels) in enumerate(reversed(list(enumerate(self.channels)))):
+            for block in range(self.res_blocks[level] + 1):
+                rules += _resnet(
+                    f"output_blocks.{number}.0", f"up_blocks.{up}.resnets.{block}", width + skips.pop() != channels
+                )
+                rules += self._attention(
+                    f"output_blocks.{number}.1", f"up_blocks.{up}.attentions.{block}", self.heads[level]
+                )
+                if level and block == self.res_blocks[level]:
+                    position = 1 if self.heads[level] is None else 2
+                    rules += same(f"output_blocks.{number}.{position}.conv", f"up_blocks.{up}.upsamplers.0.conv")
+                width, number = channels, number + 1
+        return [*rules, *same("out.0", "conv_norm_out"), *same("out.2", "conv_out")]
+
+    def _attention(self, ours: str, theirs: str, heads: int | None) -> list[Rule]:
+        if heads is None:
+            return []
+        return _transformer(ours, theirs, self.depth) if self.kind == CROSS else _plain_attention(ours, theirs, heads)
+
+
+def _resnet(ours: str, theirs: str, shortcut: bool) -> list[Rule]:
+    rules = [rule for here, there in _RESNET for rule in same(f"{ours}.{here}", f"{theirs}.{there}")]
+    return rules + (same(f"{ours}.skip_connection", f"{theirs}.conv_shortcut") if shortcut else [])
+
+
+def _transformer(ours: str, theirs: str, depth: int) -> list[Rule]:
+    inner = []
+    for block in (f"transformer_blocks.{k}" for k in range(depth)):
+        for attention in (f"{block}.attn1", f"{block}.attn2"):
+            inner += [
+                f"{attention}.{name}"
+                for name in ("to_q.weight", "to_k.weight", "to_v.weight", "to_out.0.weight", "to_out.0.bias")
+            ]
+        layers = (f"{block}.{name}" for name in ("ff.net.0.proj", "ff.net.2", "norm1", "norm2", "norm3"))
+        inner += [f"{layer}.{leaf}" for layer in layers for leaf in ("weight", "bias")]
+    ends = [f"{layer}.{leaf}" for layer in ("norm", "proj_in", "proj_out") for leaf in ("weight", "bias")]
+    return [Rule(f"{ours}.{name}", (f"{theirs}.{name}",)) for name in (*ends, *inner)]
+
+
+def _plain_attention(ours: str, theirs: str, heads: int) -> list[Rule]:
+    parts = [f"{theirs}.{name}" for name in ("to_q", "to_k", "to_v")]
+    return [
+        *same(f"{ours}.norm", f"{theirs}.group_norm"),
+        Rule(f"{ours}.qkv.weight", tuple(f"{part}.weight" for part in parts), by_head(heads, kernel=1)),
+        Rule(f"{ours}.qkv.bias", tuple(f"{part}.bias" for part in parts), by_head(heads, kernel=0)),
+        Rule(f"{ours}.proj_out.weight", (f"{theirs}.to_out.0.weight",), CONV1D),
+        Rule(f"{ours}.proj_out.bias", (f"{theirs}.to_out.0.bias",), SAME),
+    ]
+
+
+# ------------------------------------------------------------------------------------------------------------------ refusals
+
+
+def _refuse_what_diffusers_lacks(params: Mapping[str, Any], mult: Sequence[int]) -> None:
+    if mult[0] != 1:
+        raise InterchangeError(
+            f"channel_mult {list(mult)}: diffusers' UNets begin at model_channels, so that it must begin with 1"
+        )
+    heads = params.get("num_heads", -1)
+    upsample = params.get("num_heads_upsample", -1)
+    unlike = {
+        "dims": params.get("dims", 2) != 2,
+        "conv_resample": params.get("conv_resample", True) is not True,
+        "resblock_updown": bool(params.get("resblock_updown")),
+        "use_new_attention_order": bool(params.get("use_new_attention_order")),
+        "n_embed": params.get("n_embed") is not None,
+        "num_attention_blocks": params.get("num_attention_blocks") is not None,
+        "num_heads_upsample": upsample not in (-1, heads) and not params.get("use_spatial_transformer"),
+    }
+    for name in (name for name, differs in unlike.items() if differs):
+        raise InterchangeError(
+            f"unet_config: {name} {params.get(name)}: diffusers has no UNet for it, so that it cannot be converted"
+        )
+
+
+def _refuse_what_we_lack(config: Mapping[str, Any], blocks: Sequence[str], known: Mapping[str, bool]) -> None:
+    for block in blocks:
+        if block not in known:
+            raise InterchangeError(
+                f"unet/config.json: block type {block}: this framework's UNet has only {', '.join(known)}"
+            )
+    unlike = [name for name, value in _FIXED.items() if config.get(name, value) != value]
+    others = (
+        "addition_embed_type",
+        "encoder_hid_dim",
+        "class_embed_type",
+        "dual_cross_attention",
+        "resnet_skip_time_act",
+    )
+    unlike += [name for name in others if config.get(name)]
+    unlike += ["add_attention"] if config.get("add_attention", True) is not True else []
+    for name in unlike:
+        raise InterchangeError(f"unet/config.json: {name} {config[name]}: this framework's UNet has no such part")
+
+
+def _middle_cross_only(config: Mapping[str, Any]) -> bool:
+    own, all_levels = config.get("mid_block_only_cross_attention"), config.get("only_cross_attention")
+    return bool(own if own is not None else all_levels if isinstance(all_levels, bool) else False)
+
+
+def _each(value: Any, levels: int) -> tuple[Any, ...]:
+    return tuple(value) if isinstance(value, Sequence) else (value,) * levels
+
+
+def _one_width(value: Any) -> int | None:
+    widths = set(value) if isinstance(value, Sequence) else {value}
+    if len(widths) != 1:
+        raise InterchangeError(f"{value}: one value for all levels can be converted, not several")
+    return widths.pop()

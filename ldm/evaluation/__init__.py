@@ -1,0 +1,1 @@
+"""Metrics of first stages and of samples."""

@@ -1,0 +1,88 @@
+"""UniPC: a predictor and a corrector of one form, at one network call a step."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from ldm.models.diffusion.samplers.base import Sampler
+from ldm.models.diffusion.samplers.denoiser import Grid, Run
+from ldm.models.diffusion.samplers.spacing import CONTINUOUS_GRIDS, chain_alphas, levels_down_to_first
+
+MAX_ORDER = 3
+
+
+class UniPCSampler(Sampler):
+    """Unified predictor-corrector, https://arxiv.org/abs/2302.04867 (Algorithms 1 and 2, multistep, data prediction).
+
+    order: of the predictor, 1 to 3; the corrector gains one. variant: B(h) of the paper, `bh2` is expm1, `bh1` is h itself.
+    """
+
+    grids = CONTINUOUS_GRIDS
+
+    def __init__(self, model: Any, schedule: str = "linear", order: int = 2, variant: str = "bh2") -> None:
+        super().__init__(model, schedule)
+        if order not in range(1, MAX_ORDER + 1):
+            raise ValueError(f"order {order}: choose 1 to {MAX_ORDER}; 2 is usual with guidance, 3 without")
+        if variant not in ("bh1", "bh2"):
+            raise ValueError(f"variant {variant!r}: choose one of bh1, bh2")
+        self.order, self.variant = order, variant
+
+    def make_grid(self, S: int, eta: float, discretize: str) -> Grid:
+        levels = levels_down_to_first(discretize, S, chain_alphas(self.model))
+        lam = levels.lam
+        predict, correct = np.zeros((S, MAX_ORDER, MAX_ORDER)), np.zeros((S, MAX_ORDER, MAX_ORDER))
+        for k in range(S):
+            for order in range(1, min(self.order, S - k) + 1):
+                nodes = lam[k + 2 : k + 1 + order] - lam[k + 1]  # of the predictions before the newest
+                both = weights(lam[k] - lam[k + 1], nodes, self.variant)
+                predict[k, order - 1, : order - 1], correct[k, order - 1, :order] = (-levels.alpha[k] * w for w in both)
+        h = lam[:-1] - lam[1:]
+        coefs = {"keep": levels.sigma[:-1] / levels.sigma[1:], "move": -levels.alpha[:-1] * np.expm1(-h)}
+        coefs |= {"predict": predict, "correct": correct}
+        return Grid(levels.t, levels.alphas[1:], levels.alphas[:-1], np.zeros(S), coefs)
+
+    def step(self, x: Tensor, k: int, run: Run) -> tuple[Tensor, Tensor]:
+        _, x0 = run.predict(x, k)
+        x_base, *old = run.history or [x]  # where the last step began, and predictions from its start back
+        if old:  # UniC: the last step again, with what the network sees at its end
+            order = min(self.order, len(old), k + 2)
+            x = self.move(x_base, k + 1, run, old, [*old[1:order], x0], run.coefs["correct"][k + 1, order - 1])
+        recent = [x0, *old][: self.order]
+        order = min(len(recent), k + 1)  # the last steps are of lower order, which is more stable
+        run.history = [] if run.starts_from_noise(k) else [x, *recent]
+        return self.move(x, k, run, recent, recent[1:order], run.coefs["predict"][k, order - 1]), x0  # UniP
+
+    def move(
+        self, x: Tensor, k: int, run: Run, predictions: list[Tensor], others: list[Tensor], weight: Tensor
+    ) -> Tensor:
+        """Step k from x with the newest of `predictions`, and the `others` by their weights."""
+        x_prev = run.coefs["keep"][k] * x + run.coefs["move"][k] * predictions[0]
+        for i, other in enumerate(others):
+            x_prev = x_prev + weight[i] * (other - predictions[0])
+        return x_prev
+
+
+def weights(h: float, nodes: np.ndarray, variant: str) -> tuple[np.ndarray, np.ndarray]:
+    """Weights of the differences m_i - m_0 in the predictor (p - 1,) and, with that at the step's end, in the corrector (p,).
+
+    h: length of the step in lam; nodes: (p - 1,) lam of the older predictions, seen from the newest. They
+    match phi_2 ... phi_{p+1} of the exact integral (section 3.1).
+    """
+    order = len(nodes) + 1
+    if h == 0.0 or not np.isfinite(h) or not np.isfinite(nodes).all():  # from pure noise first order is all there is
+        return np.zeros(order - 1), np.zeros(order)
+    B = -h if variant == "bh1" else np.expm1(-h)
+    r = np.append(nodes / h, 1.0)
+    phi, b = np.expm1(-h) / -h - 1, []
+    factorial = 1.0
+    for n in range(1, order + 1):
+        b.append(phi * factorial / B)
+        factorial *= n + 1
+        phi = phi / -h - 1 / factorial
+    R = np.vander(r, order, increasing=True).T
+    predict = np.array([0.5])[: order - 1] if order <= 2 else np.linalg.solve(R[:-1, :-1], b[:-1])
+    correct = np.array([0.5]) if order == 1 else np.linalg.solve(R, b)
+    return B * predict / r[:-1], B * correct / r

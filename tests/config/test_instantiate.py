@@ -1,0 +1,154 @@
+"""Laws of `instantiate_from_config` and the allow-list, and of the small helpers."""
+
+import sys
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+
+from ldm import util
+from ldm.util import ConfigError, get_obj_from_str, instantiate_from_config
+
+LINEAR = {"target": "torch.nn.Linear", "params": {"in_features": 3, "out_features": 2}}
+
+
+def test_a_config_becomes_its_object():
+    layer = instantiate_from_config(OmegaConf.create(LINEAR))
+    assert isinstance(layer, torch.nn.Linear) and layer.weight.shape == (2, 3)
+
+
+def test_extra_arguments_join_the_params():
+    assert instantiate_from_config(LINEAR, bias=False).bias is None
+
+
+@pytest.mark.parametrize("marker", ["__is_first_stage__", "__is_unconditional__"])
+def test_markers_build_nothing(marker):
+    assert instantiate_from_config(marker) is None
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        "os.system",
+        "subprocess.Popen",
+        "builtins.eval",
+        "runpy.run_path",
+        "posix.system",
+        "shutil.rmtree",
+        "torch.load",
+        "torch.hub.load",
+        "torch.utils.cpp_extension.load",
+        "torch.nnx.Linear",
+        "ldmx.evil.Model",
+        "main.os",
+        "main.Trainer",
+        "taming.models.vqgan.VQModel",
+        "pytorch_lightning.Trainer",
+        "ldm.util.importlib",
+        "ldm.util.importlib.import_module",
+        "ldm.util.inspect.getsource",
+        "torch.nn.modules.module.torch.load",
+        "torch.nn.functional.relu",
+        "ldm.util.get_obj_from_str",
+        "ldm.checkpoint.load.os.system",
+        "ldm.checkpoint.load.Path",
+        "..os.system",
+        "ldm..util",
+        "os system",
+        "",
+        "ldm",
+        7,
+    ],
+)
+def test_targets_outside_the_allow_list_are_refused(target):
+    with pytest.raises(ConfigError):
+        instantiate_from_config({"target": target, "params": {"command": "touch /tmp/owned"}})
+
+
+def test_a_refused_module_is_never_imported(tmp_path, monkeypatch):
+    (tmp_path / "evil_module.py").write_text("raise SystemExit('imported')")
+    (tmp_path / "main.py").write_text("raise SystemExit('imported')")
+    monkeypatch.syspath_prepend(tmp_path)
+    for target in ("evil_module.Model", "main.Model"):
+        with pytest.raises(ConfigError, match="is not allowed"):
+            get_obj_from_str(target)
+    assert "evil_module" not in sys.modules
+
+
+def test_an_allowed_package_of_the_user_resolves(tmp_path, monkeypatch):
+    (tmp_path / "users_own_project.py").write_text(
+        "class Model: pass\ndef factory(): return 3\nfrom os import system\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(util, "_user_prefixes", [])
+    with pytest.raises(ConfigError, match="--allow-targets users_own_project"):
+        get_obj_from_str("users_own_project.Model")
+    util.allow_targets("users_own_project")
+    assert get_obj_from_str("users_own_project.Model").__name__ == "Model"
+    assert instantiate_from_config({"target": "users_own_project.factory"}) == 3
+    with pytest.raises(ConfigError, match=r"is posix\.system"):
+        get_obj_from_str("users_own_project.system")
+
+
+def test_published_targets_have_a_home_here():
+    assert util.resolve_alias("main.ImageLogger") == "ldm.callbacks.ImageLogger"
+    assert util.resolve_alias("taming.modules.losses.vqperceptual.X") == "ldm.modules.losses.vqperceptual.X"
+    assert util.resolve_alias("ldm.models.autoencoder.AutoencoderKL") == "ldm.models.autoencoder.AutoencoderKL"
+
+
+def test_an_unknown_parameter_names_its_path_and_the_nearest():
+    config = OmegaConf.create(
+        {"model": {"params": {"unet_config": {"target": "torch.nn.Linear", "params": {"in_featurs": 3}}}}}
+    )
+    with pytest.raises(
+        ConfigError, match=r"model\.params\.unet_config\.params\.in_featurs: .*did you mean 'in_features'"
+    ):
+        instantiate_from_config(config.model.params.unet_config)
+
+
+def test_a_missing_parameter_is_named():
+    with pytest.raises(ConfigError, match=r"params: torch\.nn\.Linear needs out_features"):
+        instantiate_from_config({"target": "torch.nn.Linear", "params": {"in_features": 3}})
+
+
+def test_arguments_beside_target_are_refused():
+    with pytest.raises(ConfigError, match="in_features: unknown key beside target"):
+        instantiate_from_config({"target": "torch.nn.Linear", "in_features": 3})
+
+
+def test_a_config_without_target_says_what_it_has():
+    with pytest.raises(ConfigError, match="expected a mapping with the key 'target', got \\['params'\\]"):
+        instantiate_from_config({"params": {}})
+
+
+def test_a_misspelt_class_names_the_nearest():
+    with pytest.raises(ConfigError, match="did you mean 'DDIMSampler'"):
+        get_obj_from_str("ldm.models.diffusion.ddim.DDIMSample")
+
+
+def test_arguments_of_a_base_class_are_accepted_through_kwargs():
+    accepted, required = util.accepted_params(get_obj_from_str("ldm.models.diffusion.ddpm.LatentDiffusion"))
+    assert {"linear_start", "cond_dropout", "unet_config"} <= accepted and {
+        "first_stage_config",
+        "cond_stage_config",
+    } == required
+
+
+def test_default_calls_functions_only_where_needed():
+    assert util.default(0, lambda: 1 / 0) == 0 and util.default(None, lambda: 3) == 3 and util.default(None, 4) == 4
+
+
+def test_pictures_and_maps_are_told_apart():
+    assert util.isimage(torch.zeros(1, 3, 4, 4)) and not util.isimage(torch.zeros(1, 5, 4, 4)) and not util.isimage("x")
+    assert util.ismap(torch.zeros(1, 5, 4, 4)) and not util.ismap(torch.zeros(1, 3, 4, 4))
+
+
+def test_texts_become_pictures_in_range():
+    drawn = util.log_txt_as_img((64, 32), ["a seven", "an eight"])
+    assert drawn.shape == (2, 3, 32, 64) and drawn.min() >= -1 and drawn.max() <= 1 and drawn.std() > 0.05
+    assert not torch.equal(drawn[0], drawn[1])
+
+
+def test_counting_and_flat_means():
+    assert util.count_params(torch.nn.Linear(3, 2)) == 8
+    assert util.mean_flat(torch.arange(8.0).reshape(2, 2, 2)).tolist() == [1.5, 5.5]

@@ -1,0 +1,107 @@
+"""The way out of every script: numbers that are never used twice, metadata that comes back."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from ldm.output.images import METADATA_KEY, NamedOutput, Output, Picture, PictureFolder, SampleArray, read_info
+
+
+def noise(side: int, seed: int = 0) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (side, side, 3), dtype=np.uint8))
+
+
+def picture(**info) -> Picture:
+    return Picture(noise(8), info)
+
+
+def test_files_are_numbered_as_published(tmp_path):
+    output = Output(tmp_path)
+    assert output.save_sample(picture()) == tmp_path / "samples" / "00000.png"
+    assert output.save_sample(picture()).name == "00001.png"
+    assert output.save_grid(picture()) == tmp_path / "grid-0000.png"
+
+
+def test_no_file_is_overwritten_even_after_deletions_and_by_two_runs_at_once(tmp_path):
+    first = PictureFolder(tmp_path)
+    paths = [first.save(picture()) for _ in range(4)]
+    paths[1].unlink()
+    second = PictureFolder(tmp_path)
+    assert second.save(picture()).name == "00004.png"
+    assert first.save(picture()).name == "00005.png"  # it meant to write 00004 itself
+    assert second.save(picture()).name == "00006.png"
+
+
+def test_other_files_in_the_folder_do_not_count(tmp_path):
+    for name in ("grid-0007.png", "notes.txt", "12.jpg", "x00009.png"):
+        (tmp_path / name).touch()
+    assert PictureFolder(tmp_path).save(picture()).name == "00000.png"
+    assert PictureFolder(tmp_path, "grid-{:04}.png").save(picture()).name == "grid-0008.png"
+
+
+def test_more_pictures_than_digits(tmp_path):
+    (tmp_path / "99999.png").touch()
+    folder = PictureFolder(tmp_path)
+    assert folder.save(picture()).name == "100000.png" and PictureFolder(tmp_path).save(picture()).name == "100001.png"
+
+
+def test_a_file_where_the_folder_should_be_is_refused(tmp_path):
+    (tmp_path / "out").touch()
+    with pytest.raises(ValueError, match="is a file"):
+        PictureFolder(tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    "prompt", ["a cat", "", "日本語 🎨", 'quotes " and \\ and \n lines', "x" * 100_000, "nul \x00"]
+)
+def test_metadata_comes_back_as_it_was_and_pixels_too(tmp_path, prompt):
+    info = {"prompt": prompt, "seed": 42, "scale": 7.5, "n": None, "list": ["ä", 1]}
+    path = PictureFolder(tmp_path).save(Picture(noise(8), info))
+    assert read_info(path) == info
+    assert np.array_equal(np.asarray(Image.open(path)), np.asarray(noise(8)))
+
+
+def test_a_file_without_settings_says_so(tmp_path):
+    noise(8).save(tmp_path / "a.png")
+    noise(8).save(tmp_path / "a.jpg")
+    for name in ("a.png", "a.jpg"):
+        with pytest.raises(ValueError, match=f"{name}: no settings"):
+            read_info(tmp_path / name)
+
+
+def test_the_text_chunk_is_plain_json_under_one_keyword(tmp_path):
+    path = PictureFolder(tmp_path).save(picture(prompt="é"))
+    assert Image.open(path).text == {METADATA_KEY: '{"prompt": "\\u00e9"}'}
+
+
+def test_results_have_the_name_of_their_original_and_replace_none(tmp_path):
+    output = NamedOutput(tmp_path / "a" / "b")
+    assert [output.save(picture(), "x").name for _ in range(3)] == ["x.png", "x-1.png", "x-2.png"]
+    with pytest.raises(ValueError, match="is a file or lies in one"):
+        NamedOutput(tmp_path / "a" / "b" / "x.png" / "c")
+
+
+@pytest.mark.parametrize("classes", [None, [3, 1, 2]])
+def test_the_array_of_samples_is_what_numpy_writes(tmp_path, classes):
+    images = [noise(8, seed) for seed in range(3)]
+    array = SampleArray(tmp_path / "numpy", 3)
+    for k, image in enumerate(images):
+        array.append(image, classes[k] if classes else None)
+    path = array.finish()
+    array.close()
+    loaded = np.load(path)
+    assert path.name == "3x8x8x3-samples.npz" and [p.name for p in path.parent.iterdir()] == [path.name]
+    assert (
+        np.array_equal(loaded["arr_0"], np.stack([np.asarray(image) for image in images]))
+        and loaded["arr_0"].dtype == np.uint8
+    )
+    assert (loaded["arr_1"].tolist() == classes) if classes else loaded.files == ["arr_0"]
+
+
+def test_an_array_that_lacks_samples_is_never_written(tmp_path):
+    array = SampleArray(tmp_path, 3)
+    array.append(noise(8))
+    with pytest.raises(ValueError, match="1 samples of 3"):
+        array.finish()
+    array.close()
+    assert list(tmp_path.iterdir()) == []

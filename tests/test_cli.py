@@ -1,0 +1,109 @@
+"""What the command lines share: no guessing, one-line errors, paths from any folder."""
+
+import importlib
+import re
+
+import pytest
+
+from ldm.cli import EXIT_INTERRUPTED, EXIT_USAGE, ROOT, Parser, find_file, in_checkout, less_memory, run
+
+
+def parser() -> Parser:
+    parser = Parser(prog="x")
+    parser.add_argument("--ddim_steps", type=int, default=50, help="steps")
+    parser.add_argument("--from-file")
+    parser.add_argument("--H", type=int)
+    return parser
+
+
+@pytest.mark.parametrize(
+    "argv, words",
+    [
+        (["--ddim_step", "3"], "unknown flag --ddim_step; did you mean --ddim_steps?"),
+        (["--ddim-steps=3"], "did you mean --ddim_steps?"),
+        (["--from_file", "a"], "did you mean --from-file?"),
+        (["--h", "3"], "did you mean --H?"),
+        (["--zzzzzz"], "unknown flag --zzzzzz (--help lists the flags)"),
+        (["word"], "unexpected argument 'word'; put quotes"),
+        (["--ddim_steps", "many"], "argument --ddim_steps: invalid int value: 'many'"),
+    ],
+)
+def test_a_wrong_flag_ends_in_one_line_with_the_nearest_right_one(argv, words, capsys):
+    with pytest.raises(SystemExit) as stop:
+        parser().parse_args(argv)
+    out, err = capsys.readouterr()
+    assert (
+        stop.value.code == EXIT_USAGE
+        and out == ""
+        and words in err
+        and err.startswith("error: ")
+        and err.count("\n") == 1
+    )
+
+
+def test_help_shows_defaults(capsys):
+    with pytest.raises(SystemExit) as stop:
+        parser().parse_args(["--help"])
+    assert stop.value.code == 0 and "steps (default: 50)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "error, words",
+    [
+        (ValueError("two\nlines"), "two lines"),
+        (FileNotFoundError(2, "No such file or directory", "a.ckpt"), "a.ckpt: No such file or directory"),
+        (OSError("disk is full"), "disk is full"),
+        (ImportError("needs sklearn"), "needs sklearn"),
+        (MemoryError(), "MemoryError"),
+        (type("OutOfMemoryError", (RuntimeError,), {})("CUDA out of memory"), "CUDA out of memory"),
+        (
+            RuntimeError("[enforce fail at alloc.cpp] DefaultCPUAllocator: no memory"),
+            "no memory; try: smaller pictures",
+        ),
+    ],
+)
+def test_what_the_user_can_mend_is_one_line_and_exit_code_2(error, words, capsys):
+    def fail(argv):
+        raise error
+
+    assert run(fail, [], parser) == EXIT_USAGE
+    err = capsys.readouterr().err
+    assert err.startswith("error: ") and words in err and err.count("\n") == 1
+    with pytest.raises(type(error)):
+        run(fail, ["--debug"])
+
+
+@pytest.mark.parametrize("script", ["txt2img", "img2img", "knn2img", "inpaint", "sample_diffusion", "upscale"])
+def test_advice_against_too_little_memory_names_flags_of_the_script_alone(script):
+    flags = importlib.import_module(f"scripts.{script}").parser().flags
+    advice = less_memory(flags)
+    assert "--precision bf16" in advice and set(re.findall(r"--\w+", advice)) <= set(flags)
+    assert ("--n_samples 1" in advice) == (
+        script in ("txt2img", "img2img", "knn2img")
+    )  # of sample_diffusion it is how many in all
+    assert ("--batch_size 1" in advice) == (script == "sample_diffusion") and less_memory(["--debug"]) == ""
+
+
+def test_a_bug_shows_its_traceback():
+    def fail(argv):
+        raise KeyError("bug")
+
+    with pytest.raises(KeyError):
+        run(fail, [])
+
+
+def test_done_is_0_and_ctrl_c_is_130(capsys):
+    def stop(argv):
+        raise KeyboardInterrupt
+
+    assert run(lambda argv: None, []) == 0 and run(stop, []) == EXIT_INTERRUPTED
+
+
+def test_paths_are_looked_for_here_and_then_in_the_checkout(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert (
+        find_file("configs/stable-diffusion/v1-inference.yaml") == ROOT / "configs/stable-diffusion/v1-inference.yaml"
+    )
+    (tmp_path / "setup.py").touch()
+    assert str(find_file("setup.py")) == "setup.py" and str(find_file("nowhere.ckpt")) == "nowhere.ckpt"
+    assert in_checkout(ROOT / "configs" / "a.yaml") == "configs/a.yaml" and in_checkout("b/c.ckpt") == "b/c.ckpt"

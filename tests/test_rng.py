@@ -1,0 +1,45 @@
+"""Random generators are where they were, on the CPU and on the device of a model."""
+
+import random
+
+import numpy as np
+import pytest
+import torch
+
+from ldm.rng import generators_kept, torch_generators_kept
+
+
+def draw():
+    return random.random(), float(np.random.rand()), float(torch.rand(()))
+
+
+@pytest.mark.parametrize("error", [False, True])
+def test_all_generators_go_on_as_if_nothing_had_been_drawn(error):
+    random.seed(1), np.random.seed(1), torch.manual_seed(1)
+    wanted = draw()
+    random.seed(1), np.random.seed(1), torch.manual_seed(1)
+    try:
+        with generators_kept():
+            assert draw() == wanted
+            random.seed(7), np.random.seed(7), torch.manual_seed(7)
+            if error:
+                raise RuntimeError
+    except RuntimeError:
+        pass
+    assert draw() == wanted
+
+
+@pytest.mark.parametrize("kept", [generators_kept, torch_generators_kept])
+@pytest.mark.parametrize("kind", ["cuda", "mps"])
+def test_so_does_the_generator_of_the_models_device(monkeypatch, kept, kind):
+    states = {torch.device(kind, 0): torch.tensor([5])}
+    module = getattr(torch, kind)
+    monkeypatch.setattr(module, "get_rng_state", lambda device: states[device].clone())
+    monkeypatch.setattr(module, "set_rng_state", lambda state, device: states.update({device: state}))
+    torch.manual_seed(3)
+    wanted = torch.rand(2)
+    torch.manual_seed(3)
+    with kept(torch.device(kind, 0)):
+        torch.rand(5)
+        states[torch.device(kind, 0)] = torch.tensor([6])
+    assert states[torch.device(kind, 0)].tolist() == [5] and torch.equal(torch.rand(2), wanted)
