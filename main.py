@@ -7,8 +7,8 @@ import importlib
 import sys
 from typing import Any
 
+from ldm.config.instantiate import ALIASES
 from ldm.training import session
-from ldm.util import ALIASES
 
 _EXPORTS = {name.removeprefix("main."): home for name, home in ALIASES.items() if name.startswith("main.")}
 

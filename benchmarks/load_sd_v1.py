@@ -37,8 +37,8 @@ def random_weights(ema: bool) -> dict[str, Any]:
     import torch
     from omegaconf import OmegaConf
 
+    from ldm.config.instantiate import instantiate_from_config
     from ldm.inference import weights_on_meta
-    from ldm.util import instantiate_from_config
 
     config = OmegaConf.load(CONFIG).model
     config.params.use_ema = ema

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import logging
 import re
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, NoReturn
 
-ROOT = Path(__file__).resolve().parents[1]  # the checkout, which holds configs/ and models/
+from ldm.config.suggest import closest
+
 EXIT_USAGE = 2
 EXIT_INTERRUPTED = 130
 _OVERRIDE = re.compile(r"\+?\w+(\.\w+)+=")
@@ -68,8 +67,8 @@ class Parser(argparse.ArgumentParser):
         flags = self.flags
         same = {option.lstrip("-").replace("-", "_").lower(): option for option in flags}
         plain = flag.lstrip("-").replace("-", "_").lower()
-        near = [same[plain]] if plain in same else difflib.get_close_matches(flag, flags, n=1, cutoff=0.5)
-        return f"unknown flag {flag}" + (f"; did you mean {near[0]}?" if near else "") + " (--help lists the flags)"
+        near = same.get(plain) or closest(flag, flags)
+        return f"unknown flag {flag}" + (f"; did you mean {near}?" if near else "") + " (--help lists the flags)"
 
 
 class _HelpFormatter(argparse.HelpFormatter):
@@ -148,15 +147,3 @@ def one_line(error: BaseException) -> str:
         where = f"{error.filename}: " if error.filename is not None else ""
         return f"{where}{error.strerror}"
     return " ".join(str(error).split()) or type(error).__name__
-
-
-def find_file(path: str | Path) -> Path:
-    """`path` as it stands, or inside the checkout where it is relative and only there; it need not exist."""
-    path = Path(path).expanduser()
-    return ROOT / path if not path.is_absolute() and not path.exists() and (ROOT / path).exists() else path
-
-
-def in_checkout(path: str | Path) -> str:
-    """`path` for people and metadata: without the folders above the checkout where it lies inside."""
-    path = Path(path)
-    return path.relative_to(ROOT).as_posix() if path.is_relative_to(ROOT) else str(path)

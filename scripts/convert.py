@@ -10,8 +10,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout tha
 
 from argparse import BooleanOptionalAction
 
-from ldm.cli import Parser, find_file, run
+from ldm.cli import Parser, run
 from ldm.inference.settings import model_facts, read_config
+from ldm.paths import find_file
 
 CONFIG = "configs/stable-diffusion/v1-inference.yaml"
 DESCRIPTION = """Turn a weights file into a diffusers folder, or a diffusers folder into a weights file; diffusers need not be installed.
@@ -64,7 +65,7 @@ def main(argv: Sequence[str]) -> None:
     own = source / "config.yaml"
     config = read_config(own if opt.config is None and own.is_file() else find_file(opt.config or CONFIG))
     if opt.allow_targets:
-        from ldm.util import allow_targets
+        from ldm.config.instantiate import allow_targets
 
         allow_targets(*opt.allow_targets)
     from ldm.checkpoint.diffusers.plan import plan_of

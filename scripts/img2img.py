@@ -8,7 +8,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout that this script is in, installed or not
 
-from ldm.cli import Parser, find_file, run
+from ldm.cli import Parser, run
 from ldm.inference import depth_parts, fingerprint, image_to_image, load_model
 from ldm.inference.cli import (
     STABLE_DIFFUSION,
@@ -29,6 +29,7 @@ from ldm.inference.prompt_weights import check_emphasis
 from ldm.inference.settings import check_takes_text, model_facts, read_config
 from ldm.inference.task_settings import ImageSettings
 from ldm.output.images import Output
+from ldm.paths import find_file
 
 
 def parser() -> Parser:

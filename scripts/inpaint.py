@@ -12,7 +12,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout that this script is in, installed or not
 
-from ldm.cli import Parser, find_file, run
+from ldm.cli import Parser, run
 from ldm.inference import fill, fingerprint, load_model
 from ldm.inference.cli import (
     add_model_flags,
@@ -27,6 +27,7 @@ from ldm.inference.cli import (
 from ldm.inference.settings import model_facts, read_config
 from ldm.inference.task_settings import FillSettings, check_fills_masks, find_pairs, the_pair
 from ldm.output.images import NamedOutput
+from ldm.paths import find_file
 
 CONFIG, CKPT = "models/ldm/inpainting_big/config.yaml", "models/ldm/inpainting_big/last.ckpt"
 WHERE = {CKPT: "bash scripts/download_models.sh inpainting_big brings it"}

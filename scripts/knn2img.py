@@ -10,7 +10,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout that this script is in, installed or not
 
-from ldm.cli import Parser, find_file, run
+from ldm.cli import Parser, run
 from ldm.inference import choose_device, load_model, text_to_image
 from ldm.inference.cli import (
     add_model_flags,
@@ -27,6 +27,7 @@ from ldm.inference.cli import (
 from ldm.inference.from_metadata import add_redraw_flag, check_unchanged, parse
 from ldm.inference.settings import Settings, model_facts, read_config, value_at
 from ldm.output.images import Output
+from ldm.paths import find_file
 
 CONFIG, CKPT = "configs/retrieval-augmented-diffusion/768x768.yaml", "models/rdm/rdm768x768/model.ckpt"
 WHERE = {CKPT: "put https://ommer-lab.com/files/rdm/model.ckpt there"}

@@ -19,11 +19,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout tha
 import numpy as np
 from PIL import Image
 
-from ldm.cli import ROOT, Parser, run
+from ldm.cli import Parser, run
 from ldm.data.image import load_image, to_array
 from ldm.evaluation.metrics import DigitReport, judge_digits, psnr
 from ldm.output.images import NamedOutput, Picture, read_info
 from ldm.output.watermark import Watermark
+from ldm.paths import ROOT
 from ldm.visualize import grid
 
 AUTOENCODER = "configs/quickstart/autoencoder.yaml"
@@ -190,7 +191,7 @@ def reconstruct(checkpoint: Path, images: np.ndarray) -> np.ndarray:
     from omegaconf import OmegaConf
 
     from ldm.checkpoint.load import load_weights
-    from ldm.util import instantiate_from_config
+    from ldm.config.instantiate import instantiate_from_config
 
     model = instantiate_from_config(OmegaConf.load(ROOT / AUTOENCODER).model).eval()
     load_weights(model, checkpoint)

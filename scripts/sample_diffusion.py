@@ -12,7 +12,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout that this script is in, installed or not
 
-from ldm.cli import Parser, find_file, in_checkout, run
+from ldm.cli import Parser, run
 from ldm.inference import draw_samples, fingerprint, load_model
 from ldm.inference.cli import (
     add_model_flags,
@@ -27,6 +27,7 @@ from ldm.inference.cli import (
 from ldm.inference.settings import MAX_SEED, model_facts, read_config
 from ldm.inference.task_settings import SampleSettings, SavedRun, find_run, parse_classes
 from ldm.output.images import Output, SampleArray
+from ldm.paths import find_file, in_checkout
 
 logger = logging.getLogger(__name__)
 

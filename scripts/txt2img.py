@@ -9,7 +9,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout that this script is in, installed or not
 
-from ldm.cli import Parser, find_file, run
+from ldm.cli import Parser, run
 from ldm.inference import load_model, text_to_image
 from ldm.inference.cli import (
     STABLE_DIFFUSION,
@@ -29,6 +29,7 @@ from ldm.inference.from_metadata import add_redraw_flag, check_unchanged, parse
 from ldm.inference.prompt_weights import check_emphasis
 from ldm.inference.settings import Settings, check_takes_text, model_facts, read_config
 from ldm.output.images import Output
+from ldm.paths import find_file
 
 DEFAULTS = {**STABLE_DIFFUSION, "outdir": "outputs/txt2img-samples"}
 LAION400M = {

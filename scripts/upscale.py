@@ -9,7 +9,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout that this script is in, installed or not
 
-from ldm.cli import Parser, find_file, run
+from ldm.cli import Parser, run
 from ldm.inference import enlarge, fingerprint, load_model
 from ldm.inference.cli import (
     add_model_flags,
@@ -24,6 +24,7 @@ from ldm.inference.cli import (
 from ldm.inference.settings import model_facts, read_config
 from ldm.inference.task_settings import UpscaleSettings, check_enlarges
 from ldm.output.images import NamedOutput
+from ldm.paths import find_file
 
 CONFIG, CKPT = "models/ldm/bsr_sr/config.yaml", "models/ldm/bsr_sr/model.ckpt"
 WHERE = {CKPT: "bash scripts/download_models.sh sr_bsr brings it"}

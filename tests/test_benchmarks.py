@@ -1,7 +1,7 @@
 """The measuring scripts still run; their figures are in docs/."""
 
 from benchmarks.watermark_survival import CHANGES, smooth, survival
-from ldm.cli import ROOT
+from ldm.paths import ROOT
 
 
 def test_the_watermarks_table_has_a_row_for_every_change_and_so_has_the_document():

@@ -5,7 +5,8 @@ import re
 
 import pytest
 
-from ldm.cli import EXIT_INTERRUPTED, EXIT_USAGE, ROOT, Parser, find_file, in_checkout, less_memory, run
+from ldm.cli import EXIT_INTERRUPTED, EXIT_USAGE, Parser, less_memory, run
+from ldm.paths import ROOT, find_file, in_checkout
 
 
 def parser() -> Parser:

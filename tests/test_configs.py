@@ -10,7 +10,8 @@ import pytest
 import torch
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
-from ldm.util import accepted_params, get_obj_from_str, instantiate_from_config
+from ldm.config.instantiate import accepted_params
+from ldm.util import get_obj_from_str, instantiate_from_config
 from tests.reference import GOLDEN
 
 ROOT = Path(__file__).parents[1]

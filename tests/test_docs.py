@@ -9,9 +9,9 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 import main
-from ldm.cli import ROOT
 from ldm.inference.settings import PRECISIONS, SEED_MODES
 from ldm.models.diffusion.samplers.registry import SAMPLERS
+from ldm.paths import ROOT
 from ldm.util import instantiate_from_config
 
 DRAWING = (ROOT / "docs" / "drawing.md").read_text(encoding="utf-8")
@@ -45,7 +45,7 @@ def test_a_conditioning_key_of_ones_own_trains_by_the_documents_files(tmp_path, 
     assert words[:3] == ["PYTHONPATH=.", "python", "main.py"]
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.setattr("ldm.util._user_prefixes", [])
+    monkeypatch.setattr("ldm.config.instantiate._user_prefixes", [])
     monkeypatch.setattr("ldm.models.diffusion.conditioning.ROUTES", dict(conditioning_routes()))
     small = [
         "model.params.unet_config.params.model_channels=32",

@@ -26,7 +26,7 @@ QUIET = ["lightning.callbacks.image_logger=null", "lightning.callbacks.cuda_call
 def run(tmp_path, monkeypatch):
     """A function that gives main.py the words of a command line -> exit code, in a folder of its own."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("ldm.util._user_prefixes", [])
+    monkeypatch.setattr("ldm.config.instantiate._user_prefixes", [])
     OmegaConf.save(OmegaConf.create(toys.CONFIG), "toy.yaml")
 
     def call(*words):

@@ -15,7 +15,7 @@ from pytorch_lightning.callbacks import ModelCheckpoint
 from torch import Tensor
 
 from ldm.callbacks.signals import Stopped
-from ldm.util import ConfigError
+from ldm.config.instantiate import ConfigError
 
 logger = logging.getLogger(__name__)
 

@@ -9,7 +9,7 @@ import yaml
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from ldm.util import ConfigError
+from ldm.config.instantiate import ConfigError
 
 MAX_NODES = 100_000  # of a config, each counted as often as aliases repeat it; the largest published one has 200
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,12 +10,13 @@ import yaml
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from ldm.cli import ROOT, find_file
 from ldm.config.files import load_yaml
+from ldm.config.instantiate import ConfigError
 from ldm.config.signature import constructor_arguments
-from ldm.config.validate import check_targets, check_weights, nearest
+from ldm.config.suggest import closest, did_you_mean
+from ldm.config.validate import check_targets, check_weights
+from ldm.paths import ROOT, find_file
 from ldm.training.flags import NOT_FLAGS, trainer_settings
-from ldm.util import ConfigError
 
 # The callbacks of every run; `lightning.callbacks` in a YAML is merged over them, and `NAME: null` leaves one out.
 DEFAULT_CALLBACKS: dict[str, dict[str, Any]] = {
@@ -129,7 +129,7 @@ def _check_keys(config: Mapping, known: Iterable[str], where: str, prefix: str) 
     known = sorted(known) if isinstance(known, set) else list(known)
     for key in config:
         if key not in known:
-            raise ConfigError(f"{where}: unknown key {prefix}{key}{nearest(str(key), known)}")
+            raise ConfigError(f"{where}: unknown key {prefix}{key}{did_you_mean(str(key), known)}")
 
 
 def _apply(config: DictConfig, override: str) -> DictConfig:
@@ -163,9 +163,9 @@ def _check_path(config: DictConfig, keys: list[str], path: str) -> None:
         if allowed is None or key in allowed:
             return
         choices = [str(name) for name in node] + sorted(allowed)
-        near = difflib.get_close_matches(key, choices, n=1, cutoff=0.5)
+        near = closest(key, choices)
         hint = (
-            f"did you mean {'.'.join([*keys[:depth], near[0], *keys[depth + 1 :]])}?"
+            f"did you mean {'.'.join([*keys[:depth], near, *keys[depth + 1 :]])}?"
             if near
             else f"choices: {', '.join(choices)}"
         )
@@ -227,5 +227,5 @@ def _line(error: Exception) -> str:
 def _nearest_file(path: Path) -> str:
     folders = [folder for folder in (path.parent, ROOT / path.parent) if folder.is_dir()]
     names = [str(path.parent / file.name) for folder in folders for file in sorted(folder.glob("*.y*ml"))]
-    near = difflib.get_close_matches(str(path), names, n=1, cutoff=0.6)
-    return f"; did you mean {near[0]}?" if near else ""
+    near = closest(str(path), names, cutoff=0.6)
+    return f"; did you mean {near}?" if near else ""

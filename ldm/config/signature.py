@@ -10,7 +10,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from ldm.util import resolve_alias
+from ldm.config.instantiate import resolve_alias
 
 
 @dataclass(frozen=True)

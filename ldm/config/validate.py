@@ -5,16 +5,16 @@ Nothing is imported and nothing is built, so that a mistake shows at once and no
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
 
-from ldm.cli import ROOT
+from ldm.config.instantiate import ConfigError, check_allowed, resolve_alias
 from ldm.config.signature import classes_of_module, constructor_arguments, may_hold
-from ldm.util import ConfigError, check_allowed, resolve_alias
+from ldm.config.suggest import did_you_mean
+from ldm.paths import ROOT
 
 # Where the scripts put what they download, below the checkout.
 DOWNLOADS = {
@@ -38,7 +38,7 @@ def check_targets(config: dict[str, Any]) -> None:
         for key in params:
             if accepted is not None and key not in accepted:
                 raise ConfigError(
-                    f"{path}.params.{key}: {target} takes no such parameter{nearest(key, list(accepted))}"
+                    f"{path}.params.{key}: {target} takes no such parameter{did_you_mean(key, list(accepted))}"
                 )
 
 
@@ -96,14 +96,6 @@ def check_class_count(config: Any, datasets: Mapping[str, Any]) -> None:
             )
 
 
-def nearest(name: str, choices: list[str]) -> str:
-    """What to add to a message about an unknown name: the choice that was meant, or else all of them."""
-    near = difflib.get_close_matches(name, choices, n=1, cutoff=0.5)
-    if near:
-        return f"; did you mean {near[0]}?"
-    return f"; choices: {', '.join(sorted(choices))}" if choices else ""
-
-
 def _nodes(node: Any, path: str) -> Iterator[tuple[str, str, dict[str, Any], set[str]]]:
     """(place, target, params, keys) of every node with a target, outer ones first.
 
@@ -133,9 +125,9 @@ def _check_exists(target: str, resolved: str) -> None:
     module, _, name = resolved.rpartition(".")
     classes = classes_of_module(module)
     if classes is None:
-        raise ConfigError(f"target {target!r}: there is no module {module}{nearest(module, _modules())}")
+        raise ConfigError(f"target {target!r}: there is no module {module}{did_you_mean(module, _modules())}")
     if not may_hold(module, name):
-        raise ConfigError(f"target {target!r}: module {module} has no {name!r}{nearest(name, classes)}")
+        raise ConfigError(f"target {target!r}: module {module} has no {name!r}{did_you_mean(name, classes)}")
 
 
 def _modules() -> list[str]:

@@ -23,7 +23,7 @@ from typing import IO, NamedTuple
 
 from tqdm import tqdm
 
-from ldm.util import ConfigError
+from ldm.config.instantiate import ConfigError
 
 logger = logging.getLogger(__name__)
 

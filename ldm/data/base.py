@@ -9,7 +9,7 @@ from typing import Any
 
 from torch.utils.data import IterableDataset, get_worker_info
 
-from ldm.util import ConfigError
+from ldm.config.instantiate import ConfigError
 
 logger = logging.getLogger(__name__)
 

@@ -13,9 +13,9 @@ import pytorch_lightning as pl
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
+from ldm.config.instantiate import ConfigError, get_obj_from_str, instantiate_from_config
 from ldm.data.base import DataConfigError, Txt2ImgIterableBaseDataset
 from ldm.data.order import EpochSampler, Position, SeededDataset, StreamLoader, usable_cpus
-from ldm.util import ConfigError, get_obj_from_str, instantiate_from_config
 
 logger = logging.getLogger(__name__)
 

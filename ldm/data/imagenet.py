@@ -18,11 +18,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ldm.config.instantiate import accepted_params
 from ldm.data.archives import ArchiveError, unpack
 from ldm.data.base import DataConfigError
 from ldm.data.folder import ImageFolder
 from ldm.data.superres import SuperResolution
-from ldm.util import accepted_params
 
 HUMAN_LABELS = ("synset_human.txt", "LOC_synset_mapping.txt")
 

@@ -10,12 +10,13 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from ldm.cli import Parser, find_file
+from ldm.cli import Parser
 from ldm.inference.settings import PRECISIONS, SAFETY_MODES, SEED_MODES, TILE, ModelFacts, read_prompts
 from ldm.models.diffusion.samplers.registry import SAMPLERS
 from ldm.output.images import Output, Picture
 from ldm.output.safety import Safety, SafetySettings
 from ldm.output.watermark import METHODS, Watermark
+from ldm.paths import find_file
 
 STABLE_DIFFUSION = {
     "config": "configs/stable-diffusion/v1-inference.yaml",
@@ -202,7 +203,7 @@ def check_ready(opt: Namespace, ckpt: Path, where: Mapping[str, str] = WHERE) ->
 
     choose_device(opt.device)
     if opt.allow_targets:
-        from ldm.util import allow_targets
+        from ldm.config.instantiate import allow_targets
 
         allow_targets(*opt.allow_targets)
 

@@ -9,10 +9,10 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ldm.cli import in_checkout
 from ldm.config.model_info import ModelFacts, model_facts, read_config, value_at
 from ldm.inference.precision import choose_device, choose_numbers, shape_weights
 from ldm.models.diffusion.samplers.registry import make_sampler
+from ldm.paths import in_checkout
 
 if TYPE_CHECKING:
     import torch
@@ -124,7 +124,8 @@ def load_model(
     from omegaconf import OmegaConf
 
     from ldm.checkpoint.load import CheckpointError, ensure_weights, load_weights, read_weights
-    from ldm.util import import_lightning, instantiate_from_config
+    from ldm.config.instantiate import instantiate_from_config
+    from ldm.util import import_lightning
 
     start = time.perf_counter()
     import_lightning()  # models are its modules

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -17,12 +16,13 @@ from torch.nn.utils import clip_grad_value_, clip_grads_with_norm_, get_total_no
 from torch.optim.lr_scheduler import LambdaLR
 
 from ldm import checkpoint
+from ldm.config.instantiate import ConfigError, accepted_params, instantiate_from_config
+from ldm.config.suggest import did_you_mean
 from ldm.models.training import NonFiniteError
 from ldm.modules.diffusionmodules.model import Decoder, Encoder
 from ldm.modules.losses.contperceptual import DummyLoss
 from ldm.modules.losses.lpips import PerceptualWeightsError
 from ldm.modules.losses.reconstruction import DISCRIMINATOR, GENERATOR
-from ldm.util import ConfigError, accepted_params, instantiate_from_config
 
 CLIP_ALGORITHMS = ("norm", "value")
 ADAM_BETAS = (0.5, 0.9)
@@ -346,9 +346,7 @@ def check_ddconfig(ddconfig: Mapping[str, Any]) -> None:
     accepted, required = accepted_params(Encoder)
     for key in ddconfig:
         if key not in accepted:
-            near = difflib.get_close_matches(key, sorted(accepted), n=1, cutoff=0.5)
-            hint = f"did you mean {near[0]!r}?" if near else f"choices: {', '.join(sorted(accepted))}"
-            raise ConfigError(f"ddconfig.{key}: no such parameter; {hint}")
+            raise ConfigError(f"ddconfig.{key}: no such parameter{did_you_mean(key, accepted)}")
     missing = sorted(required - set(ddconfig))
     if missing:
         raise ConfigError(f"ddconfig: needs {', '.join(missing)}")

@@ -11,8 +11,8 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from ldm.cli import find_file
 from ldm.config.json_files import load_object
+from ldm.paths import find_file
 
 if TYPE_CHECKING:
     from PIL import Image

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from ldm.cli import find_file
+from ldm.paths import find_file
 
 STYLES = ("art_nouveau", "baroque", "expressionism", "impressionism", "post_impressionism")
 STYLES += ("realism", "renaissance", "romanticism", "surrealism", "ukiyo_e")

@@ -12,11 +12,11 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from ldm.config.instantiate import ConfigError, accepted_params, get_obj_from_str, instantiate_from_config
 from ldm.config.merge import DEFAULT_CALLBACKS, DEFAULT_CHECKPOINT, DEFAULT_STEP_CHECKPOINTS, STEP_CHECKPOINTS
 from ldm.training.devices import Devices
 from ldm.training.folder import RunFolder
 from ldm.training.settings import MANUAL, LearningRate, Settings
-from ldm.util import ConfigError, accepted_params, get_obj_from_str, instantiate_from_config
 
 logger = logging.getLogger(__name__)
 

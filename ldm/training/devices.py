@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+from ldm.config.instantiate import ConfigError
 from ldm.config.legacy import DEVICE_SETTINGS
-from ldm.util import ConfigError
 
 
 class Machine(NamedTuple):

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import re
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
 from ldm.config.legacy import GONE, TRANSLATED
 from ldm.config.signature import argument_help, constructor_arguments
+from ldm.config.suggest import closest
 
 TRAINER = "pytorch_lightning.trainer.trainer.Trainer"
 DEFAULT_SEED = 23
@@ -216,7 +216,5 @@ def _about_unknown(word: str, parser: argparse.ArgumentParser) -> str:
     if "." in name:
         return f"unknown flag {flag}; an override has no dashes: {flag.lstrip('-')}={value or 'VALUE'}"
     flags = [flag for action in parser._actions for flag in action.option_strings if action.help != argparse.SUPPRESS]
-    near = difflib.get_close_matches("--" + name, flags, n=1, cutoff=0.5) or difflib.get_close_matches(
-        flag, flags, n=1, cutoff=0.0
-    )
-    return f"unknown flag {flag}; did you mean {near[0]}? (--help lists all)"
+    near = closest("--" + name, flags) or closest(flag, flags, cutoff=0.0)
+    return f"unknown flag {flag}; did you mean {near}? (--help lists all)"

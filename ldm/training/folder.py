@@ -8,8 +8,8 @@ import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from ldm.config.instantiate import ConfigError
 from ldm.training.flags import Options
-from ldm.util import ConfigError
 
 
 @dataclass(frozen=True)

@@ -14,12 +14,13 @@ from omegaconf import DictConfig, OmegaConf
 
 from ldm.cli import EXIT_INTERRUPTED, EXIT_USAGE, one_line
 from ldm.config import merge as configs
+from ldm.config.instantiate import ConfigError, allow_targets, instantiate_from_config
 from ldm.config.validate import check_class_count, forget_absent_weights
 from ldm.training.flags import Options, UsageError, parse
 from ldm.training.folder import RunFolder, new_run, resumed_run, saved_configs, with_checkpoint
 from ldm.training.report import console, is_main_process
 from ldm.training.settings import Settings, learning_rate, settle
-from ldm.util import ConfigError, allow_targets, import_lightning, instantiate_from_config
+from ldm.util import import_lightning
 
 logger = logging.getLogger(__name__)
 

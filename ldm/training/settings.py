@@ -7,10 +7,10 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from ldm.config.instantiate import ConfigError
 from ldm.config.legacy import DEVICE_SETTINGS, modernize
 from ldm.training.devices import Devices, Machine, choose
 from ldm.training.flags import DEFAULT_SEED, Options
-from ldm.util import ConfigError
 
 MANUAL = ("accumulate_grad_batches", "gradient_clip_val", "gradient_clip_algorithm")
 

@@ -8,10 +8,11 @@ import pytorch_lightning as pl
 from omegaconf import OmegaConf
 from torch.utils.data import IterableDataset
 
+from ldm.config.instantiate import ConfigError
 from ldm.data.base import DataConfigError
 from ldm.data.datamodule import SPLITS, DataModuleFromConfig, WrappedDataset
 from ldm.data.order import usable_cpus
-from ldm.util import ConfigError, allow_targets, instantiate_from_config
+from ldm.util import allow_targets, instantiate_from_config
 from tests.data.toys import LENGTH, Numbers
 
 TARGET = "tests.data.toys.Numbers"
@@ -19,7 +20,7 @@ TARGET = "tests.data.toys.Numbers"
 
 @pytest.fixture(autouse=True)
 def toys_may_be_built(monkeypatch):
-    monkeypatch.setattr("ldm.util._user_prefixes", [])
+    monkeypatch.setattr("ldm.config.instantiate._user_prefixes", [])
     allow_targets("tests")
 
 

@@ -6,9 +6,9 @@ import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from ldm.cli import ROOT
 from ldm.inference import load_model, text_to_image
 from ldm.inference.settings import ModelFacts, Settings, model_facts, read_config
+from ldm.paths import ROOT
 from tests.tiny import save_text_model
 
 SIDES = range(64, 257, 8)

@@ -7,13 +7,15 @@ from copy import deepcopy
 import pytest
 from omegaconf import OmegaConf
 
-from ldm import util
-from ldm.cli import ROOT, run
+from ldm.cli import run
+from ldm.config import instantiate as util
 from ldm.config import merge as training_config
+from ldm.config.instantiate import ConfigError, check_allowed
 from ldm.config.validate import check_targets
 from ldm.inference.settings import read_config
+from ldm.paths import ROOT
 from ldm.training.session import main as train
-from ldm.util import ConfigError, check_allowed, get_obj_from_str, instantiate_from_config
+from ldm.util import get_obj_from_str, instantiate_from_config
 from scripts import sample_diffusion, txt2img
 from tests.hostile.configs import NO_NAMES, OUTSIDE, RE_EXPORTS, YAML
 from tests.tiny import text_model_config

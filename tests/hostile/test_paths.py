@@ -14,6 +14,7 @@ from torch import nn
 
 from ldm.callbacks import ImageLogger
 from ldm.cli import run
+from ldm.config.instantiate import ConfigError
 from ldm.data import archives
 from ldm.data.archives import ArchiveError, unpack
 from ldm.inference.from_metadata import FLAGS
@@ -21,7 +22,6 @@ from ldm.modules.encoders.clip_text import shape_of
 from ldm.output.images import METADATA_KEY, NamedOutput, Output, Picture, png_info, read_info
 from ldm.training.flags import Options
 from ldm.training.folder import new_run
-from ldm.util import ConfigError
 from scripts.txt2img import main as txt2img
 from tests.tiny import save_text_model
 

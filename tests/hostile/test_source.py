@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from ldm.cli import ROOT
+from ldm.paths import ROOT
 
 FILES = sorted((*(ROOT / "ldm").rglob("*.py"), *(ROOT / "scripts").rglob("*.py"), ROOT / "main.py"))
 NEVER = {

@@ -5,8 +5,8 @@ import sys
 
 import pytest
 
-from ldm.cli import ROOT
 from ldm.inference.settings import Settings, batches_of, check_takes_text, model_facts, read_config, read_prompts
+from ldm.paths import ROOT
 
 AUTOENCODER = {"target": "ldm.models.autoencoder.AutoencoderKL", "params": {"ddconfig": {"ch_mult": [1, 2, 4, 4]}}}
 CLIP = {"target": "ldm.modules.encoders.modules.FrozenCLIPEmbedder"}

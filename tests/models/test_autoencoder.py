@@ -9,8 +9,9 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
+from ldm.config.instantiate import ConfigError
 from ldm.models.autoencoder import AutoencoderKL, IdentityFirstStage
-from ldm.util import ConfigError, instantiate_from_config
+from ldm.util import instantiate_from_config
 from tests.models.first_stages import DDCONFIG, batches, loss_config, make_autoencoder
 from tests.reference import GOLDEN, TOLERANCE, randn, rel_error, seed_weights
 

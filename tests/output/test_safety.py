@@ -9,12 +9,12 @@ import torch
 from omegaconf import OmegaConf
 from PIL import Image
 
-from ldm.cli import ROOT
 from ldm.inference.settings import SAFETY_MODES, model_facts, read_config
 from ldm.output.images import NamedOutput, Output, Picture, read_info
 from ldm.output.safety import Safety, SafetySettings
 from ldm.output.safety_checker import SafetyChecker, find_checker
 from ldm.output.watermark import Watermark
+from ldm.paths import ROOT
 from tests.output.toys import make_checker, save_checker
 from tests.tiny import text_model_config
 
@@ -149,7 +149,7 @@ def test_a_checkers_weights_are_data(tmp_path):
 
 
 def test_what_is_missing_is_named_with_the_next_step(tmp_path, monkeypatch):
-    monkeypatch.setattr("ldm.cli.ROOT", tmp_path)  # a checkout without weights; tests cannot reach the hub
+    monkeypatch.setattr("ldm.paths.ROOT", tmp_path)  # a checkout without weights; tests cannot reach the hub
     monkeypatch.chdir(tmp_path)
     with pytest.raises(
         FileNotFoundError, match=r"neither in models/safety_checker nor in the hub's cache .* --safety_checker; nothing"
@@ -179,7 +179,7 @@ def test_the_hubs_cache_is_asked_before_the_hub(tmp_path, monkeypatch):
             raise FileNotFoundError(name)
         return str(folder / name)
 
-    monkeypatch.setattr("ldm.cli.ROOT", tmp_path)
+    monkeypatch.setattr("ldm.paths.ROOT", tmp_path)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("huggingface_hub.hf_hub_download", hf_hub_download)
     assert find_checker(None).weights == folder / "pytorch_model.bin"

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from ldm.cli import ROOT
+from ldm.paths import ROOT
 
 PAYLOAD = bytes(range(256)) * 400
 

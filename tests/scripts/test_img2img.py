@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from ldm.cli import ROOT, run
+from ldm.cli import run
 from ldm.data.image import from_tensor, to_array
 from ldm.inference import Pipeline, image_to_image
 from ldm.inference.task_settings import ImageSettings
@@ -13,6 +13,7 @@ from ldm.models.diffusion.ddim import DDIMSampler
 from ldm.models.diffusion.samplers.base import Sampler
 from ldm.models.diffusion.samplers.registry import SAMPLERS
 from ldm.output.images import read_info
+from ldm.paths import ROOT
 from scripts.img2img import main, parser
 from tests.scripts.refusals import help_without_heavy_imports, refused
 from tests.tiny import SavedModel

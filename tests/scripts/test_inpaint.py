@@ -7,12 +7,13 @@ import pytest
 import torch
 from PIL import Image
 
-from ldm.cli import ROOT, run
+from ldm.cli import run
 from ldm.inference import Pipeline, fill, fingerprint, load_model
 from ldm.inference.task_settings import FillSettings
 from ldm.models.diffusion.ddim import DDIMSampler
 from ldm.output.images import read_info
 from ldm.output.watermark import Watermark
+from ldm.paths import ROOT
 from scripts.inpaint import main, parser
 from tests.scripts.refusals import help_without_heavy_imports, refused
 from tests.tiny import SavedModel, save_model, save_text_model

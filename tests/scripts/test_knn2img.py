@@ -8,11 +8,12 @@ import torch
 from PIL import Image
 
 from ldm.checkpoint.write import write_weights
-from ldm.cli import ROOT, run
+from ldm.cli import run
 from ldm.inference.settings import model_facts, read_config
 from ldm.modules.encoders import modules
 from ldm.modules.encoders.modules import FrozenClipImageEmbedder, FrozenCLIPTextEmbedder
 from ldm.output.images import read_info
+from ldm.paths import ROOT
 from ldm.retrieval.database import Database
 from scripts import knn2img, train_searcher
 from tests.reference import seed_weights

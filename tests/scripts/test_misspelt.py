@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from ldm.cli import EXIT_USAGE, ROOT
+from ldm.cli import EXIT_USAGE
+from ldm.paths import ROOT
 from ldm.training.flags import UsageError, parse
 
 SCRIPTS = sorted(

@@ -9,12 +9,13 @@ import torch
 from omegaconf import OmegaConf
 from PIL import Image
 
-from ldm.cli import ROOT, run
+from ldm.cli import run
 from ldm.data.image import from_tensor
 from ldm.inference import draw_samples, fingerprint, load_model
 from ldm.inference.task_settings import SampleSettings
 from ldm.models.diffusion.ddim import DDIMSampler
 from ldm.output.images import read_info
+from ldm.paths import ROOT
 from ldm.util import instantiate_from_config
 from scripts.sample_diffusion import main, parser
 from tests.reference import seed_weights

@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ldm.cli import ROOT, run
+from ldm.cli import run
 from ldm.output.images import Output, Picture
 from ldm.output.watermark import METHODS, Watermark
+from ldm.paths import ROOT
 from scripts.tests.test_watermark import main
 from tests.scripts.refusals import help_without_heavy_imports, refused
 

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ldm.cli import ROOT, run
+from ldm.cli import run
 from ldm.inference.settings import model_facts, read_config
 from ldm.output.images import read_info
+from ldm.paths import ROOT
 from scripts.txt2img import main, parser, settings_of
 from tests.tiny import SavedModel
 
@@ -212,7 +213,7 @@ def test_without_stable_diffusions_weights_the_defaults_say_where_to_get_them(tm
     config = tmp_path / "checkout" / "configs" / "stable-diffusion" / "v1-inference.yaml"
     config.parent.mkdir(parents=True)
     shutil.copy(ROOT / "configs" / "stable-diffusion" / "v1-inference.yaml", config)
-    monkeypatch.setattr("ldm.cli.ROOT", tmp_path / "checkout")
+    monkeypatch.setattr("ldm.paths.ROOT", tmp_path / "checkout")
     monkeypatch.chdir(tmp_path)
     missing = (
         "models/ldm/stable-diffusion-v1/model.ckpt: no such file; put sd-v1-4.ckpt of https://huggingface.co/CompVis"

@@ -5,12 +5,13 @@ import pytest
 import torch
 from PIL import Image
 
-from ldm.cli import ROOT, run
+from ldm.cli import run
 from ldm.data.image import from_tensor, to_array
 from ldm.inference import Pipeline, enlarge, fingerprint, load_model
 from ldm.inference.task_settings import UpscaleSettings
 from ldm.models.diffusion.ddim import DDIMSampler
 from ldm.output.images import read_info
+from ldm.paths import ROOT
 from scripts.upscale import main, parser
 from tests.scripts.refusals import help_without_heavy_imports, refused
 from tests.tiny import SavedModel, save_model, save_text_model

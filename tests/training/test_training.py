@@ -11,6 +11,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from ldm.config import merge as configs
+from ldm.config.instantiate import ConfigError, accepted_params
 from ldm.config.legacy import GONE, TRANSLATED, modernize
 from ldm.config.signature import constructor_arguments
 from ldm.config.validate import check_class_count, check_targets
@@ -18,7 +19,7 @@ from ldm.training.devices import Machine, choose
 from ldm.training.flags import EPILOG, Options, UsageError, parse, trainer_settings
 from ldm.training.folder import new_run, resumed_run, saved_configs
 from ldm.training.settings import learning_rate, settle
-from ldm.util import ConfigError, accepted_params, get_obj_from_str
+from ldm.util import get_obj_from_str
 
 ROOT = Path(__file__).parents[2]
 SHIPPED = sorted(path for folder in ("configs", "models") for path in (ROOT / folder).rglob("*.yaml"))
@@ -27,7 +28,7 @@ NO_GPU, TWO_GPUS = Machine(), Machine(cuda=2)
 
 @pytest.fixture(autouse=True)
 def toys_are_allowed(monkeypatch):
-    monkeypatch.setattr("ldm.util._user_prefixes", ["tests"])
+    monkeypatch.setattr("ldm.config.instantiate._user_prefixes", ["tests"])
 
 
 @pytest.fixture

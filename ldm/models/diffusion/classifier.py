@@ -15,10 +15,11 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from ldm import checkpoint
 from ldm.config.files import load_yaml
+from ldm.config.instantiate import accepted_params, instantiate_from_config
 from ldm.models.diffusion.image_log import film
 from ldm.models.diffusion.pixel import fixed_noise
 from ldm.modules.diffusionmodules.openaimodel import EncoderUNetModel, UNetModel
-from ldm.util import accepted_params, instantiate_from_config, log_txt_as_img
+from ldm.util import log_txt_as_img
 
 logger = logging.getLogger(__name__)
 

@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ldm.config.instantiate import get_obj_from_str, instantiate_from_config
 from ldm.modules.dtype import in_dtype, weights_dtype
-from ldm.util import get_obj_from_str, instantiate_from_config
 
 Conditioning = Tensor | Sequence[Tensor] | Mapping[str, Any] | None
 """What callers pass: a tensor, a list of tensors, or the normal form itself."""

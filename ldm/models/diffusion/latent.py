@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ldm import checkpoint
+from ldm.config.instantiate import FIRST_STAGE_AS_CONDITION, UNCONDITIONAL, instantiate_from_config
 from ldm.models.diffusion.condition_stage import ConditionStage
 from ldm.models.diffusion.conditioning import Conditioning, compose_condition
 from ldm.models.diffusion.dropout import drop_samples
@@ -19,7 +20,6 @@ from ldm.models.diffusion.pixel import DDPM, latent_size
 from ldm.models.diffusion.samplers.ddim import DDIMSampler
 from ldm.modules.diffusionmodules.schedule import extract_into_tensor
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
-from ldm.util import FIRST_STAGE_AS_CONDITION, UNCONDITIONAL, instantiate_from_config
 
 logger = logging.getLogger(__name__)
 

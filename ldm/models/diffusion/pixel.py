@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from ldm import checkpoint
+from ldm.config.instantiate import instantiate_from_config
 from ldm.models.diffusion.conditioning import (
     Conditioning,
     DiffusionWrapper,
@@ -26,7 +27,6 @@ from ldm.models.diffusion.samplers.denoiser import Options, Run
 from ldm.modules.diffusionmodules.parameterization import get_parameterization
 from ldm.modules.ema import LitEma
 from ldm.rng import torch_generators_kept
-from ldm.util import instantiate_from_config
 
 LOSSES = {"l1": nn.functional.l1_loss, "l2": nn.functional.mse_loss}
 

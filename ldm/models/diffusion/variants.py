@@ -12,8 +12,8 @@ from torch import Tensor
 
 from ldm import checkpoint
 from ldm.checkpoint.names import EMA, ema_name
+from ldm.config.instantiate import instantiate_from_config
 from ldm.models.diffusion.latent import LatentDiffusion
-from ldm.util import instantiate_from_config
 
 logger = logging.getLogger(__name__)
 
