@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from ldm.cli import run
-from ldm.modules.encoders import clip_text
+from ldm.config import text_shapes
 from scripts import img2img, txt2img
 from tests.tiny import save_text_model
 
@@ -32,7 +32,7 @@ def attempts(monkeypatch, tmp_path) -> list:
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "no-cache"))
-    monkeypatch.setitem(clip_text.KNOWN_SHAPES, HUB_NAME, {**clip_text.VIT_L_14, **SHAPE})
+    monkeypatch.setitem(text_shapes.CLIP_SHAPES, HUB_NAME, {**text_shapes.VIT_L_14, **SHAPE})
     return tried
 
 

@@ -15,6 +15,7 @@ from ldm.checkpoint.diffusers.plan import Component, Plan, plan_of
 from ldm.checkpoint.diffusers.read import EXTRAS, check_folder, read_folder, scale_factor_of
 from ldm.checkpoint.diffusers.rules import InterchangeError, to_theirs
 from ldm.checkpoint.diffusers.write import check_target, new_folder, save_tensors
+from ldm.modules.encoders.clip_tokenizer import BEGIN, END, clip_tokenizer
 
 if TYPE_CHECKING:
     import torch
@@ -188,7 +189,7 @@ def _configs(plan: Plan) -> dict[str, str]:
         for name, config in files.items()
     }
     if plan.text is not None:
-        files |= {f"tokenizer/{name}": content for name, content in text.tokenizer_files(plan.text.kind).items()}
+        files |= {f"tokenizer/{name}": content for name, content in tokenizer_files(plan.text.kind).items()}
     return {name: content if isinstance(content, str) else as_json(content) for name, content in files.items()}
 
 
@@ -197,3 +198,20 @@ def _save_yaml(config: Mapping[str, Any], path: Path) -> None:
     from omegaconf import OmegaConf
 
     OmegaConf.save(OmegaConf.create({"model": config["model"]}), path)
+
+
+def tokenizer_files(kind: str) -> dict[str, Any]:
+    """The files of tokenizer/: name -> text, or what becomes JSON. kind: CLIP pads with the end token, OPEN_CLIP with id 0, "!"."""
+    tokenizer = clip_tokenizer()
+    special = {"bos_token": BEGIN, "eos_token": END, "unk_token": END, "pad_token": END if kind == text.CLIP else "!"}
+    return {
+        "vocab.json": tokenizer.token_ids,
+        "merges.txt": "\n".join(["#version: 0.2", *(" ".join(pair) for pair in tokenizer.merges), ""]),
+        "special_tokens_map.json": special,
+        "tokenizer_config.json": {
+            "tokenizer_class": "CLIPTokenizer",
+            "model_max_length": 77,
+            "do_lower_case": True,
+            **special,
+        },
+    }

@@ -19,6 +19,7 @@ from ldm.checkpoint.diffusers.plan import Component
 from ldm.checkpoint.diffusers.rules import InterchangeError, to_ours
 from ldm.checkpoint.diffusers.text import CLIP, TextLayout
 from ldm.checkpoint.diffusers.unet import UNetLayout
+from ldm.config.text_shapes import CLIP_VERSION, OPEN_CLIP_ARCH, clip_shape, open_clip_shape
 from ldm.convert import blocks
 
 logger = logging.getLogger(__name__)
@@ -161,17 +162,13 @@ def _text(part: Component, published: Mapping[str, Tensor], theirs: Mapping[str,
     tokens = torch.randint(layout.vocab_size, (2, min(layout.positions, 16)))
     with torch.device("meta"):
         if layout.kind == CLIP:
-            from ldm.modules.encoders.clip_text import CLIPText, text_shape
+            from ldm.modules.encoders.clip_text import CLIPText
 
-            tower = CLIPText(
-                **text_shape(
-                    part.params.get("version", "openai/clip-vit-large-patch14"), part.params.get("text_config")
-                )
-            )
+            tower = CLIPText(**clip_shape(part.params.get("version", CLIP_VERSION), part.params.get("text_config")))
         else:
-            from ldm.modules.encoders.open_clip_text import OpenCLIPText, shape_of
+            from ldm.modules.encoders.open_clip_text import OpenCLIPText
 
-            shape = shape_of(part.params.get("arch", "ViT-H-14"), part.params.get("text_config"))
+            shape = open_clip_shape(part.params.get("arch", OPEN_CLIP_ARCH), part.params.get("text_config"))
             tower = OpenCLIPText(**{**shape, "layers": layout.layers})
     _fill(tower, published, part.name, spare=("text_projection", "logit_scale"))
     if layout.kind == CLIP:

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from ldm.checkpoint.diffusers.scheduler import scheduler_config
-from ldm.convert.convert import to_folder
+from ldm.convert.convert import to_folder, tokenizer_files
 from ldm.inference import Pipeline, load_model
 from ldm.inference.settings import read_config
 from ldm.models.diffusion.ddim import DDIMSampler
@@ -183,7 +183,7 @@ def test_the_tokenizer_of_the_folder_gives_our_ids(tmp_path):
     for kind, pad in ((text.CLIP, None), (text.OPEN_CLIP, 0)):  # there "!" is the padding, also in released folders
         folder = tmp_path / kind
         folder.mkdir()
-        for name, content in text.tokenizer_files(kind).items():
+        for name, content in tokenizer_files(kind).items():
             (folder / name).write_text(content if isinstance(content, str) else text_as_json(content), encoding="utf-8")
         theirs = CLIPTokenizer.from_pretrained(folder)(
             prompts, padding="max_length", max_length=77, truncation=True, return_tensors="pt"

@@ -15,10 +15,10 @@ from torch import nn
 from ldm.callbacks import ImageLogger
 from ldm.cli import run
 from ldm.config.instantiate import ConfigError
+from ldm.config.text_shapes import clip_shape
 from ldm.data import archives
 from ldm.data.archives import ArchiveError, unpack
 from ldm.inference.from_metadata import FLAGS
-from ldm.modules.encoders.clip_text import shape_of
 from ldm.output.images import METADATA_KEY, NamedOutput, Output, Picture, png_info, read_info
 from ldm.training.flags import Options
 from ldm.training.folder import new_run
@@ -335,5 +335,5 @@ def test_a_size_that_lies_is_refused(tmp_path):
 def test_a_json_file_that_is_none_is_one_clear_line(text, tmp_path):
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(ValueError, match=r"config\.json: ") as caught:
-        shape_of(str(tmp_path))
+        clip_shape(str(tmp_path))
     assert "\n" not in str(caught.value)

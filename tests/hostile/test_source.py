@@ -32,9 +32,9 @@ NEVER = {
     *("os.system", "os.popen", "shutil.unpack_archive", "tempfile.mktemp", "ctypes.CDLL"),
 }
 ONLY_IN = {  # a call -> the files that may hold it
-    "torch.load": {"ldm/checkpoint_formats.py"},
-    "OmegaConf.load": {"ldm/yaml_files.py", "scripts/quickstart.py"},  # the quickstart reads its own YAMLs
-    "importlib.import_module": {"ldm/util.py", "ldm/models/diffusion/samplers.py", "main.py"},
+    "torch.load": {"ldm/checkpoint/formats.py"},
+    "OmegaConf.load": {"ldm/config/files.py", "scripts/quickstart.py"},  # the quickstart reads its own YAMLs
+    "importlib.import_module": {"ldm/config/instantiate.py", "ldm/models/diffusion/samplers/registry.py", "main.py"},
     "subprocess.Popen": {"scripts/quickstart.py"},
     "subprocess.run": set(),
     "subprocess.call": set(),

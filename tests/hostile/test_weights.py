@@ -26,7 +26,8 @@ from ldm.checkpoint.load import (
 )
 from ldm.checkpoint.write import AtomicCheckpointIO, find_checkpoint
 from ldm.cli import run
-from ldm.modules.encoders.clip_text import VIT_L_14, CLIPText, load_pretrained_text
+from ldm.config.text_shapes import VIT_L_14
+from ldm.modules.encoders.clip_text import CLIPText, load_pretrained_text
 from ldm.modules.encoders.modules import FrozenCLIPTextEmbedder
 from ldm.modules.losses.lpips import LPIPS
 from ldm.modules.quantize import VectorQuantizer2

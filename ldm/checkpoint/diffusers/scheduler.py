@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ldm.checkpoint.diffusers.rules import InterchangeError
+from ldm.config.beta_schedule import make_beta_schedule
 
 SCHEDULERS = {"ddim": "DDIMScheduler", "pndm": "PNDMScheduler"}
 PREDICTIONS = {"eps": "epsilon", "x0": "sample", "v": "v_prediction"}
@@ -58,8 +59,6 @@ def _betas_of(params: Mapping[str, Any]) -> dict[str, Any]:
     offset = float(params.get("cosine_s", COSINE_S))
     if given is not None or schedule not in _BETAS or (schedule == "cosine" and offset != COSINE_S):
         if given is None:
-            from ldm.modules.diffusionmodules.schedule import make_beta_schedule
-
             given = make_beta_schedule(schedule, steps, start, end, offset)
         betas = [float(beta) for beta in given]
         return {

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from ldm.checkpoint.diffusers.rules import STACKED, InterchangeError, Rule, same
+from ldm.config.text_shapes import CLIP_VERSION, OPEN_CLIP_ARCH, clip_shape, open_clip_shape
 
 CLIP, OPEN_CLIP = "FrozenCLIPEmbedder", "FrozenOpenCLIPEmbedder"
 PREFIX = {CLIP: "cond_stage_model.transformer.", OPEN_CLIP: "cond_stage_model.model."}
@@ -39,15 +40,11 @@ class TextLayout(NamedTuple):
     def from_params(cls, kind: str, params: Mapping[str, Any]) -> TextLayout:
         """From the `params` of our embedder; kind: CLIP or OPEN_CLIP."""
         if kind == CLIP:
-            from ldm.modules.encoders.clip_text import text_shape
-
-            shape = text_shape(params.get("version", "openai/clip-vit-large-patch14"), params.get("text_config"))
+            shape = clip_shape(params.get("version", CLIP_VERSION), params.get("text_config"))
             names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
             names += ("max_position_embeddings",)
             return cls(CLIP, *(shape[name] for name in names), shape["hidden_act"], shape["layer_norm_eps"])
-        from ldm.modules.encoders.open_clip_text import shape_of
-
-        shape = shape_of(params.get("arch", "ViT-H-14"), params.get("text_config"))
+        shape = open_clip_shape(params.get("arch", OPEN_CLIP_ARCH), params.get("text_config"))
         layers = shape["layers"] - (params.get("layer", "last") == "penultimate")
         width = shape["width"]
         return cls(
@@ -136,22 +133,3 @@ class TextLayout(NamedTuple):
         ):
             shapes |= {f"{last}.{name}.weight": (out, into), f"{last}.{name}.bias": (out,)}
         return shapes
-
-
-def tokenizer_files(kind: str) -> dict[str, Any]:
-    """The files of tokenizer/: name -> text, or what becomes JSON. kind: CLIP pads with the end token, OPEN_CLIP with id 0, "!"."""
-    from ldm.modules.encoders.clip_tokenizer import BEGIN, END, clip_tokenizer
-
-    tokenizer = clip_tokenizer()
-    special = {"bos_token": BEGIN, "eos_token": END, "unk_token": END, "pad_token": END if kind == CLIP else "!"}
-    return {
-        "vocab.json": tokenizer.token_ids,
-        "merges.txt": "\n".join(["#version: 0.2", *(" ".join(pair) for pair in tokenizer.merges), ""]),
-        "special_tokens_map.json": special,
-        "tokenizer_config.json": {
-            "tokenizer_class": "CLIPTokenizer",
-            "model_max_length": 77,
-            "do_lower_case": True,
-            **special,
-        },
-    }

@@ -4,7 +4,7 @@ Written here rather than taken from transformers, whose model goes by other name
 imported at all where torchvision does not fit torch.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,20 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ldm.config.json_files import load_object
 from ldm.modules.encoders.weights import fill, from_hub, in_folder
 
-VIT_L_14: dict[str, Any] = {  # openai/clip-vit-large-patch14, config.json, text_config
-    "vocab_size": 49408,
-    "hidden_size": 768,
-    "intermediate_size": 3072,
-    "num_hidden_layers": 12,
-    "num_attention_heads": 12,
-    "max_position_embeddings": 77,
-    "hidden_act": "quick_gelu",
-    "layer_norm_eps": 1e-5,
-}
-KNOWN_SHAPES: dict[str, dict[str, Any]] = {"openai/clip-vit-large-patch14": VIT_L_14}
 POSITION_IDS = "text_model.embeddings.position_ids"
 _FILES = ("model.safetensors", "pytorch_model.bin")
 
@@ -142,27 +130,6 @@ class CLIPText(nn.Module):
             ]
 
 
-def shape_of(version: str) -> dict[str, Any]:
-    """The text model's shape for a hub name or a local folder (its config.json).
-
-    Raises ValueError for a hub name whose shape is unknown, since building a model never downloads.
-    """
-    if version in KNOWN_SHAPES:
-        return KNOWN_SHAPES[version]
-    if (Path(version) / "config.json").is_file():
-        config = load_object(Path(version) / "config.json")
-        text = config.get("text_config") or config
-        if not isinstance(text, dict):
-            raise ValueError(
-                f"{Path(version) / 'config.json'}: its text_config is {text!r}, where an object was expected"
-            )
-        return {key: text.get(key, value) for key, value in VIT_L_14.items()}
-    raise ValueError(
-        f"CLIP version {version!r}: neither a folder with a config.json nor one of {', '.join(KNOWN_SHAPES)}; "
-        f"download it and give the folder, so that building the model needs no network"
-    )
-
-
 def load_pretrained_text(module: CLIPText, version: str) -> Path:
     """Fill `module` from a local folder or, where `version` is none, from the hub (its cache first) -> the file that was read.
 
@@ -185,11 +152,3 @@ def _weights_file(version: str) -> Path:
         return in_folder(folder, _FILES)
     otherwise = "load a checkpoint that holds them, or give a local folder: cond_stage_config.params.version"
     return from_hub(version, _FILES[0], f"the weights of {version}", otherwise)
-
-
-def text_shape(version: str, overrides: Mapping[str, Any] | None) -> dict[str, Any]:
-    """The shape of `version` with some values replaced; ValueError for a value that is no part of a shape."""
-    unknown = sorted(set(overrides or {}) - set(VIT_L_14))
-    if unknown:
-        raise ValueError(f"text_config: {', '.join(unknown)}: not one of {', '.join(VIT_L_14)}")
-    return {**shape_of(version), **(overrides or {})}

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ldm.config.text_shapes import clip_shape
 from ldm.modules.dtype import in_dtype, weights_dtype
 from ldm.modules.encoders.base import AbstractEncoder, PretrainedEncoder
 from ldm.modules.encoders.bert_tokenizer import BERTTokenizer
@@ -249,9 +250,9 @@ class FrozenCLIPEmbedder(PretrainedEncoder):
         """text_config: values that replace those of `version`'s text model (hidden_size, num_hidden_layers, ...), for tiny models; these
         have no pretrained weights, so a checkpoint must hold them."""
         super().__init__()
-        from ldm.modules.encoders.clip_text import CLIPText, text_shape
+        from ldm.modules.encoders.clip_text import CLIPText
 
-        shape = text_shape(version, text_config)
+        shape = clip_shape(version, text_config)
         if not 2 <= max_length <= shape["max_position_embeddings"]:
             raise ValueError(
                 f"max_length {max_length}: from 2 to {shape['max_position_embeddings']}, the positions of {version}"

@@ -13,23 +13,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm.checkpoint.load import CheckpointError
+from ldm.config.text_shapes import open_clip_shape
 from ldm.modules.encoders.base import PretrainedEncoder
 from ldm.modules.encoders.clip_tokenizer import clip_tokenizer
 from ldm.modules.encoders.weights import fill, from_hub, in_folder
 
 logger = logging.getLogger(__name__)
 
-# open_clip's model configs: text_cfg and the width of the joint space.
-ARCHITECTURES: dict[str, dict[str, int]] = {
-    "ViT-H-14": {
-        "context_length": 77,
-        "vocab_size": 49408,
-        "width": 1024,
-        "heads": 16,
-        "layers": 24,
-        "embed_dim": 1024,
-    },
-}
 # open_clip's tags of pretrained weights -> where the hub has them.
 HUB = {("ViT-H-14", "laion2b_s32b_b79k"): "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"}
 FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
@@ -129,7 +119,7 @@ class FrozenOpenCLIPEmbedder(PretrainedEncoder):
         super().__init__()
         if layer not in LAYERS:
             raise ValueError(f"layer {layer!r}: choose one of {', '.join(LAYERS)}")
-        shape = shape_of(arch, text_config)
+        shape = open_clip_shape(arch, text_config)
         if not 2 <= max_length <= shape["context_length"]:
             raise ValueError(f"max_length {max_length}: from 2 to {shape['context_length']}, the positions of {arch}")
         self.arch, self.version, self.max_length, self.layer = arch, version, max_length, layer
@@ -176,17 +166,6 @@ class FrozenOpenCLIPEmbedder(PretrainedEncoder):
         fill(self.model, path, "the text model", lambda name: name.removeprefix("model."))
         self.has_weights = True
         logger.info("text encoder: weights of %s", path)
-
-
-def shape_of(arch: str, overrides: Mapping[str, int] | None = None) -> dict[str, int]:
-    """The text tower's shape, some values replaced; ValueError for an unknown architecture or a value that is no part of a shape."""
-    if arch not in ARCHITECTURES:
-        raise ValueError(f"arch {arch!r}: choose one of {', '.join(ARCHITECTURES)}")
-    shape = ARCHITECTURES[arch]
-    unknown = sorted(set(overrides or {}) - set(shape))
-    if unknown:
-        raise ValueError(f"text_config: {', '.join(unknown)}: not one of {', '.join(shape)}")
-    return {**shape, **(overrides or {})}
 
 
 def weights_file(arch: str, version: str) -> Path:
