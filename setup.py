@@ -10,7 +10,17 @@ EXTRAS = {
     "retrieval": ["faiss-cpu>=1.9"],
     "safety": ["diffusers>=0.36"],
 }
-EXTRAS["test"] = ["pytest>=8.0", "ruff>=0.6", *EXTRAS["quickstart"], *EXTRAS["retrieval"], *EXTRAS["safety"]]
+EXTRAS["test"] = [
+    "pytest>=8.0",
+    "ruff>=0.14",
+    "mypy>=1.18",
+    "import-linter>=2.5",
+    "types-PyYAML",
+    "types-tqdm",
+    *EXTRAS["quickstart"],
+    *EXTRAS["retrieval"],
+    *EXTRAS["safety"],
+]
 
 setup(
     name="latent-diffusion",
