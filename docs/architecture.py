@@ -16,45 +16,38 @@ class Drawing:
     def __init__(self) -> None:
         self.parts: list[str] = []
 
-    def text(
-        self, x: float, y: float, words: str, size: int = 14, color: str = INK, anchor: str = "middle", **style: str
-    ) -> None:
-        more = "".join(f' {name.replace("_", "-")}="{value}"' for name, value in style.items())
-        self.parts.append(
-            f'<text x="{x}" y="{y}" font-size="{size}" fill="{color}" text-anchor="{anchor}"{more}>{escape(words)}</text>'
-        )
+    def add(self, tag: str, body: str = "", **attributes: float | str) -> None:
+        given = "".join(f' {name.rstrip("_").replace("_", "-")}="{value}"' for name, value in attributes.items())
+        self.parts.append(f"<{tag}{given}>{body}</{tag}>" if body else f"<{tag}{given}/>")
 
-    def box(
-        self, x: float, y: float, title: str, detail: str, kind: str, width: float = 150, height: float = 64
-    ) -> None:
-        """A box with its upper left corner at (x, y): a title and, below it, where the code is."""
-        self.parts.append(
-            f'<rect x="{x}" y="{y}" width="{width}" height="{height}" rx="8" fill="{FILL[kind]}" stroke="{INK}" stroke-width="1.2"/>'
-        )
-        self.text(x + width / 2, y + height / 2 - 4, title, font_weight="600")
-        self.text(x + width / 2, y + height / 2 + 16, detail, size=11, color=MUTED, font_family="monospace")
+    def text(self, x: float, y: float, words: str, size: int = 14, color: str = INK, **more: str) -> None:
+        self.add("text", escape(words), x=x, y=y, font_size=size, fill=color, **{"text_anchor": "middle", **more})
+
+    def box(self, x: float, y: float, title: str, where: str, kind: str, width: float = 150) -> None:
+        """A box of height 64 with its upper left corner at (x, y): a title and, below it, where the code is."""
+        self.add("rect", x=x, y=y, width=width, height=64, rx=8, fill=FILL[kind], stroke=INK, stroke_width=1.2)
+        self.text(x + width / 2, y + 28, title, font_weight="600")
+        self.text(x + width / 2, y + 48, where, size=11, color=MUTED, font_family="monospace")
 
     def arrow(self, *points: tuple[float, float], label: str = "", dashed: bool = False) -> None:
-        path = "M" + " L".join(f"{x} {y}" for x, y in points)
-        dash = ' stroke-dasharray="5 4"' if dashed else ""
-        self.parts.append(
-            f'<path d="{path}" fill="none" stroke="{INK}" stroke-width="1.4"{dash} marker-end="url(#head)"/>'
-        )
+        """An arrow through points (x, y), with a label above the middle of its first piece."""
+        line = {"d": "M" + " L".join(f"{x} {y}" for x, y in points), "stroke": INK, "stroke_width": 1.4, "fill": "none"}
+        self.add("path", **line, marker_end="url(#head)", **({"stroke_dasharray": "5 4"} if dashed else {}))
         (x0, y0), (x1, y1) = points[:2]
         if label:
             self.text((x0 + x1) / 2, (y0 + y1) / 2 - 7, label, size=12, color=MUTED)
 
     def svg(self) -> str:
-        head = '<marker id="head" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="8" markerHeight="8" orient="auto-start-reverse">'
-        head += f'<path d="M0 0 L8 4 L0 8 z" fill="{INK}"/></marker>'
+        head = f'<path d="M0 0 L8 4 L0 8 z" fill="{INK}"/>'
+        size = 'viewBox="0 0 8 8" refX="7" refY="4" markerWidth="8" markerHeight="8" orient="auto"'
+        font = 'font-family="Helvetica, Arial, sans-serif"'
         return "\n".join(
             [
-                f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" font-family="Helvetica, Arial, sans-serif">',
-                f"<defs>{head}</defs>",
+                f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" {font}>',
+                f"<defs><marker id="head" {size}>{head}</marker></defs>",
                 f'<rect width="{WIDTH}" height="{HEIGHT}" fill="white"/>',
                 *self.parts,
-                "</svg>",
-                "",
+                "</svg>\n",
             ]
         )
 
@@ -62,7 +55,7 @@ class Drawing:
 def architecture() -> str:
     """The picture as SVG: training above, sampling below, the same modules in both."""
     d = Drawing()
-    d.text(24, 36, "Training: python main.py", size=17, anchor="start", font_weight="700")
+    d.text(24, 36, "Training: python main.py", size=17, text_anchor="start", font_weight="700")
     d.box(24, 70, "batch", "ldm/data", "data", width=110)
     d.box(190, 70, "first stage, encoder", "models/autoencoder.py", "frozen", width=172)
     d.box(430, 70, "q_sample(z, t, eps)", "gaussian_diffusion.py", "data", width=176)
@@ -83,17 +76,17 @@ def architecture() -> str:
     d.arrow((978, 134), (978, 174))
     d.arrow((908, 214), (800, 214), (800, 134), dashed=True)
     d.text(852, 231, "weights", size=12, color=MUTED)
-    d.parts.append(f'<path d="M24 282 H{WIDTH - 24}" stroke="#d5dce3" stroke-width="1"/>')
+    d.add("path", d=f"M24 282 H{WIDTH - 24}", stroke="#d5dce3", stroke_width=1)
 
-    d.text(24, 324, "Sampling: python scripts/txt2img.py", size=17, anchor="start", font_weight="700")
+    d.text(24, 324, "Sampling: python scripts/txt2img.py", size=17, text_anchor="start", font_weight="700")
     d.box(24, 358, "flags", "inference/cli", "data", width=110)
     d.box(190, 358, "request, checked", "inference/settings.py", "data", width=172)
     d.box(430, 358, "pipeline", "inference/pipeline.py", "frozen", width=176)
     d.box(682, 358, "sampler loop", "diffusion/samplers", "trained", width=150)
-    d.box(908, 358, "first stage, decoder", "models/autoencoder.py", "frozen", width=160)
+    d.box(908, 358, "first stage, decoder", "models/autoencoder.py", "frozen", width=172)
     d.box(430, 462, "condition stage", "prompt, negative prompt", "frozen", width=176)
     d.box(682, 462, "UNet, guided", "samplers/guidance.py", "trained", width=150)
-    d.box(908, 462, "PNG", "ldm/output", "result", width=160)
+    d.box(908, 462, "PNG", "ldm/output", "result", width=172)
     d.arrow((134, 390), (190, 390), label="prompt")
     d.arrow((362, 390), (430, 390), label="config")
     d.arrow((606, 390), (682, 390), label="noise")
@@ -104,14 +97,10 @@ def architecture() -> str:
     d.arrow((774, 462), (774, 422))
     d.text(806, 447, "S steps", size=12, color=MUTED)
     d.arrow((988, 422), (988, 462))
-    d.text(1000, 447, "safety check, watermark", size=11, color=MUTED, anchor="start")
-    for k, (kind, words) in enumerate(
-        {"frozen": "frozen", "trained": "trained", "data": "data", "result": "result"}.items()
-    ):
-        d.parts.append(
-            f'<rect x="{800 + 92 * k}" y="22" width="16" height="16" rx="3" fill="{FILL[kind]}" stroke="{INK}"/>'
-        )
-        d.text(822 + 92 * k, 35, words, size=12, color=MUTED, anchor="start")
+    d.text(1000, 447, "safety check, watermark", size=11, color=MUTED, text_anchor="start")
+    for k, kind in enumerate(("frozen", "trained", "data", "result")):
+        d.add("rect", x=800 + 92 * k, y=22, width=16, height=16, rx=3, fill=FILL[kind], stroke=INK)
+        d.text(822 + 92 * k, 35, kind, size=12, color=MUTED, text_anchor="start")
     return d.svg()
 
 

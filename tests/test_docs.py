@@ -1,6 +1,7 @@
 """What the documents tell a reader to write: taken out of them and run."""
 
 import re
+import runpy
 import sys
 
 import pytest
@@ -14,10 +15,15 @@ from ldm.models.diffusion.samplers.registry import SAMPLERS
 from ldm.paths import ROOT
 from ldm.util import instantiate_from_config
 
-DRAWING = (ROOT / "docs" / "drawing.md").read_text(encoding="utf-8")
+SAMPLING = (ROOT / "docs" / "sampling.md").read_text(encoding="utf-8")
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PROVENANCE = (ROOT / "docs" / "provenance.md").read_text(encoding="utf-8")
 EXTENDING = (ROOT / "docs" / "extending.md").read_text(encoding="utf-8")
+
+
+DOCUMENTS = "".join(
+    path.read_text(encoding="utf-8") for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+)
 
 
 def blocks(language: str) -> list[str]:
@@ -68,28 +74,30 @@ def test_the_lines_of_python_draw(tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     config = OmegaConf.load("configs/quickstart/text2image.yaml")
     torch.save({"state_dict": instantiate_from_config(config.model).state_dict()}, tmp_path / "last.ckpt")
-    drawn: dict = {}
-    exec(blocks("python")[1].replace("last.ckpt", str(tmp_path / "last.ckpt")).replace("S=25", "S=2"), drawn)
-    assert drawn["pictures"].shape == (4, 3, 32, 32) and drawn["pictures"].isfinite().all()
+    namespace: dict = {}
+    exec(blocks("python")[1].replace("last.ckpt", str(tmp_path / "last.ckpt")).replace("S=25", "S=2"), namespace)
+    assert namespace["images"].shape == (4, 3, 32, 32) and namespace["images"].isfinite().all()
 
 
-def test_the_tables_of_drawing_are_those_of_the_code():
+def test_the_tables_of_sampling_are_those_of_the_code():
     rows = [
-        [cell.strip() for cell in line.strip("|").split("|")] for line in DRAWING.splitlines() if line.startswith("| `")
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in SAMPLING.splitlines()
+        if line.startswith("| `")
     ]
     table = {name: cells[-1] for cells in rows for name in re.findall(r"`(\w+)`", cells[0])}
     assert {name: table[name] for name in SAMPLERS} == {
         name: ", ".join(entry.grids) for name, entry in SAMPLERS.items()
     }
     assert {*PRECISIONS, *SEED_MODES} == table.keys() - SAMPLERS.keys()
-    (takers,) = re.findall(r"`--ddim_eta` is for (.*)\. `--guidance", DRAWING)
+    (takers,) = re.findall(r"`--ddim_eta` is for (.*)\. `--guidance", SAMPLING)
     assert re.findall(r"`(\w+)`", takers) == [name for name, entry in SAMPLERS.items() if entry.takes_eta]
 
 
 def test_every_flag_of_the_readme_is_a_flag_of_a_script():
     from importlib import import_module
 
-    named = set(re.findall(r"(?<![\w-])--[a-zA-Z][\w-]+", README + DRAWING + PROVENANCE))
+    named = set(re.findall(r"(?<![\w-])--[a-zA-Z][\w-]+", DOCUMENTS))
     known = {
         "--help",
         "--base",
@@ -99,6 +107,9 @@ def test_every_flag_of_the_readme_is_a_flag_of_a_script():
         "--scale_lr",
         "--allow-targets",
         "--logdir",
+        "--accelerator",
+        "--devices",
+        "--resume",
     }
     for name in (
         "txt2img",
@@ -113,3 +124,21 @@ def test_every_flag_of_the_readme_is_a_flag_of_a_script():
         known |= set(import_module(f"scripts.{name}").parser().flags)
     known |= set(import_module("scripts.tests.test_watermark").parser().flags)
     assert named and not named - known
+
+
+def test_the_architecture_figure_is_what_its_script_draws():
+    drawn = runpy.run_path(str(ROOT / "docs" / "architecture.py"))["architecture"]()
+    assert drawn == (ROOT / "docs" / "architecture.svg").read_text(encoding="utf-8")
+
+
+def test_links_between_documents_lead_somewhere():
+    pages = [
+        ROOT / "README.md",
+        ROOT / "CONTRIBUTING.md",
+        ROOT / "configs" / "README.md",
+        *(ROOT / "docs").glob("*.md"),
+    ]
+    links = [
+        (page, link) for page in pages for link in re.findall(r"\]\((?!http)([^)#]+)", page.read_text(encoding="utf-8"))
+    ]
+    assert links and not [(page.name, link) for page, link in links if not (page.parent / link).exists()]
