@@ -44,7 +44,7 @@ class Drawing:
         return "\n".join(
             [
                 f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" {font}>',
-                f"<defs><marker id="head" {size}>{head}</marker></defs>",
+                f'<defs><marker id="head" {size}>{head}</marker></defs>',
                 f'<rect width="{WIDTH}" height="{HEIGHT}" fill="white"/>',
                 *self.parts,
                 "</svg>\n",
