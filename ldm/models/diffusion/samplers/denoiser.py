@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -15,6 +15,26 @@ from ldm.models.diffusion.conditioning import Conditioning
 from ldm.models.diffusion.samplers.guidance import guided_output
 from ldm.models.diffusion.samplers.noise import PUBLISHED_NOISE, NoiseSource
 from ldm.modules.diffusionmodules.parameterization import get_parameterization
+
+
+class DiffusionModel(Protocol):
+    """What samplers and pipelines use of a model; anything that has these can be sampled.
+
+    `alphas_cumprod`, `alphas_cumprod_prev` and `betas` are (T,) tables, `parameterization` is `eps`, `x0` or `v`.
+    """
+
+    num_timesteps: int
+    parameterization: str
+    betas: Tensor
+    alphas_cumprod: Tensor
+    alphas_cumprod_prev: Tensor
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the latents."""
+
+    def apply_model(self, x: Tensor, t: Tensor, cond: Conditioning, /) -> Tensor:
+        """Return the network output (B, C, H, W) for noisy latents x (B, C, H, W) at timesteps t (B,)."""
 
 
 class Grid(NamedTuple):

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from ldm.models.diffusion.samplers.base import Sampler
 
-PACKAGE = "ldm.models.diffusion"
+PACKAGE = "ldm.models.diffusion.samplers"
 DISCRETE = ("uniform", "quad", "trailing")
 CONTINUOUS = ("uniform", "logsnr", "karras", "trailing")
 
@@ -45,14 +45,14 @@ SAMPLERS: dict[str, SamplerEntry] = {
         options={"order": 3, "method": "singlestep"},
     ),
     "unipc": SamplerEntry(f"{PACKAGE}.unipc.UniPCSampler", "UniPC of order 2"),
-    "euler": SamplerEntry(f"{PACKAGE}.k_samplers.EulerSampler", "Euler"),
+    "euler": SamplerEntry(f"{PACKAGE}.karras.EulerSampler", "Euler"),
     "euler_ancestral": SamplerEntry(
-        f"{PACKAGE}.k_samplers.EulerAncestralSampler", "Euler with fresh noise", CONTINUOUS, 1.0, True
+        f"{PACKAGE}.karras.EulerAncestralSampler", "Euler with fresh noise", CONTINUOUS, 1.0, True
     ),
-    "heun": SamplerEntry(f"{PACKAGE}.k_samplers.HeunSampler", "Heun, two network calls a step"),
-    "dpmpp_2m": SamplerEntry(f"{PACKAGE}.k_samplers.DPMPP2MSampler", "DPM++ 2M of k-diffusion"),
+    "heun": SamplerEntry(f"{PACKAGE}.karras.HeunSampler", "Heun, two network calls a step"),
+    "dpmpp_2m": SamplerEntry(f"{PACKAGE}.karras.DPMPP2MSampler", "DPM++ 2M of k-diffusion"),
     "dpmpp_2m_sde": SamplerEntry(
-        f"{PACKAGE}.k_samplers.DPMPP2MSDESampler", "DPM++ 2M SDE of k-diffusion", CONTINUOUS, 1.0, True
+        f"{PACKAGE}.karras.DPMPP2MSDESampler", "DPM++ 2M SDE of k-diffusion", CONTINUOUS, 1.0, True
     ),
     "lcm": SamplerEntry(
         f"{PACKAGE}.lcm.LCMSampler", "few steps of a latent consistency model", ("uniform", "trailing"), 1.0

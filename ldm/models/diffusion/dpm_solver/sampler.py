@@ -1,0 +1,3 @@
+"""The published module of `DPMSolverSampler`."""
+
+from ldm.models.diffusion.samplers.dpm_solver import DPMSolverSampler as DPMSolverSampler
