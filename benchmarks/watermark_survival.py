@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout tha
 import numpy as np
 from PIL import Image
 
-from ldm.cli import Parser, run
+from ldm.cli import Parser, run_command
 from ldm.data.image import EXTENSIONS, load_image
 from ldm.output.watermark import METHODS, Watermark
 
@@ -140,4 +140,4 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run(main))
+    sys.exit(run_command(main))

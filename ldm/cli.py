@@ -104,7 +104,7 @@ _LESS_MEMORY = {
 }
 
 
-def run(
+def run_command(
     main: Callable[[Sequence[str]], int | None],
     argv: Sequence[str] | None = None,
     parser: Callable[[], Parser] | None = None,

@@ -10,7 +10,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout tha
 
 from argparse import BooleanOptionalAction
 
-from ldm.cli import Parser, run
+from ldm.cli import Parser, run_command
 from ldm.inference.settings import model_facts, read_config
 from ldm.paths import find_file
 
@@ -91,4 +91,4 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run(main))
+    sys.exit(run_command(main))

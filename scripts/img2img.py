@@ -8,7 +8,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout that this script is in, installed or not
 
-from ldm.cli import Parser, run
+from ldm.cli import Parser, run_command
 from ldm.inference import depth_parts, fingerprint, image_to_image, load_model
 from ldm.inference.cli import (
     STABLE_DIFFUSION,
@@ -100,4 +100,4 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run(main, parser=parser))
+    sys.exit(run_command(main, parser=parser))

@@ -10,7 +10,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout that this script is in, installed or not
 
-from ldm.cli import Parser, run
+from ldm.cli import Parser, run_command
 from ldm.inference import choose_device, load_model, text_to_image
 from ldm.inference.cli import (
     add_model_flags,
@@ -140,4 +140,4 @@ def retrieval_of(opt: Namespace) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    sys.exit(run(main, parser=parser))
+    sys.exit(run_command(main, parser=parser))

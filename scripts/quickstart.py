@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout tha
 import numpy as np
 from PIL import Image
 
-from ldm.cli import Parser, run
+from ldm.cli import Parser, run_command
 from ldm.data.image import load_image, to_array
 from ldm.evaluation.metrics import DigitReport, judge_digits, psnr
 from ldm.output.images import NamedOutput, Picture, read_info
@@ -233,4 +233,4 @@ def table(rows: Sequence[Row]) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(run(main))
+    sys.exit(run_command(main))

@@ -12,7 +12,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout that this script is in, installed or not
 
-from ldm.cli import Parser, run
+from ldm.cli import Parser, run_command
 from ldm.inference import draw_samples, fingerprint, load_model
 from ldm.inference.cli import (
     add_model_flags,
@@ -168,4 +168,4 @@ def new_folder(saved: SavedRun, opt: Namespace) -> Path:
 
 
 if __name__ == "__main__":
-    sys.exit(run(main, parser=parser))
+    sys.exit(run_command(main, parser=parser))

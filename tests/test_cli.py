@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from ldm.cli import EXIT_INTERRUPTED, EXIT_USAGE, Parser, less_memory, run
+from ldm.cli import EXIT_INTERRUPTED, EXIT_USAGE, Parser, less_memory, run_command
 from ldm.paths import ROOT, find_file, in_checkout
 
 
@@ -67,11 +67,11 @@ def test_what_the_user_can_mend_is_one_line_and_exit_code_2(error, words, capsys
     def fail(argv):
         raise error
 
-    assert run(fail, [], parser) == EXIT_USAGE
+    assert run_command(fail, [], parser) == EXIT_USAGE
     err = capsys.readouterr().err
     assert err.startswith("error: ") and words in err and err.count("\n") == 1
     with pytest.raises(type(error)):
-        run(fail, ["--debug"])
+        run_command(fail, ["--debug"])
 
 
 @pytest.mark.parametrize("script", ["txt2img", "img2img", "knn2img", "inpaint", "sample_diffusion", "upscale"])
@@ -90,14 +90,14 @@ def test_a_bug_shows_its_traceback():
         raise KeyError("bug")
 
     with pytest.raises(KeyError):
-        run(fail, [])
+        run_command(fail, [])
 
 
 def test_done_is_0_and_ctrl_c_is_130(capsys):
     def stop(argv):
         raise KeyboardInterrupt
 
-    assert run(lambda argv: None, []) == 0 and run(stop, []) == EXIT_INTERRUPTED
+    assert run_command(lambda argv: None, []) == 0 and run_command(stop, []) == EXIT_INTERRUPTED
 
 
 def test_paths_are_looked_for_here_and_then_in_the_checkout(tmp_path, monkeypatch):

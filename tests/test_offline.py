@@ -6,7 +6,7 @@ import socket
 import pytest
 import torch
 
-from ldm.cli import run
+from ldm.cli import run_command
 from ldm.config import text_shapes
 from scripts import img2img, txt2img
 from tests.tiny import save_text_model
@@ -63,7 +63,10 @@ def test_a_file_that_holds_its_text_encoder_draws_without_network(
         Image.new("RGB", (16, 16), "gray").save(tmp_path / "gray.png")
         argv += ["--init-img", str(tmp_path / "gray.png"), "--strength", "0.5"]
     assert (
-        run(script.main, [*argv, "--ddim_steps", "2", "--n_samples", "1", "--n_iter", "1", "--prompt", "a horse"]) == 0
+        run_command(
+            script.main, [*argv, "--ddim_steps", "2", "--n_samples", "1", "--n_iter", "1", "--prompt", "a horse"]
+        )
+        == 0
     )
     assert attempts == [] and (tmp_path / "out" / "samples" / "00000.png").is_file() and os.listdir(tmp_path / "out")
 
@@ -87,6 +90,6 @@ def test_a_file_without_its_text_encoder_says_so_in_one_line(tmp_path, attempts,
         "--safety",
         "off",
     ]
-    assert run(txt2img.main, argv) == 2
+    assert run_command(txt2img.main, argv) == 2
     err = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert len(err) == 1 and HUB_NAME in err[0] and "give a local folder" in err[0] and attempts == []

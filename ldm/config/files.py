@@ -1,9 +1,12 @@
-"""YAML files as configs. They are data: tags that would make objects are errors, and so are aliases that unfold without end."""
+"""Configs from untrusted YAML and JSON files: plain data or one clear error line."""
 
 from __future__ import annotations
 
+import io
+import json
 import os
 from pathlib import Path
+from typing import Any
 
 import yaml
 from omegaconf import DictConfig, ListConfig, OmegaConf
@@ -11,31 +14,41 @@ from omegaconf.errors import OmegaConfBaseException
 
 from ldm.config.instantiate import ConfigError
 
-MAX_NODES = 100_000  # of a config, each counted as often as aliases repeat it; the largest published one has 200
+MAX_NODES = 100_000  # entries of a config after alias expansion; the largest published config has 200
 
 
 def load_yaml(path: str | os.PathLike) -> DictConfig | ListConfig:
-    """A YAML file as a config; ConfigError, in one line that names the file, where it is none, OSError where it cannot be opened."""
+    """Load a YAML file as a config.
+
+    Raises ConfigError for invalid YAML, tags that would build Python objects and alias bombs; OSError if unreadable.
+    """
     path = Path(path)
     try:
-        with path.open(encoding="utf-8") as file:
-            nodes = _unfolded(yaml.compose(file, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)), {})
-        if nodes > MAX_NODES:
-            raise ConfigError(
-                f"{path}: refused, because its aliases unfold to {nodes:,} entries; a config has at most {MAX_NODES:,}"
-            )
-        return OmegaConf.load(path)
-    except ConfigError:
-        raise
+        text = path.read_text(encoding="utf-8")
+        nodes = _count_nodes(yaml.compose(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)), {})
+        if nodes <= MAX_NODES:
+            return OmegaConf.load(io.StringIO(text))
     except (yaml.YAMLError, OmegaConfBaseException, ValueError, RecursionError) as error:
-        raise ConfigError(f"{path}: not a YAML file that can be read: {' '.join(str(error).split())[:300]}") from error
+        raise ConfigError(f"{path}: invalid YAML: {' '.join(str(error).split())[:300]}") from error
+    raise ConfigError(f"{path}: its aliases expand to {nodes:,} entries; the limit is {MAX_NODES:,}")
 
 
-def _unfolded(node: yaml.Node | None, sizes: dict[int, int]) -> int:
-    """How many entries a node has once every alias in it is a copy; endless for one that holds itself (RecursionError)."""
+def load_json(path: str | os.PathLike) -> dict[str, Any]:
+    """Load the JSON object in a file; raises ValueError for anything else, OSError if unreadable."""
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: invalid JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: expected a JSON object, got {type(content).__name__}")
+    return content
+
+
+def _count_nodes(node: yaml.Node | None, sizes: dict[int, int]) -> int:
+    """Count the entries of a node with every alias expanded; a node that contains itself raises RecursionError."""
     if not isinstance(node, yaml.CollectionNode):
         return 1
     if id(node) not in sizes:
         children = node.value if isinstance(node, yaml.SequenceNode) else [part for pair in node.value for part in pair]
-        sizes[id(node)] = 1 + sum(_unfolded(child, sizes) for child in children)
+        sizes[id(node)] = 1 + sum(_count_nodes(child, sizes) for child in children)
     return sizes[id(node)]

@@ -97,17 +97,22 @@ def get_obj_from_str(string: str, reload: bool = False) -> Any:
     if reload:
         module = importlib.reload(module)
     if not hasattr(module, name):
-        classes = [
-            key for key, value in vars(module).items() if inspect.isclass(value) and value.__module__ == module.__name__
-        ]
+        classes = [key for key, value in vars(module).items() if inspect.isclass(value) and _is_target(value)]
         raise ConfigError(f"target {string!r}: module {module_name} has no {name!r}{did_you_mean(name, classes)}")
     obj = getattr(module, name)
-    home = f"{getattr(obj, '__module__', '')}.{getattr(obj, '__qualname__', '')}"
-    of_user = _under(home, _user_prefixes)
-    if not (_is_allowed(home) and (inspect.isclass(obj) or (of_user and callable(obj)))):
-        what = home.strip(".") or type(obj).__name__
-        raise ConfigError(f"target {string!r} is {what}, not a class of an allowed package")
+    if not _is_target(obj):
+        raise ConfigError(f"target {string!r} is {_home(obj) or type(obj).__name__}, not a class of an allowed package")
     return obj
+
+
+def _home(obj: Any) -> str:
+    return f"{getattr(obj, '__module__', '')}.{getattr(obj, '__qualname__', '')}".strip(".")
+
+
+def _is_target(obj: Any) -> bool:
+    """True for classes of allowed packages, and for functions of the user's own."""
+    home = _home(obj)
+    return _is_allowed(home) and (inspect.isclass(obj) or (_under(home, _user_prefixes) and callable(obj)))
 
 
 def instantiate_from_config(config: Any, **extra: Any) -> Any:

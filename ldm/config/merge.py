@@ -14,9 +14,9 @@ from ldm.config.files import load_yaml
 from ldm.config.instantiate import ConfigError
 from ldm.config.signature import constructor_arguments
 from ldm.config.suggest import closest, did_you_mean
+from ldm.config.trainer_keys import UNSUPPORTED, trainer_keys
 from ldm.config.validate import check_targets, check_weights
 from ldm.paths import ROOT, find_file
-from ldm.training.flags import NOT_FLAGS, trainer_settings
 
 # The callbacks of every run; `lightning.callbacks` in a YAML is merged over them, and `NAME: null` leaves one out.
 DEFAULT_CALLBACKS: dict[str, dict[str, Any]] = {
@@ -120,9 +120,9 @@ def _check_sections(config: DictConfig, where: str) -> None:
     if not isinstance(trainer, Mapping):
         raise ConfigError(f"{where}: lightning.trainer: expected a mapping of Trainer settings, got {trainer!r}")
     for key in trainer:
-        if key in NOT_FLAGS:
-            raise ConfigError(f"{where}: lightning.trainer.{key}: {NOT_FLAGS[key]}")
-    _check_keys(trainer, trainer_settings(), where, "lightning.trainer.")
+        if key in UNSUPPORTED:
+            raise ConfigError(f"{where}: lightning.trainer.{key}: {UNSUPPORTED[key]}")
+    _check_keys(trainer, trainer_keys(), where, "lightning.trainer.")
 
 
 def _check_keys(config: Mapping, known: Iterable[str], where: str, prefix: str) -> None:
@@ -203,7 +203,7 @@ def _schema() -> DictConfig:
 def _new_keys(above: str, node: DictConfig, parent: Any) -> set[str] | None:
     """Keys that may be new in the mapping `node`, which stands at the path `above`; None where anything may be."""
     if above == "lightning.trainer":
-        return trainer_settings()
+        return trainer_keys()
     if above == "lightning.callbacks":
         return {STEP_CHECKPOINTS}
     if above == "lightning.logger" and "target" not in node:

@@ -39,16 +39,13 @@ def constructor_arguments(target: str) -> dict[str, Argument] | None:
 
 
 def classes_of_module(module: str) -> list[str] | None:
-    """The public classes that a module's text defines, or that a package gathers from its modules; None where there is no such module."""
+    """The public classes that a module's text defines or re-exports; None if there is no such module."""
     tree, source = _tree(module), _source(module)
     if tree is None or source is None:
         return None
     names = [node.name for node in tree.body if isinstance(node, ast.ClassDef)]
-    if source.name == "__init__.py":
-        names += [
-            name for name, home in _imports(module).items() if home.startswith(f"{module}.") and name[:1].isupper()
-        ]
-    return [name for name in names if not name.startswith("_")]
+    names += [name for name in _re_exports(module) if name[:1].isupper()]
+    return [name for name in dict.fromkeys(names) if not name.startswith("_")]
 
 
 def may_hold(module: str, name: str) -> bool:
@@ -160,6 +157,22 @@ def _name(node: ast.expr) -> str:
     if isinstance(node, ast.Subscript | ast.Call):
         return _name(node.value if isinstance(node, ast.Subscript) else node.func)
     return ast.unparse(node)
+
+
+def _re_exports(module: str) -> list[str]:
+    """Names that a module imports for others: in `__all__`, `from x import Y as Y`, or a package's from its own modules."""
+    tree, source = _tree(module), _source(module)
+    if tree is None or source is None:
+        return []
+    names: list[str] = []
+    for node in tree.body:
+        if isinstance(node, ast.Assign) and any(ast.unparse(target) == "__all__" for target in node.targets):
+            names += [item.value for item in ast.walk(node.value) if isinstance(item, ast.Constant)]
+        elif isinstance(node, ast.ImportFrom):
+            names += [alias.name for alias in node.names if alias.asname == alias.name]
+    if source.name == "__init__.py":
+        names += [name for name, home in _imports(module).items() if home.startswith(f"{module}.")]
+    return names
 
 
 @functools.cache

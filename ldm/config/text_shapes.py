@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ldm.config.json_files import load_object
+from ldm.config.files import load_json
 
 CLIP_VERSION = "openai/clip-vit-large-patch14"  # Stable Diffusion v1
 OPEN_CLIP_ARCH = "ViT-H-14"  # Stable Diffusion v2
@@ -46,7 +46,7 @@ def _clip_shape(version: str) -> dict[str, Any]:
             f"CLIP version {version!r}: neither a folder with a config.json nor one of {', '.join(CLIP_SHAPES)}; "
             f"download the model and pass its folder (building a model never downloads)"
         )
-    config = load_object(path)
+    config = load_json(path)
     text = config.get("text_config") or config
     if not isinstance(text, dict):
         raise ValueError(f"{path}: text_config is {text!r}; expected an object")

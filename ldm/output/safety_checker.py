@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from ldm.config.json_files import load_object
+from ldm.config.files import load_json
 from ldm.paths import find_file
 
 if TYPE_CHECKING:
@@ -103,7 +103,7 @@ class SafetyChecker:
 
         # Its own words on a flagged picture tell of a black one in its place, which is not so in every mode.
         logging.getLogger("diffusers.pipelines.stable_diffusion.safety_checker").setLevel(logging.ERROR)
-        config = CLIPConfig.from_dict(load_object(files.config))
+        config = CLIPConfig.from_dict(load_json(files.config))
         with weights_on_meta():
             self.model = StableDiffusionSafetyChecker(config)
         fill(self.model, files.weights)
@@ -111,7 +111,7 @@ class SafetyChecker:
         self.model.visual_projection.register_forward_hook(_must_be_finite)
         side = config.vision_config.image_size
         if files.preprocessor is not None:
-            self.processor = CLIPImageProcessor.from_dict(load_object(files.preprocessor))
+            self.processor = CLIPImageProcessor.from_dict(load_json(files.preprocessor))
         else:
             self.processor = CLIPImageProcessor(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
         self.flags(Image.new("RGB", (side, side)))

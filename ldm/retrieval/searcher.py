@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from ldm.config.json_files import load_object
+from ldm.config.files import load_json
 from ldm.retrieval.database import Database, unit
 
 if TYPE_CHECKING:
@@ -132,7 +132,7 @@ class Searcher:
         """The index that was made of this database; ValueError where it was made of another."""
         folder = Path(folder)
         try:
-            record = load_object(folder / RECORD)
+            record = load_json(folder / RECORD)
             parts = record["parts"]
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{folder / RECORD}: not a searcher's record; {_again(database, folder)}") from error

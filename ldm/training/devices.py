@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from ldm.config.instantiate import ConfigError
-from ldm.config.legacy import DEVICE_SETTINGS
+from ldm.config.trainer_keys import DEVICE_KEYS
 
 
 class Machine(NamedTuple):
@@ -45,7 +45,7 @@ def choose(settings: dict[str, Any], machine: Machine, where: str = "--") -> Dev
     settings: modernized Trainer settings. A comma in `gpus` means indices, a bare number a count, 0 the CPU, -1 all GPUs.
     Raises ConfigError in one line for devices that are not there; `where` stands before the setting's name ('--' for flags).
     """
-    given = {name: settings[name] for name in DEVICE_SETTINGS if settings.get(name) is not None}
+    given = {name: settings[name] for name in DEVICE_KEYS if settings.get(name) is not None}
     if "gpus" in given:
         if others := [
             name

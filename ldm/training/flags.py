@@ -7,20 +7,11 @@ import re
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
-from ldm.config.legacy import GONE, TRANSLATED
 from ldm.config.signature import argument_help, constructor_arguments
 from ldm.config.suggest import closest
+from ldm.config.trainer_keys import REMOVED_SETTINGS, TRAINER, TRANSLATED, UNSUPPORTED
 
-TRAINER = "pytorch_lightning.trainer.trainer.Trainer"
 DEFAULT_SEED = 23
-
-# Arguments of the Trainer that are objects, or that belong to the run folder.
-NOT_FLAGS = {
-    "callbacks": "callbacks are set in the YAML under lightning.callbacks",
-    "plugins": "plugins can't be set; see --precision and --strategy",
-    "default_root_dir": "outputs are in the run folder; move it with --logdir",
-    "model_registry": "Lightning's model hub is not supported",
-}
 
 # An override is a dotted path, '=' and a value; '+' adds a key that the config does not have.
 _OVERRIDE = re.compile(r"\+?[A-Za-z_]\w*(\.[\w-]+)+=", re.ASCII)
@@ -57,12 +48,6 @@ class Options:
     allow_targets: tuple[str, ...] = ()
     trainer: dict[str, Any] = field(default_factory=dict)
     overrides: tuple[str, ...] = ()
-
-
-def trainer_settings() -> set[str]:
-    """Names that may stand under `lightning.trainer` and as flags, published ones included."""
-    names = set(constructor_arguments(TRAINER) or ()) - set(NOT_FLAGS)
-    return names | set(TRANSLATED) | set(GONE)
 
 
 def parse(argv: list[str]) -> Options:
@@ -133,7 +118,7 @@ def _add_trainer_flags(parser: argparse.ArgumentParser) -> None:
     arguments, texts = constructor_arguments(TRAINER) or {}, argument_help(TRAINER)
     group = parser.add_argument_group("flags of Lightning's Trainer")
     for name, argument in arguments.items():
-        if name in NOT_FLAGS:
+        if name in UNSUPPORTED:
             continue
         kinds = _kinds(argument.annotation)
         may_be_bare = {"nargs": "?", "const": True} if "bool" in kinds else {}
@@ -142,7 +127,7 @@ def _add_trainer_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("published names of such flags (Lightning 1.4)")
     for name, text in TRANSLATED.items():
         group.add_argument(f"--{name}", type=_scalar if name != "gpus" else str, metavar="VALUE", help=text)
-    for name in GONE:
+    for name in REMOVED_SETTINGS:
         group.add_argument(f"--{name}", nargs="?", const=True, type=_scalar, help=argparse.SUPPRESS)
 
 
@@ -211,8 +196,8 @@ def _about_unknown(word: str, parser: argparse.ArgumentParser) -> str:
         return f"{word!r} is not a flag's value, nor an override such as model.params.key=value"
     flag, _, value = word.partition("=")
     name = flag.lstrip("-").replace("-", "_")
-    if name in NOT_FLAGS:
-        return f"{flag}: {NOT_FLAGS[name]}"
+    if name in UNSUPPORTED:
+        return f"{flag}: {UNSUPPORTED[name]}"
     if "." in name:
         return f"unknown flag {flag}; an override has no dashes: {flag.lstrip('-')}={value or 'VALUE'}"
     flags = [flag for action in parser._actions for flag in action.option_strings if action.help != argparse.SUPPRESS]

@@ -8,7 +8,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from ldm.config.instantiate import ConfigError
-from ldm.config.legacy import DEVICE_SETTINGS, modernize
+from ldm.config.trainer_keys import DEVICE_KEYS, modernize
 from ldm.training.devices import Devices, Machine, choose
 from ldm.training.flags import DEFAULT_SEED, Options
 
@@ -43,10 +43,10 @@ def settle(options: Options, lightning: DictConfig) -> Settings:
     saved = OmegaConf.to_container(lightning, resolve=True)
     from_yaml, from_flags = dict(saved.get("trainer") or {}), dict(options.trainer)
     devices_where = "lightning.trainer."
-    if any(name in from_flags for name in (*DEVICE_SETTINGS, "distributed_backend")):
+    if any(name in from_flags for name in (*DEVICE_KEYS, "distributed_backend")):
         # One place decides on devices, or a saved `gpus` would fight with a new `--devices`.
         from_yaml = {
-            name: value for name, value in from_yaml.items() if name not in (*DEVICE_SETTINGS, "distributed_backend")
+            name: value for name, value in from_yaml.items() if name not in (*DEVICE_KEYS, "distributed_backend")
         }
         devices_where = "--"
     try:
@@ -69,7 +69,7 @@ def settle(options: Options, lightning: DictConfig) -> Settings:
     kept = {name: value for name, value in from_flags.items() if name != "resume_from_checkpoint"}
     kept_lightning = OmegaConf.merge(lightning, {"seed": seed, "scale_lr": scale_lr})
     kept_lightning["trainer"] = {**from_yaml, **kept}
-    device_settings = {name: trainer.pop(name) for name in DEVICE_SETTINGS if name in trainer}
+    device_settings = {name: trainer.pop(name) for name in DEVICE_KEYS if name in trainer}
     return Settings(trainer, devices_where, device_settings, seed, scale_lr, start_from, kept_lightning)
 
 

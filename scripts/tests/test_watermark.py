@@ -8,7 +8,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the checkout that this script is in, installed or not
 
-from ldm.cli import Parser, run
+from ldm.cli import Parser, run_command
 from ldm.output.watermark import METHODS, Watermark
 
 
@@ -40,4 +40,4 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run(main))
+    sys.exit(run_command(main))

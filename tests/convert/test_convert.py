@@ -307,8 +307,8 @@ def test_a_folder_of_another_model_than_the_yamls_is_refused(converted, tmp_path
 @pytest.mark.parametrize(
     ("content", "says"),
     [
-        ("{", "no JSON"),
-        ("[1]", "where an object was expected"),
+        ("{", "invalid JSON"),
+        ("[1]", "expected a JSON object"),
         ('{"_class_name": "UNetMotionModel"}', "only UNet2DConditionModel and UNet2DModel can be read"),
         ('{"_class_name": "UNet2DModel"}', "lacks 'block_out_channels'"),
         ('{"_class_name": "UNet2DModel", "block_out_channels": 5}', "wrong kind"),

@@ -79,7 +79,7 @@ RE_EXPORTS = (  # what an allowed module merely imported, or what is no class: n
     "ldm.checkpoint.formats.load_pickle",
     "ldm.checkpoint.write.shutil.rmtree",
     "ldm.cli.sys.exit",
-    "ldm.cli.run",
+    "ldm.cli.run_command",
     "ldm.data.archives.shutil.rmtree",
     "ldm.data.archives.unpack",
     "ldm.data.archives.tempfile.mkdtemp",

@@ -7,7 +7,7 @@ from copy import deepcopy
 import pytest
 from omegaconf import OmegaConf
 
-from ldm.cli import run
+from ldm.cli import run_command
 from ldm.config import instantiate as util
 from ldm.config import merge as training_config
 from ldm.config.instantiate import ConfigError, check_allowed
@@ -177,7 +177,7 @@ def test_a_yaml_is_data_and_ends(what, evil, tmp_path, capsys):
     assert "\n" not in " ".join(str(caught.value).splitlines()[:1])
     with pytest.raises(ConfigError):
         training_config.check(training_config.merge([file]))
-    assert run(txt2img.main, ["--config", str(file), "--ckpt", str(file)]) == 2
+    assert run_command(txt2img.main, ["--config", str(file), "--ckpt", str(file)]) == 2
     said = capsys.readouterr().err
     assert said.count("\n") == 1 and str(file) in said
 
@@ -212,7 +212,7 @@ def test_a_resumed_folder_is_trusted_no_more_than_any_other_file(evil, tmp_path,
         (folder / "configs" / "2-project.yaml").write_text(text)
         code, said = trained(["--resume", str(folder)], capsys)
         assert code == 2 and "Traceback" not in said, number
-        assert run(sample_diffusion.main, ["-r", str(folder), "-n", "1"]) == 2
+        assert run_command(sample_diffusion.main, ["-r", str(folder), "-n", "1"]) == 2
         assert "Traceback" not in capsys.readouterr().err
 
 

@@ -13,7 +13,7 @@ from PIL import Image, PngImagePlugin
 from torch import nn
 
 from ldm.callbacks import ImageLogger
-from ldm.cli import run
+from ldm.cli import run_command
 from ldm.config.instantiate import ConfigError
 from ldm.config.text_shapes import clip_shape
 from ldm.data import archives
@@ -120,7 +120,7 @@ def test_prompts_are_never_names_of_files(tmp_path, monkeypatch):
         "--n_samples",
         "9",
     ]
-    assert run(txt2img, [*model, *asked, "--outdir", str(home)]) == 0
+    assert run_command(txt2img, [*model, *asked, "--outdir", str(home)]) == 0
     assert tree(tmp_path) == before
     names = sorted(path.name for path in (home / "samples").iterdir())
     assert names == [f"{k:05}.png" for k in range(len(words) + 2)] and sorted(os.listdir(home)) == [
@@ -228,7 +228,10 @@ def test_a_picture_to_draw_again_is_drawn_or_refused_in_one_line_whatever_its_me
     }
     for value in VALUES:
         Picture(Image.new("RGB", (2, 2)), {}).image.save("x.png", pnginfo=png_info({**good, name: value}))
-        assert run(txt2img, ["--from-metadata", "x.png", "--outdir", str(tmp_path / "home"), "--device", "cpu"]) == 2
+        assert (
+            run_command(txt2img, ["--from-metadata", "x.png", "--outdir", str(tmp_path / "home"), "--device", "cpu"])
+            == 2
+        )
         said = capsys.readouterr().err
         assert "Traceback" not in said and said.splitlines()[-1].startswith("error: "), (value, said)
         assert not tree(tmp_path) - {tmp_path / "home", tmp_path / "x.png"}

@@ -25,7 +25,7 @@ from ldm.checkpoint.load import (
     verify_checkpoint,
 )
 from ldm.checkpoint.write import AtomicCheckpointIO, find_checkpoint
-from ldm.cli import run
+from ldm.cli import run_command
 from ldm.config.text_shapes import VIT_L_14
 from ldm.modules.encoders.clip_text import CLIPText, load_pretrained_text
 from ldm.modules.encoders.modules import FrozenCLIPTextEmbedder
@@ -101,7 +101,7 @@ def script(path, folder):
         "--device",
         "cpu",
     ]
-    code = run(txt2img.main, [*argv, "--outdir", str(folder / "out")])
+    code = run_command(txt2img.main, [*argv, "--outdir", str(folder / "out")])
     raise CheckpointError(f"exit code {code}")
 
 
@@ -113,7 +113,7 @@ def resumed_script(path, folder):
     )
     shutil.copy(path, run_folder / "model.ckpt")
     raise CheckpointError(
-        f"exit code {run(sample_diffusion.main, ['-r', str(run_folder), '-n', '1', '-c', '1', '--device', 'cpu'])}"
+        f"exit code {run_command(sample_diffusion.main, ['-r', str(run_folder), '-n', '1', '-c', '1', '--device', 'cpu'])}"
     )
 
 
@@ -176,7 +176,7 @@ def diffusers_component(path, folder):
 
 def conversion(path, folder):
     OmegaConf.save(OmegaConf.create(text_model_config()), folder / "config.yaml")
-    code = run(
+    code = run_command(
         convert.main, ["--config", str(folder / "config.yaml"), "--ckpt", str(path), "--out", str(folder / "out")]
     )
     assert code == 2 and not (folder / "out").exists()

@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from ldm.cli import run
+from ldm.cli import run_command
 from ldm.inference import Pipeline, draw_samples, image_to_image, load_model, text_to_image
 from ldm.inference import from_metadata as redraw
 from ldm.inference.settings import MAX_SEED, Settings
@@ -214,12 +214,12 @@ EVERYTHING += ["--tiled", "16", "--no-use_ema"]
 def test_txt2img_draws_a_picture_again_from_its_metadata(saved, tmp_path, mode, flags):
     (tmp_path / "prompts.txt").write_text("a (cat:1.4)\n" + "many words " * 20 + "\nbirds\n", encoding="utf-8")
     many = ["--from-file", str(tmp_path / "prompts.txt"), "--n_samples", "2", "--n_iter", "2", "--H", "24", "--W", "16"]
-    assert run(txt2img.main, arguments(saved, tmp_path / "a", "--seed_mode", mode, *many, *flags)) == 0
+    assert run_command(txt2img.main, arguments(saved, tmp_path / "a", "--seed_mode", mode, *many, *flags)) == 0
     before = pictures(tmp_path / "a")
     assert len(before) == 6
     for k in (2, 4):
         file = tmp_path / "a" / "samples" / f"{k:05}.png"
-        assert run(txt2img.main, ["--from-metadata", str(file), "--outdir", str(tmp_path / f"b{k}")]) == 0
+        assert run_command(txt2img.main, ["--from-metadata", str(file), "--outdir", str(tmp_path / f"b{k}")]) == 0
         ((pixels, info),) = pictures(tmp_path / f"b{k}")
         assert info == before[k][1]
         assert np.array_equal(pixels, before[k][0]) or (mode == "image" and within_a_step([pixels], [before[k][0]]))
@@ -241,23 +241,23 @@ def test_img2img_does_so_too(saved, tmp_path, image, mode):
         "--seed_mode",
         mode,
     ]
-    assert run(img2img.main, arguments(saved, tmp_path / "a", *flags, "--tiled", "16", "--n_iter", "2")) == 0
+    assert run_command(img2img.main, arguments(saved, tmp_path / "a", *flags, "--tiled", "16", "--n_iter", "2")) == 0
     before = pictures(tmp_path / "a")
     again = ["--from-metadata", str(tmp_path / "a" / "samples" / "00004.png"), "--outdir", str(tmp_path / "b")]
-    assert run(img2img.main, again) == 0
+    assert run_command(img2img.main, again) == 0
     ((pixels, info),) = pictures(tmp_path / "b")
     assert info == before[4][1] and within_a_step([pixels], [before[4][0]])
     assert mode == "image" or np.array_equal(pixels, before[4][0])
 
 
 def test_a_picture_that_was_drawn_again_can_be_drawn_again(saved, tmp_path):
-    run(
+    run_command(
         txt2img.main,
         arguments(saved, tmp_path / "a", "--H", "16", "--W", "16", "--seed_mode", "image", "--n_samples", "2"),
     )
     for before, after in ("ab", "bc"):
         file = sorted((tmp_path / before / "samples").iterdir())[-1]
-        assert run(txt2img.main, ["--from-metadata", str(file), "--outdir", str(tmp_path / after)]) == 0
+        assert run_command(txt2img.main, ["--from-metadata", str(file), "--outdir", str(tmp_path / after)]) == 0
     (_, _, _, a), (b,), (c,) = (pictures(tmp_path / name) for name in "abc")
     assert np.array_equal(b[0], c[0]) and within_a_step([a[0]], [b[0]]) and a[1] == b[1] == c[1]
 
@@ -280,9 +280,9 @@ def test_the_mark_is_drawn_again_and_the_safety_check_is_not_the_pictures_to_cho
         "off",
         "--skip_grid",
     ]
-    assert run(txt2img.main, arguments(saved, tmp_path / "a", *flags, "--ddim_steps", "1")) == 0
+    assert run_command(txt2img.main, arguments(saved, tmp_path / "a", *flags, "--ddim_steps", "1")) == 0
     command = ["--from-metadata", str(tmp_path / "a" / "samples" / "00000.png"), "--outdir", str(tmp_path / "b")]
-    assert run(txt2img.main, command) == 0
+    assert run_command(txt2img.main, command) == 0
     ((a, before),), ((b, after),) = pictures(tmp_path / "a"), pictures(tmp_path / "b")
     assert (
         np.array_equal(a, b)
@@ -297,9 +297,9 @@ def test_a_grid_is_drawn_again_whole(saved, tmp_path):
     (tmp_path / "prompts.txt").write_text("a cat\na dog\nbirds\n", encoding="utf-8")
     small = ["--H", "16", "--W", "16", "--n_samples", "2"]
     for name, flags in (("list", ["--from-file", str(tmp_path / "prompts.txt")]), ("one", ["--prompt", "a cat"])):
-        run(txt2img.main, arguments(saved, tmp_path / name, *small, *flags))
+        run_command(txt2img.main, arguments(saved, tmp_path / name, *small, *flags))
         assert (
-            run(
+            run_command(
                 txt2img.main,
                 ["--from-metadata", str(tmp_path / name / "grid-0000.png"), "--outdir", str(tmp_path / f"{name}2")],
             )
@@ -310,7 +310,7 @@ def test_a_grid_is_drawn_again_whole(saved, tmp_path):
 
 
 def test_flags_replace_what_the_metadata_says(saved, tmp_path):
-    run(
+    run_command(
         txt2img.main,
         arguments(
             saved, tmp_path / "a", "--H", "16", "--W", "16", "--ddim_eta", "1", "--n_samples", "2", "--n_iter", "1"
@@ -318,13 +318,15 @@ def test_flags_replace_what_the_metadata_says(saved, tmp_path):
     )
     command = ["--from-metadata", str(tmp_path / "a" / "samples" / "00001.png"), "--outdir"]
     assert (
-        run(txt2img.main, [*command, str(tmp_path / "b"), "--seed", "7", "--prompt", "a dog", "--plms", "--W", "24"])
+        run_command(
+            txt2img.main, [*command, str(tmp_path / "b"), "--seed", "7", "--prompt", "a dog", "--plms", "--W", "24"]
+        )
         == 0
     )
     ((pixels, info),) = pictures(tmp_path / "b")
     said = {"seed": 7, "prompt": "a dog", "sampler": "plms", "eta": 0.0, "steps": 3, "image_index": 1, "width": 24}
     assert {key: info[key] for key in said} == said and pixels.shape == (16, 24, 3)
-    assert run(txt2img.main, [*command, str(tmp_path / "c"), "--n_samples", "3"]) == 0
+    assert run_command(txt2img.main, [*command, str(tmp_path / "c"), "--n_samples", "3"]) == 0
     assert [info["prompt"] for _, info in pictures(tmp_path / "c")] == [txt2img.parser().parse_args([]).prompt] * 3
 
 
@@ -333,7 +335,9 @@ def test_files_that_have_changed_are_told_and_refused_unless_they_are_named(save
     ckpt, config = tmp_path / "m.ckpt", tmp_path / "m.yaml"
     ckpt.write_bytes(saved.ckpt.read_bytes()), config.write_bytes(saved.config.read_bytes())
     copy = saved._replace(ckpt=ckpt, config=config)
-    run(img2img.main, arguments(copy, tmp_path / "out", "--init-img", str(tmp_path / "a.png"), "--n_samples", "1"))
+    run_command(
+        img2img.main, arguments(copy, tmp_path / "out", "--init-img", str(tmp_path / "a.png"), "--n_samples", "1")
+    )
     capsys.readouterr()
     command = ["--from-metadata", str(tmp_path / "out" / "samples" / "00000.png"), "--outdir", str(tmp_path / "again")]
     config.write_text(config.read_text() + "\n")
@@ -342,7 +346,7 @@ def test_files_that_have_changed_are_told_and_refused_unless_they_are_named(save
     image.rotate(180).save(tmp_path / "a.png")
     assert "--init-img" in refused(img2img.main, command, capsys) and not (tmp_path / "again").exists()
     with caplog.at_level("WARNING"):
-        assert run(img2img.main, [*command, "--init-img", str(tmp_path / "a.png")]) == 0
+        assert run_command(img2img.main, [*command, "--init-img", str(tmp_path / "a.png")]) == 0
     capsys.readouterr()
     assert sum("the picture will be another" in record.message for record in caplog.records) == 1
     ckpt.unlink()
@@ -369,7 +373,7 @@ def test_weights_in_a_folder_are_compared_too(tmp_path, monkeypatch):
 
 
 def test_what_cannot_be_drawn_again_is_refused_in_one_line(saved, tmp_path, capsys):
-    run(txt2img.main, arguments(saved, tmp_path, "--H", "16", "--W", "16", "--n_samples", "1", "--n_iter", "1"))
+    run_command(txt2img.main, arguments(saved, tmp_path, "--H", "16", "--W", "16", "--n_samples", "1", "--n_iter", "1"))
     capsys.readouterr()
     file = str(tmp_path / "samples" / "00000.png")
     assert "this picture was drawn by txt2img, not by img2img" in refused(
@@ -386,12 +390,12 @@ def test_what_cannot_be_drawn_again_is_refused_in_one_line(saved, tmp_path, caps
 
 
 def test_a_device_that_is_not_here_is_replaced_with_a_warning(saved, tmp_path, caplog, monkeypatch):
-    run(txt2img.main, arguments(saved, tmp_path, "--H", "16", "--W", "16", "--n_samples", "1", "--n_iter", "1"))
+    run_command(txt2img.main, arguments(saved, tmp_path, "--H", "16", "--W", "16", "--n_samples", "1", "--n_iter", "1"))
     monkeypatch.setattr("ldm.output.images.read_info", lambda path: {**read_info(path), "device": "cuda"})
     if not torch.cuda.is_available():
         with caplog.at_level("WARNING"):
             assert (
-                run(
+                run_command(
                     txt2img.main,
                     ["--from-metadata", str(tmp_path / "samples" / "00000.png"), "--outdir", str(tmp_path / "b")],
                 )

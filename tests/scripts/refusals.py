@@ -4,13 +4,13 @@ import subprocess
 import sys
 from pathlib import Path
 
-from ldm.cli import run
+from ldm.cli import run_command
 
 
 def refused(main, argv, capsys) -> str:
     """The one line that a script ends with, exit code 2."""
     try:
-        code = run(main, argv)
+        code = run_command(main, argv)
     except SystemExit as stop:
         code = stop.code
     err = capsys.readouterr().err

@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from ldm.cli import run
+from ldm.cli import run_command
 from ldm.inference.task_settings import find_run
 from ldm.output.images import read_info
 from scripts.convert import main
@@ -29,14 +29,14 @@ def saved(tmp_path_factory):
 @pytest.fixture(scope="module")
 def folder(saved):
     target = saved.ckpt.parent / "folder"
-    assert run(main, ["--ckpt", str(saved.ckpt), "--config", str(saved.config), "--out", str(target)]) == 0
+    assert run_command(main, ["--ckpt", str(saved.ckpt), "--config", str(saved.config), "--out", str(target)]) == 0
     return target
 
 
 def test_there_and_back_again(saved, folder, tmp_path, capsys):
     """Back without --config: the folder holds its own."""
     back = tmp_path / "back.ckpt"
-    assert run(main, ["--ckpt", str(folder), "--out", str(back)]) == 0
+    assert run_command(main, ["--ckpt", str(folder), "--out", str(back)]) == 0
     out = capsys.readouterr().out
     assert str(back) in out and "tensors in" in out and "of each other" in out
     one, other = saved.model.state_dict(), torch.load(back, weights_only=True)["state_dict"]
@@ -60,7 +60,7 @@ def test_txt2img_draws_the_same_picture_from_the_folder(saved, folder, tmp_path)
     ]
     flags += ["--n_iter", "1", "--device", "cpu", "--precision", "full", "--skip_grid", "--safety", "off"]
     for name, ckpt in (("file", saved.ckpt), ("folder", folder)):
-        assert run(txt2img, [*flags, "--ckpt", str(ckpt), "--outdir", str(tmp_path / name)]) == 0
+        assert run_command(txt2img, [*flags, "--ckpt", str(ckpt), "--outdir", str(tmp_path / name)]) == 0
     one, other = (np.asarray(Image.open(tmp_path / name / "samples" / "00000.png")) for name in ("file", "folder"))
     assert np.array_equal(one, other)
     assert read_info(tmp_path / "folder" / "samples" / "00000.png")["ckpt"] == str(folder)
@@ -120,14 +120,19 @@ def test_a_folder_from_elsewhere_lacks_what_nothing_uses(tmp_path):
     from ldm.inference import load_model
 
     saved = save(tmp_path, "sd2")
-    assert run(main, ["--ckpt", str(saved.ckpt), "--config", str(saved.config), "--out", str(tmp_path / "folder")]) == 0
+    assert (
+        run_command(main, ["--ckpt", str(saved.ckpt), "--config", str(saved.config), "--out", str(tmp_path / "folder")])
+        == 0
+    )
     hub = shutil.copytree(tmp_path / "folder", tmp_path / "hub")
     for name in ("published_extras.safetensors", "config.yaml"):
         (hub / name).unlink()
     whole, lacking = (load_model(saved.config, ckpt, "cpu", "full") for ckpt in (saved.ckpt, hub))
     one, other = (pipeline.encode_prompts(["a cat"])[0] for pipeline in (whole, lacking))
     assert torch.equal(one, other) and other.isfinite().all()
-    assert run(main, ["--ckpt", str(hub), "--config", str(saved.config), "--out", str(tmp_path / "b.ckpt")]) == 0
+    assert (
+        run_command(main, ["--ckpt", str(hub), "--config", str(saved.config), "--out", str(tmp_path / "b.ckpt")]) == 0
+    )
     names = torch.load(tmp_path / "b.ckpt", weights_only=True)["state_dict"].keys()
     assert not any("resblocks.2." in name for name in names) and any("resblocks.1." in name for name in names)
     assert json.loads((hub / "text_encoder" / "config.json").read_text())["num_hidden_layers"] == 2

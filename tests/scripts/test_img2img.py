@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from ldm.cli import run
+from ldm.cli import run_command
 from ldm.data.image import from_tensor, to_array
 from ldm.inference import Pipeline, image_to_image
 from ldm.inference.task_settings import ImageSettings
@@ -124,7 +124,7 @@ def test_a_picture_of_any_size_is_resized_to_the_nearest_that_the_model_takes_in
 ):
     Image.new("RGB", (37, 20), "red").save(tmp_path / "a.jpg")
     with caplog.at_level("INFO"):
-        assert run(main, arguments(saved, tmp_path / "a.jpg", tmp_path, "--n_iter", "2")) == 0
+        assert run_command(main, arguments(saved, tmp_path / "a.jpg", tmp_path, "--n_iter", "2")) == 0
     assert sum("resized from 37x20 to 40x16 pixels" in r.message for r in caplog.records) == 1
     written = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*.png"))
     assert written == ["grid-0000.png", *(f"samples/0000{k}.png" for k in range(4))]
@@ -139,7 +139,7 @@ def test_a_picture_of_any_size_is_resized_to_the_nearest_that_the_model_takes_in
         "width": 40,
     }
     assert {key: info[key] for key in expected} == expected and "4 pictures in" in capsys.readouterr().out
-    run(main, arguments(saved, tmp_path / "a.jpg", tmp_path))
+    run_command(main, arguments(saved, tmp_path / "a.jpg", tmp_path))
     assert len(list((tmp_path / "samples").iterdir())) == 6
 
 

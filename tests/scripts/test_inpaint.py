@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from ldm.cli import run
+from ldm.cli import run_command
 from ldm.inference import Pipeline, fill, fingerprint, load_model
 from ldm.inference.task_settings import FillSettings
 from ldm.models.diffusion.ddim import DDIMSampler
@@ -94,7 +94,7 @@ def test_the_masked_pixels_have_no_influence(pipeline):
 
 def test_the_mark_is_in_the_drawn_pixels_alone(saved, tmp_path):
     pair(tmp_path / "in", width=264, height=264)
-    run(main, arguments(saved, tmp_path / "in", tmp_path / "out", "--steps", "1"))
+    run_command(main, arguments(saved, tmp_path / "in", tmp_path / "out", "--steps", "1"))
     info = read_info(tmp_path / "out" / "x.png")
     assert info["watermark"] == f"{Watermark()}, in the drawn pixels alone"
     mask, result = hole(264, 264), np.asarray(Image.open(tmp_path / "out" / "x.png"))
@@ -109,7 +109,7 @@ def test_every_pair_gives_a_file_of_its_name_and_none_is_overwritten(saved, tmp_
     picture().save(tmp_path / "in" / "photo.jpg")
     hole().save(tmp_path / "in" / "photo_mask.png")
     for _ in range(2):
-        assert run(main, arguments(saved, tmp_path / "in", tmp_path / "out")) == 0
+        assert run_command(main, arguments(saved, tmp_path / "in", tmp_path / "out")) == 0
     names = sorted(path.name for path in (tmp_path / "out").iterdir())
     assert names == sorted(f"{stem}{k}.png" for stem in ("a", "b_mask_c", "photo") for k in ("", "-1"))
     one, two = (np.asarray(Image.open(tmp_path / "out" / name)) for name in ("a.png", "a-1.png"))
@@ -132,7 +132,7 @@ def test_every_pair_gives_a_file_of_its_name_and_none_is_overwritten(saved, tmp_
 def test_results_in_the_folder_of_the_pictures_leave_them_alone(saved, tmp_path):
     pair(tmp_path)
     before = (tmp_path / "x.png").read_bytes()
-    run(main, arguments(saved, tmp_path, tmp_path))
+    run_command(main, arguments(saved, tmp_path, tmp_path))
     assert (tmp_path / "x.png").read_bytes() == before and (tmp_path / "x-1.png").exists()
 
 
@@ -144,7 +144,7 @@ def test_the_released_model_is_found_under_either_name(saved, tmp_path, monkeypa
     shutil.copy(saved.ckpt, folder / name)
     pair(tmp_path / "in")
     monkeypatch.chdir(tmp_path)
-    assert run(main, ["--indir", "in", "--outdir", "out", "--steps", "1", "--device", "cpu"]) == 0
+    assert run_command(main, ["--indir", "in", "--outdir", "out", "--steps", "1", "--device", "cpu"]) == 0
     assert read_info("out/x.png")["ckpt"] == f"models/ldm/inpainting_big/{name}"
 
 

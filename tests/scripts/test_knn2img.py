@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from ldm.checkpoint.write import write_weights
-from ldm.cli import run
+from ldm.cli import run_command
 from ldm.inference.settings import model_facts, read_config
 from ldm.modules.encoders import modules
 from ldm.modules.encoders.modules import FrozenClipImageEmbedder, FrozenCLIPTextEmbedder
@@ -132,13 +132,13 @@ def test_neighbors_of_a_searcher_that_was_saved_or_made_on_the_spot_lead_to_the_
     pytest.importorskip("faiss")
     monkeypatch.chdir(tmp_path)
     command = ["--database", str(database), "--use_neighbors", "--knn", "4", "--n_repeat", "2"]
-    assert run(knn2img.main, arguments(saved, clip_weights, tmp_path / "a", *command)) == 0
-    assert run(train_searcher.main, ["-d", str(database), "-t", "data/rdm/searchers/toy", "-k", "5"]) == 0
+    assert run_command(knn2img.main, arguments(saved, clip_weights, tmp_path / "a", *command)) == 0
+    assert run_command(train_searcher.main, ["-d", str(database), "-t", "data/rdm/searchers/toy", "-k", "5"]) == 0
     assert "60 vectors in" in capsys.readouterr().out and (tmp_path / "data/rdm/searchers/toy/index.faiss").is_file()
     with caplog.at_level("INFO"):
-        assert run(knn2img.main, arguments(saved, clip_weights, tmp_path / "b", *command)) == 0
+        assert run_command(knn2img.main, arguments(saved, clip_weights, tmp_path / "b", *command)) == 0
     assert "indexed" not in caplog.text and "neighbors" in caplog.text
-    assert run(knn2img.main, arguments(saved, clip_weights, tmp_path / "c")) == 0
+    assert run_command(knn2img.main, arguments(saved, clip_weights, tmp_path / "c")) == 0
     a, b, c = (pixels(tmp_path / name) for name in "abc")
     assert a.shape == (2, 16, 16, 3) and np.array_equal(a, b) and not np.array_equal(a, c)
     info = read_info(tmp_path / "b" / "samples" / "00001.png")
@@ -160,7 +160,7 @@ def test_neighbors_of_a_searcher_that_was_saved_or_made_on_the_spot_lead_to_the_
             "--outdir",
             str(tmp_path / f"{before}2"),
         ]
-        assert run(knn2img.main, again) == 0
+        assert run_command(knn2img.main, again) == 0
         assert np.array_equal(pixels(tmp_path / f"{before}2"), drawn[1:])
 
 
@@ -174,7 +174,9 @@ def test_pictures_are_those_of_the_context_alone(saved, clip_weights, database, 
         LatentDiffusion, "apply_model", lambda self, x, t, cond=None: (seen.append(cond), inner(self, x, t, cond))[1]
     )
     command = ["--database", str(database), "--use_neighbors", "--knn", "3", "--n_repeat", "2", "--plms"]
-    assert run(knn2img.main, arguments(saved, clip_weights, tmp_path / "out", *command, "--prompt", "a cat")) == 0
+    assert (
+        run_command(knn2img.main, arguments(saved, clip_weights, tmp_path / "out", *command, "--prompt", "a cat")) == 0
+    )
     clip = modules.FrozenCLIPTextEmbedder(weights=str(clip_weights))
     clip.load_pretrained()
     text = clip.encode(["a cat"] * 2)
@@ -207,10 +209,10 @@ def test_a_database_is_made_of_pictures_and_drawn_with(saved, clip_weights, tmp_
         "--device",
         "cpu",
     ]
-    assert run(train_searcher.main, flags) == 0
+    assert run_command(train_searcher.main, flags) == 0
     assert len(Database(made)) == 5
     command = ["--database", str(made), "--searcher", str(index), "--use_neighbors", "--knn", "5", "--scale", "1"]
-    assert run(knn2img.main, arguments(saved, clip_weights, tmp_path / "out", *command)) == 0
+    assert run_command(knn2img.main, arguments(saved, clip_weights, tmp_path / "out", *command)) == 0
     assert pixels(tmp_path / "out").shape == (2, 16, 16, 3)
 
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from ldm.cli import run
+from ldm.cli import run_command
 from ldm.data.image import from_tensor, load_depth, to_array
 from ldm.inference import depth_parts, enlarge, fill, image_to_image, load_model, text_to_image
 from ldm.inference.concat import feathered
@@ -94,7 +94,7 @@ def test_a_prompt_is_drawn_by_the_script(saved, tmp_path):
         "--n_samples",
         "1",
     ]
-    assert run(txt2img.main, command(saved["v2-v"], *flags, "--n_iter", "1", "--outdir", str(tmp_path))) == 0
+    assert run_command(txt2img.main, command(saved["v2-v"], *flags, "--n_iter", "1", "--outdir", str(tmp_path))) == 0
     assert read_info(next((tmp_path / "samples").iterdir()))["prompt"] == "a horse"
 
 
@@ -168,7 +168,7 @@ def test_one_pair_is_filled_by_the_script(saved, tmp_path, capsys):
     hole().save(tmp_path / "m.png")
     pair = ["--init-img", str(tmp_path / "a.png"), "--mask", str(tmp_path / "m.png"), "--outdir", str(tmp_path / "out")]
     flags = ["--prompt", "a bench", "--steps", "2", "--sampler", "euler", "--feather", "2"]
-    assert run(inpaint.main, command(saved["sd-fill"], *pair, *flags)) == 0
+    assert run_command(inpaint.main, command(saved["sd-fill"], *pair, *flags)) == 0
     info = read_info(tmp_path / "out" / "a.png")
     expected = {"prompt": "a bench", "sampler": "euler", "feather": 2, "scale": 7.5, "mask": str(tmp_path / "m.png")}
     assert {key: info[key] for key in expected} == expected
@@ -229,11 +229,11 @@ def test_depth_is_a_flag_of_img2img(saved, tmp_path, capsys):
         "--outdir",
         str(tmp_path / "out"),
     ]
-    assert run(img2img.main, command(saved["depth"], *flags, "--depth", str(tmp_path / "d.png"))) == 0
+    assert run_command(img2img.main, command(saved["depth"], *flags, "--depth", str(tmp_path / "d.png"))) == 0
     first = tmp_path / "out" / "samples" / "00000.png"
     assert read_info(first)["depth"] == str(tmp_path / "d.png")
     again = ["--from-metadata", str(first), "--outdir", str(tmp_path / "again"), "--safety", "off"]
-    assert run(img2img.main, again) == 0
+    assert run_command(img2img.main, again) == 0
     assert np.array_equal(pixels(Image.open(tmp_path / "again" / "samples" / "00000.png")), pixels(Image.open(first)))
     capsys.readouterr()
     assert "--depth" in refused(img2img.main, command(saved["depth"], *flags), capsys)
@@ -272,7 +272,7 @@ def test_a_small_picture_is_enlarged_after_a_prompt_with_the_noise_that_is_told(
 def test_a_small_picture_is_enlarged_by_the_script(saved, tmp_path, capsys):
     picture(6, 4).save(tmp_path / "a.png")
     flags = ["--init-img", str(tmp_path / "a.png"), "--outdir", str(tmp_path / "out"), "--steps", "2"]
-    assert run(upscale.main, command(saved["x4"], *flags, "--prompt", "a cat", "--noise_level", "5")) == 0
+    assert run_command(upscale.main, command(saved["x4"], *flags, "--prompt", "a cat", "--noise_level", "5")) == 0
     info = read_info(tmp_path / "out" / "a.png")
     assert (info["noise_level"], info["scale"], info["eta"], info["prompt"], info["width"]) == (
         5,

@@ -160,7 +160,7 @@ def test_without_scikit_learn_it_stops_in_one_line_before_anything_else(capfd, m
 
     digits.load_scans.cache_clear()
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
-    assert quickstart.run(quickstart.main, ["--outdir", str(tmp_path / "out")]) == 2
+    assert quickstart.run_command(quickstart.main, ["--outdir", str(tmp_path / "out")]) == 2
     err = capfd.readouterr().err
     assert err.startswith("error: ") and "quickstart" in err and err.count("\n") == 1
     assert not (tmp_path / "out").exists()
@@ -168,6 +168,6 @@ def test_without_scikit_learn_it_stops_in_one_line_before_anything_else(capfd, m
 
 
 def test_a_seed_that_training_would_refuse_is_refused_as_it_was_written(capfd, tmp_path):
-    assert quickstart.run(quickstart.main, ["--seed", "-3", "--outdir", str(tmp_path / "out")]) == 2
+    assert quickstart.run_command(quickstart.main, ["--seed", "-3", "--outdir", str(tmp_path / "out")]) == 2
     assert capfd.readouterr().err == "error: --seed -3: expected an integer of at least 0\n"
     assert not (tmp_path / "out").exists()

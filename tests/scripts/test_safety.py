@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ldm.cli import run
+from ldm.cli import run_command
 from ldm.output.images import read_info
 from tests.output.toys import save_checker
 from tests.scripts.refusals import refused
@@ -68,7 +68,7 @@ def written(folder) -> dict[str, np.ndarray]:
 @pytest.mark.parametrize("script", KIND_OF)
 def test_on_writes_black_pictures_in_the_place_of_flagged_ones(models, checkers, tmp_path, script):
     assert (
-        run(
+        run_command(
             main_of(script),
             command(script, models, tmp_path, "--safety", "on", "--safety_checker", str(checkers[True])),
         )
@@ -90,7 +90,10 @@ def test_report_and_what_is_not_flagged_change_no_pixel(models, checkers, tmp_pa
     for mode, flagged, flags in states:
         folder = tmp_path / mode
         folder.mkdir()
-        assert run(main_of(script), command(script, models, folder, "--safety", mode, *flags, *seed_of(script))) == 0
+        assert (
+            run_command(main_of(script), command(script, models, folder, "--safety", mode, *flags, *seed_of(script)))
+            == 0
+        )
         infos = [read_info(path) for path in (folder / "out").rglob("*.png")]
         assert infos and all((info["safety"], info["flagged"]) == (mode, flagged) for info in infos)
         drawn.append(written(folder))
@@ -115,7 +118,7 @@ def test_a_grid_is_made_of_checked_pictures_and_is_not_checked_itself(models, ch
         "--safety_checker",
         str(checkers[False]),
     ]  # the first look is the checker's own, when it is made
-    assert run(main_of("txt2img"), command("txt2img", models, tmp_path, *flags)) == 0
+    assert run_command(main_of("txt2img"), command("txt2img", models, tmp_path, *flags)) == 0
     pictures = written(tmp_path)
     grid = pictures["grid-0000.png"]
     assert (
@@ -149,9 +152,9 @@ def test_the_configs_word_is_the_default(models, checkers, tmp_path, capsys):
     config = tmp_path / "checked.yaml"
     config.write_text("safety: on\n" + models["text"].config.read_text(encoding="utf-8"), encoding="utf-8")
     words = [*command("txt2img", models, tmp_path), "--config", str(config)]
-    assert run(main_of("txt2img"), [*words, "--safety_checker", str(checkers[True])]) == 0
+    assert run_command(main_of("txt2img"), [*words, "--safety_checker", str(checkers[True])]) == 0
     assert read_info(tmp_path / "out" / "samples" / "00000.png")["flagged"] is True
-    assert run(main_of("txt2img"), [*words, "--safety", "off"]) == 0
+    assert run_command(main_of("txt2img"), [*words, "--safety", "off"]) == 0
     assert read_info(tmp_path / "out" / "samples" / "00002.png")["safety"] == "off"
     capsys.readouterr()
     words += ["--safety", "off", "--safety_checker", "x"]
@@ -164,7 +167,7 @@ def test_the_configs_word_is_the_default(models, checkers, tmp_path, capsys):
 def test_samples_and_grids_carry_the_watermark_that_is_asked_for(models, tmp_path, method, text, monkeypatch):
     monkeypatch.setattr("ldm.output.watermark.MIN_PIXELS", 0)  # the pictures are tiny, and hold a part of it
     assert (
-        run(
+        run_command(
             main_of("txt2img"),
             command("txt2img", models, tmp_path, *([] if method is None else ["--watermark", method])),
         )

@@ -9,7 +9,7 @@ import torch
 from omegaconf import OmegaConf
 from PIL import Image
 
-from ldm.cli import run
+from ldm.cli import run_command
 from ldm.data.image import from_tensor
 from ldm.inference import draw_samples, fingerprint, load_model
 from ldm.inference.task_settings import SampleSettings
@@ -73,7 +73,7 @@ def result(logdir) -> tuple[list, dict[str, np.ndarray], str]:
 
 @pytest.mark.parametrize("n_samples", [1, 2, 3, 5])
 def test_exactly_so_many_samples_as_asked_for_in_the_published_places(released, tmp_path, n_samples, capsys):
-    assert run(main, arguments(released.ckpt, tmp_path, "-n", str(n_samples))) == 0
+    assert run_command(main, arguments(released.ckpt, tmp_path, "-n", str(n_samples))) == 0
     files, arrays, name = result(tmp_path)
     assert [path.name for path in files] == [f"sample_{k:06}.png" for k in range(n_samples)]
     where = files[0].relative_to(tmp_path).as_posix()
@@ -96,7 +96,7 @@ def test_samples_are_the_published_samplers(released, tmp_path):
         for _ in range(2):
             z, _ = DDIMSampler(model).sample(S=2, batch_size=2, shape=(4, 8, 8), eta=1.0, verbose=False)
             expected += [np.asarray(from_tensor(x)) for x in model.decode_first_stage(z)]
-    run(main, arguments(released.ckpt.parent, tmp_path, "-n", "4"))
+    run_command(main, arguments(released.ckpt.parent, tmp_path, "-n", "4"))
     assert np.array_equal(result(tmp_path)[1]["arr_0"], np.stack(expected))
 
 
@@ -106,14 +106,14 @@ def test_vanilla_walks_every_timestep_and_says_what_it_does_not_use(released, tm
         z = released.model.sample(batch_size=2, shape=(2, 4, 8, 8))
         expected = np.stack([np.asarray(from_tensor(x)) for x in released.model.decode_first_stage(z)])
     with caplog.at_level("INFO"):
-        run(main, arguments(released.ckpt, tmp_path, "-n", "2", "-v"))
+        run_command(main, arguments(released.ckpt, tmp_path, "-n", "2", "-v"))
     assert np.abs(result(tmp_path)[1]["arr_0"].astype(int) - expected).max() <= 1 and "have no meaning" in caplog.text
 
 
 def test_any_sampler_draws_with_a_stream_of_noise_for_each_sample(released, tmp_path):
     flags = ["-n", "3", "--sampler", "euler_ancestral", "--spacing", "karras", "--seed_mode", "image"]
     for size in ("1", "3"):
-        assert run(main, arguments(released.ckpt, tmp_path / size, *flags, "--batch_size", size)) == 0
+        assert run_command(main, arguments(released.ckpt, tmp_path / size, *flags, "--batch_size", size)) == 0
     one, three = (result(tmp_path / size) for size in ("1", "3"))
     assert np.abs(one[1]["arr_0"].astype(int) - three[1]["arr_0"]).max() <= 1
     said = {"sampler": "euler_ancestral", "spacing": "karras", "eta": 1.0, "seed_mode": "image", "image_index": 2}
@@ -127,7 +127,7 @@ def test_without_a_logdir_samples_go_into_the_runs_folder_and_two_runs_of_a_seco
     monkeypatch.setattr("time.strftime", lambda form: "2026-01-01-00-00-00")
     shutil.copytree(released.ckpt.parent, tmp_path / "run")
     for _ in range(2):
-        assert run(main, arguments(tmp_path / "run", "none", "-n", "1")) == 0
+        assert run_command(main, arguments(tmp_path / "run", "none", "-n", "1")) == 0
     above = tmp_path / "run" / "samples" / "00000007"
     assert sorted(path.name for path in above.iterdir()) == ["2026-01-01-00-00-00", "2026-01-01-00-00-00-1"]
     assert OmegaConf.load(above / "2026-01-01-00-00-00" / "sampling_config.yaml").n_samples == 1
@@ -136,14 +136,14 @@ def test_without_a_logdir_samples_go_into_the_runs_folder_and_two_runs_of_a_seco
 def test_a_run_of_our_own_is_found_by_its_folder_and_by_its_checkpoint(classes, tmp_path):
     run_folder = classes.ckpt.parents[1]
     for k, resume in enumerate((run_folder, classes.ckpt)):
-        assert run(main, arguments(resume, tmp_path / str(k), "-n", "2")) == 0
+        assert run_command(main, arguments(resume, tmp_path / str(k), "-n", "2")) == 0
         assert (tmp_path / str(k) / run_folder.name / "samples" / "00000007").is_dir()
     one, two = (result(tmp_path / str(k))[1]["arr_0"] for k in range(2))
     assert np.array_equal(one, two)
 
 
 def test_classes_are_drawn_in_turn_and_told_in_array_and_metadata(classes, tmp_path):
-    assert run(main, arguments(classes.ckpt, tmp_path, "-n", "5", "--classes", "3", "0-1")) == 0
+    assert run_command(main, arguments(classes.ckpt, tmp_path, "-n", "5", "--classes", "3", "0-1")) == 0
     files, arrays, _ = result(tmp_path)
     assert arrays["arr_1"].tolist() == [3, 0, 1, 3, 0] == [read_info(path)["class"] for path in files]
     info = read_info(files[0])
@@ -161,7 +161,7 @@ def test_classes_are_drawn_in_turn_and_told_in_array_and_metadata(classes, tmp_p
 
 
 def test_without_classes_every_one_but_no_class_is_drawn_equally_often(classes, tmp_path):
-    run(main, arguments(classes.ckpt, tmp_path, "-n", "10"))
+    run_command(main, arguments(classes.ckpt, tmp_path, "-n", "10"))
     labels = result(tmp_path)[1]["arr_1"].tolist()
     assert sorted(labels) == sorted([*range(5)] * 2) and labels[:5] == labels[5:] != [*range(5)]
 
@@ -193,13 +193,13 @@ def test_a_model_of_pixels_draws_too(tmp_path, flags):
     torch.save(
         {"state_dict": seed_weights(instantiate_from_config(config["model"])).state_dict()}, tmp_path / "model.ckpt"
     )
-    assert run(main, arguments(tmp_path, tmp_path / "out", "-n", "3", *flags)) == 0
+    assert run_command(main, arguments(tmp_path, tmp_path / "out", "-n", "3", *flags)) == 0
     assert result(tmp_path / "out")[2] == "3x8x8x3-samples.npz"
 
 
 def test_overrides_change_the_config_wherever_they_stand(released, tmp_path):
     flags = ["-n", "2", "model.params.image_size=16", "-e", "0"]
-    assert run(main, [*arguments(released.ckpt, tmp_path), *flags]) == 0
+    assert run_command(main, [*arguments(released.ckpt, tmp_path), *flags]) == 0
     assert result(tmp_path)[2] == "2x64x64x3-samples.npz"
 
 
@@ -208,7 +208,7 @@ def test_a_new_seed_each_time_unless_one_is_given(released, tmp_path, capsys):
     for k in range(2):
         command = arguments(released.ckpt, tmp_path / str(k), "-n", "1")
         del command[command.index("--seed") : command.index("--seed") + 2]
-        assert run(main, command) == 0
+        assert run_command(main, command) == 0
         seeds.append(int(capsys.readouterr().out.split("seed ")[1]))
         assert read_info(result(tmp_path / str(k))[0][0])["seed"] == seeds[-1]
     assert seeds[0] != seeds[1]
@@ -264,7 +264,7 @@ def test_guidance_without_a_known_no_class_asks_for_it(tmp_path, capsys):
     saved.config.rename(tmp_path / "config.yaml")
     command = arguments(saved.ckpt, tmp_path / "out", "-n", "2", "--scale", "2")
     assert "give --null_class N" in refused(main, command, capsys)
-    assert run(main, [*command, "--null_class", "5"]) == 0
+    assert run_command(main, [*command, "--null_class", "5"]) == 0
 
 
 def test_models_that_need_more_than_a_class_are_sent_to_their_script(tmp_path, capsys):
@@ -287,7 +287,7 @@ def test_an_interrupted_run_leaves_its_pictures_and_no_half_array(released, tmp_
         raise KeyboardInterrupt
 
     monkeypatch.setattr("scripts.sample_diffusion.draw_samples", stopped)
-    assert run(main, arguments(released.ckpt, tmp_path, "-n", "2")) == 130
+    assert run_command(main, arguments(released.ckpt, tmp_path, "-n", "2")) == 130
     (folder,) = tmp_path.rglob("numpy")
     assert list(folder.iterdir()) == [] and len(list(tmp_path.rglob("*.png"))) == 1
 

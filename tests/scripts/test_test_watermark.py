@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ldm.cli import run
+from ldm.cli import run_command
 from ldm.output.images import Output, Picture
 from ldm.output.watermark import METHODS, Watermark
 from ldm.paths import ROOT
@@ -19,13 +19,13 @@ def noise(side: int) -> Image.Image:
 @pytest.mark.parametrize("method", METHODS)
 def test_the_mark_of_a_sample_is_printed(tmp_path, method, capsys):
     path = Output(tmp_path, Watermark(method)).save_sample(Picture(noise(512), {}))
-    assert run(main, [str(path), "--method", method]) == 0
+    assert run_command(main, [str(path), "--method", method]) == 0
     assert capsys.readouterr().out == "StableDiffusionV1\n"
 
 
 def test_a_picture_without_mark_says_how_little_of_it_is_there(tmp_path, capsys):
     noise(512).save(tmp_path / "a.png")
-    assert run(main, [str(tmp_path / "a.png")]) == 0
+    assert run_command(main, [str(tmp_path / "a.png")]) == 0
     out = capsys.readouterr().out
     assert all(line.isprintable() for line in out.splitlines())
     last = out.splitlines()[-1]

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ldm.cli import run
+from ldm.cli import run_command
 from ldm.inference.settings import model_facts, read_config
 from ldm.output.images import read_info
 from ldm.paths import ROOT
@@ -43,7 +43,7 @@ def pixels(outdir) -> list[np.ndarray]:
 def refused(argv: list[str], capsys) -> str:
     """The one line that the script ends with, exit code 2."""
     try:
-        code = run(main, argv)
+        code = run_command(main, argv)
     except SystemExit as stop:
         code = stop.code
     err = capsys.readouterr().err
@@ -73,7 +73,7 @@ def test_flags_have_the_published_defaults():
 @pytest.mark.parametrize("solver", [[], ["--plms"], ["--dpm_solver"], ["--sampler", "dpmpp_2m_sde"]])
 @pytest.mark.parametrize("scale", ["1", "7.5"])
 def test_samples_and_grid_are_written_as_published(saved, tmp_path, solver, scale, capsys):
-    assert run(main, arguments(saved, tmp_path, *solver, "--scale", scale, "--n_iter", "2")) == 0
+    assert run_command(main, arguments(saved, tmp_path, *solver, "--scale", scale, "--n_iter", "2")) == 0
     written = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*.png"))
     assert written == ["grid-0000.png", *(f"samples/0000{k}.png" for k in range(4))]
     assert np.asarray(Image.open(tmp_path / "grid-0000.png")).shape == (2 * 18 + 2, 2 * 18 + 2, 3)
@@ -85,11 +85,11 @@ def test_samples_and_grid_are_written_as_published(saved, tmp_path, solver, scal
 
 def test_the_same_command_draws_the_same_pictures_under_new_numbers(saved, tmp_path):
     for _ in range(2):
-        run(main, arguments(saved, tmp_path, "--seed", "3"))
+        run_command(main, arguments(saved, tmp_path, "--seed", "3"))
     a, b, c, d = pixels(tmp_path)
     assert np.array_equal(a, c) and np.array_equal(b, d) and (tmp_path / "grid-0001.png").exists()
     (tmp_path / "samples" / "00001.png").unlink()
-    run(main, arguments(saved, tmp_path, "--seed", "4", "--n_samples", "1"))
+    run_command(main, arguments(saved, tmp_path, "--seed", "4", "--n_samples", "1"))
     assert sorted(p.name for p in (tmp_path / "samples").iterdir()) == [
         "00000.png",
         "00002.png",
@@ -103,21 +103,23 @@ def test_a_file_of_prompts_gives_a_picture_of_each_whatever_their_number(saved, 
     prompts = [f"picture number {k}" for k in range(n_prompts)]
     (tmp_path / "prompts.txt").write_text("\n".join(prompts) + "\n", encoding="utf-8")
     flags = ["--from-file", str(tmp_path / "prompts.txt"), "--n_samples", "3", "--n_iter", "2", "--ddim_steps", "1"]
-    assert run(main, arguments(saved, tmp_path / "out", *flags)) == 0
+    assert run_command(main, arguments(saved, tmp_path / "out", *flags)) == 0
     infos = [read_info(path) for path in sorted((tmp_path / "out" / "samples").iterdir())]
     assert [info["prompt"] for info in infos] == prompts * 2
     assert read_info(tmp_path / "out" / "grid-0000.png")["prompts"] == prompts * 2
 
 
 def test_a_grid_with_captions_and_the_number_of_columns_asked_for(saved, tmp_path):
-    run(main, arguments(saved, tmp_path, "--n_samples", "3", "--n_rows", "1", "--H", "64", "--W", "64", "--captions"))
+    run_command(
+        main, arguments(saved, tmp_path, "--n_samples", "3", "--n_rows", "1", "--H", "64", "--W", "64", "--captions")
+    )
     image = Image.open(tmp_path / "grid-0000.png")
     assert image.width == 64 + 2 * 12 and image.height > 3 * (64 + 12) + 12 + 3 * 10
 
 
 def test_skipping_samples_or_grid(saved, tmp_path):
-    run(main, arguments(saved, tmp_path / "a", "--skip_save"))
-    run(main, arguments(saved, tmp_path / "b", "--skip_grid"))
+    run_command(main, arguments(saved, tmp_path / "a", "--skip_save"))
+    run_command(main, arguments(saved, tmp_path / "b", "--skip_grid"))
     assert [p.name for p in (tmp_path / "a").rglob("*.png")] == ["grid-0000.png"]
     assert sorted(p.name for p in (tmp_path / "b").rglob("*.png")) == ["00000.png", "00001.png"]
 
@@ -136,7 +138,7 @@ def test_everything_that_was_asked_for_is_in_the_metadata(saved, tmp_path):
         "3",
         "--fixed_code",
     ]
-    run(main, arguments(saved, tmp_path, *flags))
+    run_command(main, arguments(saved, tmp_path, *flags))
     expected = {
         "prompt": "a «cat»",
         "negative_prompt": "blurry",
@@ -168,7 +170,7 @@ def test_laion400m_changes_what_is_not_given(saved, tmp_path, capsys, monkeypatc
     )
     config = ["--config", str(saved.config), "--H", "16", "--W", "16"]
     assert "models/ldm/text2img-large/model.ckpt" in refused(["--laion400m", *config], capsys)
-    run(main, [*arguments(saved, tmp_path / "own", "--laion400m")])
+    run_command(main, [*arguments(saved, tmp_path / "own", "--laion400m")])
     assert (tmp_path / "own" / "grid-0000.png").exists() and not (tmp_path / "outputs").exists()
 
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from ldm.cli import run
+from ldm.cli import run_command
 from ldm.data.image import from_tensor, to_array
 from ldm.inference import Pipeline, enlarge, fingerprint, load_model
 from ldm.inference.task_settings import UpscaleSettings
@@ -77,8 +77,8 @@ def test_a_picture_does_not_depend_on_those_before_it_and_none_is_overwritten(sa
         str(tmp_path / "0.png"),
         str(tmp_path / "1.png"),
     ]
-    assert run(main, command) == 0 and "2 pictures in" in capsys.readouterr().out
-    assert run(main, arguments(saved, tmp_path / "1.png", tmp_path / "out")) == 0
+    assert run_command(main, command) == 0 and "2 pictures in" in capsys.readouterr().out
+    assert run_command(main, arguments(saved, tmp_path / "1.png", tmp_path / "out")) == 0
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["0.png", "1-1.png", "1.png"]
     assert np.array_equal(*(np.asarray(Image.open(tmp_path / "out" / name)) for name in ("1.png", "1-1.png")))
     info = read_info(tmp_path / "out" / "1.png")

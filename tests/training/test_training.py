@@ -12,11 +12,11 @@ from omegaconf import OmegaConf
 
 from ldm.config import merge as configs
 from ldm.config.instantiate import ConfigError, accepted_params
-from ldm.config.legacy import GONE, TRANSLATED, modernize
 from ldm.config.signature import constructor_arguments
+from ldm.config.trainer_keys import REMOVED_SETTINGS, TRANSLATED, modernize, trainer_keys
 from ldm.config.validate import check_class_count, check_targets
 from ldm.training.devices import Machine, choose
-from ldm.training.flags import EPILOG, Options, UsageError, parse, trainer_settings
+from ldm.training.flags import EPILOG, Options, UsageError, parse
 from ldm.training.folder import new_run, resumed_run, saved_configs
 from ldm.training.settings import learning_rate, settle
 from ldm.util import get_obj_from_str
@@ -94,7 +94,7 @@ def test_flags_are_those_of_the_installed_trainer():
 
     signature = inspect.signature(pl.Trainer.__init__)
     assert set(constructor_arguments("pytorch_lightning.Trainer")) == set(signature.parameters) - {"self"}
-    assert {"max_steps", "val_check_interval", "gradient_clip_val", "gpus", "precision"} <= trainer_settings()
+    assert {"max_steps", "val_check_interval", "gradient_clip_val", "gpus", "precision"} <= trainer_keys()
 
 
 TYPOS = """
@@ -166,8 +166,8 @@ def test_settings_that_mean_nothing_today_say_what_to_do(name, value):
 
 
 def test_every_name_of_lightning_1_4_is_known_once():
-    assert not set(GONE) & set(TRANSLATED)
-    assert not (set(GONE) | set(TRANSLATED)) & set(constructor_arguments("pytorch_lightning.Trainer"))
+    assert not set(REMOVED_SETTINGS) & set(TRANSLATED)
+    assert not (set(REMOVED_SETTINGS) | set(TRANSLATED)) & set(constructor_arguments("pytorch_lightning.Trainer"))
 
 
 # --------------------------------------------------------------------------------------------------------------- devices
@@ -381,16 +381,16 @@ def test_an_override_that_cannot_be_is_refused_in_one_line(yaml, override):
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"modle": {}}, "unknown key modle; did you mean model"),
-        ({"lightning": {"callback": {}}}, "unknown key lightning.callback; did you mean callbacks"),
-        ({"lightning": {"trainer": {"max_epoch": 2}}}, "lightning.trainer.max_epoch; did you mean max_epochs"),
+        ({"modle": {}}, "unknown key modle; did you mean 'model'"),
+        ({"lightning": {"callback": {}}}, "unknown key lightning.callback; did you mean 'callbacks'"),
+        ({"lightning": {"trainer": {"max_epoch": 2}}}, "lightning.trainer.max_epoch; did you mean 'max_epochs'"),
         (
             {"lightning": {"trainer": {"default_root_dir": "x"}}},
-            "lightning.trainer.default_root_dir: outputs are in the run folder",
+            "lightning.trainer.default_root_dir: outputs go to the run directory",
         ),
         (
             {"model": {"params": {"widht": 2}}},
-            r"model.params.widht: tests.toys.Toy takes no such parameter; did you mean width",
+            r"model.params.widht: tests.toys.Toy takes no such parameter; did you mean 'width'",
         ),
         (
             {"data": {"params": {"train": {"params": {"size": 2}}}}},
@@ -406,19 +406,19 @@ def test_an_override_that_cannot_be_is_refused_in_one_line(yaml, override):
         ({"model": {"target": "Toy"}}, r"model.target: target 'Toy': expected a dotted name"),
         (
             {"model": {"target": "ldm.models.autoencoder.AutoencoderLK"}},
-            r"has no 'AutoencoderLK'; did you mean AutoencoderKL\?",
+            r"has no 'AutoencoderLK'; did you mean 'AutoencoderKL'\?",
         ),
         (
             {"model": {"target": "ldm.models.autoencodr.AutoencoderKL"}},
-            r"no module ldm.models.autoencodr; did you mean ldm.models.autoenc",
+            r"no module ldm.models.autoencodr; did you mean 'ldm.models.autoenc",
         ),
         (
             {"model": {"params": {"at": {"target": "ldm.modules.losses.LPIPSWithDiscriminatr"}}}},
-            "did you mean LPIPSWithDiscriminator",
+            "did you mean 'LPIPSWithDiscriminator'",
         ),
         (
             {"data": {"params": {"train": {"target": "ldm.data.lsun.LSUNCatTrain"}}}},
-            r"train.target: .* did you mean LSUNCatsTrain",
+            r"train.target: .* did you mean 'LSUNCatsTrain'",
         ),
         (
             {"lightning": {"callbacks": {"mine": {"target": "main.ImageLoger"}}}},

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ldm.checkpoint.diffusers.rules import InterchangeError
-from ldm.config.json_files import load_object
+from ldm.config.files import load_json
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -22,7 +22,7 @@ _RENAMED = (("query", "to_q"), ("key", "to_k"), ("value", "to_v"), ("proj_attn",
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object; InterchangeError in one line where the file holds none."""
     try:
-        return load_object(path)
+        return load_json(path)
     except OSError as error:
         raise InterchangeError(f"{path}: {error.strerror or error}") from error
     except ValueError as error:
