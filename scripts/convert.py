@@ -11,7 +11,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout tha
 from argparse import BooleanOptionalAction
 
 from ldm.cli import Parser, run_command
-from ldm.inference.settings import model_facts, read_config
+from ldm.inference.settings import model_info, read_config
 from ldm.paths import find_file
 
 CONFIG = "configs/stable-diffusion/v1-inference.yaml"
@@ -82,7 +82,7 @@ def main(argv: Sequence[str]) -> None:
         use_ema = (
             opt.use_ema
             if opt.use_ema is not None
-            else "unet_config" in config.model.params and model_facts(config).use_ema
+            else "unet_config" in config.model.params and model_info(config).use_ema
         )
         done = to_folder(config, source, target, opt.dtype, use_ema, scheduler)
     print(

@@ -22,12 +22,12 @@ from ldm.inference.cli import (
     prompts_of,
     safety_of,
     watermark_of,
-    write_prompt_pictures,
+    write_images,
 )
 from ldm.inference.from_metadata import add_redraw_flag, check_unchanged, parse
 from ldm.inference.prompt_weights import check_emphasis
-from ldm.inference.settings import check_takes_text, model_facts, read_config
-from ldm.inference.task_settings import ImageSettings
+from ldm.inference.settings import model_info, read_config, require_text_model
+from ldm.inference.task_settings import ImageToImageRequest
 from ldm.output.images import Output
 from ldm.paths import find_file
 
@@ -66,8 +66,8 @@ def main(argv: Sequence[str]) -> None:
     if not opt.init_img:
         raise ValueError("--init-img: give the picture to start from, e.g. --init-img sketch.png")
     config, ckpt = find_file(opt.config), find_file(opt.ckpt)
-    facts = model_facts(read_config(config))
-    check_takes_text(facts, beside=1 if opt.depth else 0)
+    info = model_info(read_config(config))
+    require_text_model(info, beside=1 if opt.depth else 0)
     prompts = prompts_of(opt)
     from ldm.data.image import load_depth, load_image
 
@@ -77,13 +77,13 @@ def main(argv: Sequence[str]) -> None:
         raise FileNotFoundError(
             f"--depth {opt.depth}: holds no config.json; give a depth map or a folder with transformers' DPT"
         )
-    settings = ImageSettings(**prompt_settings(opt), strength=opt.strength, sampler=opt.sampler or "ddim")
-    settings = settings.fitted(image.height, image.width, facts).checked(facts)
+    settings = ImageToImageRequest(**prompt_settings(opt), strength=opt.strength, sampler=opt.sampler or "ddim")
+    settings = settings.fitted(image.height, image.width, info).checked(info)
     if settings.emphasis:
         check_emphasis(prompts)
     check_unchanged(opt, config, ckpt)
     check_ready(opt, ckpt)
-    output = Output(opt.outdir, watermark_of(opt), safety_of(opt, facts))
+    output = Output(opt.outdir, watermark_of(opt), safety_of(opt, info))
 
     pipeline = load_model(config, ckpt, opt.device, opt.precision, opt.use_ema)
     pipeline.identity = {
@@ -96,7 +96,7 @@ def main(argv: Sequence[str]) -> None:
         pipeline.identity |= {"depth": str(opt.depth), "depth_fingerprint": fingerprint(opt.depth)}
         beside = depth_parts(pipeline, settings.latent_shape[1:], image, opt.depth if depth is None else depth)
     only = opt.recorded.only if opt.recorded is not None else None
-    write_prompt_pictures(image_to_image(pipeline, image, prompts, settings, only=only, beside=beside), output, opt)
+    write_images(image_to_image(pipeline, image, prompts, settings, only=only, beside=beside), output, opt)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout that this script is in, installed or not
 
 from ldm.cli import Parser, run_command
-from ldm.inference import fill, fingerprint, load_model
+from ldm.inference import fingerprint, inpaint, load_model
 from ldm.inference.cli import (
     add_model_flags,
     add_sampler_flag,
@@ -24,8 +24,8 @@ from ldm.inference.cli import (
     safety_of,
     watermark_of,
 )
-from ldm.inference.settings import model_facts, read_config
-from ldm.inference.task_settings import FillSettings, check_fills_masks, find_pairs, the_pair
+from ldm.inference.settings import model_info, read_config
+from ldm.inference.task_settings import InpaintRequest, find_pairs, require_inpainting_model, the_pair
 from ldm.output.images import NamedOutput
 from ldm.paths import find_file
 
@@ -85,11 +85,11 @@ def main(argv: Sequence[str]) -> None:
         if not getattr(opt, flag):
             raise ValueError(f"--{flag}: give a folder, e.g. --indir pictures --outdir results")
     config, ckpt = find_file(opt.config), released_weights(CKPT) if opt.ckpt == CKPT else find_file(opt.ckpt)
-    facts = model_facts(read_config(config))
-    check_fills_masks(facts)
+    info = model_info(read_config(config))
+    require_inpainting_model(info)
     walk = {name: getattr(opt, name) for name in ("spacing", "guidance_rescale", "dynamic_threshold")}
     same = {name: getattr(opt, name) for name in ("steps", "seed", "prompt", "negative_prompt", "scale", "feather")}
-    settings = FillSettings(**same, **walk, eta=opt.ddim_eta, sampler=opt.sampler or "ddim").checked(facts)
+    settings = InpaintRequest(**same, **walk, eta=opt.ddim_eta, sampler=opt.sampler or "ddim").checked(info)
     from ldm.data.image import EXTENSIONS, load_image
 
     pairs = the_pair(opt.init_img, opt.mask) if single else find_pairs(opt.indir, EXTENSIONS)
@@ -100,7 +100,7 @@ def main(argv: Sequence[str]) -> None:
                 f"{mask} is {sizes[1][0]}x{sizes[1][1]} pixels, {picture} {sizes[0][0]}x{sizes[0][1]}: they must be alike"
             )
     check_ready(opt, ckpt, WHERE)
-    output = NamedOutput(opt.outdir, watermark_of(opt), safety_of(opt, facts))
+    output = NamedOutput(opt.outdir, watermark_of(opt), safety_of(opt, info))
 
     from tqdm import tqdm
 
@@ -108,7 +108,7 @@ def main(argv: Sequence[str]) -> None:
     start, files = time.perf_counter(), []
     for path, mask in tqdm(pairs, desc="pictures", unit="picture"):
         # What is transparent in a mask is kept, so that it is laid over black.
-        picture = fill(pipeline, load_image(path), load_image(mask, background=(0, 0, 0)), settings)
+        picture = inpaint(pipeline, load_image(path), load_image(mask, background=(0, 0, 0)), settings)
         of = {
             "init_img": str(path),
             "init_img_fingerprint": fingerprint(path),

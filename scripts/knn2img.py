@@ -22,10 +22,10 @@ from ldm.inference.cli import (
     prompts_of,
     safety_of,
     watermark_of,
-    write_prompt_pictures,
+    write_images,
 )
 from ldm.inference.from_metadata import add_redraw_flag, check_unchanged, parse
-from ldm.inference.settings import Settings, model_facts, read_config, value_at
+from ldm.inference.settings import TextToImageRequest, model_info, read_config, value_at
 from ldm.output.images import Output
 from ldm.paths import find_file
 
@@ -67,9 +67,9 @@ def parser() -> Parser:
     return parser
 
 
-def settings_of(opt: Namespace) -> Settings:
+def settings_of(opt: Namespace) -> TextToImageRequest:
     sampler = "plms" if opt.plms else opt.sampler or "ddim"
-    return Settings(**prompt_settings(opt), sampler=sampler, height=opt.H, width=opt.W)
+    return TextToImageRequest(**prompt_settings(opt), sampler=sampler, height=opt.H, width=opt.W)
 
 
 def main(argv: Sequence[str]) -> None:
@@ -77,8 +77,8 @@ def main(argv: Sequence[str]) -> None:
     # What is wrong with the command line is said before torch is imported.
     config, ckpt = find_file(opt.config), find_file(opt.ckpt)
     model_config = read_config(config)
-    facts = model_facts(model_config)
-    settings = settings_of(opt).checked(facts)
+    info = model_info(model_config)
+    settings = settings_of(opt).checked(info)
     check_takes_vectors(model_config)
     for flag, value in (("--n_repeat", opt.n_repeat), ("--knn", opt.knn)):
         if value < 1:
@@ -94,7 +94,7 @@ def main(argv: Sequence[str]) -> None:
         check_knn(opt.knn, database)
     check_unchanged(opt, config, ckpt)
     check_ready(opt, ckpt, WHERE)
-    safety = safety_of(opt, facts)
+    safety = safety_of(opt, info)
     from ldm.modules.encoders.modules import FrozenCLIPTextEmbedder
 
     clip = FrozenCLIPTextEmbedder(opt.clip_type, n_repeat=opt.n_repeat, weights=opt.clip_weights)
@@ -112,9 +112,7 @@ def main(argv: Sequence[str]) -> None:
     clip.to(choose_device(opt.device))
     pipeline.identity = {**pipeline.identity, **retrieval_of(opt)}
     only = opt.recorded.only if opt.recorded is not None else None
-    write_prompt_pictures(
-        text_to_image(pipeline, prompts, settings, encode=encode, task="knn2img", only=only), output, opt
-    )
+    write_images(text_to_image(pipeline, prompts, settings, encode=encode, task="knn2img", only=only), output, opt)
 
 
 def check_takes_vectors(config: Mapping[str, Any]) -> None:

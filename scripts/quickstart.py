@@ -22,7 +22,7 @@ from PIL import Image
 from ldm.cli import Parser, run_command
 from ldm.data.image import load_image, to_array
 from ldm.evaluation.metrics import DigitReport, judge_digits, psnr
-from ldm.output.images import NamedOutput, Picture, read_info
+from ldm.output.images import GeneratedImage, NamedOutput, read_metadata
 from ldm.output.watermark import Watermark
 from ldm.paths import ROOT
 from ldm.visualize import grid
@@ -217,11 +217,11 @@ def digit_sheet(pictures: Sequence[Image.Image], prompts: Sequence[tuple[int, st
 
 def save_sheet(outdir: Path, sheet: Image.Image, files: Sequence[Path]) -> Path:
     """Write the sheet as grid.png, as every drawn picture is written, with what its pictures have in common -> its path."""
-    infos = [read_info(file) for file in files]
+    infos = [read_metadata(file) for file in files]
     shared = {key: value for key, value in infos[0].items() if all(info.get(key) == value for info in infos)}
     flagged = any(info["flagged"] for info in infos)
     info = {**shared, "task": "quickstart", "flagged": flagged if shared.get("safety") != "off" else None}
-    return NamedOutput(outdir, Watermark()).save(Picture(sheet, info, checked=True), "grid")
+    return NamedOutput(outdir, Watermark()).save(GeneratedImage(sheet, info, checked=True), "grid")
 
 
 def table(rows: Sequence[Row]) -> str:

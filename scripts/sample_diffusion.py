@@ -13,7 +13,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout that this script is in, installed or not
 
 from ldm.cli import Parser, run_command
-from ldm.inference import draw_samples, fingerprint, load_model
+from ldm.inference import fingerprint, generate_samples, load_model
 from ldm.inference.cli import (
     add_model_flags,
     add_sampler_flag,
@@ -24,8 +24,8 @@ from ldm.inference.cli import (
     safety_of,
     watermark_of,
 )
-from ldm.inference.settings import MAX_SEED, model_facts, read_config
-from ldm.inference.task_settings import SampleSettings, SavedRun, find_run, parse_classes
+from ldm.inference.settings import MAX_SEED, model_info, read_config
+from ldm.inference.task_settings import ClassConditionalRequest, SavedRun, find_run, parse_classes
 from ldm.output.images import Output, SampleArray
 from ldm.paths import find_file, in_checkout
 
@@ -90,8 +90,8 @@ def parser() -> Parser:
     return parser
 
 
-def settings_of(opt: Namespace) -> SampleSettings:
-    return SampleSettings(
+def settings_of(opt: Namespace) -> ClassConditionalRequest:
+    return ClassConditionalRequest(
         n_samples=opt.n_samples,
         batch_size=opt.batch_size,
         steps=opt.custom_steps,
@@ -117,14 +117,14 @@ def main(argv: Sequence[str]) -> None:
     opt.seed = secrets.randbelow(MAX_SEED) if opt.seed is None else opt.seed
     saved = find_run(find_file(opt.resume))
     config = read_config(saved.configs, opt.overrides)
-    facts = model_facts(config)
-    settings = settings_of(opt).checked(facts)
+    info = model_info(config)
+    settings = settings_of(opt).checked(info)
     if Path(opt.logdir).is_file():
         raise ValueError(f"--logdir {opt.logdir}: a file; give a folder")
     check_ready(opt, saved.ckpt)
     if settings.vanilla:
         logger.info("-v walks every timestep: --custom_steps and --eta have no meaning")
-    watermark, safety = watermark_of(opt), safety_of(opt, facts)
+    watermark, safety = watermark_of(opt), safety_of(opt, info)
 
     pipeline = load_model(config, saved.ckpt, opt.device, opt.precision, opt.use_ema)
     last = saved.configs[-1]
@@ -137,7 +137,7 @@ def main(argv: Sequence[str]) -> None:
     output = Output(folder, watermark, safety, samples="img/sample_{:06}.png")
     start, files, array = time.perf_counter(), [], SampleArray(folder / "numpy", settings.n_samples)
     try:
-        for picture in map(output.checked, draw_samples(pipeline, settings)):
+        for picture in map(output.checked, generate_samples(pipeline, settings)):
             array.append(picture.image, picture.info["class"])  # as drawn: the mark is for files that are looked at
             files.append(output.save_sample(picture))
         files.append(array.finish())

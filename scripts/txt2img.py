@@ -23,11 +23,11 @@ from ldm.inference.cli import (
     prompts_of,
     safety_of,
     watermark_of,
-    write_prompt_pictures,
+    write_images,
 )
 from ldm.inference.from_metadata import add_redraw_flag, check_unchanged, parse
 from ldm.inference.prompt_weights import check_emphasis
-from ldm.inference.settings import Settings, check_takes_text, model_facts, read_config
+from ldm.inference.settings import TextToImageRequest, model_info, read_config, require_text_model
 from ldm.output.images import Output
 from ldm.paths import find_file
 
@@ -63,9 +63,9 @@ def parser() -> Parser:
     return parser
 
 
-def settings_of(opt: Namespace) -> Settings:
+def settings_of(opt: Namespace) -> TextToImageRequest:
     sampler = "plms" if opt.plms else "dpm_solver" if opt.dpm_solver else opt.sampler or "ddim"
-    return Settings(**prompt_settings(opt), sampler=sampler, height=opt.H, width=opt.W)
+    return TextToImageRequest(**prompt_settings(opt), sampler=sampler, height=opt.H, width=opt.W)
 
 
 def main(argv: Sequence[str]) -> None:
@@ -74,19 +74,19 @@ def main(argv: Sequence[str]) -> None:
         setattr(opt, name, getattr(opt, name) or value)
     # What is wrong with the command line is said before torch is imported.
     config, ckpt = find_file(opt.config), find_file(opt.ckpt)
-    facts = model_facts(read_config(config))
-    check_takes_text(facts)
-    settings = settings_of(opt).checked(facts)
+    info = model_info(read_config(config))
+    require_text_model(info)
+    settings = settings_of(opt).checked(info)
     prompts = prompts_of(opt)
     if settings.emphasis:
         check_emphasis(prompts)
     check_unchanged(opt, config, ckpt)
     check_ready(opt, ckpt)
-    output = Output(opt.outdir, watermark_of(opt), safety_of(opt, facts))
+    output = Output(opt.outdir, watermark_of(opt), safety_of(opt, info))
 
     pipeline = load_model(config, ckpt, opt.device, opt.precision, opt.use_ema)
     only = opt.recorded.only if opt.recorded is not None else None
-    write_prompt_pictures(text_to_image(pipeline, prompts, settings, only=only), output, opt)
+    write_images(text_to_image(pipeline, prompts, settings, only=only), output, opt)
 
 
 if __name__ == "__main__":

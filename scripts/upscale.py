@@ -10,7 +10,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout that this script is in, installed or not
 
 from ldm.cli import Parser, run_command
-from ldm.inference import enlarge, fingerprint, load_model
+from ldm.inference import fingerprint, load_model, upscale
 from ldm.inference.cli import (
     add_model_flags,
     add_sampler_flag,
@@ -21,8 +21,8 @@ from ldm.inference.cli import (
     safety_of,
     watermark_of,
 )
-from ldm.inference.settings import model_facts, read_config
-from ldm.inference.task_settings import UpscaleSettings, check_enlarges
+from ldm.inference.settings import model_info, read_config
+from ldm.inference.task_settings import UpscaleRequest, require_upscaler
 from ldm.output.images import NamedOutput
 from ldm.paths import find_file
 
@@ -75,27 +75,27 @@ def main(argv: Sequence[str]) -> None:
     if not opt.init_img:
         raise ValueError("--init-img: give the pictures to enlarge, e.g. --init-img small.png")
     config, ckpt = find_file(opt.config), released_weights(CKPT) if opt.ckpt == CKPT else find_file(opt.ckpt)
-    facts = model_facts(read_config(config))
-    check_enlarges(facts)
+    info = model_info(read_config(config))
+    require_upscaler(info)
     walk = {name: getattr(opt, name) for name in ("spacing", "guidance_rescale", "dynamic_threshold")}
     same = {
         name: getattr(opt, name)
         for name in ("steps", "seed", "tile", "prompt", "negative_prompt", "scale", "noise_level")
     }
-    settings = UpscaleSettings(**same, **walk, eta=opt.ddim_eta, sampler=opt.sampler or "ddim").checked(facts)
+    settings = UpscaleRequest(**same, **walk, eta=opt.ddim_eta, sampler=opt.sampler or "ddim").checked(info)
     from ldm.data.image import load_image
 
     for path in opt.init_img:
         load_image(path)
     check_ready(opt, ckpt, WHERE)
-    output = NamedOutput(opt.outdir, watermark_of(opt), safety_of(opt, facts))
+    output = NamedOutput(opt.outdir, watermark_of(opt), safety_of(opt, info))
 
     from tqdm import tqdm
 
     pipeline = load_model(config, ckpt, opt.device, opt.precision, opt.use_ema)
     start, files = time.perf_counter(), []
     for path in tqdm(opt.init_img, desc="pictures", unit="picture"):
-        picture = enlarge(pipeline, load_image(path), settings)
+        picture = upscale(pipeline, load_image(path), settings)
         of = {"init_img": str(path), "init_img_fingerprint": fingerprint(path)}
         files.append(output.save(picture._replace(info={**picture.info, **of}), Path(path).stem))
     report(len(files), time.perf_counter() - start, files)

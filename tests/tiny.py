@@ -102,14 +102,14 @@ KINDS: dict[str, dict[str, Any]] = {
         },
     },
     # Laid out as models/ldm/inpainting_big: latent, masked picture's latent and mask.
-    "fill": {
+    "inpaint": {
         "cond_stage_key": "masked_image",
         "cond_stage_config": "__is_first_stage__",
         "conditioning_key": "concat",
         "unet_config": _unet(in_channels=9, use_spatial_transformer=False, context_dim=None),
     },
     # Laid out as models/ldm/bsr_sr: latent and low-resolution picture.
-    "enlarge": {
+    "upscale": {
         "cond_stage_key": "LR_image",
         "cond_stage_config": {"target": "torch.nn.Identity"},
         "conditioning_key": "concat",
@@ -118,7 +118,7 @@ KINDS: dict[str, dict[str, Any]] = {
     # Laid out as configs/stable-diffusion/: v2-inference, v2-inference-v, v2-inpainting-, v2-midas-inference and x4-upscaling.
     "v2": {"cond_stage_config": OPEN_CLIP, "unet_config": _V2},
     "v2-v": {"cond_stage_config": OPEN_CLIP, "unet_config": _V2, "parameterization": "v"},
-    "sd-fill": {
+    "sd-inpaint": {
         "target": "LatentInpaintDiffusion",
         "cond_stage_config": OPEN_CLIP,
         "conditioning_key": "hybrid",

@@ -1,4 +1,4 @@
-"""What a YAML tells of a model before anything is built: facts that settings are checked against, and which script draws with it."""
+"""What a YAML tells of a model before anything is built: info that settings are checked against, and which script draws with it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ SAFETY_MODES = ("on", "off", "report")  # what is done with pictures that the sa
 
 
 @dataclass(frozen=True)
-class ModelFacts:
+class ModelInfo:
     """What can be known of a model from its YAML alone."""
 
     timesteps: int  # length of the noise schedule, the most steps a sampler can make
@@ -89,7 +89,7 @@ def read_config(path: str | Path | Sequence[Path], overrides: Iterable[str] = ()
         raise ValueError(f"config {path}: cannot be read: {error}") from error
 
 
-def model_facts(config: Mapping[str, Any]) -> ModelFacts:
+def model_info(config: Mapping[str, Any]) -> ModelInfo:
     """Facts of the model that `config` (with its key `model`) describes; nothing is imported or built."""
     params = config["model"].get("params") or {}
     first_stage = params.get("first_stage_config")
@@ -105,7 +105,7 @@ def model_facts(config: Mapping[str, Any]) -> ModelFacts:
         # Published: 1001 classes of ImageNet's 1000. A model of our own says by its dropout that it has such a class.
         null_class = n_classes - 1 if n_classes == 1001 or params.get("cond_dropout") else None
     size = params.get("image_size", 256)
-    return ModelFacts(
+    return ModelInfo(
         timesteps=int(params.get("timesteps", 1000)),
         channels=int(params.get("channels", 3)),
         factor=factor,
@@ -150,32 +150,32 @@ def value_at(node: Any, *keys: str) -> Any:
     return node
 
 
-def takes_text(facts: ModelFacts) -> bool:
+def takes_text(info: ModelInfo) -> bool:
     """Whether the model's condition is a prompt."""
     others = ("__is_unconditional__", "__is_first_stage__", "ClassEmbedder", "SpatialRescaler", "Identity")
-    return facts.condition_name not in others and not facts.takes_tokens
+    return info.condition_name not in others and not info.takes_tokens
 
 
-def check_takes_text(facts: ModelFacts, beside: int = 0) -> None:
+def require_text_model(info: ModelInfo, beside: int = 0) -> None:
     """ValueError where the model's condition cannot be a prompt, or its network needs other channels than `beside` next to the latent."""
-    if not takes_text(facts):
-        name = facts.condition_name
+    if not takes_text(info):
+        name = info.condition_name
         raise ValueError(
             f"this model's condition is no text (cond_stage_config: {name}), so that no prompt can be drawn with it"
         )
-    needs = (facts.unet_channels or facts.channels) - facts.channels
+    needs = (info.unet_channels or info.channels) - info.channels
     if beside and not needs:
         raise ValueError(
             "--depth: this model sees no depth map; leave it out, or name one that does with --config and --ckpt"
         )
     if needs != beside:
         raise ValueError(
-            f"this model needs more than a prompt: it sees {needs} more channels than the latent's; use {script_for(facts)}"
+            f"this model needs more than a prompt: it sees {needs} more channels than the latent's; use {script_for(info)}"
         )
 
 
-def script_for(facts: ModelFacts) -> str:
+def script_for(info: ModelInfo) -> str:
     """The script that draws with a model that is led by a prompt, by how many channels its network sees beside the latent."""
-    needs = (facts.unet_channels or facts.channels) - facts.channels
+    needs = (info.unet_channels or info.channels) - info.channels
     scripts = {0: "scripts/txt2img.py", 1: "scripts/img2img.py with --depth", 3: "scripts/upscale.py"}
-    return (scripts | {facts.channels + 1: "scripts/inpaint.py"}).get(needs, "a script of your own over ldm.inference")
+    return (scripts | {info.channels + 1: "scripts/inpaint.py"}).get(needs, "a script of your own over ldm.inference")

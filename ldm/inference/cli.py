@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from ldm.cli import Parser
-from ldm.inference.settings import PRECISIONS, SAFETY_MODES, SEED_MODES, TILE, ModelFacts, read_prompts
+from ldm.inference.settings import PRECISIONS, SAFETY_MODES, SEED_MODES, TILE, ModelInfo, read_prompts
 from ldm.models.diffusion.samplers.registry import SAMPLERS
-from ldm.output.images import Output, Picture
+from ldm.output.images import GeneratedImage, Output
 from ldm.output.safety import Safety, SafetySettings
 from ldm.output.watermark import METHODS, Watermark
 from ldm.paths import find_file
@@ -141,9 +141,9 @@ def add_output_flags(parser: Parser) -> None:
     )
 
 
-def safety_of(opt: Namespace, facts: ModelFacts) -> Safety:
+def safety_of(opt: Namespace, info: ModelInfo) -> Safety:
     """The safety check that the flags and the config ask for, ready; an error in one line where it cannot run."""
-    return Safety(SafetySettings(opt.safety, opt.safety_checker).checked(facts)).ready()
+    return Safety(SafetySettings(opt.safety, opt.safety_checker).checked(info)).ready()
 
 
 def watermark_of(opt: Namespace) -> Watermark | None:
@@ -154,7 +154,7 @@ def watermark_of(opt: Namespace) -> Watermark | None:
 
 
 def prompt_settings(opt: Namespace) -> dict[str, Any]:
-    """The values of `add_prompt_flags` under the names of `Settings`."""
+    """The values of `add_prompt_flags` under the names of `TextToImageRequest`."""
     names = {"negative_prompt": "negative_prompt", "steps": "ddim_steps", "scale": "scale", "channels": "C"}
     names |= {"factor": "f", "eta": "ddim_eta"}
     same = (
@@ -208,7 +208,7 @@ def check_ready(opt: Namespace, ckpt: Path, where: Mapping[str, str] = WHERE) ->
         allow_targets(*opt.allow_targets)
 
 
-def write_prompt_pictures(drawn: Iterable[Picture], output: Output, opt: Namespace) -> None:
+def write_images(drawn: Iterable[GeneratedImage], output: Output, opt: Namespace) -> None:
     """Write samples as they come, then their grid, and report."""
     start, files, pictures, count = time.perf_counter(), [], [], 0
     for picture in map(output.checked, drawn):
@@ -235,7 +235,7 @@ def report(count: int, seconds: float, files: Sequence[Path]) -> None:
         print("\n".join(names if len(names) <= 8 else [*names[:3], f"... {len(names) - 5} more", *names[-2:]]))
 
 
-def grid_of(pictures: list[Picture], columns: int, captions: bool) -> Picture:
+def grid_of(pictures: list[GeneratedImage], columns: int, captions: bool) -> GeneratedImage:
     """All pictures in the published grid; with captions, roomier and on white."""
     from ldm.visualize import grid
 
@@ -248,4 +248,4 @@ def grid_of(pictures: list[Picture], columns: int, captions: bool) -> Picture:
     }
     flagged = [picture.info.get("flagged") for picture in pictures]
     info = {**shared, "prompts": prompts, "flagged": None if None in flagged else any(flagged)}
-    return Picture(image, info, checked=all(picture.checked for picture in pictures))
+    return GeneratedImage(image, info, checked=all(picture.checked for picture in pictures))

@@ -10,8 +10,14 @@ from typing import TYPE_CHECKING, Any
 from ldm.config.model_info import takes_text
 from ldm.inference.pipeline import Pipeline
 from ldm.inference.randomness import Randomness
-from ldm.inference.task_settings import BesideSettings, FillSettings, UpscaleSettings, check_enlarges, check_fills_masks
-from ldm.output.images import Picture
+from ldm.inference.task_settings import (
+    ConcatRequest,
+    InpaintRequest,
+    UpscaleRequest,
+    require_inpainting_model,
+    require_upscaler,
+)
+from ldm.output.images import GeneratedImage
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -23,9 +29,9 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-def fill(
-    pipeline: Pipeline, image: Image.Image, mask: Image.Image, settings: FillSettings, progress: bool = True
-) -> Picture:
+def inpaint(
+    pipeline: Pipeline, image: Image.Image, mask: Image.Image, settings: InpaintRequest, progress: bool = True
+) -> GeneratedImage:
     """The picture with what is white in the mask drawn anew; every other pixel is the picture's own.
 
     image: RGB, any size; mask: grey, the same size, filled where it is at least half white (LDM, arXiv 2112.10752, section 4.5). Models
@@ -36,20 +42,20 @@ def fill(
 
     from ldm.data.image import from_tensor
 
-    check_fills_masks(pipeline.facts)
-    settings, multiple = settings.checked(pipeline.facts), pipeline.facts.multiple
+    require_inpainting_model(pipeline.info)
+    settings, multiple = settings.checked(pipeline.info), pipeline.info.multiple
     if image.size != mask.size:
         raise ValueError(
             f"the picture is {image.width}x{image.height}, its mask {mask.width}x{mask.height}: they must be alike"
         )
     drawn = mask.convert("L").point(lambda level: 255 if level >= 128 else 0)
     hole = (pipeline.tensor(drawn)[:, :1] > 0).float()  # (1, 1, H, W), 1 where it is filled
-    led = takes_text(pipeline.facts)
+    led = takes_text(pipeline.info)
     masked = torch.where(hole > 0, 0.0 if led else -1.0, pipeline.tensor(image))  # grey or black there, as in training
     masked, hole = padded(masked, multiple), padded(hole, multiple)
     with Randomness(settings.seed, pipeline.device)(), pipeline.drawing():
         if led:
-            model, size = pipeline.model, [side // pipeline.facts.factor for side in hole.shape[-2:]]
+            model, size = pipeline.model, [side // pipeline.info.factor for side in hole.shape[-2:]]
             batch = {key: masked if key == model.masked_image_key else hole for key in model.concat_keys}
             parts = model.further_parts({key: x.permute(0, 2, 3, 1) for key, x in batch.items()}, size)
             cond, uncond = prompted(pipeline, parts, settings)
@@ -61,7 +67,7 @@ def fill(
     result, soft = image.convert("RGB").copy(), feathered(drawn, settings.feather)
     result.paste(from_tensor(x[0, :, : image.height, : image.width]), mask=soft)
     info = {"task": "inpaint", **asdict(settings), "width": image.width, "height": image.height, **pipeline.identity}
-    return Picture(result, info, drawn.convert("1"))
+    return GeneratedImage(result, info, drawn.convert("1"))
 
 
 def feathered(hole: Image.Image, pixels: int) -> Image.Image:
@@ -87,8 +93,8 @@ def feathered(hole: Image.Image, pixels: int) -> Image.Image:
     return Image.fromarray(levels.round().byte().numpy())
 
 
-def enlarge(pipeline: Pipeline, image: Image.Image, settings: UpscaleSettings, progress: bool = True) -> Picture:
-    """The picture in `facts.factor` times its size: the network sees it beside a latent of the same height and width.
+def upscale(pipeline: Pipeline, image: Image.Image, settings: UpscaleRequest, progress: bool = True) -> GeneratedImage:
+    """The picture in `info.factor` times its size: the network sees it beside a latent of the same height and width.
 
     image: RGB, any size (LDM, arXiv 2112.10752, section 4.4); what is larger than `settings.tile` is drawn in overlapping tiles. Models
     that are led by a prompt are told how much noise was added to the picture first, `settings.noise_level`.
@@ -97,14 +103,14 @@ def enlarge(pipeline: Pipeline, image: Image.Image, settings: UpscaleSettings, p
 
     from ldm.data.image import from_tensor
 
-    check_enlarges(pipeline.facts)
-    settings, factor = settings.checked(pipeline.facts), pipeline.facts.factor
+    require_upscaler(pipeline.info)
+    settings, factor = settings.checked(pipeline.info), pipeline.info.factor
     if settings.tile and max(image.size) > settings.tile:
         logger.info("%dx%d pixels are drawn in tiles of %d", image.width, image.height, settings.tile)
         pipeline = in_tiles(pipeline, settings.tile)
-    small = padded(pipeline.tensor(image), pipeline.facts.latent_multiple)
+    small = padded(pipeline.tensor(image), pipeline.info.latent_multiple)
     with Randomness(settings.seed, pipeline.device)(), pipeline.drawing():
-        if takes_text(pipeline.facts):
+        if takes_text(pipeline.info):
             level = torch.full((1,), settings.noise_level, dtype=torch.int64, device=pipeline.device)
             noised, level = pipeline.model.low_scale_model(small, level)
             cond, uncond = prompted(pipeline, {"c_concat": [noised], "c_adm": level}, settings)
@@ -113,7 +119,7 @@ def enlarge(pipeline: Pipeline, image: Image.Image, settings: UpscaleSettings, p
         x = _draw(pipeline, small.shape[-2:], cond, uncond, settings, progress)
     result = from_tensor(x[0, :, : factor * image.height, : factor * image.width])
     info = {"task": "upscale", **asdict(settings), "width": result.width, "height": result.height, **pipeline.identity}
-    return Picture(result, info)
+    return GeneratedImage(result, info)
 
 
 def depth_parts(
@@ -144,7 +150,7 @@ def with_parts(cond: Any, parts: Mapping[str, Any]) -> dict[str, Any]:
     return {"c_crossattn": [cond], **map_tensors(lambda x: x.expand(len(cond), *x.shape[1:]), dict(parts))}
 
 
-def prompted(pipeline: Pipeline, parts: Mapping[str, Any], settings: BesideSettings) -> tuple[Any, Any]:
+def prompted(pipeline: Pipeline, parts: Mapping[str, Any], settings: ConcatRequest) -> tuple[Any, Any]:
     """(condition, what guidance leads away from; None without guidance) of the one prompt and further parts."""
     cond, uncond = pipeline.encode_prompts([settings.prompt], settings.negative_prompt, settings.scale)
     return with_parts(cond, parts), None if uncond is None else with_parts(uncond, parts)
@@ -154,9 +160,9 @@ def in_tiles(pipeline: Pipeline, side: int) -> Pipeline:
     """The pipeline with a network and a first stage that see square tiles of `side` latent cells, half of which neighbors share."""
     from ldm.models.diffusion.tiling import TiledModel, Tiling
 
-    facts = pipeline.facts
-    model = TiledModel(pipeline.model, Tiling(side, side // 2), facts.factor, facts.latent_multiple)
-    return Pipeline(model, facts, pipeline.device, pipeline.dtype, pipeline.identity)
+    info = pipeline.info
+    model = TiledModel(pipeline.model, Tiling(side, side // 2), info.factor, info.latent_multiple)
+    return Pipeline(model, info, pipeline.device, pipeline.dtype, pipeline.identity)
 
 
 def padded(x: Tensor, multiple: int) -> Tensor:
@@ -168,7 +174,7 @@ def padded(x: Tensor, multiple: int) -> Tensor:
 
 
 def _draw(
-    pipeline: Pipeline, size: Sequence[int], cond: Any, uncond: Any, settings: BesideSettings, progress: bool
+    pipeline: Pipeline, size: Sequence[int], cond: Any, uncond: Any, settings: ConcatRequest, progress: bool
 ) -> Tensor:
     """Pictures (1, 3, H, W) in [-1, 1] from noise of `size` (h, w), under a condition that holds what is beside the latent."""
     from tqdm import tqdm
@@ -177,7 +183,7 @@ def _draw(
         z, _ = pipeline.sampler(settings.sampler).sample(
             S=settings.steps,
             batch_size=1,
-            shape=(pipeline.facts.channels, *size),
+            shape=(pipeline.info.channels, *size),
             conditioning=cond,
             eta=settings.eta,
             unconditional_guidance_scale=settings.scale,

@@ -84,9 +84,9 @@ def parse(make_parser: Callable[[], Parser], argv: Sequence[str], task: str) -> 
     opt.recorded = None
     if not opt.from_metadata:
         return opt
-    from ldm.output.images import read_info
+    from ldm.output.images import read_metadata
 
-    info, typed = read_info(opt.from_metadata), frozenset(parser.typed(argv))
+    info, typed = read_metadata(opt.from_metadata), frozenset(parser.typed(argv))
     if info.get("task") != task:
         raise ValueError(
             f"--from-metadata {opt.from_metadata}: this picture was drawn by {info.get('task')}, not by {task}"

@@ -9,8 +9,8 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ldm.config.model_info import ModelFacts, model_facts, read_config, value_at
-from ldm.inference.precision import choose_device, choose_numbers, shape_weights
+from ldm.config.model_info import ModelInfo, model_info, read_config, value_at
+from ldm.inference.precision import cast_weights, choose_device, resolve_precision
 from ldm.models.diffusion.samplers.registry import make_sampler
 from ldm.paths import in_checkout
 
@@ -38,12 +38,12 @@ class Pipeline:
     def __init__(
         self,
         model: Any,
-        facts: ModelFacts,
+        info: ModelInfo,
         device: torch.device,
         dtype: torch.dtype | None,
         identity: Mapping[str, Any],
     ) -> None:
-        self.model, self.facts, self.device, self.dtype, self.identity = model, facts, device, dtype, identity
+        self.model, self.info, self.device, self.dtype, self.identity = model, info, device, dtype, identity
 
     @contextmanager
     def drawing(self) -> Iterator[None]:
@@ -131,10 +131,10 @@ def load_model(
     import_lightning()  # models are its modules
     name = str(config) if isinstance(config, (str, Path)) else None
     config = read_config(config) if name is not None else OmegaConf.create(dict(config))
-    facts = model_facts(config)
-    use_ema = facts.use_ema if use_ema is None else use_ema
+    info = model_info(config)
+    use_ema = info.use_ema if use_ema is None else use_ema
     where = choose_device(device)
-    numbers = choose_numbers(precision, where)
+    numbers = resolve_precision(precision, where)
     if Path(ckpt).is_dir():
         from ldm.checkpoint.diffusers.read import check_is_of
 
@@ -144,7 +144,7 @@ def load_model(
     config = for_inference(config, set(weights))
     with weights_on_meta():
         model = instantiate_from_config(config.model)
-    shape_weights(model, numbers.weights, channels_last=where.type == "cpu" and numbers.weights != torch.float32)
+    cast_weights(model, numbers.weights, channels_last=where.type == "cpu" and numbers.weights != torch.float32)
     load_weights(model, ckpt, use_ema=use_ema, weights=weights)
     del weights  # they stay mapped where the model uses them
     ensure_weights(model)
@@ -169,7 +169,7 @@ def load_model(
         "precision": precision,
         "precision_used": numbers.name,
     }
-    return Pipeline(model, facts, where, numbers.autocast, identity)
+    return Pipeline(model, info, where, numbers.autocast, identity)
 
 
 def for_inference(config: DictConfig, names: set[str]) -> DictConfig:

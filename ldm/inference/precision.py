@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 
-class Numbers(NamedTuple):
+class Precision(NamedTuple):
     """What a precision means on a device. Schedules, the sampler's state and guidance are float32 in all of them."""
 
     name: str  # full, autocast, bf16 or fp16: what `auto` has become
@@ -40,7 +40,7 @@ def choose_device(name: str = "auto") -> torch.device:
     return torch.device(wanted)
 
 
-def choose_numbers(precision: str, device: torch.device) -> Numbers:
+def resolve_precision(precision: str, device: torch.device) -> Precision:
     """What `precision` means on `device`; ValueError for an unknown name, and for 16-bit weights that the device cannot compute with.
 
     auto: bf16 where the device has instructions for bfloat16, else full. full: float32. bf16, fp16: weights of 16 bits.
@@ -53,12 +53,12 @@ def choose_numbers(precision: str, device: torch.device) -> Numbers:
     if precision == "auto":
         precision = "bf16" if has_bfloat16(device) else "full"
     if precision == "full":
-        return Numbers("full", torch.float32)
+        return Precision("full", torch.float32)
     if precision == "autocast":
         if device.type == "cpu":
-            return Numbers("autocast", torch.float32, torch.bfloat16 if has_bfloat16(device) else None)
-        return Numbers("autocast", torch.float32, torch.float16)
-    numbers = Numbers(precision, {"bf16": torch.bfloat16, "fp16": torch.float16}[precision])
+            return Precision("autocast", torch.float32, torch.bfloat16 if has_bfloat16(device) else None)
+        return Precision("autocast", torch.float32, torch.float16)
+    numbers = Precision(precision, {"bf16": torch.bfloat16, "fp16": torch.float16}[precision])
     _check_computes(numbers, device)
     return numbers
 
@@ -78,7 +78,7 @@ def has_bfloat16(device: torch.device) -> bool:
     return any(supported() for supported in asked if supported is not None)
 
 
-def _check_computes(numbers: Numbers, device: torch.device) -> None:
+def _check_computes(numbers: Precision, device: torch.device) -> None:
     """Compute a little of everything that the networks are made of: what is missing is known before gigabytes are read."""
     import torch
     import torch.nn.functional as F
@@ -97,7 +97,7 @@ def _check_computes(numbers: Numbers, device: torch.device) -> None:
         ) from error
 
 
-def shape_weights(module: nn.Module, dtype: torch.dtype, channels_last: bool = False) -> None:
+def cast_weights(module: nn.Module, dtype: torch.dtype, channels_last: bool = False) -> None:
     """Give the weights of a module that is still on the meta device the dtype and the layout that a file is to be read into.
 
     Modules with a true `keeps_float32` (a codebook, whose nearest entry rounding would change) and buffers stay as they are.
@@ -118,4 +118,4 @@ def shape_weights(module: nn.Module, dtype: torch.dtype, channels_last: bool = F
                 module, name, nn.Parameter(weight.to(dtype, memory_format=layout), requires_grad=weight.requires_grad)
             )
     for child in module.children():
-        shape_weights(child, dtype, channels_last)
+        cast_weights(child, dtype, channels_last)

@@ -10,10 +10,10 @@ from typing import Any
 
 from ldm.config.model_info import (
     SAFETY_MODES,
-    ModelFacts,
-    check_takes_text,
-    model_facts,
+    ModelInfo,
+    model_info,
     read_config,
+    require_text_model,
     script_for,
     takes_text,
     value_at,
@@ -27,9 +27,9 @@ __all__ = [
     "SAFETY_MODES",
     "SEED_MODES",
     "TILE",
-    "ModelFacts",
+    "ModelInfo",
     "SamplerSettings",
-    "Settings",
+    "TextToImageRequest",
     "batches_of",
     "check_eta",
     "check_scale",
@@ -38,12 +38,12 @@ __all__ = [
     "check_size",
     "check_spacing",
     "check_steps",
-    "check_takes_text",
     "check_tiled",
-    "model_facts",
-    "nearest",
+    "model_info",
     "read_config",
     "read_prompts",
+    "require_text_model",
+    "round_to_multiple",
     "sampler_eta",
     "script_for",
     "takes_text",
@@ -77,9 +77,9 @@ class SamplerSettings:
         """What a sampler's `decode` is given of it, its schedule being made."""
         return {"guidance_rescale": self.guidance_rescale, "dynamic_threshold": self.dynamic_threshold}
 
-    def check_sampler(self, facts: ModelFacts, scale: float) -> None:
+    def check_sampler(self, info: ModelInfo, scale: float) -> None:
         """ValueError for a sampler that there is not, and for what it or the model cannot honour."""
-        check_spacing(self.sampler, self.spacing, facts)
+        check_spacing(self.sampler, self.spacing, info)
         if not 0.0 <= self.guidance_rescale <= 1.0:
             raise ValueError(f"--guidance_rescale {self.guidance_rescale}: choose 0 (off) to 1; 0.7 is usual")
         if self.guidance_rescale and scale == 1.0:
@@ -93,7 +93,7 @@ class SamplerSettings:
 
 
 @dataclass(frozen=True)
-class Settings(SamplerSettings):
+class TextToImageRequest(SamplerSettings):
     """How pictures are drawn; the defaults are the published txt2img's. All of it goes into the pictures' metadata."""
 
     negative_prompt: str = ""  # what guidance leads away from; empty is the published "no text"
@@ -119,7 +119,7 @@ class Settings(SamplerSettings):
         """(C, h, w) of one latent, once `checked`."""
         return self.channels, self.height // self.factor, self.width // self.factor
 
-    def checked(self, facts: ModelFacts) -> Settings:
+    def checked(self, info: ModelInfo) -> TextToImageRequest:
         """The same settings with the model's own values filled in; ValueError names a flag, its value and the choices."""
         for flag, value in (
             ("--n_samples", self.n_samples),
@@ -129,10 +129,10 @@ class Settings(SamplerSettings):
         ):
             if value is not None and value < 1:
                 raise ValueError(f"{flag} {value}: choose 1 or more")
-        check_steps("--ddim_steps", self.steps, facts)
+        check_steps("--ddim_steps", self.steps, info)
         eta = sampler_eta(self.sampler, self.eta)
         check_scale(self.scale)
-        self.check_sampler(facts, self.scale)
+        self.check_sampler(info, self.scale)
         if self.negative_prompt and self.scale == 1.0:
             raise ValueError(
                 "--negative_prompt with --scale 1: there is no guidance at 1; choose another scale, 7.5 is usual"
@@ -143,25 +143,25 @@ class Settings(SamplerSettings):
             raise ValueError(
                 "--fixed_code with --seed_mode image: there every picture has a noise of its own; leave one of them out"
             )
-        if self.channels not in (None, facts.channels):
-            raise ValueError(f"--C {self.channels}: this model's latents have {facts.channels} channels; leave --C out")
-        factor = self.factor or facts.factor
+        if self.channels not in (None, info.channels):
+            raise ValueError(f"--C {self.channels}: this model's latents have {info.channels} channels; leave --C out")
+        factor = self.factor or info.factor
         if factor is None:
             raise ValueError(
                 "--f: the config does not tell how much the first stage shrinks a picture; give it, e.g. --f 8"
             )
-        check_size(self.height, self.width, factor * facts.latent_multiple)
-        check_tiled(self.tiled, facts.factor or factor)
-        self._check_prompt_tools(facts)
-        return replace(self, channels=facts.channels, factor=factor, eta=eta)
+        check_size(self.height, self.width, factor * info.latent_multiple)
+        check_tiled(self.tiled, info.factor or factor)
+        self._check_prompt_tools(info)
+        return replace(self, channels=info.channels, factor=factor, eta=eta)
 
-    def _check_prompt_tools(self, facts: ModelFacts) -> None:
+    def _check_prompt_tools(self, info: ModelInfo) -> None:
         if self.chunks is not None and (self.chunks < 1 or not self.long_prompts):
             raise ValueError(f"chunks {self.chunks}: choose 1 or more, with long_prompts")
         for flag, asked in (("--emphasis", self.emphasis), ("--long_prompts", self.long_prompts)):
-            if asked and facts.condition_name in READS_OTHERS:
+            if asked and info.condition_name in READS_OTHERS:
                 raise ValueError(
-                    f"{flag}: works with {', '.join(READS_TOKENS)}; this model reads prompts with {facts.condition_name}"
+                    f"{flag}: works with {', '.join(READS_TOKENS)}; this model reads prompts with {info.condition_name}"
                 )
         if self.emphasis:
             from ldm.inference.prompt_weights import check_emphasis
@@ -169,9 +169,9 @@ class Settings(SamplerSettings):
             check_emphasis(self.negative_prompt)
 
 
-def check_steps(flag: str, steps: int, facts: ModelFacts) -> None:
-    if not 1 <= steps <= facts.timesteps:
-        raise ValueError(f"{flag} {steps}: choose 1 to {facts.timesteps}, the length of this model's noise schedule")
+def check_steps(flag: str, steps: int, info: ModelInfo) -> None:
+    if not 1 <= steps <= info.timesteps:
+        raise ValueError(f"{flag} {steps}: choose 1 to {info.timesteps}, the length of this model's noise schedule")
 
 
 def check_eta(flag: str, eta: float) -> None:
@@ -198,14 +198,14 @@ def sampler_eta(sampler: str, eta: float | None, flag: str = "--ddim_eta") -> fl
     return eta
 
 
-def check_spacing(sampler: str, spacing: str, facts: ModelFacts) -> None:
+def check_spacing(sampler: str, spacing: str, info: ModelInfo) -> None:
     """ValueError unless the sampler can spread its steps so over this model's schedule."""
     if sampler not in SAMPLERS:
         raise ValueError(f"--sampler {sampler}: choose one of {', '.join(SAMPLERS)}")
     grids = SAMPLERS[sampler].grids
     if spacing not in grids:
         raise ValueError(f"--spacing {spacing}: {sampler} takes {', '.join(grids)}")
-    if facts.zero_terminal_snr and grids == CONTINUOUS and spacing != "trailing":
+    if info.zero_terminal_snr and grids == CONTINUOUS and spacing != "trailing":
         raise ValueError(
             f"--spacing {spacing}: {sampler} cannot start where no signal is left, as in this schedule; choose trailing"
         )
@@ -231,7 +231,7 @@ def check_size(height: int, width: int, multiple: int) -> None:
     if height > 0 and width > 0 and not height % multiple and not width % multiple:
         return
     near = {"--H": height, "--W": width}
-    near = {flag: nearest(side, multiple) for flag, side in near.items()}
+    near = {flag: round_to_multiple(side, multiple) for flag, side in near.items()}
     raise ValueError(
         f"--H {height} --W {width}: this model needs multiples of {multiple} pixels; nearest are --H {near['--H']} --W {near['--W']}"
     )
@@ -243,7 +243,7 @@ def check_tiled(side: int, factor: int) -> None:
         raise ValueError(f"--tiled {side}: choose a multiple of {factor} pixels from {4 * factor} on; {TILE} is usual")
 
 
-def nearest(side: int, multiple: int) -> int:
+def round_to_multiple(side: int, multiple: int) -> int:
     """The multiple that is nearest to a side in pixels, at least one."""
     return max(multiple, round(side / multiple) * multiple)
 

@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ldm.inference.settings import (
-    ModelFacts,
+    ModelInfo,
     SamplerSettings,
-    Settings,
+    TextToImageRequest,
     check_scale,
     check_seed,
     check_seed_mode,
     check_steps,
-    nearest,
+    round_to_multiple,
     sampler_eta,
     script_for,
     takes_text,
@@ -25,7 +25,7 @@ MAX_FEATHER = 512  # pixels
 
 
 @dataclass(frozen=True)
-class ImageSettings(Settings):
+class ImageToImageRequest(TextToImageRequest):
     """How a picture is drawn anew after a prompt; the defaults are the published img2img's. Height and width are the picture's."""
 
     scale: float = 5.0
@@ -38,21 +38,21 @@ class ImageSettings(Settings):
         """How many of the steps are walked: the published rounding."""
         return int(self.strength * self.steps)
 
-    def checked(self, facts: ModelFacts) -> ImageSettings:
+    def checked(self, info: ModelInfo) -> ImageToImageRequest:
         if not 0.0 <= self.strength <= 1.0:
             raise ValueError(
                 f"--strength {self.strength}: choose 0 (keep the picture) to 1 (draw from noise alone); 0.75 is usual"
             )
-        return super().checked(facts)
+        return super().checked(info)
 
-    def fitted(self, height: int, width: int, facts: ModelFacts) -> ImageSettings:
+    def fitted(self, height: int, width: int, info: ModelInfo) -> ImageToImageRequest:
         """The same settings for a picture of that size, brought to the nearest one that the model takes; `--f` where it is given."""
-        multiple = (self.factor or facts.factor or 1) * facts.latent_multiple
-        return replace(self, height=nearest(height, multiple), width=nearest(width, multiple))
+        multiple = (self.factor or info.factor or 1) * info.latent_multiple
+        return replace(self, height=round_to_multiple(height, multiple), width=round_to_multiple(width, multiple))
 
 
 @dataclass(frozen=True)
-class BesideSettings(SamplerSettings):
+class ConcatRequest(SamplerSettings):
     """What drawing with a picture beside the latent is asked for, whatever the picture is."""
 
     steps: int | None = 50
@@ -62,21 +62,21 @@ class BesideSettings(SamplerSettings):
     negative_prompt: str = ""
     scale: float | None = None  # guidance; None: what is usual with a model that is led by a prompt, 1 with others
 
-    def _checked(self, facts: ModelFacts, scale: float) -> BesideSettings:
+    def _checked(self, info: ModelInfo, scale: float) -> ConcatRequest:
         """The same settings with the model's own values filled in; `scale` is the usual one of models that are led by a prompt."""
-        check_steps("--steps", self.steps, facts)
+        check_steps("--steps", self.steps, info)
         check_seed(self.seed)
-        if facts.factor is None:
+        if info.factor is None:
             raise ValueError(
                 "first_stage_config: its ddconfig.ch_mult does not tell how much the first stage shrinks a picture"
             )
-        led = takes_text(facts)
+        led = takes_text(info)
         usual = scale if led else 1.0
         settings = replace(
             self, eta=sampler_eta(self.sampler, self.eta), scale=usual if self.scale is None else self.scale
         )
         check_scale(settings.scale)
-        settings.check_sampler(facts, settings.scale)
+        settings.check_sampler(info, settings.scale)
         asked = {"--prompt": self.prompt, "--negative_prompt": self.negative_prompt, "--scale": settings.scale != 1.0}
         for flag, given in asked.items():
             if given and not led:
@@ -91,19 +91,19 @@ class BesideSettings(SamplerSettings):
 
 
 @dataclass(frozen=True)
-class FillSettings(BesideSettings):
+class InpaintRequest(ConcatRequest):
     """How masked parts of a picture are filled; the defaults are the published ones of the model's family."""
 
     feather: int = 0  # over how many pixels the drawing fades in from the edge of the hole
 
-    def checked(self, facts: ModelFacts) -> FillSettings:
+    def checked(self, info: ModelInfo) -> InpaintRequest:
         if not 0 <= self.feather <= MAX_FEATHER:
             raise ValueError(f"--feather {self.feather}: choose 0 (a hard edge) to {MAX_FEATHER} pixels")
-        return self._checked(facts, scale=7.5)
+        return self._checked(info, scale=7.5)
 
 
 @dataclass(frozen=True)
-class UpscaleSettings(BesideSettings):
+class UpscaleRequest(ConcatRequest):
     """How a picture is enlarged; the defaults are those that the released models were shown with."""
 
     steps: int | None = None  # None: 100, and 50 with a model that is led by a prompt
@@ -112,9 +112,9 @@ class UpscaleSettings(BesideSettings):
     )
     noise_level: int | None = None  # noise that is added to the small picture, for models that are told of it; None: 20
 
-    def checked(self, facts: ModelFacts) -> UpscaleSettings:
+    def checked(self, info: ModelInfo) -> UpscaleRequest:
         """DDIM is as noisy as DDPM unless the model is led by a prompt or another eta is asked for."""
-        unit, led, most = facts.latent_multiple, takes_text(facts), facts.max_noise_level
+        unit, led, most = info.latent_multiple, takes_text(info), info.max_noise_level
         if self.tile != 0 and (self.tile < 2 * unit or self.tile % unit):
             raise ValueError(
                 f"--tile {self.tile}: choose a multiple of {unit} from {2 * unit} on, or 0 for one piece; 128 is usual"
@@ -128,7 +128,7 @@ class UpscaleSettings(BesideSettings):
             )
         steps = (50 if led else 100) if self.steps is None else self.steps
         eta = self.eta if led else noisy_eta(self.sampler, self.eta, "--ddim_eta")
-        return replace(self, steps=steps, eta=eta, noise_level=level)._checked(facts, scale=9.0)
+        return replace(self, steps=steps, eta=eta, noise_level=level)._checked(info, scale=9.0)
 
 
 def noisy_eta(sampler: str, eta: float | None, flag: str) -> float:
@@ -137,7 +137,7 @@ def noisy_eta(sampler: str, eta: float | None, flag: str) -> float:
 
 
 @dataclass(frozen=True)
-class SampleSettings(SamplerSettings):
+class ClassConditionalRequest(SamplerSettings):
     """How samples of an unconditional or class-conditional model are drawn; the defaults are the published sample_diffusion's."""
 
     n_samples: int = 50000  # exactly so many, all classes together
@@ -153,22 +153,22 @@ class SampleSettings(SamplerSettings):
     classes: tuple[int, ...] | None = None  # drawn in turn; None: every class, in an order that follows from the seed
     null_class: int | None = None  # what guidance leads away from; None: the model's own
 
-    def checked(self, facts: ModelFacts) -> SampleSettings:
+    def checked(self, info: ModelInfo) -> ClassConditionalRequest:
         """The same settings with the model's own values filled in; ValueError names a flag, its value and the choices."""
         for flag, value in (("--n_samples", self.n_samples), ("--batch_size", self.batch_size)):
             if value < 1:
                 raise ValueError(f"{flag} {value}: choose 1 or more")
-        check_steps("--custom_steps", self.steps, facts)
+        check_steps("--custom_steps", self.steps, info)
         check_seed(self.seed)
         check_seed_mode(self.seed_mode)
         check_scale(self.scale)
-        self.check_sampler(facts, self.scale)
+        self.check_sampler(info, self.scale)
         if self.vanilla and (self.sampler, self.spacing) != ("ddim", "uniform"):
             given = f"--sampler {self.sampler}" if self.sampler != "ddim" else f"--spacing {self.spacing}"
             raise ValueError(f"-v with {given}: -v is the ancestral chain over every timestep; leave one of them out")
         eta = noisy_eta(self.sampler, self.eta, "--eta")
-        check_samples_freely(facts)
-        if facts.n_classes is None:
+        require_unconditional_or_class(info)
+        if info.n_classes is None:
             for flag, given in (("--classes", self.classes is not None), ("--null_class", self.null_class is not None)):
                 if given:
                     raise ValueError(f"{flag}: this model knows no classes; leave it out")
@@ -177,14 +177,14 @@ class SampleSettings(SamplerSettings):
                     f"--scale {self.scale:g}: this model has no condition that could be led to; leave --scale out"
                 )
             return replace(self, eta=eta)
-        bad = [c for c in (*(self.classes or ()), self.null_class) if c is not None and not 0 <= c < facts.n_classes]
+        bad = [c for c in (*(self.classes or ()), self.null_class) if c is not None and not 0 <= c < info.n_classes]
         if bad:
-            raise ValueError(f"class {bad[0]}: this model knows 0 to {facts.n_classes - 1}")
-        null_class = facts.null_class if self.null_class is None else self.null_class
+            raise ValueError(f"class {bad[0]}: this model knows 0 to {info.n_classes - 1}")
+        null_class = info.null_class if self.null_class is None else self.null_class
         if self.scale != 1.0 and null_class is None:
             raise ValueError(
                 f"--scale {self.scale:g}: the config names no class that means 'no class' (neither 1001 classes nor cond_dropout); "
-                f"give --null_class N if the model was trained with one, e.g. {facts.n_classes - 1}, or leave --scale out"
+                f"give --null_class N if the model was trained with one, e.g. {info.n_classes - 1}, or leave --scale out"
             )
         return replace(self, null_class=null_class, eta=eta)
 
@@ -202,36 +202,36 @@ def parse_classes(words: Sequence[str]) -> tuple[int, ...]:
     return tuple(classes)
 
 
-def check_samples_freely(facts: ModelFacts) -> None:
+def require_unconditional_or_class(info: ModelInfo) -> None:
     """ValueError where the model needs more than a class to draw, with the script that gives it."""
-    name = facts.condition_name
-    if name == "__is_unconditional__" or facts.n_classes is not None:
+    name = info.condition_name
+    if name == "__is_unconditional__" or info.n_classes is not None:
         return
     scripts = {"__is_first_stage__": "scripts/inpaint.py", "Identity": "scripts/upscale.py"}
-    hint = scripts.get(name, f"{script_for(facts)} if that is text")
-    if name == "SpatialRescaler" or facts.takes_tokens:
+    hint = scripts.get(name, f"{script_for(info)} if that is text")
+    if name == "SpatialRescaler" or info.takes_tokens:
         hint = "a script of your own over ldm.inference"
     raise ValueError(f"this model draws only under a condition (cond_stage_config: {name}); use {hint}")
 
 
-def check_fills_masks(facts: ModelFacts) -> None:
+def require_inpainting_model(info: ModelInfo) -> None:
     """ValueError unless the model is given the masked picture's encoding and the mask beside the latent, as the published ones are."""
-    needs = 2 * facts.channels + 1
-    if not (facts.condition_name == "__is_first_stage__" or takes_text(facts)) or facts.unet_channels != needs:
+    needs = 2 * info.channels + 1
+    if not (info.condition_name == "__is_first_stage__" or takes_text(info)) or info.unet_channels != needs:
         raise ValueError(
             f"this model fills no masks: it needs cond_stage_config __is_first_stage__ or a text encoder, and a UNet of {needs} input "
-            f"channels (latent, masked picture, mask), it has {facts.condition_name} and {facts.unet_channels}; see "
+            f"channels (latent, masked picture, mask), it has {info.condition_name} and {info.unet_channels}; see "
             "models/ldm/inpainting_big/config.yaml and configs/stable-diffusion/v1-inpainting-inference.yaml"
         )
 
 
-def check_enlarges(facts: ModelFacts) -> None:
+def require_upscaler(info: ModelInfo) -> None:
     """ValueError unless the model is given a low-resolution picture beside the latent, as the published ones are."""
-    needs, led = facts.channels + 3, takes_text(facts) and facts.max_noise_level is not None
-    if not (facts.condition_name == "Identity" or led) or facts.unet_channels != needs:
+    needs, led = info.channels + 3, takes_text(info) and info.max_noise_level is not None
+    if not (info.condition_name == "Identity" or led) or info.unet_channels != needs:
         raise ValueError(
             f"this model enlarges nothing: it needs cond_stage_config torch.nn.Identity, or text and low_scale_config, and a UNet "
-            f"of {needs} input channels (latent, low-resolution picture), it has {facts.condition_name} and {facts.unet_channels}; see "
+            f"of {needs} input channels (latent, low-resolution picture), it has {info.condition_name} and {info.unet_channels}; see "
             "models/ldm/bsr_sr/config.yaml and configs/stable-diffusion/x4-upscaling.yaml"
         )
 

@@ -11,10 +11,10 @@ from ldm.inference.concat import with_parts
 from ldm.inference.pipeline import Pipeline
 from ldm.inference.prompt_weights import PromptEncoder, check_emphasis
 from ldm.inference.randomness import Randomness, Silent, noise_of
-from ldm.inference.settings import Settings, batches_of, check_takes_text
-from ldm.inference.task_settings import ImageSettings
+from ldm.inference.settings import TextToImageRequest, batches_of, require_text_model
+from ldm.inference.task_settings import ImageToImageRequest
 from ldm.models.diffusion.samplers.registry import make_sampler
-from ldm.output.images import Picture
+from ldm.output.images import GeneratedImage
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -30,7 +30,7 @@ Encode = Callable[[Sequence[str]], tuple[Any, Any]]
 """A batch of prompts -> (condition, what guidance leads away from; None without guidance)."""
 
 
-class Guided(NamedTuple):
+class Conditioned(NamedTuple):
     """What leads a batch, and what is called after each of its steps."""
 
     cond: Any = None
@@ -47,19 +47,19 @@ class Batch(NamedTuple):
     prompts: list[str]
 
 
-Walk = Callable[["Sampler", "Batch", "NoiseSource", Guided], "Tensor"]
+SampleLatents = Callable[["Sampler", "Batch", "NoiseSource", Conditioned], "Tensor"]
 """(sampler, batch, its noise, what leads it) -> latents (B, c, h, w)."""
 
 
 def text_to_image(
     pipeline: Pipeline,
     prompts: str | Sequence[str],
-    settings: Settings,
+    settings: TextToImageRequest,
     progress: bool = True,
     encode: Encode | None = None,
     task: str = "txt2img",
     only: int | None = None,
-) -> Iterator[Picture]:
+) -> Iterator[GeneratedImage]:
     """Draw `settings.n_iter` times: `n_samples` pictures of the one prompt, or one of each prompt of a list, `n_samples` at a time.
 
     Noise is drawn as published (first the fixed code, then batch after batch), so that a seed gives the published picture, or with
@@ -70,7 +70,7 @@ def text_to_image(
     """
     import torch
 
-    settings = settings.checked(pipeline.facts)
+    settings = settings.checked(pipeline.info)
     if encode is None:
         settings, encode = _own_encoder(pipeline, prompts, settings)
     shape, randomness = settings.latent_shape, Randomness(settings.seed, pipeline.device)
@@ -79,7 +79,7 @@ def text_to_image(
         with randomness():
             start = torch.randn((settings.n_samples, *shape), device=pipeline.device)
 
-    def walk(sampler: Sampler, batch: Batch, noise: NoiseSource, guided: Guided) -> Tensor:
+    def sample_latents(sampler: Sampler, batch: Batch, noise: NoiseSource, guided: Conditioned) -> Tensor:
         z, _ = sampler.sample(
             S=settings.steps,
             batch_size=len(batch.prompts),
@@ -97,18 +97,20 @@ def text_to_image(
         )
         return z
 
-    yield from _drawn(task, pipeline, prompts, settings, settings.steps, encode, walk, randomness, progress, only)
+    yield from _generate(
+        task, pipeline, prompts, settings, settings.steps, encode, sample_latents, randomness, progress, only
+    )
 
 
 def image_to_image(
     pipeline: Pipeline,
     image: Image.Image,
     prompts: str | Sequence[str],
-    settings: ImageSettings,
+    settings: ImageToImageRequest,
     progress: bool = True,
     only: int | None = None,
     beside: Mapping[str, Any] | None = None,
-) -> Iterator[Picture]:
+) -> Iterator[GeneratedImage]:
     """As `text_to_image`, but each drawing starts from the noised latent of a picture (SDEdit, arXiv 2108.01073).
 
     The picture is resized to the settings' height and width. Random numbers come in the published order: the first stage's
@@ -118,7 +120,7 @@ def image_to_image(
     """
     import torch
 
-    settings = settings.checked(pipeline.facts)
+    settings = settings.checked(pipeline.info)
     settings, encode = _own_encoder(pipeline, prompts, settings, beside)
     model, randomness, walked = (
         in_tiles(pipeline, settings).model,
@@ -133,7 +135,7 @@ def image_to_image(
             z0 = model.get_first_stage_encoding(posterior)  # (n_samples, c, h, w)
             start = torch.randn_like(z0) if settings.fixed_code else None
 
-    def walk(sampler: Sampler, batch: Batch, noise: NoiseSource, guided: Guided) -> Tensor:
+    def sample_latents(sampler: Sampler, batch: Batch, noise: NoiseSource, guided: Conditioned) -> Tensor:
         size = len(batch.prompts)
         z = model.get_first_stage_encoding(_sampled(posterior, noise, size)) if alone else z0[:size]
         if walked == 0:
@@ -146,7 +148,9 @@ def image_to_image(
             z, guided.cond, walked, guided.scale, guided.uncond, callback=guided.tick, verbose=False, **options
         )
 
-    yield from _drawn("img2img", pipeline, prompts, settings, walked, encode, walk, randomness, progress, only)
+    yield from _generate(
+        "img2img", pipeline, prompts, settings, walked, encode, sample_latents, randomness, progress, only
+    )
 
 
 def _sampled(posterior: Any, noise: NoiseSource, size: int) -> Tensor:
@@ -158,7 +162,7 @@ def _sampled(posterior: Any, noise: NoiseSource, size: int) -> Tensor:
     return posterior.mode() + posterior.std * noise.normal_like(posterior.mode().expand(size, -1, -1, -1))
 
 
-def in_tiles(pipeline: Pipeline, settings: Settings) -> Pipeline:
+def in_tiles(pipeline: Pipeline, settings: TextToImageRequest) -> Pipeline:
     """The pipeline with a first stage that sees square tiles, half of which neighbors share, where that is asked for.
 
     The network sees the whole latent; memory of encoding and decoding grows with a tile.
@@ -169,7 +173,7 @@ def in_tiles(pipeline: Pipeline, settings: Settings) -> Pipeline:
 
     from ldm.models.diffusion.tiling import TiledModel, Tiling
 
-    factor = pipeline.facts.factor or settings.factor
+    factor = pipeline.info.factor or settings.factor
     cells, tiled = settings.tiled // factor, copy(pipeline)
     tiled.model = TiledModel(pipeline.model, Tiling(cells, cells // 2), factor)
     return tiled
@@ -192,10 +196,13 @@ def fit(image: Image.Image, height: int, width: int) -> Image.Image:
 
 
 def _own_encoder(
-    pipeline: Pipeline, prompts: str | Sequence[str], settings: Settings, beside: Mapping[str, Any] | None = None
-) -> tuple[Settings, Encode]:
+    pipeline: Pipeline,
+    prompts: str | Sequence[str],
+    settings: TextToImageRequest,
+    beside: Mapping[str, Any] | None = None,
+) -> tuple[TextToImageRequest, Encode]:
     """(settings with the number of chunks, the model's condition stage), which has to take text; further parts join what it encodes."""
-    check_takes_text(pipeline.facts, beside=sum(part.shape[1] for part in (beside or {}).get("c_concat", ())))
+    require_text_model(pipeline.info, beside=sum(part.shape[1] for part in (beside or {}).get("c_concat", ())))
     settings, encode = _text_encoder(pipeline, prompts, settings)
     if beside is None:
         return settings, encode
@@ -207,7 +214,9 @@ def _own_encoder(
     return settings, encode_beside
 
 
-def _text_encoder(pipeline: Pipeline, prompts: str | Sequence[str], settings: Settings) -> tuple[Settings, Encode]:
+def _text_encoder(
+    pipeline: Pipeline, prompts: str | Sequence[str], settings: TextToImageRequest
+) -> tuple[TextToImageRequest, Encode]:
     negative, scale = settings.negative_prompt, settings.scale
     if not (settings.emphasis or settings.long_prompts):
         return settings, lambda batch: pipeline.encode_prompts(batch, negative, scale)
@@ -226,18 +235,18 @@ def _text_encoder(pipeline: Pipeline, prompts: str | Sequence[str], settings: Se
     return settings, encode
 
 
-def _drawn(
+def _generate(
     task: str,
     pipeline: Pipeline,
     prompts: str | Sequence[str],
-    settings: Settings,
+    settings: TextToImageRequest,
     steps: int,
     encode: Encode,
-    walk: Walk,
+    sample_latents: SampleLatents,
     randomness: Randomness,
     progress: bool,
     only: int | None,
-) -> Iterator[Picture]:
+) -> Iterator[GeneratedImage]:
     """Finished pictures of what `walk` makes of every batch of prompts; `only` that at one place."""
     from tqdm import tqdm
 
@@ -253,11 +262,11 @@ def _drawn(
             if not kept:  # its random numbers are used up, and nothing else
                 if settings.seed_mode == "batch":
                     with randomness(), pipeline.drawing():
-                        walk(
+                        sample_latents(
                             make_sampler(settings.sampler, Silent(pipeline.model)),
                             batch,
                             noise_of("batch", 0, []),
-                            Guided(),
+                            Conditioned(),
                         )
                 continue
             one = only is not None and settings.seed_mode == "image"
@@ -269,7 +278,9 @@ def _drawn(
             noise = noise_of(settings.seed_mode, settings.seed, at_once.places)
             with randomness(), pipeline.drawing():
                 cond, uncond = encode(at_once.prompts)
-                z = walk(sampler, at_once, noise, Guided(cond, uncond, settings.scale, lambda i: bar.update()))
+                z = sample_latents(
+                    sampler, at_once, noise, Conditioned(cond, uncond, settings.scale, lambda i: bar.update())
+                )
                 images = stage.decode(z)
             for index, picture in zip(at_once.places, finished(images, at_once.prompts, pipeline, settings)):
                 place = {
@@ -279,19 +290,21 @@ def _drawn(
                 }
                 place |= {"batch_size": len(batch.prompts), "n_prompts": n_prompts}
                 if index in kept:
-                    yield Picture(picture.image, {"task": task, **picture.info, **place})
+                    yield GeneratedImage(picture.image, {"task": task, **picture.info, **place})
 
 
-def _batches(prompts: str | Sequence[str], settings: Settings) -> Iterator[Batch]:
+def _batches(prompts: str | Sequence[str], settings: TextToImageRequest) -> Iterator[Batch]:
     first = 0
     for number, batch in enumerate(batches_of(prompts, settings.n_samples) * settings.n_iter):
         yield Batch(number, range(first, first + len(batch)), batch)
         first += len(batch)
 
 
-def finished(images: Tensor, prompts: Sequence[str], pipeline: Pipeline, settings: Settings) -> Iterator[Picture]:
+def finished(
+    images: Tensor, prompts: Sequence[str], pipeline: Pipeline, settings: TextToImageRequest
+) -> Iterator[GeneratedImage]:
     """Pictures of one batch (B, 3, H, W) in [-1, 1], each with its prompt, the settings and the model's identity."""
     from ldm.data.image import from_tensor
 
     for image, prompt in zip(images, prompts, strict=True):
-        yield Picture(from_tensor(image), {"prompt": prompt, **asdict(settings), **pipeline.identity})
+        yield GeneratedImage(from_tensor(image), {"prompt": prompt, **asdict(settings), **pipeline.identity})

@@ -19,7 +19,7 @@ from ldm.output.watermark import Watermark
 METADATA_KEY = "ldm"  # keyword of the PNG's text chunk; its text is one JSON object
 
 
-class Picture(NamedTuple):
+class GeneratedImage(NamedTuple):
     """A finished picture and all that it was made with, ready for JSON."""
 
     image: Image.Image
@@ -30,11 +30,11 @@ class Picture(NamedTuple):
     checked: bool = False  # its metadata tells what the safety checker said of it, or that it was not asked
 
 
-Check = Callable[[Picture], Picture]
+Check = Callable[[GeneratedImage], GeneratedImage]
 """A drawn picture -> a checked one (ldm.output.safety)."""
 
 
-class PictureFolder:
+class NumberedFiles:
     """Numbered PNG files in one folder: the number after the highest one there, so that no file is ever overwritten.
 
     pattern: the file name with one number in it, "{:05}.png" or "grid-{:04}.png".
@@ -48,7 +48,7 @@ class PictureFolder:
         taken = [int(match[1]) for path in self.folder.iterdir() if (match := self._name.fullmatch(path.name))]
         self._next = max(taken, default=-1) + 1
 
-    def save(self, picture: Picture) -> Path:
+    def save(self, picture: GeneratedImage) -> Path:
         """Write one picture with its settings in the metadata -> its path."""
         return write_new(self._names(), picture)
 
@@ -66,7 +66,7 @@ def make_folder(folder: Path) -> None:
         raise ValueError(f"{folder} is a file or lies in one; give a folder for the pictures") from error
 
 
-def write_new(names: Iterator[Path], picture: Picture) -> Path:
+def write_new(names: Iterator[Path], picture: GeneratedImage) -> Path:
     """Write one picture with its settings in the metadata under the first of the names that is free -> that name."""
     data = io.BytesIO()
     picture.image.save(data, "PNG", pnginfo=png_info(picture.info))
@@ -87,7 +87,7 @@ def png_info(info: Mapping[str, Any]) -> PngInfo:
     return chunk
 
 
-def read_info(path: str | Path) -> dict[str, Any]:
+def read_metadata(path: str | Path) -> dict[str, Any]:
     """The settings that a picture of this project was drawn with; ValueError where the file holds none."""
     try:
         with Image.open(path) as image:
@@ -126,17 +126,17 @@ class Output:
     ) -> None:
         self.folder, self.watermark, self.safety = Path(folder), watermark, safety
         names = self.folder / samples
-        self.samples = PictureFolder(names.parent, names.name)
-        self.grids = PictureFolder(folder, "grid-{:04}.png")
+        self.samples = NumberedFiles(names.parent, names.name)
+        self.grids = NumberedFiles(folder, "grid-{:04}.png")
 
-    def checked(self, picture: Picture) -> Picture:
+    def checked(self, picture: GeneratedImage) -> GeneratedImage:
         """The picture as it may be shown, for grids and arrays that are made of it; saving does the same to what is not checked yet."""
         return checked(picture, self.safety)
 
-    def save_sample(self, picture: Picture) -> Path:
+    def save_sample(self, picture: GeneratedImage) -> Path:
         return self.samples.save(marked(self.checked(picture), self.watermark))
 
-    def save_grid(self, picture: Picture) -> Path:
+    def save_grid(self, picture: GeneratedImage) -> Path:
         return self.grids.save(marked(self.checked(picture), self.watermark))
 
 
@@ -147,14 +147,14 @@ class NamedOutput:
         self.folder, self.watermark, self.safety = Path(folder), watermark, safety
         make_folder(self.folder)
 
-    def save(self, picture: Picture, stem: str) -> Path:
+    def save(self, picture: GeneratedImage, stem: str) -> Path:
         if Path(stem).name != stem:
             raise ValueError(f"{stem!r}: expected the name of a picture without folders")
         names = itertools.chain([f"{stem}.png"], (f"{stem}-{k}.png" for k in itertools.count(1)))
         return write_new((self.folder / name for name in names), marked(checked(picture, self.safety), self.watermark))
 
 
-def checked(picture: Picture, safety: Check | None) -> Picture:
+def checked(picture: GeneratedImage, safety: Check | None) -> GeneratedImage:
     """The picture after the safety check, once; without one, with a word about that in its metadata."""
     if picture.checked:
         return picture
@@ -163,7 +163,7 @@ def checked(picture: Picture, safety: Check | None) -> Picture:
     return safety(picture)
 
 
-def marked(picture: Picture, watermark: Watermark | None) -> Picture:
+def marked(picture: GeneratedImage, watermark: Watermark | None) -> GeneratedImage:
     """The picture with the mark in it where it can hold one and anything is drawn, and with a word about it in its metadata."""
     drawn = picture.drawn is None or picture.drawn.getbbox() is not None
     image, done = watermark(picture.image) if watermark is not None and drawn else (picture.image, False)

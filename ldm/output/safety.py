@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING
 from PIL import Image
 
 from ldm.config.model_info import SAFETY_MODES
-from ldm.output.images import Picture
+from ldm.output.images import GeneratedImage
 
 if TYPE_CHECKING:
-    from ldm.config.model_info import ModelFacts
+    from ldm.config.model_info import ModelInfo
     from ldm.output.safety_checker import SafetyChecker
 
 logger = logging.getLogger(__name__)
@@ -30,9 +30,9 @@ class SafetySettings:
         None  # folder with the checker; None: models/safety_checker where that is there, else the hub's
     )
 
-    def checked(self, facts: ModelFacts) -> SafetySettings:
+    def checked(self, info: ModelInfo) -> SafetySettings:
         """The same settings with the config's own mode filled in; ValueError names a flag, its value and the choices."""
-        mode = facts.safety if self.mode is None else self.mode
+        mode = info.safety if self.mode is None else self.mode
         if mode not in SAFETY_MODES:
             raise ValueError(f"--safety {mode}: choose one of {', '.join(SAFETY_MODES)}")
         if self.checker is not None and mode == "off":
@@ -59,7 +59,7 @@ class Safety:
             self._checker = self._loaded()
         return self
 
-    def __call__(self, picture: Picture) -> Picture:
+    def __call__(self, picture: GeneratedImage) -> GeneratedImage:
         """The picture as it may be written. ValueError where the checker fails on it: then it must not be written at all."""
         mode = self.settings.mode
         flagged = None if mode == "off" else self._flags(picture)
@@ -75,7 +75,7 @@ class Safety:
             image=Image.new("RGB", picture.image.size), drawn=Image.new("1", picture.image.size)
         )  # nothing is drawn
 
-    def _flags(self, picture: Picture) -> bool:
+    def _flags(self, picture: GeneratedImage) -> bool:
         checker = self.ready()._checker
         try:
             return checker.flags(picture.image)

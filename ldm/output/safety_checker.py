@@ -106,7 +106,7 @@ class SafetyChecker:
         config = CLIPConfig.from_dict(load_json(files.config))
         with weights_on_meta():
             self.model = StableDiffusionSafetyChecker(config)
-        fill(self.model, files.weights)
+        load_all_weights(self.model, files.weights)
         self.model.requires_grad_(False).eval()
         self.model.visual_projection.register_forward_hook(_must_be_finite)
         side = config.vision_config.image_size
@@ -128,7 +128,7 @@ class SafetyChecker:
         return bool(flagged)
 
 
-def fill(model: nn.Module, weights: Path) -> None:
+def load_all_weights(model: nn.Module, weights: Path) -> None:
     """Give every parameter its tensor of the file; ValueError where one is missing or of another shape, or a concept is not finite."""
     import torch
 

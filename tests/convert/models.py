@@ -89,7 +89,7 @@ MODELS: dict[str, dict[str, Any]] = {
         "first_stage_config": VQ,
         "unet_config": unet(in_channels=3, out_channels=3),
     },
-    "shared": {**KINDS["fill"], "cond_stage_trainable": False, "unet_config": unet(**_PLAIN, in_channels=9)},
+    "shared": {**KINDS["inpaint"], "cond_stage_trainable": False, "unet_config": unet(**_PLAIN, in_channels=9)},
 }
 """Parameters of LatentDiffusion, by what the model is for."""
 

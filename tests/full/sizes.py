@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from ldm.inference import load_model, text_to_image
-from ldm.inference.settings import ModelFacts, Settings, model_facts, read_config
+from ldm.inference.settings import ModelInfo, TextToImageRequest, model_info, read_config
 from ldm.paths import ROOT
 from tests.tiny import save_text_model
 
@@ -23,7 +23,7 @@ def run(parts: Iterable[str] = ("refusals", "pictures", "prompts")) -> Iterator[
     """One line for each part."""
     if "refusals" in parts:
         for name in CONFIGS:
-            taken, refused = count(model_facts(read_config(ROOT / f"configs/{name}.yaml")))
+            taken, refused = count(model_info(read_config(ROOT / f"configs/{name}.yaml")))
             yield f"{name}: {taken} sizes taken, {refused} refused with the nearest that are taken"
     with tempfile.TemporaryDirectory() as folder:
         saved = save_text_model(Path(folder))
@@ -31,7 +31,7 @@ def run(parts: Iterable[str] = ("refusals", "pictures", "prompts")) -> Iterator[
         drawn = 0
         for height in SIDES if "pictures" in parts else ():
             for width in SIDES:
-                settings = Settings(height=height, width=width, steps=1, n_samples=1, n_iter=1, scale=1.0)
+                settings = TextToImageRequest(height=height, width=width, steps=1, n_samples=1, n_iter=1, scale=1.0)
                 (picture,) = text_to_image(pipeline, "a cat", settings, progress=False)
                 assert picture.image.size == (width, height)
                 drawn += 1
@@ -39,7 +39,7 @@ def run(parts: Iterable[str] = ("refusals", "pictures", "prompts")) -> Iterator[
             yield f"a model that takes multiples of 8: {drawn} of {len(SIDES) ** 2} sizes drawn"
         for n_prompts in range(1, 8) if "prompts" in parts else ():
             for n_iter in (1, 2, 3):
-                settings = Settings(height=8, width=8, steps=1, n_samples=3, n_iter=n_iter)
+                settings = TextToImageRequest(height=8, width=8, steps=1, n_samples=3, n_iter=n_iter)
                 pictures = list(
                     text_to_image(pipeline, [f"prompt {k}" for k in range(n_prompts)], settings, progress=False)
                 )
@@ -51,16 +51,16 @@ def run(parts: Iterable[str] = ("refusals", "pictures", "prompts")) -> Iterator[
             yield "1 to 7 prompts, 3 at once, 1 to 3 times: as many pictures as prompts x times"
 
 
-def count(facts: ModelFacts) -> tuple[int, int]:
+def count(info: ModelInfo) -> tuple[int, int]:
     """(sizes taken, sizes refused); AssertionError where a refusal's advice is not taken."""
     taken = refused = 0
     for height in SIDES:
         for width in SIDES:
             try:
-                Settings(height=height, width=width).checked(facts)
+                TextToImageRequest(height=height, width=width).checked(info)
             except ValueError as error:
                 words = str(error).split("nearest are ")[1].split()
-                Settings(height=int(words[1]), width=int(words[3])).checked(facts)
+                TextToImageRequest(height=int(words[1]), width=int(words[3])).checked(info)
                 refused += 1
             else:
                 taken += 1

@@ -223,7 +223,7 @@ def test_a_logger_is_a_logger_and_a_checkpoint_stays_in_its_folder(tmp_path, cap
     with pytest.raises(ConfigError, match="is no Lightning logger"):
         _loggers(
             OmegaConf.create(
-                {"logger": {"target": "ldm.output.images.PictureFolder", "params": {"folder": str(tmp_path / "new")}}}
+                {"logger": {"target": "ldm.output.images.NumberedFiles", "params": {"folder": str(tmp_path / "new")}}}
             ),
             RunFolder(tmp_path, "now"),
         )

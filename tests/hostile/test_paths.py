@@ -19,7 +19,7 @@ from ldm.config.text_shapes import clip_shape
 from ldm.data import archives
 from ldm.data.archives import ArchiveError, unpack
 from ldm.inference.from_metadata import FLAGS
-from ldm.output.images import METADATA_KEY, NamedOutput, Output, Picture, png_info, read_info
+from ldm.output.images import METADATA_KEY, GeneratedImage, NamedOutput, Output, png_info, read_metadata
 from ldm.training.flags import Options
 from ldm.training.folder import new_run
 from scripts.txt2img import main as txt2img
@@ -130,7 +130,7 @@ def test_prompts_are_never_names_of_files(tmp_path, monkeypatch):
 
 
 def picture():
-    return Picture(Image.new("RGB", (8, 8)), {"prompt": "../up"})
+    return GeneratedImage(Image.new("RGB", (8, 8)), {"prompt": "../up"})
 
 
 def test_links_in_the_output_folder_are_never_written_through(tmp_path):
@@ -187,7 +187,7 @@ def test_metadata_that_is_none_is_one_clear_line(text, tmp_path):
     chunk.add_text(METADATA_KEY, text)
     Image.new("RGB", (2, 2)).save(tmp_path / "x.png", pnginfo=chunk)
     with pytest.raises(ValueError, match=r"x\.png: its metadata is damaged"):
-        read_info(tmp_path / "x.png")
+        read_metadata(tmp_path / "x.png")
 
 
 def test_a_bomb_of_metadata_is_refused(tmp_path):
@@ -195,7 +195,7 @@ def test_a_bomb_of_metadata_is_refused(tmp_path):
     chunk.add_text(METADATA_KEY, '{"a": "' + "x" * (3 << 20) + '"}', zip=True)
     Image.new("RGB", (2, 2)).save(tmp_path / "x.png", pnginfo=chunk)
     with pytest.raises(ValueError, match=r"x\.png: no picture whose metadata can be read"):
-        read_info(tmp_path / "x.png")
+        read_metadata(tmp_path / "x.png")
 
 
 VALUES = ([], {"a": 1}, "x", True, -1, 10**30, "../up", "\0")
@@ -227,7 +227,7 @@ def test_a_picture_to_draw_again_is_drawn_or_refused_in_one_line_whatever_its_me
         "ckpt": str(saved.ckpt),
     }
     for value in VALUES:
-        Picture(Image.new("RGB", (2, 2)), {}).image.save("x.png", pnginfo=png_info({**good, name: value}))
+        GeneratedImage(Image.new("RGB", (2, 2)), {}).image.save("x.png", pnginfo=png_info({**good, name: value}))
         assert (
             run_command(txt2img, ["--from-metadata", "x.png", "--outdir", str(tmp_path / "home"), "--device", "cpu"])
             == 2

@@ -8,13 +8,13 @@ import torch
 from PIL import Image
 
 from ldm.cli import run_command
-from ldm.inference import Pipeline, draw_samples, image_to_image, load_model, text_to_image
+from ldm.inference import Pipeline, generate_samples, image_to_image, load_model, text_to_image
 from ldm.inference import from_metadata as redraw
-from ldm.inference.settings import MAX_SEED, Settings
-from ldm.inference.task_settings import ImageSettings, SampleSettings
+from ldm.inference.settings import MAX_SEED, TextToImageRequest
+from ldm.inference.task_settings import ClassConditionalRequest, ImageToImageRequest
 from ldm.models.diffusion.samplers.noise import NoisePerSample
 from ldm.models.diffusion.samplers.registry import SAMPLERS, make_sampler
-from ldm.output.images import read_info
+from ldm.output.images import read_metadata
 from scripts import img2img, txt2img
 from tests.scripts.refusals import refused
 from tests.tiny import SavedModel, save_model
@@ -32,12 +32,14 @@ NOISY = [
 
 
 def text(pipeline: Pipeline, prompts=PROMPTS, only: int | None = None, **changes) -> list[np.ndarray]:
-    drawn = text_to_image(pipeline, prompts, Settings(**{**TINY, **changes}), progress=False, only=only)
+    drawn = text_to_image(pipeline, prompts, TextToImageRequest(**{**TINY, **changes}), progress=False, only=only)
     return [np.asarray(p.image) for p in drawn]
 
 
 def from_image(pipeline: Pipeline, image: Image.Image, only: int | None = None, **changes) -> list[np.ndarray]:
-    drawn = image_to_image(pipeline, image, PROMPTS, ImageSettings(**{**TINY, **changes}), progress=False, only=only)
+    drawn = image_to_image(
+        pipeline, image, PROMPTS, ImageToImageRequest(**{**TINY, **changes}), progress=False, only=only
+    )
     return [np.asarray(p.image) for p in drawn]
 
 
@@ -76,8 +78,10 @@ def test_so_are_samples(tmp_path):
     classes = load_model(saved.config, saved.ckpt, "cpu", "full")
 
     def draw(batch_size: int, **changes) -> list[np.ndarray]:
-        settings = SampleSettings(n_samples=4, batch_size=batch_size, steps=3, seed_mode="image", scale=2.0, **changes)
-        return [np.asarray(p.image) for p in draw_samples(classes, settings, progress=False)]
+        settings = ClassConditionalRequest(
+            n_samples=4, batch_size=batch_size, steps=3, seed_mode="image", scale=2.0, **changes
+        )
+        return [np.asarray(p.image) for p in generate_samples(classes, settings, progress=False)]
 
     for changes in ({}, {"sampler": "euler_ancestral"}, {"vanilla": True}):
         assert within_a_step(draw(1, **changes), draw(3, **changes)) and not np.array_equal(*draw(2, **changes)[:2])
@@ -180,7 +184,7 @@ def arguments(saved: SavedModel, outdir, *flags: str) -> list[str]:
 
 
 def pictures(outdir) -> list[tuple[np.ndarray, dict]]:
-    return [(np.asarray(Image.open(path)), read_info(path)) for path in sorted((outdir / "samples").glob("*.png"))]
+    return [(np.asarray(Image.open(path)), read_metadata(path)) for path in sorted((outdir / "samples").glob("*.png"))]
 
 
 EVERYTHING = [
@@ -391,7 +395,7 @@ def test_what_cannot_be_drawn_again_is_refused_in_one_line(saved, tmp_path, caps
 
 def test_a_device_that_is_not_here_is_replaced_with_a_warning(saved, tmp_path, caplog, monkeypatch):
     run_command(txt2img.main, arguments(saved, tmp_path, "--H", "16", "--W", "16", "--n_samples", "1", "--n_iter", "1"))
-    monkeypatch.setattr("ldm.output.images.read_info", lambda path: {**read_info(path), "device": "cuda"})
+    monkeypatch.setattr("ldm.output.images.read_metadata", lambda path: {**read_metadata(path), "device": "cuda"})
     if not torch.cuda.is_available():
         with caplog.at_level("WARNING"):
             assert (

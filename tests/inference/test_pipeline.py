@@ -20,7 +20,7 @@ from ldm.inference import (
     text_to_image,
     weights_on_meta,
 )
-from ldm.inference.settings import Settings, model_facts
+from ldm.inference.settings import TextToImageRequest, model_info
 from ldm.models.diffusion.ddim import DDIMSampler
 from ldm.models.diffusion.dpm_solver import DPMSolverSampler
 from ldm.models.diffusion.plms import PLMSSampler
@@ -32,7 +32,8 @@ TINY = {"height": 16, "width": 24, "steps": 3, "n_samples": 2, "n_iter": 1, "sca
 
 def draw(pipeline: Pipeline, prompts="a cat", **changes) -> list[np.ndarray]:
     return [
-        np.asarray(p.image) for p in text_to_image(pipeline, prompts, Settings(**{**TINY, **changes}), progress=False)
+        np.asarray(p.image)
+        for p in text_to_image(pipeline, prompts, TextToImageRequest(**{**TINY, **changes}), progress=False)
     ]
 
 
@@ -197,7 +198,9 @@ def test_what_the_caller_draws_in_between_changes_nothing_and_is_not_changed(pip
     expected = torch.randn(6)
     torch.manual_seed(99)
     numbers, pictures = [], []
-    for picture in text_to_image(pipeline, "a cat", Settings(**{**TINY, "n_iter": 2, "eta": 1.0}), progress=False):
+    for picture in text_to_image(
+        pipeline, "a cat", TextToImageRequest(**{**TINY, "n_iter": 2, "eta": 1.0}), progress=False
+    ):
         numbers.append(torch.randn(1))
         pictures.append(np.asarray(picture.image))
     assert same(pictures, undisturbed) and torch.equal(torch.cat(numbers), expected[:4])
@@ -215,7 +218,7 @@ def test_fixed_code_starts_every_batch_from_the_same_noise(pipeline):
 @pytest.mark.parametrize("n_prompts", [1, 2, 3, 5])
 def test_every_prompt_of_a_list_is_drawn_n_iter_times_in_order(pipeline, n_prompts):
     prompts = [f"a cat number {k}" for k in range(n_prompts)]
-    pictures = list(text_to_image(pipeline, prompts, Settings(**{**TINY, "n_iter": 2}), progress=False))
+    pictures = list(text_to_image(pipeline, prompts, TextToImageRequest(**{**TINY, "n_iter": 2}), progress=False))
     assert [p.info["prompt"] for p in pictures] == prompts * 2
     assert [p.info["image_index"] for p in pictures] == list(range(2 * n_prompts))
     assert all(
@@ -237,16 +240,18 @@ def test_conditions_of_another_origin_take_the_place_of_the_models_own(pipeline)
         seen.append(list(prompts))
         return pipeline.encode_prompts(["a dog"] * len(prompts), "", 3.0)
 
-    pictures = list(text_to_image(pipeline, "a cat", Settings(**TINY), progress=False, encode=encode, task="knn2img"))
+    pictures = list(
+        text_to_image(pipeline, "a cat", TextToImageRequest(**TINY), progress=False, encode=encode, task="knn2img")
+    )
     assert same([np.asarray(p.image) for p in pictures], draw(pipeline, "a dog")) and seen == [["a cat"] * 2]
     assert (pictures[0].info["task"], pictures[0].info["prompt"]) == ("knn2img", "a cat")
 
 
 def test_the_metadata_holds_all_that_is_needed_to_draw_again(saved, pipeline):
-    settings = Settings(**{**TINY, "negative_prompt": "blurry", "seed": 7, "n_iter": 2})
+    settings = TextToImageRequest(**{**TINY, "negative_prompt": "blurry", "seed": 7, "n_iter": 2})
     pictures = list(text_to_image(pipeline, ["a", "b", "c"], settings, progress=False))
     info = pictures[4].info
-    again = Settings(**{name: info[name] for name in Settings.__dataclass_fields__})
+    again = TextToImageRequest(**{name: info[name] for name in TextToImageRequest.__dataclass_fields__})
     redrawn = list(
         text_to_image(pipeline, [pictures[k].info["prompt"] for k in range(info["n_prompts"])], again, progress=False)
     )
@@ -258,7 +263,9 @@ def test_the_metadata_holds_all_that_is_needed_to_draw_again(saved, pipeline):
 def test_pictures_have_the_size_asked_for_and_are_rounded(pipeline):
     (image,) = draw(pipeline, n_samples=1, height=40, width=8)
     assert image.shape == (40, 8, 3) and image.dtype == np.uint8
-    assert isinstance(next(iter(text_to_image(pipeline, "", Settings(**TINY), progress=False))).image, Image.Image)
+    assert isinstance(
+        next(iter(text_to_image(pipeline, "", TextToImageRequest(**TINY), progress=False))).image, Image.Image
+    )
 
 
 # --------------------------------------------------------------------------------------------------------- numbers, devices
@@ -277,12 +284,12 @@ class Overflowing:
 
 
 def test_an_overflow_of_half_precision_in_the_first_stage_is_decoded_in_float32():
-    facts = model_facts(text_model_config())
-    ok = Pipeline(Overflowing(), facts, torch.device("cpu"), torch.bfloat16, {})
+    info = model_info(text_model_config())
+    ok = Pipeline(Overflowing(), info, torch.device("cpu"), torch.bfloat16, {})
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert ok.decode(torch.zeros(1, 4, 2, 2)).eq(0.25).all()
     with pytest.raises(ValueError, match="not finite"):
-        Pipeline(Overflowing(always=True), facts, torch.device("cpu"), None, {}).decode(torch.zeros(1, 4, 2, 2))
+        Pipeline(Overflowing(always=True), info, torch.device("cpu"), None, {}).decode(torch.zeros(1, 4, 2, 2))
     with pytest.raises(ValueError, match="--precision full"):
         ok.decode(torch.full((1, 4, 2, 2), float("inf")))
 
@@ -295,5 +302,5 @@ def test_a_device_that_is_not_there_is_refused_with_those_that_are():
 
 
 def test_autocast_draws_nearly_the_same_pictures(saved, pipeline):
-    half = Pipeline(pipeline.model, pipeline.facts, pipeline.device, torch.bfloat16, pipeline.identity)
+    half = Pipeline(pipeline.model, pipeline.info, pipeline.device, torch.bfloat16, pipeline.identity)
     assert np.abs(np.stack(draw(half)).astype(int) - np.stack(draw(pipeline))).mean() < 8

@@ -12,19 +12,19 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ldm.checkpoint.load import load_weights, write_weights
 from ldm.inference import (
     Pipeline,
-    choose_numbers,
-    draw_samples,
-    enlarge,
-    fill,
+    generate_samples,
     image_to_image,
+    inpaint,
     load_model,
     precision,
+    resolve_precision,
     text_to_image,
+    upscale,
     weights_on_meta,
 )
-from ldm.inference.precision import Numbers, has_bfloat16, shape_weights
-from ldm.inference.settings import PRECISIONS, Settings
-from ldm.inference.task_settings import FillSettings, ImageSettings, SampleSettings, UpscaleSettings
+from ldm.inference.precision import Precision, cast_weights, has_bfloat16
+from ldm.inference.settings import PRECISIONS, TextToImageRequest
+from ldm.inference.task_settings import ClassConditionalRequest, ImageToImageRequest, InpaintRequest, UpscaleRequest
 from ldm.models.autoencoder import VQModelInterface
 from ldm.models.diffusion.samplers.registry import SAMPLERS, make_sampler
 from ldm.modules.dtype import weights_dtype
@@ -51,23 +51,23 @@ def draw(kind: str, pipeline: Pipeline) -> Image.Image:
     """A picture of the task that a kind of model is for."""
     if kind in ("unconditional", "class"):
         classes = None if kind == "unconditional" else (1,)
-        settings = SampleSettings(
+        settings = ClassConditionalRequest(
             n_samples=1, steps=3, eta=0.0, seed=1, classes=classes, scale=1.0 if classes is None else 2.0
         )
-        return next(iter(draw_samples(pipeline, settings, progress=False))).image
-    if kind in ("fill", "sd-fill"):
+        return next(iter(generate_samples(pipeline, settings, progress=False))).image
+    if kind in ("inpaint", "sd-inpaint"):
         mask = Image.new("L", PICTURE.size)
         mask.paste(255, (4, 4, 20, 12))
-        prompt = {"prompt": "a cat", "scale": 2.0} if kind == "sd-fill" else {}
-        return fill(pipeline, PICTURE, mask, FillSettings(steps=3, **prompt), progress=False).image
-    if kind in ("enlarge", "x4"):
+        prompt = {"prompt": "a cat", "scale": 2.0} if kind == "sd-inpaint" else {}
+        return inpaint(pipeline, PICTURE, mask, InpaintRequest(steps=3, **prompt), progress=False).image
+    if kind in ("upscale", "x4"):
         prompt = {"prompt": "a cat", "scale": 2.0, "noise_level": 20} if kind == "x4" else {}
-        return enlarge(pipeline, PICTURE, UpscaleSettings(steps=3, eta=0.0, **prompt), progress=False).image
+        return upscale(pipeline, PICTURE, UpscaleRequest(steps=3, eta=0.0, **prompt), progress=False).image
     size = {"height": 16, "width": 24, "steps": 4, "n_samples": 1, "n_iter": 1, "scale": 2.0}
     if kind == "img2img":
-        drawn = image_to_image(pipeline, PICTURE, "a cat", ImageSettings(**size, strength=0.5), progress=False)
+        drawn = image_to_image(pipeline, PICTURE, "a cat", ImageToImageRequest(**size, strength=0.5), progress=False)
     else:
-        drawn = text_to_image(pipeline, "a cat", Settings(**size), progress=False)
+        drawn = text_to_image(pipeline, "a cat", TextToImageRequest(**size), progress=False)
     return next(iter(drawn)).image
 
 
@@ -79,8 +79,8 @@ def test_auto_is_bf16_where_the_device_has_instructions_for_it_and_full_elsewher
     monkeypatch.setattr(
         torch.cpu, "get_capabilities", lambda: {"avx512_bf16": bfloat16, "amx_bf16": False}, raising=False
     )
-    assert choose_numbers("auto", CPU) == (Numbers("bf16", BF16) if bfloat16 else Numbers("full", FP32))
-    assert choose_numbers("autocast", CPU) == Numbers("autocast", FP32, BF16 if bfloat16 else None)
+    assert resolve_precision("auto", CPU) == (Precision("bf16", BF16) if bfloat16 else Precision("full", FP32))
+    assert resolve_precision("autocast", CPU) == Precision("autocast", FP32, BF16 if bfloat16 else None)
     monkeypatch.delattr(torch.cpu, "get_capabilities")
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False, raising=False)
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: bfloat16, raising=False)
@@ -92,15 +92,17 @@ def test_a_gpu_computes_in_bf16_from_ampere_on(monkeypatch, capability, name):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
     monkeypatch.setattr(precision, "_check_computes", lambda numbers, device: None)
-    assert choose_numbers("auto", CUDA).name == name and choose_numbers("autocast", CUDA) == Numbers(
+    assert resolve_precision("auto", CUDA).name == name and resolve_precision("autocast", CUDA) == Precision(
         "autocast", FP32, FP16
     )
-    assert choose_numbers("fp16", CUDA) == Numbers("fp16", FP16) and choose_numbers("full", CUDA).weights is FP32
+    assert (
+        resolve_precision("fp16", CUDA) == Precision("fp16", FP16) and resolve_precision("full", CUDA).weights is FP32
+    )
 
 
 def test_unknown_names_and_16_bits_that_the_device_cannot_compute_with_are_refused_in_one_line(monkeypatch):
     with pytest.raises(ValueError, match=f"--precision half: choose one of {', '.join(PRECISIONS)}"):
-        choose_numbers("half", CPU)
+        resolve_precision("half", CPU)
 
     def conv2d(*args, **kwargs):
         raise RuntimeError('"slow_conv2d_cpu" not implemented\nfor Half')
@@ -109,7 +111,7 @@ def test_unknown_names_and_16_bits_that_the_device_cannot_compute_with_are_refus
     with pytest.raises(
         ValueError, match=r"^--precision fp16: cpu cannot compute in float16 \(.*implemented\); choose one of"
     ) as error:
-        choose_numbers("fp16", CPU)
+        resolve_precision("fp16", CPU)
     assert "\n" not in str(error.value)
 
 
@@ -120,7 +122,7 @@ def test_what_was_chosen_is_printed_and_recorded(tmp_path, caplog, monkeypatch):
         pipeline = load_model(saved.config, saved.ckpt, "cpu")
     assert "on cpu, precision bf16: weights in bfloat16" in caplog.text
     assert (pipeline.identity["precision"], pipeline.identity["precision_used"]) == ("auto", "bf16")
-    assert str(choose_numbers("autocast", CPU)) == "autocast: weights in float32, computed in bfloat16"
+    assert str(resolve_precision("autocast", CPU)) == "autocast: weights in float32, computed in bfloat16"
 
 
 # --------------------------------------------------------------------------------------------------------- the weights
@@ -186,11 +188,11 @@ def test_a_networks_feature_maps_keep_the_channels_innermost(tmp_path):
 # --------------------------------------------------------------------------------------------------------- the pictures
 
 
-TASKS = ("text", "img2img", "unconditional", "class", "fill", "enlarge")
+TASKS = ("text", "img2img", "unconditional", "class", "inpaint", "upscale")
 
 
 @pytest.mark.parametrize(
-    "kind, stage", [*((kind, "kl") for kind in (*TASKS, "v2-v", "sd-fill", "x4")), *((kind, "vq") for kind in TASKS)]
+    "kind, stage", [*((kind, "kl") for kind in (*TASKS, "v2-v", "sd-inpaint", "x4")), *((kind, "vq") for kind in TASKS)]
 )
 def test_every_task_draws_in_bf16_what_it_draws_in_float32(tmp_path, kind, stage, monkeypatch):
     """With a codebook latents are decoded as they are: a rounded one between two codes may become the other one, in every pixel seen."""
@@ -209,7 +211,7 @@ def test_every_condition_stage_works_with_bf16_weights(tmp_path, mode):
     torch.save(full.state_dict(), tmp_path / "a.ckpt")
     with weights_on_meta():
         half = latent_diffusion(key, unet_changes, cond, **params)
-    shape_weights(half, BF16, channels_last=True)
+    cast_weights(half, BF16, channels_last=True)
     load_weights(half, tmp_path / "a.ckpt")
     assert weights_dtype(half.model) is BF16
     outs = []
@@ -234,7 +236,7 @@ def test_text_encoders_work_with_bf16_weights(tmp_path, encoder):
     torch.save(full.state_dict(), tmp_path / "a.ckpt")
     with weights_on_meta():
         half = make().eval()
-    shape_weights(half, BF16)
+    cast_weights(half, BF16)
     load_weights(half, tmp_path / "a.ckpt")
     inputs = ["a cat"] if encoder == "CLIP" else torch.tensor([[3, 4, 5]])
     expected, out = full(inputs), half(inputs)

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from ldm.inference import Pipeline, load_model, text_to_image
 from ldm.inference.prompt_weights import Part, PromptEncoder, check_emphasis, parse_emphasis, weighted
-from ldm.inference.settings import Settings, model_facts
+from ldm.inference.settings import TextToImageRequest, model_info
 from ldm.modules.encoders.clip_tokenizer import clip_tokenizer
 from ldm.modules.encoders.modules import CaptionEmbedder, FrozenCLIPEmbedder, FrozenOpenCLIPEmbedder
 from tests.reference import seed_weights
@@ -164,8 +164,8 @@ def test_an_encoder_of_other_tokens_is_refused():
     bert = {"target": "ldm.modules.encoders.modules.BERTEmbedder"}
     for asked in ("emphasis", "long_prompts"):
         with pytest.raises(ValueError, match=f"--{asked}: works with FrozenCLIPEmbedder, .* with BERTEmbedder"):
-            Settings(height=16, width=16, **{asked: True}).checked(
-                model_facts(text_model_config(cond_stage_config=bert))
+            TextToImageRequest(height=16, width=16, **{asked: True}).checked(
+                model_info(text_model_config(cond_stage_config=bert))
             )
 
 
@@ -179,7 +179,9 @@ def pipeline(tmp_path_factory) -> Pipeline:
 
 
 def draw(pipeline: Pipeline, prompts="a cat", **changes) -> tuple[np.ndarray, list[dict]]:
-    settings = Settings(**{"height": 16, "width": 16, "steps": 2, "n_samples": 2, "n_iter": 1, "scale": 3.0, **changes})
+    settings = TextToImageRequest(
+        **{"height": 16, "width": 16, "steps": 2, "n_samples": 2, "n_iter": 1, "scale": 3.0, **changes}
+    )
     pictures = list(text_to_image(pipeline, prompts, settings, progress=False))
     return np.stack([np.asarray(picture.image) for picture in pictures]), [picture.info for picture in pictures]
 

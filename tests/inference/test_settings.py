@@ -1,11 +1,18 @@
-"""Settings of the sampling scripts: what is accepted, what is refused, and that the refusal names the flag, the value and a way out."""
+"""TextToImageRequest of the sampling scripts: what is accepted, what is refused, and that the refusal names the flag, the value and a way out."""
 
 import subprocess
 import sys
 
 import pytest
 
-from ldm.inference.settings import Settings, batches_of, check_takes_text, model_facts, read_config, read_prompts
+from ldm.inference.settings import (
+    TextToImageRequest,
+    batches_of,
+    model_info,
+    read_config,
+    read_prompts,
+    require_text_model,
+)
 from ldm.paths import ROOT
 
 AUTOENCODER = {"target": "ldm.models.autoencoder.AutoencoderKL", "params": {"ddconfig": {"ch_mult": [1, 2, 4, 4]}}}
@@ -19,34 +26,34 @@ def config(**params) -> dict:
 
 
 def test_facts_of_stable_diffusion_are_read_off_its_yaml():
-    facts = model_facts(read_config(ROOT / "configs/stable-diffusion/v1-inference.yaml"))
-    assert (facts.timesteps, facts.channels, facts.factor, facts.latent_multiple, facts.use_ema) == (
+    info = model_info(read_config(ROOT / "configs/stable-diffusion/v1-inference.yaml"))
+    assert (info.timesteps, info.channels, info.factor, info.latent_multiple, info.use_ema) == (
         1000,
         4,
         8,
         8,
         False,
     )
-    check_takes_text(facts)
+    require_text_model(info)
 
 
 def test_facts_follow_the_constructors_defaults_where_the_yaml_is_silent():
-    facts = model_facts(
+    info = model_info(
         {"model": {"target": "ldm.models.diffusion.ddpm.DDPM", "params": {"unet_config": {"params": {}}}}}
     )
-    assert (facts.timesteps, facts.channels, facts.factor, facts.latent_multiple, facts.use_ema) == (
+    assert (info.timesteps, info.channels, info.factor, info.latent_multiple, info.use_ema) == (
         1000,
         3,
         1,
         8,
         True,
     )
-    identity = model_facts(config(first_stage_config={"target": "ldm.models.autoencoder.IdentityFirstStage"}))
+    identity = model_info(config(first_stage_config={"target": "ldm.models.autoencoder.IdentityFirstStage"}))
     assert identity.factor == 1
 
 
 def test_the_published_defaults():
-    s = Settings().checked(model_facts(config()))
+    s = TextToImageRequest().checked(model_info(config()))
     assert (s.steps, s.scale, s.eta, s.height, s.width, s.seed, s.n_samples, s.n_iter) == (
         50,
         7.5,
@@ -63,14 +70,14 @@ def test_the_published_defaults():
 @pytest.mark.parametrize("height", range(64, 257, 8))
 @pytest.mark.parametrize("width", [64, 72, 200, 256])
 def test_a_size_is_taken_or_refused_with_the_nearest_valid_ones(height, width):
-    facts = model_facts(config())
+    info = model_info(config())
     if height % 64 == 0 and width % 64 == 0:
-        assert Settings(height=height, width=width).checked(facts).latent_shape == (4, height // 8, width // 8)
+        assert TextToImageRequest(height=height, width=width).checked(info).latent_shape == (4, height // 8, width // 8)
         return
     with pytest.raises(ValueError, match=f"--H {height} --W {width}: .* multiples of 64 ") as error:
-        Settings(height=height, width=width).checked(facts)
+        TextToImageRequest(height=height, width=width).checked(info)
     words = str(error.value).split("nearest are ")[1].split()
-    near = Settings(height=int(words[1]), width=int(words[3])).checked(facts)
+    near = TextToImageRequest(height=int(words[1]), width=int(words[3])).checked(info)
     assert abs(near.height - height) <= 32 and abs(near.width - width) <= 32
 
 
@@ -79,20 +86,24 @@ def test_the_multiple_follows_from_first_stage_and_unet():
         first_stage_config={"target": AUTOENCODER["target"], "params": {"ddconfig": {"ch_mult": [1, 2, 4]}}},
         unet_config={"params": {"channel_mult": [1, 2]}},
     )
-    assert Settings(height=32, width=40).checked(model_facts(small)).latent_shape == (4, 8, 10)
+    assert TextToImageRequest(height=32, width=40).checked(model_info(small)).latent_shape == (4, 8, 10)
     with pytest.raises(ValueError, match="multiples of 8 pixels"):
-        Settings(height=32, width=36).checked(model_facts(small))
+        TextToImageRequest(height=32, width=36).checked(model_info(small))
 
 
 def test_f_replaces_the_models_factor_as_published():
-    assert Settings(height=512, width=256, factor=16).checked(model_facts(config())).latent_shape == (4, 32, 16)
+    assert TextToImageRequest(height=512, width=256, factor=16).checked(model_info(config())).latent_shape == (
+        4,
+        32,
+        16,
+    )
 
 
 def test_an_unknown_first_stage_needs_f():
-    unknown = model_facts(config(first_stage_config={"target": "my.Stage", "params": {}}))
+    unknown = model_info(config(first_stage_config={"target": "my.Stage", "params": {}}))
     with pytest.raises(ValueError, match="--f"):
-        Settings().checked(unknown)
-    assert Settings(factor=8).checked(unknown).latent_shape == (4, 64, 64)
+        TextToImageRequest().checked(unknown)
+    assert TextToImageRequest(factor=8).checked(unknown).latent_shape == (4, 64, 64)
 
 
 @pytest.mark.parametrize(
@@ -130,31 +141,31 @@ def test_an_unknown_first_stage_needs_f():
 )
 def test_what_cannot_work_is_refused_with_flag_value_and_choices(change, words):
     with pytest.raises(ValueError, match=words):
-        Settings(**change).checked(model_facts(config()))
+        TextToImageRequest(**change).checked(model_info(config()))
 
 
 @pytest.mark.parametrize("steps", [1, 2, 7, 999, 1000])
 def test_every_step_count_of_the_schedule_is_accepted(steps):
-    assert Settings(steps=steps).checked(model_facts(config())).steps == steps
+    assert TextToImageRequest(steps=steps).checked(model_info(config())).steps == steps
 
 
 @pytest.mark.parametrize(
     "sampler, eta", [("ddim", 0.0), ("plms", 0.0), ("ancestral", 1.0), ("euler_ancestral", 1.0), ("heun", 0.0)]
 )
 def test_without_eta_every_sampler_has_its_own(sampler, eta):
-    assert Settings(sampler=sampler).checked(model_facts(config())).eta == eta
-    assert Settings(sampler=sampler, eta=eta).checked(model_facts(config())).eta == eta
+    assert TextToImageRequest(sampler=sampler).checked(model_info(config())).eta == eta
+    assert TextToImageRequest(sampler=sampler, eta=eta).checked(model_info(config())).eta == eta
 
 
 def test_where_no_signal_is_left_solvers_in_continuous_time_take_trailing_steps_alone():
-    facts = model_facts(config(parameterization="v", zero_terminal_snr=True))
+    info = model_info(config(parameterization="v", zero_terminal_snr=True))
     with pytest.raises(
         ValueError, match=r"--spacing uniform: heun cannot start where no signal is left, .* choose trailing"
     ):
-        Settings(sampler="heun").checked(facts)
+        TextToImageRequest(sampler="heun").checked(info)
     assert (
-        Settings(sampler="heun", spacing="trailing").checked(facts).spacing
-        == Settings(spacing="trailing").checked(facts).spacing
+        TextToImageRequest(sampler="heun", spacing="trailing").checked(info).spacing
+        == TextToImageRequest(spacing="trailing").checked(info).spacing
     )
 
 
@@ -169,7 +180,7 @@ BOXES = {"target": "ldm.modules.encoders.modules.BERTEmbedder", "params": {"use_
 )
 def test_a_model_without_a_text_condition_is_refused(condition):
     with pytest.raises(ValueError, match="is no text"):
-        check_takes_text(model_facts(config(cond_stage_config=condition)))
+        require_text_model(model_info(config(cond_stage_config=condition)))
 
 
 @pytest.mark.parametrize("n_prompts", range(1, 8))
@@ -225,8 +236,8 @@ def test_a_config_that_is_none_is_refused_in_one_line_by_name(tmp_path, text):
 
 def test_checks_need_neither_torch_nor_lightning():
     code = (
-        "import sys; from ldm import inference; from ldm.output import images; from ldm.inference import settings; from ldm.cli import ROOT;"
-        "settings.model_facts(settings.read_config(ROOT / 'configs/stable-diffusion/v1-inference.yaml'));"
+        "import sys; from ldm import inference; from ldm.output import images; from ldm.inference import settings; from ldm.paths import ROOT;"
+        "settings.model_info(settings.read_config(ROOT / 'configs/stable-diffusion/v1-inference.yaml'));"
         "print([m for m in ('torch', 'pytorch_lightning', 'numpy', 'transformers') if m in sys.modules])"
     )
     out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)

@@ -1,31 +1,31 @@
-"""Settings of img2img, inpaint, upscale and sample_diffusion: what is accepted, what is refused, and where a model is found."""
+"""TextToImageRequest of img2img, inpaint, upscale and sample_diffusion: what is accepted, what is refused, and where a model is found."""
 
 import pytest
 
 from ldm.cli import Parser
-from ldm.inference.settings import model_facts, read_config
+from ldm.inference.settings import model_info, read_config
 from ldm.inference.task_settings import (
-    FillSettings,
-    ImageSettings,
-    SampleSettings,
-    UpscaleSettings,
-    check_enlarges,
-    check_fills_masks,
-    check_samples_freely,
+    ClassConditionalRequest,
+    ImageToImageRequest,
+    InpaintRequest,
+    UpscaleRequest,
     find_pairs,
     find_run,
     parse_classes,
+    require_inpainting_model,
+    require_unconditional_or_class,
+    require_upscaler,
 )
 from ldm.models.diffusion.samplers.registry import SAMPLERS
 from tests.tiny import KINDS, text_model_config
 
 
-def facts(kind: str, **params):
-    return model_facts(text_model_config(**{**KINDS[kind], **params}))
+def info(kind: str, **params):
+    return model_info(text_model_config(**{**KINDS[kind], **params}))
 
 
 def test_the_published_defaults():
-    image = ImageSettings()
+    image = ImageToImageRequest()
     assert (image.strength, image.scale, image.n_iter, image.n_samples, image.steps, image.encode_steps) == (
         0.75,
         5.0,
@@ -34,13 +34,13 @@ def test_the_published_defaults():
         50,
         37,
     )
-    for kind, scale in (("fill", 1.0), ("sd-fill", 7.5)):
-        hole = FillSettings().checked(facts(kind))
+    for kind, scale in (("inpaint", 1.0), ("sd-inpaint", 7.5)):
+        hole = InpaintRequest().checked(info(kind))
         assert (hole.steps, hole.eta, hole.scale, hole.feather, hole.prompt) == (50, 0.0, scale, 0, "")
-    for kind, published in (("enlarge", (100, 1.0, 1.0, None)), ("x4", (50, 0.0, 9.0, 20))):
-        larger = UpscaleSettings().checked(facts(kind, timesteps=1000))
+    for kind, published in (("upscale", (100, 1.0, 1.0, None)), ("x4", (50, 0.0, 9.0, 20))):
+        larger = UpscaleRequest().checked(info(kind, timesteps=1000))
         assert (larger.steps, larger.eta, larger.scale, larger.noise_level) == published
-    sample = SampleSettings().checked(facts("unconditional"))
+    sample = ClassConditionalRequest().checked(info("unconditional"))
     assert (sample.n_samples, sample.batch_size, sample.steps, sample.eta, sample.vanilla, sample.scale) == (
         50000,
         10,
@@ -52,40 +52,40 @@ def test_the_published_defaults():
 
 
 @pytest.mark.parametrize(
-    "kind, cls, flag", [("unconditional", SampleSettings, "--eta"), ("enlarge", UpscaleSettings, "--ddim_eta")]
+    "kind, cls, flag", [("unconditional", ClassConditionalRequest, "--eta"), ("upscale", UpscaleRequest, "--ddim_eta")]
 )
 def test_samples_and_enlargements_take_every_sampler_with_a_noise_that_it_can_have(kind, cls, flag):
     for name, entry in SAMPLERS.items():
-        assert cls(sampler=name).checked(facts(kind)).eta == (1.0 if name == "ddim" else entry.default_eta)
+        assert cls(sampler=name).checked(info(kind)).eta == (1.0 if name == "ddim" else entry.default_eta)
     with pytest.raises(ValueError, match=f"{flag} 1: plms is deterministic"):
-        cls(sampler="plms", eta=1.0).checked(facts(kind))
+        cls(sampler="plms", eta=1.0).checked(info(kind))
     with pytest.raises(ValueError, match="--spacing karras: ddim takes"):
-        cls(spacing="karras").checked(facts(kind))
+        cls(spacing="karras").checked(info(kind))
     with pytest.raises(ValueError, match=r"--guidance_rescale 0\.5 with --scale 1"):
-        cls(guidance_rescale=0.5).checked(facts(kind))
+        cls(guidance_rescale=0.5).checked(info(kind))
 
 
 def test_the_chain_over_every_timestep_is_a_sampler_of_its_own():
-    assert SampleSettings(vanilla=True).checked(facts("unconditional")).vanilla
+    assert ClassConditionalRequest(vanilla=True).checked(info("unconditional")).vanilla
     for given in ({"sampler": "heun"}, {"spacing": "trailing"}):
         with pytest.raises(ValueError, match="-v with --s"):
-            SampleSettings(vanilla=True, **given).checked(facts("unconditional"))
+            ClassConditionalRequest(vanilla=True, **given).checked(info("unconditional"))
 
 
 @pytest.mark.parametrize(
     "strength, steps, walked", [(0.0, 50, 0), (1.0, 50, 50), (0.29, 100, 28), (0.999, 10, 9), (0.3, 10, 3)]
 )
 def test_the_steps_walked_are_the_published_rounding(strength, steps, walked):
-    assert ImageSettings(strength=strength, steps=steps).encode_steps == walked  # 0.29 * 100 is 28.999...
+    assert ImageToImageRequest(strength=strength, steps=steps).encode_steps == walked  # 0.29 * 100 is 28.999...
 
 
 @pytest.mark.parametrize(
     "height, width, fits", [(16, 24, (16, 24)), (19, 21, (16, 24)), (1, 4000, (8, 4000)), (37, 4, (40, 8))]
 )
 def test_a_picture_of_any_size_is_brought_to_the_nearest_the_model_takes(height, width, fits):
-    settings = ImageSettings().fitted(height, width, facts("text")).checked(facts("text"))
+    settings = ImageToImageRequest().fitted(height, width, info("text")).checked(info("text"))
     assert (settings.height, settings.width) == fits
-    assert ImageSettings(factor=8).fitted(16, 40, facts("text")).width % 16 == 0
+    assert ImageToImageRequest(factor=8).fitted(16, 40, info("text")).width % 16 == 0
 
 
 @pytest.mark.parametrize(
@@ -105,30 +105,30 @@ def test_no_class_is_known_from_1001_classes_or_from_dropout():
     def null_class(n_classes: int | None, **params) -> int | None:
         embedder = {"target": "ldm.modules.encoders.modules.ClassEmbedder", "params": {"embed_dim": 8}}
         embedder["params"] |= {} if n_classes is None else {"n_classes": n_classes}
-        found = facts("class", cond_stage_config=embedder, **params)
+        found = info("class", cond_stage_config=embedder, **params)
         assert found.n_classes == (n_classes or 1000)
         return found.null_class
 
     assert null_class(1001, cond_dropout=0.0) == 1000 and null_class(10, cond_dropout=0.1) == 9
     assert null_class(None, cond_dropout=0.0) is None
-    assert SampleSettings().checked(facts("class")).null_class == 5
+    assert ClassConditionalRequest().checked(info("class")).null_class == 5
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_of_model_is_taken_by_its_own_task_alone(kind):
     takers = {
-        "unconditional": check_samples_freely,
-        "class": check_samples_freely,
-        "fill": check_fills_masks,
-        "enlarge": check_enlarges,
+        "unconditional": require_unconditional_or_class,
+        "class": require_unconditional_or_class,
+        "inpaint": require_inpainting_model,
+        "upscale": require_upscaler,
     }
-    takers |= {"sd-fill": check_fills_masks, "x4": check_enlarges}
-    for check in {check_samples_freely, check_fills_masks, check_enlarges}:
+    takers |= {"sd-inpaint": require_inpainting_model, "x4": require_upscaler}
+    for check in {require_unconditional_or_class, require_inpainting_model, require_upscaler}:
         if takers.get(kind) is check:
-            check(facts(kind))
+            check(info(kind))
         else:
             with pytest.raises(ValueError, match=r"scripts/|see models/ldm"):
-                check(facts(kind))
+                check(info(kind))
 
 
 def test_a_network_without_room_for_the_condition_is_refused():
@@ -136,9 +136,9 @@ def test_a_network_without_room_for_the_condition_is_refused():
         "target": "ldm.modules.diffusionmodules.openaimodel.UNetModel",
         "params": {"in_channels": 4, "channel_mult": [1, 1]},
     }
-    for kind, check in (("fill", check_fills_masks), ("enlarge", check_enlarges)):
+    for kind, check in (("inpaint", require_inpainting_model), ("upscale", require_upscaler)):
         with pytest.raises(ValueError, match=r"it has .* and 4"):
-            check(facts(kind, unet_config=unet))
+            check(info(kind, unet_config=unet))
 
 
 def test_a_picture_belongs_to_its_mask_whatever_its_ending(tmp_path):

@@ -6,8 +6,8 @@ import torch
 from PIL import Image
 
 from ldm.inference import Pipeline, image_to_image, load_model, text_to_image
-from ldm.inference.settings import Settings
-from ldm.inference.task_settings import ImageSettings
+from ldm.inference.settings import TextToImageRequest
+from ldm.inference.task_settings import ImageToImageRequest
 from ldm.inference.text_to_image import in_tiles
 from tests.tiny import save_text_model
 
@@ -21,13 +21,13 @@ def pipeline(tmp_path_factory) -> Pipeline:
 
 
 def draw(pipeline: Pipeline, **changes) -> np.ndarray:
-    (picture,) = text_to_image(pipeline, "a cat", Settings(**{**WIDE, **changes}), progress=False)
+    (picture,) = text_to_image(pipeline, "a cat", TextToImageRequest(**{**WIDE, **changes}), progress=False)
     assert picture.info["tiled"] == changes.get("tiled", 0)
     return np.asarray(picture.image)
 
 
 def from_image(pipeline: Pipeline, image: Image.Image, **changes) -> np.ndarray:
-    (picture,) = image_to_image(pipeline, image, "a cat", ImageSettings(**{**WIDE, **changes}), progress=False)
+    (picture,) = image_to_image(pipeline, image, "a cat", ImageToImageRequest(**{**WIDE, **changes}), progress=False)
     return np.asarray(picture.image)
 
 
@@ -69,7 +69,7 @@ def test_seams_do_not_show(pipeline):
     """A first stage normalizes over what it sees, so that a tile's tone may differ: from the untiled picture the tiled one differs by less
     than 5 % of the range on average, and between neighbors across a tile's edge that difference changes no more than elsewhere."""
     z = torch.randn(1, 4, 24, 40, generator=torch.Generator().manual_seed(0))
-    tiled = in_tiles(pipeline, Settings(height=96, width=160, tiled=64, factor=4))
+    tiled = in_tiles(pipeline, TextToImageRequest(height=96, width=160, tiled=64, factor=4))
     with pipeline.drawing():
         difference = (tiled.decode(z) - pipeline.decode(z)) / 2  # of the range
     assert 0 < difference.abs().mean() < 0.05

@@ -4,15 +4,23 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ldm.output.images import METADATA_KEY, NamedOutput, Output, Picture, PictureFolder, SampleArray, read_info
+from ldm.output.images import (
+    METADATA_KEY,
+    GeneratedImage,
+    NamedOutput,
+    NumberedFiles,
+    Output,
+    SampleArray,
+    read_metadata,
+)
 
 
 def noise(side: int, seed: int = 0) -> Image.Image:
     return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (side, side, 3), dtype=np.uint8))
 
 
-def picture(**info) -> Picture:
-    return Picture(noise(8), info)
+def picture(**info) -> GeneratedImage:
+    return GeneratedImage(noise(8), info)
 
 
 def test_files_are_numbered_as_published(tmp_path):
@@ -23,10 +31,10 @@ def test_files_are_numbered_as_published(tmp_path):
 
 
 def test_no_file_is_overwritten_even_after_deletions_and_by_two_runs_at_once(tmp_path):
-    first = PictureFolder(tmp_path)
+    first = NumberedFiles(tmp_path)
     paths = [first.save(picture()) for _ in range(4)]
     paths[1].unlink()
-    second = PictureFolder(tmp_path)
+    second = NumberedFiles(tmp_path)
     assert second.save(picture()).name == "00004.png"
     assert first.save(picture()).name == "00005.png"  # it meant to write 00004 itself
     assert second.save(picture()).name == "00006.png"
@@ -35,20 +43,20 @@ def test_no_file_is_overwritten_even_after_deletions_and_by_two_runs_at_once(tmp
 def test_other_files_in_the_folder_do_not_count(tmp_path):
     for name in ("grid-0007.png", "notes.txt", "12.jpg", "x00009.png"):
         (tmp_path / name).touch()
-    assert PictureFolder(tmp_path).save(picture()).name == "00000.png"
-    assert PictureFolder(tmp_path, "grid-{:04}.png").save(picture()).name == "grid-0008.png"
+    assert NumberedFiles(tmp_path).save(picture()).name == "00000.png"
+    assert NumberedFiles(tmp_path, "grid-{:04}.png").save(picture()).name == "grid-0008.png"
 
 
 def test_more_pictures_than_digits(tmp_path):
     (tmp_path / "99999.png").touch()
-    folder = PictureFolder(tmp_path)
-    assert folder.save(picture()).name == "100000.png" and PictureFolder(tmp_path).save(picture()).name == "100001.png"
+    folder = NumberedFiles(tmp_path)
+    assert folder.save(picture()).name == "100000.png" and NumberedFiles(tmp_path).save(picture()).name == "100001.png"
 
 
 def test_a_file_where_the_folder_should_be_is_refused(tmp_path):
     (tmp_path / "out").touch()
     with pytest.raises(ValueError, match="is a file"):
-        PictureFolder(tmp_path / "out")
+        NumberedFiles(tmp_path / "out")
 
 
 @pytest.mark.parametrize(
@@ -56,8 +64,8 @@ def test_a_file_where_the_folder_should_be_is_refused(tmp_path):
 )
 def test_metadata_comes_back_as_it_was_and_pixels_too(tmp_path, prompt):
     info = {"prompt": prompt, "seed": 42, "scale": 7.5, "n": None, "list": ["ä", 1]}
-    path = PictureFolder(tmp_path).save(Picture(noise(8), info))
-    assert read_info(path) == info
+    path = NumberedFiles(tmp_path).save(GeneratedImage(noise(8), info))
+    assert read_metadata(path) == info
     assert np.array_equal(np.asarray(Image.open(path)), np.asarray(noise(8)))
 
 
@@ -66,11 +74,11 @@ def test_a_file_without_settings_says_so(tmp_path):
     noise(8).save(tmp_path / "a.jpg")
     for name in ("a.png", "a.jpg"):
         with pytest.raises(ValueError, match=f"{name}: no settings"):
-            read_info(tmp_path / name)
+            read_metadata(tmp_path / name)
 
 
 def test_the_text_chunk_is_plain_json_under_one_keyword(tmp_path):
-    path = PictureFolder(tmp_path).save(picture(prompt="é"))
+    path = NumberedFiles(tmp_path).save(picture(prompt="é"))
     assert Image.open(path).text == {METADATA_KEY: '{"prompt": "\\u00e9"}'}
 
 

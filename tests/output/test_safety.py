@@ -9,8 +9,8 @@ import torch
 from omegaconf import OmegaConf
 from PIL import Image
 
-from ldm.inference.settings import SAFETY_MODES, model_facts, read_config
-from ldm.output.images import NamedOutput, Output, Picture, read_info
+from ldm.inference.settings import SAFETY_MODES, model_info, read_config
+from ldm.output.images import GeneratedImage, NamedOutput, Output, read_metadata
 from ldm.output.safety import Safety, SafetySettings
 from ldm.output.safety_checker import SafetyChecker, find_checker
 from ldm.output.watermark import Watermark
@@ -45,9 +45,9 @@ def checkers(tmp_path_factory):
 def test_each_mode_keeps_replaces_and_tells(checkers, tmp_path, mode, flags, caplog):
     with caplog.at_level(logging.WARNING, "ldm.output.safety"):
         path = Output(tmp_path, Watermark(), safety(mode, checkers[flags])).save_sample(
-            Picture(noise(), {"image_index": 3})
+            GeneratedImage(noise(), {"image_index": 3})
         )
-    info, replaced = read_info(path), mode == "on" and flags
+    info, replaced = read_metadata(path), mode == "on" and flags
     assert (info["safety"], info["flagged"]) == (mode, None if mode == "off" else flags)
     assert np.array_equal(np.asarray(Image.open(path)), np.zeros((32, 40, 3)) if replaced else np.asarray(noise()))
     told = [record.message for record in caplog.records]
@@ -57,19 +57,21 @@ def test_each_mode_keeps_replaces_and_tells(checkers, tmp_path, mode, flags, cap
 def test_a_black_picture_carries_no_mark_and_nothing_of_the_picture(checkers, tmp_path):
     drawn = Image.new("1", (256, 256), 1)
     path = NamedOutput(tmp_path, Watermark(), safety("on", checkers[True])).save(
-        Picture(noise(256, 256), {}, drawn), "x"
+        GeneratedImage(noise(256, 256), {}, drawn), "x"
     )
-    assert not np.asarray(Image.open(path)).any() and read_info(path)["watermark"] is None
-    path = NamedOutput(tmp_path, Watermark(), safety("report", checkers[True])).save(Picture(noise(256, 256), {}), "x")
-    assert read_info(path)["flagged"] is True and read_info(path)["watermark"].startswith("StableDiffusionV1")
+    assert not np.asarray(Image.open(path)).any() and read_metadata(path)["watermark"] is None
+    path = NamedOutput(tmp_path, Watermark(), safety("report", checkers[True])).save(
+        GeneratedImage(noise(256, 256), {}), "x"
+    )
+    assert read_metadata(path)["flagged"] is True and read_metadata(path)["watermark"].startswith("StableDiffusionV1")
 
 
 def test_a_picture_is_checked_once_and_what_is_not_checked_says_so(checkers, tmp_path):
     output = Output(tmp_path, safety=safety("on", checkers[True]))
-    black = output.checked(Picture(noise(), {}))
+    black = output.checked(GeneratedImage(noise(), {}))
     black = black._replace(image=noise())  # what a second check would blacken again
     assert np.array_equal(np.asarray(Image.open(output.save_grid(black))), np.asarray(noise()))
-    info = read_info(Output(tmp_path).save_sample(Picture(noise(), {"safety": "on", "flagged": False})))
+    info = read_metadata(Output(tmp_path).save_sample(GeneratedImage(noise(), {"safety": "on", "flagged": False})))
     assert (info["safety"], info["flagged"]) == ("off", None)
 
 
@@ -80,7 +82,7 @@ def test_a_checker_that_fails_lets_nothing_through(checkers, tmp_path, monkeypat
         ValueError,
         match="safety checker failed, so that this picture and those after it are not saved: integer division",
     ):
-        Output(tmp_path, safety=check).save_sample(Picture(noise(), {}))
+        Output(tmp_path, safety=check).save_sample(GeneratedImage(noise(), {}))
     assert not list(tmp_path.rglob("*.png"))
 
 
@@ -158,7 +160,7 @@ def test_what_is_missing_is_named_with_the_next_step(tmp_path, monkeypatch):
     with pytest.raises(FileNotFoundError, match="no such folder; put config"):
         safety("report", tmp_path / "nowhere").ready()
     folder = save_checker(tmp_path / "models" / "safety_checker", NOTHING)
-    assert not Safety(SafetySettings("on")).ready()(Picture(noise(), {})).info["flagged"]
+    assert not Safety(SafetySettings("on")).ready()(GeneratedImage(noise(), {})).info["flagged"]
     (folder / "model.safetensors").unlink()
     with pytest.raises(
         FileNotFoundError, match=r"models/safety_checker: holds no model.safetensors or pytorch_model.bin"
@@ -197,41 +199,41 @@ def test_without_the_extra_its_name_is_told(checkers, package, monkeypatch):
         ImportError, match=rf'--safety on: the safety checker needs {package}: pip install -e "\.\[safety\]"'
     ):
         safety("on", checkers[False]).ready()
-    assert safety("off", checkers[False]).ready()(Picture(noise(), {})).info["safety"] == "off"
+    assert safety("off", checkers[False]).ready()(GeneratedImage(noise(), {})).info["safety"] == "off"
 
 
 # ------------------------------------------------------------------------------------------------------------- its default
 
 
-def facts(**top):
-    return model_facts(OmegaConf.create({**text_model_config(), **top}))
+def info(**top):
+    return model_info(OmegaConf.create({**text_model_config(), **top}))
 
 
 def test_of_the_shipped_configs_stable_diffusion_alone_is_checked():
     """Those of the folder, and the recipe that goes on from its weights."""
     configs = [*ROOT.glob("configs/**/*.yaml"), *ROOT.glob("models/ldm/**/*.yaml")]
-    on = {path for path in configs if model_facts(read_config(path)).safety == "on"}
+    on = {path for path in configs if model_info(read_config(path)).safety == "on"}
     recipe = ROOT / "configs" / "recipes" / "inpainting-folder.yaml"
     assert on == {*ROOT.glob("configs/stable-diffusion/*.yaml"), recipe} and len(configs) > 20
 
 
 @pytest.mark.parametrize("word, mode", [(True, "on"), (False, "off"), ("report", "report"), ("off", "off")])
 def test_a_config_states_its_default_and_the_flag_overrides_it(word, mode):
-    assert facts(safety=word).safety == mode == SafetySettings().checked(facts(safety=word)).mode
-    assert SafetySettings("report").checked(facts(safety=word)).mode == "report"
+    assert info(safety=word).safety == mode == SafetySettings().checked(info(safety=word)).mode
+    assert SafetySettings("report").checked(info(safety=word)).mode == "report"
 
 
 def test_the_published_yaml_without_the_word_is_stable_diffusion_too(tmp_path):
     lines = SD_V1.read_text(encoding="utf-8").splitlines(keepends=True)
     (tmp_path / "v1.yaml").write_text("".join(line for line in lines if not line.startswith("safety:")))
-    assert model_facts(read_config(tmp_path / "v1.yaml")).safety == model_facts(read_config(SD_V1)).safety == "on"
+    assert model_info(read_config(tmp_path / "v1.yaml")).safety == model_info(read_config(SD_V1)).safety == "on"
     (tmp_path / "v1.yaml").write_text(
         "safety: off\n" + "".join(line for line in lines if not line.startswith("safety:"))
     )
-    assert model_facts(read_config(tmp_path / "v1.yaml")).safety == "off"
-    assert facts().safety == "off"
+    assert model_info(read_config(tmp_path / "v1.yaml")).safety == "off"
+    assert info().safety == "off"
     with pytest.raises(ValueError, match="safety: of: choose one of on, off, report"):
-        facts(safety="of")
+        info(safety="of")
 
 
 def test_a_run_of_ones_own_keeps_the_word_through_main_and_merged_files(tmp_path):
@@ -240,12 +242,12 @@ def test_a_run_of_ones_own_keeps_the_word_through_main_and_merged_files(tmp_path
     )
     (tmp_path / "b.yaml").write_text("model: {params: {image_size: 16}}\n")
     config = read_config([tmp_path / "a.yaml", tmp_path / "b.yaml"])
-    assert model_facts(config).safety == "report" and config.model.params.image_size == 16
+    assert model_info(config).safety == "report" and config.model.params.image_size == 16
 
 
 def test_a_checker_without_a_check_is_refused():
     with pytest.raises(
         ValueError, match="--safety_checker x with --safety off, which is what this config says: nothing is checked"
     ):
-        SafetySettings(checker="x").checked(facts())
-    assert SafetySettings("on", "x").checked(facts()) == SafetySettings("on", "x")
+        SafetySettings(checker="x").checked(info())
+    assert SafetySettings("on", "x").checked(info()) == SafetySettings("on", "x")

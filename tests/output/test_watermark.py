@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ldm.output.images import Output, Picture, read_info
+from ldm.output.images import GeneratedImage, Output, read_metadata
 from ldm.output.watermark import CONTENT, METHODS, Watermark
 
 
@@ -21,9 +21,11 @@ def as_bgr(image: Image.Image) -> np.ndarray:
 def test_the_package_reads_the_published_mark_out_of_a_sample(tmp_path, method, size):
     from imwatermark import WatermarkDecoder
 
-    path = Output(tmp_path, Watermark(method)).save_sample(Picture(noise(512).crop((0, 0, *size)), {}))
+    path = Output(tmp_path, Watermark(method)).save_sample(GeneratedImage(noise(512).crop((0, 0, *size)), {}))
     assert WatermarkDecoder("bytes", 136).decode(as_bgr(Image.open(path)), method) == CONTENT == b"StableDiffusionV1"
-    assert read_info(path)["watermark"] == f"StableDiffusionV1, {method}, 136 bits" and Image.open(path).size == size
+    assert (
+        read_metadata(path)["watermark"] == f"StableDiffusionV1, {method}, 136 bits" and Image.open(path).size == size
+    )
 
 
 def test_the_coefficients_that_carry_the_bits_are_the_packages_own():
@@ -55,9 +57,9 @@ def test_edges_of_saturated_color_show_no_specks(method):
 def test_small_pictures_are_left_as_they_are_with_one_notice(tmp_path, caplog):
     output = Output(tmp_path, Watermark())
     with caplog.at_level("INFO"):
-        paths = [output.save_sample(Picture(noise(side), {})) for side in (32, 255)]
+        paths = [output.save_sample(GeneratedImage(noise(side), {})) for side in (32, 255)]
     assert [r.message for r in caplog.records] == ["no watermark on pictures under 256x256 pixels"]
-    assert read_info(paths[0])["watermark"] is None and np.array_equal(
+    assert read_metadata(paths[0])["watermark"] is None and np.array_equal(
         np.asarray(Image.open(paths[1])), np.asarray(noise(255))
     )
     with pytest.raises(ValueError, match="64x64 pixels hold no watermark"):
@@ -67,14 +69,14 @@ def test_small_pictures_are_left_as_they_are_with_one_notice(tmp_path, caplog):
 def test_without_the_package_pictures_are_written_unmarked_and_say_so(tmp_path, caplog, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "imwatermark", None)
     with caplog.at_level("INFO"):
-        path = Output(tmp_path, Watermark()).save_sample(Picture(noise(256), {}))
-    assert read_info(path)["watermark"] is None and "invisible-watermark" in caplog.text
+        path = Output(tmp_path, Watermark()).save_sample(GeneratedImage(noise(256), {}))
+    assert read_metadata(path)["watermark"] is None and "invisible-watermark" in caplog.text
 
 
 def test_only_drawn_pixels_are_marked_and_their_mark_can_still_be_read(tmp_path):
     drawn = Image.new("1", (512, 512), 0)
     drawn.paste(1, (0, 0, 512, 448))
-    path = Output(tmp_path, Watermark()).save_sample(Picture(noise(512), {}, drawn))
+    path = Output(tmp_path, Watermark()).save_sample(GeneratedImage(noise(512), {}, drawn))
     marked, plain, inside = np.asarray(Image.open(path)), np.asarray(noise(512)), np.asarray(drawn)
     assert np.array_equal(marked[~inside], plain[~inside]) and (marked[inside] != plain[inside]).any()
     assert Watermark().agreement(Watermark().read(Image.open(path))) == 136

@@ -11,7 +11,7 @@ from PIL import Image
 
 from ldm.cli import run_command
 from ldm.inference.task_settings import find_run
-from ldm.output.images import read_info
+from ldm.output.images import read_metadata
 from scripts.convert import main
 from scripts.txt2img import main as txt2img
 from tests.convert.models import save
@@ -63,7 +63,7 @@ def test_txt2img_draws_the_same_picture_from_the_folder(saved, folder, tmp_path)
         assert run_command(txt2img, [*flags, "--ckpt", str(ckpt), "--outdir", str(tmp_path / name)]) == 0
     one, other = (np.asarray(Image.open(tmp_path / name / "samples" / "00000.png")) for name in ("file", "folder"))
     assert np.array_equal(one, other)
-    assert read_info(tmp_path / "folder" / "samples" / "00000.png")["ckpt"] == str(folder)
+    assert read_metadata(tmp_path / "folder" / "samples" / "00000.png")["ckpt"] == str(folder)
 
 
 def test_a_converted_folder_is_a_run_to_sample_from(folder):

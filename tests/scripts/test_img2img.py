@@ -8,11 +8,11 @@ from PIL import Image
 from ldm.cli import run_command
 from ldm.data.image import from_tensor, to_array
 from ldm.inference import Pipeline, image_to_image
-from ldm.inference.task_settings import ImageSettings
+from ldm.inference.task_settings import ImageToImageRequest
 from ldm.models.diffusion.ddim import DDIMSampler
 from ldm.models.diffusion.samplers.base import Sampler
 from ldm.models.diffusion.samplers.registry import SAMPLERS
-from ldm.output.images import read_info
+from ldm.output.images import read_metadata
 from ldm.paths import ROOT
 from scripts.img2img import main, parser
 from tests.scripts.refusals import help_without_heavy_imports, refused
@@ -22,7 +22,7 @@ TINY = {"height": 16, "width": 24, "steps": 5, "n_samples": 2, "scale": 3.0}
 
 
 def draw(pipeline: Pipeline, image: Image.Image, prompts="a cat", **changes) -> list[np.ndarray]:
-    drawn = image_to_image(pipeline, image, prompts, ImageSettings(**{**TINY, **changes}), progress=False)
+    drawn = image_to_image(pipeline, image, prompts, ImageToImageRequest(**{**TINY, **changes}), progress=False)
     return [np.asarray(p.image) for p in drawn]
 
 
@@ -67,7 +67,7 @@ def test_strength_0_gives_back_the_picture_as_the_first_stage_sees_it(saved, pip
         expected = [np.asarray(from_tensor(x)) for x in saved.model.decode_first_stage(z)]
     assert same(draw(pipeline, image, strength=0.0), expected)
     assert same(draw(pipeline, image, strength=0.19), expected)  # int(0.19 * 5) is 0
-    assert len(list(image_to_image(pipeline, image, "", ImageSettings(**{**TINY, "strength": 0.0})))) == 2
+    assert len(list(image_to_image(pipeline, image, "", ImageToImageRequest(**{**TINY, "strength": 0.0})))) == 2
 
 
 def test_strength_1_draws_from_noise_alone(pipeline, image):
@@ -129,7 +129,7 @@ def test_a_picture_of_any_size_is_resized_to_the_nearest_that_the_model_takes_in
     written = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*.png"))
     assert written == ["grid-0000.png", *(f"samples/0000{k}.png" for k in range(4))]
     assert Image.open(tmp_path / "samples" / "00000.png").size == (40, 16)
-    info = read_info(tmp_path / "samples" / "00003.png")
+    info = read_metadata(tmp_path / "samples" / "00003.png")
     expected = {
         "task": "img2img",
         "init_img": str(tmp_path / "a.jpg"),

@@ -8,10 +8,10 @@ import torch
 from PIL import Image
 
 from ldm.cli import run_command
-from ldm.inference import Pipeline, fill, fingerprint, load_model
-from ldm.inference.task_settings import FillSettings
+from ldm.inference import Pipeline, fingerprint, inpaint, load_model
+from ldm.inference.task_settings import InpaintRequest
 from ldm.models.diffusion.ddim import DDIMSampler
-from ldm.output.images import read_info
+from ldm.output.images import read_metadata
 from ldm.output.watermark import Watermark
 from ldm.paths import ROOT
 from scripts.inpaint import main, parser
@@ -21,7 +21,7 @@ from tests.tiny import SavedModel, save_model, save_text_model
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory) -> SavedModel:
-    return save_model(tmp_path_factory.mktemp("tiny"), "fill")
+    return save_model(tmp_path_factory.mktemp("tiny"), "inpaint")
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +69,7 @@ def test_the_result_is_the_published_one(saved, pipeline):
         z, _ = DDIMSampler(model).sample(S=3, batch_size=1, shape=(4, *c.shape[-2:]), conditioning=cond, verbose=False)
         predicted = ((model.decode_first_stage(z).clamp(-1, 1) + 1) / 2)[0].permute(1, 2, 0).numpy()
     expected = (1 - mask) * image + mask * predicted
-    result = np.asarray(fill(pipeline, picture(), hole(), FillSettings(steps=3, seed=7), progress=False).image)
+    result = np.asarray(inpaint(pipeline, picture(), hole(), InpaintRequest(steps=3, seed=7), progress=False).image)
     assert np.abs(result - 255 * expected).max() <= 0.51
     assert np.abs(result - np.asarray(picture()).astype(int)).max() > 20
 
@@ -77,7 +77,7 @@ def test_the_result_is_the_published_one(saved, pipeline):
 @pytest.mark.parametrize("width, height", [(24, 16), (16, 9), (29, 17), (12, 3)])
 def test_what_is_not_masked_is_the_pictures_own_at_any_size(pipeline, width, height):
     image, mask = picture(width, height), hole(width, height)
-    result = fill(pipeline, image, mask, FillSettings(steps=2), progress=False).image
+    result = inpaint(pipeline, image, mask, InpaintRequest(steps=2), progress=False).image
     kept = np.asarray(mask) < 128
     assert result.size == (width, height) and np.array_equal(np.asarray(result)[kept], np.asarray(image)[kept])
 
@@ -87,7 +87,8 @@ def test_the_masked_pixels_have_no_influence(pipeline):
     other = np.asarray(image).copy()
     other[np.asarray(mask) >= 128] = 77
     results = [
-        fill(pipeline, x, mask, FillSettings(steps=2), progress=False).image for x in (image, Image.fromarray(other))
+        inpaint(pipeline, x, mask, InpaintRequest(steps=2), progress=False).image
+        for x in (image, Image.fromarray(other))
     ]
     assert np.array_equal(*map(np.asarray, results))
 
@@ -95,7 +96,7 @@ def test_the_masked_pixels_have_no_influence(pipeline):
 def test_the_mark_is_in_the_drawn_pixels_alone(saved, tmp_path):
     pair(tmp_path / "in", width=264, height=264)
     run_command(main, arguments(saved, tmp_path / "in", tmp_path / "out", "--steps", "1"))
-    info = read_info(tmp_path / "out" / "x.png")
+    info = read_metadata(tmp_path / "out" / "x.png")
     assert info["watermark"] == f"{Watermark()}, in the drawn pixels alone"
     mask, result = hole(264, 264), np.asarray(Image.open(tmp_path / "out" / "x.png"))
     kept = np.asarray(mask) < 128
@@ -114,7 +115,7 @@ def test_every_pair_gives_a_file_of_its_name_and_none_is_overwritten(saved, tmp_
     assert names == sorted(f"{stem}{k}.png" for stem in ("a", "b_mask_c", "photo") for k in ("", "-1"))
     one, two = (np.asarray(Image.open(tmp_path / "out" / name)) for name in ("a.png", "a-1.png"))
     assert np.array_equal(one, two) and "3 pictures in" in capsys.readouterr().out
-    info = read_info(tmp_path / "out" / "a.png")
+    info = read_metadata(tmp_path / "out" / "a.png")
     expected = {
         "task": "inpaint",
         "steps": 3,
@@ -145,7 +146,7 @@ def test_the_released_model_is_found_under_either_name(saved, tmp_path, monkeypa
     pair(tmp_path / "in")
     monkeypatch.chdir(tmp_path)
     assert run_command(main, ["--indir", "in", "--outdir", "out", "--steps", "1", "--device", "cpu"]) == 0
-    assert read_info("out/x.png")["ckpt"] == f"models/ldm/inpainting_big/{name}"
+    assert read_metadata("out/x.png")["ckpt"] == f"models/ldm/inpainting_big/{name}"
 
 
 def test_without_the_released_weights_the_defaults_say_how_to_get_them(tmp_path, capsys, monkeypatch):

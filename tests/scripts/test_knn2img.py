@@ -9,10 +9,10 @@ from PIL import Image
 
 from ldm.checkpoint.write import write_weights
 from ldm.cli import run_command
-from ldm.inference.settings import model_facts, read_config
+from ldm.inference.settings import model_info, read_config
 from ldm.modules.encoders import modules
 from ldm.modules.encoders.modules import FrozenClipImageEmbedder, FrozenCLIPTextEmbedder
-from ldm.output.images import read_info
+from ldm.output.images import read_metadata
 from ldm.paths import ROOT
 from ldm.retrieval.database import Database
 from scripts import knn2img, train_searcher
@@ -120,7 +120,7 @@ def test_flags_have_the_published_defaults():
 def test_the_published_model_takes_the_vectors_of_the_published_clip():
     config = read_config(ROOT / knn2img.CONFIG)
     knn2img.check_takes_vectors(config)
-    settings = knn2img.settings_of(knn2img.parser().parse_args([])).checked(model_facts(config))
+    settings = knn2img.settings_of(knn2img.parser().parse_args([])).checked(model_info(config))
     assert settings.latent_shape == (16, 48, 48)
     with torch.device("meta"):
         assert modules.FrozenCLIPTextEmbedder.func().width == config.model.params.unet_config.params.context_dim
@@ -141,7 +141,7 @@ def test_neighbors_of_a_searcher_that_was_saved_or_made_on_the_spot_lead_to_the_
     assert run_command(knn2img.main, arguments(saved, clip_weights, tmp_path / "c")) == 0
     a, b, c = (pixels(tmp_path / name) for name in "abc")
     assert a.shape == (2, 16, 16, 3) and np.array_equal(a, b) and not np.array_equal(a, c)
-    info = read_info(tmp_path / "b" / "samples" / "00001.png")
+    info = read_metadata(tmp_path / "b" / "samples" / "00001.png")
     said = {
         "task": "knn2img",
         "database": str(database),
@@ -152,7 +152,7 @@ def test_neighbors_of_a_searcher_that_was_saved_or_made_on_the_spot_lead_to_the_
         "image_index": 1,
     }
     assert {key: info[key] for key in said} == said
-    assert read_info(tmp_path / "c" / "samples" / "00000.png")["database"] is None
+    assert read_metadata(tmp_path / "c" / "samples" / "00000.png")["database"] is None
     for before, drawn in (("b", b), ("c", c)):
         again = [
             "--from-metadata",

@@ -5,20 +5,21 @@ import pytest
 import torch
 from PIL import Image
 
+from ldm import inference
 from ldm.cli import run_command
 from ldm.data.image import from_tensor, load_depth, to_array
-from ldm.inference import depth_parts, enlarge, fill, image_to_image, load_model, text_to_image
+from ldm.inference import depth_parts, image_to_image, load_model, text_to_image
 from ldm.inference.concat import feathered
 from ldm.inference.prompt_weights import PromptEncoder
-from ldm.inference.settings import Settings
-from ldm.inference.task_settings import FillSettings, ImageSettings, UpscaleSettings
+from ldm.inference.settings import TextToImageRequest
+from ldm.inference.task_settings import ImageToImageRequest, InpaintRequest, UpscaleRequest
 from ldm.models.diffusion.ddim import DDIMSampler
-from ldm.output.images import read_info
+from ldm.output.images import read_metadata
 from scripts import img2img, inpaint, txt2img, upscale
 from tests.scripts.refusals import refused
 from tests.tiny import SavedModel, save_model
 
-KINDS = ("v2", "v2-v", "sd-fill", "depth", "x4")
+KINDS = ("v2", "v2-v", "sd-inpaint", "depth", "x4")
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +73,9 @@ def test_a_prompt_draws_what_the_model_itself_draws_and_the_negative_one_counts(
 
     def draw(**changes) -> np.ndarray:
         return pixels(
-            next(text_to_image(pipelines[kind], "a horse", Settings(**{**settings, **changes}), progress=False)).image
+            next(
+                text_to_image(pipelines[kind], "a horse", TextToImageRequest(**{**settings, **changes}), progress=False)
+            ).image
         )
 
     assert np.abs(draw(negative_prompt="rain") - pixels(expected)).max() <= 1
@@ -95,7 +98,7 @@ def test_a_prompt_is_drawn_by_the_script(saved, tmp_path):
         "1",
     ]
     assert run_command(txt2img.main, command(saved["v2-v"], *flags, "--n_iter", "1", "--outdir", str(tmp_path))) == 0
-    assert read_info(next((tmp_path / "samples").iterdir()))["prompt"] == "a horse"
+    assert read_metadata(next((tmp_path / "samples").iterdir()))["prompt"] == "a horse"
 
 
 def test_emphasis_and_long_prompts_are_read_as_this_encoder_reads_prompts(pipelines):
@@ -109,7 +112,7 @@ def test_emphasis_and_long_prompts_are_read_as_this_encoder_reads_prompts(pipeli
 
 
 @pytest.mark.parametrize(
-    "kind, script", [("sd-fill", "inpaint.py"), ("depth", r"img2img.py with --depth"), ("x4", "upscale.py")]
+    "kind, script", [("sd-inpaint", "inpaint.py"), ("depth", r"img2img.py with --depth"), ("x4", "upscale.py")]
 )
 def test_a_model_that_sees_more_than_a_prompt_is_sent_to_its_script(saved, tmp_path, capsys, kind, script):
     assert script in refused(txt2img.main, command(saved[kind], "--outdir", str(tmp_path)), capsys)
@@ -120,7 +123,7 @@ def test_a_model_that_sees_more_than_a_prompt_is_sent_to_its_script(saved, tmp_p
 
 def test_a_hole_is_filled_after_a_prompt_as_the_network_was_trained(saved, pipelines):
     """Mask 0 and 1, picture grey in the hole, in the order of concat_keys, on both sides of guidance."""
-    model, image, mask = saved["sd-fill"].model, picture(), hole()
+    model, image, mask = saved["sd-inpaint"].model, picture(), hole()
     torch.manual_seed(7)
     with torch.no_grad():
         white = (as_batch(mask)[:, :1] > 0).float()
@@ -133,15 +136,18 @@ def test_a_hole_is_filled_after_a_prompt_as_the_network_was_trained(saved, pipel
         guided = {"unconditional_guidance_scale": 4.0, "unconditional_conditioning": uncond, "verbose": False}
         x = model.decode_first_stage(DDIMSampler(model).sample(3, 1, (4, 4, 6), cond, **guided).samples)
     expected = np.where(pixels(mask)[..., None] > 0, pixels(from_tensor(x[0])), pixels(image))
-    settings = FillSettings(steps=3, seed=7, prompt="a bench", negative_prompt="rain", scale=4.0)
-    result = fill(pipelines["sd-fill"], image, mask, settings, progress=False)
+    settings = InpaintRequest(steps=3, seed=7, prompt="a bench", negative_prompt="rain", scale=4.0)
+    result = inference.inpaint(pipelines["sd-inpaint"], image, mask, settings, progress=False)
     assert np.abs(pixels(result.image) - expected).max() <= 1 and result.info["prompt"] == "a bench"
 
 
 def test_feathering_fades_in_from_the_edge_and_leaves_every_other_pixel_alone(pipelines):
     image, mask = picture(29, 21), hole(29, 21)
     hard, soft = (
-        fill(pipelines["sd-fill"], image, mask, FillSettings(steps=1, feather=f), progress=False).image for f in (0, 3)
+        inference.inpaint(
+            pipelines["sd-inpaint"], image, mask, InpaintRequest(steps=1, feather=f), progress=False
+        ).image
+        for f in (0, 3)
     )
     alpha = pixels(feathered(mask, 3))
     assert np.array_equal(pixels(soft)[alpha == 0], pixels(image)[alpha == 0]) and np.array_equal(
@@ -168,20 +174,20 @@ def test_one_pair_is_filled_by_the_script(saved, tmp_path, capsys):
     hole().save(tmp_path / "m.png")
     pair = ["--init-img", str(tmp_path / "a.png"), "--mask", str(tmp_path / "m.png"), "--outdir", str(tmp_path / "out")]
     flags = ["--prompt", "a bench", "--steps", "2", "--sampler", "euler", "--feather", "2"]
-    assert run_command(inpaint.main, command(saved["sd-fill"], *pair, *flags)) == 0
-    info = read_info(tmp_path / "out" / "a.png")
+    assert run_command(inpaint.main, command(saved["sd-inpaint"], *pair, *flags)) == 0
+    info = read_metadata(tmp_path / "out" / "a.png")
     expected = {"prompt": "a bench", "sampler": "euler", "feather": 2, "scale": 7.5, "mask": str(tmp_path / "m.png")}
     assert {key: info[key] for key in expected} == expected
     capsys.readouterr()
     assert "--indir with --init-img" in refused(
-        inpaint.main, command(saved["sd-fill"], *pair, "--indir", str(tmp_path)), capsys
+        inpaint.main, command(saved["sd-inpaint"], *pair, "--indir", str(tmp_path)), capsys
     )
-    assert "--mask: give both" in refused(inpaint.main, command(saved["sd-fill"], *pair[:2], *pair[4:]), capsys)
-    assert "--feather -1" in refused(inpaint.main, command(saved["sd-fill"], *pair, "--feather", "-1"), capsys)
+    assert "--mask: give both" in refused(inpaint.main, command(saved["sd-inpaint"], *pair[:2], *pair[4:]), capsys)
+    assert "--feather -1" in refused(inpaint.main, command(saved["sd-inpaint"], *pair, "--feather", "-1"), capsys)
 
 
 def test_what_leads_no_model_is_refused(tmp_path, capsys):
-    without = save_model(tmp_path, "fill")
+    without = save_model(tmp_path, "inpaint")
     picture().save(tmp_path / "a.png")
     hole().save(tmp_path / "m.png")
     pair = ["--init-img", str(tmp_path / "a.png"), "--mask", str(tmp_path / "m.png"), "--outdir", str(tmp_path / "out")]
@@ -201,7 +207,7 @@ def test_a_picture_is_drawn_anew_in_the_depth_of_a_map(saved, pipelines, tmp_pat
     assert depth.dtype == np.float32 and np.array_equal(depth, ramp)
     pipeline, settings = (
         pipelines["depth"],
-        ImageSettings(steps=4, height=16, width=24, n_samples=2, strength=1.0, scale=3.0),
+        ImageToImageRequest(steps=4, height=16, width=24, n_samples=2, strength=1.0, scale=3.0),
     )
 
     def draw(of: np.ndarray) -> list[np.ndarray]:
@@ -231,7 +237,7 @@ def test_depth_is_a_flag_of_img2img(saved, tmp_path, capsys):
     ]
     assert run_command(img2img.main, command(saved["depth"], *flags, "--depth", str(tmp_path / "d.png"))) == 0
     first = tmp_path / "out" / "samples" / "00000.png"
-    assert read_info(first)["depth"] == str(tmp_path / "d.png")
+    assert read_metadata(first)["depth"] == str(tmp_path / "d.png")
     again = ["--from-metadata", str(first), "--outdir", str(tmp_path / "again"), "--safety", "off"]
     assert run_command(img2img.main, again) == 0
     assert np.array_equal(pixels(Image.open(tmp_path / "again" / "samples" / "00000.png")), pixels(Image.open(first)))
@@ -262,10 +268,12 @@ def test_a_small_picture_is_enlarged_after_a_prompt_with_the_noise_that_is_told(
         expected = from_tensor(
             model.decode_first_stage(DDIMSampler(model).sample(3, 1, (4, 4, 6), cond, **guided).samples)[0]
         )
-    settings = UpscaleSettings(steps=3, seed=7, prompt="a cat", negative_prompt="rain", scale=4.0, noise_level=30)
-    result = enlarge(pipelines["x4"], picture(6, 4), settings, progress=False)
+    settings = UpscaleRequest(steps=3, seed=7, prompt="a cat", negative_prompt="rain", scale=4.0, noise_level=30)
+    result = inference.upscale(pipelines["x4"], picture(6, 4), settings, progress=False)
     assert result.image.size == (24, 16) and np.abs(pixels(result.image) - pixels(expected)).max() <= 1
-    tiled = enlarge(pipelines["x4"], picture(13, 9), UpscaleSettings(steps=2, tile=8, prompt="a cat"), progress=False)
+    tiled = inference.upscale(
+        pipelines["x4"], picture(13, 9), UpscaleRequest(steps=2, tile=8, prompt="a cat"), progress=False
+    )
     assert tiled.image.size == (52, 36) and tiled.info["noise_level"] == 20
 
 
@@ -273,7 +281,7 @@ def test_a_small_picture_is_enlarged_by_the_script(saved, tmp_path, capsys):
     picture(6, 4).save(tmp_path / "a.png")
     flags = ["--init-img", str(tmp_path / "a.png"), "--outdir", str(tmp_path / "out"), "--steps", "2"]
     assert run_command(upscale.main, command(saved["x4"], *flags, "--prompt", "a cat", "--noise_level", "5")) == 0
-    info = read_info(tmp_path / "out" / "a.png")
+    info = read_metadata(tmp_path / "out" / "a.png")
     assert (info["noise_level"], info["scale"], info["eta"], info["prompt"], info["width"]) == (
         5,
         9.0,
@@ -284,7 +292,7 @@ def test_a_small_picture_is_enlarged_by_the_script(saved, tmp_path, capsys):
     capsys.readouterr()
     too_much = command(saved["x4"], *flags, "--noise_level", "351")
     assert "--noise_level 351: choose 0 (none) to 350" in refused(upscale.main, too_much, capsys)
-    plain = save_model(tmp_path, "enlarge")
+    plain = save_model(tmp_path, "upscale")
     assert "--noise_level: this model knows no noise" in refused(
         upscale.main, command(plain, *flags, "--noise_level", "5"), capsys
     )

@@ -8,7 +8,7 @@ from PIL import Image
 
 from ldm.data.digits import WORDS, captions
 from ldm.evaluation.metrics import DigitReport
-from ldm.output.images import Output, Picture, read_info
+from ldm.output.images import GeneratedImage, Output, read_metadata
 
 pytest.importorskip("sklearn")
 
@@ -114,11 +114,12 @@ def test_the_sheet_shows_every_digit_once_under_its_prompt():
 def test_the_sheet_is_written_as_every_drawn_picture_is_and_replaces_none(tmp_path):
     drawn = Output(tmp_path / "drawn")
     files = [
-        drawn.save_sample(Picture(Image.new("RGB", (8, 8)), {"prompt": word, "seed": 23})) for word in ("one", "two")
+        drawn.save_sample(GeneratedImage(Image.new("RGB", (8, 8)), {"prompt": word, "seed": 23}))
+        for word in ("one", "two")
     ]
     sheet = Image.new("RGB", (300, 300), (90, 120, 90))
     assert [quickstart.save_sheet(tmp_path, sheet, files).name for _ in range(2)] == ["grid.png", "grid-1.png"]
-    info = read_info(tmp_path / "grid.png")
+    info = read_metadata(tmp_path / "grid.png")
     expected = {
         "task": "quickstart",
         "seed": 23,

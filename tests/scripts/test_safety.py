@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from ldm.cli import run_command
-from ldm.output.images import read_info
+from ldm.output.images import read_metadata
 from tests.output.toys import save_checker
 from tests.scripts.refusals import refused
 from tests.tiny import SavedModel, save_model
@@ -16,8 +16,8 @@ EVERYTHING, NOTHING = -2.0, 2.0  # thresholds of a cosine
 KIND_OF = {
     "txt2img": "text",
     "img2img": "text",
-    "inpaint": "fill",
-    "upscale": "enlarge",
+    "inpaint": "inpaint",
+    "upscale": "upscale",
     "sample_diffusion": "unconditional",
 }
 
@@ -78,7 +78,7 @@ def test_on_writes_black_pictures_in_the_place_of_flagged_ones(models, checkers,
     assert pictures and not any(pixels.any() for pixels in pictures.values())
     for array in (tmp_path / "out").rglob("*.npz"):
         assert not np.load(array)["arr_0"].any()
-    infos = [read_info(path) for path in (tmp_path / "out").rglob("*.png")]
+    infos = [read_metadata(path) for path in (tmp_path / "out").rglob("*.png")]
     assert all((info["safety"], info["flagged"], info["watermark"]) == ("on", True, None) for info in infos)
 
 
@@ -94,7 +94,7 @@ def test_report_and_what_is_not_flagged_change_no_pixel(models, checkers, tmp_pa
             run_command(main_of(script), command(script, models, folder, "--safety", mode, *flags, *seed_of(script)))
             == 0
         )
-        infos = [read_info(path) for path in (folder / "out").rglob("*.png")]
+        infos = [read_metadata(path) for path in (folder / "out").rglob("*.png")]
         assert infos and all((info["safety"], info["flagged"]) == (mode, flagged) for info in infos)
         drawn.append(written(folder))
     for other in drawn[1:]:
@@ -126,7 +126,7 @@ def test_a_grid_is_made_of_checked_pictures_and_is_not_checked_itself(models, ch
         and not grid[:, 19:].any()
         and pictures["00000.png"].any()
     )
-    info = read_info(tmp_path / "out" / "grid-0000.png")
+    info = read_metadata(tmp_path / "out" / "grid-0000.png")
     assert (info["safety"], info["flagged"], len(seen)) == ("on", True, 3)
 
 
@@ -153,9 +153,9 @@ def test_the_configs_word_is_the_default(models, checkers, tmp_path, capsys):
     config.write_text("safety: on\n" + models["text"].config.read_text(encoding="utf-8"), encoding="utf-8")
     words = [*command("txt2img", models, tmp_path), "--config", str(config)]
     assert run_command(main_of("txt2img"), [*words, "--safety_checker", str(checkers[True])]) == 0
-    assert read_info(tmp_path / "out" / "samples" / "00000.png")["flagged"] is True
+    assert read_metadata(tmp_path / "out" / "samples" / "00000.png")["flagged"] is True
     assert run_command(main_of("txt2img"), [*words, "--safety", "off"]) == 0
-    assert read_info(tmp_path / "out" / "samples" / "00002.png")["safety"] == "off"
+    assert read_metadata(tmp_path / "out" / "samples" / "00002.png")["safety"] == "off"
     capsys.readouterr()
     words += ["--safety", "off", "--safety_checker", "x"]
     assert "--safety_checker x with --safety off: nothing is checked" in refused(main_of("txt2img"), words, capsys)
@@ -174,4 +174,4 @@ def test_samples_and_grids_carry_the_watermark_that_is_asked_for(models, tmp_pat
         == 0
     )
     for path in (tmp_path / "out").rglob("*.png"):
-        assert read_info(path)["watermark"] == (text and f"StableDiffusionV1, {text}")
+        assert read_metadata(path)["watermark"] == (text and f"StableDiffusionV1, {text}")

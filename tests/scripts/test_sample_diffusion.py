@@ -11,10 +11,10 @@ from PIL import Image
 
 from ldm.cli import run_command
 from ldm.data.image import from_tensor
-from ldm.inference import draw_samples, fingerprint, load_model
-from ldm.inference.task_settings import SampleSettings
+from ldm.inference import fingerprint, generate_samples, load_model
+from ldm.inference.task_settings import ClassConditionalRequest
 from ldm.models.diffusion.ddim import DDIMSampler
-from ldm.output.images import read_info
+from ldm.output.images import read_metadata
 from ldm.paths import ROOT
 from ldm.util import instantiate_from_config
 from scripts.sample_diffusion import main, parser
@@ -117,7 +117,7 @@ def test_any_sampler_draws_with_a_stream_of_noise_for_each_sample(released, tmp_
     one, three = (result(tmp_path / size) for size in ("1", "3"))
     assert np.abs(one[1]["arr_0"].astype(int) - three[1]["arr_0"]).max() <= 1
     said = {"sampler": "euler_ancestral", "spacing": "karras", "eta": 1.0, "seed_mode": "image", "image_index": 2}
-    info = read_info(three[0][2])
+    info = read_metadata(three[0][2])
     assert {key: info[key] for key in said} == said
 
 
@@ -145,8 +145,8 @@ def test_a_run_of_our_own_is_found_by_its_folder_and_by_its_checkpoint(classes, 
 def test_classes_are_drawn_in_turn_and_told_in_array_and_metadata(classes, tmp_path):
     assert run_command(main, arguments(classes.ckpt, tmp_path, "-n", "5", "--classes", "3", "0-1")) == 0
     files, arrays, _ = result(tmp_path)
-    assert arrays["arr_1"].tolist() == [3, 0, 1, 3, 0] == [read_info(path)["class"] for path in files]
-    info = read_info(files[0])
+    assert arrays["arr_1"].tolist() == [3, 0, 1, 3, 0] == [read_metadata(path)["class"] for path in files]
+    info = read_metadata(files[0])
     expected = {
         "task": "sample_diffusion",
         "steps": 2,
@@ -168,8 +168,8 @@ def test_without_classes_every_one_but_no_class_is_drawn_equally_often(classes, 
 
 def test_the_class_and_guidance_matter(classes, tmp_path):
     def draw(**changes) -> np.ndarray:
-        settings = SampleSettings(**{"n_samples": 2, "batch_size": 2, "steps": 2, "classes": (1,), **changes})
-        return np.stack([np.asarray(p.image) for p in draw_samples(pipeline, settings, progress=False)])
+        settings = ClassConditionalRequest(**{"n_samples": 2, "batch_size": 2, "steps": 2, "classes": (1,), **changes})
+        return np.stack([np.asarray(p.image) for p in generate_samples(pipeline, settings, progress=False)])
 
     pipeline = load_model(classes.config, classes.ckpt, "cpu", "full")
     base = draw()
@@ -210,7 +210,7 @@ def test_a_new_seed_each_time_unless_one_is_given(released, tmp_path, capsys):
         del command[command.index("--seed") : command.index("--seed") + 2]
         assert run_command(main, command) == 0
         seeds.append(int(capsys.readouterr().out.split("seed ")[1]))
-        assert read_info(result(tmp_path / str(k))[0][0])["seed"] == seeds[-1]
+        assert read_metadata(result(tmp_path / str(k))[0][0])["seed"] == seeds[-1]
     assert seeds[0] != seeds[1]
 
 
@@ -283,10 +283,10 @@ def test_a_released_models_folder_without_its_weights_names_the_download(tmp_pat
 
 def test_an_interrupted_run_leaves_its_pictures_and_no_half_array(released, tmp_path, monkeypatch):
     def stopped(pipeline, settings):
-        yield from list(draw_samples(pipeline, settings, progress=False))[:1]
+        yield from list(generate_samples(pipeline, settings, progress=False))[:1]
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("scripts.sample_diffusion.draw_samples", stopped)
+    monkeypatch.setattr("scripts.sample_diffusion.generate_samples", stopped)
     assert run_command(main, arguments(released.ckpt, tmp_path, "-n", "2")) == 130
     (folder,) = tmp_path.rglob("numpy")
     assert list(folder.iterdir()) == [] and len(list(tmp_path.rglob("*.png"))) == 1

@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 
 from ldm.cli import run_command
-from ldm.output.images import Output, Picture
+from ldm.output.images import GeneratedImage, Output
 from ldm.output.watermark import METHODS, Watermark
 from ldm.paths import ROOT
 from scripts.tests.test_watermark import main
@@ -18,7 +18,7 @@ def noise(side: int) -> Image.Image:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_the_mark_of_a_sample_is_printed(tmp_path, method, capsys):
-    path = Output(tmp_path, Watermark(method)).save_sample(Picture(noise(512), {}))
+    path = Output(tmp_path, Watermark(method)).save_sample(GeneratedImage(noise(512), {}))
     assert run_command(main, [str(path), "--method", method]) == 0
     assert capsys.readouterr().out == "StableDiffusionV1\n"
 

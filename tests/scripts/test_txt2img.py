@@ -9,14 +9,14 @@ import pytest
 from PIL import Image
 
 from ldm.cli import run_command
-from ldm.inference.settings import model_facts, read_config
-from ldm.output.images import read_info
+from ldm.inference.settings import model_info, read_config
+from ldm.output.images import read_metadata
 from ldm.paths import ROOT
 from scripts.txt2img import main, parser, settings_of
 from tests.tiny import SavedModel
 
 SCRIPT = ROOT / "scripts" / "txt2img.py"
-FACTS = model_facts(read_config(ROOT / "configs" / "stable-diffusion" / "v1-inference.yaml"))
+INFO = model_info(read_config(ROOT / "configs" / "stable-diffusion" / "v1-inference.yaml"))
 
 
 def arguments(saved: SavedModel, outdir, *flags: str) -> list[str]:
@@ -54,7 +54,7 @@ def refused(argv: list[str], capsys) -> str:
 def test_flags_have_the_published_defaults():
     """Figures of cli.md, the list of the published command lines; C and f come from the model, which for Stable Diffusion is 4 and 8."""
     opt = vars(parser().parse_args([]))
-    assert settings_of(parser().parse_args([])).checked(FACTS).eta == 0.0
+    assert settings_of(parser().parse_args([])).checked(INFO).eta == 0.0
     published = {"prompt": "a painting of a virus monster playing guitar", "ddim_steps": 50, "n_iter": 2}
     published |= {
         "H": 512,
@@ -77,7 +77,7 @@ def test_samples_and_grid_are_written_as_published(saved, tmp_path, solver, scal
     written = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*.png"))
     assert written == ["grid-0000.png", *(f"samples/0000{k}.png" for k in range(4))]
     assert np.asarray(Image.open(tmp_path / "grid-0000.png")).shape == (2 * 18 + 2, 2 * 18 + 2, 3)
-    info = read_info(tmp_path / "samples" / "00003.png")
+    info = read_metadata(tmp_path / "samples" / "00003.png")
     assert info["sampler"] == (solver[-1].strip("-") if solver else "ddim") and info["scale"] == float(scale)
     out = capsys.readouterr().out
     assert "4 pictures in" in out and str(tmp_path / "samples" / "00000.png") in out
@@ -104,9 +104,9 @@ def test_a_file_of_prompts_gives_a_picture_of_each_whatever_their_number(saved, 
     (tmp_path / "prompts.txt").write_text("\n".join(prompts) + "\n", encoding="utf-8")
     flags = ["--from-file", str(tmp_path / "prompts.txt"), "--n_samples", "3", "--n_iter", "2", "--ddim_steps", "1"]
     assert run_command(main, arguments(saved, tmp_path / "out", *flags)) == 0
-    infos = [read_info(path) for path in sorted((tmp_path / "out" / "samples").iterdir())]
+    infos = [read_metadata(path) for path in sorted((tmp_path / "out" / "samples").iterdir())]
     assert [info["prompt"] for info in infos] == prompts * 2
-    assert read_info(tmp_path / "out" / "grid-0000.png")["prompts"] == prompts * 2
+    assert read_metadata(tmp_path / "out" / "grid-0000.png")["prompts"] == prompts * 2
 
 
 def test_a_grid_with_captions_and_the_number_of_columns_asked_for(saved, tmp_path):
@@ -157,7 +157,7 @@ def test_everything_that_was_asked_for_is_in_the_metadata(saved, tmp_path):
     }
     expected |= {"device": "cpu", "precision": "full"}
     for k in range(2):
-        info = read_info(tmp_path / "samples" / f"0000{k}.png")
+        info = read_metadata(tmp_path / "samples" / f"0000{k}.png")
         assert {key: info[key] for key in expected} == expected
         assert (info["task"], info["image_index"], info["index_in_batch"], info["watermark"]) == ("txt2img", k, k, None)
         assert info["version"] and len(info["ckpt_fingerprint"]) == len(info["config_fingerprint"]) == 16

@@ -7,10 +7,10 @@ from PIL import Image
 
 from ldm.cli import run_command
 from ldm.data.image import from_tensor, to_array
-from ldm.inference import Pipeline, enlarge, fingerprint, load_model
-from ldm.inference.task_settings import UpscaleSettings
+from ldm.inference import Pipeline, fingerprint, load_model, upscale
+from ldm.inference.task_settings import UpscaleRequest
 from ldm.models.diffusion.ddim import DDIMSampler
-from ldm.output.images import read_info
+from ldm.output.images import read_metadata
 from ldm.paths import ROOT
 from scripts.upscale import main, parser
 from tests.scripts.refusals import help_without_heavy_imports, refused
@@ -19,7 +19,7 @@ from tests.tiny import SavedModel, save_model, save_text_model
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory) -> SavedModel:
-    return save_model(tmp_path_factory.mktemp("tiny"), "enlarge")
+    return save_model(tmp_path_factory.mktemp("tiny"), "upscale")
 
 
 @pytest.fixture(scope="module")
@@ -44,20 +44,20 @@ def test_the_network_sees_the_small_picture_beside_a_latent_of_its_size(saved, p
             S=3, batch_size=1, shape=(4, 4, 6), conditioning=small, eta=1.0, verbose=False
         )
         expected = from_tensor(saved.model.decode_first_stage(z)[0])
-    result = enlarge(pipeline, picture(), UpscaleSettings(steps=3, seed=7), progress=False).image
+    result = upscale(pipeline, picture(), UpscaleRequest(steps=3, seed=7), progress=False).image
     assert result.size == (24, 16) and np.array_equal(np.asarray(result), np.asarray(expected))
 
 
 @pytest.mark.parametrize("width, height", [(6, 4), (7, 5), (1, 3)])
 def test_any_size_becomes_four_times_that(pipeline, width, height):
-    result = enlarge(pipeline, picture(width, height), UpscaleSettings(steps=1), progress=False)
+    result = upscale(pipeline, picture(width, height), UpscaleRequest(steps=1), progress=False)
     assert result.image.size == (4 * width, 4 * height) == (result.info["width"], result.info["height"])
 
 
 def test_the_network_sees_no_more_than_a_tile_and_what_fits_is_drawn_in_one_piece(pipeline, monkeypatch):
     def draw(**changes) -> np.ndarray:
         return np.asarray(
-            enlarge(pipeline, picture(22, 13), UpscaleSettings(**{"steps": 2, **changes}), progress=False).image
+            upscale(pipeline, picture(22, 13), UpscaleRequest(**{"steps": 2, **changes}), progress=False).image
         )
 
     whole, seen, apply_model = draw(tile=0), set(), pipeline.model.apply_model
@@ -81,7 +81,7 @@ def test_a_picture_does_not_depend_on_those_before_it_and_none_is_overwritten(sa
     assert run_command(main, arguments(saved, tmp_path / "1.png", tmp_path / "out")) == 0
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["0.png", "1-1.png", "1.png"]
     assert np.array_equal(*(np.asarray(Image.open(tmp_path / "out" / name)) for name in ("1.png", "1-1.png")))
-    info = read_info(tmp_path / "out" / "1.png")
+    info = read_metadata(tmp_path / "out" / "1.png")
     expected = {
         "task": "upscale",
         "steps": 3,

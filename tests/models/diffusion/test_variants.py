@@ -57,7 +57,7 @@ def test_a_text_model_gives_its_weights_and_the_new_channels_start_at_zero(tmp_p
     }
     write_weights(weights, tmp_path / "a.safetensors")
     with caplog.at_level(logging.INFO):
-        model = build("sd-fill", finetune_keys=[FIRST, FIRST_EMA], ckpt_path=str(tmp_path / "a.safetensors"))
+        model = build("sd-inpaint", finetune_keys=[FIRST, FIRST_EMA], ckpt_path=str(tmp_path / "a.safetensors"))
     state, factor = model.state_dict(), 0.9 if averages == "present" else 1.0
     for key, scale in ((FIRST, 1.0), (FIRST_EMA, factor)):
         assert torch.allclose(state[key][:, :4], scale * source.state_dict()[FIRST]) and state[key][:, 4:].eq(0).all()
@@ -73,13 +73,13 @@ def test_a_text_model_gives_its_weights_and_the_new_channels_start_at_zero(tmp_p
 
 
 def test_the_network_alone_and_a_file_of_the_same_kind_load_too(tmp_path):
-    source, own = tiny("v2"), tiny("sd-fill")
+    source, own = tiny("v2"), tiny("sd-inpaint")
     write_weights(
         {name: tensor for name, tensor in source.state_dict().items() if name.startswith("model.")},
         tmp_path / "net.ckpt",
     )
     model = build(
-        "sd-fill", finetune_keys=[FIRST, FIRST_EMA], ckpt_path=str(tmp_path / "net.ckpt"), load_only_unet=True
+        "sd-inpaint", finetune_keys=[FIRST, FIRST_EMA], ckpt_path=str(tmp_path / "net.ckpt"), load_only_unet=True
     )
     assert (
         torch.equal(model.state_dict()[FIRST][:, :4], source.state_dict()[FIRST])
@@ -87,26 +87,26 @@ def test_the_network_alone_and_a_file_of_the_same_kind_load_too(tmp_path):
     )
     bare = {name.removeprefix("model."): tensor for name, tensor in source.model.state_dict(prefix="model.").items()}
     write_weights(bare, tmp_path / "bare.ckpt")
-    model = build("sd-fill", finetune_keys=[FIRST], ckpt_path=str(tmp_path / "bare.ckpt"), load_only_unet=True)
+    model = build("sd-inpaint", finetune_keys=[FIRST], ckpt_path=str(tmp_path / "bare.ckpt"), load_only_unet=True)
     assert torch.equal(model.state_dict()[FIRST][:, :4], source.state_dict()[FIRST])
     write_weights(own.state_dict(), tmp_path / "own.ckpt")
-    again = build("sd-fill", finetune_keys=[FIRST, FIRST_EMA], ckpt_path=str(tmp_path / "own.ckpt"))
+    again = build("sd-inpaint", finetune_keys=[FIRST, FIRST_EMA], ckpt_path=str(tmp_path / "own.ckpt"))
     assert all(torch.equal(tensor, again.state_dict()[name]) for name, tensor in own.state_dict().items())
 
 
 def test_a_file_that_does_not_fit_is_refused_unless_its_keys_are_named(tmp_path):
     write_weights(tiny("v2").state_dict(), tmp_path / "a.ckpt")
     with pytest.raises(CheckpointError, match="have other shapes"):
-        build("sd-fill", finetune_keys=None, ckpt_path=str(tmp_path / "a.ckpt"))
+        build("sd-inpaint", finetune_keys=None, ckpt_path=str(tmp_path / "a.ckpt"))
     with pytest.raises(CheckpointError, match="these cannot share 6 input channels"):
-        build("sd-fill", finetune_keys=[FIRST, FIRST_EMA], keep_finetune_dims=6, ckpt_path=str(tmp_path / "a.ckpt"))
+        build("sd-inpaint", finetune_keys=[FIRST, FIRST_EMA], keep_finetune_dims=6, ckpt_path=str(tmp_path / "a.ckpt"))
 
 
 # --------------------------------------------------------------------------------------------------- what they are given
 
 
 def test_inpainting_sees_mask_and_masked_latent_beside_the_noise():
-    model, data = tiny("sd-fill"), batch()
+    model, data = tiny("sd-inpaint"), batch()
     torch.manual_seed(0)
     z, c = model.get_input(data, "image")
     torch.manual_seed(0)
@@ -120,7 +120,7 @@ def test_inpainting_sees_mask_and_masked_latent_beside_the_noise():
 
 
 def test_the_image_log_decodes_what_was_concatenated_where_asked():
-    model = tiny("sd-fill", c_concat_log_start=1, c_concat_log_end=5)
+    model = tiny("sd-inpaint", c_concat_log_start=1, c_concat_log_end=5)
     log = model.log_images(batch(), N=2, ddim_steps=1, plot_denoise_rows=False, unconditional_guidance_scale=3.0)
     assert log["c_concat_decoded"].shape == (2, 3, 32, 32) and {"conditioning_mask", "samples_cfg_scale_3.00"} <= set(
         log
@@ -214,7 +214,7 @@ def test_the_small_pictures_noise_is_the_diffusions_own_and_its_tables_have_the_
         ImageConcatWithNoiseAugmentation({"linear_stop": 1})
 
 
-@pytest.mark.parametrize("kind", ["v2", "v2-v", "sd-fill", "depth", "x4"])
+@pytest.mark.parametrize("kind", ["v2", "v2-v", "sd-inpaint", "depth", "x4"])
 def test_guidance_leads_away_from_no_text_under_the_same_further_parts(kind):
     model = tiny(kind)
     encoded = model.encode_batch(batch())

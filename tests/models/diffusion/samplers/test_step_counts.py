@@ -5,14 +5,14 @@ import dataclasses
 import numpy as np
 import pytest
 
-from ldm.inference.settings import Settings, check_steps, model_facts
+from ldm.inference.settings import TextToImageRequest, check_steps, model_info
 from ldm.models.diffusion.samplers.registry import SAMPLERS, check_request, make_sampler
 from tests.full.step_counts import Clock, check, check_refused
 from tests.tiny import text_model_config
 
 SLOW_TABLES = {"unipc": 97, "dpm_solver_2s": 11, "dpm_solver_3s": 37}  # of every so many counts the whole table is made
 DOZEN = (1, 2, 3, 4, 5, 7, 10, 20, 25, 50, 99, 1000)
-FACTS = model_facts(text_model_config(timesteps=1000))
+INFO = model_info(text_model_config(timesteps=1000))
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
@@ -30,18 +30,18 @@ def test_every_step_count_has_its_grid_and_is_accepted_before_loading(name):
 
 
 def test_a_scripts_settings_accept_the_same_counts():
-    settings = Settings(height=16, width=16)
+    settings = TextToImageRequest(height=16, width=16)
     for steps in range(-1, 1003):
         try:
-            check_steps("--ddim_steps", steps, FACTS)
+            check_steps("--ddim_steps", steps, INFO)
         except ValueError as error:
             assert not 1 <= steps <= 1000 and "choose 1 to 1000" in str(error)
         else:
             assert 1 <= steps <= 1000
     for name in SAMPLERS:
-        assert dataclasses.replace(settings, sampler=name, steps=1000).checked(FACTS).steps == 1000
+        assert dataclasses.replace(settings, sampler=name, steps=1000).checked(INFO).steps == 1000
         with pytest.raises(ValueError, match="--ddim_steps 1001: choose 1 to 1000"):
-            dataclasses.replace(settings, sampler=name, steps=1001).checked(FACTS)
+            dataclasses.replace(settings, sampler=name, steps=1001).checked(INFO)
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
