@@ -1,8 +1,8 @@
-"""Archives of data sets, fetched on request and unpacked so that nothing leaves the folder they are unpacked into.
+"""Downloading and unpacking dataset archives safely.
 
-`unpack` writes into a folder beside the target and renames it when all is there: a target that exists is whole. A member that is no plain
-file or folder (a link, a device), that names a place outside, or that comes twice, and an archive larger than the disk's free space, are
-refused before anything is written.
+`unpack` writes into a temporary folder next to the target and renames it at the end, so an existing target is always
+complete. It refuses archives larger than the free disk space and members that are not plain files or folders (links,
+devices), that lie outside the target, or that appear twice.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path, PureWindowsPath
 from typing import IO, NamedTuple
+from urllib.request import urlopen
 
 from tqdm import tqdm
 
@@ -31,16 +32,16 @@ CHUNK = 1 << 20
 BOMB_BYTES, BOMB_RATIO = (
     1 << 30,
     200,
-)  # what unpacks to more than the first, and to so many times its own size, is refused
-TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
+)  # refuse archives that unpack to more than BOMB_BYTES and to BOMB_RATIO times their size
+DAMAGED = (tarfile.TarError, zipfile.BadZipFile, EOFError, RuntimeError, NotImplementedError, UnicodeError, zlib.error)
 
 
 class ArchiveError(ConfigError):
-    """An archive that is not unpacked, or a download that is not kept; the message begins with its name."""
+    """An archive or a download that cannot be used; the message begins with its name."""
 
 
 class Remote(NamedTuple):
-    """A file that can be fetched: where it is, its name here, and its SHA-256 or MD5 where the publisher gives one."""
+    """A file to download: its URL, its local name, and its SHA-256 or MD5 if published."""
 
     url: str
     name: str
@@ -52,24 +53,26 @@ class Member(NamedTuple):
 
     name: str
     size: int
-    open: Callable[[], IO[bytes]]
+    open: Callable[[], IO[bytes] | None]
 
 
-def unpack(archive: Path, folder: Path, nested: bool = False, place: Callable[[str], str] = str) -> None:
+def unpack(archive: Path, folder: Path, nested: bool = False, rename: Callable[[str], str] = str) -> None:
     """Unpack a tar or zip file into `folder`, which must not exist yet.
 
-    nested: tar files in it are unpacked too, each into a folder with its name (ImageNet's training data). place: where a member goes, from
-    its name; both are paths below the folder.
-    Raises ArchiveError for what it refuses; then nothing is left behind.
+    nested: also unpack the tar files inside, each into a folder of the same name (ImageNet's training data).
+    rename: maps the name of a member to its path below `folder`.
+    Raises ArchiveError and leaves nothing behind if the archive is unsafe or damaged.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}-unpacking-", dir=folder.parent))
     try:
-        _unpack_into(archive, staging, place)
+        _unpack_into(archive, staging, rename)
         for inner in sorted(staging.rglob("*.tar")) if nested else ():
             _unpack_into(inner, inner.with_suffix(""))
             inner.unlink()
-        staging.chmod(0o777 & ~_umask())  # mkdtemp keeps others out
+        mask = os.umask(0)
+        os.umask(mask)
+        staging.chmod(0o777 & ~mask)  # mkdtemp allows only the owner
         staging.rename(folder)
     except OSError as error:
         if folder.is_dir():  # another process was faster
@@ -81,17 +84,17 @@ def unpack(archive: Path, folder: Path, nested: bool = False, place: Callable[[s
 
 
 def fetch(remote: Remote, folder: Path) -> Path:
-    """Download a file into `folder` unless it is there -> its path. Raises ArchiveError; a broken download leaves nothing."""
-    from urllib.request import urlopen
-
+    """Download a file into `folder` unless it exists, and return its path. Raises ArchiveError; a failed download
+    leaves nothing.
+    """
     path = folder / remote.name
     if path.is_file():
         return path
     folder.mkdir(parents=True, exist_ok=True)
     if not remote.url.startswith("https://"):
-        raise ArchiveError(f"{remote.url}: only https:// is fetched")
+        raise ArchiveError(f"{remote.url}: only https:// URLs are supported")
     part = Path(tempfile.mkdtemp(prefix=f".{remote.name}-", dir=folder)) / remote.name
-    logger.info("fetching %s", remote.url)
+    logger.info("downloading %s", remote.url)
     try:
         with urlopen(remote.url, timeout=60) as response, part.open("wb") as file:
             total = int(response.headers.get("Content-Length") or 0)
@@ -100,12 +103,12 @@ def fetch(remote: Remote, folder: Path) -> Path:
                     file.write(block)
                     bar.update(len(block))
         if total and part.stat().st_size != total:
-            raise ArchiveError(f"{remote.url}: {part.stat().st_size:,} of {total:,} bytes came; try again")
+            raise ArchiveError(f"{remote.url}: received {part.stat().st_size:,} of {total:,} bytes; try again")
         check_digest(part, remote.digest)
         os.replace(part, path)
     except OSError as error:
         raise ArchiveError(
-            f"{remote.url}: could not be fetched ({error}); fetch it by hand and put it at {path}"
+            f"{remote.url}: download failed ({error}); download it by hand and save it as {path}"
         ) from error
     finally:
         shutil.rmtree(part.parent, ignore_errors=True)
@@ -113,90 +116,64 @@ def fetch(remote: Remote, folder: Path) -> Path:
 
 
 def check_digest(path: Path, digest: str) -> None:
-    """Raise ArchiveError where the file has another SHA-256 (64 digits) or MD5 (32 digits); "" is not checked."""
+    """Raise ArchiveError unless the file has this SHA-256 (64 digits) or MD5 (32 digits); an empty digest is not
+    checked.
+    """
     if not digest:
         return
     with path.open("rb") as file:
         found = hashlib.file_digest(file, "md5" if len(digest) == 32 else "sha256").hexdigest()
     if found != digest:
-        raise ArchiveError(f"{path}: has the digest {found}, expected {digest}; delete it and fetch it again")
+        raise ArchiveError(f"{path}: digest {found}, expected {digest}; delete the file and download it again")
 
 
-def is_archive(path: Path) -> bool:
-    return path.name.lower().endswith((*TAR_SUFFIXES, ".zip"))
-
-
-def _unpack_into(archive: Path, folder: Path, place: Callable[[str], str] = str) -> None:
+def _unpack_into(archive: Path, folder: Path, rename: Callable[[str], str] = str) -> None:
     folder.mkdir(exist_ok=True)
     try:
         with _members(archive) as found:
-            members = [member._replace(name=place(member.name)) for member in _listed(archive, found, folder)]
-            _check(archive, members)
+            members = [member._replace(name=rename(member.name)) for member in _within_limits(archive, found, folder)]
+            _check_names(archive, members)
             for member in tqdm(members, f"unpacking {archive.name}", unit="file", delay=3, leave=False, disable=None):
                 target = folder / member.name
                 target.parent.mkdir(parents=True, exist_ok=True)
-                with member.open() as source, target.open("xb") as file:
-                    _copy(archive, member, source, file)
-    except (
-        tarfile.TarError,
-        zipfile.BadZipFile,
-        EOFError,
-        RuntimeError,
-        NotImplementedError,
-        UnicodeError,
-        zlib.error,
-    ) as error:
-        raise ArchiveError(f"{archive}: damaged or no archive ({error})") from error
+                source = member.open()
+                assert source is not None  # a regular file
+                with source, target.open("xb") as file:
+                    shutil.copyfileobj(source, file, CHUNK)  # bounded by the declared size in both libraries
+    except DAMAGED as error:
+        raise ArchiveError(f"{archive}: damaged, or not an archive ({error})") from error
 
 
-def _listed(archive: Path, members: Iterable[Member], folder: Path) -> Iterator[Member]:
-    """The members, while there is space for them; counted as they are listed, since listing a bomb unpacks it."""
+def _within_limits(archive: Path, members: Iterable[Member], folder: Path) -> Iterator[Member]:
+    """Yield the members; raise ArchiveError once they exceed the limits, since listing a bomb already unpacks it."""
     packed, free = archive.stat().st_size, shutil.disk_usage(folder).free
     needed = unpacked = 0
     for member in members:
         if member.size < 0:
-            raise ArchiveError(f"{archive}: its member {member.name!r} claims {member.size} bytes")
-        needed, unpacked = needed + member.size, unpacked + member.size + 512  # a tar file's header
+            raise ArchiveError(f"{archive}: member {member.name!r} claims {member.size} bytes")
+        needed, unpacked = needed + member.size, unpacked + member.size + 512  # with the header of a tar member
         if needed > free:
-            raise ArchiveError(
-                f"{archive}: its files take {needed:,} bytes or more, and {folder.parent} has {free:,} free"
-            )
+            raise ArchiveError(f"{archive}: needs {needed:,} bytes or more, but {folder.parent} has {free:,} free")
         if unpacked > max(BOMB_BYTES, BOMB_RATIO * packed):
-            raise ArchiveError(
-                f"{archive}: refused, because its {packed:,} bytes unpack to {unpacked:,} or more; a bomb?"
-            )
+            raise ArchiveError(f"{archive}: its {packed:,} bytes unpack to {unpacked:,} or more (an archive bomb?)")
         yield member
 
 
-def _check(archive: Path, members: list[Member]) -> None:
+def _check_names(archive: Path, members: list[Member]) -> None:
     seen: set[str] = set()
     for member in members:
         parts = Path(member.name).parts
         outside = os.path.isabs(member.name) or PureWindowsPath(member.name).drive or ".." in parts
         if outside or "\\" in member.name or "\0" in member.name or not parts:
-            raise ArchiveError(f"{archive}: its member {member.name!r} lies outside the folder")
+            raise ArchiveError(f"{archive}: member {member.name!r} lies outside the folder")
         if member.name in seen:
-            raise ArchiveError(f"{archive}: its member {member.name!r} comes twice")
+            raise ArchiveError(f"{archive}: member {member.name!r} appears twice")
         seen.add(member.name)
-
-
-def _copy(archive: Path, member: Member, source: IO[bytes], file: IO[bytes]) -> None:
-    """Copy the bytes that the archive says a member has: no bomb gets further."""
-    left = member.size
-    while block := source.read(min(CHUNK, left + 1)):
-        left -= len(block)
-        if left < 0:
-            raise ArchiveError(
-                f"{archive}: its member {member.name!r} is larger than the {member.size:,} bytes that it claims"
-            )
-        file.write(block)
-    if left:
-        raise ArchiveError(f"{archive}: its member {member.name!r} ends {left:,} bytes early")
 
 
 @contextmanager
 def _members(archive: Path) -> Iterator[Iterator[Member]]:
-    """The files of an archive; ArchiveError where something in it is neither a file nor a folder."""
+    """Yield an iterator over the files of an archive, which raises ArchiveError at a link or a device."""
     if archive.name.lower().endswith(".zip"):
         with zipfile.ZipFile(archive) as opened:
             yield (_zip_member(archive, opened, info) for info in opened.infolist() if not info.is_dir())
@@ -206,19 +183,12 @@ def _members(archive: Path) -> Iterator[Iterator[Member]]:
 
 
 def _zip_member(archive: Path, opened: zipfile.ZipFile, info: zipfile.ZipInfo) -> Member:
-    kind = stat.S_IFMT(info.external_attr >> 16)
-    if kind not in (0, stat.S_IFREG):
-        raise ArchiveError(f"{archive}: its member {info.filename!r} is a link or a device, no file")
+    if stat.S_IFMT(info.external_attr >> 16) not in (0, stat.S_IFREG):
+        raise ArchiveError(f"{archive}: member {info.filename!r} is a link or a device")
     return Member(info.filename, info.file_size, lambda: opened.open(info))
 
 
 def _tar_member(archive: Path, opened: tarfile.TarFile, info: tarfile.TarInfo) -> Member:
     if not info.isreg():
-        raise ArchiveError(f"{archive}: its member {info.name!r} is a link or a device, no file")
+        raise ArchiveError(f"{archive}: member {info.name!r} is a link or a device")
     return Member(info.name, info.size, lambda: opened.extractfile(info))
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

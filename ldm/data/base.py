@@ -1,10 +1,10 @@
-"""What datasets share: the error for a config that cannot be used, and the base of datasets that stream."""
+"""Errors, parameter checks and the streaming base class that datasets share."""
 
 from __future__ import annotations
 
 import logging
 from abc import abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from torch.utils.data import IterableDataset, get_worker_info
@@ -15,9 +15,10 @@ logger = logging.getLogger(__name__)
 
 
 class DataConfigError(ConfigError):
-    """A dataset's parameter that cannot be used: one line with the parameter, its value, what is wrong and what to do.
+    """An invalid dataset parameter, in one line: the parameter, its value, the problem and the fix.
 
-    Datasets name their own parameter; `DataModuleFromConfig` adds where it stands in the YAML. `{param}` in `advice` becomes that place.
+    `DataModuleFromConfig` adds `where`, the YAML path of the dataset. `{param}` in `advice` becomes the full path of
+    the parameter.
     """
 
     def __init__(self, param: str, value: object, problem: str, advice: str, where: str = "") -> None:
@@ -27,49 +28,61 @@ class DataConfigError(ConfigError):
         super().__init__(f"{subject} {value!r}: {problem}; {advice.replace('{param}', place)}")
 
     def at(self, where: str) -> DataConfigError:
-        """The same error, with the YAML path of its dataset."""
+        """Return the same error with the YAML path of its dataset."""
         return DataConfigError(self.param, self.value, self.problem, self.advice, where)
 
     def __reduce__(self) -> tuple:
         return type(self), (self.param, self.value, self.problem, self.advice, self.where)
 
 
+def check_choice(param: str, value: object, choices: Iterable[str | None]) -> None:
+    """Raise DataConfigError unless `value` is one of `choices`."""
+    choices = list(choices)
+    if value not in choices:
+        names = ", ".join(choice or "null" for choice in choices)
+        raise DataConfigError(param, value, "unknown", f"set {{param}} to one of {names}")
+
+
+def check_probability(param: str, value: float) -> None:
+    """Raise DataConfigError unless 0 <= `value` <= 1."""
+    if not 0 <= value <= 1:
+        raise DataConfigError(param, value, "not a probability", "set {param} between 0 and 1")
+
+
 class Txt2ImgIterableBaseDataset(IterableDataset):
-    """Base of datasets that stream image-text pairs by id: a subclass writes `__iter__` over `self.valid_ids`.
+    """Base of datasets that stream image-text pairs by id: a subclass implements `__iter__` over `self.valid_ids`.
 
-    num_records: number of samples (of all ranks together); None takes the number of ids.
-    valid_ids: ids of all samples, in order; None stands for 0 .. num_records - 1.
-    size: side of the pictures in pixels, for the subclass.
+    num_records: number of samples over all ranks; None means the number of ids.
+    valid_ids: ids of all samples, in order; None means 0 .. num_records - 1.
+    size: side of the images in pixels, for the subclass.
 
-    `sample_ids` are all ids. `valid_ids` are the share of the process that reads the attribute: ids are dealt to the ranks in turn (padded
-    from the front so that every rank gets equally many), and a rank's ids to its data workers in turn. The data module sets `seed` and
-    `epoch` before each pass, for subclasses that shuffle. The batches of a stream depend on the number of workers: each fills its own.
+    `sample_ids` holds all ids. `valid_ids` is the share of the process that reads it: ids go to the ranks in turn
+    (padded with the first ids so that every rank gets equally many), and the ids of a rank to its data workers in turn.
+    The data module sets `seed` and `epoch` before each pass, for subclasses that shuffle. Each worker fills its own
+    batches, so the batches depend on the number of workers.
     """
 
     def __init__(self, num_records: int | None = None, valid_ids: Sequence[Any] | None = None, size: int = 256) -> None:
         super().__init__()
-        if valid_ids is None:
-            valid_ids = range(num_records or 0)
-        self.num_records = len(valid_ids) if num_records is None else num_records
-        self.sample_ids = valid_ids
+        self.sample_ids: Sequence[Any] = range(num_records or 0) if valid_ids is None else valid_ids
+        self.num_records = len(self.sample_ids) if num_records is None else num_records
         self.size = size
         self.rank, self.world_size = 0, 1
         self.seed, self.epoch = 0, 0
-        self._own_ids: Sequence[Any] | None = None
-        logger.info("%s has %d samples", type(self).__name__, len(self))
+        self._assigned_ids: Sequence[Any] | None = None
+        logger.info("%s: %d samples", type(self).__name__, len(self))
 
     def set_shard(self, rank: int, world_size: int) -> None:
-        """Which of how many ranks this process is; the data module calls it, since data workers cannot always know."""
+        """Set the rank of this process; the data module calls it, since data workers cannot always know it."""
         if not 0 <= rank < world_size:
             raise ValueError(f"rank {rank}: expected 0 .. {world_size - 1} with world_size {world_size}")
         self.rank, self.world_size = rank, world_size
 
     def set_epoch(self, seed: int, epoch: int) -> None:
-        """What the order of the coming pass may depend on."""
         self.seed, self.epoch = seed, epoch
 
     def share(self, worker: int, num_workers: int) -> Sequence[Any]:
-        """Ids of one data worker of this rank."""
+        """Return the ids of one data worker of this rank."""
         ids = self.sample_ids
         if missing := -len(ids) % self.world_size:
             ids = [*ids, *(ids[i % len(ids)] for i in range(missing))]
@@ -77,19 +90,19 @@ class Txt2ImgIterableBaseDataset(IterableDataset):
 
     @property
     def valid_ids(self) -> Sequence[Any]:
-        if self._own_ids is not None:
-            return self._own_ids
+        if self._assigned_ids is not None:
+            return self._assigned_ids
         info = get_worker_info()
         return self.share(info.id, info.num_workers) if info is not None else self.share(0, 1)
 
     @valid_ids.setter
     def valid_ids(self, ids: Sequence[Any]) -> None:
-        self._own_ids = ids  # published worker_init functions deal ids out themselves
+        self._assigned_ids = ids  # published worker_init functions split the ids themselves
 
     def __len__(self) -> int:
-        """Samples of one rank."""
+        """Return the number of samples of one rank."""
         return -(-self.num_records // self.world_size)
 
     @abstractmethod
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        """Samples of `self.valid_ids`."""
+        """Yield the samples of `self.valid_ids`."""

@@ -1,6 +1,7 @@
-"""Captions from files (a .txt beside each picture, a CSV or TSV table, JSON lines), and what to do where one is missing or too long.
+"""Captions from files (a .txt next to each image, a CSV or TSV table, JSON lines), and the policies for missing and
+long captions.
 
-Text is UTF-8, with or without a byte order mark, unless another encoding is asked for; UTF-16 is recognized by its mark.
+Text is UTF-8, with or without a byte order mark, unless another encoding is given; UTF-16 is recognized by its mark.
 """
 
 from __future__ import annotations
@@ -21,16 +22,14 @@ logger = logging.getLogger(__name__)
 
 SIDECAR = "sidecar"
 TABLES = {".csv": ",", ".tsv": "\t", ".jsonl": ""}  # suffix -> delimiter
-# Column names that are tried in this order where none is given; the first of each are those of Hugging Face's image folders.
+# Default column names, tried in this order; the first of each are those of Hugging Face's image folders.
 IMAGE_COLUMNS = ("file_name", "filename", "file", "image", "image_path", "path")
 CAPTION_COLUMNS = ("text", "caption", "captions", "prompt", "txt")
-CSV_FIELD_LIMIT = (
-    1 << 24
-)  # a caption longer than the module's 128 KiB is a matter for the policy, no error of the table
+CSV_FIELD_LIMIT = 1 << 24  # the csv module's 128 KiB would reject long captions before the policy sees them
 
 
 class Row(NamedTuple):
-    """One record of a table. `problem` says why it cannot be used, else it is empty."""
+    """A record of a table. `problem` says why it cannot be used; empty if it can."""
 
     line: int
     image: str
@@ -40,15 +39,17 @@ class Row(NamedTuple):
 
 @dataclass
 class CaptionPolicy:
-    """What to do where a caption is missing (raise, skip, empty) or longer than `max_chars` (truncate, raise, skip)."""
+    """What to do with a missing caption (raise, skip, empty) and with one longer than `max_chars` (truncate, raise,
+    skip).
+    """
 
     missing: str = "raise"
     max_chars: int = 4000
     long: str = "truncate"
-    _logged: bool = field(default=False, init=False)
+    _warned: bool = field(default=False, init=False)
 
     def apply(self, name: str, captions: list[str], why_missing: str) -> tuple[tuple[str, ...], str]:
-        """(captions to use, "") or ((), why the picture is left out)."""
+        """Return (captions to use, "") or ((), reason to skip the image)."""
         if not captions:
             if self.missing == "raise":
                 problem = f"{name} has no caption ({why_missing})"
@@ -59,21 +60,19 @@ class CaptionPolicy:
             return tuple(captions), ""
         problem = f"a caption of {len(longest):,} characters, more than max_caption_chars {self.max_chars:,}"
         if self.long == "raise":
-            raise DataConfigError(
-                "long_caption", "raise", f"{name} has {problem}", "shorten it, or set {param} to truncate or skip"
-            )
+            advice = "shorten it, or set {param} to truncate or skip"
+            raise DataConfigError("long_caption", "raise", f"{name} has {problem}", advice)
         if self.long == "skip":
             return (), problem
-        if not self._logged:
-            self._logged = True
-            logger.warning(
-                "%s has %s: truncated, as are others; dropped: %.200s", name, problem, longest[self.max_chars :]
-            )
+        if not self._warned:
+            self._warned = True
+            dropped = longest[self.max_chars :]
+            logger.warning("%s has %s: long captions are truncated; dropped: %.200s", name, problem, dropped)
         return tuple(caption[: self.max_chars] for caption in captions), ""
 
 
 def read_sidecar(path: Path, encoding: str = "utf-8") -> list[str]:
-    """Captions of one picture: each line that is not blank is one. Raises ValueError for text in another encoding."""
+    """Return the captions of one image, one per non-blank line. Raises ValueError for text in another encoding."""
     text = _decode(path.read_bytes(), encoding)
     if problem := _undecodable(text, encoding):
         raise ValueError(problem)
@@ -83,9 +82,10 @@ def read_sidecar(path: Path, encoding: str = "utf-8") -> list[str]:
 def read_table(
     path: Path, image_column: str | None, caption_column: str | None, encoding: str = "utf-8"
 ) -> Iterator[Row]:
-    """Records of a CSV, TSV or JSONL table in their order; a picture may have several records, and a JSON caption may be a list.
+    """Yield the records of a CSV, TSV or JSONL table; an image may have several records, and a JSON caption may be a
+    list.
 
-    Raises DataConfigError for a column that is not there, ValueError for a file that is no text at all.
+    Raises DataConfigError for a missing column, ValueError for a file that is not text.
     """
     text = _decode(path.read_bytes(), encoding)
     delimiter = TABLES[path.suffix.lower()]
@@ -95,32 +95,26 @@ def read_table(
             yield Row(line, "", [], problem)
             continue
         if columns is None:
-            columns = (
-                _column("image_column", image_column, IMAGE_COLUMNS, record, path),
-                _column("caption_column", caption_column, CAPTION_COLUMNS, record, path),
-            )
+            image = _column("image_column", image_column, IMAGE_COLUMNS, record, path)
+            columns = image, _column("caption_column", caption_column, CAPTION_COLUMNS, record, path)
         yield _row(line, record, *columns, encoding)
 
 
 def _row(line: int, record: dict, image_column: str, caption_column: str, encoding: str) -> Row:
     image, caption = record.get(image_column), record.get(caption_column)
     if not isinstance(image, str) or not image.strip():
-        return Row(line, "", [], f"column {image_column!r} names no file")
+        return Row(line, "", [], f"column {image_column!r} has no file name")
     captions = [caption] if isinstance(caption, str) else [] if caption is None else caption
     if not isinstance(captions, list) or not all(isinstance(text, str) for text in captions):
-        return Row(
-            line,
-            image,
-            [],
-            f"column {caption_column!r} holds {type(caption).__name__}, expected text or a list of texts",
-        )
+        kind = type(caption).__name__
+        return Row(line, image, [], f"column {caption_column!r} holds {kind}, expected text or a list of texts")
     problem = next((p for text in (image, *captions) if (p := _undecodable(text, encoding))), "")
     return Row(line, image.strip(), [text.strip() for text in captions if text.strip()], problem)
 
 
 def _csv_records(text: str, delimiter: str) -> Iterator[tuple[int, dict, str]]:
     csv.field_size_limit(max(csv.field_size_limit(), CSV_FIELD_LIMIT))
-    # Strict: a stray quote in a caption must not swallow the records behind it without a word.
+    # Strict: a stray quote in a caption must not silently swallow the records after it.
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     header: list[str] = []
     while True:
@@ -137,7 +131,7 @@ def _csv_records(text: str, delimiter: str) -> Iterator[tuple[int, dict, str]]:
         if not header:
             header = [cell.strip() for cell in cells]
         elif len(cells) != len(header):
-            yield line, {}, f"{len(cells)} columns where the header has {len(header)} (a comma outside quotes?)"
+            yield line, {}, f"{len(cells)} columns, but the header has {len(header)} (an unquoted comma?)"
         else:
             yield line, dict(zip(header, cells)), ""
 
@@ -149,37 +143,33 @@ def _json_records(text: str) -> Iterator[tuple[int, dict, str]]:
         try:
             record = json.loads(content)
         except (ValueError, RecursionError) as error:
-            yield line, {}, f"no JSON ({error})"
+            yield line, {}, f"invalid JSON ({error})"
             continue
-        yield (
-            (line, record, "")
-            if isinstance(record, dict)
-            else (line, {}, f"holds {type(record).__name__}, expected an object")
-        )
+        is_object = isinstance(record, dict)
+        yield (line, record, "") if is_object else (line, {}, f"holds {type(record).__name__}, expected an object")
 
 
-def _column(param: str, asked: str | None, usual: tuple[str, ...], record: dict, path: Path) -> str:
-    name = asked if asked is not None else next((column for column in usual if column in record), None)
-    if name not in record:
+def _column(param: str, name: str | None, defaults: tuple[str, ...], record: dict, path: Path) -> str:
+    column = name if name is not None else next((default for default in defaults if default in record), None)
+    if column is None or column not in record:
         problem = f"{path} has only the columns {', '.join(map(repr, record))}"
-        raise DataConfigError(param, asked, problem, "set {param} to one of them")
-    return name
+        raise DataConfigError(param, name, problem, "set {param} to one of them")
+    return column
 
 
 def _decode(data: bytes, encoding: str) -> str:
     if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         encoding = "utf-16"
     try:
-        # What cannot be decoded stays as lone surrogates, so that one bad line does not hide the others.
+        # Undecodable bytes stay as lone surrogates, so that one bad line does not hide the others.
         return data.decode(encoding, errors="surrogateescape").removeprefix("\ufeff")
     except LookupError as error:
-        raise DataConfigError(
-            "caption_encoding", encoding, "no such encoding", "set {param} to utf-8, latin-1, cp1252, ..."
-        ) from error
+        advice = "set {param} to utf-8, latin-1, cp1252, ..."
+        raise DataConfigError("caption_encoding", encoding, "unknown encoding", advice) from error
     except UnicodeError as error:
         raise ValueError(f"not {encoding} ({error})") from error
 
 
 def _undecodable(text: str, encoding: str) -> str:
     bad = next((char for char in text if "\udc80" <= char <= "\udcff"), None)
-    return f"not {encoding} (byte 0x{ord(bad) - 0xDC00:02x}); caption_encoding can name another" if bad else ""
+    return f"not {encoding} (byte 0x{ord(bad) - 0xDC00:02x}); set caption_encoding" if bad else ""

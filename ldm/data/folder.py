@@ -1,4 +1,4 @@
-"""A folder of pictures as a dataset, with captions or class labels."""
+"""Image folders as datasets, with captions or class labels."""
 
 from __future__ import annotations
 
@@ -7,23 +7,34 @@ import random
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from PIL import Image
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from ldm.data import image as pictures
-from ldm.data.base import DataConfigError
+from ldm.data.base import DataConfigError, check_choice, check_probability
 from ldm.data.captions import SIDECAR, TABLES, CaptionPolicy, read_sidecar, read_table
-from ldm.data.image import EXTENSIONS, MAX_PIXELS, RESAMPLING, BadImageError, Size, View
+from ldm.data.image import (
+    EXTENSIONS,
+    MAX_PIXELS,
+    RESAMPLING,
+    BadImageError,
+    Size,
+    View,
+    cover,
+    crop_box,
+    height_and_width,
+    load_image,
+    to_array,
+)
 from ldm.data.listing import (
     SPLIT_FOLDERS,
     class_of,
     class_order,
-    divided,
     existing_folder,
-    part,
+    has_split_folders,
+    names_of_split,
     read_list,
     scan,
     split_folder,
@@ -34,41 +45,46 @@ logger = logging.getLogger(__name__)
 
 
 class Item(NamedTuple):
-    """One picture: its path below the root, and its captions (none where the dataset has none)."""
+    """An image: its path below the root, and its captions (none if the dataset has none)."""
 
     name: str
     captions: tuple[str, ...] = ()
 
 
 class ImageFolder(Dataset):
-    """Pictures below a folder, at any depth, in the order of their names.
+    """Images below a folder, at any depth, sorted by name.
 
-    An item holds `image` float32 (H, W, 3) in [-1, 1] and `file_path_`; with captions `caption` and the same as `txt`; with class labels
-    `class_label` (int64 in a batch) and `human_label`.
+    An item holds `image` float32 (H, W, 3) in [-1, 1] and `file_path_`; with captions also `caption`, repeated as
+    `txt`; with class labels also `class_label` (int64 in a batch) and `human_label`.
 
-    root: the folder. size: pictures are scaled, proportions kept, to cover this (a side, or [height, width]); None leaves those that cover
-    crop_size as they are. crop_size: so much of them is kept (None is all of `size`), the middle or, with random_crop, any place.
-    flip_p: how likely a picture is mirrored. files: a text file with the pictures of this dataset, one path below root on each line; it
-    takes the place of split. interpolation: bicubic, lanczos, bilinear, box or nearest; antialiased when shrinking.
+    root: the folder. files: a text file that lists the images, one path below root on each line, instead of a split.
+    size: images are scaled, keeping their proportions, to cover this (a side, or [height, width]); None keeps images
+    that cover crop_size at their own size. crop_size: the size of the crop (None means `size`), central or, with
+    random_crop, at a random position.
+    flip_p: probability of a horizontal flip. interpolation: bicubic, lanczos, bilinear, box or nearest; antialiased
+    when shrinking.
 
-    captions: None; "sidecar" (cat.jpg has cat.txt beside it, each line one caption); or a .csv, .tsv or .jsonl table, which then also lists
-    the pictures (paths relative to root). image_column, caption_column: its columns; None takes the first there is of file_name, filename,
-    file, image, image_path, path, and of text, caption, captions, prompt, txt. A picture may have several captions (lines, records, a JSON
-    list): each sample draws one. caption_encoding: if not UTF-8. missing_caption: raise, skip (leave the picture out) or empty
-    (caption ""); blank is missing. long_caption: above max_caption_chars truncate (what is dropped is logged once), raise or skip.
+    captions: None; "sidecar" (cat.txt next to cat.jpg, one caption per line); or a .csv, .tsv or .jsonl table, which
+    then also selects the images (paths relative to root). image_column, caption_column: its columns; None takes the
+    first match of file_name, filename, file, image, image_path, path, and of text, caption, captions, prompt, txt. An
+    image may have several captions (lines, records, a JSON list): each sample takes a random one. caption_encoding: if
+    not UTF-8. missing_caption (blank counts as missing): raise, skip the image, or use an empty caption. long_caption,
+    for more than max_caption_chars: truncate (with one warning), raise or skip.
 
-    class_labels: number the folders directly below root, in the order of their names. classes: another order, as a list of names or as the
-    folder that holds the class folders (for a validation folder that may lack some).
+    class_labels: number the folders directly below root, sorted by name. classes: another order, as a list of names or
+    as the folder that holds the class folders (for a validation folder that may lack some).
 
-    split: None is all of root. "train" and "validation" are the sub-folders of root with these names if they exist; otherwise
-    validation_fraction of the pictures, chosen by a hash of their names, are for validation and the others for training.
+    split: None uses all of root. "train" and "validation" are the sub-folders of root with these names if both exist;
+    otherwise a validation_fraction of the images, chosen by a hash of their names, is for validation and the rest for
+    training.
 
-    on_error: raise stops at the first file that cannot be used. skip decodes every picture once when the dataset is built, leaves out what
-    cannot be used and logs the count; `skipped` says which and why. min_size: a shorter side below this cannot be used (placeholders of 1x1
-    pixels). max_pixels: nor can larger pictures. image_key, caption_key: names in the batch (Stable Diffusion's YAML says jpg and txt).
+    on_error: raise stops at the first unusable file. skip decodes every image once when the dataset is built, leaves
+    out the unusable ones and logs their number; `skipped` lists the reasons. min_size: images with a shorter side below
+    this are unusable (1x1 placeholders), and those above max_pixels. image_key, caption_key: names in the batch (Stable
+    Diffusion's YAML uses jpg and txt).
     """
 
-    holding = "pictures"  # what root is a folder of
+    content = "images"  # of the folder, for error messages
     suffixes = EXTENSIONS
 
     def __init__(
@@ -97,25 +113,22 @@ class ImageFolder(Dataset):
         image_key: str = "image",
         caption_key: str = "caption",
     ) -> None:
-        _choice("interpolation", interpolation, tuple(RESAMPLING))
-        _choice("missing_caption", missing_caption, ("raise", "skip", "empty"))
-        _choice("long_caption", long_caption, ("truncate", "raise", "skip"))
-        _choice("split", split, (None, *SPLIT_FOLDERS))
-        _choice("on_error", on_error, ("raise", "skip"))
-        if not 0 <= flip_p <= 1:
-            raise DataConfigError("flip_p", flip_p, "not a probability", "set {param} between 0 and 1")
+        check_choice("interpolation", interpolation, RESAMPLING)
+        check_choice("missing_caption", missing_caption, ("raise", "skip", "empty"))
+        check_choice("long_caption", long_caption, ("truncate", "raise", "skip"))
+        check_choice("split", split, (None, *SPLIT_FOLDERS))
+        check_choice("on_error", on_error, ("raise", "skip"))
+        check_probability("flip_p", flip_p)
         self.size, self.crop_size = _sizes(size, crop_size)
         self.random_crop, self.flip_p, self.interpolation = random_crop, flip_p, interpolation
         self.on_error, self.min_size, self.max_pixels = on_error, min_size, max_pixels
         self.image_key, self.caption_key, self.captioned = image_key, caption_key, captions is not None
-        self.caption_encoding, self.caption_policy = (
-            caption_encoding,
-            CaptionPolicy(missing_caption, max_caption_chars, long_caption),
-        )
-        self.skipped: dict[str, str] = {}  # what was left out -> why
+        self.caption_encoding = caption_encoding
+        self.caption_policy = CaptionPolicy(missing_caption, max_caption_chars, long_caption)
+        self.skipped: dict[str, str] = {}  # name -> reason
 
-        whole = existing_folder("root", root, self.holding)
-        by_folders = files is None and divided(whole)
+        whole = existing_folder("root", root, self.content)
+        by_folders = files is None and has_split_folders(whole)
         self.root = split_folder(whole, split) if by_folders else whole
         table = _table(captions, (self.root, whole))
         texts = self._table_captions(table, image_column, caption_column) if table is not None else None
@@ -126,17 +139,18 @@ class ImageFolder(Dataset):
             names = list(texts) if texts is not None else scan(self.root, self.suffixes)
         self.class_names = class_order(names, classes) if class_labels else None
         if files is None and not by_folders:
-            chosen = part(names, split, validation_fraction)
+            chosen = names_of_split(names, split, validation_fraction)
             names = [name for name in names if name in chosen]
         items = [item for name in names if (item := self._item(name, texts)) is not None]
         self.items = self._readable(items) if on_error == "skip" else items
-        number = {name: i for i, name in enumerate(self.class_names or ())}
-        self.labels = [number[class_of(item.name)] for item in self.items] if class_labels else None
+        numbers = {name: i for i, name in enumerate(self.class_names or ())}
+        self.labels = [numbers[class_of(item.name)] for item in self.items] if class_labels else None
         if not self.items:
-            why = "no pictures in it" + (f" for split {split}" if split else "")
+            problem = "no images in it" + (f" for split {split}" if split else "")
             if self.skipped:
-                why += f" can be used: {len(self.skipped)} skipped, first {': '.join(next(iter(self.skipped.items())))}"
-            raise DataConfigError("root", str(self.root), why, f"set {{param}} to a folder of {self.holding}")
+                first = ": ".join(next(iter(self.skipped.items())))
+                problem += f" can be used: {len(self.skipped)} skipped, first {first}"
+            raise DataConfigError("root", str(self.root), problem, f"set {{param}} to a folder of {self.content}")
         self._report()
 
     def __len__(self) -> int:
@@ -145,44 +159,45 @@ class ImageFolder(Dataset):
     def __getitem__(self, index: int) -> dict[str, Any]:
         name, captions = self.items[index]
         try:
-            picture = self._read(name)
+            image = self._read(name)
         except BadImageError as error:
-            raise BadImageError(error.path, f"{error.reason}; mend or remove it, or set on_error to skip") from error
-        sample = {**self._values(picture, index), "file_path_": str(self.root / name)}
+            raise BadImageError(error.path, f"{error.reason}; repair or remove it, or set on_error to skip") from error
+        sample = {**self._values(image, index), "file_path_": str(self.root / name)}
         if self.captioned:
             caption = random.choice(captions) if len(captions) > 1 else captions[0]
             sample |= {"caption": caption, "txt": caption, self.caption_key: caption}
-        if self.labels is not None:
+        if self.labels is not None and self.class_names is not None:
             sample |= {"class_label": self.labels[index], "human_label": self.class_names[self.labels[index]]}
         return sample
 
     def _read(self, name: str) -> Image.Image:
         path = self.root / name
-        picture = pictures.load_image(path, self.max_pixels)
-        if min(picture.size) < self.min_size:
-            raise BadImageError(path, f"{picture.width}x{picture.height} pixels, below min_size {self.min_size}")
-        return picture
+        image = load_image(path, self.max_pixels)
+        if min(image.size) < self.min_size:
+            raise BadImageError(path, f"{image.width}x{image.height} pixels, below min_size {self.min_size}")
+        return image
 
     def _check(self, name: str) -> None:
-        """Raise BadImageError for a picture that cannot be used."""
+        """Raise BadImageError if the image is unusable."""
         self._read(name)
 
-    def _values(self, picture: Image.Image, index: int) -> dict[str, Any]:
-        """What a sample holds of its picture; families that need more than the picture say it here."""
-        return {self.image_key: pictures.to_array(self._view(picture).of(picture, self.interpolation))}
+    def _values(self, image: Image.Image, index: int) -> dict[str, Any]:
+        """Return the entries of a sample that come from its image; subclasses override this."""
+        return {self.image_key: to_array(self._view(image).apply(image, self.interpolation))}
 
-    def _view(self, picture: Image.Image) -> View:
-        """What is seen of a picture, drawn anew for each sample."""
-        small = self.size is None and (picture.height < self.crop_size[0] or picture.width < self.crop_size[1])
-        target = self.crop_size if small else self.size
-        scaled = pictures.cover(picture, target) if target is not None else picture.size
-        box = (pictures.random_box if self.random_crop else pictures.center_box)(scaled, self.crop_size)
+    def _view(self, image: Image.Image) -> View:
+        """Return the scaling, crop and flip of a sample, random as configured."""
+        target = self.size
+        if target is None and (image.height < self.crop_size[0] or image.width < self.crop_size[1]):
+            target = self.crop_size
+        scaled = cover(image, target) if target is not None else image.size
+        box = crop_box(scaled, self.crop_size, self.random_crop)
         return View(scaled, box, bool(self.flip_p) and random.random() < self.flip_p)
 
     def _table_captions(
         self, table: Path, image_column: str | None, caption_column: str | None
     ) -> dict[str, list[str]]:
-        """Captions by picture, in the order of the table."""
+        """Return {image: captions} in the order of the table."""
         try:
             rows = list(read_table(table, image_column, caption_column, self.caption_encoding))
         except DataConfigError:
@@ -194,39 +209,39 @@ class ImageFolder(Dataset):
             if row.problem:
                 self._unusable(f"{table} line {row.line}", row.problem)
             elif row.image not in texts and not (self.root / row.image).is_file():
-                self._unusable(f"{table} line {row.line}", f"there is no {self.root / row.image}")
+                self._unusable(f"{table} line {row.line}", f"no such file: {self.root / row.image}")
             else:
                 texts.setdefault(row.image, []).extend(row.captions)
         return texts
 
     def _item(self, name: str, texts: dict[str, list[str]] | None) -> Item | None:
-        """A picture with its captions; None where the policies leave it out."""
+        """Return an image with its captions; None if the policies skip it."""
         if not self.captioned:
             return Item(name)
         if texts is not None:
-            found, why_missing = texts[name], "its line in the table is blank"
+            found, why_missing = texts[name], "its caption in the table is blank"
         else:
             sidecar = (self.root / name).with_suffix(".txt")
             why_missing = f"no text in {sidecar}"
             try:
                 found = read_sidecar(sidecar, self.caption_encoding) if sidecar.is_file() else []
-            except (OSError, UnicodeError, ValueError) as error:
-                if isinstance(error, DataConfigError):
-                    raise
+            except DataConfigError:
+                raise
+            except (OSError, ValueError) as error:
                 self._unusable(str(sidecar), str(error))
                 return None
-        captions, left_out = self.caption_policy.apply(name, found, why_missing)
-        if left_out:
-            self.skipped[name] = left_out
-        return None if left_out else Item(name, captions)
+        captions, reason = self.caption_policy.apply(name, found, why_missing)
+        if reason:
+            self.skipped[name] = reason
+        return None if reason else Item(name, captions)
 
-    def _unusable(self, what: str, why: str) -> None:
+    def _unusable(self, what: str, reason: str) -> None:
         if self.on_error == "raise":
-            raise DataConfigError("on_error", "raise", f"{what}: {why}", "mend it, or set {param} to skip")
-        self.skipped[what] = why
+            raise DataConfigError("on_error", "raise", f"{what}: {reason}", "repair it, or set {param} to skip")
+        self.skipped[what] = reason
 
     def _readable(self, items: list[Item]) -> list[Item]:
-        """The items whose pictures can be decoded."""
+        """Return the items whose images can be decoded."""
 
         def problem(item: Item) -> str:
             try:
@@ -236,61 +251,84 @@ class ImageFolder(Dataset):
             return ""
 
         with ThreadPoolExecutor(usable_cpus()) as pool:  # decoders release the interpreter's lock
-            problems = list(
-                tqdm(pool.map(problem, items), "checking pictures", len(items), leave=False, delay=3, disable=None)
-            )
-        self.skipped |= {item.name: why for item, why in zip(items, problems) if why}
-        return [item for item, why in zip(items, problems) if not why]
+            checks = tqdm(pool.map(problem, items), "checking images", len(items), leave=False, delay=3, disable=None)
+            problems = dict(zip((item.name for item in items), checks))
+        self.skipped |= {name: reason for name, reason in problems.items() if reason}
+        return [item for item in items if not problems[item.name]]
 
     def _report(self) -> None:
         captions = f", {sum(len(item.captions) for item in self.items)} captions" if self.captioned else ""
         classes = f", {len(self.class_names)} classes" if self.class_names is not None else ""
-        logger.info("%s: %d pictures%s%s", self.root, len(self), captions, classes)
+        logger.info("%s: %d images%s%s", self.root, len(self), captions, classes)
         if self.skipped:
-            first = "; ".join(f"{what}: {why}" for what, why in list(self.skipped.items())[:3])
-            total = len(self) + len(self.skipped)
-            logger.warning(
-                "%s: kept %d of %d, skipped %d (first: %s)", self.root, len(self), total, len(self.skipped), first
-            )
+            first = "; ".join(f"{what}: {reason}" for what, reason in list(self.skipped.items())[:3])
+            skipped = len(self.skipped)
+            total = len(self) + skipped
+            logger.warning("%s: kept %d of %d, skipped %d (first: %s)", self.root, len(self), total, skipped, first)
 
 
-def _choice(param: str, value: object, choices: tuple) -> None:
-    if value not in choices:
-        raise DataConfigError(
-            param, value, "unknown", f"set {{param}} to one of {', '.join('null' if c is None else c for c in choices)}"
-        )
+class Defaults(ImageFolder):
+    """Base of the published datasets: the keywords of a class statement are its default parameters."""
+
+    defaults: ClassVar[dict[str, Any]] = {}
+
+    def __init_subclass__(cls, **defaults: Any) -> None:
+        super().__init_subclass__()
+        cls.defaults = {**cls.defaults, **defaults}
+
+    def __init__(self, root: str | None = None, **options: Any) -> None:
+        options |= {} if root is None else {"root": root}
+        super().__init__(**{**self.defaults, **options})
+
+
+class ListedImages(Defaults):
+    """Images of a folder that a list names; by default both at the published paths, relative to the working directory.
+
+    files: the list, one path below root on each line. split: "train" and "validation" divide the folder by a hash of
+    the names instead. Other parameters as in ImageFolder.
+    """
+
+    def __init__(self, size: Size = 256, files: str | None = None, split: str | None = None, **options: Any) -> None:
+        listed = str(self.list_file(files)) if split is None else None
+        super().__init__(size=size, files=listed, split=split, **options)
+
+    @classmethod
+    def list_file(cls, files: str | None = None) -> Path:
+        return Path(files or cls.defaults["files"]).expanduser()
 
 
 def _sizes(size: Size | None, crop_size: Size | None) -> tuple[tuple[int, int] | None, tuple[int, int]]:
-    """(height, width) that a picture is scaled to cover, and (height, width) that is kept of it."""
-    pairs: list[tuple[int, int] | None] = []
-    for param, value in (("size", size), ("crop_size", size if crop_size is None else crop_size)):
-        if param == "size" and size is None and crop_size is not None:
-            pairs.append(None)
-            continue
+    """Return the (height, width) that an image is scaled to cover, and the (height, width) of the crop."""
+
+    def pair(param: str, value: Size | None) -> tuple[int, int]:
         try:
-            pairs.append(pictures.height_and_width(value))
+            return height_and_width(value)  # type: ignore[arg-type]  # None is a TypeError, reported like other wrong values
         except (TypeError, ValueError) as error:
-            raise DataConfigError(
-                param, value, "no size", "set {param} to a positive integer or [height, width]"
-            ) from error
-    if size is not None and any(kept > scaled for kept, scaled in zip(pairs[1], pairs[0])):
+            advice = "set {param} to a positive integer or [height, width]"
+            raise DataConfigError(param, value, "not a size", advice) from error
+
+    if size is None and crop_size is not None:
+        return None, pair("crop_size", crop_size)
+    scaled = pair("size", size)
+    kept = scaled if crop_size is None else pair("crop_size", crop_size)
+    if kept[0] > scaled[0] or kept[1] > scaled[1]:
         raise DataConfigError("crop_size", crop_size, f"larger than size {size}", f"set {{param}} to at most {size}")
-    return pairs[0], pairs[1]
+    return scaled, kept
 
 
 def _table(captions: str | None, folders: Sequence[Path]) -> Path | None:
-    """The file of a captions table, looked for as it is named and then in the folders; None for sidecars and for no captions."""
+    """Return the path of a captions table, looked up as given and then in the folders; None for sidecars and without
+    captions.
+    """
     if captions is None or captions == SIDECAR:
         return None
     if Path(captions).suffix.lower() not in TABLES:
-        raise DataConfigError(
-            "captions", captions, "unknown", f"set {{param}} to {SIDECAR}, null, or a file of type {', '.join(TABLES)}"
-        )
-    places = [Path(captions).expanduser(), *(folder / captions for folder in folders)]
-    found = next((place for place in places if place.is_file()), None)
+        advice = f"set {{param}} to {SIDECAR}, null, or a file of type {', '.join(TABLES)}"
+        raise DataConfigError("captions", captions, "unknown", advice)
+    found = next(
+        (path for folder in (Path(), *folders) if (path := folder / Path(captions).expanduser()).is_file()), None
+    )
     if found is None:
-        raise DataConfigError(
-            "captions", captions, f"no such file, nor in {folders[-1]}", "set {param} to a captions table"
-        )
+        problem = f"no such file, here or in {folders[-1]}"
+        raise DataConfigError("captions", captions, problem, "set {param} to a captions table")
     return found

@@ -1,14 +1,15 @@
-"""Pictures in and out: the one place that turns files into HWC float32 in [-1, 1], and arrays back into pictures.
+"""Image files and arrays: the one place that turns files into float32 (H, W, 3) in [-1, 1], and arrays back into
+images.
 
-What `load_image` does with each kind of file:
+`load_image` converts every file to 8-bit RGB:
 
-| kind | result |
+| file | result |
 |---|---|
 | EXIF orientation 1..8 | turned upright |
-| alpha, in any form (RGBA, LA, PA, a transparent palette entry or color) | laid over white |
+| alpha, in any form (RGBA, LA, PA, a transparent palette entry or color) | composited over white |
 | palette, 1-bit, grey | RGB |
 | 16-bit grey (`I;16`, `I`) | divided by 257 and rounded; wider integers are clipped to 16 bits first |
-| float grey (`F`) | [0, 1] where the largest value is at most 1, else [0, 255]; clipped |
+| float grey (`F`) | read as [0, 1] if the largest value is at most 1, else as [0, 255]; clipped |
 | CMYK, YCbCr, LAB, HSV | converted to RGB |
 | animations | the first frame |
 """
@@ -16,6 +17,8 @@ What `load_image` does with each kind of file:
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -23,45 +26,39 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # scripts load images before torch, so that a bad file is reported at once
     from torch import Tensor
 
 EXTENSIONS = frozenset(
     {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm", ".jp2", ".avif"}
 )
-MAX_PIXELS = 178_956_970  # 0.5 GiB as RGB; PIL refuses more by itself
+MAX_PIXELS = 178_956_970  # 0.5 GiB as RGB; PIL itself refuses more
 WHITE = (255, 255, 255)
-RESAMPLING = {
-    "nearest": Image.Resampling.NEAREST,
-    "box": Image.Resampling.BOX,
-    "bilinear": Image.Resampling.BILINEAR,
-    "bicubic": Image.Resampling.BICUBIC,
-    "lanczos": Image.Resampling.LANCZOS,
-}
-Size = int | tuple[int, int]  # a side of a square, or (height, width)
+RESAMPLING = {name: Image.Resampling[name.upper()] for name in ("nearest", "box", "bilinear", "bicubic", "lanczos")}
+Size = int | tuple[int, int]  # the side of a square, or (height, width)
+PathType = str | PathLike[str]
 
 
 class View(NamedTuple):
-    """What is seen of a picture: it is scaled, cut and perhaps mirrored, in this order."""
+    """A scaling, a crop and perhaps a flip, applied in this order: maps of an image get the same view as the image."""
 
     scaled: tuple[int, int]  # width, height
-    box: tuple[int, int, int, int]  # left, top, right, bottom in the scaled picture
+    box: tuple[int, int, int, int]  # left, top, right, bottom in the scaled image
     mirrored: bool = False
 
-    def of(self, image: Image.Image, how: str = "bicubic") -> Image.Image:
-        """`image` so seen; maps that belong to a picture are cut alike with the same view."""
+    def apply(self, image: Image.Image, interpolation: str = "bicubic") -> Image.Image:
         if image.size != self.scaled:
-            image = image.resize(self.scaled, resampling(how))
+            image = image.resize(self.scaled, resampling(interpolation))
         if self.box != (0, 0, *image.size):
             image = image.crop(self.box)
-        return flip(image) if self.mirrored else image
+        return ImageOps.mirror(image) if self.mirrored else image
 
 
 class BadImageError(ValueError):
-    """A file that is no usable picture; the message begins with its path."""
+    """A file that is not a usable image; the message begins with its path."""
 
-    def __init__(self, path: str | PathLike, reason: str | None = None) -> None:
-        # PyTorch raises an error of a data worker anew from its traceback as one text: its last line is the message.
+    def __init__(self, path: PathType, reason: str | None = None) -> None:
+        # PyTorch re-raises an error of a data worker from its traceback as one text: its last line is the message.
         super().__init__(str(path).rstrip().rpartition("BadImageError: ")[2] if reason is None else f"{path}: {reason}")
         self.path, self.reason = str(path), reason
 
@@ -69,31 +66,50 @@ class BadImageError(ValueError):
         return type(self), (self.path, self.reason)
 
 
-def load_image(
-    path: str | PathLike, max_pixels: int = MAX_PIXELS, background: tuple[int, int, int] = WHITE
-) -> Image.Image:
-    """The picture in a file as 8-bit RGB, upright and opaque (the table above).
+def load_image(path: PathType, max_pixels: int = MAX_PIXELS, background: tuple[int, int, int] = WHITE) -> Image.Image:
+    """Load an image as 8-bit RGB, upright and opaque (see the table above).
 
-    Raises BadImageError naming the path: missing, empty, truncated, an HTML page, no image at all, more than `max_pixels`.
+    Raises BadImageError with the path for a file that is missing, empty, truncated, not an image, or larger than
+    `max_pixels`.
     """
-    try:
-        # An open file, not its name: PIL 13.0 maps uncompressed TIFFs that it opens by name, and turns orientations 5..8 wrongly.
-        with Path(path).open("rb") as file, Image.open(file) as image:
-            pixels = image.width * image.height
-            if pixels > max_pixels:
-                raise BadImageError(
-                    path, f"{image.width}x{image.height} is {pixels:,} pixels, more than max_pixels {max_pixels:,}"
-                )
-            image.load()
-            return to_rgb(_upright(image), background)
-    except (BadImageError, MemoryError):
-        raise
-    except Exception as error:  # PIL's decoders have no common error: a broken file can raise nearly anything
-        raise BadImageError(path, _why_broken(path, error)) from error
+    with _opened(path, max_pixels) as image:
+        image.load()
+        loaded = to_rgb(_upright(image), background)
+    return loaded
+
+
+def load_labels(path: PathType, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """Load a map of class numbers 0..255, stored as grey levels or palette indices -> mode L.
+
+    Raises BadImageError as `load_image` does, and for color images.
+    """
+    with _opened(path, max_pixels) as image:
+        if image.mode not in ("L", "P", "1") and not image.mode.startswith("I"):
+            raise BadImageError(path, f"mode {image.mode} is not a map of class numbers (grey levels or a palette)")
+        labels = np.asarray(image)
+    if labels.min(initial=0) < 0 or labels.max(initial=0) > 255:
+        raise BadImageError(path, f"class numbers from {labels.min()} to {labels.max()}, expected 0 .. 255")
+    return Image.fromarray(labels.astype(np.uint8))
+
+
+def load_depth(path: PathType, max_pixels: int = MAX_PIXELS) -> np.ndarray:
+    """Load a depth map stored as grey levels (8, 16 or 32 bits, integer or float) -> float32 (H, W), unscaled; color
+    becomes grey.
+
+    Raises BadImageError as `load_image` does, and for values that are not finite.
+    """
+    with _opened(path, max_pixels) as image:
+        image.load()
+        image = _upright(image)
+        grey = image if image.mode.startswith(("I", "F")) else to_rgb(image).convert("L")
+        depth = np.asarray(grey, dtype=np.float32)
+    if not np.isfinite(depth).all():
+        raise BadImageError(path, "not a depth map: some values are not finite")
+    return depth
 
 
 def to_rgb(image: Image.Image, background: tuple[int, int, int] = WHITE) -> Image.Image:
-    """A PIL image of any mode -> mode RGB, alpha laid over `background`. EXIF orientation is `load_image`'s part."""
+    """Convert a PIL image of any mode to RGB, alpha composited over `background`. Ignores the EXIF orientation."""
     if image.mode == "RGB" and "transparency" not in image.info:
         return image if type(image) is Image.Image else image.copy()
     if image.mode.startswith("I"):
@@ -101,9 +117,10 @@ def to_rgb(image: Image.Image, background: tuple[int, int, int] = WHITE) -> Imag
     if image.mode == "F":
         return Image.fromarray(_grey_from_floats(image)).convert("RGB")
     if image.mode == "LAB":
-        return ImageCms.profileToProfile(
-            image, ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB"), outputMode="RGB"
-        )
+        lab, srgb = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
+        converted = ImageCms.profileToProfile(image, lab, srgb, outputMode="RGB")
+        assert converted is not None  # None is for conversions in place
+        return converted
     if image.mode == "La":
         image = image.convert("LA")
     if image.mode in ("RGBA", "LA", "PA", "RGBa") or "transparency" in image.info:
@@ -115,13 +132,12 @@ def to_rgb(image: Image.Image, background: tuple[int, int, int] = WHITE) -> Imag
 
 
 def to_array(image: Image.Image) -> np.ndarray:
-    """A PIL image -> float32 (H, W, 3) in [-1, 1]."""
-    array = np.asarray(to_rgb(image), dtype=np.float32)
-    return array / 127.5 - 1.0
+    """Convert a PIL image to float32 (H, W, 3) in [-1, 1]."""
+    return np.asarray(to_rgb(image), dtype=np.float32) / 127.5 - 1.0
 
 
 def from_array(array: np.ndarray) -> Image.Image:
-    """float (H, W, 3), (H, W, 1) or (H, W) in [-1, 1] -> PIL, rounded to the nearest of 256 levels and clipped.
+    """Convert float (H, W, 3), (H, W, 1) or (H, W) in [-1, 1] to PIL, rounded to the nearest of 256 levels and clipped.
 
     Raises ValueError for another shape and for values that are not finite.
     """
@@ -129,141 +145,84 @@ def from_array(array: np.ndarray) -> Image.Image:
     if array.ndim == 3 and array.shape[2] == 1:
         array = array[:, :, 0]
     if array.ndim != 2 and not (array.ndim == 3 and array.shape[2] == 3):
-        raise ValueError(f"picture of shape {array.shape}: expected (H, W, 3), (H, W, 1) or (H, W)")
-    if not np.isfinite(array).all():
-        raise ValueError(
-            f"picture of shape {array.shape} holds {np.count_nonzero(~np.isfinite(array))} values that are not finite"
-        )
+        raise ValueError(f"image of shape {array.shape}: expected (H, W, 3), (H, W, 1) or (H, W)")
+    if bad := np.count_nonzero(~np.isfinite(array)):
+        raise ValueError(f"image of shape {array.shape}: {bad} values are not finite")
     levels = np.rint((array.astype(np.float64) + 1.0) * 127.5)
     return Image.fromarray(np.clip(levels, 0, 255).astype(np.uint8))
 
 
 def from_tensor(x: Tensor) -> Image.Image:
-    """Tensor (3, H, W) or (1, H, W) in [-1, 1], any device and float type -> PIL, rounded to the nearest level and clipped."""
+    """Convert a tensor (3, H, W) or (1, H, W) in [-1, 1], any device and float type, to PIL as `from_array` does."""
     if x.ndim != 3 or x.shape[0] not in (1, 3):
-        raise ValueError(
-            f"picture of shape {tuple(x.shape)}: expected (3, H, W) or (1, H, W); pass the pictures of a batch one by one"
-        )
+        raise ValueError(f"image of shape {tuple(x.shape)}: expected (3, H, W) or (1, H, W), not a batch")
     return from_array(x.detach().float().cpu().permute(1, 2, 0).numpy())
 
 
-def load_labels(path: str | PathLike, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """A map of class numbers 0..255 in a file of grey levels or of palette entries (which are the numbers) -> mode L, as it is stored.
-
-    Raises BadImageError naming the path, as `load_image` does, and for files in color.
-    """
-    try:
-        with Path(path).open("rb") as file, Image.open(file) as image:
-            if image.width * image.height > max_pixels:
-                raise BadImageError(path, f"{image.width}x{image.height} pixels, more than max_pixels {max_pixels:,}")
-            numbers = np.asarray(image)
-            if image.mode not in ("L", "P", "1") and not image.mode.startswith("I"):
-                raise BadImageError(
-                    path, f"is of mode {image.mode}, no map of class numbers (grey levels or a palette)"
-                )
-    except (BadImageError, MemoryError):
-        raise
-    except Exception as error:
-        raise BadImageError(path, _why_broken(path, error)) from error
-    if numbers.min(initial=0) < 0 or numbers.max(initial=0) > 255:
-        raise BadImageError(path, f"holds class numbers from {numbers.min()} to {numbers.max()}, expected 0 .. 255")
-    return Image.fromarray(numbers.astype(np.uint8))
-
-
-def load_depth(path: str | PathLike, max_pixels: int = MAX_PIXELS) -> np.ndarray:
-    """A depth map in a file of grey levels (8, 16 or 32 bits, whole or real numbers) -> float32 (H, W), as stored; of colors their grey.
-
-    Raises BadImageError naming the path, as `load_image` does, and for values that are not finite.
-    """
-    try:
-        with Path(path).open("rb") as file, Image.open(file) as image:
-            if image.width * image.height > max_pixels:
-                raise BadImageError(path, f"{image.width}x{image.height} pixels, more than max_pixels {max_pixels:,}")
-            image.load()
-            image = _upright(image)
-            depth = np.asarray(
-                image if image.mode.startswith(("I", "F")) else to_rgb(image).convert("L"), dtype=np.float32
-            )
-    except (BadImageError, MemoryError):
-        raise
-    except Exception as error:
-        raise BadImageError(path, _why_broken(path, error)) from error
-    if not np.isfinite(depth).all():
-        raise BadImageError(path, "holds values that are not finite, no depth map")
-    return depth
-
-
 def cover(image: Image.Image, size: Size) -> tuple[int, int]:
-    """(width, height) of the smallest picture with the proportions of `image` that covers `size`."""
+    """Return (width, height) of the smallest image with the proportions of `image` that covers `size`."""
     height, width = height_and_width(size)
     scale = max(height / image.height, width / image.width)
     return max(width, round(image.width * scale)), max(height, round(image.height * scale))
 
 
-def resize_to_cover(image: Image.Image, size: Size, how: str = "bicubic") -> Image.Image:
-    """`image` scaled, with its proportions kept, to the smallest picture that covers `size`; antialiased when it shrinks."""
+def resize_to_cover(image: Image.Image, size: Size, interpolation: str = "bicubic") -> Image.Image:
+    """Scale `image` to the size that `cover` returns; antialiased when it shrinks."""
     target = cover(image, size)
-    return image if target == image.size else image.resize(target, resampling(how))
+    return image if target == image.size else image.resize(target, resampling(interpolation))
 
 
-def center_crop(image: Image.Image, size: Size) -> Image.Image:
-    """The middle (height, width) of `image`."""
-    return image.crop(center_box(image.size, size))
+def crop_box(image_size: tuple[int, int], size: Size, at_random: bool = False) -> tuple[int, int, int, int]:
+    """Return (left, top, right, bottom) of a (height, width) crop of an image of `image_size` (width, height).
 
-
-def random_crop(image: Image.Image, size: Size, rng: random.Random | None = None) -> Image.Image:
-    """A (height, width) window of `image`, every place equally likely; `rng` None is Python's global generator."""
-    return image.crop(random_box(image.size, size, rng))
-
-
-def center_box(of: tuple[int, int], size: Size) -> tuple[int, int, int, int]:
-    """(left, top, right, bottom) of the middle (height, width) of a picture of (width, height) `of`."""
-    height, width = _crop_size(of, size)
-    left, top = (of[0] - width) // 2, (of[1] - height) // 2
+    The crop is central, or at a uniformly random position by Python's global generator. Raises ValueError if it is
+    larger than the image.
+    """
+    height, width = height_and_width(size)
+    left, top = image_size[0] - width, image_size[1] - height
+    if left < 0 or top < 0:
+        sizes = f"{height}x{width} (height x width) from an image of {image_size[1]}x{image_size[0]}"
+        raise ValueError(f"crop of {sizes}: resize it first")
+    left, top = (random.randint(0, left), random.randint(0, top)) if at_random else (left // 2, top // 2)
     return left, top, left + width, top + height
-
-
-def random_box(of: tuple[int, int], size: Size, rng: random.Random | None = None) -> tuple[int, int, int, int]:
-    """(left, top, right, bottom) of a (height, width) window of a picture of (width, height) `of`, every place equally likely."""
-    height, width = _crop_size(of, size)
-    draw = rng or random
-    left, top = draw.randint(0, of[0] - width), draw.randint(0, of[1] - height)
-    return left, top, left + width, top + height
-
-
-def flip(image: Image.Image) -> Image.Image:
-    """`image` mirrored left to right."""
-    return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
 
 
 def height_and_width(size: Size) -> tuple[int, int]:
-    """(height, width) from a side or a pair; ValueError for anything but positive integers."""
+    """Return (height, width) of a side or a pair; raise ValueError unless they are positive integers."""
     sides = (size, size) if isinstance(size, int) else tuple(size)
     if len(sides) != 2 or not all(isinstance(side, int) and not isinstance(side, bool) and side > 0 for side in sides):
         raise ValueError(f"size {size!r}: expected a positive integer or (height, width)")
     return sides
 
 
-def resampling(how: str) -> Image.Resampling:
-    """PIL's filter of that name."""
-    if how not in RESAMPLING:
-        raise ValueError(f"interpolation {how!r}: choose one of {', '.join(RESAMPLING)}")
-    return RESAMPLING[how]
+def resampling(name: str) -> Image.Resampling:
+    """Return PIL's filter of this name; raise ValueError for an unknown one."""
+    if name not in RESAMPLING:
+        raise ValueError(f"interpolation {name!r}: choose one of {', '.join(RESAMPLING)}")
+    return RESAMPLING[name]
 
 
-def _crop_size(of: tuple[int, int], size: Size) -> tuple[int, int]:
-    height, width = height_and_width(size)
-    if height > of[1] or width > of[0]:
-        raise ValueError(
-            f"crop of {height}x{width} (height x width) from a picture of {of[1]}x{of[0]}: resize it first"
-        )
-    return height, width
+@contextmanager
+def _opened(path: PathType, max_pixels: int) -> Iterator[Image.Image]:
+    """Open an image without decoding it; any error inside the block becomes a BadImageError with the path."""
+    try:
+        # An open file, not its name: PIL 13.0 memory-maps uncompressed TIFFs given by name, and rotates orientations
+        # 5..8 wrongly.
+        with Path(path).open("rb") as file, Image.open(file) as image:
+            size, pixels = f"{image.width}x{image.height}", image.width * image.height
+            if pixels > max_pixels:
+                raise BadImageError(path, f"{size} is {pixels:,} pixels, more than max_pixels {max_pixels:,}")
+            yield image
+    except (BadImageError, MemoryError):
+        raise
+    except Exception as error:  # PIL's decoders share no base class of errors: a broken file can raise nearly anything
+        raise BadImageError(path, _why_broken(Path(path), error)) from error
 
 
 def _upright(image: Image.Image) -> Image.Image:
     try:
         return ImageOps.exif_transpose(image)
-    except Exception:  # unreadable EXIF says nothing about the pixels, which have been decoded already
+    except Exception:  # the pixels are decoded already: unreadable EXIF does not matter
         return image
 
 
@@ -279,31 +238,26 @@ def _rgb_from_integers(image: Image.Image, background: tuple[int, int, int]) -> 
 def _grey_from_floats(image: Image.Image) -> np.ndarray:
     values = np.asarray(image, dtype=np.float64)
     if not np.isfinite(values).all():
-        raise ValueError("holds values that are not finite")
+        raise ValueError("some values are not finite")
     scale = 255.0 if values.max(initial=0.0) <= 1.0 else 1.0
     return np.clip(np.rint(values * scale), 0, 255).astype(np.uint8)
 
 
-def _why_broken(path: str | PathLike, error: Exception) -> str:
+def _why_broken(path: Path, error: Exception) -> str:
     if isinstance(error, FileNotFoundError):
         return "no such file"
-    if Path(path).is_dir():
+    if path.is_dir():
         return "a folder, not a file"
-    if isinstance(error, UnidentifiedImageError):
-        return _what_it_is(path)
     if isinstance(error, Image.DecompressionBombError):
         return f"too many pixels (a decompression bomb?): {error}"
-    return f"cannot be decoded ({str(error) or type(error).__name__})"
-
-
-def _what_it_is(path: str | PathLike) -> str:
-    """What a file is that PIL finds no format in."""
-    with Path(path).open("rb") as file:
+    if not isinstance(error, UnidentifiedImageError):
+        return f"cannot be decoded ({str(error) or type(error).__name__})"
+    with path.open("rb") as file:
         head = file.read(512).lstrip(b"\xef\xbb\xbf \t\r\n").lower()
     if not head:
         return "empty file"
     if head.startswith((b"<!doctype html", b"<html", b"<head", b"<body")):
-        return "an HTML page, not a picture (a failed download?)"
+        return "an HTML page, not an image (a failed download?)"
     if head.startswith((b"<?xml", b"<svg")):
         return "XML or SVG, not a pixel format"
-    return "not a picture in a known format"
+    return "not an image in a known format"

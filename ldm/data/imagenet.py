@@ -1,14 +1,14 @@
-"""ImageNet (ILSVRC 2012), whole and as pairs for super-resolution.
+"""ImageNet (ILSVRC 2012), as classes and as super-resolution pairs.
 
-The published layout, {split} being train or validation:
+The published layout, with {split} being train or validation:
 
     root/ILSVRC2012_{split}/data/n01440764/n01440764_10026.JPEG
-    root/ILSVRC2012_{split}/synset_human.txt      lines "n01440764 tench, Tinca tinca"; without it labels are the synsets
-    root/ILSVRC2012_{split}/ILSVRC2012_img_train.tar or ILSVRC2012_img_val.tar, unpacked where there is no data/ yet
-    root/ILSVRC2012_validation/validation_synset.txt    lines "ILSVRC2012_val_00000001.JPEG n01751748"; only to unpack
+    root/ILSVRC2012_{split}/synset_human.txt      lines "n01440764 tench, Tinca tinca"; without it labels are synsets
+    root/ILSVRC2012_{split}/ILSVRC2012_img_train.tar or ILSVRC2012_img_val.tar, unpacked if there is no data/ yet
+    root/ILSVRC2012_validation/validation_synset.txt    lines "ILSVRC2012_val_00000001.JPEG n01751748", for unpacking
 
-root may also hold train/ and val/ with the class folders, or be the folder that holds them. The data must be got from image-net.org,
-under its terms: nothing is downloaded here.
+root may also hold train/ and val/ with the class folders, or be the folder of the class folders. Nothing is downloaded:
+the data is available at image-net.org, under its terms.
 """
 
 from __future__ import annotations
@@ -28,29 +28,39 @@ HUMAN_LABELS = ("synset_human.txt", "LOC_synset_mapping.txt")
 
 
 class _ImageNet(ImageFolder):
-    """Pictures with `class_label` (0..999, the synsets sorted), `human_label` and `synset`.
+    """Images with `class_label` (0..999, the synsets sorted), `human_label` and `synset`.
 
-    root: see above; None is the published place, $XDG_CACHE_HOME/autoencoders/data (~/.cache by default).
-    Other parameters are those of ImageFolder.
+    root: see above; None means the published folder, $XDG_CACHE_HOME/autoencoders/data (in ~/.cache by default).
+    config: the published way to give parameters, e.g. {size: 256}.
+    Other parameters as in ImageFolder.
     """
 
-    holding = "ImageNet (with ILSVRC2012_train/data/n01440764/*.JPEG and so on, or with ILSVRC2012_img_train.tar in ILSVRC2012_train)"
+    content = (
+        "ImageNet (with ILSVRC2012_train/data/n01440764/*.JPEG etc., or ILSVRC2012_train/ILSVRC2012_img_train.tar)"
+    )
     part, short_name, archive = "ILSVRC2012_train", "train", "ILSVRC2012_img_train.tar"
 
-    def __init__(self, root: str | None = None, **options: Any) -> None:
-        super().__init__(str(self._class_folders(root)), **{"class_labels": True, **options})
+    def __init__(self, config: Mapping[str, Any] | None = None, root: str | None = None, **options: Any) -> None:
+        known, _ = accepted_params(type(self)) or (set(), set())
+        for key, value in (config or {}).items():
+            if key not in known:
+                advice = f"choose from {', '.join(sorted(known))}"
+                raise DataConfigError(f"config.{key}", value, "no such parameter", advice)
+        options = {"class_labels": True, **(config or {}), **options}
+        configured = options.pop("root", None)
+        super().__init__(str(self._class_folders(_root(root or configured))), **options)
         self.human_labels = self._human_labels()
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         sample = super().__getitem__(index)
-        if self.labels is None:
+        if "human_label" not in sample:
             return sample
-        synset = self.class_names[self.labels[index]]
+        synset = sample["human_label"]
         return sample | {"synset": synset, "human_label": self.human_labels.get(synset, synset)}
 
     @classmethod
     def prepare_data(cls, root: str | None = None, config: Mapping[str, Any] | None = None, **_: Any) -> None:
-        """Unpack the archive where it lies in its place and data/ is not there yet."""
+        """Unpack the archive if there is one and no data/ yet."""
         folder = _root(root or (config or {}).get("root")) / cls.part
         archive = folder / cls.archive
         if archive.is_file() and not (folder / "data").exists():
@@ -60,23 +70,18 @@ class _ImageNet(ImageFolder):
     def _unpack(cls, archive: Path, folder: Path) -> None:
         unpack(archive, folder, nested=True)
 
-    def _class_folders(self, root: str | None) -> Path:
-        root = _root(root)
-        places = (root / self.part / "data", root / self.short_name, root)
-        found = next((place for place in places if place.is_dir() and any(place.glob("n[0-9]*/"))), None)
-        if found is None:
-            problem = "holds no class folders" if root.is_dir() else "no such folder"
-            raise DataConfigError("root", str(root), problem, f"set {{param}} to a folder of {self.holding}")
-        return found
+    def _class_folders(self, root: Path) -> Path:
+        for folder in (root / self.part / "data", root / self.short_name, root):
+            if any(folder.glob("n[0-9]*/")):
+                return folder
+        problem = "has no class folders" if root.is_dir() else "no such folder"
+        raise DataConfigError("root", str(root), problem, f"set {{param}} to a folder of {self.content}")
 
     def _human_labels(self) -> dict[str, str]:
         files = (folder / name for folder in (self.root, *self.root.parents[:2]) for name in HUMAN_LABELS)
         file = next((path for path in files if path.is_file()), None)
-        pairs = (
-            (line.split(maxsplit=1) for line in file.read_text(encoding="utf-8").splitlines())
-            if file is not None
-            else ()
-        )
+        lines = file.read_text(encoding="utf-8").splitlines() if file is not None else []
+        pairs = (line.split(maxsplit=1) for line in lines)
         return {pair[0]: pair[1].strip() for pair in pairs if len(pair) == 2}
 
 
@@ -87,58 +92,42 @@ class _Validation(_ImageNet):
     def _unpack(cls, archive: Path, folder: Path) -> None:
         table = archive.parent / "validation_synset.txt"
         if not table.is_file():
-            line = "ILSVRC2012_val_00000001.JPEG n01751748"
+            example = "'ILSVRC2012_val_00000001.JPEG n01751748'"
             raise ArchiveError(
-                f"{archive}: to unpack it, put validation_synset.txt beside it, with lines such as {line!r}"
+                f"{archive}: unpacking needs validation_synset.txt next to it, with lines such as {example}"
             )
-        synsets = dict(
-            line.split()[:2] for line in table.read_text(encoding="utf-8").splitlines() if len(line.split()) >= 2
-        )
+        rows = (line.split() for line in table.read_text(encoding="utf-8").splitlines())
+        synsets = {row[0]: row[1] for row in rows if len(row) >= 2}
 
-        def place(name: str) -> str:
+        def rename(name: str) -> str:
             if name not in synsets:
                 raise ArchiveError(f"{archive}: {table} has no line for {name}")
             return f"{synsets[name]}/{name}"
 
-        unpack(archive, folder, place=place)
+        unpack(archive, folder, rename=rename)
 
 
 class ImageNetTrain(_ImageNet):
-    """Training pictures; `config` is the published way to give parameters, e.g. {size: 256}."""
-
-    def __init__(self, config: Mapping[str, Any] | None = None, **options: Any) -> None:
-        super().__init__(**_merged(config, options))
+    """Training images."""
 
 
 class ImageNetValidation(_Validation):
-    """Validation pictures; `config` is the published way to give parameters, e.g. {size: 256}."""
-
-    def __init__(self, config: Mapping[str, Any] | None = None, **options: Any) -> None:
-        super().__init__(**_merged(config, options))
+    """Validation images."""
 
 
 class ImageNetSRTrain(SuperResolution, _ImageNet):
-    """Training pictures as pairs `image`, `LR_image`: parameters of SuperResolution, and root.
+    """Training pairs `image`, `LR_image`. Parameters as in SuperResolution, and root.
 
-    The published runs took the large pictures alone, from a list: give one as `files`, or set `min_size` and `on_error: skip`.
+    The published runs used a list of the large images only: pass one as `files`, or set `min_size` and `on_error:
+    skip`.
     """
 
 
 class ImageNetSRValidation(SuperResolution, _Validation):
-    """Validation pictures as pairs `image`, `LR_image`: parameters of SuperResolution, and root."""
+    """Validation pairs `image`, `LR_image`. Parameters as in SuperResolution, and root."""
 
 
 def _root(root: str | None) -> Path:
     if root is not None:
         return Path(root).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "autoencoders/data"
-
-
-def _merged(config: Mapping[str, Any] | None, options: Mapping[str, Any]) -> dict[str, Any]:
-    known, _ = accepted_params(_ImageNet)
-    for key in config or ():
-        if key not in known:
-            raise DataConfigError(
-                f"config.{key}", config[key], "no such parameter", f"choose from {', '.join(sorted(known))}"
-            )
-    return {**(config or {}), **options}

@@ -1,4 +1,4 @@
-"""Pictures with holes: the condition of the inpainting models (LDM, arXiv 2112.10752, section 4.5)."""
+"""Images with random masks, for training inpainting models (LDM, arXiv 2112.10752, section 4.5)."""
 
 from __future__ import annotations
 
@@ -9,29 +9,29 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image, ImageDraw
 
-from ldm.data import image as pictures
-from ldm.data.base import DataConfigError
+from ldm.data.base import DataConfigError, check_choice, check_probability
 from ldm.data.folder import ImageFolder
+from ldm.data.image import to_array
 
 
 class Convention(NamedTuple):
-    """How models of a family are given holes."""
+    """Values that a family of models expects outside and inside the hole."""
 
-    outside: float  # of the mask, whose hole is 1
-    hole: float  # of the masked picture, in [-1, 1]
+    outside: float  # in the mask, which is 1 in the hole
+    hole: float  # in the masked image, in [-1, 1]
 
 
 CONVENTIONS = {"ldm": Convention(outside=-1, hole=-1), "stable-diffusion": Convention(outside=0, hole=0)}
 
 
 class Inpainting(ImageFolder):
-    """Pictures as `image`, with `mask` float32 (H, W, 1), 1 in the hole and -1 elsewhere, and `masked_image` float32 (H, W, 3), the picture
-    with its hole black (-1). For a folder of any kind, and a mixin of the families.
+    """Images as `image`, with `mask` float32 (H, W, 1), 1 in the hole and -1 elsewhere, and `masked_image` float32 (H,
+    W, 3) with a black (-1) hole. Usable with any folder, and as a mixin of the published datasets.
 
-    min_masked, max_masked: the share of the picture that the hole takes: strokes and boxes are drawn until it is reached, wide ones
-    as in LaMa (Suvorov et al. 2022, arXiv 2109.07161, section 2.3). whole_p: how likely the hole is the whole picture instead.
-    convention: "ldm" as above; "stable-diffusion" has 0 in the place of -1, in the mask and in the hole, which is grey then.
-    Other parameters are those of ImageFolder.
+    min_masked, max_masked: share of the image that the hole covers; it consists of random strokes and boxes, wide as in
+    LaMa (Suvorov et al. 2022, arXiv 2109.07161, section 2.3). whole_p: probability of masking the whole image instead.
+    convention: "ldm" as above; "stable-diffusion" has 0 instead of -1 in the mask and in the hole, which is grey then.
+    Other parameters as in ImageFolder.
     """
 
     def __init__(
@@ -44,35 +44,30 @@ class Inpainting(ImageFolder):
         **options: Any,
     ) -> None:
         if not 0 < min_masked <= max_masked < 1:
-            raise DataConfigError(
-                "min_masked", min_masked, f"with max_masked {max_masked} no range in (0, 1)", "set {param} to a share"
-            )
-        if not 0 <= whole_p <= 1:
-            raise DataConfigError("whole_p", whole_p, "not a probability", "set {param} between 0 and 1")
-        if convention not in CONVENTIONS:
-            raise DataConfigError(
-                "convention", convention, "no such convention", f"set {{param}} to one of {', '.join(CONVENTIONS)}"
-            )
+            problem = f"with max_masked {max_masked} not a range in (0, 1)"
+            raise DataConfigError("min_masked", min_masked, problem, "set {param} to a share")
+        check_probability("whole_p", whole_p)
+        check_choice("convention", convention, CONVENTIONS)
         self.min_masked, self.max_masked, self.whole_p = min_masked, max_masked, whole_p
         self.convention = CONVENTIONS[convention]
         super().__init__(root, **options)
 
-    def _values(self, picture: Image.Image, index: int) -> dict[str, Any]:
-        image = pictures.to_array(self._view(picture).of(picture, self.interpolation))
-        height, width = image.shape[:2]
-        whole = self.whole_p > 0 and random.random() < self.whole_p
-        hole = (
-            np.ones((height, width), bool)
-            if whole
-            else draw_hole(height, width, random.uniform(self.min_masked, self.max_masked))
-        )
-        masked = np.where(hole[..., None], np.float32(self.convention.hole), image)
+    def _values(self, image: Image.Image, index: int) -> dict[str, Any]:
+        pixels = to_array(self._view(image).apply(image, self.interpolation))
+        height, width = pixels.shape[:2]
+        if self.whole_p > 0 and random.random() < self.whole_p:
+            hole = np.ones((height, width), bool)
+        else:
+            hole = random_hole(height, width, random.uniform(self.min_masked, self.max_masked))
+        masked = np.where(hole[..., None], np.float32(self.convention.hole), pixels)
         mask = np.where(hole[..., None], 1, self.convention.outside).astype(np.float32)
-        return {self.image_key: image, "mask": mask, "masked_image": masked}
+        return {self.image_key: pixels, "mask": mask, "masked_image": masked}
 
 
-def draw_hole(height: int, width: int, share: float) -> np.ndarray:
-    """Strokes and boxes that together take about `share` of the picture -> bool (height, width); Python's global generator draws them."""
+def random_hole(height: int, width: int, share: float) -> np.ndarray:
+    """Return strokes and boxes that cover about `share` of the image, by Python's global generator -> bool (height,
+    width).
+    """
     canvas = Image.new("1", (width, height))
     draw = ImageDraw.Draw(canvas)
     side = min(height, width)
@@ -85,12 +80,12 @@ def draw_hole(height: int, width: int, share: float) -> np.ndarray:
             left, top = random.randint(0, width - w), random.randint(0, height - h)
             draw.rectangle((left, top, left + w - 1, top + h - 1), fill=1)
         hole, last = np.asarray(canvas), np.asarray(before)
-        if hole.mean() >= share:  # the nearer of the last two
+        if hole.mean() >= share:  # the closer of the last two
             return hole if not last.any() or hole.mean() - share <= share - last.mean() else last
 
 
 def _stroke(draw: ImageDraw.ImageDraw, height: int, width: int, thickness: int) -> None:
-    """A line of a few bends with round ends."""
+    """Draw a polyline with round ends."""
     x, y, angle = random.uniform(0, width), random.uniform(0, height), random.uniform(0, 2 * math.pi)
     for _ in range(random.randint(1, 5)):
         angle += random.uniform(-1, 1)

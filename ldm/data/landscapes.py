@@ -1,11 +1,11 @@
-"""Pictures with a map of the class of every pixel; landscapes from Flickr, in this layout:
+"""Images with segmentation maps; landscapes from Flickr in this layout:
 
-    data/rfw/images/            pictures, at any depth
-    data/rfw/segmentations/     for images/a/b.jpg a map a/b.png: grey levels (or palette entries) 0..181 are the classes of COCO-Stuff,
+    data/rfw/images/            images, at any depth data/rfw/segmentations/     for images/a/b.jpg a map a/b.png: grey
+    levels (or palette indices) 0..181 are COCO-Stuff's classes,
                                 255 is a pixel without a class
 
-Either images/ holds train/ and validation/, or the pictures are divided by a hash of their names. The published model's data set was never
-released; maps for pictures of one's own come from a segmentation network trained on COCO-Stuff.
+The split is by images/train/ and images/validation/ if both exist, else by a hash of the names. The dataset of the
+published model was never released; maps for other images can be made with a segmentation network trained on COCO-Stuff.
 """
 
 from __future__ import annotations
@@ -16,22 +16,21 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from ldm.data import image as pictures
 from ldm.data.base import DataConfigError
-from ldm.data.folder import ImageFolder
-from ldm.data.image import BadImageError, Size
+from ldm.data.folder import Defaults, ImageFolder
+from ldm.data.image import BadImageError, Size, load_labels, to_array
 from ldm.data.listing import existing_folder
 
 UNLABELED = 255
 
 
-class SegmentedPictures(ImageFolder):
-    """Pictures as `image`, and `segmentation` (H, W, n_labels): 1 at each pixel's class, else 0, cut as the picture is.
+class SegmentedImages(ImageFolder):
+    """Images as `image`, and `segmentation` (H, W, n_labels): one-hot classes with the crop of the image.
 
-    root: the pictures. segmentation_root: the maps, .png files with the names of the pictures. n_labels: how many classes there are.
-    shift_segmentation: class k stands at k + 1, and pixels without a class are class 0; else they have no class, all zeros.
-    segmentation_to_float32: float32, as the published configs ask for; else uint8, which takes a quarter of the memory and which models
-    turn to float themselves. Other parameters are those of ImageFolder.
+    root: the images. segmentation_root: the maps, .png files with the names of the images. n_labels: number of classes.
+    shift_segmentation: class k becomes k + 1, and pixels without a class become class 0; otherwise they are all zeros.
+    segmentation_to_float32: float32, as in the published configs; otherwise uint8, a quarter of the memory, which
+    models convert themselves. Other parameters as in ImageFolder.
     """
 
     def __init__(
@@ -45,76 +44,59 @@ class SegmentedPictures(ImageFolder):
         **options: Any,
     ) -> None:
         if not isinstance(n_labels, int) or not 1 <= n_labels <= UNLABELED:
-            raise DataConfigError("n_labels", n_labels, "no number of classes", f"set {{param}} to 1 .. {UNLABELED}")
-        self.maps = existing_folder(
-            "segmentation_root", segmentation_root, "maps, .png files with the names of the pictures"
-        )
+            raise DataConfigError("n_labels", n_labels, "not a number of classes", f"set {{param}} to 1 .. {UNLABELED}")
+        content = "maps, .png files with the names of the images"
+        self.maps = existing_folder("segmentation_root", segmentation_root, content)
         self.n_labels, self.shift = n_labels, shift_segmentation
         self.dtype = np.float32 if segmentation_to_float32 else np.uint8
-        self.whole = Path(root).expanduser() if root is not None else None
+        self.image_root = Path(root or "").expanduser()
         super().__init__(root, size, **options)
 
-    def _values(self, picture: Image.Image, index: int) -> dict[str, Any]:
-        labels = self._labels(self._map(self.items[index].name), picture)
-        view = self._view(picture)
-        classes = np.asarray(view.of(labels, "nearest"))
-        table = np.eye(256, self.n_labels, dtype=self.dtype)  # row k: class k alone; rows past the last class are zeros
+    def _values(self, image: Image.Image, index: int) -> dict[str, Any]:
+        path = self._map(self.items[index].name)
+        labels, view = self._labels(path, image), self._view(image)
+        one_hot = np.eye(256, self.n_labels, dtype=self.dtype)  # row k: class k; rows past the last class are zeros
         return {
-            self.image_key: pictures.to_array(view.of(picture, self.interpolation)),
-            "segmentation": table[classes],
-            "segmentation_path_": str(self._map(self.items[index].name)),
+            self.image_key: to_array(view.apply(image, self.interpolation)),
+            "segmentation": one_hot[np.asarray(view.apply(labels, "nearest"))],
+            "segmentation_path_": str(path),
         }
 
     def _map(self, name: str) -> Path:
-        return self.maps / (self.root / name).relative_to(self.whole).with_suffix(".png")
+        return self.maps / (self.root / name).relative_to(self.image_root).with_suffix(".png")
 
-    def _labels(self, path: Path, picture: Image.Image) -> Image.Image:
-        """The map in a file, of classes 0 .. n_labels - 1 and UNLABELED."""
-        labels = pictures.load_labels(path, self.max_pixels)
-        if labels.size != picture.size:
-            raise BadImageError(
-                path, f"is {labels.width}x{labels.height}, its picture {picture.width}x{picture.height}"
-            )
+    def _labels(self, path: Path, image: Image.Image) -> Image.Image:
+        """Load a map with classes 0 .. n_labels - 1 and UNLABELED."""
+        labels = load_labels(path, self.max_pixels)
+        if labels.size != image.size:
+            sizes = f"{labels.width}x{labels.height}, but its image is {image.width}x{image.height}"
+            raise BadImageError(path, f"is {sizes}")
         numbers = np.asarray(labels)
         if self.shift:
             numbers = numbers + np.uint8(1)  # 255 becomes 0
-        worst = int(np.where(numbers == UNLABELED, 0, numbers).max(initial=0))
-        if worst >= self.n_labels:
-            raise BadImageError(path, f"holds class {worst}, and n_labels is {self.n_labels}")
+        highest = int(np.where(numbers == UNLABELED, 0, numbers).max(initial=0))
+        if highest >= self.n_labels:
+            raise BadImageError(path, f"has class {highest}, but n_labels is {self.n_labels}")
         return Image.fromarray(numbers)
 
     def _check(self, name: str) -> None:
         self._labels(self._map(name), self._read(name))
 
 
-class RFWTrain(SegmentedPictures):
-    """Landscapes for training, cut anywhere."""
-
-    def __init__(
-        self,
-        size: Size | None = 768,
-        crop_size: Size | None = 512,
-        root: str = "data/rfw/images",
-        segmentation_root: str = "data/rfw/segmentations",
-        split: str | None = "train",
-        random_crop: bool = True,
-        **options: Any,
-    ) -> None:
-        super().__init__(
-            root, segmentation_root, size, crop_size=crop_size, split=split, random_crop=random_crop, **options
-        )
+class _RFW(
+    Defaults,
+    SegmentedImages,
+    root="data/rfw/images",
+    segmentation_root="data/rfw/segmentations",
+    size=768,
+    crop_size=512,
+):
+    pass
 
 
-class RFWValidation(SegmentedPictures):
-    """Landscapes for validation, cut from the middle."""
+class RFWTrain(_RFW, split="train", random_crop=True):
+    """Landscapes for training, random crops."""
 
-    def __init__(
-        self,
-        size: Size | None = 768,
-        crop_size: Size | None = 512,
-        root: str = "data/rfw/images",
-        segmentation_root: str = "data/rfw/segmentations",
-        split: str | None = "validation",
-        **options: Any,
-    ) -> None:
-        super().__init__(root, segmentation_root, size, crop_size=crop_size, split=split, **options)
+
+class RFWValidation(_RFW, split="validation"):
+    """Landscapes for validation, central crops."""

@@ -1,4 +1,4 @@
-"""What a folder of pictures holds: its files, its splits and its classes."""
+"""Files, splits and classes of an image folder."""
 
 from __future__ import annotations
 
@@ -13,93 +13,90 @@ from ldm.data.image import EXTENSIONS
 SPLIT_FOLDERS = {"train": ("train",), "validation": ("validation", "val", "valid")}
 
 
-def existing_folder(param: str, value: str | None, holding: str) -> Path:
-    """`value` as a folder that exists."""
-    advice = f"set {{param}} to a folder of {holding}"
+def existing_folder(param: str, value: str | None, content: str) -> Path:
+    """Return `value` as the path of an existing folder; raise DataConfigError otherwise. content: what the folder must
+    hold.
+    """
+    advice = f"set {{param}} to a folder of {content}"
     if value is None:
         raise DataConfigError(param, value, "not set", advice)
     folder = Path(value).expanduser()
     if not folder.is_dir():
-        raise DataConfigError(
-            param, str(value), "is a file, not a folder" if folder.exists() else "no such folder", advice
-        )
+        problem = "is a file, not a folder" if folder.exists() else "no such folder"
+        raise DataConfigError(param, str(value), problem, advice)
     return folder
 
 
 def scan(root: Path, suffixes: Collection[str] = EXTENSIONS) -> list[str]:
-    """Pictures below `root` by suffix, as sorted relative names with forward slashes; hidden files and folders are left out."""
+    """Return the images below `root`, by suffix, as sorted relative names with forward slashes; skip hidden files and
+    folders.
+    """
     names, seen = [], set()
     for folder, subfolders, files in os.walk(root, followlinks=True):
         real = os.path.realpath(folder)
-        if real in seen:  # a link back up would never end
+        if real in seen:  # a link to a parent folder
             subfolders.clear()
             continue
         seen.add(real)
         subfolders[:] = [name for name in subfolders if not name.startswith(".") and name != "__MACOSX"]
-        below = Path(folder).relative_to(root)
-        names += [
-            (below / name).as_posix()
-            for name in files
-            if not name.startswith(".") and Path(name).suffix.lower() in suffixes
-        ]
+        for name in files:
+            if not name.startswith(".") and Path(name).suffix.lower() in suffixes:
+                names.append((Path(folder).relative_to(root) / name).as_posix())
     return sorted(names)
 
 
 def read_list(file: str, root: Path, suffixes: Collection[str] = EXTENSIONS) -> list[str]:
-    """Pictures that a text file lists, one path below `root` on each line, in its order."""
+    """Return the images listed in a text file, one path relative to `root` per line, in its order."""
     path = Path(file).expanduser()
     if not path.is_file():
-        raise DataConfigError(
-            "files", str(file), "no such file", f"set {{param}} to a text file with one path below {root} on each line"
-        )
+        advice = f"set {{param}} to a text file with one path below {root} on each line"
+        raise DataConfigError("files", str(file), "no such file", advice)
     try:
         names = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
     except UnicodeError as error:
-        raise DataConfigError(
-            "files", str(file), f"no text in UTF-8 ({error})", "set {param} to a text file"
-        ) from error
+        raise DataConfigError("files", str(file), f"not UTF-8 text ({error})", "set {param} to a text file") from error
     for name in names:
-        # A list may come from anywhere: it chooses among the pictures of the folder and reaches no other file.
-        if os.path.isabs(name) or ".." in Path(name).parts:
-            raise DataConfigError(
-                "files", str(file), f"its path {name!r} leaves {root}", "set {param} to a list of paths below it"
-            )
+        if (
+            os.path.isabs(name) or ".." in Path(name).parts
+        ):  # lists are untrusted: they only choose among the files below root
+            problem = f"the path {name!r} leaves {root}"
+            raise DataConfigError("files", str(file), problem, "set {param} to a list of paths below it")
         if Path(name).suffix.lower() not in suffixes:
-            raise DataConfigError("files", str(file), f"{name!r} is no picture", "set {param} to a list of pictures")
+            raise DataConfigError("files", str(file), f"{name!r} is not an image", "set {param} to a list of images")
     return names
 
 
 def split_folder(root: Path, split: str | None) -> Path:
-    """The sub-folder of a split ("train", "validation", "val" or "valid"), or the root where there is none."""
-    return next((root / name for name in SPLIT_FOLDERS.get(split, ()) if (root / name).is_dir()), root)
+    """Return the sub-folder of a split ("train", "validation", "val" or "valid"), or the root if there is none."""
+    return next((root / name for name in SPLIT_FOLDERS.get(split or "", ()) if (root / name).is_dir()), root)
 
 
-def divided(root: Path) -> bool:
-    """Whether the folder has sub-folders for training and for validation both."""
+def has_split_folders(root: Path) -> bool:
+    """Return whether the folder has sub-folders for both training and validation."""
     return all(split_folder(root, split) != root for split in SPLIT_FOLDERS)
 
 
-def part(names: Sequence[str], split: str | None, fraction: float) -> set[str]:
-    """Names of a split: `fraction` of them (rounded, at least one) are for validation, those with the smallest hashes."""
+def names_of_split(names: Sequence[str], split: str | None, fraction: float) -> set[str]:
+    """Return the names of a split; the `fraction` with the smallest hashes (at least one name) is for validation."""
     if split is None or (split == "train" and fraction == 0):
         return set(names)
     if not 0 < fraction < 1:
-        raise DataConfigError(
-            "validation_fraction", fraction, "nothing would be left for a split", "set {param} between 0 and 1"
-        )
-    # By hash and not by position: a picture keeps its split when others are added, but for a few at the border.
+        raise DataConfigError("validation_fraction", fraction, "leaves a split empty", "set {param} between 0 and 1")
+    # By hash, not by position: when images are added, the others keep their split, but for a few at the border.
     ranked = sorted(names, key=lambda name: hashlib.blake2b(name.encode(errors="surrogateescape")).digest())
     count = min(len(ranked), max(1, round(fraction * len(ranked))))
     return set(ranked[:count] if split == "validation" else ranked[count:])
 
 
 def class_of(name: str) -> str:
-    """The folder directly below the root that a picture lies in; "" for none."""
+    """Return the folder directly below the root that holds an image; "" if there is none."""
     return name.partition("/")[0] if "/" in name else ""
 
 
 def class_order(names: Sequence[str], classes: str | Sequence[str] | None) -> list[str]:
-    """Class names by number: those of the pictures, sorted, or as `classes` (a list, or a folder of class folders) says."""
+    """Return the class names by number: those of the images, sorted, or as in `classes` (a list, or a folder of class
+    folders).
+    """
     if classes is None:
         order = sorted({class_of(name) for name in names} - {""})
     elif isinstance(classes, str):
@@ -109,11 +106,10 @@ def class_order(names: Sequence[str], classes: str | Sequence[str] | None) -> li
         order = [str(name) for name in classes]
     known = set(order)
     stray = next((name for name in names if class_of(name) not in known), None)
-    if stray is not None:
-        if not class_of(stray):
-            raise DataConfigError(
-                "class_labels", True, f"{stray} lies in no class folder", "move it into one, or set {param} to false"
-            )
-        problem = f"{stray} is in none of these {len(order)} classes"
-        raise DataConfigError("classes", order[:5], problem, "add its class to {param}, or remove it")
-    return order
+    if stray is None:
+        return order
+    if not class_of(stray):
+        problem = f"{stray} is not in a class folder"
+        raise DataConfigError("class_labels", True, problem, "move it into one, or set {param} to false")
+    problem = f"{stray} is in none of these {len(order)} classes"
+    raise DataConfigError("classes", order[:5], problem, "add its class to {param}, or remove it")

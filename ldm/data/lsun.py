@@ -1,11 +1,11 @@
-"""LSUN scenes, in the published layout:
+"""LSUN scenes in the published layout:
 
-    data/lsun/churches/    pictures as LSUN's own `data.py export` writes them (.webp, .jpg, ...), at any depth
-    data/lsun/church_outdoor_{train,val}.txt    the split: one path below churches/ on each line
+    data/lsun/churches/    images as written by LSUN's `data.py export` (.webp, .jpg, ...), at any depth
+    data/lsun/church_outdoor_{train,val}.txt    the splits: one path below churches/ on each line
     data/lsun/bedrooms/, data/lsun/bedrooms_{train,val}.txt
     data/lsun/cats/, data/lsun/cat_{train,val}.txt
 
-`download: true` fetches the published lists; the pictures come from https://www.yf.io/p/lsun.
+`download: true` downloads the published lists; the images are at https://www.yf.io/p/lsun.
 """
 
 from __future__ import annotations
@@ -13,55 +13,55 @@ from __future__ import annotations
 from typing import Any
 
 from ldm.data.archives import ArchiveError, Remote, fetch, unpack
-from ldm.data.published import ListedPictures
+from ldm.data.folder import ListedImages
 
 LISTS = Remote("https://ommer-lab.com/files/lsun.zip", "lsun.zip")
 
 
-class _LSUN(ListedPictures):
-    """Squares from the middle of pictures, mirrored at random in training.
+class _LSUN(ListedImages):
+    """Central square crops, randomly flipped in training.
 
-    download: fetch the published lists where `files` is missing. Other parameters are those of ListedPictures.
+    download: download the published lists if `files` is missing. Other parameters as in ListedImages.
     """
 
     def __init__(self, download: bool = False, **options: Any) -> None:
-        super().__init__(**options)  # prepare_data has fetched
+        super().__init__(**options)  # `prepare_data` downloads
 
     @classmethod
     def prepare_data(cls, files: str | None = None, split: str | None = None, download: bool = False, **_: Any) -> None:
-        """Fetch the published lists where that is asked for."""
+        """Download the published lists if requested."""
         wanted = cls.list_file(files)
         if not download or split is not None or wanted.is_file():
             return
         lists = wanted.parent / "published-lists"
         if not lists.is_dir():
             unpack(fetch(LISTS, wanted.parent), lists)
-        name = cls.list_file(None).name
+        name = cls.list_file().name
         found = next(iter(sorted(lists.rglob(name))), None)
         if found is None:
-            raise ArchiveError(f"{lists}: holds no {name}; put a list at {wanted}")
+            raise ArchiveError(f"{lists}: has no {name}; save a list as {wanted}")
         wanted.write_bytes(found.read_bytes())
 
 
-class LSUNChurchesTrain(_LSUN):
-    published_root, published_list, published_flip_p = "data/lsun/churches", "data/lsun/church_outdoor_train.txt", 0.5
+class LSUNChurchesTrain(_LSUN, root="data/lsun/churches", files="data/lsun/church_outdoor_train.txt", flip_p=0.5):
+    """Training images of churches, randomly flipped."""
 
 
-class LSUNChurchesValidation(_LSUN):
-    published_root, published_list = "data/lsun/churches", "data/lsun/church_outdoor_val.txt"
+class LSUNChurchesValidation(_LSUN, root="data/lsun/churches", files="data/lsun/church_outdoor_val.txt"):
+    """Validation images of churches."""
 
 
-class LSUNBedroomsTrain(_LSUN):
-    published_root, published_list, published_flip_p = "data/lsun/bedrooms", "data/lsun/bedrooms_train.txt", 0.5
+class LSUNBedroomsTrain(_LSUN, root="data/lsun/bedrooms", files="data/lsun/bedrooms_train.txt", flip_p=0.5):
+    """Training images of bedrooms, randomly flipped."""
 
 
-class LSUNBedroomsValidation(_LSUN):
-    published_root, published_list = "data/lsun/bedrooms", "data/lsun/bedrooms_val.txt"
+class LSUNBedroomsValidation(_LSUN, root="data/lsun/bedrooms", files="data/lsun/bedrooms_val.txt"):
+    """Validation images of bedrooms."""
 
 
-class LSUNCatsTrain(_LSUN):
-    published_root, published_list, published_flip_p = "data/lsun/cats", "data/lsun/cat_train.txt", 0.5
+class LSUNCatsTrain(_LSUN, root="data/lsun/cats", files="data/lsun/cat_train.txt", flip_p=0.5):
+    """Training images of cats, randomly flipped."""
 
 
-class LSUNCatsValidation(_LSUN):
-    published_root, published_list = "data/lsun/cats", "data/lsun/cat_val.txt"
+class LSUNCatsValidation(_LSUN, root="data/lsun/cats", files="data/lsun/cat_val.txt"):
+    """Validation images of cats."""

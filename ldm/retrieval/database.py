@@ -141,7 +141,7 @@ def embed_folder(pictures: str | Path, folder: str | Path, clip: Any, batch_size
     import torch
     from tqdm import tqdm
 
-    from ldm.data.image import center_box, load_image, resampling, to_array
+    from ldm.data.image import crop_box, load_image, resampling, to_array
     from ldm.data.listing import scan
 
     root, part = Path(pictures), Path(folder) / "part-000.npz"
@@ -156,7 +156,7 @@ def embed_folder(pictures: str | Path, folder: str | Path, clip: Any, batch_size
             squares = []
             for name in names[start : start + batch_size]:
                 image = load_image(root / name)
-                box = center_box(image.size, min(image.size))
+                box = crop_box(image.size, min(image.size))
                 square = image.resize((clip.size, clip.size), resampling("bicubic"), box)
                 squares.append(torch.from_numpy(to_array(square)).permute(2, 0, 1))
                 places.append(np.divide(box, (*image.size, *image.size)))

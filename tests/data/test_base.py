@@ -57,10 +57,8 @@ def test_a_rank_outside_the_world_is_refused():
 
 
 def test_a_config_error_gains_its_place_and_survives_a_worker():
-    error = DataConfigError("root", "/x/y", "no such folder", "set {param} to a folder of pictures")
-    assert str(error) == "root '/x/y': no such folder; set root to a folder of pictures"
+    error = DataConfigError("root", "/x/y", "no such folder", "set {param} to a folder of images")
+    assert str(error) == "root '/x/y': no such folder; set root to a folder of images"
     placed = error.at("data.params.train")
-    expected = (
-        "data.params.train root '/x/y': no such folder; set data.params.train.params.root to a folder of pictures"
-    )
+    expected = "data.params.train root '/x/y': no such folder; set data.params.train.params.root to a folder of images"
     assert str(placed) == str(pickle.loads(pickle.dumps(placed))) == expected

@@ -57,13 +57,13 @@ def test_json_captions_may_be_lists_and_blank_ones_do_not_count(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "problem"),
     [
-        ("c.csv", "image,text\na.png,one, two\nb.png,x\n", "3 columns where the header has 2"),
+        ("c.csv", "image,text\na.png,one, two\nb.png,x\n", "3 columns, but the header has 2"),
         ("c.csv", 'image,text\na.png,"open "quote" x"\nb.png,x\n', "expected after"),
-        ("c.csv", "image,text\n,one\nb.png,x\n", "names no file"),
-        ("c.jsonl", '{"image": "a", "text"\n{"image": "b.png", "text": "x"}', "no JSON"),
+        ("c.csv", "image,text\n,one\nb.png,x\n", "has no file name"),
+        ("c.jsonl", '{"image": "a", "text"\n{"image": "b.png", "text": "x"}', "invalid JSON"),
         ("c.jsonl", '[1]\n{"image": "b.png", "text": "x"}', "holds list, expected an object"),
         ("c.jsonl", '{"image": "a", "text": 5}\n{"image": "b.png", "text": "x"}', "holds int, expected text"),
-        ("c.jsonl", '{"image": 5, "text": "x"}\n{"image": "b.png", "text": "x"}', "names no file"),
+        ("c.jsonl", '{"image": 5, "text": "x"}\n{"image": "b.png", "text": "x"}', "has no file name"),
         ("c.csv", b"image,text\na.png,caf\xe9\nb.png,x\n", "not utf-8 (byte 0xe9)"),
         ("c.jsonl", b'{"image": "a.png", "text": "caf\xe9"}\n{"image": "b.png", "text": "x"}', "not utf-8 (byte 0xe9)"),
     ],
@@ -76,7 +76,7 @@ def test_a_bad_record_has_its_problem_and_does_not_hide_the_next(tmp_path, name,
 
 def test_an_encoding_can_be_named(tmp_path):
     assert table(tmp_path, "c.csv", b"image,text\na.png,caf\xe9\n", encoding="latin-1")[0].captions == ["café"]
-    with pytest.raises(DataConfigError, match="caption_encoding 'utf-99': no such encoding"):
+    with pytest.raises(DataConfigError, match="caption_encoding 'utf-99': unknown encoding"):
         table(tmp_path, "c.csv", "image,text\n", encoding="utf-99")
 
 
@@ -87,7 +87,7 @@ def test_each_line_of_a_sidecar_is_a_caption(tmp_path):
     path.write_bytes(b"")
     assert read_sidecar(path) == []
     path.write_bytes(b"caf\xe9")
-    with pytest.raises(ValueError, match=r"not utf-8 \(byte 0xe9\); caption_encoding can name another"):
+    with pytest.raises(ValueError, match=r"not utf-8 \(byte 0xe9\); set caption_encoding"):
         read_sidecar(path)
     assert read_sidecar(path, "cp1252") == ["café"]
 

@@ -121,9 +121,7 @@ def test_a_missing_folder_is_one_line_that_says_what_to_do():
     module = data(train={"target": "ldm.data.folder.ImageFolder", "params": {"root": "/x/y"}})
     with pytest.raises(DataConfigError) as caught:
         module.setup()
-    expected = (
-        "data.params.train root '/x/y': no such folder; set data.params.train.params.root to a folder of pictures"
-    )
+    expected = "data.params.train root '/x/y': no such folder; set data.params.train.params.root to a folder of images"
     assert str(caught.value) == expected
 
 
@@ -195,7 +193,7 @@ def test_a_stream_that_may_not_split_itself_is_warned_about(caplog):
     module = data(num_workers=2)
     module.datasets["train"] = Foreign()
     module.train_dataloader()
-    assert "Foreign streams and is no Txt2ImgIterableBaseDataset" in caplog.text
+    assert "Foreign streams but is not a Txt2ImgIterableBaseDataset" in caplog.text
 
 
 class Prepared(Numbers):

@@ -43,7 +43,7 @@ def test_pictures_are_hwc_float32_dark_ink_on_white(splits):
 
 def test_the_enlarged_picture_is_the_scan_within_a_white_margin():
     scan = module.load_scans()[0][3]
-    ink = (1 - module.enlarge(scan, 40)[..., 0]) / 2
+    ink = (1 - module.upscale_scan(scan, 40)[..., 0]) / 2
     small = ink.reshape(10, 4, 10, 4).mean(axis=(1, 3))
     assert np.corrcoef(small[1:-1, 1:-1].ravel(), scan.ravel())[0, 1] > 0.98
     edge = np.concatenate([ink[0], ink[-1], ink[:, 0], ink[:, -1]])

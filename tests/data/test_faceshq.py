@@ -37,7 +37,7 @@ def test_arrays_that_are_no_pictures_or_need_pickle_are_refused(home):
     (home / "data/list.txt").write_text("bad.npy\n")
     dataset = CelebAHQTrain(size=16, files="data/list.txt")
     for array, problem in (
-        (np.zeros((1, 3, 8, 8), np.float32), r"holds float32 of shape \(8, 8, 3\)"),
+        (np.zeros((1, 3, 8, 8), np.float32), r"float32 of shape \(8, 8, 3\)"),
         (np.zeros((4, 8, 8), np.uint8), "expected uint8"),
         (np.array([{"a": 1}], dtype=object), "cannot be read"),
     ):

@@ -1,4 +1,4 @@
-"""A folder of pictures: captions, classes, splits, and files that cannot be used."""
+"""A folder of images: captions, classes, splits, and files that cannot be used."""
 
 import logging
 
@@ -98,7 +98,8 @@ def test_captions_in_another_encoding_are_errors_unless_it_is_named(captioned):
     (captioned / "a.txt").write_bytes(b"caf\xe9")
     options = {"root": str(captioned), "size": 8, "captions": "sidecar"}
     with pytest.raises(
-        DataConfigError, match=r"on_error 'raise': .*a.txt: not utf-8 \(byte 0xe9\).*; mend it, or set on_error to skip"
+        DataConfigError,
+        match=r"on_error 'raise': .*a.txt: not utf-8 \(byte 0xe9\).*; repair it, or set on_error to skip",
     ):
         ImageFolder(**options)
     skipping = ImageFolder(**options, on_error="skip")
@@ -109,7 +110,7 @@ def test_captions_in_another_encoding_are_errors_unless_it_is_named(captioned):
 def test_records_that_name_nothing_follow_the_error_policy(captioned):
     (captioned / "c.csv").write_text("file,text\nnope.png,x\nb.png,y\n")
     options = {"root": str(captioned), "size": 8, "captions": "c.csv"}
-    with pytest.raises(DataConfigError, match=r"c.csv line 2: there is no .*nope.png"):
+    with pytest.raises(DataConfigError, match=r"c.csv line 2: no such file: .*nope.png"):
         ImageFolder(**options)
     assert names(ImageFolder(**options, on_error="skip")) == ["b.png"]
 
@@ -117,18 +118,18 @@ def test_records_that_name_nothing_follow_the_error_policy(captioned):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"root": None}, "root None: not set; set root to a folder of pictures"),
-        ({"root": "/x/y"}, "root '/x/y': no such folder; set root to a folder of pictures"),
+        ({"root": None}, "root None: not set; set root to a folder of images"),
+        ({"root": "/x/y"}, "root '/x/y': no such folder; set root to a folder of images"),
         ({"root": __file__}, "is a file, not a folder"),
-        ({"captions": "all.csv"}, "captions 'all.csv': no such file, nor in "),
+        ({"captions": "all.csv"}, "captions 'all.csv': no such file, here or in "),
         ({"captions": "all.xml"}, "captions 'all.xml': unknown; set captions to sidecar, null, or a file of type .csv"),
         ({"on_error": "ignore"}, "on_error 'ignore': unknown; set on_error to one of raise, skip"),
         ({"split": "test"}, "split 'test': unknown; set split to one of null, train, validation"),
         ({"interpolation": "sinc"}, "interpolation 'sinc': unknown; set interpolation to one of nearest, box"),
-        ({"size": 0}, "size 0: no size; set size to a positive integer"),
+        ({"size": 0}, "size 0: not a size; set size to a positive integer"),
         ({"size": 8, "crop_size": 9}, "crop_size 9: larger than size 8"),
         ({"flip_p": 2}, "flip_p 2: not a probability"),
-        ({"split": "validation", "validation_fraction": 0.0}, "validation_fraction 0.0: nothing would be left"),
+        ({"split": "validation", "validation_fraction": 0.0}, "validation_fraction 0.0: leaves a split empty"),
     ],
 )
 def test_parameters_that_cannot_be_used_are_one_line(captioned, options, message):
@@ -138,11 +139,11 @@ def test_parameters_that_cannot_be_used_are_one_line(captioned, options, message
 
 
 def test_a_folder_without_pictures_says_so(tmp_path):
-    with pytest.raises(DataConfigError, match="no pictures in it; set root"):
+    with pytest.raises(DataConfigError, match="no images in it; set root"):
         ImageFolder(str(tmp_path))
     (tmp_path / "a.jpg").write_bytes(b"")
     with pytest.raises(
-        DataConfigError, match=r"no pictures in it can be used: 1 skipped, first a.jpg: empty file; set root"
+        DataConfigError, match=r"no images in it can be used: 1 skipped, first a.jpg: empty file; set root"
     ):
         ImageFolder(str(tmp_path), on_error="skip")
 
@@ -181,7 +182,7 @@ def test_the_order_of_classes_can_be_given_as_a_list_or_a_folder(classes, tmp_pa
 def test_a_picture_outside_the_class_folders_is_an_error(classes):
     picture(classes / "stray.png")
     with pytest.raises(
-        DataConfigError, match=r"stray.png lies in no class folder; move it into one, or set class_labels to false"
+        DataConfigError, match=r"stray.png is not in a class folder; move it into one, or set class_labels to false"
     ):
         ImageFolder(str(classes), size=8, class_labels=True)
 
@@ -287,7 +288,7 @@ def test_raising_names_the_file_and_the_way_out(damaged, workers):
         with pytest.raises(BadImageError) as caught:
             next(iter(DataLoader(dataset, sampler=[i], num_workers=workers)))
         assert str(caught.value).startswith(str(damaged / names(dataset)[i])) and "\n" not in str(caught.value)
-        assert str(caught.value).endswith("mend or remove it, or set on_error to skip")
+        assert str(caught.value).endswith("repair or remove it, or set on_error to skip")
 
 
 def test_links_in_a_circle_end(tmp_path):
@@ -304,9 +305,9 @@ def test_a_list_names_the_pictures_of_a_dataset_in_its_order(captioned, tmp_path
 @pytest.mark.parametrize(
     ("content", "problem"),
     [
-        ("../x.png\n", "its path '../x.png' leaves"),
+        ("../x.png\n", "the path '../x.png' leaves"),
         ("/etc/x.png\n", "leaves"),
-        ("notes.md\n", "'notes.md' is no picture"),
+        ("notes.md\n", "'notes.md' is not an image"),
         (None, "no such file"),
     ],
 )
@@ -325,5 +326,5 @@ def test_without_a_size_the_crop_is_taken_of_the_picture_as_it_is(tmp_path):
     expected = np.asarray(Image.open(tmp_path / "a.png"))[3:13, 5:15] / 127.5 - 1
     np.testing.assert_allclose(large, expected, atol=1e-6)
     assert small.shape == (10, 10, 3)  # enlarged to cover the crop
-    with pytest.raises(DataConfigError, match="size None: no size"):
+    with pytest.raises(DataConfigError, match="size None: not a size"):
         ImageFolder(str(tmp_path), size=None)

@@ -93,9 +93,9 @@ def test_archives_are_unpacked_by_prepare_data_and_not_by_the_constructor(tmp_pa
         {"target": "ldm.data.imagenet.ImageNetValidation", "params": {"config": config["params"]}},
         num_workers=0,
     )
-    with pytest.raises(DataConfigError, match="holds no class folders"):
+    with pytest.raises(DataConfigError, match="has no class folders"):
         module.setup()
-    with pytest.raises(ArchiveError, match=r"put validation_synset.txt beside it"):
+    with pytest.raises(ArchiveError, match=r"needs validation_synset.txt next to it"):
         module.prepare_data()
     assert os.listdir(tmp_path / "ILSVRC2012_validation") == ["ILSVRC2012_img_val.tar"]
     (tmp_path / "ILSVRC2012_validation/validation_synset.txt").write_text(

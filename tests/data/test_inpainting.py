@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from ldm.data.base import DataConfigError
-from ldm.data.inpainting import Inpainting, draw_hole
+from ldm.data.inpainting import Inpainting, random_hole
 from tests.data.layouts import picture
 
 
@@ -33,7 +33,7 @@ def test_the_hole_is_black_and_the_rest_is_the_picture(dataset):
 def test_holes_take_about_the_share_asked_for(height, width):
     random.seed(0)
     for share in (0.1, 0.3, 0.6):
-        shares = [draw_hole(height, width, share).mean() for _ in range(30)]
+        shares = [random_hole(height, width, share).mean() for _ in range(30)]
         assert abs(np.mean(shares) - share) < 0.1 and min(shares) > 0 and max(shares) < 1
 
 
@@ -45,7 +45,7 @@ def test_holes_are_seeded_and_differ(dataset):
 
 
 def test_shares_that_are_none_are_refused(tmp_path):
-    with pytest.raises(DataConfigError, match=r"min_masked 0.6: with max_masked 0.5 no range"):
+    with pytest.raises(DataConfigError, match=r"min_masked 0.6: with max_masked 0.5 not a range"):
         Inpainting(root=str(tmp_path), min_masked=0.6)
 
 
@@ -64,7 +64,7 @@ def test_stable_diffusions_holes_are_grey_and_some_take_the_whole_picture(tmp_pa
 
 def test_what_is_no_convention_and_no_probability_is_refused(tmp_path):
     with pytest.raises(
-        DataConfigError, match="convention 'sd': no such convention; set convention to one of ldm, stable-diffusion"
+        DataConfigError, match="convention 'sd': unknown; set convention to one of ldm, stable-diffusion"
     ):
         Inpainting(root=str(tmp_path), convention="sd")
     with pytest.raises(DataConfigError, match=r"whole_p 2: not a probability"):

@@ -9,7 +9,7 @@ from PIL import Image
 
 from ldm.data.base import DataConfigError
 from ldm.data.image import BadImageError
-from ldm.data.landscapes import RFWTrain, RFWValidation, SegmentedPictures
+from ldm.data.landscapes import RFWTrain, RFWValidation, SegmentedImages
 from ldm.util import instantiate_from_config
 
 
@@ -83,23 +83,23 @@ def folder(tmp_path, numbers, size=None):
 
 def test_pixels_without_a_class_are_zeros_or_class_zero(tmp_path):
     params = folder(tmp_path, [[0, 255], [2, 1]])
-    maps = SegmentedPictures(**params, n_labels=3)[0]["segmentation"]
+    maps = SegmentedImages(**params, n_labels=3)[0]["segmentation"]
     assert maps.sum(-1).tolist() == [[1, 0], [1, 1]] and maps[1, 0].tolist() == [0, 0, 1]
-    shifted = SegmentedPictures(**params, n_labels=4, shift_segmentation=True)[0]["segmentation"]
+    shifted = SegmentedImages(**params, n_labels=4, shift_segmentation=True)[0]["segmentation"]
     assert shifted.argmax(-1).tolist() == [[1, 0], [3, 2]] and (shifted.sum(-1) == 1).all()
 
 
 def test_maps_that_do_not_fit_are_refused_or_skipped(tmp_path):
-    with pytest.raises(BadImageError, match=r"a.png: holds class 182, and n_labels is 182"):
-        SegmentedPictures(**folder(tmp_path, [[182, 0], [0, 0]]))[0]
-    with pytest.raises(BadImageError, match=r"maps/a.png: is 2x2, its picture 3x2"):
-        SegmentedPictures(**folder(tmp_path, [[0, 0], [0, 0]], (3, 2)))[0]
+    with pytest.raises(BadImageError, match=r"a.png: has class 182, but n_labels is 182"):
+        SegmentedImages(**folder(tmp_path, [[182, 0], [0, 0]]))[0]
+    with pytest.raises(BadImageError, match=r"maps/a.png: is 2x2, but its image is 3x2"):
+        SegmentedImages(**folder(tmp_path, [[0, 0], [0, 0]], (3, 2)))[0]
     (tmp_path / "maps/a.png").unlink()
     with pytest.raises(BadImageError, match=r"maps/a.png: no such file"):
-        SegmentedPictures(root=str(tmp_path / "images"), segmentation_root=str(tmp_path / "maps"), size=2)[0]
+        SegmentedImages(root=str(tmp_path / "images"), segmentation_root=str(tmp_path / "maps"), size=2)[0]
     Image.new("RGB", (4, 4)).save(tmp_path / "images/b.png")
     Image.new("L", (4, 4)).save(tmp_path / "maps/b.png")
-    kept = SegmentedPictures(
+    kept = SegmentedImages(
         root=str(tmp_path / "images"), segmentation_root=str(tmp_path / "maps"), size=2, on_error="skip"
     )
     assert [item.name for item in kept.items] == ["b.png"] and "no such file" in kept.skipped["a.png"]
@@ -114,5 +114,5 @@ def test_missing_folders_are_told(tmp_path, monkeypatch):
     (tmp_path / "data/rfw/segmentations").mkdir(parents=True)
     with pytest.raises(DataConfigError, match=r"root 'data/rfw/images': no such folder"):
         RFWTrain()
-    with pytest.raises(DataConfigError, match=r"n_labels 256: no number of classes; set n_labels to 1 .. 255"):
+    with pytest.raises(DataConfigError, match=r"n_labels 256: not a number of classes; set n_labels to 1 .. 255"):
         RFWTrain(n_labels=256)

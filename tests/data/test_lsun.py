@@ -75,7 +75,7 @@ def test_lists_are_fetched_on_request_only(home, monkeypatch):
     assert not wanted.exists() and not (home / "data/lsun/lsun.zip").exists()
     lsun.LSUNChurchesTrain.prepare_data(size=16, download=True)
     assert wanted.read_text() == content and len(lsun.LSUNChurchesTrain(size=16, download=True)) == 3
-    with pytest.raises(ArchiveError, match=r"holds no bedrooms_train.txt"):
+    with pytest.raises(ArchiveError, match=r"has no bedrooms_train.txt"):
         (home / "data/lsun/bedrooms_train.txt").unlink()
         lsun.LSUNBedroomsTrain.prepare_data(download=True)
 

@@ -8,8 +8,13 @@ from torch.utils.data import default_collate
 
 from ldm.data import openimages
 from ldm.data.base import DataConfigError
-from ldm.data.boxes import read_boxes, read_classes
-from ldm.data.openimages import FullOpenImagesTrain, OpenImagesBBoxTrain, OpenImagesBBoxValidation
+from ldm.data.openimages import (
+    FullOpenImagesTrain,
+    OpenImagesBBoxTrain,
+    OpenImagesBBoxValidation,
+    read_boxes,
+    read_classes,
+)
 from ldm.modules.encoders.layout_tokens import FULL
 from ldm.util import instantiate_from_config
 from tests.data.layouts import picture, pixels
@@ -119,7 +124,7 @@ def test_pictures_with_too_few_or_too_many_boxes_are_left_out(home):
     assert [item.name for item in OpenImagesBBoxTrain(size=16, max_objects=2, min_object_area=0.0).items] == [
         "0/bb.png"
     ]
-    with pytest.raises(DataConfigError, match="min_objects 9: no picture has 9 to 30 boxes"):
+    with pytest.raises(DataConfigError, match="min_objects 9: no image has 9 to 30 boxes"):
         OpenImagesBBoxTrain(size=16, min_objects=9)
 
 
@@ -163,7 +168,7 @@ def test_tables_are_fetched_on_request_only(home, monkeypatch):
     assert not fetched
     with pytest.raises(
         DataConfigError,
-        match=r"root 'data/openimages': holds no annotations/oidv6.*; get it from https.*download to true",
+        match=r"root 'data/openimages': has no annotations/oidv6.*; get it from https.*download to true",
     ):
         OpenImagesBBoxTrain(size=16)
     OpenImagesBBoxTrain.prepare_data(download=True, size=16)
@@ -172,6 +177,6 @@ def test_tables_are_fetched_on_request_only(home, monkeypatch):
 
 def test_a_missing_folder_names_the_place(tmp_path):
     with pytest.raises(
-        DataConfigError, match=r"root '.*/train': no such folder; set root to .*, the train/ of Open Images"
+        DataConfigError, match=r"root '.*/train': no such folder; set root to .*: the train/ of Open Images"
     ):
         FullOpenImagesTrain(root=str(tmp_path))

@@ -149,7 +149,7 @@ def test_another_seed_on_the_command_line_does_not_change_a_resumed_order(tmp_pa
     whole = fit(data(), **EPOCHS)[0].seen
     before = fit(data(), callbacks=[SaveAndStop("on_train_batch_end", 5, tmp_path / "x.ckpt")], **EPOCHS)[0].seen
     assert before + fit(data(seed=99), tmp_path / "x.ckpt", **EPOCHS)[0].seen == whole
-    assert "the order goes on with the checkpoint's seed, 5, not with 99" in caplog.text
+    assert "the order keeps the checkpoint's seed 5, not 99" in caplog.text
 
 
 def test_another_batch_size_goes_on_after_the_samples_that_were_used(caplog):
@@ -159,7 +159,7 @@ def test_another_batch_size_goes_on_after_the_samples_that_were_used(caplog):
     told = [record.getMessage() for record in caplog.records if record.name == "ldm.data.datamodule"]
     assert len(told) == 2 and all(line.startswith("data        ") for line in told)  # aligned as all lines of a run are
     assert (
-        module._position() is None and module._origin.position == (2, 1) and "5 samples a step, 3 before" in caplog.text
+        module._position() is None and module._origin.position == (2, 1) and "batch size 5, previously 3" in caplog.text
     )
     assert (
         fit(module, **EPOCHS)[0].seen == fit(data(batch_size=5), **EPOCHS)[0].seen
