@@ -1,12 +1,13 @@
-"""Attention layers of the latent diffusion UNet: cross-attention, the spatial transformer, and two light alternatives.
+"""Attention layers of the latent diffusion UNet: cross-attention, the spatial transformer and two light alternatives.
 
-Every softmax attention goes through `attend`, torch's scaled dot-product attention, which keeps logits and softmax in float32
-for 16-bit inputs (where the published code upcasts by hand) and never stores the (N, L) matrix where the device has a fused kernel.
+Every softmax attention goes through `attend`: torch's scaled dot-product attention keeps logits and softmax in float32
+for 16-bit inputs (the published code upcasts by hand), and its fused kernels never store the (N, L) matrix.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -16,28 +17,43 @@ from torch import Tensor, nn
 from ldm.modules.diffusionmodules.util import GroupNorm32, checkpoint, normalization, zero_module
 from ldm.util import default
 
-NORM_EPS = 1e-6  # the spatial norms here; the UNet's own norms have 1e-5
+T = TypeVar("T")
+NORM_EPS = 1e-6  # of the spatial norms in this file; the UNet's own norms have 1e-5
+
+
+class ContextBlock(nn.Module):
+    """Base of the UNet layers that attend to the context: `forward(x, context)`.
+
+    `TimestepEmbedSequential` passes the context to no other layer. A `TimestepBlock` too gets (x, emb, context).
+    """
 
 
 def Normalize(in_channels: int) -> GroupNorm32:
-    """The GroupNorm of spatial transformers and first stages: 32 groups, eps 1e-6."""
+    """GroupNorm of the spatial layers: 32 groups, eps 1e-6."""
     return normalization(in_channels, eps=NORM_EPS)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bool = False, dropout: float = 0.0
+) -> Tensor:
     """softmax(q k^T / sqrt(D)) v.
 
-    q: (B, H, N, D), k and v: (B, H, L, D), mask: bool (B, L), True where a key takes part -> (B, H, N, D).
+    q: (B, H, N, D), k and v: (B, H, L, D), mask: bool (B, L), True for the keys that take part -> (B, H, N, D).
+    causal: a query sees no later key.
+
+    As published, a masked logit is the dtype's lowest value: a query without a visible key averages all values.
     """
-    bias = None
+    visible = None
     if mask is not None:
-        # Finite, so that a row without any key averages all values, as in the published code, instead of giving NaN;
-        # half of the lowest value, so that adding a logit cannot overflow.
-        lowest = torch.finfo(q.dtype).min / 2
-        bias = torch.zeros(mask.shape, dtype=q.dtype, device=q.device).masked_fill_(~mask, lowest)[
-            :, None, None, :
-        ]  # (B, 1, 1, L)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+        visible = mask[:, None, None, :]  # (B, 1, 1, L)
+        if causal:
+            visible = visible & torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril()
+        # Equal logits for a query that sees nothing; a lowest value added to its logits could overflow.
+        blind = ~visible.any(dim=-1, keepdim=True)
+        q, visible = q.masked_fill(blind, 0.0), visible | blind
+    return F.scaled_dot_product_attention(
+        q, k, v, attn_mask=visible, dropout_p=dropout, is_causal=causal and mask is None
+    )
 
 
 class GEGLU(nn.Module):
@@ -53,7 +69,7 @@ class GEGLU(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """The two-layer network of a transformer block: (..., dim) -> (..., dim_out), `mult * dim` wide in between."""
+    """Two-layer network of a transformer block: (..., dim) -> (..., dim_out), with `mult * dim` hidden channels."""
 
     def __init__(
         self, dim: int, dim_out: int | None = None, mult: int = 4, glu: bool = False, dropout: float = 0.0
@@ -68,7 +84,7 @@ class FeedForward(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Multi-head attention of a sequence on a context, or on itself where no context is given."""
+    """Multi-head attention of a sequence to a context, or to itself without a context."""
 
     def __init__(
         self, query_dim: int, context_dim: int | None = None, heads: int = 8, dim_head: int = 64, dropout: float = 0.0
@@ -85,33 +101,27 @@ class CrossAttention(nn.Module):
     def forward(self, x: Tensor, context: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
         """x: (B, N, query_dim), context: (B, L, context_dim) -> (B, N, query_dim).
 
-        mask: bool (B, L), or (B, ...) with L elements in all, True where a key takes part.
+        mask: bool (B, L), or (B, ...) with L elements per sample; True for the keys that take part.
         """
         context = x if context is None else context
         if mask is not None:
-            mask = self._key_mask(mask, context)
+            if mask.dtype != torch.bool or mask.flatten(1).shape != context.shape[:2]:
+                raise ValueError(
+                    f"attention mask {tuple(mask.shape)} {mask.dtype}: expected torch.bool with one element per key, "
+                    f"(batch, length) = {tuple(context.shape[:2])}, True for the keys that take part"
+                )
+            mask = mask.flatten(1)
         q, k, v = (
             rearrange(y, "b n (h d) -> b h n d", h=self.heads)
             for y in (self.to_q(x), self.to_k(context), self.to_v(context))
         )
-        out = attend(q, k, v, mask)  # (B, H, N, D)
-        return self.to_out(rearrange(out, "b h n d -> b n (h d)"))
-
-    @staticmethod
-    def _key_mask(mask: Tensor, context: Tensor) -> Tensor:
-        flat = mask.flatten(1)
-        if mask.dtype != torch.bool or flat.shape != context.shape[:2]:
-            raise ValueError(
-                f"attention mask {tuple(mask.shape)} {mask.dtype}: expected torch.bool with one element for each of the "
-                f"(batch, length) = {tuple(context.shape[:2])} keys, True where a key takes part"
-            )
-        return flat
+        return self.to_out(rearrange(attend(q, k, v, mask), "b h n d -> b n (h d)"))
 
 
 class BasicTransformerBlock(nn.Module):
-    """Self-attention, cross-attention and a gated feed-forward layer, each behind a LayerNorm and a residual connection.
+    """Self-attention, cross-attention and a gated feed-forward layer, each with a LayerNorm and a residual connection.
 
-    `disable_self_attn` turns the first attention to the context too; without a context both attend to the sequence itself.
+    With `disable_self_attn` both attentions attend to the context. Without a context both attend to the sequence.
     """
 
     def __init__(
@@ -146,11 +156,11 @@ class BasicTransformerBlock(nn.Module):
         return x + self.ff(self.norm3(x))
 
 
-class SpatialTransformer(nn.Module):
-    """Transformer blocks over the pixels of a feature map, as tokens, with a residual connection around all of them.
+class SpatialTransformer(ContextBlock):
+    """Transformer blocks over the pixels of a feature map, with a residual connection; starts as the identity.
 
-    `context_dim` is one width, or one for each of the `depth` blocks. `use_linear` (Stable Diffusion v2) projects the tokens by
-    linear layers instead of 1x1 convolutions: the same numbers, other weight shapes. The output starts as the input (zero projection).
+    context_dim: one width, or one for each of the `depth` blocks.
+    use_linear: project by linear layers instead of 1x1 convolutions (Stable Diffusion v2); only weight shapes differ.
     """
 
     def __init__(
@@ -166,14 +176,12 @@ class SpatialTransformer(nn.Module):
         use_checkpoint: bool = True,
     ) -> None:
         super().__init__()
-        context_dims = per_block(context_dim, depth)
         inner_dim = n_heads * d_head
         self.in_channels = in_channels
         self.use_linear = use_linear
         self.norm = Normalize(in_channels)
-        self.proj_in = (
-            nn.Linear(in_channels, inner_dim) if use_linear else nn.Conv2d(in_channels, inner_dim, kernel_size=1)
-        )
+        self.proj_in = nn.Linear(in_channels, inner_dim) if use_linear else nn.Conv2d(in_channels, inner_dim, 1)
+        widths = [context_dim] if context_dim is None or isinstance(context_dim, int) else context_dim
         self.transformer_blocks = nn.ModuleList(
             BasicTransformerBlock(
                 inner_dim,
@@ -184,20 +192,21 @@ class SpatialTransformer(nn.Module):
                 checkpoint=use_checkpoint,
                 disable_self_attn=disable_self_attn,
             )
-            for width in context_dims
+            for width in _one_per_block(widths, depth, "context_dim")
         )
         self.proj_out = zero_module(
-            nn.Linear(inner_dim, in_channels) if use_linear else nn.Conv2d(inner_dim, in_channels, kernel_size=1)
+            nn.Linear(inner_dim, in_channels) if use_linear else nn.Conv2d(inner_dim, in_channels, 1)
         )
 
     def forward(self, x: Tensor, context: Tensor | Sequence[Tensor] | None = None) -> Tensor:
         """x: (B, C, H, W), context: (B, L, context_dim), or one tensor for each block -> (B, C, H, W)."""
-        contexts = self._contexts(context)
+        given = [context] if context is None or isinstance(context, Tensor) else context
+        contexts = _one_per_block(given, len(self.transformer_blocks), "context")
         height = x.shape[2]
         h = self.norm(x)  # (B, C, H, W)
         if not self.use_linear:
             h = self.proj_in(h)
-        h = rearrange(h, "b c h w -> b (h w) c").contiguous()  # (B, HW, C); a view where x is channels_last
+        h = rearrange(h, "b c h w -> b (h w) c").contiguous()  # (B, HW, C); a view if x is channels_last
         if self.use_linear:
             h = self.proj_in(h)
         for block, block_context in zip(self.transformer_blocks, contexts, strict=True):
@@ -207,21 +216,20 @@ class SpatialTransformer(nn.Module):
         h = rearrange(h, "b (h w) c -> b c h w", h=height)
         if not self.use_linear:
             h = self.proj_out(h)
-        return x + h  # x first: its memory format is the result's
+        return x + h  # x first: the sum has its memory format
 
-    def _contexts(self, context: Tensor | Sequence[Tensor] | None) -> list[Tensor | None]:
-        blocks = len(self.transformer_blocks)
-        if context is None or torch.is_tensor(context):
-            return [context] * blocks
-        if len(context) not in (1, blocks):
-            raise ValueError(
-                f"{len(context)} contexts for {blocks} transformer blocks: give one tensor, or one for each block"
-            )
-        return list(context) * (blocks // len(context))
+
+def _one_per_block(values: Sequence[T], blocks: int, name: str) -> list[T]:
+    """One value for each transformer block, from one value or one for each."""
+    if len(values) not in (1, blocks):
+        raise ValueError(
+            f"{name}: {len(values)} values for {blocks} transformer blocks (transformer_depth): give 1 or {blocks}"
+        )
+    return list(values) * (blocks // len(values))
 
 
 class LinearAttention(nn.Module):
-    """Attention in linear time: the softmax goes over the keys alone (https://arxiv.org/abs/1812.01243)."""
+    """Attention in linear time: the softmax runs over the keys only (https://arxiv.org/abs/1812.01243)."""
 
     def __init__(self, dim: int, heads: int = 4, dim_head: int = 32) -> None:
         super().__init__()
@@ -232,15 +240,14 @@ class LinearAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (B, C, H, W) -> (B, C, H, W)."""
-        height = x.shape[2]
         q, k, v = rearrange(self.to_qkv(x), "b (qkv heads d) h w -> qkv b heads d (h w)", qkv=3, heads=self.heads)
         context = k.softmax(dim=-1) @ v.transpose(-1, -2)  # (B, heads, D, E)
         out = context.transpose(-1, -2) @ q  # (B, heads, E, HW)
-        return self.to_out(rearrange(out, "b heads e (h w) -> b (heads e) h w", h=height))
+        return self.to_out(rearrange(out, "b heads e (h w) -> b (heads e) h w", h=x.shape[2]))
 
 
 class SpatialSelfAttention(nn.Module):
-    """Single-head self-attention over the pixels of a feature map, with a residual connection."""
+    """Single-head self-attention over the pixels of a feature map, with a residual connection; also AttnBlock."""
 
     def __init__(self, in_channels: int) -> None:
         super().__init__()
@@ -254,18 +261,6 @@ class SpatialSelfAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x: (B, C, H, W) -> (B, C, H, W)."""
         h = self.norm(x)
-        q, k, v = (rearrange(conv(h), "b c h w -> b 1 (h w) c") for conv in (self.q, self.k, self.v))
+        q, k, v = (rearrange(project(h), "b c h w -> b 1 (h w) c") for project in (self.q, self.k, self.v))
         h = rearrange(attend(q, k, v), "b 1 (h w) c -> b c h w", h=x.shape[2])
         return x + self.proj_out(h)
-
-
-def per_block(context_dim: int | Sequence[int] | None, depth: int) -> list[int | None]:
-    """The context width of each of `depth` transformer blocks, from one width or one for each block."""
-    if context_dim is None or isinstance(context_dim, int):
-        return [context_dim] * depth
-    widths = [int(width) for width in context_dim]
-    if len(widths) not in (1, depth):
-        raise ValueError(
-            f"context_dim={widths} has {len(widths)} widths for transformer_depth={depth}: give one, or one for each block"
-        )
-    return widths * (depth // len(widths))

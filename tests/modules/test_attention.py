@@ -16,21 +16,30 @@ from ldm.modules.attention import (
 from tests.reference import randn, rel_error, seed_weights
 
 
-def softmax_formula(q, k, v, mask=None):
+def softmax_formula(q, k, v, visible=None, lowest=None):
     """The published arithmetic: masked logits at the lowest finite value, softmax, weighted sum."""
     logits = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
-    if mask is not None:
-        logits = logits.masked_fill(~mask[:, None, None, :], -torch.finfo(logits.dtype).max)
+    if visible is not None:
+        logits = logits.masked_fill(~visible, lowest)
     return logits.softmax(dim=-1) @ v
 
 
-@pytest.mark.parametrize("masked", [False, True])
-def test_attention_is_the_softmax_formula(masked):
+def test_attention_is_the_softmax_formula():
     q, k, v = randn(1, 3, 2, 5, 8), randn(2, 3, 2, 7, 8), randn(3, 3, 2, 7, 8)
-    mask = randn(4, 3, 7) > 0
-    mask[2] = False  # a row without any key averages all values, and gives no NaN
-    mask = mask if masked else None
-    assert rel_error(attend(q, k, v, mask), softmax_formula(q, k, v, mask)) < 1e-6
+    assert rel_error(attend(q, k, v), softmax_formula(q, k, v)) < 1e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("causal", [False, True])
+def test_a_masked_logit_is_the_lowest_value_of_the_dtype(dtype, causal):
+    """A masked key has no weight however low the visible logits; without a visible key all weigh the same."""
+    q, k, v = randn(1, 3, 2, 5, 8).to(dtype), randn(2, 3, 2, 5, 8).to(dtype), randn(3, 3, 2, 5, 8).to(dtype)
+    q[..., 0], k[..., 0] = 150.0, -200.0  # all logits are near -10,600
+    mask = torch.tensor([[True, False, True, True, False], [False, True, True, False, True], [False] * 5])
+    visible = mask[:, None, None, :] & torch.ones(5, 5, dtype=torch.bool).tril(0 if causal else 5)
+    expected = softmax_formula(q.float(), k.float(), v.float(), visible, torch.finfo(dtype).min)
+    out = attend(q, k, v, mask, causal=causal)
+    assert out.dtype == dtype and rel_error(out.float(), expected) < (1e-5 if dtype == torch.float32 else 0.02)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -104,9 +113,9 @@ def test_each_block_may_have_its_own_context():
 
 
 def test_wrong_numbers_of_contexts_are_refused():
-    with pytest.raises(ValueError, match=r"transformer_depth=2"):
+    with pytest.raises(ValueError, match=r"context_dim: 3 values for 2"):
         SpatialTransformer(32, 2, 16, depth=2, context_dim=[8, 8, 8])
-    with pytest.raises(ValueError, match="3 contexts for 2"):
+    with pytest.raises(ValueError, match="context: 3 values for 2"):
         SpatialTransformer(32, 2, 16, depth=2, context_dim=8)(randn(1, 1, 32, 4, 4), [randn(2, 1, 3, 8)] * 3)
 
 

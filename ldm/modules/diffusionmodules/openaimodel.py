@@ -1,60 +1,495 @@
-"""The UNet of latent diffusion models and the classifier on its contracting half (ADM, https://arxiv.org/abs/2105.05233).
+"""UNet of latent diffusion models, its layers, and a classifier on its contracting half (ADM, arXiv 2105.05233).
 
-The names in the state_dict and the constructors' options, with their quirks in choosing attention heads, are the published ones.
+State-dict names, constructor options and the choice of attention heads are the published ones.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ldm.modules.attention import SpatialTransformer
-from ldm.modules.diffusionmodules.unet_blocks import (
-    AttentionBlock,
-    AttentionPool2d,
-    Downsample,
-    ResBlock,
-    TimestepBlock,
-    TimestepEmbedSequential,
-    Upsample,
+from ldm.modules.attention import ContextBlock, SpatialTransformer, attend
+from ldm.modules.diffusionmodules.util import (
+    avg_pool_nd,
+    checkpoint,
+    conv_nd,
+    linear,
+    normalization,
+    timestep_embedding,
+    zero_module,
 )
-from ldm.modules.diffusionmodules.unet_trunk import LayerFactory, UNetTrunk, per_level
-from ldm.modules.diffusionmodules.util import conv_nd, normalization, timestep_embedding, zero_module
 
-# Downstream code imports the blocks from here.
-__all__ = [
-    "AttentionBlock",
-    "AttentionPool2d",
-    "Downsample",
-    "EncoderUNetModel",
-    "ResBlock",
-    "SpatialTransformer",
-    "TimestepBlock",
-    "TimestepEmbedSequential",
-    "UNetModel",
-    "Upsample",
-    "timestep_embedding",
-]
+T = TypeVar("T", int, bool)
+Context = Tensor | Sequence[Tensor] | None
 
 POOLS = ("adaptive", "attention", "spatial", "spatial_v2")
 
 
-class UNetModel(UNetTrunk):
-    """The denoising UNet with attention on a context (LDM, https://arxiv.org/abs/2112.10752, section 3.3).
+class TimestepBlock(nn.Module):
+    """Base of the UNet layers that take the timestep embedding: `forward(x, emb)`, emb: (B, E)."""
 
-    image_size: the latent size that the model is trained for; any multiple of `size_multiple` works.
-    num_res_blocks: residual blocks of a level, one number or one for each level.
-    attention_resolutions: downsampling factors (1, 2, 4, ...) of the levels with attention; the middle block always has it.
-    channel_mult: the width of each level in units of `model_channels`.
+
+class TimestepEmbedSequential(nn.Sequential, TimestepBlock, ContextBlock):
+    """Layers in sequence; a `TimestepBlock` also gets the embedding, a `ContextBlock` the context."""
+
+    def forward(self, x: Tensor, emb: Tensor | None = None, context: Context = None) -> Tensor:
+        for layer in self:
+            inputs: list[Any] = [x]
+            if isinstance(layer, TimestepBlock):
+                inputs.append(emb)
+            if isinstance(layer, ContextBlock):
+                inputs.append(context)
+            x = layer(*inputs)
+        return x
+
+
+class Upsample(nn.Module):
+    """Nearest-neighbor upsampling by two, and a convolution if `use_conv`; dims=3 keeps the size of the first axis."""
+
+    def __init__(
+        self, channels: int, use_conv: bool, dims: int = 2, out_channels: int | None = None, padding: int = 1
+    ) -> None:
+        super().__init__()
+        self.channels = channels
+        self.out_channels = out_channels or channels
+        self.use_conv = use_conv
+        self.dims = dims
+        if use_conv:
+            self.conv = conv_nd(dims, self.channels, self.out_channels, 3, padding=padding)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (B, C, ..., H, W) -> (B, C', ..., 2H, 2W)."""
+        x = F.interpolate(x, scale_factor=(1, 2, 2) if self.dims == 3 else 2, mode="nearest")
+        return self.conv(x) if self.use_conv else x
+
+
+class Downsample(nn.Module):
+    """Downsampling by two, a strided convolution or an average pool; dims=3 keeps the size of the first axis."""
+
+    def __init__(
+        self, channels: int, use_conv: bool, dims: int = 2, out_channels: int | None = None, padding: int = 1
+    ) -> None:
+        super().__init__()
+        self.channels = channels
+        self.out_channels = out_channels or channels
+        self.use_conv = use_conv
+        self.dims = dims
+        stride = (1, 2, 2) if dims == 3 else 2
+        if use_conv:
+            self.op = conv_nd(dims, self.channels, self.out_channels, 3, stride=stride, padding=padding)
+        elif self.out_channels == channels:
+            self.op = avg_pool_nd(dims, kernel_size=stride, stride=stride)
+        else:
+            raise ValueError(
+                f"Downsample without a convolution keeps its {channels} channels; got out_channels={out_channels}"
+            )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (B, C, ..., H, W) -> (B, C', ..., H/2, W/2)."""
+        return self.op(x)
+
+
+class ResBlock(TimestepBlock):
+    """Residual block that the timestep embedding shifts, or scales and shifts; it may resample by two (`up`, `down`).
+
+    If the number of channels changes, the skip connection is a 1x1 convolution, or 3x3 with `use_conv`.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        emb_channels: int,
+        dropout: float,
+        out_channels: int | None = None,
+        use_conv: bool = False,
+        use_scale_shift_norm: bool = False,
+        dims: int = 2,
+        use_checkpoint: bool = False,
+        up: bool = False,
+        down: bool = False,
+    ) -> None:
+        super().__init__()
+        if up and down:
+            raise ValueError("ResBlock: up=True and down=True exclude each other")
+        self.channels = channels
+        self.emb_channels = emb_channels
+        self.dropout = dropout
+        self.out_channels = out_channels or channels
+        self.use_conv = use_conv
+        self.use_checkpoint = use_checkpoint
+        self.use_scale_shift_norm = use_scale_shift_norm
+        self.updown = up or down
+
+        self.in_layers = nn.Sequential(
+            normalization(channels), nn.SiLU(), conv_nd(dims, channels, self.out_channels, 3, padding=1)
+        )
+        resample = Upsample if up else Downsample
+        self.h_upd = resample(channels, False, dims) if self.updown else nn.Identity()
+        self.x_upd = resample(channels, False, dims) if self.updown else nn.Identity()
+        self.emb_layers = nn.Sequential(
+            nn.SiLU(), linear(emb_channels, (2 if use_scale_shift_norm else 1) * self.out_channels)
+        )
+        self.out_layers = nn.Sequential(
+            normalization(self.out_channels),
+            nn.SiLU(),
+            nn.Dropout(p=dropout),
+            zero_module(conv_nd(dims, self.out_channels, self.out_channels, 3, padding=1)),
+        )
+        self.skip_connection: nn.Module = nn.Identity()
+        if self.out_channels != channels:
+            kernel = 3 if use_conv else 1
+            self.skip_connection = conv_nd(dims, channels, self.out_channels, kernel, padding=kernel // 2)
+
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        """x: (B, C, ...), emb: (B, E) -> (B, C', ...)."""
+        return checkpoint(self._forward, (x, emb), self.parameters(), self.use_checkpoint)
+
+    def _forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        norm, act, conv = self.in_layers
+        h = act(norm(x))
+        if self.updown:
+            h, x = self.h_upd(h), self.x_upd(x)
+        h = conv(h)  # (B, C', ...)
+        emb = self.emb_layers(emb)  # (B, C') or (B, 2C')
+        emb = emb.view(*emb.shape, *[1] * (h.ndim - 2))
+        if self.use_scale_shift_norm:
+            scale, shift = emb.chunk(2, dim=1)
+            h = self.out_layers[0](h) * (1 + scale) + shift
+            for layer in self.out_layers[1:]:
+                h = layer(h)
+        else:
+            h = self.out_layers(h + emb)
+        return self.skip_connection(x) + h
+
+
+class AttentionBlock(nn.Module):
+    """Self-attention over all positions of a feature map, with a residual connection and a zero-initialised projection.
+
+    `num_head_channels` decides the number of heads unless it is -1. The 3C channels of `qkv` are grouped by head first
+    (head, then q, k, v), as in the released models; `use_new_attention_order` groups them by q, k, v first.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        num_heads: int = 1,
+        num_head_channels: int = -1,
+        use_checkpoint: bool = False,
+        use_new_attention_order: bool = False,
+    ) -> None:
+        super().__init__()
+        self.channels = channels
+        self.num_heads = num_heads if num_head_channels == -1 else channels // num_head_channels
+        if self.num_heads < 1 or channels % self.num_heads or channels % num_head_channels:
+            raise ValueError(
+                f"{channels} channels cannot be split into heads with num_heads={num_heads}, num_head_channels="
+                f"{num_head_channels}: choose one that divides {channels} and leave the other at -1"
+            )
+        self.use_checkpoint = use_checkpoint
+        self.use_new_attention_order = use_new_attention_order
+        self.norm = normalization(channels)
+        self.qkv = conv_nd(1, channels, channels * 3, 1)
+        self.proj_out = zero_module(conv_nd(1, channels, channels, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (B, C, ...) -> (B, C, ...)."""
+        return checkpoint(self._forward, (x,), self.parameters(), self.use_checkpoint)
+
+    def _forward(self, x: Tensor) -> Tensor:
+        h = self.qkv(self.norm(x).flatten(2))  # (B, 3C, N)
+        h = self.proj_out(qkv_attention(h, self.num_heads, by_head=not self.use_new_attention_order))  # (B, C, N)
+        return x + h.view(x.shape)
+
+
+class AttentionPool2d(nn.Module):
+    """Attention pooling: the mean of a feature map attends to all its positions (CLIP, arXiv 2103.00020)."""
+
+    def __init__(
+        self, spacial_dim: int, embed_dim: int, num_heads_channels: int, output_dim: int | None = None
+    ) -> None:
+        super().__init__()
+        if num_heads_channels < 1 or embed_dim % num_heads_channels:
+            raise ValueError(
+                f"AttentionPool2d: {embed_dim} channels are no multiple of num_head_channels={num_heads_channels}"
+            )
+        self.positional_embedding = nn.Parameter(torch.randn(embed_dim, spacial_dim**2 + 1) / embed_dim**0.5)
+        self.qkv_proj = conv_nd(1, embed_dim, 3 * embed_dim, 1)
+        self.c_proj = conv_nd(1, embed_dim, output_dim or embed_dim, 1)
+        self.num_heads = embed_dim // num_heads_channels
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (B, C, S, S) -> (B, output_dim)."""
+        x = x.flatten(2)  # (B, C, S*S)
+        expected = self.positional_embedding.shape[1] - 1
+        if x.shape[2] != expected:
+            raise ValueError(
+                f"attention pool: got {x.shape[2]} positions, expected {expected} (inputs of image_size x image_size)"
+            )
+        x = torch.cat([x.mean(dim=-1, keepdim=True), x], dim=-1) + self.positional_embedding.to(x.dtype)
+        x = qkv_attention(self.qkv_proj(x), self.num_heads, by_head=False)
+        return self.c_proj(x)[:, :, 0]
+
+
+def qkv_attention(qkv: Tensor, num_heads: int, by_head: bool) -> Tensor:
+    """Self-attention of channel-first sequences.
+
+    qkv: (B, 3C, N), channels ordered (head, qkv, c) if `by_head` (the legacy order), else (qkv, head, c) -> (B, C, N).
+    """
+    batch, width, length = qkv.shape
+    if by_head:
+        q, k, v = qkv.view(batch, num_heads, 3, -1, length).transpose(-1, -2).unbind(2)  # (B, H, N, D)
+    else:
+        q, k, v = qkv.view(batch, 3, num_heads, -1, length).transpose(-1, -2).unbind(1)
+    return attend(q, k, v).transpose(-1, -2).reshape(batch, width // 3, length)
+
+
+@dataclass(frozen=True)
+class LayerFactory:
+    """Builds a UNet's layers; the fields are the constructor's arguments of the same names."""
+
+    emb_channels: int
+    dropout: float
+    dims: int
+    conv_resample: bool
+    use_checkpoint: bool
+    use_scale_shift_norm: bool
+    resblock_updown: bool
+    num_heads: int
+    num_head_channels: int
+    use_new_attention_order: bool
+    use_spatial_transformer: bool = False
+    transformer_depth: int = 1
+    context_dim: int | Sequence[int] | None = None
+    use_linear_in_transformer: bool = False
+    legacy: bool = True
+
+    def __post_init__(self) -> None:
+        if self.num_heads == -1 and self.num_head_channels == -1:
+            raise ValueError(
+                "num_heads and num_head_channels are both -1: set the number of attention heads or the channels of each"
+            )
+        if self.use_spatial_transformer != (self.context_dim is not None):
+            raise ValueError(
+                f"use_spatial_transformer={self.use_spatial_transformer} with context_dim={self.context_dim}: set both "
+                "or neither (a spatial transformer needs the width of its context, plain attention takes none)"
+            )
+        if self.use_spatial_transformer and self.dims != 2:
+            raise ValueError(f"use_spatial_transformer supports images only: dims must be 2, got {self.dims}")
+
+    def res(self, channels: int, out_channels: int, up: bool = False, down: bool = False) -> ResBlock:
+        return ResBlock(
+            channels,
+            self.emb_channels,
+            self.dropout,
+            out_channels=out_channels,
+            dims=self.dims,
+            use_checkpoint=self.use_checkpoint,
+            use_scale_shift_norm=self.use_scale_shift_norm,
+            up=up,
+            down=down,
+        )
+
+    def down(self, channels: int) -> ResBlock | Downsample:
+        if self.resblock_updown:
+            return self.res(channels, channels, down=True)
+        return Downsample(channels, self.conv_resample, dims=self.dims)
+
+    def up(self, channels: int) -> ResBlock | Upsample:
+        if self.resblock_updown:
+            return self.res(channels, channels, up=True)
+        return Upsample(channels, self.conv_resample, dims=self.dims)
+
+    def attention(
+        self, channels: int, num_heads: int | None = None, disable_self_attn: bool = False
+    ) -> AttentionBlock | SpatialTransformer:
+        """`num_heads` replaces the number of heads of an AttentionBlock, unless `num_head_channels` is set."""
+        heads, dim_head = self._heads(channels)
+        if self.use_spatial_transformer:
+            return SpatialTransformer(
+                channels,
+                heads,
+                dim_head,
+                depth=self.transformer_depth,
+                context_dim=self.context_dim,
+                disable_self_attn=disable_self_attn,
+                use_linear=self.use_linear_in_transformer,
+                use_checkpoint=self.use_checkpoint,
+            )
+        return AttentionBlock(
+            channels,
+            num_heads=heads if num_heads is None else num_heads,
+            num_head_channels=dim_head,
+            use_checkpoint=self.use_checkpoint,
+            use_new_attention_order=self.use_new_attention_order,
+        )
+
+    def _heads(self, channels: int) -> tuple[int, int]:
+        """(number of heads, channels per head or -1) of an attention layer, as published.
+
+        `num_head_channels` decides if it is set. With `legacy`, a transformer's channels are then divided among its
+        heads (another width if they do not divide evenly), and an AttentionBlock without it keeps its number of heads.
+        """
+        heads, dim_head = self.num_heads, self.num_head_channels
+        if dim_head != -1:
+            heads = channels // dim_head
+        if heads < 1 or heads > channels:
+            raise ValueError(
+                f"num_heads={self.num_heads}, num_head_channels={dim_head}: {heads} heads for {channels} channels"
+            )
+        divide = self.use_spatial_transformer if self.legacy else dim_head == -1
+        return heads, channels // heads if divide else dim_head
+
+
+class UNetTrunk(nn.Module):
+    """Common part of UNet and classifier: embeddings of timestep and class, `input_blocks` and `middle_block`."""
+
+    def __init__(
+        self,
+        make: LayerFactory,
+        in_channels: int,
+        model_channels: int,
+        num_res_blocks: Sequence[int],
+        attention_resolutions: Sequence[int],
+        channel_mult: Sequence[int],
+        num_attention_blocks: Sequence[int],
+        disable_self_attentions: Sequence[bool],
+        disable_middle_self_attn: bool = False,
+        num_classes: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.in_channels = in_channels
+        self.model_channels = model_channels
+        self.dims = make.dims
+        self.use_checkpoint = make.use_checkpoint
+        self.context_dim = make.context_dim
+        emb_channels = make.emb_channels
+        self.time_embed = nn.Sequential(
+            linear(model_channels, emb_channels), nn.SiLU(), linear(emb_channels, emb_channels)
+        )
+        self.num_classes = num_classes
+        if num_classes is not None:
+            self.label_emb = nn.Embedding(num_classes, emb_channels)
+
+        ch = model_channels
+        self.input_blocks = nn.ModuleList([TimestepEmbedSequential(conv_nd(self.dims, in_channels, ch, 3, padding=1))])
+        self._skip_channels = [ch]  # of every input block's output; the expanding half takes them in reverse
+        self._downsampling = 1
+        for level, mult in enumerate(channel_mult):
+            for block in range(num_res_blocks[level]):
+                layers: list[nn.Module] = [make.res(ch, mult * model_channels)]
+                ch = mult * model_channels
+                if self._downsampling in attention_resolutions and block < num_attention_blocks[level]:
+                    layers.append(make.attention(ch, disable_self_attn=disable_self_attentions[level]))
+                self.input_blocks.append(TimestepEmbedSequential(*layers))
+                self._skip_channels.append(ch)
+            if level < len(channel_mult) - 1:
+                self.input_blocks.append(TimestepEmbedSequential(make.down(ch)))
+                self._skip_channels.append(ch)
+                self._downsampling *= 2
+        self.middle_block = TimestepEmbedSequential(
+            make.res(ch, ch), make.attention(ch, disable_self_attn=disable_middle_self_attn), make.res(ch, ch)
+        )
+        self._middle_channels = ch
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the blocks' weights and of the feature maps."""
+        return next(self.input_blocks.parameters()).dtype
+
+    @property
+    def size_multiple(self) -> int:
+        """Height and width of the UNet's input must be multiples of this number, 2 ** (number of levels - 1)."""
+        return self._downsampling
+
+    def convert_to_fp16(self) -> None:
+        """Convert the blocks to float16; embeddings and output layers keep their dtype."""
+        self._convert(torch.float16)
+
+    def convert_to_fp32(self) -> None:
+        """Convert the blocks to float32."""
+        self._convert(torch.float32)
+
+    def _convert(self, dtype: torch.dtype) -> None:
+        for block in (*self.input_blocks, self.middle_block, *getattr(self, "output_blocks", ())):
+            block.to(dtype)
+
+    def prepare(
+        self, x: Tensor, timesteps: Tensor | None, context: Context = None, y: Tensor | None = None
+    ) -> tuple[Tensor, Context]:
+        """Check the inputs; return the embedding (B, E) of timestep and label and the context, in the blocks' dtype."""
+        self._check_input(x)
+        batch = x.shape[0]
+        if timesteps is None or timesteps.shape not in ((batch,), (1,)):
+            shape = None if timesteps is None else tuple(timesteps.shape)
+            raise ValueError(f"timesteps of shape {shape}: expected one for each of the {batch} inputs, ({batch},)")
+        if (y is None) != (self.num_classes is None):
+            problem = "missing" if y is None else "not supported"
+            raise ValueError(f"class labels y are {problem}: this UNet has num_classes={self.num_classes}")
+        emb = self.time_embed(timestep_embedding(timesteps, self.model_channels).to(_dtype_of(self.time_embed)))
+        if y is not None:
+            if y.shape != (batch,):
+                raise ValueError(f"class labels y of shape {tuple(y.shape)}: expected ({batch},)")
+            emb = emb + self.label_emb(y)
+        return emb.to(self.dtype), self._check_context(context, batch)
+
+    def _check_input(self, x: Tensor) -> None:
+        if x.ndim != self.dims + 2 or x.shape[1] != self.in_channels:
+            axes = "".join(f", {axis}" for axis in "DHW"[-self.dims :])
+            raise ValueError(f"input of shape {tuple(x.shape)}: this UNet takes (B, {self.in_channels}{axes})")
+
+    def _check_context(self, context: Context, batch: int) -> Context:
+        if context is None:
+            if self.context_dim is not None:
+                raise ValueError(
+                    f"context is missing: this UNet attends to one of shape ({batch}, L, {self.context_dim})"
+                )
+            return None
+        contexts = [context] if isinstance(context, Tensor) else context
+        if self.context_dim is not None:
+            widths = [self.context_dim] if isinstance(self.context_dim, int) else self.context_dim
+            expected = f"({batch}, L, {' or '.join(map(str, widths))})"
+            for c in contexts:
+                if c.ndim != 3 or c.shape[0] != batch or c.shape[2] not in widths:
+                    raise ValueError(f"context of shape {tuple(c.shape)}: expected {expected}")
+        elif {type(m) for m in self.modules() if isinstance(m, ContextBlock)} == {TimestepEmbedSequential}:
+            raise ValueError("context is not supported: this UNet was built without use_spatial_transformer")
+        return context.to(self.dtype) if isinstance(context, Tensor) else [c.to(self.dtype) for c in context]
+
+    def encode(self, x: Tensor, emb: Tensor, context: Context = None, blocks: slice = slice(None)) -> list[Tensor]:
+        """Outputs of the `input_blocks`, or of a range of them, (B, C_i, H_i, W_i) each: the skip connections.
+
+        The last one is also the input of `middle`.
+        """
+        h, outputs = x.to(self.dtype), []
+        for block in list(self.input_blocks)[blocks]:
+            h = block(h, emb, context)
+            outputs.append(h)
+        return outputs
+
+    def middle(self, h: Tensor, emb: Tensor, context: Context = None) -> Tensor:
+        """Output of the `middle_block`, of the shape of its input."""
+        return self.middle_block(h, emb, context)
+
+
+class UNetModel(UNetTrunk):
+    """Denoising UNet with attention to a context (LDM, https://arxiv.org/abs/2112.10752, section 3.3).
+
+    image_size: latent size of the training; any multiple of `size_multiple` works.
+    num_res_blocks: residual blocks per level, one number or one for each level.
+    attention_resolutions: downsampling factors (1, 2, 4, ...) of the levels with attention (the middle has it).
+    channel_mult: width of each level in units of `model_channels`.
     conv_resample: resample by learned convolutions; resblock_updown: by residual blocks instead.
     num_classes: size of a table of class embeddings, added to the timestep's (input `y`).
-    use_checkpoint: compute activations again in the backward pass instead of keeping them. use_fp16: the blocks in float16.
-    num_heads, num_head_channels: one of the two; the channels of a head win where both are given. num_heads_upsample: heads in the
-    expanding half, for plain attention under `legacy` without `num_head_channels` (elsewhere it has no effect, as published).
-    use_spatial_transformer, transformer_depth, context_dim: transformer blocks on a context of that width (or one for each block).
+    use_checkpoint: recompute activations in the backward pass instead of storing them. use_fp16: the blocks in float16.
+    num_heads, num_head_channels: set one of them; the second has precedence.
+    num_heads_upsample: heads in the expanding half; only for plain attention, `legacy` and no `num_head_channels`.
+    use_spatial_transformer, transformer_depth: attention to a context, by that many blocks.
+    context_dim: width of the context, or of each block's context.
     n_embed: predict the ids of a codebook of that size; the output then has `n_embed` channels of scores.
     legacy: how the heads are chosen (`LayerFactory`); false in Stable Diffusion.
     disable_self_attentions, num_attention_blocks (for each level), disable_middle_self_attn, use_linear_in_transformer:
@@ -92,6 +527,8 @@ class UNetModel(UNetTrunk):
         disable_middle_self_attn: bool = False,
         use_linear_in_transformer: bool = False,
     ) -> None:
+        if context_dim is not None and not isinstance(context_dim, int):
+            context_dim = list(context_dim)  # plain, not the list type of a config
         make = LayerFactory(
             emb_channels=4 * model_channels,
             dropout=dropout,
@@ -105,24 +542,22 @@ class UNetModel(UNetTrunk):
             use_new_attention_order=use_new_attention_order,
             use_spatial_transformer=use_spatial_transformer,
             transformer_depth=transformer_depth,
-            context_dim=context_dim
-            if context_dim is None or isinstance(context_dim, int)
-            else [int(width) for width in context_dim],
+            context_dim=context_dim,
             use_linear_in_transformer=use_linear_in_transformer,
             legacy=legacy,
         )
         levels = len(channel_mult)
         res_blocks = per_level("num_res_blocks", num_res_blocks, levels)
-        attention_blocks = (
-            None if num_attention_blocks is None else per_level("num_attention_blocks", num_attention_blocks, levels)
-        )
+        attention_blocks = [num + 1 for num in res_blocks]
+        if num_attention_blocks is not None:
+            attention_blocks = per_level("num_attention_blocks", num_attention_blocks, levels)
         no_self = [False] * levels
         if disable_self_attentions is not None:
             no_self = per_level("disable_self_attentions", disable_self_attentions, levels)
         if (any(no_self) or disable_middle_self_attn or use_linear_in_transformer) and not use_spatial_transformer:
             raise ValueError(
-                "disable_self_attentions, disable_middle_self_attn and use_linear_in_transformer are options of spatial "
-                "transformers: set use_spatial_transformer: true and context_dim, or leave them out"
+                "disable_self_attentions, disable_middle_self_attn and use_linear_in_transformer are options of spatial"
+                " transformers: set use_spatial_transformer: true and context_dim, or leave them out"
             )
         super().__init__(
             make,
@@ -131,10 +566,10 @@ class UNetModel(UNetTrunk):
             res_blocks,
             attention_resolutions,
             channel_mult,
-            num_classes=num_classes,
-            num_attention_blocks=attention_blocks,
-            disable_self_attentions=no_self,
-            disable_middle_self_attn=disable_middle_self_attn,
+            attention_blocks,
+            no_self,
+            disable_middle_self_attn,
+            num_classes,
         )
         self.image_size = image_size
         self.out_channels = out_channels
@@ -144,7 +579,6 @@ class UNetModel(UNetTrunk):
         self.num_heads = num_heads
         self.num_head_channels = num_head_channels
         self.num_heads_upsample = num_heads if num_heads_upsample == -1 else num_heads_upsample
-        self.context_dim = make.context_dim
         self.predict_codebook_ids = n_embed is not None
 
         ch, skips, downsampling = self._middle_channels, list(self._skip_channels), self._downsampling
@@ -153,12 +587,8 @@ class UNetModel(UNetTrunk):
             for block in range(res_blocks[level] + 1):
                 layers: list[nn.Module] = [make.res(ch + skips.pop(), channel_mult[level] * model_channels)]
                 ch = channel_mult[level] * model_channels
-                if downsampling in attention_resolutions and (
-                    attention_blocks is None or block < attention_blocks[level]
-                ):
-                    layers.append(
-                        make.attention(ch, num_heads=self.num_heads_upsample, disable_self_attn=no_self[level])
-                    )
+                if downsampling in attention_resolutions and block < attention_blocks[level]:
+                    layers.append(make.attention(ch, self.num_heads_upsample, no_self[level]))
                 if level and block == res_blocks[level]:
                     layers.append(make.up(ch))
                     downsampling //= 2
@@ -175,69 +605,49 @@ class UNetModel(UNetTrunk):
         self,
         x: Tensor,
         timesteps: Tensor | None = None,
-        context: Tensor | Sequence[Tensor] | None = None,
+        context: Context = None,
         y: Tensor | None = None,
         **kwargs: Any,
     ) -> Tensor:
-        """The network's output, in the dtype of `x`; further keywords are ignored, as published, so that wrappers may pass more.
+        """Network output in the dtype of `x`; other keywords are ignored, as published, so that wrappers may pass more.
 
-        x: (B, C, H, W), timesteps: (B,), whole or fractional and never rounded, context: (B, L, context_dim), y: (B,) class labels
-        -> (B, out_channels, H, W), or (B, n_embed, H, W) scores of codebook ids.
-        Raises ValueError for a size that is no multiple of `size_multiple`, and for missing or superfluous inputs.
+        x: (B, C, H, W), timesteps: (B,), integer or fractional (never rounded), context: (B, L, context_dim), y: (B,)
+        class labels -> (B, out_channels, H, W), or (B, n_embed, H, W) scores of codebook ids.
+        Raises ValueError for a size that is no multiple of `size_multiple`, and for missing or unsupported inputs.
         """
-        self._check_input(x)
-        self._check_size(x)
-        emb = self._embed(x, timesteps, y)  # (B, 4 * model_channels)
-        context = self._context(x, context)
-        h = x.to(self.dtype)
-        skips = []
-        for block in self.input_blocks:
-            h = block(h, emb, context)  # (B, C_i, H_i, W_i)
-            skips.append(h)
-        h = self.middle_block(h, emb, context)
-        for block in self.output_blocks:
-            h = block(torch.cat([h, skips.pop()], dim=1), emb, context)
+        emb, context = self.prepare(x, timesteps, context, y)  # (B, 4 * model_channels), (B, L, context_dim)
+        skips = self.encode(x, emb, context)
+        h = self.middle(skips[-1], emb, context)
+        h = self.decode(h, skips, emb, context)
         head = self.id_predictor if self.predict_codebook_ids else self.out
-        return head(h.to(head[-1].weight.dtype)).to(x.dtype)
+        return head(h.to(_dtype_of(head))).to(x.dtype)
 
-    def _check_size(self, x: Tensor) -> None:
+    def _check_input(self, x: Tensor) -> None:
+        super()._check_input(x)
         # An odd feature map comes back one larger from the expanding half and does not fit its skip connection.
-        multiple, size = self.size_multiple, tuple(x.shape[-min(self.dims, 2) :])
+        multiple, size = self.size_multiple, x.shape[-min(self.dims, 2) :]
         if any(n % multiple for n in size):
-            near = [max(multiple, round(n / multiple) * multiple) for n in size]
-            given, nearest = ("x".join(map(str, numbers)) for numbers in (size, near))
+            near = (max(multiple, round(n / multiple) * multiple) for n in size)
             raise ValueError(
-                f"input of size {given}: this UNet needs multiples of {multiple}; the nearest is {nearest}"
+                f"input of size {'x'.join(map(str, size))}: this UNet needs multiples of {multiple}; "
+                f"the nearest is {'x'.join(map(str, near))}"
             )
 
-    def _context(self, x: Tensor, context: Tensor | Sequence[Tensor] | None) -> Tensor | list[Tensor] | None:
-        """The context in the dtype of the blocks."""
-        if self.context_dim is None:
-            if context is not None:
-                raise ValueError(
-                    "a context was given, but this UNet was built without use_spatial_transformer and would ignore it"
-                )
-            return None
-        if context is None:
-            raise ValueError(
-                f"this UNet attends to a context of shape ({x.shape[0]}, L, {self.context_dim}), which is missing"
-            )
-        if not torch.is_tensor(context):
-            return [self._context(x, part) for part in context]
-        widths = (self.context_dim,) if isinstance(self.context_dim, int) else self.context_dim
-        if context.ndim != 3 or context.shape[0] != x.shape[0] or context.shape[2] not in widths:
-            raise ValueError(
-                f"context of shape {tuple(context.shape)}: expected ({x.shape[0]}, L, {' or '.join(map(str, widths))})"
-            )
-        return context.to(self.dtype)
+    def decode(
+        self, h: Tensor, skips: list[Tensor], emb: Tensor, context: Context = None, blocks: slice = slice(None)
+    ) -> Tensor:
+        """Output of the `output_blocks`, or of a range of them; each takes the last of `skips` off the list."""
+        for block in list(self.output_blocks)[blocks]:
+            h = block(torch.cat([h, skips.pop()], dim=1), emb, context)
+        return h
 
 
 class EncoderUNetModel(UNetTrunk):
-    """The contracting half of the UNet with a head: the noisy classifier of ADM (https://arxiv.org/abs/2105.05233, section 4).
+    """Contracting half of the UNet with a head: the noisy classifier of ADM (arXiv 2105.05233, section 4).
 
-    pool: `adaptive` averages the middle's output, `attention` pools it by attention (inputs must be `image_size` large), `spatial`
-    and `spatial_v2` average every block's output and run a small network on all of them. `num_heads_upsample` belongs to the
-    published signature and has no meaning here: there is no expanding half.
+    pool: `adaptive` averages the middle block's output, `attention` pools it by attention (`image_size` only),
+    `spatial` and `spatial_v2` average the outputs of all blocks and run a small network on them.
+    num_heads_upsample: part of the published signature; no effect without an expanding half.
     """
 
     def __init__(
@@ -265,9 +675,7 @@ class EncoderUNetModel(UNetTrunk):
         if pool not in POOLS:
             raise ValueError(f"pool={pool!r}: expected one of {', '.join(POOLS)}")
         if pool == "attention" and (num_head_channels == -1 or dims != 2):
-            raise ValueError(
-                f"pool='attention' needs num_head_channels, the width of its heads, and dims=2; got {num_head_channels}, {dims}"
-            )
+            raise ValueError(f"pool='attention' needs num_head_channels and dims=2; got {num_head_channels} and {dims}")
         make = LayerFactory(
             emb_channels=4 * model_channels,
             dropout=dropout,
@@ -281,46 +689,54 @@ class EncoderUNetModel(UNetTrunk):
             use_new_attention_order=use_new_attention_order,
         )
         res_blocks = per_level("num_res_blocks", num_res_blocks, len(channel_mult))
-        super().__init__(make, in_channels, model_channels, res_blocks, attention_resolutions, channel_mult)
+        super().__init__(
+            make,
+            in_channels,
+            model_channels,
+            res_blocks,
+            attention_resolutions,
+            channel_mult,
+            num_attention_blocks=res_blocks,
+            disable_self_attentions=[False] * len(channel_mult),
+        )
         self.image_size = image_size
         self.out_channels = out_channels
         self.num_head_channels = num_head_channels
         self.pool = pool
-        self.out = self._head(dims)
+        self.out = nn.Sequential(*self._head())
         if use_fp16:
             self.convert_to_fp16()
 
     def forward(self, x: Tensor, timesteps: Tensor) -> Tensor:
         """x: (B, C, H, W), timesteps: (B,) -> (B, out_channels), in the dtype of `x`."""
-        self._check_input(x)
-        emb = self._embed(x, timesteps)
-        h = x.to(self.dtype)
-        averages = []
-        for block in (*self.input_blocks, self.middle_block):
-            h = block(h, emb)
-            if self.pool.startswith("spatial"):
-                averages.append(h.flatten(2).mean(dim=2))
-        if averages:
-            h = torch.cat(averages, dim=1)  # (B, sum of all blocks' channels)
-        return self.out(h.to(next(self.out.parameters()).dtype)).to(x.dtype)
+        emb, _ = self.prepare(x, timesteps)
+        outputs = self.encode(x, emb)
+        h = self.middle(outputs[-1], emb)
+        if self.pool.startswith("spatial"):
+            h = torch.cat([out.flatten(2).mean(dim=2) for out in (*outputs, h)], dim=1)  # (B, sum of all channels)
+        return self.out(h.to(_dtype_of(self.out))).to(x.dtype)
 
-    def _head(self, dims: int) -> nn.Sequential:
-        ch = self._middle_channels
+    def _head(self) -> list[nn.Module]:
+        ch, out = self._middle_channels, self.out_channels
         if self.pool == "adaptive":
-            average = (nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d)[dims - 1](1)
-            return nn.Sequential(
-                normalization(ch),
-                nn.SiLU(),
-                average,
-                zero_module(conv_nd(dims, ch, self.out_channels, 1)),
-                nn.Flatten(),
-            )
+            average = (nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d)[self.dims - 1](1)
+            return [normalization(ch), nn.SiLU(), average, zero_module(conv_nd(self.dims, ch, out, 1)), nn.Flatten()]
         if self.pool == "attention":
-            attention = AttentionPool2d(
-                self.image_size // self._downsampling, ch, self.num_head_channels, self.out_channels
-            )
-            return nn.Sequential(normalization(ch), nn.SiLU(), attention)
+            size = self.image_size // self._downsampling
+            return [normalization(ch), nn.SiLU(), AttentionPool2d(size, ch, self.num_head_channels, out)]
         activation = [nn.ReLU()] if self.pool == "spatial" else [normalization(2048), nn.SiLU()]
-        return nn.Sequential(
-            nn.Linear(sum(self._skip_channels) + ch, 2048), *activation, nn.Linear(2048, self.out_channels)
+        return [nn.Linear(sum(self._skip_channels) + ch, 2048), *activation, nn.Linear(2048, out)]
+
+
+def per_level(name: str, value: T | Sequence[T], levels: int) -> list[T]:
+    """One value for each level, from one value or a sequence; `name` is the argument's, for the error."""
+    values = [value] * levels if isinstance(value, int) else list(value)
+    if len(values) != levels:
+        raise ValueError(
+            f"{name}={values} has {len(values)} values for the {levels} levels of channel_mult: give 1 or {levels}"
         )
+    return values
+
+
+def _dtype_of(module: nn.Module) -> torch.dtype:
+    return next(module.parameters()).dtype

@@ -1,4 +1,4 @@
-"""Laws of the first stage's networks. Figures under tests/golden/modules are the published implementation's (tests/golden/README.md)."""
+"""First-stage networks. tests/golden/modules: figures of the published implementation."""
 
 import math
 
