@@ -87,7 +87,7 @@ def test_the_tables_of_sampling_are_those_of_the_code():
     ]
     table = {name: cells[-1] for cells in rows for name in re.findall(r"`(\w+)`", cells[0])}
     assert {name: table[name] for name in SAMPLERS} == {
-        name: ", ".join(entry.grids) for name, entry in SAMPLERS.items()
+        name: ", ".join(entry.spacings) for name, entry in SAMPLERS.items()
     }
     assert {*PRECISIONS, *SEED_MODES} == table.keys() - SAMPLERS.keys()
     (takers,) = re.findall(r"`--ddim_eta` is for (.*)\. `--guidance", SAMPLING)

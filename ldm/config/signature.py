@@ -7,8 +7,10 @@ import functools
 import importlib.util
 import re
 import sys
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ldm.config.instantiate import resolve_alias
 
@@ -36,6 +38,26 @@ def constructor_arguments(target: str) -> dict[str, Argument] | None:
     module, _, name = resolve_alias(target).rpartition(".")
     found = _find_class(module, name)
     return None if found is None else _accepted(found, depth=0)
+
+
+def class_attributes(target: str) -> dict[str, Any]:
+    """Return the literal attributes in the body of class `target`, inherited ones included."""
+    module, _, name = target.rpartition(".")
+    found = _find_class(module, name)
+    attributes: dict[str, Any] = {}
+    if found is None:
+        return attributes
+    for base in reversed(found.node.bases):
+        attributes |= class_attributes(_resolve(found.module, base))
+    for node in found.node.body:
+        match node:
+            case (
+                ast.Assign(targets=[ast.Name(id=key)], value=value)
+                | ast.AnnAssign(target=ast.Name(id=key), value=ast.expr() as value)
+            ):
+                with suppress(ValueError):  # not a literal
+                    attributes[key] = ast.literal_eval(value)
+    return attributes
 
 
 def classes_of_module(module: str) -> list[str] | None:

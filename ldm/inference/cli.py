@@ -78,7 +78,7 @@ def add_sampler_flag(parser: argparse._ActionsContainer) -> None:
 def add_sampling_flags(parser: Parser, guidance: bool = True) -> None:
     """What samplers take beside their steps; without `guidance` not what is about that."""
     add = parser.add_argument
-    grids = ", ".join(dict.fromkeys(grid for entry in SAMPLERS.values() for grid in entry.grids))
+    grids = ", ".join(dict.fromkeys(grid for entry in SAMPLERS.values() for grid in entry.spacings))
     add(
         "--spacing",
         default="uniform",

@@ -18,7 +18,7 @@ from ldm.config.model_info import (
     takes_text,
     value_at,
 )
-from ldm.models.diffusion.samplers.registry import CONTINUOUS, SAMPLERS
+from ldm.models.diffusion.samplers.registry import SAMPLERS
 
 # What is asked of a model and what is known of it come from one place for scripts.
 __all__ = [
@@ -202,10 +202,10 @@ def check_spacing(sampler: str, spacing: str, info: ModelInfo) -> None:
     """ValueError unless the sampler can spread its steps so over this model's schedule."""
     if sampler not in SAMPLERS:
         raise ValueError(f"--sampler {sampler}: choose one of {', '.join(SAMPLERS)}")
-    grids = SAMPLERS[sampler].grids
-    if spacing not in grids:
-        raise ValueError(f"--spacing {spacing}: {sampler} takes {', '.join(grids)}")
-    if info.zero_terminal_snr and grids == CONTINUOUS and spacing != "trailing":
+    entry = SAMPLERS[sampler]
+    if spacing not in entry.spacings:
+        raise ValueError(f"--spacing {spacing}: {sampler} takes {', '.join(entry.spacings)}")
+    if info.zero_terminal_snr and entry.continuous_time and spacing != "trailing":
         raise ValueError(
             f"--spacing {spacing}: {sampler} cannot start where no signal is left, as in this schedule; choose trailing"
         )

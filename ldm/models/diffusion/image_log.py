@@ -10,7 +10,7 @@ from einops import rearrange
 from torch import Tensor
 
 from ldm.models.diffusion.samplers.ancestral import AncestralSampler
-from ldm.models.diffusion.samplers.base import Options, Run, Samples
+from ldm.models.diffusion.samplers.base import Samples
 from ldm.models.diffusion.samplers.ddim import DDIMSampler
 from ldm.util import isimage, ismap, log_txt_as_img
 from ldm.visualize import labels_to_rgb
@@ -130,13 +130,8 @@ def sample_log(
         return DDIMSampler(model).sample(
             steps, batch_size, latent, cond, eta=ddim_eta, verbose=False, log_every_t=every, **kwargs
         )
-    sampler = AncestralSampler(model)
-    options = Options(clip_denoised=model.clip_denoised, quantize_x0=kwargs.pop("quantize_x0", False))
-    mask, x0 = kwargs.pop("mask", None), kwargs.pop("x0", None)
-    scale, uncond = kwargs.pop("unconditional_guidance_scale", 1.0), kwargs.pop("unconditional_conditioning", None)
-    x = torch.randn(tuple(shape), device=model.device)
-    run = Run(model, sampler.grid(model.num_timesteps), x, cond, uncond, scale, options)
-    return sampler.loop(x, run, model.num_timesteps, mask, x0, log_every_t=model.log_every_t, verbose=False)
+    kwargs |= {"verbose": False, "log_every_t": model.log_every_t, "clip_denoised": model.clip_denoised}
+    return AncestralSampler(model).sample(model.num_timesteps, batch_size, latent, cond, **kwargs)
 
 
 def film(frames: Sequence[Tensor]) -> Tensor:

@@ -23,7 +23,7 @@ from ldm.models.diffusion.conditioning import (
 from ldm.models.diffusion.gaussian_diffusion import GaussianProcess
 from ldm.models.diffusion.image_log import log_pixel_images
 from ldm.models.diffusion.samplers.ancestral import AncestralSampler
-from ldm.models.diffusion.samplers.denoiser import Options, Run
+from ldm.models.diffusion.samplers.denoiser import SamplingOptions, SamplingRun
 from ldm.modules.diffusionmodules.parameterization import get_parameterization
 from ldm.modules.ema import LitEma
 from ldm.rng import torch_generators_kept
@@ -301,8 +301,8 @@ class DDPM(pl.LightningModule, GaussianProcess):
         if not 0 <= start <= self.num_timesteps:
             raise ValueError(f"timesteps {start}: choose 0 to {self.num_timesteps}")
         sampler = AncestralSampler(self)
-        options = Options(clip_denoised=self.clip_denoised, quantize_x0=quantize_denoised)
-        run = Run(self, sampler.grid(self.num_timesteps), x, cond, None, 1.0, options)
+        options = SamplingOptions(clip_denoised=self.clip_denoised, quantize_x0=quantize_denoised)
+        run = SamplingRun(self, sampler.checked_steps(self.num_timesteps), x, cond, None, 1.0, options)
         out = sampler.loop(x, run, start, mask, x0, log_every_t=log_every_t or self.log_every_t, verbose=verbose)
         return (out.samples, out.intermediates["x_inter"]) if return_intermediates else out.samples
 

@@ -1,75 +1,46 @@
-"""What the network predicts: eps, x0 or v, each as conversions between its output, the noise and the clean signal.
-
-With x = alpha * x0 + sigma * eps and alpha^2 + sigma^2 = 1; alpha and sigma broadcast against x (B, C, H, W).
-"""
+"""What the network predicts: eps, x0 or v, each as conversions between its output, the noise and the clean signal."""
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
 
 from torch import Tensor
 
 
-class Parameterization(ABC):
-    """A choice of training target and its inverse."""
+@dataclass(frozen=True)
+class Parameterization:
+    """A training target and its inverse, for x = alpha * x0 + sigma * eps with alpha^2 + sigma^2 = 1.
 
-    @abstractmethod
-    def target(self, x0: Tensor, noise: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
-        """What the network is trained to output."""
+    alpha and sigma broadcast against x (B, C, H, W); `out` is the network's output at x.
+    """
 
-    @abstractmethod
-    def to_x0(self, x: Tensor, out: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
-        """The clean signal that output `out` at noisy input `x` stands for."""
-
-    @abstractmethod
-    def to_eps(self, x: Tensor, out: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
-        """The noise that output `out` at noisy input `x` stands for."""
+    target: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]  # (x0, eps, alpha, sigma) -> what the network learns
+    to_x0: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]  # (x, out, alpha, sigma) -> clean signal
+    to_eps: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]  # (x, out, alpha, sigma) -> noise
 
 
-class Eps(Parameterization):
-    """The network predicts the noise (DDPM, arXiv 2006.11239, eq. 14)."""
-
-    def target(self, x0: Tensor, noise: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
-        return noise
-
-    def to_x0(self, x: Tensor, out: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
-        return (x - sigma * out) / alpha
-
-    def to_eps(self, x: Tensor, out: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
-        return out
-
-
-class X0(Parameterization):
-    """The network predicts the clean signal."""
-
-    def target(self, x0: Tensor, noise: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
-        return x0
-
-    def to_x0(self, x: Tensor, out: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
-        return out
-
-    def to_eps(self, x: Tensor, out: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
-        return (x - alpha * out) / sigma
-
-
-class V(Parameterization):
-    """The network predicts v = alpha * eps - sigma * x0 (Salimans & Ho 2022, arXiv 2202.00512, section 4)."""
-
-    def target(self, x0: Tensor, noise: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
-        return alpha * noise - sigma * x0
-
-    def to_x0(self, x: Tensor, out: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
-        return alpha * x - sigma * out
-
-    def to_eps(self, x: Tensor, out: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
-        return alpha * out + sigma * x
-
-
-PARAMETERIZATIONS: dict[str, Parameterization] = {"eps": Eps(), "x0": X0(), "v": V()}
+PARAMETERIZATIONS = {
+    "eps": Parameterization(  # DDPM, arXiv 2006.11239, eq. 14
+        target=lambda x0, eps, alpha, sigma: eps,
+        to_x0=lambda x, out, alpha, sigma: (x - sigma * out) / alpha,
+        to_eps=lambda x, out, alpha, sigma: out,
+    ),
+    "x0": Parameterization(
+        target=lambda x0, eps, alpha, sigma: x0,
+        to_x0=lambda x, out, alpha, sigma: out,
+        to_eps=lambda x, out, alpha, sigma: (x - alpha * out) / sigma,
+    ),
+    "v": Parameterization(  # Salimans & Ho 2022, arXiv 2202.00512, section 4
+        target=lambda x0, eps, alpha, sigma: alpha * eps - sigma * x0,
+        to_x0=lambda x, out, alpha, sigma: alpha * x - sigma * out,
+        to_eps=lambda x, out, alpha, sigma: alpha * out + sigma * x,
+    ),
+}
 
 
 def get_parameterization(name: str) -> Parameterization:
-    """The parameterization of that name; ValueError lists the choices."""
+    """Return the parameterization of that name; ValueError for an unknown one."""
     if name not in PARAMETERIZATIONS:
         raise ValueError(f"parameterization {name!r}: choose one of {', '.join(PARAMETERIZATIONS)}")
     return PARAMETERIZATIONS[name]

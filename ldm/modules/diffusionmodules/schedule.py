@@ -1,4 +1,4 @@
-"""Noise schedules: betas, every table that follows from them, and the timestep grids that samplers walk."""
+"""Noise schedules: the tables that follow from the betas, and the timesteps of samplers."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from ldm.config.beta_schedule import make_beta_schedule as make_beta_schedule
 
 logger = logging.getLogger(__name__)
 
-GRIDS = ("uniform", "quad", "trailing")
+SPACINGS = ("uniform", "quad", "trailing")
 
 
 def rescale_zero_terminal_snr(betas: np.ndarray) -> np.ndarray:
-    """Betas (T,) shifted and scaled so that no signal is left at the last timestep (Lin et al. 2023, arXiv 2305.08891, algorithm 1).
+    """Shift and scale the betas (T,) so that no signal is left at the last timestep (arXiv 2305.08891, algorithm 1).
 
-    The first timestep's noise stays as it is; the last beta is 1. Raises ValueError for fewer than 2 timesteps.
+    The first timestep's noise stays; the last beta is 1. ValueError for fewer than 2 timesteps.
     """
     if len(betas) < 2:
         raise ValueError(f"zero_terminal_snr needs at least 2 timesteps, got {len(betas)}")
@@ -32,10 +32,10 @@ def rescale_zero_terminal_snr(betas: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True, eq=False)
 class Schedule:
-    """Tables of the Gaussian process that follow from its betas, each (T,) float64 (DDPM, arXiv 2006.11239, section 2).
+    """Tables of the Gaussian diffusion, each (T,) float64 (DDPM, arXiv 2006.11239, section 2).
 
-    `v_posterior` mixes the two choices for the reverse variance: 0 is the true posterior's, 1 is beta. The last beta
-    may be 1 where `zero_terminal_snr` says so; the tables that divide by alphas_cumprod are infinite there.
+    `v_posterior` mixes two reverse variances: 0 is the true posterior's, 1 is beta. With `zero_terminal_snr` the last
+    beta may be 1; the tables that divide by alphas_cumprod are infinite there.
     """
 
     betas: np.ndarray
@@ -43,19 +43,17 @@ class Schedule:
     zero_terminal_snr: bool = False
 
     def __post_init__(self) -> None:
-        bounded = (
-            self.betas[:-1]
-            if self.zero_terminal_snr and self.betas.ndim == 1 and self.betas[-1:] == 1.0
-            else self.betas
-        )
-        if self.betas.ndim != 1 or not ((bounded >= 0) & (bounded < 1)).all():
+        below_one = self.betas < 1
+        if self.zero_terminal_snr:
+            below_one[-1:] |= self.betas[-1:] == 1
+        if self.betas.ndim != 1 or not (below_one & (self.betas >= 0)).all():
             raise ValueError(f"betas must be (T,) with values in [0, 1), got shape {self.betas.shape}")
 
     @classmethod
     def from_betas(
         cls, betas: Sequence[float] | np.ndarray | Tensor, v_posterior: float = 0.0, zero_terminal_snr: bool = False
     ) -> Schedule:
-        """From given betas: a list, an array or a tensor; `zero_terminal_snr` rescales them."""
+        """Build the tables from a list, array or tensor of betas; `zero_terminal_snr` rescales them."""
         schedule = cls(np.asarray(betas, dtype=np.float64), v_posterior)
         return cls(rescale_zero_terminal_snr(schedule.betas), v_posterior, True) if zero_terminal_snr else schedule
 
@@ -77,7 +75,7 @@ class Schedule:
         return (1 - self.v_posterior) * true_posterior + self.v_posterior * self.betas
 
     def tables(self) -> dict[str, np.ndarray]:
-        """Every table under the name that published checkpoints give its buffer."""
+        """All tables by the names of the buffers in published checkpoints."""
         acp, acp_prev, alphas = self.alphas_cumprod, self.alphas_cumprod_prev, 1 - self.betas
         with np.errstate(divide="ignore"):
             return {
@@ -90,7 +88,7 @@ class Schedule:
                 "sqrt_recip_alphas_cumprod": np.sqrt(1 / acp),
                 "sqrt_recipm1_alphas_cumprod": np.sqrt(1 / acp - 1),
                 "posterior_variance": self.posterior_variance,
-                # The variance is 0 at the first step of the chain, hence the floor under the logarithm.
+                # The variance is 0 at the first timestep, hence the minimum of the logarithm's argument.
                 "posterior_log_variance_clipped": np.log(np.maximum(self.posterior_variance, 1e-20)),
                 "posterior_mean_coef1": self.betas * np.sqrt(acp_prev) / (1 - acp),
                 "posterior_mean_coef2": (1 - acp_prev) * np.sqrt(alphas) / (1 - acp),
@@ -98,21 +96,19 @@ class Schedule:
 
 
 def check_steps(steps: int, num_timesteps: int) -> None:
-    """Raise ValueError unless a grid of `steps` steps exists on a chain of `num_timesteps`."""
+    """Raise ValueError unless `steps` is in [1, num_timesteps]."""
     if not 1 <= steps <= num_timesteps:
-        raise ValueError(
-            f"{steps} sampling steps: choose 1 to {num_timesteps}, the length of this model's noise schedule"
-        )
+        raise ValueError(f"{steps} sampling steps: choose 1 to {num_timesteps}, the model's number of timesteps")
 
 
 def make_ddim_timesteps(
     ddim_discr_method: str, num_ddim_timesteps: int, num_ddpm_timesteps: int, verbose: bool = True
 ) -> np.ndarray:
-    """The timesteps that a sampler visits, increasing, (S,) int64 in [0, T).
+    """Return the timesteps of a sampler, increasing, (S,) int64 in [0, T).
 
-    `uniform` is the published grid 1, 1 + T/S, ... wherever S divides T and S < T; elsewhere exactly S strictly
-    increasing steps. `quad` is the published one, which repeats small steps. `trailing` ends at T - 1, as a schedule with zero
-    terminal SNR needs (Lin et al. 2023, arXiv 2305.08891, table 2). Raises ValueError for another name or S.
+    `uniform` is the published spacing 1, 1 + T/S, ... if S divides T and S < T, else exactly S strictly increasing
+    timesteps. `quad` is as published and repeats small timesteps. `trailing` ends at T - 1, as zero terminal SNR needs
+    (arXiv 2305.08891, table 2). ValueError for an unknown spacing or an S outside [1, T].
     """
     S, T = int(num_ddim_timesteps), int(num_ddpm_timesteps)
     check_steps(S, T)
@@ -122,30 +118,30 @@ def make_ddim_timesteps(
             timesteps += 1  # the published shift, which keeps the last step away from t = 0
     elif ddim_discr_method == "quad":
         timesteps = (np.linspace(0, np.sqrt(T * 0.8), S) ** 2).astype(np.int64) + 1
-        timesteps = np.minimum(timesteps, T - 1)  # only chains shorter than ten steps reach this bound
+        timesteps = np.minimum(timesteps, T - 1)  # reached only if T < 10
     elif ddim_discr_method == "trailing":
         timesteps = np.round(np.arange(1, S + 1) * (T / S)).astype(np.int64) - 1
     else:
-        raise ValueError(f"ddim_discretize {ddim_discr_method!r}: choose one of {', '.join(GRIDS)}")
+        raise ValueError(f"ddim_discretize {ddim_discr_method!r}: choose one of {', '.join(SPACINGS)}")
     if verbose:
-        logger.info("%d sampling steps, t = %d ... %d", S, timesteps[-1], timesteps[0])
+        logger.info("%d sampling steps, timesteps %d to %d", S, timesteps[-1], timesteps[0])
     return timesteps
 
 
 class DDIMParameters(NamedTuple):
-    """Tables of DDIM on its grid, each (S,) float64, from the smallest timestep up."""
+    """DDIM's tables, each (S,) float64, from the smallest timestep up."""
 
     sigmas: np.ndarray
-    alphas: np.ndarray  # products of (1 - beta), as everywhere in DDIM's equations
+    alphas: np.ndarray  # products of (1 - beta)
     alphas_prev: np.ndarray
 
 
 def make_ddim_sampling_parameters(
     alphacums: np.ndarray | Tensor, ddim_timesteps: np.ndarray, eta: float, verbose: bool = True
 ) -> DDIMParameters:
-    """Noise scale and alphas of each DDIM step; `eta` 0 is deterministic, 1 is DDPM's variance (arXiv 2010.02502, eq. 16).
+    """Return the tables of DDIM's steps; `eta` 0 is deterministic, 1 is DDPM's variance (arXiv 2010.02502, eq. 16).
 
-    The step that reaches x_0 goes to alphas_cumprod[0] as published, not to 1.
+    As published, the last step leads to alphas_cumprod[0], not to 1.
     """
     alphacums = np.asarray(alphacums.cpu() if torch.is_tensor(alphacums) else alphacums, dtype=np.float64)
     alphas = alphacums[ddim_timesteps]
@@ -157,12 +153,12 @@ def make_ddim_sampling_parameters(
 
 
 def extract_into_tensor(a: Tensor, t: Tensor, x_shape: Sequence[int]) -> Tensor:
-    """Values of table `a` (T,) at timesteps t (B,), shaped (B, 1, ..., 1) to multiply a tensor of `x_shape`."""
+    """Return a[t] of table `a` (T,) at timesteps t (B,), shaped (B, 1, ..., 1) to broadcast against `x_shape`."""
     return a.gather(-1, t).reshape(-1, *(1 for _ in x_shape[1:]))
 
 
 def noise_like(shape: Sequence[int], device: torch.device | str, repeat: bool = False) -> Tensor:
-    """Standard normal noise of `shape`; `repeat` gives every sample of the batch the same."""
+    """Return standard normal noise of `shape`, the same for every sample of the batch if `repeat`."""
     if repeat:
         return torch.randn((1, *shape[1:]), device=device).repeat(shape[0], *(1 for _ in shape[1:]))
     return torch.randn(tuple(shape), device=device)

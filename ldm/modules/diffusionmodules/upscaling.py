@@ -1,4 +1,4 @@
-"""What an upscaler does to the small picture before the network sees it: noise of a known level (Ho et al. 2021, arXiv 2106.15282)."""
+"""Noise augmentation of an upscaler's low-resolution image (Ho et al. 2021, arXiv 2106.15282)."""
 
 from __future__ import annotations
 
@@ -11,57 +11,46 @@ from torch import Tensor, nn
 from ldm.modules.diffusionmodules.schedule import Schedule, extract_into_tensor, make_beta_schedule
 
 OPTIONS = ("beta_schedule", "timesteps", "linear_start", "linear_end", "cosine_s")
-TABLES = (  # of the schedule, which published files hold
-    "betas",
-    "alphas_cumprod",
-    "alphas_cumprod_prev",
-    "sqrt_alphas_cumprod",
-    "sqrt_one_minus_alphas_cumprod",
-    "log_one_minus_alphas_cumprod",
-    "sqrt_recip_alphas_cumprod",
-    "sqrt_recipm1_alphas_cumprod",
-)
 
 
 class ImageConcatWithNoiseAugmentation(nn.Module):
-    """Adds noise to small pictures: q(x_s | x_0) at a level s of a schedule of its own, drawn below `max_noise_level` in training.
+    """Adds noise to low-resolution images: q(x_s | x_0) at a level s of its own noise schedule.
 
-    noise_schedule_config: any of OPTIONS, as for a model; by default 1000 levels.
+    noise_schedule_config: any of OPTIONS, as for a model, by default 1000 levels. In training levels are sampled below
+    `max_noise_level`. `to_cuda` is part of the published signature; the module moves with its model.
     """
+
+    sqrt_alphas_cumprod: Tensor
+    sqrt_one_minus_alphas_cumprod: Tensor
 
     def __init__(
         self, noise_schedule_config: Mapping[str, Any] | None = None, max_noise_level: int = 1000, to_cuda: bool = False
     ) -> None:
-        """to_cuda: part of the published signature; the module is moved with its model."""
         super().__init__()
         options = {"beta_schedule": "linear", "timesteps": 1000, **(noise_schedule_config or {})}
         unknown = sorted(set(options) - set(OPTIONS))
         if unknown:
-            raise ValueError(f"noise_schedule_config: unknown {', '.join(unknown)}; it takes {', '.join(OPTIONS)}")
-        schedule = Schedule.from_betas(
-            make_beta_schedule(options.pop("beta_schedule"), options.pop("timesteps"), **options)
-        )
-        self.num_timesteps = len(schedule)
+            raise ValueError(f"noise_schedule_config: unknown {', '.join(unknown)}; choose from {', '.join(OPTIONS)}")
+        betas = make_beta_schedule(options.pop("beta_schedule"), options.pop("timesteps"), **options)
+        self.num_timesteps = len(betas)
         if not 1 <= max_noise_level <= self.num_timesteps:
-            raise ValueError(
-                f"max_noise_level {max_noise_level}: choose 1 to {self.num_timesteps}, the length of its noise schedule"
-            )
+            raise ValueError(f"max_noise_level {max_noise_level}: choose 1 to {self.num_timesteps} (its timesteps)")
         self.max_noise_level = max_noise_level
-        tables = schedule.tables()
-        for name in TABLES:
-            self.register_buffer(name, torch.from_numpy(tables[name]).float())
+        for name, table in Schedule.from_betas(betas).tables().items():
+            if not name.startswith("posterior"):  # published checkpoints hold the other tables
+                self.register_buffer(name, torch.from_numpy(table).float())
 
     def forward(self, x: Tensor, noise_level: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """x: (B, C, h, w), noise_level: (B,) int64 in [0, num_timesteps), drawn where it is None -> (noised x, its levels)."""
+        """x: (B, C, h, w), noise_level: (B,) int64 in [0, num_timesteps), random if None -> (noised x, noise_level)."""
         if noise_level is None:
             noise_level = torch.randint(0, self.max_noise_level, (x.shape[0],), device=x.device)
         alpha = extract_into_tensor(self.sqrt_alphas_cumprod, noise_level, x.shape)
         sigma = extract_into_tensor(self.sqrt_one_minus_alphas_cumprod, noise_level, x.shape)
         noise = torch.randn_like(
             x, memory_format=torch.contiguous_format
-        )  # else it would depend on how the pictures lie in memory
+        )  # the same noise for every memory layout of x
         return alpha * x + sigma * noise, noise_level
 
     def decode(self, x: Tensor) -> Tensor:
-        """The picture that the network sees, for image logs: these pictures are not encoded."""
+        """x itself, for image logs: low-resolution images are not encoded."""
         return x

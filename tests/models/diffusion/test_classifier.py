@@ -234,7 +234,7 @@ def test_guidance_by_an_exact_classifier_turns_the_mixture_into_the_class(name, 
     labels = torch.ones(4, 16, 16, dtype=torch.long)
     options = {
         "x_T": randn(3, 4, 1, 16, 16),
-        "ddim_discretize": "logsnr" if "logsnr" in SAMPLERS[name].grids else "uniform",
+        "ddim_discretize": "logsnr" if "logsnr" in SAMPLERS[name].spacings else "uniform",
     }
 
     def draw(**kwargs):

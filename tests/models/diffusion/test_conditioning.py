@@ -86,7 +86,7 @@ class Linear:
 @pytest.mark.parametrize("wrap", [lambda c: c, lambda c: {"c_concat": [c]}])
 def test_guidance_extrapolates_from_unconditional_to_conditional_in_one_call(wrap):
     model, c, u = Linear(), randn(3, 2, 4, 8, 8), randn(4, 2, 4, 8, 8)
-    out = guided_output(model, X, T, wrap(c), wrap(u), 7.5)
+    out = guided_output(model.apply_model, X, T, wrap(c), wrap(u), 7.5)
     assert torch.allclose(out, X + u + 7.5 * (c - u), atol=1e-5) and model.batches == [4]
 
 

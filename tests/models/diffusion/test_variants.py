@@ -8,7 +8,6 @@ from omegaconf import OmegaConf
 
 from ldm.checkpoint.load import CheckpointError, write_weights
 from ldm.models.diffusion.ddim import DDIMSampler
-from ldm.modules.diffusionmodules.upscaling import TABLES, ImageConcatWithNoiseAugmentation
 from ldm.modules.midas.api import MiDaSInference
 from ldm.util import instantiate_from_config
 from tests.reference import randn, seed_weights
@@ -194,24 +193,6 @@ def test_the_upscaler_sees_the_small_picture_with_noise_of_the_level_it_is_told(
         model.get_input({**data, "lr": data["image"]}, "image")
     with pytest.raises(ValueError, match="LatentUpscaleDiffusion takes hybrid-adm"):
         tiny("x4", conditioning_key="hybrid")
-
-
-def test_the_small_pictures_noise_is_the_diffusions_own_and_its_tables_have_the_published_names():
-    module = ImageConcatWithNoiseAugmentation({"linear_start": 0.0001, "linear_end": 0.02}, max_noise_level=350)
-    assert tuple(module.state_dict()) == TABLES and all(
-        table.shape == (1000,) for table in module.state_dict().values()
-    )
-    x, level = randn(0, 2, 3, 4, 4), torch.tensor([10, 300])
-    torch.manual_seed(0)
-    noised, same = module(x, level)
-    torch.manual_seed(0)
-    noise = torch.randn_like(x)
-    alpha = module.alphas_cumprod[level][:, None, None, None]
-    assert same is level and torch.allclose(noised, alpha.sqrt() * x + (1 - alpha).sqrt() * noise, atol=1e-6)
-    with pytest.raises(ValueError, match="max_noise_level 2000: choose 1 to 1000"):
-        ImageConcatWithNoiseAugmentation(max_noise_level=2000)
-    with pytest.raises(ValueError, match="unknown linear_stop"):
-        ImageConcatWithNoiseAugmentation({"linear_stop": 1})
 
 
 @pytest.mark.parametrize("kind", ["v2", "v2-v", "sd-inpaint", "depth", "x4"])

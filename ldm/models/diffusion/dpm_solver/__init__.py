@@ -1,3 +1,3 @@
 """The published package of `DPMSolverSampler`."""
 
-from ldm.models.diffusion.samplers.dpm_solver.sampler import DPMSolverSampler as DPMSolverSampler
+from ldm.models.diffusion.samplers.dpm_solver import DPMSolverSampler as DPMSolverSampler

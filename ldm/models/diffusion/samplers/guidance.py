@@ -1,8 +1,9 @@
-"""The one guided network call."""
+"""Classifier-free guidance, its rescaling, and the thresholding of predictions that large guidance scales need."""
 
 from __future__ import annotations
 
-from typing import Any
+import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -11,26 +12,40 @@ from ldm.models.diffusion.conditioning import Conditioning, join_conditions
 
 
 def guided_output(
-    model: Any, x: Tensor, t: Tensor, cond: Conditioning, uncond: Conditioning, scale: float, rescale: float = 0.0
+    apply_model: Callable[[Tensor, Tensor, Conditioning], Tensor],
+    x: Tensor,
+    t: Tensor,
+    cond: Conditioning,
+    uncond: Conditioning,
+    scale: float,
+    rescale: float = 0.0,
 ) -> Tensor:
-    """Network output under classifier-free guidance, u + scale * (c - u)  (Ho & Salimans 2022, eq. 6 with w = scale - 1).
+    """Network output under classifier-free guidance, u + scale * (c - u) (Ho & Salimans 2022, eq. 6, w = scale - 1).
 
-    x: (B, C, H, W), t: (B,) int64, or float for continuous-time solvers (never rounded) -> (B, C, H, W), in the model's
-    own parameterization. Without `uncond`, or at scale 1, this is the plain call. `rescale` in [0, 1] moves each sample's
-    standard deviation towards that of c.
+    x: (B, C, H, W), t: (B,) int64, or float for continuous-time samplers -> (B, C, H, W), in the model's own
+    parameterization. Without `uncond`, or at scale 1, this is the plain call. `rescale`: see `rescale_guidance`.
     """
     if uncond is None or scale == 1.0:
-        return model.apply_model(x, t, cond)
+        return apply_model(x, t, cond)
     both = join_conditions(uncond, cond)  # each tensor (2B, ...)
-    out_uncond, out_cond = model.apply_model(torch.cat([x, x]), torch.cat([t, t]), both).chunk(2)
+    out_uncond, out_cond = apply_model(torch.cat([x, x]), torch.cat([t, t]), both).chunk(2)
     guided = torch.lerp(out_uncond, out_cond, scale)
     return guided if rescale == 0.0 else rescale_guidance(guided, out_cond, rescale)
 
 
 def rescale_guidance(guided: Tensor, out_cond: Tensor, rescale: float) -> Tensor:
-    """`guided` (B, C, H, W) with the standard deviation of `out_cond`, by the share `rescale` (section 3.4 of arXiv 2305.08891)."""
+    """Move each sample's standard deviation to that of `out_cond` by `rescale` in [0, 1] (arXiv 2305.08891, 3.4)."""
     std_cond, std_guided = (out.flatten(1).std(dim=1)[:, None, None, None] for out in (out_cond, guided))
-    std_guided = std_guided.clamp(
-        min=torch.finfo(guided.dtype).tiny
-    )  # an untrained network's output is zero everywhere
+    std_guided = std_guided.clamp(min=torch.finfo(guided.dtype).tiny)  # an untrained network returns zeros
     return torch.lerp(guided, guided * (std_cond / std_guided), rescale)
+
+
+def dynamic_threshold(x0: Tensor, quantile: float) -> Tensor:
+    """Clip each sample of x0 (B, C, H, W) to [-s, s] and divide it by s (Imagen, arXiv 2205.11487, section 2.3).
+
+    s is that quantile of the sample's magnitudes, at least 1.
+    """
+    magnitudes = x0.flatten(1).abs().float().sort(dim=1).values  # torch.quantile does not support large images
+    index = max(0, math.ceil(quantile * magnitudes.shape[1]) - 1)
+    s = magnitudes[:, index].clamp(min=1.0).to(x0.dtype)[:, None, None, None]
+    return torch.maximum(torch.minimum(x0, s), -s) / s

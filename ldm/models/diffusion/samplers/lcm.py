@@ -1,32 +1,30 @@
-"""Sampling of latent consistency models, which jump to the clean latent from any noise level."""
+"""Sampling of latent consistency models, which predict the clean latent from any noise level."""
 
 from __future__ import annotations
-
-from typing import Any
 
 import numpy as np
 from torch import Tensor
 
 from ldm.models.diffusion.samplers.base import Sampler
-from ldm.models.diffusion.samplers.denoiser import Grid, Run
-from ldm.models.diffusion.samplers.spacing import chain_alphas
+from ldm.models.diffusion.samplers.denoiser import DiffusionModel, SamplingRun, Steps
+from ldm.models.diffusion.samplers.spacing import model_alphas_cumprod
 from ldm.modules.diffusionmodules.schedule import make_ddim_timesteps
 
 
 class LCMSampler(Sampler):
     """Multistep latent consistency sampling, https://arxiv.org/abs/2310.04378 (Algorithm 3).
 
-    original_steps: how many timesteps the model was distilled on (None: 50, or all of a shorter chain); fewer steps are picked from these.
+    original_steps: number of timesteps of the distillation, from which a run takes S (None: 50, or all if fewer).
     sigma_data, timestep_scaling: of the boundary condition, f(x, t) = c_skip(t) x + c_out(t) x_0 with f(x, 0) = x.
     """
 
-    grids = ("uniform", "trailing")
+    spacings = ("uniform", "trailing")
     default_eta = 1.0
     adds_noise = True
 
     def __init__(
         self,
-        model: Any,
+        model: DiffusionModel,
         schedule: str = "linear",
         original_steps: int | None = None,
         sigma_data: float = 0.5,
@@ -40,18 +38,18 @@ class LCMSampler(Sampler):
             )
         self.original_steps, self.sigma_data, self.timestep_scaling = original_steps, sigma_data, timestep_scaling
 
-    def make_grid(self, S: int, eta: float, discretize: str) -> Grid:
-        count = S if discretize == "trailing" else max(S, self.original_steps)
+    def make_steps(self, S: int, eta: float, spacing: str) -> Steps:
+        count = S if spacing == "trailing" else max(S, self.original_steps)
         t = make_ddim_timesteps("trailing", count, self.model.num_timesteps, verbose=False)
-        t = t[::-1][np.arange(S) * count // S][::-1]
-        alphas = chain_alphas(self.model)[t]
+        t = t[::-1][np.arange(S) * count // S][::-1].copy()
+        alphas = model_alphas_cumprod(self.model)[t]
         alphas_prev = np.append(1.0, alphas[:-1])
         scaled = t * self.timestep_scaling
-        c_skip = self.sigma_data**2 / (scaled**2 + self.sigma_data**2)  # as released with the paper
+        c_skip = self.sigma_data**2 / (scaled**2 + self.sigma_data**2)  # as in the released code
         c_out = scaled / np.sqrt(scaled**2 + self.sigma_data**2)
-        return Grid(t.copy(), alphas, alphas_prev, np.sqrt(1 - alphas_prev), {"c_skip": c_skip, "c_out": c_out})
+        return Steps(t, alphas, alphas_prev, np.sqrt(1 - alphas_prev), {"c_skip": c_skip, "c_out": c_out})
 
-    def step(self, x: Tensor, k: int, run: Run) -> tuple[Tensor, Tensor]:
+    def step(self, x: Tensor, k: int, run: SamplingRun) -> tuple[Tensor, Tensor]:
         _, x0 = run.predict(x, k)
         clean = run.coefs["c_skip"][k] * x + run.coefs["c_out"][k] * x0
         return run.alpha_prev[k].sqrt() * clean + run.sigma[k] * run.noise(x), clean

@@ -1,4 +1,4 @@
-"""Where the random numbers of a sampling run come from: one stream for a batch, or one for each sample of it."""
+"""Sources of a sampling run's random numbers: one stream for the batch, or one for each sample."""
 
 from __future__ import annotations
 
@@ -9,47 +9,46 @@ from torch import Tensor
 
 
 class NoiseSource:
-    """Torch's own generators: one stream for the whole batch, on the latent's device, so that a seed gives the published picture."""
+    """Torch's global generator of the latent's device, one stream for the batch: a seed gives the published image."""
 
     def normal(self, shape: Sequence[int], device: torch.device | str, dtype: torch.dtype | None = None) -> Tensor:
-        """Standard normal noise of a batch, (B, C, H, W)."""
+        """Standard normal noise of `shape` (B, C, H, W)."""
         return torch.randn(tuple(shape), device=device, dtype=dtype)
 
     def normal_like(self, x: Tensor) -> Tensor:
-        """Standard normal noise in the shape, dtype and place of x (B, C, H, W)."""
+        """Standard normal noise of the shape, dtype and device of x (B, C, H, W)."""
         return torch.randn_like(x)
 
-    def dropout(self, x: Tensor, share: float) -> Tensor:
-        """x (B, C, H, W) with that share of its values set to 0 and the others enlarged to make up for it."""
-        return torch.nn.functional.dropout(x, p=share)
+    def dropout(self, x: Tensor, p: float) -> Tensor:
+        """Zero each value of x (B, C, H, W) with probability p and divide the others by 1 - p."""
+        return torch.nn.functional.dropout(x, p=p)
 
 
 class NoisePerSample(NoiseSource):
-    """A stream for each sample, from a seed of its own: its noise is the same in every batch, at every place in it, on every device.
+    """One seeded stream per sample: its noise is the same in every batch, at every index and on every device.
 
-    Numbers are drawn on the CPU in float32 and moved, since a device's own generator gives others.
+    Values are generated on the CPU in float32 and moved, since each device's own generator returns different ones.
     """
 
     def __init__(self, seeds: Sequence[int]) -> None:
         self.generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
 
     def normal(self, shape: Sequence[int], device: torch.device | str, dtype: torch.dtype | None = None) -> Tensor:
-        noise = [torch.randn(tuple(shape[1:]), generator=g, device="cpu") for g in self._for(shape)]
+        self._check_batch(shape)
+        noise = [torch.randn(tuple(shape[1:]), generator=g, device="cpu") for g in self.generators]
         return torch.stack(noise).to(device=device, dtype=dtype)
 
     def normal_like(self, x: Tensor) -> Tensor:
         return self.normal(x.shape, x.device, x.dtype)
 
-    def dropout(self, x: Tensor, share: float) -> Tensor:
-        kept = [torch.rand(x.shape[1:], generator=g, device="cpu") >= share for g in self._for(x.shape)]
-        return x * torch.stack(kept).to(x.device) / (1.0 - share)
+    def dropout(self, x: Tensor, p: float) -> Tensor:
+        self._check_batch(x.shape)
+        kept = [torch.rand(x.shape[1:], generator=g, device="cpu") >= p for g in self.generators]
+        return x * torch.stack(kept).to(x.device) / (1.0 - p)
 
-    def _for(self, shape: Sequence[int]) -> list[torch.Generator]:
+    def _check_batch(self, shape: Sequence[int]) -> None:
         if shape[0] != len(self.generators):
-            raise ValueError(
-                f"noise of {len(self.generators)} samples was asked for {shape[0]}: each has a stream of its own"
-            )
-        return self.generators
+            raise ValueError(f"noise for a batch of {shape[0]}: there are seeds for {len(self.generators)} samples")
 
 
 PUBLISHED_NOISE = NoiseSource()

@@ -1,32 +1,28 @@
-"""PLMS: linear multistep on DDIM's grid."""
+"""PLMS: linear multistep on DDIM's steps."""
 
 from __future__ import annotations
 
 from torch import Tensor
 
 from ldm.models.diffusion.samplers.base import Sampler
-from ldm.models.diffusion.samplers.denoiser import Grid, Run
-from ldm.modules.diffusionmodules.schedule import make_ddim_sampling_parameters, make_ddim_timesteps
+from ldm.models.diffusion.samplers.ddim import ddim_steps
+from ldm.models.diffusion.samplers.denoiser import SamplingRun, Steps
 
 
 class PLMSSampler(Sampler):
-    """Pseudo linear multistep sampling, https://arxiv.org/abs/2202.09778 (Algorithm 2, with Euler's first step improved)."""
+    """Pseudo linear multistep, https://arxiv.org/abs/2202.09778 (Algorithm 2, its first step a Heun step)."""
 
     mask_blend = "before"
 
-    def make_grid(self, S: int, eta: float, discretize: str) -> Grid:
-        t = make_ddim_timesteps(discretize, S, self.model.num_timesteps, verbose=False)
-        sigmas, alphas, alphas_prev = make_ddim_sampling_parameters(self.model.alphas_cumprod, t, eta, verbose=False)
-        return Grid(t, alphas, alphas_prev, sigmas)
+    def make_steps(self, S: int, eta: float, spacing: str) -> Steps:
+        return ddim_steps(self.model, S, eta, spacing)
 
-    def step(self, x: Tensor, k: int, run: Run) -> tuple[Tensor, Tensor]:
+    def step(self, x: Tensor, k: int, run: SamplingRun) -> tuple[Tensor, Tensor]:
         eps, x0 = run.predict(x, k)
-        if run.starts_from_noise(
-            k
-        ):  # no x_0 can be had from pure noise and a slope: Euler's step, and the history starts after it
+        if run.starts_from_noise(k):  # `transfer` divides by alpha: take an Euler step and start the history after it
             return run.alpha_prev[k].sqrt() * x0 + (1 - run.alpha_prev[k]).sqrt() * eps, x0
         match run.history:
-            case []:  # Heun: average with the noise seen after an Euler step
+            case []:  # Heun: average with the noise after an Euler step
                 x_euler, _ = self.transfer(x, eps, k, run)
                 eps_next, _ = run.predict(x_euler, max(k - 1, 0))
                 slope = (eps + eps_next) / 2
@@ -39,9 +35,9 @@ class PLMSSampler(Sampler):
         run.history = [*run.history, eps][-3:]
         return self.transfer(x, slope, k, run)
 
-    def transfer(self, x: Tensor, eps: Tensor, k: int, run: Run) -> tuple[Tensor, Tensor]:
-        """DDIM's move with a given noise (eq. 11) -> (x_prev, predicted x_0)."""
+    def transfer(self, x: Tensor, eps: Tensor, k: int, run: SamplingRun) -> tuple[Tensor, Tensor]:
+        """DDIM's step with a given noise (eq. 11) -> (x_prev, predicted x_0)."""
         alpha, alpha_prev = run.alpha[k], run.alpha_prev[k]
         x0 = run.refine((x - (1 - alpha).sqrt() * eps) / alpha.sqrt())
-        run.noise(x)  # its scale is 0; drawn so that a seed gives the published image
+        run.noise(x)  # its scale is 0; generated so that a seed gives the published image
         return alpha_prev.sqrt() * x0 + (1 - alpha_prev).sqrt() * eps, x0

@@ -2,27 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 from torch import Tensor
 
-from ldm.models.diffusion.samplers.base import Sampler
-from ldm.models.diffusion.samplers.denoiser import Grid, Run
-from ldm.models.diffusion.samplers.spacing import CONTINUOUS_GRIDS, chain_alphas, levels_down_to_first
+from ldm.models.diffusion.samplers.base import ContinuousTimeSampler
+from ldm.models.diffusion.samplers.denoiser import DiffusionModel, SamplingRun, Steps
+from ldm.models.diffusion.samplers.spacing import levels_to_first_timestep, model_alphas_cumprod
 
 MAX_ORDER = 3
 
 
-class UniPCSampler(Sampler):
+class UniPCSampler(ContinuousTimeSampler):
     """Unified predictor-corrector, https://arxiv.org/abs/2302.04867 (Algorithms 1 and 2, multistep, data prediction).
 
-    order: of the predictor, 1 to 3; the corrector gains one. variant: B(h) of the paper, `bh2` is expm1, `bh1` is h itself.
+    order: the predictor's, 1 to 3; the corrector's is one higher. variant: B(h) of the paper, `bh1` is h, `bh2` expm1.
     """
 
-    grids = CONTINUOUS_GRIDS
-
-    def __init__(self, model: Any, schedule: str = "linear", order: int = 2, variant: str = "bh2") -> None:
+    def __init__(self, model: DiffusionModel, schedule: str = "linear", order: int = 2, variant: str = "bh2") -> None:
         super().__init__(model, schedule)
         if order not in range(1, MAX_ORDER + 1):
             raise ValueError(f"order {order}: choose 1 to {MAX_ORDER}; 2 is usual with guidance, 3 without")
@@ -30,8 +26,8 @@ class UniPCSampler(Sampler):
             raise ValueError(f"variant {variant!r}: choose one of bh1, bh2")
         self.order, self.variant = order, variant
 
-    def make_grid(self, S: int, eta: float, discretize: str) -> Grid:
-        levels = levels_down_to_first(discretize, S, chain_alphas(self.model))
+    def make_steps(self, S: int, eta: float, spacing: str) -> Steps:
+        levels = levels_to_first_timestep(spacing, S, model_alphas_cumprod(self.model))
         lam = levels.lam
         predict, correct = np.zeros((S, MAX_ORDER, MAX_ORDER)), np.zeros((S, MAX_ORDER, MAX_ORDER))
         for k in range(S):
@@ -42,12 +38,12 @@ class UniPCSampler(Sampler):
         h = lam[:-1] - lam[1:]
         coefs = {"keep": levels.sigma[:-1] / levels.sigma[1:], "move": -levels.alpha[:-1] * np.expm1(-h)}
         coefs |= {"predict": predict, "correct": correct}
-        return Grid(levels.t, levels.alphas[1:], levels.alphas[:-1], np.zeros(S), coefs)
+        return Steps(levels.t, levels.alphas[1:], levels.alphas[:-1], np.zeros(S), coefs)
 
-    def step(self, x: Tensor, k: int, run: Run) -> tuple[Tensor, Tensor]:
+    def step(self, x: Tensor, k: int, run: SamplingRun) -> tuple[Tensor, Tensor]:
         _, x0 = run.predict(x, k)
-        x_base, *old = run.history or [x]  # where the last step began, and predictions from its start back
-        if old:  # UniC: the last step again, with what the network sees at its end
+        x_base, *old = run.history or [x]  # start of the last step, and the predictions from there back
+        if old:  # UniC: the last step again, with the prediction at its end
             order = min(self.order, len(old), k + 2)
             x = self.move(x_base, k + 1, run, old, [*old[1:order], x0], run.coefs["correct"][k + 1, order - 1])
         recent = [x0, *old][: self.order]
@@ -56,9 +52,9 @@ class UniPCSampler(Sampler):
         return self.move(x, k, run, recent, recent[1:order], run.coefs["predict"][k, order - 1]), x0  # UniP
 
     def move(
-        self, x: Tensor, k: int, run: Run, predictions: list[Tensor], others: list[Tensor], weight: Tensor
+        self, x: Tensor, k: int, run: SamplingRun, predictions: list[Tensor], others: list[Tensor], weight: Tensor
     ) -> Tensor:
-        """Step k from x with the newest of `predictions`, and the `others` by their weights."""
+        """Take step k from x with the newest of `predictions` and the weighted differences of `others` from it."""
         x_prev = run.coefs["keep"][k] * x + run.coefs["move"][k] * predictions[0]
         for i, other in enumerate(others):
             x_prev = x_prev + weight[i] * (other - predictions[0])
@@ -66,18 +62,17 @@ class UniPCSampler(Sampler):
 
 
 def weights(h: float, nodes: np.ndarray, variant: str) -> tuple[np.ndarray, np.ndarray]:
-    """Weights of the differences m_i - m_0 in the predictor (p - 1,) and, with that at the step's end, in the corrector (p,).
+    """Weights of the differences m_i - m_0 in the predictor (p - 1,) and in the corrector (p,), section 3.1.
 
-    h: length of the step in lam; nodes: (p - 1,) lam of the older predictions, seen from the newest. They
-    match phi_2 ... phi_{p+1} of the exact integral (section 3.1).
+    h: the step's length in lam; nodes: (p - 1,) lam of the older predictions relative to the newest. The corrector's
+    last difference is at the step's end. The weights match phi_2 ... phi_{p+1} of the exact integral.
     """
     order = len(nodes) + 1
-    if h == 0.0 or not np.isfinite(h) or not np.isfinite(nodes).all():  # from pure noise first order is all there is
+    if h == 0.0 or not np.isfinite(h) or not np.isfinite(nodes).all():  # from pure noise only first order exists
         return np.zeros(order - 1), np.zeros(order)
     B = -h if variant == "bh1" else np.expm1(-h)
     r = np.append(nodes / h, 1.0)
-    phi, b = np.expm1(-h) / -h - 1, []
-    factorial = 1.0
+    phi, b, factorial = np.expm1(-h) / -h - 1, [], 1.0
     for n in range(1, order + 1):
         b.append(phi * factorial / B)
         factorial *= n + 1

@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 import torch
 
-from ldm.models.diffusion.samplers.denoiser import Options, Run
-from ldm.models.diffusion.samplers.dpm_solver.tables import multistep_tables
+from ldm.models.diffusion.samplers.denoiser import SamplingOptions, SamplingRun
+from ldm.models.diffusion.samplers.dpm_solver import multistep_tables
 from ldm.models.diffusion.samplers.registry import SAMPLERS, make_sampler
-from ldm.models.diffusion.samplers.spacing import chain_alphas, levels_down_to_first
+from ldm.models.diffusion.samplers.spacing import levels_to_first_timestep, model_alphas_cumprod
 from tests.models.diffusion.samplers.toy import GaussianConsistencyModel, GaussianModel, ToyModel
 from tests.reference import randn, rel_error
 
@@ -26,7 +26,7 @@ def error_between_fixed_times(name, steps, discretize="uniform", **options):
     """
     model, u = GaussianModel(), randn(3, 1, *SHAPE)
     sampler, eta = make_sampler(name, model, **options), 0.0 if SAMPLERS[name].takes_eta else None
-    grid = sampler.grid(steps, eta, discretize)
+    grid = sampler.checked_steps(steps, eta, discretize)
     to_clean = grid.alphas_prev[0] == 1.0
     x_T = on_the_flow(model, grid.alphas[-1], u)
     x, inter = sampler.sample(
@@ -79,7 +79,7 @@ def test_a_constant_prediction_is_followed_exactly(name, zero_terminal_snr):
     model, clean = ToyModel("x0", zero_terminal_snr=zero_terminal_snr), torch.full((1, *SHAPE), 0.5)
     model.apply_model = lambda x, t, c: clean
     sampler, x_T = make_sampler(name, model), randn(3, 1, *SHAPE)
-    grid = sampler.grid(9, 0.0, "trailing")
+    grid = sampler.checked_steps(9, 0.0, "trailing")
     _, inter = sampler.sample(9, 1, SHAPE, x_T=x_T, eta=0.0, verbose=False, log_every_t=1, ddim_discretize="trailing")
     eps = (x_T - grid.alphas[-1] ** 0.5 * clean) / (1 - grid.alphas[-1]) ** 0.5
     for x, alpha in zip(inter["x_inter"][1:], grid.alphas_prev[::-1]):
@@ -90,8 +90,8 @@ def test_order_three_multistep_converges_at_its_order_once_it_has_a_history():
     def error(steps):
         model, u = GaussianModel(), randn(3, 1, *SHAPE)
         sampler = make_sampler("dpm_solver_3m", model)
-        grid = sampler.grid(steps, discretize="logsnr")
-        run = Run(model, grid, u, None, None, 1.0, Options())
+        grid = sampler.checked_steps(steps, spacing="logsnr")
+        run = SamplingRun(model, grid, u, None, None, 1.0, SamplingOptions())
         k = steps - 1 - steps // 4
         x = on_the_flow(model, grid.alphas[k], u)
         run.history = [run.predict(on_the_flow(model, grid.alphas[k + n], u), k + n)[1] for n in (1, 2)]
@@ -104,7 +104,7 @@ def test_order_three_multistep_converges_at_its_order_once_it_has_a_history():
 
 
 def test_multistep_tables_of_order_three_are_exact_for_predictions_quadratic_in_lam():
-    levels = levels_down_to_first("logsnr", 9, chain_alphas(ToyModel()))
+    levels = levels_to_first_timestep("logsnr", 9, model_alphas_cumprod(ToyModel()))
     tables, lam, k = multistep_tables(levels), levels.lam, 4
     polynomial = np.polynomial.Polynomial([0.3, -0.2, 0.15])
     m = polynomial(lam)

@@ -82,7 +82,7 @@ def seen_times(name, steps, T, **kwargs):
 
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_every_step_count_from_one_to_the_chains_length_calls_the_network_on_a_falling_time(name):
-    for grid in (grid for grid in SAMPLERS[name].grids if grid != "quad"):  # quad repeats small steps, as published
+    for grid in (grid for grid in SAMPLERS[name].spacings if grid != "quad"):  # quad repeats small steps, as published
         for steps in range(1, 31) if grid in ("uniform", "trailing") else (1, 2, 30):
             times = seen_times(name, steps, 30, ddim_discretize=grid)
             assert len(times) == steps and (np.diff(times) < 0).all(), (grid, steps)
@@ -132,7 +132,7 @@ def test_the_ancestral_chain_has_the_reverse_variance_of_its_model_and_the_true_
         if v_posterior is not None:
             model.v_posterior = v_posterior
         share = v_posterior or 0.0
-        sigmas = make_sampler("ancestral", model).grid(1000).sigmas
+        sigmas = make_sampler("ancestral", model).checked_steps(1000).sigmas
         np.testing.assert_allclose(sigmas[1:] ** 2, ((1 - share) * posterior + share * betas)[1:], rtol=1e-3)
 
 
@@ -199,7 +199,7 @@ def test_requests_that_cannot_be_honoured_are_refused(kwargs, message):
 
 @pytest.mark.parametrize("name", [name for name, entry in SAMPLERS.items() if not entry.takes_eta])
 def test_samplers_with_a_noise_of_their_own_refuse_eta(name):
-    with pytest.raises(ValueError, match="eta must be"):
+    with pytest.raises(ValueError, match="eta 0.5: .* supports only"):
         draw(make_sampler(name, ToyModel()), 5, eta=0.5)
 
 

@@ -1,5 +1,0 @@
-"""DPM-Solver++."""
-
-from ldm.models.diffusion.samplers.dpm_solver.sampler import DPMSolverSampler
-
-__all__ = ["DPMSolverSampler"]
