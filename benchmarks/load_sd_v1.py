@@ -38,7 +38,7 @@ def random_weights(ema: bool) -> dict[str, Any]:
     from omegaconf import OmegaConf
 
     from ldm.config.instantiate import instantiate_from_config
-    from ldm.inference import weights_on_meta
+    from ldm.checkpoint import weights_on_meta
 
     config = OmegaConf.load(CONFIG).model
     config.params.use_ema = ema

@@ -56,7 +56,7 @@ def main(argv: Sequence[str]) -> None:
     if not source.exists():
         raise FileNotFoundError(f"--ckpt {source}: no such file or folder")
     if target.exists():
-        raise ValueError(f"--out {target}: is there already; name another, or remove it first")
+        raise ValueError(f"--out {target}: already exists; choose another name or remove it first")
     for flag in ("use_ema", "scheduler") if source.is_dir() else ():
         if getattr(opt, flag) is not None:
             raise ValueError(

@@ -18,6 +18,7 @@ from ldm.inference.cli import (
     add_sampling_flags,
     add_text_flags,
     check_ready,
+    open_ckpt,
     prompt_settings,
     prompts_of,
     safety_of,
@@ -81,11 +82,12 @@ def main(argv: Sequence[str]) -> None:
     settings = settings.fitted(image.height, image.width, info).checked(info)
     if settings.emphasis:
         check_emphasis(prompts)
-    check_unchanged(opt, config, ckpt)
-    check_ready(opt, ckpt)
+    source = open_ckpt(opt, ckpt)
+    check_unchanged(opt, config, source)
+    check_ready(opt)
     output = Output(opt.outdir, watermark_of(opt), safety_of(opt, info))
 
-    pipeline = load_model(config, ckpt, opt.device, opt.precision, opt.use_ema)
+    pipeline = load_model(config, source, opt.device, opt.precision, opt.use_ema)
     pipeline.identity = {
         **pipeline.identity,
         "init_img": str(opt.init_img),

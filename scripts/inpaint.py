@@ -19,6 +19,7 @@ from ldm.inference.cli import (
     add_sampler_flag,
     add_sampling_flags,
     check_ready,
+    open_ckpt,
     released_weights,
     report,
     safety_of,
@@ -99,12 +100,13 @@ def main(argv: Sequence[str]) -> None:
             raise ValueError(
                 f"{mask} is {sizes[1][0]}x{sizes[1][1]} pixels, {picture} {sizes[0][0]}x{sizes[0][1]}: they must be alike"
             )
-    check_ready(opt, ckpt, WHERE)
+    source = open_ckpt(opt, ckpt, WHERE)
+    check_ready(opt)
     output = NamedOutput(opt.outdir, watermark_of(opt), safety_of(opt, info))
 
     from tqdm import tqdm
 
-    pipeline = load_model(config, ckpt, opt.device, opt.precision, opt.use_ema)
+    pipeline = load_model(config, source, opt.device, opt.precision, opt.use_ema)
     start, files = time.perf_counter(), []
     for path, mask in tqdm(pairs, desc="pictures", unit="picture"):
         # What is transparent in a mask is kept, so that it is laid over black.

@@ -18,6 +18,7 @@ from ldm.inference.cli import (
     add_sampler_flag,
     add_sampling_flags,
     check_ready,
+    open_ckpt,
     prompt_settings,
     prompts_of,
     safety_of,
@@ -92,8 +93,9 @@ def main(argv: Sequence[str]) -> None:
         import_faiss()
         database = Database(find_database(opt.database))
         check_knn(opt.knn, database)
-    check_unchanged(opt, config, ckpt)
-    check_ready(opt, ckpt, WHERE)
+    source = open_ckpt(opt, ckpt, WHERE)
+    check_unchanged(opt, config, source)
+    check_ready(opt)
     safety = safety_of(opt, info)
     from ldm.modules.encoders.modules import FrozenCLIPTextEmbedder
 
@@ -108,7 +110,7 @@ def main(argv: Sequence[str]) -> None:
     clip.ensure_weights()
     output = Output(opt.outdir, watermark_of(opt), safety)
 
-    pipeline = load_model(config, ckpt, opt.device, opt.precision, opt.use_ema)
+    pipeline = load_model(config, source, opt.device, opt.precision, opt.use_ema)
     clip.to(choose_device(opt.device))
     pipeline.identity = {**pipeline.identity, **retrieval_of(opt)}
     only = opt.recorded.only if opt.recorded is not None else None

@@ -190,7 +190,7 @@ def reconstruct(checkpoint: Path, images: np.ndarray) -> np.ndarray:
     import torch
     from omegaconf import OmegaConf
 
-    from ldm.checkpoint.load import load_weights
+    from ldm.checkpoint import load_weights
     from ldm.config.instantiate import instantiate_from_config
 
     model = instantiate_from_config(OmegaConf.load(ROOT / AUTOENCODER).model).eval()

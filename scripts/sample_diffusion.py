@@ -20,6 +20,7 @@ from ldm.inference.cli import (
     add_sampling_flags,
     add_seed_mode_flag,
     check_ready,
+    open_ckpt,
     report,
     safety_of,
     watermark_of,
@@ -121,19 +122,20 @@ def main(argv: Sequence[str]) -> None:
     settings = settings_of(opt).checked(info)
     if Path(opt.logdir).is_file():
         raise ValueError(f"--logdir {opt.logdir}: a file; give a folder")
-    check_ready(opt, saved.ckpt)
+    source = open_ckpt(opt, saved.ckpt)
+    check_ready(opt)
     if settings.vanilla:
         logger.info("-v walks every timestep: --custom_steps and --eta have no meaning")
     watermark, safety = watermark_of(opt), safety_of(opt, info)
 
-    pipeline = load_model(config, saved.ckpt, opt.device, opt.precision, opt.use_ema)
+    pipeline = load_model(config, source, opt.device, opt.precision, opt.use_ema)
     last = saved.configs[-1]
     pipeline.identity |= {
         "config": in_checkout(last),
         "config_fingerprint": fingerprint(last),
         "overrides": opt.overrides,
     }
-    folder = new_folder(saved, opt)
+    folder = new_folder(saved, source.step(), opt)
     output = Output(folder, watermark, safety, samples="img/sample_{:06}.png")
     start, files, array = time.perf_counter(), [], SampleArray(folder / "numpy", settings.n_samples)
     try:
@@ -147,14 +149,12 @@ def main(argv: Sequence[str]) -> None:
     print(f"seed {settings.seed}")
 
 
-def new_folder(saved: SavedRun, opt: Namespace) -> Path:
+def new_folder(saved: SavedRun, step: int | None, opt: Namespace) -> Path:
     """The published place, <run>/samples/<step>/<time>, or in --logdir; with the settings in sampling_config.yaml."""
     from omegaconf import OmegaConf
 
-    from ldm.checkpoint.load import read_step
-
     root = saved.folder if opt.logdir == "none" else Path(opt.logdir) / saved.folder.resolve().name
-    above = root / "samples" / f"{read_step(saved.ckpt) or 0:08}"
+    above = root / "samples" / f"{step or 0:08}"
     above.mkdir(parents=True, exist_ok=True)
     now = time.strftime("%Y-%m-%d-%H-%M-%S")
     for name in (now, *(f"{now}-{k}" for k in range(1, 1000))):

@@ -19,6 +19,7 @@ from ldm.inference.cli import (
     add_sampling_flags,
     add_text_flags,
     check_ready,
+    open_ckpt,
     prompt_settings,
     prompts_of,
     safety_of,
@@ -80,11 +81,12 @@ def main(argv: Sequence[str]) -> None:
     prompts = prompts_of(opt)
     if settings.emphasis:
         check_emphasis(prompts)
-    check_unchanged(opt, config, ckpt)
-    check_ready(opt, ckpt)
+    source = open_ckpt(opt, ckpt)
+    check_unchanged(opt, config, source)
+    check_ready(opt)
     output = Output(opt.outdir, watermark_of(opt), safety_of(opt, info))
 
-    pipeline = load_model(config, ckpt, opt.device, opt.precision, opt.use_ema)
+    pipeline = load_model(config, source, opt.device, opt.precision, opt.use_ema)
     only = opt.recorded.only if opt.recorded is not None else None
     write_images(text_to_image(pipeline, prompts, settings, only=only), output, opt)
 

@@ -16,6 +16,7 @@ from ldm.inference.cli import (
     add_sampler_flag,
     add_sampling_flags,
     check_ready,
+    open_ckpt,
     released_weights,
     report,
     safety_of,
@@ -87,12 +88,13 @@ def main(argv: Sequence[str]) -> None:
 
     for path in opt.init_img:
         load_image(path)
-    check_ready(opt, ckpt, WHERE)
+    source = open_ckpt(opt, ckpt, WHERE)
+    check_ready(opt)
     output = NamedOutput(opt.outdir, watermark_of(opt), safety_of(opt, info))
 
     from tqdm import tqdm
 
-    pipeline = load_model(config, ckpt, opt.device, opt.precision, opt.use_ema)
+    pipeline = load_model(config, source, opt.device, opt.precision, opt.use_ema)
     start, files = time.perf_counter(), []
     for path in tqdm(opt.init_img, desc="pictures", unit="picture"):
         picture = upscale(pipeline, load_image(path), settings)

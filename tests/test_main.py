@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 import main
-from ldm.checkpoint.load import read_checkpoint
+from ldm.checkpoint import read_checkpoint
 from tests import toys
 
 ROOT = Path(__file__).parents[1]

@@ -1,25 +1,45 @@
-"""Reading, loading and writing of weights and checkpoints; weights are data and never run code."""
+"""Weights and checkpoints: open, load, write. They are data and never run code.
 
-from ldm.checkpoint.load import (
+`open_weights` knows every kind of path, `load_weights` fills a module, `write_weights` and `write_checkpoint` write
+atomically. `ldm.checkpoint.resume`, which needs Lightning, holds what training adds.
+"""
+
+from ldm.checkpoint.formats import (
     CheckpointError,
-    LoadReport,
+    MissingWeightsError,
     UnsafeCheckpointError,
-    ensure_weights,
-    load_weights,
     read_checkpoint,
-    read_step,
-    read_weights,
     verify_checkpoint,
 )
+from ldm.checkpoint.load import (
+    LoadReport,
+    ensure_weights,
+    has_loaded_weights,
+    load_weights,
+    read_step,
+    read_weights,
+    weights_on_meta,
+)
+from ldm.checkpoint.source import WeightsSource, open_weights
+from ldm.checkpoint.write import CheckpointWriteError, sweep_temporaries, write_checkpoint, write_weights
 
 __all__ = [
     "CheckpointError",
+    "CheckpointWriteError",
     "LoadReport",
+    "MissingWeightsError",
     "UnsafeCheckpointError",
+    "WeightsSource",
     "ensure_weights",
+    "has_loaded_weights",
     "load_weights",
+    "open_weights",
     "read_checkpoint",
     "read_step",
     "read_weights",
+    "sweep_temporaries",
     "verify_checkpoint",
+    "weights_on_meta",
+    "write_checkpoint",
+    "write_weights",
 ]

@@ -1,11 +1,9 @@
-"""Reading the formats that weights come in (.ckpt zip and legacy, .safetensors), always as data: nothing that a file says is ever run.
-
-Internal to `ldm.checkpoint.load`, which is what to import from.
-"""
+"""Readers of .ckpt (zip and legacy pickles) and .safetensors files. They are data: nothing in them ever runs."""
 
 import _compat_pickle
 import contextlib
 import io
+import json
 import os
 import pickle
 import pickletools
@@ -18,204 +16,231 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor
 
 _LEGACY_START = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."  # torch's magic number, pickled: files of torch < 1.6
 _SLACK = 16 << 20  # bytes that a compressed file of any size may unpack to
-_NOT_WEIGHTS = (  # (how a file begins that is no weights, what it is and what to do)
+_NOT_WEIGHTS = (  # (first bytes of a file, what it is and how to get the weights)
     (b"version https://git-lfs", "a git-lfs pointer, not the weights: run `git lfs pull` where it came from"),
     (b"<", "a web page, not the weights: the download failed or asked for a login"),
 )
 
 
 class CheckpointError(ValueError):
-    """A weights file that cannot be used, in one line that names it."""
+    """Unusable weights; the message is one line that names the file."""
+
+
+class MissingWeightsError(CheckpointError, FileNotFoundError):
+    """No file or folder at the path."""
 
 
 class UnsafeCheckpointError(CheckpointError):
-    """A file that asks for code to be run on loading; `refused` is the dotted name that it asks for."""
+    """A file that asks for code to run on loading; `refused` is the dotted name of that code."""
 
     def __init__(self, path: str | os.PathLike, refused: str) -> None:
         self.refused = refused
         super().__init__(
-            f"{path}: refused, because it names {refused}, which is code and no weight; get it as .safetensors from a source you trust"
-        )
-
-
-def verify_checkpoint(path: str | os.PathLike) -> None:
-    """Raise CheckpointError unless the file reads as a whole: a zip file's checksums, and every entry; its tensors stay on the disk."""
-    path = existing_file(path)
-    with open(path, "rb") as file:
-        start = file.read(16)
-    if _is_safetensors(start, path.stat().st_size):
-        _read_safetensors(path)
-        return
-    check_archive(path)
-    load_pickle(path, map_location="cpu", mmap=start.startswith(b"PK"))
-
-
-def check_archive(path: Path) -> None:
-    """Raise CheckpointError where a zip file's records do not agree with their checksums; other formats carry none."""
-    if not zipfile.is_zipfile(path):
-        return
-    _check_no_bomb(path)
-    try:
-        with zipfile.ZipFile(path) as archive:
-            bad = archive.testzip()
-    except (
-        zipfile.BadZipFile,
-        OSError,
-        EOFError,
-        ValueError,
-        RuntimeError,
-        struct.error,
-        NotImplementedError,
-    ) as error:
-        raise CheckpointError(f"{path}: corrupt: {error}") from error
-    if bad is not None:
-        raise CheckpointError(f"{path}: corrupt: the checksum of {bad} is wrong")
-
-
-def _check_no_bomb(path: Path) -> None:
-    """Raise CheckpointError for a zip file whose records unpack to far more than it takes itself: torch stores them as they are."""
-    unpacked, size = 0, path.stat().st_size
-    with contextlib.suppress(zipfile.BadZipFile, OSError, ValueError, struct.error), zipfile.ZipFile(path) as archive:
-        unpacked = sum(info.file_size for info in archive.infolist())
-    if unpacked > 4 * size + _SLACK:
-        raise CheckpointError(
-            f"{path}: refused, because its {size:,} bytes unpack to {unpacked:,}, and weights are never so compressed"
+            f"{path}: refused, because it references {refused}, which is code, not a weight; "
+            f"get the weights as .safetensors from a source you trust"
         )
 
 
 def existing_file(path: str | os.PathLike) -> Path:
+    """The path of a file that is not empty; CheckpointError otherwise."""
     path = Path(path)
     if path.is_dir():
-        raise CheckpointError(f"{path}: a folder, where a .ckpt or .safetensors file is needed")
+        raise CheckpointError(f"{path}: a folder; expected a .ckpt or .safetensors file")
     if not path.is_file():
-        raise CheckpointError(f"{path}: no such file")
+        raise MissingWeightsError(f"{path}: no such file")
     if path.stat().st_size == 0:
         raise CheckpointError(f"{path}: empty (0 bytes): the download or the save did not finish")
     return path
 
 
+def verify_checkpoint(path: str | os.PathLike) -> None:
+    """Raise CheckpointError unless every entry of a file can be read and a zip file's checksums match."""
+    path = existing_file(path)
+    if not _is_safetensors(path):
+        check_archive(path)
+    _read_content(path)
+
+
+def read_checkpoint(path: str | os.PathLike, map_location: Any = "cpu", verify: bool = True) -> dict[str, Any]:
+    """A whole Lightning checkpoint (weights, optimizers, loops); `verify` checks the checksum of every byte first."""
+    path = existing_file(path)
+    if verify:
+        check_archive(path)
+    content = load_pickle(path, map_location=map_location, mmap=False)
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path}: not a checkpoint: it holds a {type(content).__name__}")
+    return content
+
+
+def global_step(path: Path) -> int | None:
+    """The optimizer step at which Lightning wrote a checkpoint; None for a file that holds weights only."""
+    content = load_pickle(path, map_location="cpu", mmap=True) if _is_zip(path) else None
+    step = content.get("global_step") if isinstance(content, Mapping) else None
+    return step if isinstance(step, int) else None
+
+
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Every tensor of the file's state_dict, under the file's own names."""
-    with open(path, "rb") as file:
-        start = file.read(16)
-    if _is_safetensors(start, path.stat().st_size):
-        return _read_safetensors(path)
-    content = load_pickle(path, map_location="cpu", mmap=start.startswith(b"PK"))
+    """Every tensor of a file's state dict under its own name, on the CPU, memory-mapped where the format allows."""
+    content = _read_content(existing_file(path))
     if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
         content = content["state_dict"]
     if not isinstance(content, Mapping):
-        raise CheckpointError(f"{path}: holds a {type(content).__name__}, where a state_dict was expected")
+        raise CheckpointError(f"{path}: holds a {type(content).__name__}; expected a state dict")
     weights = {
         name: value.detach() for name, value in content.items() if isinstance(name, str) and isinstance(value, Tensor)
     }
     if not weights:
-        raise CheckpointError(f"{path}: holds no tensors; its entries are {some(map(str, content))}")
+        raise CheckpointError(f"{path}: holds no tensors; its entries are {preview(map(str, content))}")
     return weights
 
 
-def read_shards(index: Path) -> dict[str, Tensor]:
-    """Every tensor of a sharded file, given its index (`*.index.json`): the names, and which file beside it holds each."""
-    import json
-
+def read_index(index: Path) -> dict[str, str]:
+    """Tensor name -> the name of the file next to the index (`*.index.json`) that holds it."""
     try:
         weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         if not all(isinstance(name, str) and isinstance(file, str) for name, file in weight_map.items()):
             raise TypeError("names and files must be text")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"{index}: no index of shards ({type(error).__name__}: {error})") from error
-    shards = {}
-    for file in dict.fromkeys(weight_map.values()):
+        raise CheckpointError(f"{index}: not an index of shards ({type(error).__name__}: {error})") from error
+    for file in weight_map.values():
         if Path(file).name != file or file in ("", ".", ".."):
-            raise CheckpointError(f"{index}: names the shard {file!r}: shards lie beside their index")
-        shards[file] = read_tensors(existing_file(index.with_name(file)))
-    absent = [name for name, file in weight_map.items() if name not in shards[file]]
-    if absent:
-        raise CheckpointError(f"{index}: its shards lack {len(absent)} of {len(weight_map)} tensors ({some(absent)})")
+            raise CheckpointError(f"{index}: invalid shard {file!r}: shards must be in the folder of their index")
+    return weight_map
+
+
+def read_shards(index: Path) -> dict[str, Tensor]:
+    """Every tensor of a sharded file, given its index."""
+    weight_map = read_index(index)
+    shards = {file: read_tensors(index.with_name(file)) for file in dict.fromkeys(weight_map.values())}
+    missing = [name for name, file in weight_map.items() if name not in shards[file]]
+    if missing:
+        raise CheckpointError(
+            f"{index}: {len(missing)} of {len(weight_map)} tensors are missing from the shards ({preview(missing)})"
+        )
     return {name: shards[file][name] for name, file in weight_map.items()}
 
 
-def _is_safetensors(start: bytes, size: int) -> bool:
-    return len(start) > 8 and start[8:9] == b"{" and int.from_bytes(start[:8], "little") <= size - 8
+def preview(names: Iterable[str], count: int = 3) -> str:
+    """The first few names, for a message."""
+    names = list(names)
+    return ", ".join(names[:count]) + (", ..." if len(names) > count else "")
 
 
-def _read_safetensors(path: Path) -> dict[str, Tensor]:
-    from safetensors import SafetensorError, safe_open
+# ------------------------------------------------------------------------------------------------------- formats
 
+
+def check_archive(path: Path) -> None:
+    """Raise CheckpointError if a record of a zip file does not match its checksum; other formats have no checksums."""
+    if not zipfile.is_zipfile(path):
+        return
+    _check_unpacked_size(path)
     try:
-        with safe_open(path, framework="pt", device="cpu") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (safe_open is no mapping)
+        with zipfile.ZipFile(path) as archive:
+            bad = archive.testzip()
+    except (zipfile.BadZipFile, OSError, EOFError, ValueError, RuntimeError, struct.error) as error:
+        raise CheckpointError(f"{path}: corrupt: {error}") from error
+    if bad is not None:
+        raise CheckpointError(f"{path}: corrupt: the checksum of {bad} is wrong")
+
+
+def _check_unpacked_size(path: Path) -> None:
+    """Raise CheckpointError for a zip bomb: torch stores its records uncompressed."""
+    unpacked, size = 0, path.stat().st_size
+    with contextlib.suppress(zipfile.BadZipFile, OSError, ValueError, struct.error), zipfile.ZipFile(path) as archive:
+        unpacked = sum(info.file_size for info in archive.infolist())
+    if unpacked > 4 * size + _SLACK:
+        raise CheckpointError(
+            f"{path}: refused: its {size:,} bytes unpack to {unpacked:,}; weights are never compressed that much"
+        )
+
+
+def _first_bytes(path: Path) -> bytes:
+    with open(path, "rb") as file:
+        return file.read(64)
+
+
+def _is_zip(path: Path) -> bool:
+    return _first_bytes(path).startswith(b"PK")
+
+
+def _is_safetensors(path: Path) -> bool:
+    """True if the file begins with the length of a JSON header that fits into it."""
+    start = _first_bytes(path)
+    return start[8:9] == b"{" and int.from_bytes(start[:8], "little") <= path.stat().st_size - 8
+
+
+def _read_content(path: Path) -> Any:
+    """The tensors of a .safetensors file, or whatever a .ckpt file holds."""
+    if not _is_safetensors(path):
+        return load_pickle(path, map_location="cpu", mmap=_is_zip(path))
+    try:
+        return load_file(path)
     except SafetensorError as error:
         raise CheckpointError(f"{path}: not a complete .safetensors file: {error}") from error
 
 
 def load_pickle(path: Path, map_location: Any, mmap: bool) -> Any:
-    """torch.load with weights_only, under stubs for what old Lightning files hold beside their weights. There is no other way in."""
-    with open(path, "rb") as file:
-        start = file.read(64)
+    """The only call of torch.load: with weights_only, and stubs for classes that old Lightning files reference."""
+    start = _first_bytes(path)
     if not start.startswith((b"PK\x03\x04", _LEGACY_START)):
-        raise _no_weights(path, start)
-    _check_no_bomb(path)
+        raise _not_weights(path, start)
+    _check_unpacked_size(path)
     try:
         with torch.serialization.safe_globals(list(_STUBS)), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            if (
-                path.suffix == ".safetensors"
-            ):  # a misnamed file: by its path torch would take it for what its ending says
+            if path.suffix == ".safetensors":  # misnamed; given the path, torch would go by the suffix
                 with open(path, "rb") as file:
                     return torch.load(file, map_location=map_location, weights_only=True)
             return torch.load(path, map_location=map_location, weights_only=True, mmap=mmap)
-    except (
-        Exception
-    ) as error:  # torch reports a damaged file by a dozen types, and every one of them means the same to the user
-        if isinstance(error, pickle.UnpicklingError) and (refused := _refused_global(path, str(error))):
-            raise UnsafeCheckpointError(path, refused) from error
-        if "TorchScript" in str(error):
-            raise CheckpointError(
-                f"{path}: a TorchScript program, and no weights alone: save its state_dict() with torch.save"
-            ) from error
-        if _is_other_archive(path):
-            raise CheckpointError(
-                f"{path}: an archive without weights of its own: unpack it and give the .ckpt file inside"
-            ) from error
-        raise CheckpointError(f"{path}: cannot be read, it is truncated or corrupt ({_first_line(error)})") from error
+    except Exception as error:  # torch reports a damaged file by a dozen types
+        raise _load_error(path, error) from error
 
 
-def _is_other_archive(path: Path) -> bool:
+def _load_error(path: Path, error: Exception) -> CheckpointError:
+    if isinstance(error, pickle.UnpicklingError) and (refused := _refused_global(path, str(error))):
+        return UnsafeCheckpointError(path, refused)
+    if "TorchScript" in str(error):
+        return CheckpointError(f"{path}: a TorchScript program, not weights: save its state_dict() with torch.save")
     with contextlib.suppress(zipfile.BadZipFile, OSError), zipfile.ZipFile(path) as archive:
-        return not any(name.endswith("data.pkl") for name in archive.namelist())
-    return False
+        if not any(name.endswith("data.pkl") for name in archive.namelist()):
+            return CheckpointError(f"{path}: an archive around the weights: unpack it and pass the .ckpt file inside")
+    reason = str(error).rpartition("WeightsUnpickler error: ")[2].strip()  # the rest is advice to turn the safety off
+    reason = (reason or type(error).__name__).splitlines()[0][:200]
+    return CheckpointError(f"{path}: cannot be read; the file is truncated or corrupt ({reason})")
 
 
-def _no_weights(path: Path, start: bytes) -> CheckpointError:
+def _not_weights(path: Path, start: bytes) -> CheckpointError:
     for beginning, meaning in _NOT_WEIGHTS:
         if start.lstrip().startswith(beginning):
             return CheckpointError(f"{path}: {meaning}")
     with open(path, "rb") as file:
-        named = [name for name in _globals_of(file) if not _harmless(name)]
-    if named:
-        return UnsafeCheckpointError(path, named[0])
+        unsafe = next((name for name in _globals_of(file) if not _is_harmless(name)), None)
+    if unsafe:
+        return UnsafeCheckpointError(path, unsafe)
     return CheckpointError(f"{path}: neither a .ckpt nor a .safetensors file (it begins with {start[:8]!r})")
 
 
-# ------------------------------------------------------------------------------------- what old files hold beside weights
+# ----------------------------------------------------------------------------- what old files hold besides weights
 
 
 class _Nothing:
-    """Stands for a class that a checkpoint only mentions, as a dictionary key."""
+    """Stub for a class that a checkpoint only references, as a dictionary key."""
 
 
-_NUMPY_CODES = {  # numpy's name of a kind of number -> struct's
+_NUMPY_CODES = {  # numpy's code of a scalar type -> struct's
     **{"b1": "?", "i1": "b", "i2": "h", "i4": "i", "i8": "q", "u1": "B", "u2": "H", "u4": "I", "u8": "Q"},
     **{"f2": "e", "f4": "f", "f8": "d"},
 }
 
 
 class _NumpyType:
-    """Stands for numpy.dtype: remembers the type's code, e.g. "f8", and its byte order."""
+    """Stub for numpy.dtype: keeps the type's code, e.g. "f8", and the byte order."""
 
     def __init__(self, code: Any = "", *_: Any) -> None:
         self.code, self.order = code, "<"
@@ -226,7 +251,7 @@ class _NumpyType:
 
 
 def _numpy_scalar(kind: Any, raw: Any = b"") -> bool | int | float | None:
-    """Stands for numpy's scalar constructor: the plain Python number, or None for what is no number."""
+    """Stub for numpy's scalar constructor: the plain Python number, or None for anything else."""
     code = _NUMPY_CODES.get(getattr(kind, "code", None))
     raw = raw.encode("latin1") if isinstance(raw, str) else raw
     if code is None or not isinstance(raw, bytes) or len(raw) != struct.calcsize(f"<{code}"):
@@ -240,24 +265,22 @@ _STUBS: tuple[tuple[Any, str], ...] = (
     (_numpy_scalar, "numpy.core.multiarray.scalar"),
     (_numpy_scalar, "numpy._core.multiarray.scalar"),
 )
-
-
 _PARTS_OF_TENSORS = re.compile(
-    r"torch\.(\w*(Storage|Tensor)|Size|device|b?float\w*|[ug]?int\w*|complex\w*|bool|double|half|long|short|storage\.\w+Storage|_utils\._rebuild_\w+"
-    r"|_tensor\._rebuild_from_type_v2|nn\.parameter\.Parameter|serialization\._get_layout)|collections\.(OrderedDict|Counter)|_codecs\.encode"
-    r"|builtins\.(bytearray|set|complex)"
+    r"torch\.(\w*(Storage|Tensor)|Size|device|b?float\w*|[ug]?int\w*|complex\w*|bool|double|half|long|short"
+    r"|storage\.\w+Storage|_utils\._rebuild_\w+|_tensor\._rebuild_from_type_v2|nn\.parameter\.Parameter"
+    r"|serialization\._get_layout)|collections\.(OrderedDict|Counter)|_codecs\.encode|builtins\.(bytearray|set|complex)"
 )
 
 
 def _refused_global(path: Path, message: str) -> str | None:
-    """The dotted name that the safe loader stopped at; None where the file is damaged rather than hostile."""
+    """The dotted name at which the safe loader stopped; None if the file is damaged rather than hostile."""
     if match := re.search(r"GLOBAL (\S+)", message):
-        return _present_name(match[1] if "." in match[1] else f"builtins.{match[1]}")
-    return next((name for name in _globals_in(path) if not _harmless(name)), None)
+        return _python3_name(match[1] if "." in match[1] else f"builtins.{match[1]}")
+    return next((name for name in _globals_in(path) if not _is_harmless(name)), None)
 
 
-def _present_name(name: str) -> str:
-    """A dotted name of Python 3, where pickles of protocol 2 and below use Python 2's."""
+def _python3_name(name: str) -> str:
+    """Python 3's form of a dotted name; pickles of protocol 2 and below use Python 2's."""
     module, _, attribute = name.rpartition(".")
     module, attribute = _compat_pickle.NAME_MAPPING.get(
         (module, attribute), (_compat_pickle.IMPORT_MAPPING.get(module, module), attribute)
@@ -265,12 +288,12 @@ def _present_name(name: str) -> str:
     return f"{module}.{attribute}"
 
 
-def _harmless(name: str) -> bool:
+def _is_harmless(name: str) -> bool:
     return bool(_PARTS_OF_TENSORS.fullmatch(name)) or name in {stub for _, stub in _STUBS}
 
 
 def _globals_in(path: Path) -> Iterator[str]:
-    """Every dotted name in the file's pickles, found by reading their instructions without following any."""
+    """Every dotted name in the file's pickles, read from their instructions without running any."""
     if zipfile.is_zipfile(path):
         with contextlib.suppress(zipfile.BadZipFile, OSError, KeyError, RuntimeError), zipfile.ZipFile(path) as archive:
             for entry in archive.namelist():
@@ -285,28 +308,15 @@ def _globals_of(file: io.BufferedIOBase) -> Iterator[str]:
     with contextlib.suppress(ValueError, EOFError, struct.error, MemoryError, OverflowError):
         while True:
             memo: dict[int, Any] = {}
-            values: list[Any] = [None, None]  # what was put on the stack last; texts alone matter
+            values: list[Any] = [None, None]  # the latest arguments pushed; only strings matter
             for operation, argument, _ in pickletools.genops(file):
                 if operation.name in ("GLOBAL", "INST"):
-                    yield _present_name(str(argument).replace(" ", "."))
+                    yield _python3_name(str(argument).replace(" ", "."))
                 elif operation.name == "STACK_GLOBAL":
-                    yield _present_name(".".join(map(str, values[-2:])))
+                    yield _python3_name(".".join(map(str, values[-2:])))
                 elif "PUT" in operation.name or operation.name == "MEMOIZE":
                     memo[len(memo) if argument is None else argument] = values[-1]
                 elif "GET" in operation.name:
                     values.append(memo.get(argument))
                 elif operation.stack_after:
                     values.append(argument)
-
-
-def some(names: Iterable[str], count: int = 3) -> str:
-    """The first few names, for a message."""
-    names = list(names)
-    return ", ".join(names[:count]) + (", ..." if len(names) > count else "")
-
-
-def _first_line(error: Exception) -> str:
-    text = str(error).rpartition("WeightsUnpickler error: ")[
-        2
-    ]  # torch wraps the reason in advice to turn the safety off
-    return (text.strip() or type(error).__name__).splitlines()[0][:200]

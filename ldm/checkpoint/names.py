@@ -1,4 +1,4 @@
-"""The one visible table of how names in weight files differ from the published names, and the rules that put them right."""
+"""Tensor names: published names, names that other versions use, optional names, names of averages."""
 
 import re
 from collections.abc import Callable, Iterable, Mapping
@@ -11,7 +11,7 @@ EMA_COUNTERS = (f"{EMA}decay", f"{EMA}num_updates")
 
 
 class Rename(NamedTuple):
-    """A name in a file -> its published name. `to` is None for a tensor that is not a weight and is made anew by its module."""
+    """A name in a file -> its published name. `to` is None for a tensor that is not a weight; its module makes it."""
 
     pattern: re.Pattern[str]
     to: str | None
@@ -23,30 +23,27 @@ RENAMES: tuple[Rename, ...] = (
     Rename(
         re.compile(r"(^|\.)transformer\.(?=(?:embeddings|encoder|final_layer_norm)\.)"),
         r"\1transformer.text_model.",
-        "from transformers 5.6 on, CLIP's own names have no text_model; published files do",
+        "from transformers 5.6 on, CLIP's names have no text_model; published files do",
     ),
     Rename(
         re.compile(r"\.embeddings\.position_ids$"),
         None,
-        "CLIP's 0, 1, ..., 76: absent in some files, rounded to half precision in others; FrozenCLIPEmbedder makes it",
+        "CLIP's 0, 1, ..., 76: missing in some files, rounded to half precision in others; FrozenCLIPEmbedder makes it",
     ),
 )
 
 
-class Excuse(NamedTuple):
-    """Why names that match may be absent from a file without an error."""
+class OptionalKeys(NamedTuple):
+    """Names that may be missing from a file, and why."""
 
     pattern: re.Pattern[str]
     reason: str
 
 
-EXCUSES: tuple[Excuse, ...] = (
-    Excuse(re.compile(r"(^|\.)model_ema\."), "the average starts again from the loaded weights"),
-    Excuse(re.compile(r"(^|\.)loss\."), "used in training alone"),
-    Excuse(
-        re.compile(r"^(?!scale_factor$)[^.]+$"),
-        "tables of the noise schedule and single numbers follow from the config",
-    ),
+OPTIONAL_KEYS: tuple[OptionalKeys, ...] = (
+    OptionalKeys(re.compile(r"(^|\.)model_ema\."), "the average starts again from the loaded weights"),
+    OptionalKeys(re.compile(r"(^|\.)loss\."), "used in training only"),
+    OptionalKeys(re.compile(r"^(?!scale_factor$)[^.]+$"), "noise schedule tables and scalars follow from the config"),
 )
 
 
@@ -66,9 +63,10 @@ def published_names(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def ema_name(name: str, has: Callable[[str], bool]) -> str | None:
-    """Where the moving average of the parameter `name` is stored, if anywhere that `has` it.
+    """The name of the moving average of the parameter `name`, if there is one (`has`).
 
-    LitEma drops the dots of the name inside the averaged module: `model` in the diffusion models, the whole module in a first stage.
+    Names in `model_ema` have no dots and start inside the averaged module: `model` in the diffusion models, the whole
+    module in a first stage.
     """
     for inner in (name.removeprefix("model."), name):
         candidate = EMA + inner.replace(".", "")
@@ -78,9 +76,9 @@ def ema_name(name: str, has: Callable[[str], bool]) -> str | None:
 
 
 def use_ema_weights(weights: Mapping[str, Tensor], wanted: Iterable[str] = ()) -> tuple[dict[str, Tensor], int]:
-    """-> (`weights` with every averaged parameter in the place of the trained one and no `model_ema.*`, how many were taken).
+    """-> (`weights` with averages in place of trained parameters and without `model_ema.*`, number of averages).
 
-    wanted: names of the model that the weights are for: averages of parameters that a file lacks (one of averages alone) are found by them.
+    wanted: names of the target model, which identify the averages of parameters that the file lacks.
     """
     taken = 0
     chosen: dict[str, Tensor] = {}
@@ -96,14 +94,16 @@ def use_ema_weights(weights: Mapping[str, Tensor], wanted: Iterable[str] = ()) -
 
 
 def start_ema(weights: dict[str, Tensor], wanted: Mapping[str, Tensor]) -> bool:
-    """Fill in the averages that a model wants and a file lacks from the file's weights; True if that was done.
+    """Add the averages that a model keeps and a file lacks, equal to the weights; True if any were added.
 
-    Without it a model that is fine-tuned from a file without averages would mix its random initial weights into them.
+    Otherwise a model fine-tuned from a file without averages would average in its random initial weights.
     """
     if any(name.startswith(EMA) for name in weights) or not any(name.startswith(EMA) for name in wanted):
         return False
-    for name in list(weights):
+    averages = {}
+    for name, tensor in weights.items():
         average = ema_name(name, wanted.__contains__)
-        if average is not None and wanted[average].shape == weights[name].shape:
-            weights[average] = weights[name]
-    return any(name.startswith(EMA) for name in weights)
+        if average is not None and wanted[average].shape == tensor.shape:
+            averages[average] = tensor
+    weights |= averages
+    return bool(averages)

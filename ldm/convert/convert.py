@@ -13,7 +13,7 @@ from ldm.checkpoint.diffusers import text
 from ldm.checkpoint.diffusers.files import as_json
 from ldm.checkpoint.diffusers.plan import Component, Plan, plan_of
 from ldm.checkpoint.diffusers.read import EXTRAS, check_folder, read_folder, scale_factor_of
-from ldm.checkpoint.diffusers.rules import InterchangeError, to_theirs
+from ldm.checkpoint.diffusers.rules import ConversionError, to_theirs
 from ldm.checkpoint.diffusers.write import check_target, new_folder, save_tensors
 from ldm.modules.encoders.clip_tokenizer import BEGIN, END, clip_tokenizer
 
@@ -48,9 +48,9 @@ def to_folder(
     """A weights file of `config` (with its key `model`) as a diffusers folder `target`, which must not exist.
 
     dtype: fp32, fp16 or bf16; None keeps the file's. use_ema: its averaged weights. scheduler: ddim or pndm.
-    Raises InterchangeError or CheckpointError in one line, having written nothing.
+    Raises ConversionError or CheckpointError in one line, having written nothing.
     """
-    from ldm.checkpoint.load import read_weights
+    from ldm.checkpoint import read_weights
 
     start, plan = time.perf_counter(), plan_of(config, scheduler)
     check_target(target)
@@ -81,17 +81,17 @@ def to_folder(
 def to_file(config: Mapping[str, Any], folder: Path, target: Path, dtype: str | None = None) -> Conversion:
     """A diffusers folder as one file of `config`, .ckpt or .safetensors, with published names; `target` must not exist.
 
-    Raises InterchangeError or CheckpointError in one line, having written nothing: also where the folder's configs are not the YAML's.
+    Raises ConversionError or CheckpointError in one line, having written nothing: also where the folder's configs are not the YAML's.
     """
-    from ldm.checkpoint.load import write_weights
+    from ldm.checkpoint import write_weights
 
     start, plan = time.perf_counter(), plan_of(config)
     check_target(target)
     if target.suffix not in (".ckpt", ".safetensors"):
-        raise InterchangeError(f"--out {target}: name a file that ends in .ckpt or .safetensors")
+        raise ConversionError(f"--out {target}: name a file that ends in .ckpt or .safetensors")
     check_folder(folder, plan)
     kind = plan.text.kind if plan.text else None
-    weights = _cast(read_folder(folder, kind, stand_ins=False), dtype)
+    weights = _cast(read_folder(folder, kind, fill_unused=False), dtype)
     logger.info("%s: %d tensors", folder, len(weights))
     worst = max(_converted(part, weights)[1] for part in plan.components)
     if plan.condition_file and not any(name.startswith(plans.CONDITION) for name in weights):

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from ldm.checkpoint.diffusers.first_stage import KL, StageLayout
 from ldm.checkpoint.diffusers.plan import Component
-from ldm.checkpoint.diffusers.rules import InterchangeError, to_ours
+from ldm.checkpoint.diffusers.rules import ConversionError, to_ours
 from ldm.checkpoint.diffusers.text import CLIP, TextLayout
 from ldm.checkpoint.diffusers.unet import UNetLayout
 from ldm.config.text_shapes import CLIP_VERSION, OPEN_CLIP_ARCH, clip_shape, open_clip_shape
@@ -36,7 +36,7 @@ class Parity(NamedTuple):
 
 
 def check_component(part: Component, published: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> Parity:
-    """Compare a component; InterchangeError names the first block whose outputs differ.
+    """Compare a component; ConversionError names the first block whose outputs differ.
 
     published: its tensors under their published names, without the component's prefix; theirs: the same in diffusers' names.
     """
@@ -59,7 +59,7 @@ def _check_bits(part: Component, published: Mapping[str, Tensor], theirs: Mappin
     back = to_ours(part.layout.rules(), theirs, part.name)
     for name, tensor in back.items():
         if tensor.shape != published[name].shape or not torch.equal(tensor, published[name]):
-            raise InterchangeError(
+            raise ConversionError(
                 f"{part.name}: parity check failed: {name} does not come back from its conversion; nothing was written"
             )
 
@@ -75,19 +75,19 @@ def _compare(what: str, ours: list[Tensor], theirs: Iterable[blocks.Block]) -> P
                 else torch.inf
             )
             if not apart <= TOLERANCE:  # NaN too
-                raise InterchangeError(
+                raise ConversionError(
                     f"{what}: parity check failed: the output of {block.name} is {float(apart):.2g} (relative) from this framework's; "
                     f"nothing was written"
                 )
             worst, count = max(worst, float(apart)), count + 1
     except (KeyError, RuntimeError) as error:  # a tensor that is not there, or of another shape
-        raise InterchangeError(
+        raise ConversionError(
             f"{what}: parity check failed: {str(error).splitlines()[0]}; nothing was written"
         ) from error
     except ValueError as error:  # zip(strict=True): another number of blocks
-        if isinstance(error, InterchangeError):
+        if isinstance(error, ConversionError):
             raise
-        raise InterchangeError(
+        raise ConversionError(
             f"{what}: parity check failed: another number of blocks than here; nothing was written"
         ) from error
     finally:
@@ -187,7 +187,7 @@ def _fill(module: nn.Module, published: Mapping[str, Tensor], what: str, spare: 
     module.load_state_dict(found, strict=False, assign=True)
     absent = [name for name, parameter in module.named_parameters() if parameter.is_meta and name not in spare]
     if absent:
-        raise InterchangeError(f"{what}: the file lacks {', '.join(absent[:3])}, which its config asks for")
+        raise ConversionError(f"{what}: the file lacks {', '.join(absent[:3])}, which its config asks for")
     module.eval().requires_grad_(False)
 
 

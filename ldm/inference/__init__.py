@@ -7,11 +7,12 @@ ldm.output.images. Importing this package imports neither torch nor Lightning.
 
 from ldm.inference.class_conditional import generate_samples
 from ldm.inference.concat import depth_parts, inpaint, upscale
-from ldm.inference.pipeline import Pipeline, fingerprint, for_inference, identify, load_model, weights_on_meta
+from ldm.inference.pipeline import Pipeline, for_inference, identify, load_model
 from ldm.inference.precision import Precision, choose_device, resolve_precision
 from ldm.inference.randomness import Randomness
 from ldm.inference.settings import PRECISIONS
 from ldm.inference.text_to_image import finished, image_to_image, text_to_image
+from ldm.paths import fingerprint
 
 __all__ = [
     "PRECISIONS",
@@ -31,5 +32,4 @@ __all__ = [
     "resolve_precision",
     "text_to_image",
     "upscale",
-    "weights_on_meta",
 ]

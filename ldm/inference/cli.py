@@ -8,7 +8,7 @@ from argparse import BooleanOptionalAction, Namespace
 from collections.abc import Iterable, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ldm.cli import Parser
 from ldm.inference.settings import PRECISIONS, SAFETY_MODES, SEED_MODES, TILE, ModelInfo, read_prompts
@@ -17,6 +17,9 @@ from ldm.output.images import GeneratedImage, Output
 from ldm.output.safety import Safety, SafetySettings
 from ldm.output.watermark import METHODS, Watermark
 from ldm.paths import find_file
+
+if TYPE_CHECKING:
+    from ldm.checkpoint import WeightsSource
 
 STABLE_DIFFUSION = {
     "config": "configs/stable-diffusion/v1-inference.yaml",
@@ -189,16 +192,22 @@ def released_weights(path: str) -> Path:
     return next((file for file in names if file.is_file()), names[0])
 
 
-def check_ready(opt: Namespace, ckpt: Path, where: Mapping[str, str] = WHERE) -> None:
-    """The last checks before the model is loaded: its file, the grid, the device. Only the device needs torch.
+def open_ckpt(opt: Namespace, ckpt: Path, where: Mapping[str, str] = WHERE) -> WeightsSource:
+    """The weights of --ckpt. where: how to get the file that a flag's default names, for the error if it is missing."""
+    from ldm.checkpoint import MissingWeightsError, open_weights  # brings torch
 
-    where: how to get the file that a flag's default names.
-    """
+    try:
+        return open_weights(ckpt)
+    except MissingWeightsError as error:
+        hint = where.get(getattr(opt, "ckpt", ""), "your own runs keep theirs in <run folder>/checkpoints/last.ckpt")
+        message = f"checkpoint {ckpt}: no such file; {hint}, or pass --ckpt FILE with its --config"
+        raise FileNotFoundError(message) from error
+
+
+def check_ready(opt: Namespace) -> None:
+    """The last checks before the model is loaded: the grid and the device."""
     if getattr(opt, "n_rows", 0) < 0:
         raise ValueError(f"--n_rows {opt.n_rows}: choose 1 or more, or 0 for n_samples")
-    if not ckpt.exists():  # a folder: diffusers' layout
-        hint = where.get(getattr(opt, "ckpt", ""), "a run of your own has it in <run folder>/checkpoints/last.ckpt")
-        raise FileNotFoundError(f"checkpoint {ckpt}: no such file; {hint}, or give --ckpt FILE with its --config")
     from ldm.inference import choose_device
 
     choose_device(opt.device)

@@ -7,10 +7,14 @@ import logging
 from argparse import Namespace
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ldm.cli import Parser
 from ldm.output.watermark import METHODS
+from ldm.paths import fingerprint
+
+if TYPE_CHECKING:
+    from ldm.checkpoint import WeightsSource
 
 logger = logging.getLogger(__name__)
 
@@ -136,29 +140,24 @@ def _kind(action: argparse.Action) -> type:
     return action.type if action.type in (int, float) else str
 
 
-def check_unchanged(opt: Namespace, config: Path, ckpt: Path) -> None:
+def check_unchanged(opt: Namespace, config: Path, source: WeightsSource) -> None:
     """The files that a picture is drawn again with are those that it was drawn with.
 
     ValueError for one that has changed; a warning, where the command line names it. A device that is not here is replaced, with a warning.
     """
     if opt.recorded is None:
         return
-    from ldm.inference import choose_device, fingerprint
+    from ldm.inference import choose_device
 
     info, typed = opt.recorded.info, opt.recorded.typed
-    image, depth = (Path(getattr(opt, name, None) or "") for name in ("init_img", "depth"))
-    files = {
-        "config": ("--config", config),
-        "ckpt": ("--ckpt", ckpt),
-        "init_img": ("--init-img", image),
-        "depth": ("--depth", depth),
-    }
-    for name, (flag, path) in files.items():
-        before = info.get(f"{name}_fingerprint")
-        there = (
-            path.exists() if name in ("ckpt", "depth") else path.is_file()
-        )  # weights may be a folder, and so may what estimates depth
-        if before is None or not there or (now := fingerprint(path)) == before:
+    paths = {"config": config, "ckpt": source.path}
+    paths |= {name: Path(value) for name in ("init_img", "depth") if (value := getattr(opt, name, None))}
+    for name, path in paths.items():
+        flag, before = f"--{name.replace('_', '-')}", info.get(f"{name}_fingerprint")
+        if before is None or not path.exists():
+            continue
+        now = source.fingerprint if name == "ckpt" else fingerprint(path)
+        if now == before:
             continue
         told = f"{flag} {path}: not the file that {opt.recorded.path} was drawn with (fingerprint {now}, then {before})"
         if name not in typed:

@@ -12,14 +12,15 @@ from typing import TYPE_CHECKING, Any
 from ldm.config.model_info import ModelInfo, model_info, read_config, value_at
 from ldm.inference.precision import cast_weights, choose_device, resolve_precision
 from ldm.models.diffusion.samplers.registry import make_sampler
-from ldm.paths import in_checkout
+from ldm.paths import fingerprint, in_checkout
 
 if TYPE_CHECKING:
     import torch
     from omegaconf import DictConfig
     from PIL import Image
-    from torch import Tensor, nn
+    from torch import Tensor
 
+    from ldm.checkpoint import WeightsSource
     from ldm.models.diffusion.samplers.base import Sampler
 
 logger = logging.getLogger(__name__)
@@ -108,7 +109,7 @@ class Pipeline:
 
 def load_model(
     config: str | Path | Mapping[str, Any],
-    ckpt: str | Path,
+    ckpt: str | Path | WeightsSource,
     device: str = "auto",
     precision: str = "auto",
     use_ema: bool | None = None,
@@ -123,7 +124,7 @@ def load_model(
     import torch
     from omegaconf import OmegaConf
 
-    from ldm.checkpoint.load import CheckpointError, ensure_weights, load_weights, read_weights
+    from ldm.checkpoint import CheckpointError, ensure_weights, load_weights, open_weights, weights_on_meta
     from ldm.config.instantiate import instantiate_from_config
     from ldm.util import import_lightning
 
@@ -135,23 +136,20 @@ def load_model(
     use_ema = info.use_ema if use_ema is None else use_ema
     where = choose_device(device)
     numbers = resolve_precision(precision, where)
-    if Path(ckpt).is_dir():
-        from ldm.checkpoint.diffusers.read import check_is_of
-
-        check_is_of(Path(ckpt), config)
-
-    weights = read_weights(ckpt)  # still in the file, but for one of an old format
+    source = open_weights(ckpt)
+    source.check(config)
+    weights = source.tensors()  # memory-mapped, except for old formats
     config = for_inference(config, set(weights))
     with weights_on_meta():
         model = instantiate_from_config(config.model)
     cast_weights(model, numbers.weights, channels_last=where.type == "cpu" and numbers.weights != torch.float32)
-    load_weights(model, ckpt, use_ema=use_ema, weights=weights)
+    load_weights(model, source, use_ema=use_ema, weights=weights)
     del weights  # they stay mapped where the model uses them
     ensure_weights(model)
     absent = [key for key, tensor in model.named_parameters() if tensor.is_meta]
     if absent:
         raise CheckpointError(
-            f"{ckpt}: lacks {len(absent)} weights of this model ({', '.join(absent[:3])}, ...); is the config its own?"
+            f"{source.path}: lacks {len(absent)} weights of this model ({', '.join(absent[:3])}, ...); is the config its own?"
         )
     model = model.requires_grad_(False).eval().to(where)
     millions = sum(p.numel() for p in model.parameters()) / 1e6
@@ -163,7 +161,7 @@ def load_model(
         numbers,
     )
     identity = {
-        **identify(ckpt, name),
+        **identify(source, name),
         "use_ema": use_ema,
         "device": where.type,
         "precision": precision,
@@ -196,55 +194,15 @@ def for_inference(config: DictConfig, names: set[str]) -> DictConfig:
     return config
 
 
-@contextmanager
-def weights_on_meta() -> Iterator[None]:
-    """Within it every new Parameter takes no memory and its initialization no time; buffers are made for real."""
-    import torch
-    from torch.nn.modules.module import register_module_parameter_registration_hook
-
-    def to_meta(module: nn.Module, name: str, parameter: Tensor | None) -> Tensor | None:
-        if parameter is None or parameter.is_meta:
-            return None
-        return torch.nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)
-
-    hook = register_module_parameter_registration_hook(to_meta)
-    try:
-        yield
-    finally:
-        hook.remove()
-
-
-def identify(ckpt: str | Path, config: str | Path | None = None) -> dict[str, Any]:
-    """What tells this model from another: version, files, the size of the weights, fingerprints of both."""
+def identify(source: WeightsSource, config: str | Path | None = None) -> dict[str, Any]:
+    """The model's part of the metadata: version, files, size of the weights, fingerprints of both."""
     from ldm import __version__
-    from ldm.checkpoint.diffusers.files import files_of
 
     return {
         "version": __version__,
-        "ckpt": in_checkout(ckpt),
-        "ckpt_bytes": sum(file.stat().st_size for file in files_of(Path(ckpt))),
-        "ckpt_fingerprint": fingerprint(ckpt),
+        "ckpt": in_checkout(source.path),
+        "ckpt_bytes": source.size,
+        "ckpt_fingerprint": source.fingerprint,
         "config": None if config is None else in_checkout(config),
         "config_fingerprint": None if config is None else fingerprint(config),
     }
-
-
-def fingerprint(path: str | Path, pieces: int = 64, piece: int = 16384) -> str:
-    """16 hex digits of the SHA-256 of 64 pieces that are spread over a file, all of it where it is small: no second for 4 GB.
-
-    Of a diffusers folder: the pieces of each of its files, and their names.
-    """
-    import hashlib
-
-    from ldm.checkpoint.diffusers.files import files_of
-
-    digest = hashlib.sha256()
-    for name in files_of(Path(path)):
-        if name != Path(path):
-            digest.update(name.relative_to(path).as_posix().encode())
-        size = name.stat().st_size
-        with name.open("rb") as file:
-            for k in range(pieces):
-                file.seek(k * max(0, size - piece) // (pieces - 1))
-                digest.update(file.read(piece))
-    return digest.hexdigest()[:16]

@@ -99,7 +99,7 @@ class SafetyChecker:
         from PIL import Image
         from transformers import CLIPConfig, CLIPImageProcessor
 
-        from ldm.inference.pipeline import weights_on_meta
+        from ldm.checkpoint import weights_on_meta
 
         # Its own words on a flagged picture tell of a black one in its place, which is not so in every mode.
         logging.getLogger("diffusers.pipelines.stable_diffusion.safety_checker").setLevel(logging.ERROR)
@@ -132,7 +132,7 @@ def load_all_weights(model: nn.Module, weights: Path) -> None:
     """Give every parameter its tensor of the file; ValueError where one is missing or of another shape, or a concept is not finite."""
     import torch
 
-    from ldm.checkpoint.load import read_weights
+    from ldm.checkpoint import read_weights
 
     found = {_plain(name): tensor for name, tensor in read_weights(weights).items()}
     state: dict[str, Tensor] = {}

@@ -28,7 +28,7 @@ def build_trainer(
     import pytorch_lightning as pl
     from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
-    from ldm.checkpoint.load import AtomicCheckpointIO
+    from ldm.checkpoint.resume import AtomicCheckpointIO
 
     arguments = dict(settings.trainer)
     if not model.automatic_optimization:

@@ -89,7 +89,8 @@ def with_checkpoint(folder: RunFolder) -> RunFolder:
     A damaged or missing `last.ckpt` gives way to the newest checkpoint that is whole (both are named in the log); any other
     file that is damaged is refused. Raises CheckpointError.
     """
-    from ldm.checkpoint.load import find_checkpoint, verify_checkpoint
+    from ldm.checkpoint import verify_checkpoint
+    from ldm.checkpoint.resume import find_checkpoint
 
     if folder.checkpoint is None or folder.checkpoint.name == "last.ckpt":
         return replace(folder, checkpoint=find_checkpoint(folder.path))

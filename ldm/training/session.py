@@ -207,7 +207,7 @@ def _build_data(config: DictConfig, settings: Settings) -> Any:
 
 
 def _existing(path: str) -> Path:
-    from ldm.checkpoint.load import verify_checkpoint
+    from ldm.checkpoint import verify_checkpoint
 
     file = Path(path).expanduser()
     verify_checkpoint(file)
@@ -231,7 +231,7 @@ def _one_line_errors() -> tuple[type[BaseException], ...]:
     found = [ConfigError]
     for module, name in (
         ("ldm.models.training", "NonFiniteError"),
-        ("ldm.checkpoint.load", "CheckpointError"),
+        ("ldm.checkpoint", "CheckpointError"),
         ("ldm.data.image", "BadImageError"),
     ):
         if module in sys.modules:

@@ -29,7 +29,7 @@ from ldm.callbacks.checkpoints import share_file
 from ldm.callbacks.image_logger import make_grid
 from ldm.callbacks.progress import total_batches
 from ldm.callbacks.signals import outlive_signals
-from ldm.checkpoint.load import AtomicCheckpointIO
+from ldm.checkpoint.resume import AtomicCheckpointIO
 from ldm.models.training import NonFiniteError
 from tests.reference import randn
 from tests.toys import Pictures, Toy, ToyGan

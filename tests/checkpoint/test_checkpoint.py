@@ -16,24 +16,21 @@ import pytest
 import torch
 from torch import nn
 
-from ldm.checkpoint import load as checkpoint
-from ldm.checkpoint import write as checkpoint_io
-from ldm.checkpoint.load import (
+from ldm.checkpoint import (
     CheckpointError,
+    CheckpointWriteError,
     UnsafeCheckpointError,
     load_weights,
     read_checkpoint,
     read_step,
     read_weights,
-)
-from ldm.checkpoint.write import (
-    AtomicCheckpointIO,
-    CheckpointWriteError,
-    find_checkpoint,
     sweep_temporaries,
+    verify_checkpoint,
     write_checkpoint,
     write_weights,
 )
+from ldm.checkpoint import write as checkpoint_io
+from ldm.checkpoint.resume import AtomicCheckpointIO, find_checkpoint
 from tests.reference import randn
 
 WEIGHTS = {
@@ -155,7 +152,7 @@ def test_an_archive_around_a_checkpoint_is_to_be_unpacked(tmp_path):
 def test_missing_files_folders_and_files_without_tensors_are_refused(tmp_path):
     with pytest.raises(CheckpointError, match="no such file"):
         read_weights(tmp_path / "nothing.ckpt")
-    with pytest.raises(CheckpointError, match="a folder"):
+    with pytest.raises(CheckpointError, match="not a model in diffusers' layout"):
         read_weights(tmp_path)
     torch.save({"epoch": 1}, tmp_path / "a.ckpt")
     with pytest.raises(CheckpointError, match="no tensors; its entries are epoch"):
@@ -235,7 +232,7 @@ KINDS += [
 def test_a_file_that_names_code_is_refused_by_name_and_runs_nothing(tmp_path, kind):
     path, canary = tmp_path / "model.ckpt", tmp_path / "canary"
     refused = hostile(kind, path, canary)
-    for read in (read_weights, read_checkpoint, AtomicCheckpointIO().load_checkpoint, checkpoint.verify_checkpoint):
+    for read in (read_weights, read_checkpoint, AtomicCheckpointIO().load_checkpoint, verify_checkpoint):
         with pytest.raises(UnsafeCheckpointError, match="refused") as caught:
             read(path)
         assert caught.value.refused == refused
@@ -344,7 +341,7 @@ def test_use_ema_finds_the_averages_of_a_first_stage(tmp_path):
 def test_use_ema_without_averages_warns_and_takes_the_weights(tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         assert same(read_weights(save(tmp_path / "a.ckpt", WEIGHTS), use_ema=True), WEIGHTS)
-    assert "holds none" in caplog.text
+    assert "no EMA weights in the file" in caplog.text
 
 
 def test_averages_start_from_the_loaded_weights_where_the_file_has_none(tmp_path):
@@ -393,7 +390,7 @@ def test_a_compiled_model_loads_and_its_file_has_plain_names(tmp_path):
 
 
 def test_nothing_that_fits_is_an_error_that_shows_both_sides(tmp_path):
-    with pytest.raises(CheckpointError, match=r"no weight fits Model: the file has a\.weight.*the model betas"):
+    with pytest.raises(CheckpointError, match=r"no weight matches Model: the file has a\.weight.*the model betas"):
         load_weights(Model(), save(tmp_path / "a.ckpt", {"a.weight": torch.ones(1)}))
 
 
@@ -560,12 +557,12 @@ def test_kill_9_inside_the_write_leaves_a_whole_file(tmp_path, point, step):
         if point == "while writing":
             checkpoint_io._torch_save = lambda content, target: (target.write_bytes(b"PK half"), die())
         elif point == "before fsync":
-            checkpoint_io._sync = die
+            checkpoint_io.sync = die
         elif point == "before rename":
             os.replace = die
         else:
-            sync = checkpoint_io._sync
-            checkpoint_io._sync = lambda target: die() if target.is_dir() else sync(target)
+            sync = checkpoint_io.sync
+            checkpoint_io.sync = lambda target: die() if target.is_dir() else sync(target)
         write_checkpoint({"step": 2}, path)
 
     process = multiprocessing.get_context("fork").Process(target=child)
@@ -581,7 +578,7 @@ def test_kill_9_inside_the_write_leaves_a_whole_file(tmp_path, point, step):
 def test_sweeping_spares_a_living_writer(tmp_path):
     (tmp_path / ".last.ckpt.abandoned.tmp").write_bytes(b"x")
     (tmp_path / "notes.tmp").write_bytes(b"x")
-    with checkpoint_io._temporary_beside(tmp_path / "last.ckpt") as alive:
+    with checkpoint_io.temporary_beside(tmp_path / "last.ckpt") as alive:
         assert sweep_temporaries(tmp_path) == 1
         assert alive.exists() and (tmp_path / "notes.tmp").exists()
 

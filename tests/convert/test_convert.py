@@ -8,9 +8,9 @@ import torch
 from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 
+from ldm.checkpoint import CheckpointError, load_weights, read_weights
 from ldm.checkpoint.diffusers.read import read_folder
-from ldm.checkpoint.diffusers.rules import InterchangeError
-from ldm.checkpoint.load import CheckpointError, load_weights, read_weights
+from ldm.checkpoint.diffusers.rules import ConversionError
 from ldm.convert.convert import to_file, to_folder
 from ldm.inference import fingerprint, load_model
 from ldm.inference.settings import read_config
@@ -253,13 +253,13 @@ def test_a_sharded_file_is_read_by_its_index(converted, tmp_path):
 @pytest.mark.parametrize(
     ("index", "says"),
     [
-        ('{"weight_map": {"a": "../../secret.safetensors"}}', "shards lie beside their index"),
-        ('{"weight_map": {"a": "/etc/passwd"}}', "shards lie beside their index"),
+        ('{"weight_map": {"a": "../../secret.safetensors"}}', "shards must be in the folder of their index"),
+        ('{"weight_map": {"a": "/etc/passwd"}}', "shards must be in the folder of their index"),
         ('{"weight_map": {"a": "gone.safetensors"}}', "no such file"),
-        ('{"weight_map": {"a": 3}}', "no index of shards"),
-        ('{"weight_map": []}', "no index of shards"),
-        ("[" * 100_000, "no index of shards"),
-        ("{}", "no index of shards"),
+        ('{"weight_map": {"a": 3}}', "not an index of shards"),
+        ('{"weight_map": []}', "not an index of shards"),
+        ("[" * 100_000, "not an index of shards"),
+        ("{}", "not an index of shards"),
     ],
 )
 def test_a_bad_index_is_refused_in_one_line(tmp_path, index, says):
@@ -272,21 +272,21 @@ def test_a_bad_index_is_refused_in_one_line(tmp_path, index, says):
 @pytest.mark.parametrize(
     ("file", "change", "says"),
     [
-        ("unet/config.json", {"block_out_channels": [32, 32]}, "channels is (32, 32) there and (32, 64) in the YAML"),
-        ("unet/config.json", {"in_channels": 9}, "in_channels is 9 there and 4 in the YAML"),
-        ("unet/config.json", {"cross_attention_dim": 64}, "context_dim is 64 there and 32 in the YAML"),
-        ("vae/config.json", {"layers_per_block": 2}, "res_blocks is 2 there and 1 in the YAML"),
-        ("vae/config.json", {"scaling_factor": 0.5}, "scaling_factor is 0.5 there and 0.18215 in the YAML"),
-        ("text_encoder/config.json", {"num_hidden_layers": 3}, "layers is 3 there and 2 in the YAML"),
+        ("unet/config.json", {"block_out_channels": [32, 32]}, "channels is (32, 32), but (32, 64) in the YAML"),
+        ("unet/config.json", {"in_channels": 9}, "in_channels is 9, but 4 in the YAML"),
+        ("unet/config.json", {"cross_attention_dim": 64}, "context_dim is 64, but 32 in the YAML"),
+        ("vae/config.json", {"layers_per_block": 2}, "res_blocks is 2, but 1 in the YAML"),
+        ("vae/config.json", {"scaling_factor": 0.5}, "scaling_factor is 0.5, but 0.18215 in the YAML"),
+        ("text_encoder/config.json", {"num_hidden_layers": 3}, "layers is 3, but 2 in the YAML"),
         (
             "scheduler/scheduler_config.json",
             {"prediction_type": "v_prediction"},
-            "prediction_type is v_prediction there and epsilon",
+            "prediction_type is v_prediction, but epsilon",
         ),
         (
             "scheduler/scheduler_config.json",
             {"beta_schedule": "linear"},
-            "beta_schedule is linear there and scaled_linear in the YAML",
+            "beta_schedule is linear, but scaled_linear in the YAML",
         ),
     ],
 )
@@ -298,7 +298,7 @@ def test_a_folder_of_another_model_than_the_yamls_is_refused(converted, tmp_path
         lambda: to_file(read_config(saved.config), other, tmp_path / "back.ckpt"),
         lambda: load_model(saved.config, other, "cpu", "full"),
     ):
-        with pytest.raises(InterchangeError) as caught:
+        with pytest.raises(ConversionError) as caught:
             refused()
         assert says in str(caught.value) and "\n" not in str(caught.value)
     assert not (tmp_path / "back.ckpt").exists()
@@ -309,14 +309,14 @@ def test_a_folder_of_another_model_than_the_yamls_is_refused(converted, tmp_path
     [
         ("{", "invalid JSON"),
         ("[1]", "expected a JSON object"),
-        ('{"_class_name": "UNetMotionModel"}', "only UNet2DConditionModel and UNet2DModel can be read"),
-        ('{"_class_name": "UNet2DModel"}', "lacks 'block_out_channels'"),
-        ('{"_class_name": "UNet2DModel", "block_out_channels": 5}', "wrong kind"),
-        ('{"_class_name": "UNet2DModel", "layers_per_block": 1000000000}', "numbers of no model"),
-        ('{"_class_name": "UNet2DModel", "layers_per_block": [1, 1000000000]}', "numbers of no model"),
+        ('{"_class_name": "UNetMotionModel"}', "expected UNet2DConditionModel or UNet2DModel"),
+        ('{"_class_name": "UNet2DModel"}', "missing key 'block_out_channels'"),
+        ('{"_class_name": "UNet2DModel", "block_out_channels": 5}', "invalid value"),
+        ('{"_class_name": "UNet2DModel", "layers_per_block": 1000000000}', "implausible layer counts"),
+        ('{"_class_name": "UNet2DModel", "layers_per_block": [1, 1000000000]}', "implausible layer counts"),
         (
             '{"_class_name": "UNet2DModel", "block_out_channels": [32, -1], "layers_per_block": -1}',
-            "numbers of no model",
+            "implausible layer counts",
         ),
     ],
 )
@@ -364,7 +364,7 @@ def test_code_in_a_folders_bin_file_is_refused(converted, tmp_path):
 def test_a_unet_that_diffusers_has_no_class_for_is_refused_before_anything_is_read(tmp_path, changes, says):
     config = OmegaConf.create({"model": {"params": {**MODELS["unconditional"]}}})
     config.model.params.unet_config.params.update(changes)
-    with pytest.raises(InterchangeError, match=says):
+    with pytest.raises(ConversionError, match=says):
         to_folder(config, tmp_path / "nowhere.ckpt", tmp_path / "folder")
 
 
@@ -373,9 +373,9 @@ def test_what_exists_is_never_overwritten(converted, tmp_path, there):
     saved, folder = converted("kl")
     target = tmp_path / "out.ckpt"
     {"folder": target.mkdir, "file": target.touch, "link": lambda: target.symlink_to("nowhere")}[there]()
-    with pytest.raises(InterchangeError, match="is there already"):
+    with pytest.raises(ConversionError, match="already exists"):
         to_folder(read_config(saved.config), saved.ckpt, target)
-    with pytest.raises(InterchangeError, match="is there already"):
+    with pytest.raises(ConversionError, match="already exists"):
         to_file(read_config(saved.config), folder, target)
     assert [path.name for path in tmp_path.iterdir()] == ["out.ckpt"]
 
@@ -384,8 +384,8 @@ def test_a_disk_that_refuses_leaves_nothing(converted, tmp_path, monkeypatch):
     from ldm.checkpoint.diffusers import write as writer
 
     saved, _ = converted("kl")
-    monkeypatch.setattr(writer, "_sync", lambda path: (_ for _ in ()).throw(OSError(28, "No space left on device")))
-    with pytest.raises(InterchangeError, match="could not be written: No space left on device"):
+    monkeypatch.setattr(writer, "sync", lambda path: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    with pytest.raises(ConversionError, match="could not be written: No space left on device"):
         to_folder(read_config(saved.config), saved.ckpt, tmp_path / "folder")
     assert list(tmp_path.iterdir()) == []
 
@@ -396,7 +396,7 @@ def test_what_a_killed_conversion_left_is_swept_and_a_living_one_spared(tmp_path
     (tmp_path / ".out.abandoned.tmp" / "unet").mkdir(parents=True)
     with new_folder(tmp_path / "out") as first, new_folder(tmp_path / "other.out"):
         assert first.is_dir() and not (tmp_path / ".out.abandoned.tmp").exists()
-        with pytest.raises(InterchangeError, match="is there already"), new_folder(tmp_path / "out"):
+        with pytest.raises(ConversionError, match="already exists"), new_folder(tmp_path / "out"):
             assert first.is_dir()
             (tmp_path / "out").mkdir()
         (tmp_path / "out").rmdir()
@@ -413,7 +413,7 @@ def test_tensors_that_do_not_fit_their_config_are_named(converted, tmp_path):
     ):
         read_weights(other)
     save_file({name: tensor for name, tensor in tensors.items() if name != "conv_in.bias"}, path)
-    with pytest.raises(CheckpointError, match=r"lacks 1 of \d+ tensors .*conv_in\.bias"):
+    with pytest.raises(CheckpointError, match=r"lacks 1 of the \d+ tensors .*conv_in\.bias"):
         read_weights(other)
 
 

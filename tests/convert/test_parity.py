@@ -8,7 +8,7 @@ from omegaconf import OmegaConf
 
 from ldm.checkpoint.diffusers import first_stage, rules, text, unet
 from ldm.checkpoint.diffusers.plan import plan_of
-from ldm.checkpoint.diffusers.rules import Form, InterchangeError, Rule
+from ldm.checkpoint.diffusers.rules import ConversionError, Form, Rule
 from ldm.convert.convert import to_folder
 from ldm.inference.settings import read_config
 from ldm.util import instantiate_from_config
@@ -73,7 +73,7 @@ def test_a_wrong_table_of_names_is_caught_and_nothing_is_written(saved, tmp_path
     kind, layout = "unconditional" if part == "plain" else "sd1", LAYOUTS[part]
     right = layout.rules
     monkeypatch.setattr(layout, "rules", lambda self: break_(right(self)))
-    with pytest.raises(InterchangeError, match=r"parity check failed.*nothing was written"):
+    with pytest.raises(ConversionError, match=r"parity check failed.*nothing was written"):
         to_folder(read_config(saved(kind).config), saved(kind).ckpt, tmp_path / "folder")
     assert list(tmp_path.iterdir()) == []
 
@@ -93,7 +93,7 @@ def test_a_wrong_config_is_caught_and_nothing_is_written(saved, tmp_path, monkey
     kind, change = CONFIG_FAULTS[fault]
     right = unet.UNetLayout.config
     monkeypatch.setattr(unet.UNetLayout, "config", lambda self, size: {**right(self, size), **change})
-    with pytest.raises(InterchangeError, match=r"parity check failed.*nothing was written"):
+    with pytest.raises(ConversionError, match=r"parity check failed.*nothing was written"):
         to_folder(read_config(saved(kind).config), saved(kind).ckpt, tmp_path / "folder")
     assert list(tmp_path.iterdir()) == []
 

@@ -14,8 +14,7 @@ import torch
 from omegaconf import OmegaConf
 from torch import nn
 
-from ldm.checkpoint.diffusers.files import read_component
-from ldm.checkpoint.load import (
+from ldm.checkpoint import (
     CheckpointError,
     UnsafeCheckpointError,
     load_weights,
@@ -24,14 +23,15 @@ from ldm.checkpoint.load import (
     read_weights,
     verify_checkpoint,
 )
-from ldm.checkpoint.write import AtomicCheckpointIO, find_checkpoint
+from ldm.checkpoint.diffusers.files import read_component
+from ldm.checkpoint.resume import AtomicCheckpointIO, find_checkpoint
 from ldm.cli import run_command
 from ldm.config.text_shapes import VIT_L_14
 from ldm.modules.encoders.clip_text import CLIPText, load_pretrained_text
 from ldm.modules.encoders.modules import FrozenCLIPTextEmbedder
 from ldm.modules.losses.lpips import LPIPS
 from ldm.modules.quantize import VectorQuantizer2
-from ldm.output.safety_checker import fill
+from ldm.output.safety_checker import load_all_weights
 from ldm.retrieval.database import Database
 from ldm.retrieval.searcher import Searcher
 from ldm.util import instantiate_from_config
@@ -184,7 +184,7 @@ def conversion(path, folder):
 
 
 def safety_checker(path, folder):
-    fill(nn.Linear(2, 2), path)
+    load_all_weights(nn.Linear(2, 2), path)
 
 
 DOORS = (shards, diffusers_component, conversion, safety_checker)

@@ -7,6 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
+from ldm.checkpoint.source import DiffusersFolder
 from ldm.cli import run_command
 from ldm.inference import Pipeline, generate_samples, image_to_image, load_model, text_to_image
 from ldm.inference import from_metadata as redraw
@@ -357,23 +358,16 @@ def test_files_that_have_changed_are_told_and_refused_unless_they_are_named(save
     assert "m.ckpt: no such file" in refused(img2img.main, [*command, "--init-img", str(tmp_path / "a.png")], capsys)
 
 
-def test_a_folder_that_estimates_depth_is_compared_too(tmp_path, monkeypatch):
-    monkeypatch.setattr("ldm.inference.fingerprint", lambda path: "now")
+def test_folders_of_a_depth_estimator_and_of_weights_are_compared_too(tmp_path):
     recorded = redraw.Recorded("x.png", {"depth_fingerprint": "then"}, frozenset())
     opt = Namespace(recorded=recorded, device="cpu", seed_mode="batch", depth=str(tmp_path))
     with pytest.raises(ValueError, match=f"--depth {tmp_path}: not the file that x.png was drawn with"):
-        redraw.check_unchanged(opt, tmp_path / "none.yaml", tmp_path / "none.ckpt")
-
-
-def test_weights_in_a_folder_are_compared_too(tmp_path, monkeypatch):
-    monkeypatch.setattr("ldm.inference.fingerprint", lambda path: "now")
-    opt = Namespace(
-        recorded=redraw.Recorded("x.png", {"ckpt_fingerprint": "then"}, frozenset()), device="cpu", seed_mode="batch"
-    )
-    with pytest.raises(
-        ValueError, match=f"--ckpt {tmp_path}: not the file that x.png was drawn with .fingerprint now, then then"
-    ):
-        redraw.check_unchanged(opt, tmp_path / "none.yaml", tmp_path)
+        redraw.check_unchanged(opt, tmp_path / "none.yaml", DiffusersFolder(tmp_path / "none"))
+    opt.recorded = redraw.Recorded("x.png", {"ckpt_fingerprint": "then"}, frozenset())
+    source = DiffusersFolder(tmp_path)
+    said = f"--ckpt {tmp_path}: not the file that x.png was drawn with .fingerprint {source.fingerprint}, then then"
+    with pytest.raises(ValueError, match=said):
+        redraw.check_unchanged(opt, tmp_path / "none.yaml", source)
 
 
 def test_what_cannot_be_drawn_again_is_refused_in_one_line(saved, tmp_path, capsys):

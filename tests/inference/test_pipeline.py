@@ -9,7 +9,7 @@ import torch
 from omegaconf import OmegaConf
 from PIL import Image
 
-from ldm.checkpoint.load import CheckpointError
+from ldm.checkpoint import CheckpointError, weights_on_meta
 from ldm.data.image import from_tensor
 from ldm.inference import (
     Pipeline,
@@ -18,7 +18,6 @@ from ldm.inference import (
     for_inference,
     load_model,
     text_to_image,
-    weights_on_meta,
 )
 from ldm.inference.settings import TextToImageRequest, model_info
 from ldm.models.diffusion.ddim import DDIMSampler

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ldm.checkpoint.load import load_weights, write_weights
+from ldm.checkpoint import load_weights, weights_on_meta, write_weights
 from ldm.inference import (
     Pipeline,
     generate_samples,
@@ -20,7 +20,6 @@ from ldm.inference import (
     resolve_precision,
     text_to_image,
     upscale,
-    weights_on_meta,
 )
 from ldm.inference.precision import Precision, cast_weights, has_bfloat16
 from ldm.inference.settings import PRECISIONS, TextToImageRequest

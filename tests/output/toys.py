@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from ldm.checkpoint.write import write_weights
+from ldm.checkpoint import write_weights
 from tests.reference import seed_weights
 
 CONFIG = {

@@ -75,7 +75,7 @@ def test_a_converted_folder_is_a_run_to_sample_from(folder):
     [
         ([], "required: --ckpt, --out"),
         (["--ckpt", "nowhere.ckpt", "--out", "x"], "nowhere.ckpt: no such file or folder"),
-        (["--ckpt", "FILE", "--out", "FOLDER"], "is there already"),
+        (["--ckpt", "FILE", "--out", "FOLDER"], "already exists"),
         (["--ckpt", "FILE", "--out", "new", "--dtype", "fp8"], "invalid choice: 'fp8'"),
         (["--ckpt", "FILE", "--out", "new", "--scheduler", "euler"], "invalid choice: 'euler'"),
         (["--ckpt", "FILE", "--out", "new", "--config", "nowhere.yaml"], "no such file"),
@@ -112,7 +112,7 @@ def test_what_cannot_be_done_is_refused_in_one_line_and_nothing_is_written(
 def test_a_folder_of_another_kind_is_refused(tmp_path, capsys):
     (tmp_path / "photos").mkdir()
     says = refused(main, ["--ckpt", str(tmp_path / "photos"), "--out", str(tmp_path / "a.ckpt")], capsys)
-    assert "no model in diffusers' layout" in says
+    assert "not a model in diffusers' layout" in says
 
 
 def test_a_folder_from_elsewhere_lacks_what_nothing_uses(tmp_path):

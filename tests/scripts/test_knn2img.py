@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from ldm.checkpoint.write import write_weights
+from ldm.checkpoint import write_weights
 from ldm.cli import run_command
 from ldm.inference.settings import model_info, read_config
 from ldm.modules.encoders import modules

@@ -1,4 +1,4 @@
-"""Which components a model of our YAML becomes in diffusers' layout. Nothing is built, and torch is not needed."""
+"""The components of a model of our YAML in diffusers' layout. Nothing is built or read."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from ldm.checkpoint.diffusers import text
 from ldm.checkpoint.diffusers.first_stage import KL, VQ, StageLayout
-from ldm.checkpoint.diffusers.rules import InterchangeError
+from ldm.checkpoint.diffusers.rules import ConversionError
 from ldm.checkpoint.diffusers.scheduler import scheduler_config
 from ldm.checkpoint.diffusers.text import TextLayout
 from ldm.checkpoint.diffusers.unet import CROSS, PLAIN, UNetLayout
@@ -22,12 +22,12 @@ Layout = UNetLayout | StageLayout | TextLayout
 
 @dataclass(frozen=True)
 class Component:
-    """A part with a folder of its own; `folder` is empty where the part is all there is. `params` are those of its YAML."""
+    """A part of a model; `params` are those of its YAML."""
 
-    folder: str
+    folder: str  # empty for a model of one part
     prefix: str  # of its tensors' published names
     layout: Layout
-    config: dict[str, Any]
+    config: dict[str, Any]  # diffusers' config.json
     params: Mapping[str, Any]
 
     @property
@@ -41,14 +41,14 @@ class Component:
 
 @dataclass(frozen=True)
 class Plan:
-    """A model in diffusers' layout. `pipeline` is None where no pipeline of diffusers holds all of its parts."""
+    """A model in diffusers' layout."""
 
     components: tuple[Component, ...]
-    pipeline: str | None = None
+    pipeline: str | None = None  # None if no pipeline class of diffusers supports the model
     scheduler: dict[str, Any] | None = None
-    condition_file: str | None = None  # what the condition's own weights are written to, as they are
-    shared_condition: bool = False  # the first stage is the condition's encoder too
-    scale_factor: float | None = None  # of the YAML; None where training measures it
+    condition_file: str | None = None  # for weights of a condition stage that diffusers lacks
+    shared_condition: bool = False  # the first stage is also the condition stage
+    scale_factor: float | None = None  # of the YAML; None if training measures it
     params: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -56,47 +56,38 @@ class Plan:
         return next((part.layout for part in self.components if isinstance(part.layout, TextLayout)), None)
 
     def model_index(self) -> dict[str, Any] | None:
-        """model_index.json, from which diffusers makes the pipeline."""
-        if self.pipeline is None:
+        """model_index.json, from which diffusers builds the pipeline."""
+        if self.pipeline is None or self.scheduler is None:
             return None
         index: dict[str, Any] = {"_class_name": self.pipeline}
-        index |= {
-            part.folder: ["diffusers", part.config["_class_name"]]
-            for part in self.components
-            if part.layout != self.text
-        }
+        models = [part for part in self.components if not isinstance(part.layout, TextLayout)]
+        index |= {part.folder: ["diffusers", part.config["_class_name"]] for part in models}
         index["scheduler"] = ["diffusers", self.scheduler["_class_name"]]
         if self.text is not None:
             index |= {"text_encoder": ["transformers", "CLIPTextModel"], "tokenizer": ["transformers", "CLIPTokenizer"]}
-            index |= {
-                "safety_checker": [None, None],
-                "feature_extractor": [None, None],
-                "requires_safety_checker": False,
-            }
+            index |= {"safety_checker": [None, None], "feature_extractor": [None, None]}
+            index["requires_safety_checker"] = False
         return index
 
 
 def plan_of(config: Mapping[str, Any], scheduler: str = "ddim", scale_factor: float | None = None) -> Plan:
-    """The plan for a config (with its key `model`): a diffusion model or a first stage.
+    """The plan for a config (with its key `model`) of a diffusion model or a first stage.
 
-    scheduler: ddim or pndm; scale_factor: measured by training, in the place of the YAML's.
-    Raises InterchangeError in one line for a model that diffusers has no class for.
+    scheduler: ddim or pndm; scale_factor: as measured by training, instead of the YAML's.
+    Raises ConversionError for a model that diffusers does not support.
     """
     params = config["model"].get("params") or {}
     if "ddconfig" in params:
         return Plan((_stage("", "", params, 1.0),))
     if "unet_config" not in params:
-        raise InterchangeError(
-            f"{config['model'].get('target')}: neither a diffusion model (unet_config) nor a first stage (ddconfig)"
-        )
+        target = config["model"].get("target")
+        raise ConversionError(f"{target}: neither a diffusion model (unet_config) nor a first stage (ddconfig)")
     given = None if params.get("scale_by_std") else float(params.get("scale_factor", 1.0))
     unet = UNetLayout.from_params(value_at(params, "unet_config", "params") or {})
-    size = params.get("image_size", 256)
-    parts = [Component("unet", UNET, unet, unet.config(size), params["unet_config"]["params"])]
-    stage_config = params.get("first_stage_config")
+    parts = [Component("unet", UNET, unet, unet.config(params.get("image_size", 256)), params["unet_config"]["params"])]
     condition = params.get("cond_stage_config") or UNCONDITIONAL
-    if isinstance(stage_config, Mapping) and value_at(stage_config, "params", "ddconfig") is not None:
-        stage_params = stage_config["params"]
+    stage_params = value_at(params, "first_stage_config", "params")
+    if value_at(stage_params, "ddconfig") is not None:
         folder = "vqvae" if "n_embed" in stage_params or condition == UNCONDITIONAL or unet.kind == PLAIN else "vae"
         parts.append(_stage(folder, STAGE, stage_params, scale_factor or given or 1.0))
     kind = str(value_at(condition, "target")).rpartition(".")[2] if isinstance(condition, Mapping) else condition
@@ -122,9 +113,10 @@ def _stage(folder: str, prefix: str, params: Mapping[str, Any], scale_factor: fl
 
 
 def _pipeline(params: Mapping[str, Any], parts: list[Component], condition: str) -> str | None:
-    """The pipeline of diffusers that draws with these parts as this framework does; None where there is none."""
+    """The pipeline class of diffusers that generates the same images from these parts; None if there is none."""
     unet, channels = parts[0].layout, int(params.get("channels", 3))
-    stage = parts[1].layout.kind if len(parts) > 1 and isinstance(parts[1].layout, StageLayout) else None
+    assert isinstance(unet, UNetLayout)
+    stage = next((part.layout.kind for part in parts if isinstance(part.layout, StageLayout)), None)
     extra = unet.in_channels - channels
     if unet.kind == PLAIN and condition == UNCONDITIONAL and not extra:
         return "LDMPipeline" if stage else "DDIMPipeline"

@@ -1,51 +1,48 @@
-"""A diffusers folder as weights under their published names, from its own configs alone."""
+"""A diffusers folder as weights under their published names, from its own configs only."""
 
-from __future__ import annotations
-
-import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
 
 from ldm.checkpoint.diffusers import plan, text
-from ldm.checkpoint.diffusers.files import is_diffusers_folder, read_component, read_json
-from ldm.checkpoint.diffusers.first_stage import KL, VQ, StageLayout
+from ldm.checkpoint.diffusers.files import is_model_folder, read_component, read_json
+from ldm.checkpoint.diffusers.first_stage import StageLayout
 from ldm.checkpoint.diffusers.plan import Layout, Plan
-from ldm.checkpoint.diffusers.rules import InterchangeError, first_difference, to_ours
+from ldm.checkpoint.diffusers.rules import ConversionError, first_difference, to_ours
 from ldm.checkpoint.diffusers.scheduler import check_scheduler
 from ldm.checkpoint.diffusers.text import TextLayout
 from ldm.checkpoint.diffusers.unet import CROSS, PLAIN, UNetLayout
+from ldm.checkpoint.formats import read_tensors
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
-logger = logging.getLogger(__name__)
-
-EXTRAS = "published_extras.safetensors"  # what a file holds and diffusers has no place for
+EXTRAS = "published_extras.safetensors"  # tensors of a published file that diffusers has no place for
 STAGES = ("vae", "vqvae")
-_MOST = 64  # levels, blocks, layers: a folder that says more is no model
+_MAX_COUNT = 64  # levels, blocks, layers
 T = TypeVar("T")
 
 
-def component_layouts(folder: Path, text_kind: str | None = None) -> dict[str, Layout]:
-    """The layout of each component that the folder holds, by its subfolder; "" for a folder that is one component."""
-    if not is_diffusers_folder(folder):
-        raise InterchangeError(
-            f"{folder}: a folder, and no model in diffusers' layout: it has neither unet/config.json nor the config.json of a UNet or "
-            f"first stage"
+def check_is_model(folder: Path) -> None:
+    """Raise ConversionError unless the folder has diffusers' layout."""
+    if not is_model_folder(folder):
+        raise ConversionError(
+            f"{folder}: not a model in diffusers' layout: it has neither unet/config.json nor a config.json of a UNet "
+            f"or first stage"
         )
+
+
+def component_layouts(folder: Path, text_kind: str | None = None) -> dict[str, Layout]:
+    """The layout of each component of the folder, by subfolder; "" for a folder that is one component."""
+    check_is_model(folder)
     if not (folder / "unet" / "config.json").is_file():
-        config = read_json(folder / "config.json")
-        unet = config["_class_name"] in (CROSS, PLAIN)
+        unet = read_json(folder / "config.json")["_class_name"] in (CROSS, PLAIN)
         return {"": _layout(folder / "config.json", UNetLayout.from_config if unet else StageLayout.from_config)}
-    layouts: dict[str, Layout] = {"unet": _layout(folder / "unet" / "config.json", UNetLayout.from_config)}
-    for name in STAGES:
-        if (folder / name / "config.json").is_file():
-            layouts[name] = _layout(folder / name / "config.json", StageLayout.from_config)
-    if (folder / "text_encoder" / "config.json").is_file():
-        path = folder / "text_encoder" / "config.json"
-        layouts["text_encoder"] = _layout(path, lambda config: TextLayout.from_config(config, text_kind))
-    return layouts
+    makers: dict[str, Callable[[dict[str, Any]], Layout]] = {"unet": UNetLayout.from_config}
+    makers |= dict.fromkeys(STAGES, StageLayout.from_config)
+    makers["text_encoder"] = lambda config: TextLayout.from_config(config, text_kind)
+    paths = {name: folder / name / "config.json" for name in makers}
+    return {name: _layout(path, makers[name]) for name, path in paths.items() if path.is_file()}
 
 
 def _layout(path: Path, make: Callable[[dict[str, Any]], T]) -> T:
@@ -53,18 +50,18 @@ def _layout(path: Path, make: Callable[[dict[str, Any]], T]) -> T:
     counts = [config.get(name) for name in ("layers_per_block", "transformer_layers_per_block", "num_hidden_layers")]
     counts += [len(value) for value in config.values() if isinstance(value, list)]
     flat = [n for count in counts for n in (count if isinstance(count, list) else [count])]
-    if any(isinstance(n, list) or (isinstance(n, int) and not 0 <= n <= _MOST) for n in flat):
-        raise InterchangeError(f"{path}: numbers of no model (more than {_MOST} levels or layers, or less than none)")
+    if any(isinstance(n, list) or (isinstance(n, int) and not 0 <= n <= _MAX_COUNT) for n in flat):
+        raise ConversionError(f"{path}: implausible layer counts (negative or over {_MAX_COUNT})")
     try:
         return make(config)
     except KeyError as error:
-        raise InterchangeError(f"{path}: lacks {error}") from error
+        raise ConversionError(f"{path}: missing key {error}") from error
     except (TypeError, AttributeError, ZeroDivisionError) as error:
-        raise InterchangeError(f"{path}: a value of the wrong kind ({error})") from error
+        raise ConversionError(f"{path}: invalid value ({error})") from error
 
 
 def prefix_of(name: str, layout: Layout) -> str:
-    """Where a component's tensors are in a published file."""
+    """Prefix of a component's tensors in a published file."""
     if isinstance(layout, UNetLayout):
         return plan.UNET
     if isinstance(layout, TextLayout):
@@ -72,14 +69,12 @@ def prefix_of(name: str, layout: Layout) -> str:
     return plan.STAGE if name else ""
 
 
-def read_folder(folder: Path, text_kind: str | None = None, stand_ins: bool = True) -> dict[str, Tensor]:
+def read_folder(folder: Path, text_kind: str | None = None, fill_unused: bool = True) -> dict[str, Tensor]:
     """The tensors of a diffusers folder under their published names, memory-mapped.
 
-    text_kind: which tower of `text` the text encoder is; None tells by its activation.
-    stand_ins: fill what an OpenCLIP file holds and a folder lacks, because nothing uses it, with NaN: a use would show.
+    text_kind: the text encoder's kind, see `ldm.checkpoint.diffusers.text`; None tells it by the activation.
+    fill_unused: add the unused tensors of an OpenCLIP file, which a folder lacks, as NaN (so that a use would show).
     """
-    from ldm.checkpoint.formats import existing_file, read_tensors
-
     weights: dict[str, Tensor] = {}
     layouts = component_layouts(folder, text_kind)
     for name, layout in layouts.items():
@@ -87,67 +82,40 @@ def read_folder(folder: Path, text_kind: str | None = None, stand_ins: bool = Tr
         weights |= {prefix_of(name, layout) + key: tensor for key, tensor in tensors.items()}
     for name in (plan.CLASS_FILE, plan.CONDITION_FILE):
         if (folder / name).is_file():
-            weights |= {
-                plan.CONDITION + key: tensor for key, tensor in read_tensors(existing_file(folder / name)).items()
-            }
+            weights |= {plan.CONDITION + key: tensor for key, tensor in read_tensors(folder / name).items()}
     if (folder / EXTRAS).is_file():
-        weights |= {
-            key: tensor for key, tensor in read_tensors(existing_file(folder / EXTRAS)).items() if key not in weights
-        }
-    if stand_ins:
-        _stand_in(weights, layouts.get("text_encoder"))
+        weights = read_tensors(folder / EXTRAS) | weights
+    tower = layouts.get("text_encoder")
+    if fill_unused and isinstance(tower, TextLayout):
+        unused = {text.PREFIX[tower.kind] + name: shape for name, shape in tower.unused_shapes().items()}
+        weights = {name: torch.tensor(torch.nan).expand(shape) for name, shape in unused.items()} | weights
     return weights
 
 
-def _stand_in(weights: dict[str, Tensor], layout: Layout | None) -> None:
-    if not isinstance(layout, TextLayout):
-        return
-    import torch
-
-    prefix = text.PREFIX[layout.kind]
-    absent = {name: shape for name, shape in layout.unused_shapes().items() if prefix + name not in weights}
-    weights |= {prefix + name: torch.full((), float("nan")).expand(shape) for name, shape in absent.items()}
-
-
-def check_is_of(folder: Path, config: Mapping[str, Any]) -> None:
-    """InterchangeError in one line unless a folder is of the model that a config (with its key `model`) describes."""
-    check_folder(folder, plan.plan_of(config))
-
-
-def check_folder(folder: Path, wanted: Plan) -> dict[str, Layout]:
-    """The folder's layouts; InterchangeError in one line where they, or its noise schedule, are not those of the YAML."""
+def check_folder(folder: Path, wanted: Plan) -> None:
+    """Raise ConversionError if the folder's components or noise schedule differ from the YAML's."""
     layouts = component_layouts(folder, wanted.text.kind if wanted.text else None)
-    stages = {KL: "an AutoencoderKL", VQ: "a VQModel"}
     for part in wanted.components:
-        same_kind = [(name, layout) for name, layout in layouts.items() if type(layout) is type(part.layout)]
-        if not same_kind:
-            raise InterchangeError(
-                f"{folder}: has no {part.folder or stages[part.layout.kind]}, which the YAML asks for"
-            )
-        name, layout = same_kind[0]
-        difference = first_difference(part.layout, layout)
-        if difference:
-            raise InterchangeError(
-                f"{folder / name / 'config.json'}: {difference}; is this the YAML that the folder belongs to?"
-            )
-    if wanted.scheduler is not None and (folder / "scheduler" / "scheduler_config.json").is_file():
+        same_type = [(name, layout) for name, layout in layouts.items() if type(layout) is type(part.layout)]
+        if not same_type:
+            raise ConversionError(f"{folder}: has no {part.name}, which the YAML requires")
+        name, layout = same_type[0]
+        if difference := first_difference(part.layout, layout):
+            path = folder / name / "config.json"
+            raise ConversionError(f"{path}: {difference}; does this YAML belong to the folder?")
+    if wanted.scheduler is None:
+        return
+    if (folder / "scheduler" / "scheduler_config.json").is_file():
         check_scheduler(wanted.params, read_json(folder / "scheduler" / "scheduler_config.json"))
-    _check_scale(folder, wanted)
-    return layouts
+    scale = scale_factor_of(folder)
+    if scale is not None and wanted.scale_factor is not None and abs(scale / wanted.scale_factor - 1) > 1e-3:
+        raise ConversionError(
+            f"{folder}: the first stage's scaling_factor is {scale:g}, but {wanted.scale_factor:g} in the YAML"
+        )
 
 
 def scale_factor_of(folder: Path) -> float | None:
-    """The scale of the latents that the first stage's config.json gives; None where it gives none."""
-    for name in STAGES:
-        if (folder / name / "config.json").is_file():
-            value = read_json(folder / name / "config.json").get("scaling_factor")
-            return None if value is None else float(value)
-    return None
-
-
-def _check_scale(folder: Path, wanted: Plan) -> None:
-    found = scale_factor_of(folder) if wanted.scheduler is not None else None
-    if found is not None and wanted.scale_factor is not None and abs(found / wanted.scale_factor - 1) > 1e-3:
-        raise InterchangeError(
-            f"{folder}: the first stage's scaling_factor is {found:g} there and {wanted.scale_factor:g} in the YAML"
-        )
+    """The latents' scale factor in the first stage's config.json; None if it gives none."""
+    paths = [folder / name / "config.json" for name in STAGES]
+    value = next((read_json(path).get("scaling_factor") for path in paths if path.is_file()), None)
+    return None if value is None else float(value)

@@ -1,32 +1,27 @@
-"""CLIP's and OpenCLIP's text towers as transformers' CLIPTextModel, and the tokenizer's files."""
+"""CLIP's and OpenCLIP's text towers as transformers' CLIPTextModel."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from ldm.checkpoint.diffusers.rules import STACKED, InterchangeError, Rule, same
+from ldm.checkpoint.diffusers.rules import STACKED, ConversionError, Rule, same
 from ldm.config.text_shapes import CLIP_VERSION, OPEN_CLIP_ARCH, clip_shape, open_clip_shape
 
 CLIP, OPEN_CLIP = "FrozenCLIPEmbedder", "FrozenOpenCLIPEmbedder"
 PREFIX = {CLIP: "cond_stage_model.transformer.", OPEN_CLIP: "cond_stage_model.model."}
 POSITION_IDS = f"{PREFIX[CLIP]}text_model.embeddings.position_ids"
 _ACTIVATION = {CLIP: "quick_gelu", OPEN_CLIP: "gelu"}
-_OPEN_CLIP_LAYER = (
-    ("ln_1", "layer_norm1"),
-    ("ln_2", "layer_norm2"),
-    ("mlp.c_fc", "mlp.fc1"),
-    ("mlp.c_proj", "mlp.fc2"),
-)
-_OPEN_CLIP_LAYER += (("attn.out_proj", "self_attn.out_proj"),)
 _CLIP_LAYER = ("layer_norm1", "layer_norm2", "mlp.fc1", "mlp.fc2")
 _CLIP_LAYER += tuple(f"self_attn.{name}_proj" for name in ("q", "k", "v", "out"))
+_OPEN_CLIP_LAYER = (("ln_1", "layer_norm1"), ("ln_2", "layer_norm2"), ("attn.out_proj", "self_attn.out_proj"))
+_OPEN_CLIP_LAYER += (("mlp.c_fc", "mlp.fc1"), ("mlp.c_proj", "mlp.fc2"))
 
 
 class TextLayout(NamedTuple):
-    """The tower's shape. `layers` are those that take part: Stable Diffusion v2 leaves OpenCLIP's last one out, and so does its folder."""
+    """Shape of the tower. `layers` counts those in use: Stable Diffusion v2 skips OpenCLIP's last one."""
 
-    kind: str
+    kind: str  # CLIP or OPEN_CLIP
     vocab_size: int
     width: int
     inner: int
@@ -42,27 +37,22 @@ class TextLayout(NamedTuple):
         if kind == CLIP:
             shape = clip_shape(params.get("version", CLIP_VERSION), params.get("text_config"))
             names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-            names += ("max_position_embeddings",)
-            return cls(CLIP, *(shape[name] for name in names), shape["hidden_act"], shape["layer_norm_eps"])
+            names += ("max_position_embeddings", "hidden_act", "layer_norm_eps")
+            return cls(CLIP, *(shape[name] for name in names))
         shape = open_clip_shape(params.get("arch", OPEN_CLIP_ARCH), params.get("text_config"))
-        layers = shape["layers"] - (params.get("layer", "last") == "penultimate")
-        width = shape["width"]
-        return cls(
-            OPEN_CLIP, shape["vocab_size"], width, 4 * width, layers, shape["heads"], shape["context_length"], "gelu"
-        )
+        layers, width = shape["layers"] - (params.get("layer", "last") == "penultimate"), shape["width"]
+        sizes = (shape["vocab_size"], width, 4 * width, layers, shape["heads"], shape["context_length"])
+        return cls(OPEN_CLIP, *sizes, "gelu")
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], kind: str | None = None) -> TextLayout:
-        """From text_encoder/config.json. kind: None tells the towers apart by their activation, quick_gelu being OpenAI's."""
+        """From text_encoder/config.json. kind: None tells the towers apart by activation; quick_gelu is OpenAI's."""
+        where = "text_encoder/config.json"
         if "CLIPTextModel" not in (config.get("architectures") or ["CLIPTextModel"]):
-            raise InterchangeError(
-                f"text_encoder/config.json: a {config['architectures']}; only CLIPTextModel can be read"
-            )
+            raise ConversionError(f"{where}: {config['architectures']} is not supported; expected CLIPTextModel")
         activation = config.get("hidden_act", "quick_gelu")
         if activation not in _ACTIVATION.values():
-            raise InterchangeError(
-                f"text_encoder/config.json: hidden_act {activation}: {' or '.join(_ACTIVATION.values())} can be read"
-            )
+            raise ConversionError(f"{where}: hidden_act {activation}: choose one of {', '.join(_ACTIVATION.values())}")
         return cls(
             kind or (CLIP if activation == "quick_gelu" else OPEN_CLIP),
             config.get("vocab_size", 49408),
@@ -96,7 +86,7 @@ class TextLayout(NamedTuple):
         }
 
     def rules(self) -> list[Rule]:
-        """The table of names."""
+        """Every tensor's rule."""
         return self._clip_rules() if self.kind == CLIP else self._open_clip_rules()
 
     def _clip_rules(self) -> list[Rule]:
@@ -113,23 +103,19 @@ class TextLayout(NamedTuple):
             for leaf in ("weight", "bias"):
                 parts = tuple(f"{theirs}.self_attn.{name}_proj.{leaf}" for name in ("q", "k", "v"))
                 rules.append(Rule(f"{ours}.attn.in_proj_{leaf}", parts, STACKED))
-            for here, there in _OPEN_CLIP_LAYER:
-                rules += same(f"{ours}.{here}", f"{theirs}.{there}")
+            for our_layer, their_layer in _OPEN_CLIP_LAYER:
+                rules += same(f"{ours}.{our_layer}", f"{theirs}.{their_layer}")
         return rules + same("ln_final", "text_model.final_layer_norm")
 
     def unused_shapes(self) -> dict[str, tuple[int, ...]]:
-        """What an OpenCLIP file holds beside a folder: tensors that take no part in the penultimate layer's output."""
+        """Tensors of an OpenCLIP file that a folder lacks: the penultimate layer's output does not need them."""
         if self.kind == CLIP:
             return {}
-        width, last = self.width, f"transformer.resblocks.{self.layers}"
+        width, inner, last = self.width, self.inner, f"transformer.resblocks.{self.layers}"
         shapes: dict[str, tuple[int, ...]] = {"text_projection": (width, width), "logit_scale": ()}
-        for name in ("ln_1", "ln_2"):
-            shapes |= {f"{last}.{name}.weight": (width,), f"{last}.{name}.bias": (width,)}
+        shapes |= {f"{last}.{norm}.{leaf}": (width,) for norm in ("ln_1", "ln_2") for leaf in ("weight", "bias")}
         shapes |= {f"{last}.attn.in_proj_weight": (3 * width, width), f"{last}.attn.in_proj_bias": (3 * width,)}
-        for name, out, into in (
-            ("attn.out_proj", width, width),
-            ("mlp.c_fc", self.inner, width),
-            ("mlp.c_proj", width, self.inner),
-        ):
-            shapes |= {f"{last}.{name}.weight": (out, into), f"{last}.{name}.bias": (out,)}
+        linear = {"attn.out_proj": (width, width), "mlp.c_fc": (inner, width), "mlp.c_proj": (width, inner)}
+        for name, shape in linear.items():
+            shapes |= {f"{last}.{name}.weight": shape, f"{last}.{name}.bias": shape[:1]}
         return shapes

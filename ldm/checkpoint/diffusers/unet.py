@@ -1,7 +1,7 @@
-"""The UNet: its layout from our YAML or from diffusers' config.json, diffusers' config of it, and the table of names.
+"""The UNet: its layout, from our YAML or from diffusers' config.json, and what follows from that.
 
-Published names number every block in the order in which it runs (`input_blocks.0`, `.1`, ...); diffusers counts by level, and residual
-blocks, attentions and samplers of a level apart.
+Published names number every block in execution order (`input_blocks.0`, `.1`, ...); diffusers counts by level, and
+residual blocks, attentions and resampling layers of a level separately.
 """
 
 from __future__ import annotations
@@ -9,12 +9,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from ldm.checkpoint.diffusers.rules import CONV1D, SAME, InterchangeError, Rule, by_head, same
+from ldm.checkpoint.diffusers.rules import CONV1D, ConversionError, Rule, by_head, same
 
 CROSS, PLAIN = "UNet2DConditionModel", "UNet2DModel"
 _DOWN = {CROSS: "CrossAttnDownBlock2D", PLAIN: "AttnDownBlock2D"}
 _UP = {CROSS: "CrossAttnUpBlock2D", PLAIN: "AttnUpBlock2D"}
-_FIXED = {  # what published UNets are, in diffusers' terms
+_FIXED = {  # diffusers' settings that give the published UNet
     "act_fn": "silu",
     "center_input_sample": False,
     "downsample_padding": 1,
@@ -24,6 +24,8 @@ _FIXED = {  # what published UNets are, in diffusers' terms
     "norm_eps": 1e-05,
     "norm_num_groups": 32,
 }
+_UNSUPPORTED = ("addition_embed_type", "encoder_hid_dim", "class_embed_type", "dual_cross_attention")
+_UNSUPPORTED += ("resnet_skip_time_act",)
 _RESNET = (("in_layers.0", "norm1"), ("in_layers.2", "conv1"), ("emb_layers.1", "time_emb_proj"))
 _RESNET += (("out_layers.0", "norm2"), ("out_layers.3", "conv2"))
 
@@ -31,31 +33,29 @@ _RESNET += (("out_layers.0", "norm2"), ("out_layers.3", "conv2"))
 class UNetLayout(NamedTuple):
     """All that names and diffusers' config depend on. Sequences have an entry for each level, full size first."""
 
-    kind: str  # CROSS: transformers on a context; PLAIN: attention alone
+    kind: str  # CROSS: transformers with context; PLAIN: self-attention only
     in_channels: int
     out_channels: int
     channels: tuple[int, ...]
-    res_blocks: tuple[int, ...]  # in the contracting half; one more in the expanding
-    heads: tuple[int | None, ...]  # of attention; None where a level has none
+    res_blocks: tuple[int, ...]  # on the way down; one more on the way up
+    heads: tuple[int | None, ...]  # of attention; None for a level without
     middle_heads: int
-    depth: int = 1  # transformer blocks in a row
+    depth: int = 1  # transformer blocks per attention layer
     context_dim: int | None = None
-    linear: bool = False  # tokens are projected by linear layers
-    cross_only: tuple[bool, ...] = ()  # levels whose first attention is on the context too
+    linear: bool = False  # linear instead of convolutional projections
+    cross_only: tuple[bool, ...] = ()  # levels whose first attention reads the context too
     middle_cross_only: bool = False
     classes: int | None = None
     scale_shift: bool = False
 
-    # ------------------------------------------------------------------------------------------------------- from a config
-
     @classmethod
     def from_params(cls, params: Mapping[str, Any]) -> UNetLayout:
-        """From the `params` of a UNetModel in our YAML; InterchangeError for what diffusers has no UNet for."""
+        """From the `params` of a UNetModel in our YAML; ConversionError for one that diffusers does not support."""
         mult = tuple(params.get("channel_mult") or (1, 2, 4, 8))
         channels = tuple(int(params["model_channels"]) * m for m in mult)
         levels = len(mult)
         cross = bool(params.get("use_spatial_transformer"))
-        _refuse_what_diffusers_lacks(params, mult)
+        _refuse_unsupported_params(params, mult)
         per_head, heads = params.get("num_head_channels", -1), params.get("num_heads", -1)
 
         def heads_of(width: int) -> int:
@@ -78,21 +78,22 @@ class UNetLayout(NamedTuple):
             classes=params.get("num_classes"),
             scale_shift=bool(params.get("use_scale_shift_norm", False)),
         )
-        return layout.checked()
+        layout._refuse_unsupported_plain()
+        return layout
 
-    def checked(self) -> UNetLayout:
-        if self.kind == PLAIN:
-            widths = {width // heads for width, heads in self._attended()}
-            if len(widths) > 1:
-                raise InterchangeError(
-                    f"this UNet's attention heads are {', '.join(map(str, sorted(widths)))} channels wide; diffusers' UNet2DModel has one "
-                    f"width for all levels (num_head_channels in the YAML), so it cannot be converted"
-                )
-            if len(set(self.res_blocks)) > 1:
-                raise InterchangeError(
-                    f"num_res_blocks {list(self.res_blocks)}: diffusers' UNet2DModel has one number for all levels"
-                )
-        return self
+    def _refuse_unsupported_plain(self) -> None:
+        if self.kind != PLAIN:
+            return
+        widths = {width // heads for width, heads in self._attended()}
+        if len(widths) > 1:
+            raise ConversionError(
+                f"attention heads are {', '.join(map(str, sorted(widths)))} channels wide; diffusers' {PLAIN} supports "
+                f"one width for all levels (num_head_channels in the YAML)"
+            )
+        if len(set(self.res_blocks)) > 1:
+            raise ConversionError(
+                f"num_res_blocks {list(self.res_blocks)}: diffusers' {PLAIN} supports one number for all levels"
+            )
 
     def _attended(self) -> list[tuple[int, int]]:
         """(width, heads) of every level with attention, and of the middle."""
@@ -101,21 +102,16 @@ class UNetLayout(NamedTuple):
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> UNetLayout:
-        """From diffusers' unet/config.json; InterchangeError for a UNet that this framework does not build."""
+        """From diffusers' unet/config.json; ConversionError for a UNet that this framework does not build."""
         kind = config.get("_class_name")
         if kind not in (CROSS, PLAIN):
-            raise InterchangeError(f"unet/config.json: a {kind}; only {CROSS} and {PLAIN} can be read")
+            raise ConversionError(f"unet/config.json: {kind} is not supported; expected {CROSS} or {PLAIN}")
         channels = tuple(config["block_out_channels"])
         levels = len(channels)
-        down, up = config["down_block_types"], config["up_block_types"]
         known = {_DOWN[kind]: True, "DownBlock2D": False, _UP[kind]: True, "UpBlock2D": False}
-        _refuse_what_we_lack(config, [*down, *up], known)
-        attended = [known[block] for block in down]
-        if attended != [known[block] for block in reversed(up)]:
-            raise InterchangeError(
-                f"unet/config.json: attention at other levels in down_block_types {down} than in up_block_types {up}"
-            )
-        if kind == CROSS:  # the entry is misnamed there: it is the number of heads
+        _refuse_unsupported_config(config, known)
+        attended = [known[block] for block in config["down_block_types"]]
+        if kind == CROSS:  # attention_head_dim is misnamed: it is the number of heads
             every = _each(config.get("num_attention_heads") or config.get("attention_head_dim", 8), levels)
             context_dim = _one_width(config.get("cross_attention_dim", 1280))
         else:
@@ -137,8 +133,6 @@ class UNetLayout(NamedTuple):
             classes=config.get("num_class_embeds"),
             scale_shift=config.get("resnet_time_scale_shift", "default") == "scale_shift",
         )
-
-    # --------------------------------------------------------------------------------------------------------- to diffusers
 
     def config(self, sample_size: int | Sequence[int]) -> dict[str, Any]:
         """diffusers' unet/config.json; sample_size: the latent's side."""
@@ -173,21 +167,19 @@ class UNetLayout(NamedTuple):
         }
 
     def rules(self) -> list[Rule]:
-        """The table of names, in the order in which the network runs."""
+        """Every tensor's rule, in execution order."""
         rules = [*same("time_embed.0", "time_embedding.linear_1"), *same("time_embed.2", "time_embedding.linear_2")]
         if self.classes is not None:
             rules += same("label_emb", "class_embedding", ("weight",))
         rules += same("input_blocks.0.0", "conv_in")
-        width, skips, number, last = self.channels[0], [self.channels[0]], 1, len(self.channels) - 1
-        for level, channels in enumerate(self.channels):
+        levels = list(enumerate(self.channels))
+        width, skips, number = self.channels[0], [self.channels[0]], 1
+        for level, channels in levels:
             for block in range(self.res_blocks[level]):
-                rules += _resnet(f"input_blocks.{number}.0", f"down_blocks.{level}.resnets.{block}", width != channels)
-                rules += self._attention(
-                    f"input_blocks.{number}.1", f"down_blocks.{level}.attentions.{block}", self.heads[level]
-                )
+                rules += self._block(f"input_blocks.{number}", f"down_blocks.{level}", block, level, width != channels)
                 width, number = channels, number + 1
                 skips.append(width)
-            if level != last:
+            if level != len(levels) - 1:
                 rules += same(f"input_blocks.{number}.0.op", f"down_blocks.{level}.downsamplers.0.conv")
                 number += 1
                 skips.append(width)
@@ -195,19 +187,19 @@ class UNetLayout(NamedTuple):
         rules += self._attention("middle_block.1", "mid_block.attentions.0", self.middle_heads)
         rules += _resnet("middle_block.2", "mid_block.resnets.1", False)
         number = 0
-        for up, (level, channels) in enumerate(reversed(list(enumerate(self.channels)))):
+        for up, (level, channels) in enumerate(reversed(levels)):
             for block in range(self.res_blocks[level] + 1):
-                rules += _resnet(
-                    f"output_blocks.{number}.0", f"up_blocks.{up}.resnets.{block}", width + skips.pop() != channels
-                )
-                rules += self._attention(
-                    f"output_blocks.{number}.1", f"up_blocks.{up}.attentions.{block}", self.heads[level]
-                )
+                shortcut = width + skips.pop() != channels
+                rules += self._block(f"output_blocks.{number}", f"up_blocks.{up}", block, level, shortcut)
                 if level and block == self.res_blocks[level]:
                     position = 1 if self.heads[level] is None else 2
                     rules += same(f"output_blocks.{number}.{position}.conv", f"up_blocks.{up}.upsamplers.0.conv")
                 width, number = channels, number + 1
         return [*rules, *same("out.0", "conv_norm_out"), *same("out.2", "conv_out")]
+
+    def _block(self, ours: str, theirs: str, block: int, level: int, shortcut: bool) -> list[Rule]:
+        resnet = _resnet(f"{ours}.0", f"{theirs}.resnets.{block}", shortcut)
+        return resnet + self._attention(f"{ours}.1", f"{theirs}.attentions.{block}", self.heads[level])
 
     def _attention(self, ours: str, theirs: str, heads: int | None) -> list[Rule]:
         if heads is None:
@@ -221,17 +213,14 @@ def _resnet(ours: str, theirs: str, shortcut: bool) -> list[Rule]:
 
 
 def _transformer(ours: str, theirs: str, depth: int) -> list[Rule]:
-    inner = []
+    names = [f"{layer}.{leaf}" for layer in ("norm", "proj_in", "proj_out") for leaf in ("weight", "bias")]
     for block in (f"transformer_blocks.{k}" for k in range(depth)):
         for attention in (f"{block}.attn1", f"{block}.attn2"):
-            inner += [
-                f"{attention}.{name}"
-                for name in ("to_q.weight", "to_k.weight", "to_v.weight", "to_out.0.weight", "to_out.0.bias")
-            ]
+            names += [f"{attention}.{name}.weight" for name in ("to_q", "to_k", "to_v", "to_out.0")]
+            names += [f"{attention}.to_out.0.bias"]
         layers = (f"{block}.{name}" for name in ("ff.net.0.proj", "ff.net.2", "norm1", "norm2", "norm3"))
-        inner += [f"{layer}.{leaf}" for layer in layers for leaf in ("weight", "bias")]
-    ends = [f"{layer}.{leaf}" for layer in ("norm", "proj_in", "proj_out") for leaf in ("weight", "bias")]
-    return [Rule(f"{ours}.{name}", (f"{theirs}.{name}",)) for name in (*ends, *inner)]
+        names += [f"{layer}.{leaf}" for layer in layers for leaf in ("weight", "bias")]
+    return [Rule(f"{ours}.{name}", (f"{theirs}.{name}",)) for name in names]
 
 
 def _plain_attention(ours: str, theirs: str, heads: int) -> list[Rule]:
@@ -241,53 +230,44 @@ def _plain_attention(ours: str, theirs: str, heads: int) -> list[Rule]:
         Rule(f"{ours}.qkv.weight", tuple(f"{part}.weight" for part in parts), by_head(heads, kernel=1)),
         Rule(f"{ours}.qkv.bias", tuple(f"{part}.bias" for part in parts), by_head(heads, kernel=0)),
         Rule(f"{ours}.proj_out.weight", (f"{theirs}.to_out.0.weight",), CONV1D),
-        Rule(f"{ours}.proj_out.bias", (f"{theirs}.to_out.0.bias",), SAME),
+        *same(f"{ours}.proj_out", f"{theirs}.to_out.0", ("bias",)),
     ]
 
 
-# ------------------------------------------------------------------------------------------------------------------ refusals
-
-
-def _refuse_what_diffusers_lacks(params: Mapping[str, Any], mult: Sequence[int]) -> None:
+def _refuse_unsupported_params(params: Mapping[str, Any], mult: Sequence[int]) -> None:
     if mult[0] != 1:
-        raise InterchangeError(
-            f"channel_mult {list(mult)}: diffusers' UNets begin at model_channels, so that it must begin with 1"
-        )
-    heads = params.get("num_heads", -1)
-    upsample = params.get("num_heads_upsample", -1)
-    unlike = {
+        raise ConversionError(f"channel_mult {list(mult)}: diffusers' UNets must begin with 1 (model_channels)")
+    upsample_heads = (-1, params.get("num_heads", -1))
+    unsupported = {
         "dims": params.get("dims", 2) != 2,
         "conv_resample": params.get("conv_resample", True) is not True,
-        "resblock_updown": bool(params.get("resblock_updown")),
-        "use_new_attention_order": bool(params.get("use_new_attention_order")),
+        "resblock_updown": params.get("resblock_updown"),
+        "use_new_attention_order": params.get("use_new_attention_order"),
         "n_embed": params.get("n_embed") is not None,
         "num_attention_blocks": params.get("num_attention_blocks") is not None,
-        "num_heads_upsample": upsample not in (-1, heads) and not params.get("use_spatial_transformer"),
+        "num_heads_upsample": params.get("num_heads_upsample", -1) not in upsample_heads
+        and not params.get("use_spatial_transformer"),
     }
-    for name in (name for name, differs in unlike.items() if differs):
-        raise InterchangeError(
-            f"unet_config: {name} {params.get(name)}: diffusers has no UNet for it, so that it cannot be converted"
-        )
+    for name in (name for name, differs in unsupported.items() if differs):
+        raise ConversionError(f"unet_config: {name} {params.get(name)}: not supported by diffusers' UNets")
 
 
-def _refuse_what_we_lack(config: Mapping[str, Any], blocks: Sequence[str], known: Mapping[str, bool]) -> None:
-    for block in blocks:
+def _refuse_unsupported_config(config: Mapping[str, Any], known: Mapping[str, bool]) -> None:
+    down, up = config["down_block_types"], config["up_block_types"]
+    for block in (*down, *up):
         if block not in known:
-            raise InterchangeError(
-                f"unet/config.json: block type {block}: this framework's UNet has only {', '.join(known)}"
+            raise ConversionError(
+                f"unet/config.json: block type {block} is not supported; expected one of {', '.join(known)}"
             )
-    unlike = [name for name, value in _FIXED.items() if config.get(name, value) != value]
-    others = (
-        "addition_embed_type",
-        "encoder_hid_dim",
-        "class_embed_type",
-        "dual_cross_attention",
-        "resnet_skip_time_act",
-    )
-    unlike += [name for name in others if config.get(name)]
-    unlike += ["add_attention"] if config.get("add_attention", True) is not True else []
-    for name in unlike:
-        raise InterchangeError(f"unet/config.json: {name} {config[name]}: this framework's UNet has no such part")
+    if [known[block] for block in down] != [known[block] for block in reversed(up)]:
+        raise ConversionError(
+            f"unet/config.json: down_block_types {down} and up_block_types {up} have attention at different levels"
+        )
+    unsupported = [name for name, value in _FIXED.items() if config.get(name, value) != value]
+    unsupported += [name for name in _UNSUPPORTED if config.get(name)]
+    unsupported += ["add_attention"] if config.get("add_attention", True) is not True else []
+    for name in unsupported:
+        raise ConversionError(f"unet/config.json: {name} {config[name]} is not supported")
 
 
 def _middle_cross_only(config: Mapping[str, Any]) -> bool:
@@ -299,8 +279,8 @@ def _each(value: Any, levels: int) -> tuple[Any, ...]:
     return tuple(value) if isinstance(value, Sequence) else (value,) * levels
 
 
-def _one_width(value: Any) -> int | None:
+def _one_width(value: Any) -> Any:
     widths = set(value) if isinstance(value, Sequence) else {value}
     if len(widths) != 1:
-        raise InterchangeError(f"{value}: one value for all levels can be converted, not several")
+        raise ConversionError(f"{value}: different values per level are not supported")
     return widths.pop()

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
 from ldm import checkpoint
+from ldm.checkpoint.resume import find_checkpoint
 from ldm.config.files import load_yaml
 from ldm.config.instantiate import accepted_params, instantiate_from_config
 from ldm.models.diffusion.image_log import film
@@ -115,8 +116,13 @@ class NoisyLatentImageClassifier(pl.LightningModule):
         """Pretrained encoders that no checkpoint has filled find their weights now; a random first stage is worth a warning."""
         checkpoint.ensure_weights(self)
         stage = getattr(self.diffusion_model, "first_stage_model", None)
-        filled = self._has_weights or self.trainer.ckpt_path is not None or getattr(stage, "_weights_file", None)
-        if not filled and stage is not None and any(True for _ in stage.parameters()):
+        filled = self._has_weights or self.trainer.ckpt_path is not None
+        if (
+            not filled
+            and stage is not None
+            and not checkpoint.has_loaded_weights(stage)
+            and any(True for _ in stage.parameters())
+        ):
             advice = "set model.params.diffusion_path to the folder of its run, or diffusion_ckpt_path to its weights"
             logger.warning("the diffusion model has random weights, and its latents mean nothing: %s", advice)
 
@@ -292,7 +298,7 @@ def _read_diffusion(path: str) -> tuple[Any, Path | None]:
             raise ValueError(
                 f"diffusion_path {path!r}: neither a YAML file nor a run's folder with configs/*-project.yaml"
             )
-        config, weights = projects[-1], checkpoint.find_checkpoint(place)
+        config, weights = projects[-1], find_checkpoint(place)
     config = load_yaml(config)
     if "model" not in config:
         raise ValueError(f"diffusion_path {path!r}: the YAML has no `model`")

@@ -151,7 +151,8 @@ class LatentDiffusion(ConditionStage, DDPM):
         """Pretrained encoders that no checkpoint has filled find their weights now; a random first stage is worth a warning."""
         checkpoint.ensure_weights(self)
         stage = self.first_stage_model
-        filled = self.restarted_from_ckpt or self.trainer.ckpt_path is not None or getattr(stage, "_weights_file", None)
+        resumed = self.restarted_from_ckpt or self.trainer.ckpt_path is not None
+        filled = resumed or checkpoint.has_loaded_weights(stage)
         if not filled and any(True for _ in stage.parameters()):
             logger.warning(
                 "the first stage has random weights: set model.params.first_stage_config.params.ckpt_path to a trained one"

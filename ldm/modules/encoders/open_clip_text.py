@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ldm.checkpoint.load import CheckpointError
+from ldm.checkpoint import CheckpointError
 from ldm.config.text_shapes import open_clip_shape
 from ldm.modules.encoders.base import PretrainedEncoder
 from ldm.modules.encoders.clip_tokenizer import clip_tokenizer

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from torch import nn
 
-from ldm.checkpoint.load import CheckpointError, read_weights
+from ldm.checkpoint import CheckpointError, read_weights
 
 
 def fill(module: nn.Module, path: Path, what: str, inner_name: Callable[[str], str], but: Iterable[str] = ()) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ldm.checkpoint.load import read_weights
+from ldm.checkpoint import read_weights
 
 logger = logging.getLogger(__name__)
 

@@ -8,7 +8,7 @@ import pytorch_lightning as pl
 import torch
 from omegaconf import OmegaConf
 
-from ldm.checkpoint.write import write_weights
+from ldm.checkpoint import write_weights
 from ldm.models.diffusion.classifier import ClassifierGuidance, top_k_accuracy
 from ldm.models.diffusion.ddim import DDIMSampler
 from ldm.models.diffusion.samplers.registry import SAMPLERS, make_sampler

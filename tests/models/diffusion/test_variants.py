@@ -6,7 +6,7 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from ldm.checkpoint.load import CheckpointError, write_weights
+from ldm.checkpoint import CheckpointError, write_weights
 from ldm.models.diffusion.ddim import DDIMSampler
 from ldm.modules.midas.api import MiDaSInference
 from ldm.util import instantiate_from_config

@@ -4,8 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from ldm.checkpoint.load import CheckpointError, ensure_weights, load_weights
-from ldm.checkpoint.write import write_weights
+from ldm.checkpoint import CheckpointError, ensure_weights, load_weights, write_weights
 from ldm.modules.encoders.modules import FrozenClipImageEmbedder, FrozenCLIPTextEmbedder
 from ldm.util import get_obj_from_str
 from tests.reference import randn, seed_weights

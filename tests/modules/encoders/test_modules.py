@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from ldm.checkpoint.load import CheckpointError, ensure_weights, load_weights, write_weights
+from ldm.checkpoint import CheckpointError, ensure_weights, load_weights, write_weights
 from ldm.config.text_shapes import VIT_L_14
 from ldm.modules.encoders.clip_text import CLIPText
 from ldm.modules.encoders.modules import (

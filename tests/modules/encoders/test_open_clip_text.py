@@ -7,8 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from ldm.checkpoint.load import CheckpointError, ensure_weights, load_weights, write_weights
-from ldm.inference import weights_on_meta
+from ldm.checkpoint import CheckpointError, ensure_weights, load_weights, weights_on_meta, write_weights
 from ldm.modules.encoders.clip_tokenizer import clip_tokenizer
 from ldm.modules.encoders.modules import FrozenOpenCLIPEmbedder
 from ldm.util import instantiate_from_config

@@ -1,0 +1,96 @@
+"""Weights at a path: a file, an index of shards or a diffusers folder; only `open_weights` asks which."""
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ldm.checkpoint.diffusers.plan import plan_of
+from ldm.checkpoint.diffusers.read import check_folder, check_is_model, read_folder
+from ldm.checkpoint.formats import existing_file, global_step, read_index, read_shards, read_tensors
+from ldm.checkpoint.names import published_names
+from ldm.paths import files_in, fingerprint
+
+
+@dataclass(frozen=True)
+class WeightsSource:
+    """Weights of a model that are not yet read; `path` is a file or a folder."""
+
+    path: Path
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Every tensor under its published name, on the CPU, memory-mapped where the format allows."""
+        raise NotImplementedError
+
+    def check(self, config: Mapping[str, Any]) -> None:
+        """Raise CheckpointError if a description next to the weights differs from `config` (with its key `model`)."""
+
+    def step(self) -> int | None:
+        """The optimizer step at which Lightning wrote the weights; None if it is not recorded."""
+        return None
+
+    @property
+    def files(self) -> Sequence[Path]:
+        """Every file that determines the model: weights and their configs."""
+        return [self.path]
+
+    @property
+    def size(self) -> int:
+        """Bytes of all files."""
+        return sum(file.stat().st_size for file in self.files)
+
+    @property
+    def fingerprint(self) -> str:
+        """16 hex digits that change with the content, see `ldm.paths.fingerprint`."""
+        return fingerprint(self.path, self.files)
+
+
+class WeightsFile(WeightsSource):
+    """A .ckpt or .safetensors file (told apart by content): a bare state dict, or a checkpoint with a `state_dict`."""
+
+    def tensors(self) -> dict[str, Tensor]:
+        return published_names(read_tensors(self.path))
+
+    def step(self) -> int | None:
+        return global_step(self.path)
+
+
+class ShardedWeights(WeightsSource):
+    """An index of shards (`*.index.json`)."""
+
+    def tensors(self) -> dict[str, Tensor]:
+        return published_names(read_shards(self.path))
+
+    @property
+    def files(self) -> Sequence[Path]:
+        return [self.path, *(self.path.with_name(name) for name in sorted(set(read_index(self.path).values())))]
+
+
+class DiffusersFolder(WeightsSource):
+    """A folder in diffusers' layout: a pipeline, a UNet or a first stage. It holds no averages."""
+
+    def tensors(self) -> dict[str, Tensor]:
+        return published_names(read_folder(self.path))
+
+    def check(self, config: Mapping[str, Any]) -> None:
+        check_folder(self.path, plan_of(config))
+
+    @property
+    def files(self) -> Sequence[Path]:
+        return files_in(self.path)
+
+
+def open_weights(path: str | os.PathLike | WeightsSource) -> WeightsSource:
+    """The weights at a path; a source is returned as it is. CheckpointError (MissingWeightsError for no such path)."""
+    if isinstance(path, WeightsSource):
+        return path
+    path = Path(path)
+    if path.is_dir():
+        check_is_model(path)
+        return DiffusersFolder(path)
+    return (
+        ShardedWeights(existing_file(path)) if path.name.endswith(".index.json") else WeightsFile(existing_file(path))
+    )
