@@ -1,4 +1,4 @@
-"""Networks whose weights have 16 bits among float32 numbers: what goes in is cast, what comes out is as precise as what went in."""
+"""Calls of networks with 16-bit weights: the input is cast to their dtype, the output back to the input's."""
 
 from collections.abc import Callable
 
@@ -7,15 +7,15 @@ from torch import Tensor, nn
 
 
 def weights_dtype(module: nn.Module) -> torch.dtype | None:
-    """The dtype of a module's first floating-point weight; None where it has none."""
+    """Dtype of the module's first floating-point weight, or None."""
     return next((weight.dtype for weight in module.parameters() if weight.is_floating_point()), None)
 
 
 def in_dtype(dtype: torch.dtype | None, f: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """f(x) computed in `dtype` and given back in the dtype of x, contiguous; f(x) itself where the two agree or `dtype` is None.
+    """f(x) computed in `dtype` and returned in the dtype of x, contiguous; plain f(x) if they agree or `dtype` is None.
 
-    Contiguous, because noise that is drawn in the layout of a tensor would be another noise in another layout.
+    Contiguous, because noise sampled in the layout of a tensor would differ in another layout.
     """
-    return (
-        f(x) if dtype is None or x.dtype == dtype else f(x.to(dtype)).to(x.dtype, memory_format=torch.contiguous_format)
-    )
+    if dtype is None or x.dtype == dtype:
+        return f(x)
+    return f(x.to(dtype)).to(x.dtype, memory_format=torch.contiguous_format)

@@ -1,4 +1,4 @@
-"""An exponential moving average of a model's parameters, under the names of the published checkpoints."""
+"""Exponential moving average of a model's parameters, under the names of the published checkpoints."""
 
 from __future__ import annotations
 
@@ -7,16 +7,19 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor, nn
 
-CHUNK = 64  # parameters averaged per fused call: large enough to be fast, small enough that temporaries stay far below the model's size
+CHUNK = 64  # parameters per fused call: fast, and temporaries stay far below the model's size
 
 
 class LitEma(nn.Module):
-    """Shadow copies s of the trainable parameters p, moved by s <- d s + (1 - d) p once per call, i.e. per optimizer step.
+    """Shadow copies s of the trainable parameters p; a call, one per optimizer step, sets s <- d s + (1 - d) p.
 
-    d is `decay`, at first less: min(decay, (1 + n) / (10 + n)) after n calls, unless `use_num_upates` (published spelling) is false.
-    A shadow is a buffer named like its parameter with the dots dropped (`input_blocks.0.0.weight` -> `input_blocks00weight`) and is kept in
-    float32 whatever the model's precision: steps of 1 - d = 1e-4 vanish in bfloat16.
+    d is `decay`, or less in the first n calls: min(decay, (1 + n) / (10 + n)); constant if `use_num_upates` (published
+    spelling) is false. A shadow is a buffer with the name of its parameter without dots (`input_blocks.0.0.weight` ->
+    `input_blocks00weight`). It stays in float32 whatever the model's dtype: steps of 1 - d = 1e-4 vanish in bfloat16.
     """
+
+    decay: Tensor
+    num_updates: Tensor
 
     def __init__(self, model: nn.Module, decay: float = 0.9999, use_num_upates: bool = True) -> None:
         super().__init__()
@@ -29,15 +32,13 @@ class LitEma(nn.Module):
             if parameter.requires_grad:
                 shadow_name = name.replace(".", "")
                 if hasattr(self, shadow_name):
-                    raise ValueError(
-                        f"parameter {name!r}: its EMA name {shadow_name!r} is taken; names must differ without their dots too"
-                    )
+                    raise ValueError(f"parameter {name!r}: its EMA name without dots, {shadow_name!r}, is already used")
                 self.m_name2s_name[name] = shadow_name
                 self.register_buffer(shadow_name, _keep_float32(parameter.detach().clone()))
         self._stored: list[list[Tensor]] = []
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LitEma:
-        """Follow the model to its device but not to its precision, see the class."""
+        """Move to the model's device, but keep float32 (see the class)."""
 
         def move(tensor: Tensor) -> Tensor:
             moved = fn(tensor)
@@ -51,14 +52,14 @@ class LitEma(nn.Module):
         missing = [name for name in self.m_name2s_name if name not in parameters]
         if missing:
             raise ValueError(
-                f"EMA: the model has no parameter {missing[0]!r} ({len(missing)} missing); was it built for another model?"
+                f"EMA: the model has no parameter {missing[0]!r} ({len(missing)} missing); is this another model's EMA?"
             )
         shadows = dict(self.named_buffers())
         return [shadows[s] for s in self.m_name2s_name.values()], [parameters[m].detach() for m in self.m_name2s_name]
 
     @torch.no_grad()
     def forward(self, model: nn.Module) -> None:
-        """Move the averages one step towards the parameters of `model`. Nothing is read back to the host."""
+        """Move the averages one step towards the parameters of `model`, without reading anything back to the CPU."""
         self.num_updates += (self.num_updates >= 0).to(self.num_updates.dtype)
         n = self.num_updates.float()
         warm_up = torch.where(self.num_updates >= 0, (1.0 + n) / (10.0 + n), torch.ones_like(n))
@@ -78,12 +79,12 @@ class LitEma(nn.Module):
             parameter.copy_(shadow)
 
     def store(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Put copies of the parameters aside for `restore`; calls nest."""
+        """Save copies of the parameters for `restore`; calls nest."""
         self._stored.append([parameter.detach().clone() for parameter in parameters])
 
     @torch.no_grad()
     def restore(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Give the parameters the values of the latest `store` back and forget it. Raises RuntimeError where nothing was stored."""
+        """Restore the parameters of the last `store`, and forget them. Raises RuntimeError without a `store`."""
         if not self._stored:
             raise RuntimeError("EMA: restore() without a store() before it")
         for stored, parameter in zip(self._stored.pop(), parameters, strict=True):

@@ -1,4 +1,4 @@
-"""The quantizer of the VQ first stages: taming's `VectorQuantizer2`, its search done in float32 and in little memory."""
+"""Quantizer of the VQ first stages: taming's `VectorQuantizer2` with a float32 search in little memory."""
 
 from __future__ import annotations
 
@@ -7,30 +7,26 @@ import os
 
 import numpy as np
 import torch
+from einops import rearrange
 from taming.modules.vqvae.quantize import VectorQuantizer2 as TamingVectorQuantizer2
 from torch import Tensor
 
 logger = logging.getLogger(__name__)
 
-DISTANCES_AT_ONCE = (
-    2**25
-)  # 128 MiB of float32: a batch of 256x256 pictures against 16,384 codes would take gigabytes in one piece
+DISTANCES_AT_ONCE = 2**25  # 128 MiB of float32; a batch of 256x256 images against 16,384 codes would take gigabytes
 
 
 class VectorQuantizer2(TamingVectorQuantizer2):
-    """Nearest codebook entry for each position, with a straight-through gradient (VQ-VAE, arXiv 1711.00937, section 3.2).
+    """Nearest codebook entry per position, with a straight-through gradient (VQ-VAE, arXiv 1711.00937, section 3.2).
 
     n_e, e_dim: number and width of the entries; beta: factor of the commitment term.
-    legacy: the published models were trained with beta on the codebook's term and 1 on the commitment's; false exchanges them, as the
-        paper has it.
+    legacy: as in the published models, beta weighs the codebook's term instead of the commitment's.
     sane_index_shape: codes as (B, H, W) instead of (B * H * W,).
-    remap: .npy file with the codes in use, int (k,); codes are then numbered 0 to k - 1 in its order, and others become unknown_index:
-        'random' (any of them), 'extra' (k) or a number.
+    remap: .npy file with the k codes in use, int (k,); they are renumbered 0 to k - 1, and the others become
+        unknown_index: 'random' (any of them), 'extra' (k) or a number.
     """
 
-    keeps_float32 = (
-        True  # where weights are loaded in 16 bits: entries that are rounded would be the nearest of other latents
-    )
+    keeps_float32 = True  # if weights are loaded in 16 bits: the nearest of rounded entries may be another one
 
     def __init__(
         self,
@@ -52,30 +48,21 @@ class VectorQuantizer2(TamingVectorQuantizer2):
         try:
             used = np.load(remap, allow_pickle=False)
         except (ValueError, EOFError) as error:
-            raise ValueError(f"remap={remap}: no .npy file of numbers ({error})") from error
-        if (
-            used.ndim != 1
-            or not len(used)
-            or not np.issubdtype(used.dtype, np.integer)
-            or used.min() < 0
-            or used.max() >= self.n_e
-        ):
+            raise ValueError(f"remap={remap}: not a .npy file of numbers ({error})") from error
+        integers = used.ndim == 1 and len(used) > 0 and np.issubdtype(used.dtype, np.integer)
+        if not integers or used.min() < 0 or used.max() >= self.n_e:
             raise ValueError(
-                f"remap={remap}: expected a list of codes from 0 to {self.n_e - 1}, got {used.dtype} of shape {used.shape}"
+                f"remap={remap}: expected a list of codes from 0 to {self.n_e - 1}, got {used.dtype} {used.shape}"
             )
         self.remap = remap
         self.register_buffer("used", torch.tensor(used))
         self.re_embed = len(used) + (unknown_index == "extra")
         self.unknown_index = len(used) if unknown_index == "extra" else unknown_index
-        if self.unknown_index != "random" and not (
-            isinstance(self.unknown_index, int) and 0 <= self.unknown_index < self.re_embed
-        ):
+        if self.unknown_index != "random" and self.unknown_index not in range(self.re_embed):
             raise ValueError(
                 f"unknown_index={unknown_index!r}: choose 'random', 'extra' or a number from 0 to {self.re_embed - 1}"
             )
-        logger.info(
-            "codebook: %d codes become %d (%s), unknown ones %s", self.n_e, self.re_embed, remap, self.unknown_index
-        )
+        logger.info("codebook: %d codes remapped to %d (%s)", self.n_e, self.re_embed, remap)
 
     def forward(
         self, z: Tensor, temp: float | None = None, rescale_logits: bool = False, return_logits: bool = False
@@ -85,22 +72,19 @@ class VectorQuantizer2(TamingVectorQuantizer2):
         The other arguments belong to quantizers that sample; here they must keep their defaults.
         """
         if temp not in (None, 1.0) or rescale_logits or return_logits:
-            raise ValueError(
-                "temp, rescale_logits and return_logits belong to a Gumbel quantizer; this one takes the nearest entry"
-            )
+            raise ValueError("temp, rescale_logits and return_logits are options of Gumbel quantizers, not of this one")
         batch, _, height, width = z.shape
         with torch.autocast(z.device.type, enabled=False):  # distances rounded to 16 bits would choose other codes
-            latents = z.permute(0, 2, 3, 1).reshape(-1, self.e_dim).float()  # (N, e_dim)
+            latents = rearrange(z, "b c h w -> (b h w) c").float()
             codebook = self.embedding.weight.float()
             codes = self.nearest(latents, codebook)
             entries = codebook[codes]
-            commitment, moved = (
-                (latents - entries.detach()).square().mean(),
-                (entries - latents.detach()).square().mean(),
-            )
-            loss = commitment + self.beta * moved if self.legacy else self.beta * commitment + moved
-            entries = latents + (entries - latents).detach()  # the gradient passes as if nothing had been rounded
-        z_q = entries.reshape(batch, height, width, self.e_dim).permute(0, 3, 1, 2).contiguous().to(z.dtype)
+            commitment = (latents - entries.detach()).square().mean()
+            codebook_loss = (entries - latents.detach()).square().mean()
+            weights = (1.0, self.beta) if self.legacy else (self.beta, 1.0)
+            loss = weights[0] * commitment + weights[1] * codebook_loss
+            entries = latents + (entries - latents).detach()  # straight-through gradient
+        z_q = rearrange(entries, "(b h w) c -> b c h w", h=height, w=width).contiguous().to(z.dtype)
         if self.remap is not None:
             codes = self.remap_to_used(codes.reshape(batch, -1)).reshape(-1)
         if self.sane_index_shape:
@@ -110,12 +94,12 @@ class VectorQuantizer2(TamingVectorQuantizer2):
     @staticmethod
     @torch.no_grad()
     def nearest(latents: Tensor, codebook: Tensor) -> Tensor:
-        """Index of the nearest row of codebook (n_e, e_dim) for each of latents (N, e_dim), both float32 -> (N,) int64."""
+        """Index (N,) int64 of the nearest row of codebook (n_e, e_dim) for each of latents (N, e_dim), both float32."""
         lengths = codebook.square().sum(dim=1)
         parts = latents.split(max(1, DISTANCES_AT_ONCE // len(codebook)))
-        # |z - e|^2 = |z|^2 - 2 z e + |e|^2, of which the first term is the same for all entries
+        # |z - e|^2 = |z|^2 - 2 z e + |e|^2; the first term is the same for all entries
         return torch.cat([torch.addmm(lengths, part, codebook.T, alpha=-2).argmin(dim=1) for part in parts])
 
     def unmap_to_all(self, inds: Tensor) -> Tensor:
-        """Codes as the codebook numbers them, from remapped ones (B, ...), which stay as they are; 'extra' becomes the first used code."""
-        return super().unmap_to_all(inds.clone())
+        """Codes in the codebook's numbering, from remapped ones (B, ...); 'extra' becomes the first used code."""
+        return super().unmap_to_all(inds.clone())  # taming's writes into its argument

@@ -1,19 +1,20 @@
-"""Transformers over tokens, in the shapes and names of the published text encoders (LDM appendix; after lucidrains' x-transformers)."""
+"""Token transformers in the shapes and names of the published text encoders (after lucidrains' x-transformers)."""
+
+from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
-from ldm.modules.attention import FeedForward
+from ldm.modules.attention import FeedForward, attend
 
 
 class AbsolutePositionalEmbedding(nn.Module):
-    """One learned vector for each position."""
+    """One learned vector per position."""
 
     def __init__(self, dim: int, max_seq_len: int) -> None:
         super().__init__()
-        self.emb = nn.Embedding(max_seq_len, dim)
-        nn.init.normal_(self.emb.weight, std=0.02)
+        self.emb = _normal_embedding(max_seq_len, dim)
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (B, L, ...) -> the vectors of positions 0..L-1, (1, L, dim)."""
@@ -21,7 +22,7 @@ class AbsolutePositionalEmbedding(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head attention of a sequence to itself or, given `context`, to another. The heads' width is free of `dim`."""
+    """Multi-head self-attention; `heads * dim_head` may differ from `dim`."""
 
     def __init__(
         self, dim: int, heads: int = 8, dim_head: int = 64, causal: bool = False, dropout: float = 0.0
@@ -34,40 +35,27 @@ class Attention(nn.Module):
         self.to_v = nn.Linear(dim, inner, bias=False)
         self.to_out = nn.Linear(inner, dim)
 
-    def forward(self, x: Tensor, context: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
-        """x: (B, L, dim), context: (B, M, dim), mask: (B, M) bool, True where a key may be seen -> (B, L, dim)."""
-        source = x if context is None else context
-        q, k, v = self._split(self.to_q(x)), self._split(self.to_k(source)), self._split(self.to_v(source))
-        visible = None if mask is None else mask[:, None, None, :].expand(-1, 1, x.shape[1], -1)  # (B, 1, L, M)
-        if self.causal and visible is not None:
-            visible = visible & torch.ones(x.shape[1], source.shape[1], dtype=torch.bool, device=x.device).tril()
-        out = F.scaled_dot_product_attention(  # (B, heads, L, dim_head)
-            q,
-            k,
-            v,
-            attn_mask=visible,
-            dropout_p=self.dropout if self.training else 0.0,
-            is_causal=self.causal and visible is None,
-        )
-        return self.to_out(out.transpose(1, 2).flatten(2))
-
-    def _split(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, L, heads * dim_head) -> (B, heads, L, dim_head)
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """x: (B, L, dim), mask: bool (B, L), True for visible tokens -> (B, L, dim)."""
+        q, k, v = (rearrange(to(x), "b n (h d) -> b h n d", h=self.heads) for to in (self.to_q, self.to_k, self.to_v))
+        out = attend(q, k, v, mask, self.causal, self.dropout if self.training else 0.0)
+        return self.to_out(rearrange(out, "b h n d -> b n (h d)"))
 
 
 class Residual(nn.Module):
-    """The sum around a layer: a module without weights, because the published names count it."""
+    """Sum around a layer: a module without weights, because the published names count it."""
 
     def forward(self, x: Tensor, residual: Tensor) -> Tensor:
         return x + residual
 
 
 class AttentionLayers(nn.Module):
-    """`depth` times attention and feed-forward, each with a LayerNorm before it and a sum around it. (B, L, dim) -> (B, L, dim).
+    """`depth` times attention and feed-forward, each with LayerNorm and residual: (B, L, dim) -> the same.
 
-    In names, `layers.2i` is the i-th attention (with `cross_attend` a level has three entries: attention, cross-attention, feed-forward)
-    and an entry holds (norm, layer, sum) as 0, 1, 2.
+    `layers.2i` is the i-th attention, `layers.2i+1` the i-th feed-forward; each holds (norm, layer, residual) as 0, 1, 2.
     """
+
+    causal = False
 
     def __init__(
         self,
@@ -75,57 +63,37 @@ class AttentionLayers(nn.Module):
         depth: int,
         heads: int = 8,
         dim_head: int = 64,
-        causal: bool = False,
-        cross_attend: bool = False,
-        ff_mult: int = 4,
-        ff_glu: bool = False,
         attn_dropout: float = 0.0,
         ff_dropout: float = 0.0,
     ) -> None:
         super().__init__()
         self.dim, self.depth = dim, depth
-        self.kinds = (
-            ("attention", "cross", "feedforward") * depth if cross_attend else ("attention", "feedforward") * depth
-        )
-        make = {
-            "attention": lambda: Attention(dim, heads, dim_head, causal=causal, dropout=attn_dropout),
-            "cross": lambda: Attention(dim, heads, dim_head, dropout=attn_dropout),
-            "feedforward": lambda: FeedForward(dim, mult=ff_mult, glu=ff_glu, dropout=ff_dropout),
-        }
-        self.layers = nn.ModuleList(nn.ModuleList([nn.LayerNorm(dim), make[kind](), Residual()]) for kind in self.kinds)
+        self.layers = nn.ModuleList()
+        for _ in range(depth):
+            attention = Attention(dim, heads, dim_head, causal=self.causal, dropout=attn_dropout)
+            for layer in (attention, FeedForward(dim, dropout=ff_dropout)):
+                self.layers.append(nn.ModuleList([nn.LayerNorm(dim), layer, Residual()]))
 
-    def forward(
-        self, x: Tensor, context: Tensor | None = None, mask: Tensor | None = None, context_mask: Tensor | None = None
-    ) -> Tensor:
-        """x: (B, L, dim), context: (B, M, dim) for cross-attention; masks: bool, True where a token may be seen."""
-        if ("cross" in self.kinds) != (context is not None):
-            raise ValueError("a context is needed with cross_attend, and only then")
-        for kind, (norm, layer, add) in zip(self.kinds, self.layers):
-            if kind == "attention":
-                x = add(layer(norm(x), mask=mask), x)
-            elif kind == "cross":
-                x = add(layer(norm(x), context, mask=context_mask), x)
-            else:
-                x = add(layer(norm(x)), x)
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """x: (B, L, dim), mask: bool (B, L), True for visible tokens."""
+        for block in self.layers:
+            norm, layer, add = block.children()
+            x = add(layer(norm(x), mask) if isinstance(layer, Attention) else layer(norm(x)), x)
         return x
 
 
 class Encoder(AttentionLayers):
     """Layers in which every token sees every other."""
 
-    def __init__(self, dim: int, depth: int, **options: int | float | bool) -> None:
-        super().__init__(dim, depth, causal=False, **options)
-
 
 class Decoder(AttentionLayers):
-    """Layers in which a token sees itself and those before it."""
+    """Layers in which a token sees itself and earlier tokens."""
 
-    def __init__(self, dim: int, depth: int, **options: int | float | bool) -> None:
-        super().__init__(dim, depth, causal=True, **options)
+    causal = True
 
 
 class TransformerWrapper(nn.Module):
-    """Tokens -> embeddings plus positions -> layers -> LayerNorm -> logits, or the normalized embeddings before them."""
+    """Tokens -> embeddings plus positions -> layers -> LayerNorm -> logits, or the normalized embeddings."""
 
     def __init__(
         self,
@@ -134,37 +102,36 @@ class TransformerWrapper(nn.Module):
         max_seq_len: int,
         attn_layers: AttentionLayers,
         emb_dropout: float = 0.0,
-        use_pos_emb: bool = True,
         token_emb: nn.Module | None = None,
         logits: bool = True,
     ) -> None:
-        """token_emb: (B, L) int64 -> (B, L, dim), in the place of a table of `num_tokens` rows. logits: False leaves out the last layer."""
+        """token_emb: (B, L) int64 -> (B, L, dim), instead of a table of `num_tokens` rows."""
         super().__init__()
         dim = attn_layers.dim
         self.max_seq_len, self.num_tokens = max_seq_len, num_tokens
-        self.token_emb = token_emb if token_emb is not None else _token_table(num_tokens, dim)
-        self.pos_emb = AbsolutePositionalEmbedding(dim, max_seq_len) if use_pos_emb else None
+        self.token_emb = _normal_embedding(num_tokens, dim) if token_emb is None else token_emb
+        self.pos_emb = AbsolutePositionalEmbedding(dim, max_seq_len)
         self.emb_dropout = nn.Dropout(emb_dropout)
         self.attn_layers = attn_layers
         self.norm = nn.LayerNorm(dim)
         self.to_logits = nn.Linear(dim, num_tokens) if logits else None
 
-    def forward(
-        self, x: Tensor, return_embeddings: bool = False, mask: Tensor | None = None, **context: Tensor
-    ) -> Tensor:
-        """x: (B, L) int64 token ids, L <= max_seq_len -> (B, L, num_tokens), or (B, L, dim) with `return_embeddings`."""
+    def forward(self, x: Tensor, return_embeddings: bool = False, mask: Tensor | None = None) -> Tensor:
+        """x: (B, L) int64, L <= max_seq_len -> logits (B, L, num_tokens), or (B, L, dim) with `return_embeddings`."""
         if x.shape[1] > self.max_seq_len:
-            raise ValueError(f"{x.shape[1]} tokens in a sequence, at most {self.max_seq_len} (max_seq_len) fit")
-        if self.to_logits is None and not return_embeddings:
-            raise ValueError("built without logits: ask for return_embeddings")
-        h = self.token_emb(x)  # (B, L, dim)
-        if self.pos_emb is not None:
-            h = h + self.pos_emb(x)
-        h = self.norm(self.attn_layers(self.emb_dropout(h), mask=mask, **context))
-        return h if return_embeddings else self.to_logits(h)
+            raise ValueError(
+                f"{x.shape[1]} tokens per sequence: at most {self.max_seq_len} (max_seq_len) are supported"
+            )
+        h = self.token_emb(x) + self.pos_emb(x)  # (B, L, dim)
+        h = self.norm(self.attn_layers(self.emb_dropout(h), mask=mask))
+        if return_embeddings:
+            return h
+        if self.to_logits is None:
+            raise ValueError("this transformer was built without logits: call it with return_embeddings=True")
+        return self.to_logits(h)
 
 
-def _token_table(num_tokens: int, dim: int) -> nn.Embedding:
-    table = nn.Embedding(num_tokens, dim)
-    nn.init.normal_(table.weight, std=0.02)
-    return table
+def _normal_embedding(num_embeddings: int, dim: int) -> nn.Embedding:
+    embedding = nn.Embedding(num_embeddings, dim)
+    nn.init.normal_(embedding.weight, std=0.02)
+    return embedding

@@ -1,4 +1,4 @@
-"""The diagonal Gaussian that a KL autoencoder encodes pictures to."""
+"""Diagonal Gaussian of a KL autoencoder's latents."""
 
 from __future__ import annotations
 
@@ -11,23 +11,16 @@ from torch import Tensor
 LOGVAR_RANGE = (-30.0, 20.0)  # keeps the variance finite in float32
 
 
-def _at_least_float32(x: Tensor) -> Tensor:
-    """`x`, in float32 where it is in half precision: sums over thousands of latent elements need the mantissa."""
-    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
-
-
 class DiagonalGaussianDistribution:
     """N(mean, diag(exp(logvar))) over latents, from the encoder's moments.
 
-    parameters: (B, 2C, h, w), the mean in the first C channels and the log variance, clamped to [-30, 20], in the others.
-    `deterministic` collapses it onto its mean: `sample` gives the mode, `kl` and `nll` give 0.
+    parameters: (B, 2C, h, w), the mean in the first C channels, then the log variance, which is clamped to [-30, 20].
+    `deterministic` sets the variance to 0: `sample` returns the mean, `kl` and `nll` return 0.
     """
 
     def __init__(self, parameters: Tensor, deterministic: bool = False) -> None:
         if parameters.shape[1] % 2:
-            raise ValueError(
-                f"parameters: expected (B, 2C, ...), mean and log variance, got {tuple(parameters.shape)}; is double_z true?"
-            )
+            raise ValueError(f"parameters: expected (B, 2C, ...), got {tuple(parameters.shape)}; set double_z: true")
         self.parameters = parameters
         self.mean, logvar = torch.chunk(parameters, 2, dim=1)  # (B, C, h, w) each
         self.logvar = logvar.clamp(*LOGVAR_RANGE)
@@ -36,26 +29,26 @@ class DiagonalGaussianDistribution:
         self.var = torch.zeros_like(self.mean) if deterministic else torch.exp(self.logvar)
 
     def sample(self, generator: torch.Generator | None = None) -> Tensor:
-        """A draw (B, C, h, w) = mean + std * noise.
+        """mean + std * noise, (B, C, h, w).
 
-        The noise is drawn on the CPU and moved, as published, so that a seed gives the same latent on every device.
+        The noise is sampled on the CPU and moved, as published, so that a seed gives the same latent on every device.
         """
         noise = torch.randn(self.mean.shape, generator=generator, device="cpu")
         return self.mean + self.std * noise.to(self.mean)
 
     def mode(self) -> Tensor:
-        """The most likely latent, the mean: (B, C, h, w)."""
+        """The mean, (B, C, h, w)."""
         return self.mean
 
     def kl(self, other: DiagonalGaussianDistribution | None = None) -> Tensor:
-        """KL(self || other) in nats, summed over all latent elements: (B,). Without `other` the standard normal is meant."""
+        """KL(self || other) in nats, summed over all latent elements: (B,). `other` is N(0, 1) by default."""
         if self.deterministic:
             return self.mean.new_zeros(1)
-        mean, var, logvar = (_at_least_float32(x) for x in (self.mean, self.var, self.logvar))
+        mean, var, logvar = _at_least_float32(self.mean, self.var, self.logvar)
         if other is None:
             terms = mean.square() + var - 1.0 - logvar
         else:
-            other_mean, other_var, other_logvar = (_at_least_float32(x) for x in (other.mean, other.var, other.logvar))
+            other_mean, other_var, other_logvar = _at_least_float32(other.mean, other.var, other.logvar)
             terms = (mean - other_mean).square() / other_var + var / other_var - 1.0 - logvar + other_logvar
         return 0.5 * terms.sum(dim=list(range(1, terms.ndim)))
 
@@ -63,14 +56,19 @@ class DiagonalGaussianDistribution:
         """-log p(sample) in nats, summed over `dims`; sample: (B, C, h, w) -> (B,) with the default dims."""
         if self.deterministic:
             return self.mean.new_zeros(1)
-        mean, var, logvar, sample = (_at_least_float32(x) for x in (self.mean, self.var, self.logvar, sample))
+        mean, var, logvar, sample = _at_least_float32(self.mean, self.var, self.logvar, sample)
         return 0.5 * (math.log(2.0 * math.pi) + logvar + (sample - mean).square() / var).sum(dim=list(dims))
 
 
 def normal_kl(mean1: Tensor | float, logvar1: Tensor | float, mean2: Tensor | float, logvar2: Tensor | float) -> Tensor:
-    """KL(N(mean1, e^logvar1) || N(mean2, e^logvar2)) in nats, element by element; shapes broadcast, at least one argument is a tensor."""
-    tensor = next((x for x in (mean1, logvar1, mean2, logvar2) if torch.is_tensor(x)), None)
+    """KL(N(mean1, e^logvar1) || N(mean2, e^logvar2)) in nats, element by element; one argument must be a tensor."""
+    tensor = next((x for x in (mean1, logvar1, mean2, logvar2) if isinstance(x, Tensor)), None)
     if tensor is None:
         raise TypeError("normal_kl: at least one of the four arguments must be a tensor")
-    logvar1, logvar2 = (x if torch.is_tensor(x) else tensor.new_tensor(x) for x in (logvar1, logvar2))
+    logvar1, logvar2 = (x if isinstance(x, Tensor) else tensor.new_tensor(x) for x in (logvar1, logvar2))
     return 0.5 * (-1.0 + logvar2 - logvar1 + torch.exp(logvar1 - logvar2) + (mean1 - mean2) ** 2 * torch.exp(-logvar2))
+
+
+def _at_least_float32(*tensors: Tensor) -> list[Tensor]:
+    """The tensors, in float32 if they have 16 bits: sums over thousands of latent elements need the precision."""
+    return [x.float() if x.dtype in (torch.float16, torch.bfloat16) else x for x in tensors]
