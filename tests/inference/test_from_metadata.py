@@ -13,7 +13,6 @@ from ldm.inference import Pipeline, generate_samples, image_to_image, load_model
 from ldm.inference import from_metadata as redraw
 from ldm.inference.settings import MAX_SEED, TextToImageRequest
 from ldm.inference.task_settings import ClassConditionalRequest, ImageToImageRequest
-from ldm.models.diffusion.samplers.noise import NoisePerSample
 from ldm.models.diffusion.samplers.registry import SAMPLERS, make_sampler
 from ldm.output.images import read_metadata
 from scripts import img2img, txt2img
@@ -86,38 +85,6 @@ def test_so_are_samples(tmp_path):
 
     for changes in ({}, {"sampler": "euler_ancestral"}, {"vanilla": True}):
         assert within_a_step(draw(1, **changes), draw(3, **changes)) and not np.array_equal(*draw(2, **changes)[:2])
-
-
-@pytest.mark.parametrize("name", SAMPLERS)
-def test_every_random_number_of_a_sampler_comes_from_the_source_that_it_is_given(pipeline, name):
-    """Masks, dropped and warmed noise included: torch's own generator is not touched."""
-    sampler, x0 = pipeline.sampler(name), torch.zeros(2, 4, 4, 6)
-    more = {"temperature": 0.9, "noise_dropout": 0.2} if sampler.adds_noise else {}
-    with pipeline.drawing():
-        cond, _ = pipeline.encode_prompts(["a", "a"])
-        before = torch.get_rng_state()
-        z, _ = sampler.sample(
-            S=3,
-            batch_size=2,
-            shape=(4, 4, 6),
-            conditioning=cond,
-            verbose=False,
-            noise_source=NoisePerSample([7, 7]),
-            mask=torch.ones(1, 1, 4, 6).tril(),
-            x0=x0,
-            **more,
-        )
-    assert torch.equal(torch.get_rng_state(), before)
-    assert torch.allclose(z[0], z[1], atol=1e-5) and torch.isfinite(z).all()
-
-
-def test_a_source_for_another_number_of_samples_is_refused():
-    with pytest.raises(ValueError, match="noise of 2 samples was asked for 3"):
-        NoisePerSample([1, 2]).normal((3, 4), "cpu")
-    assert torch.equal(
-        NoisePerSample([9]).normal_like(torch.zeros(1, 8)),
-        torch.randn(1, 8, generator=torch.Generator().manual_seed(9)),
-    )
 
 
 def test_the_last_seed_is_followed_by_the_first(pipeline):

@@ -1,10 +1,23 @@
-"""Small models that samplers can walk."""
+"""Small models that samplers can run, shared inputs, and the exact solution for Gaussian data."""
 
 import torch
 from torch import Tensor, nn
 
+from ldm.models.diffusion.samplers.registry import SAMPLERS, make_sampler
 from ldm.modules.diffusionmodules.parameterization import get_parameterization
 from ldm.modules.diffusionmodules.schedule import Schedule, make_beta_schedule
+from tests.reference import randn, rel_error
+
+SHAPE = (4, 6, 6)
+X0, X_T, COND, UNCOND = randn(1, 2, *SHAPE), randn(2, 2, *SHAPE), randn(3, 2, 4, 1, 1), randn(4, 2, 4, 1, 1)
+GUIDED = {"unconditional_guidance_scale": 5.0, "unconditional_conditioning": UNCOND}
+
+
+def sample(name, model, steps=8, seed=0, options=None, **kwargs):
+    """(samples, intermediates) of two latents from X_T; `options` are the sampler's constructor arguments."""
+    torch.manual_seed(seed)
+    kwargs = {"conditioning": COND, "x_T": X_T, "verbose": False, **kwargs}
+    return make_sampler(name, model, **(options or {})).sample(steps, 2, SHAPE, **kwargs)
 
 
 class ToyModel(nn.Module):
@@ -60,3 +73,28 @@ class GaussianConsistencyModel(GaussianModel):
 
     def clean(self, x: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
         return self.mean + self.std * (x - alpha * self.mean) / (alpha**2 * self.std**2 + sigma**2).sqrt()
+
+
+def on_the_flow(model, alphas, u):
+    """Where the exact probability flow of the data passes at a product of (1 - beta), for standard normal u."""
+    return (alphas**0.5 * model.mean + (alphas * model.std**2 + 1 - alphas) ** 0.5 * u).float()
+
+
+def error_between_fixed_times(name, steps, spacing="uniform", **options):
+    """Relative error of a run that starts on the exact flow, at timestep 0 or the first timestep of DDIM's spacing.
+
+    The last step of a k-sampler goes on to the clean latent, where the noise level jumps: the error is taken before it.
+    """
+    model, u = GaussianModel(), randn(3, 1, *SHAPE)
+    sampler, eta = make_sampler(name, model, **options), 0.0 if SAMPLERS[name].takes_eta else None
+    run = sampler.checked_steps(steps, eta, spacing)
+    kwargs = {"x_T": on_the_flow(model, run.alphas[-1], u), "eta": eta, "ddim_discretize": spacing, "log_every_t": 1}
+    x, inter = sampler.sample(steps, 1, SHAPE, verbose=False, **kwargs)
+    if run.alphas_prev[0] == 1.0:
+        return rel_error(inter["x_inter"][-2], on_the_flow(model, run.alphas[0], u))
+    return rel_error(x, on_the_flow(model, run.alphas_prev[0], u))
+
+
+def assert_order(name, order, spacing, counts=(23, 47), /, **options):
+    coarse, fine = (error_between_fixed_times(name, steps, spacing, **options) for steps in counts)
+    assert coarse / fine > 0.85 * (counts[1] / counts[0]) ** order

@@ -1,0 +1,31 @@
+"""Zero terminal SNR in a model."""
+
+import pytest
+import torch
+
+from ldm.models.diffusion.ddpm import DDPM
+from tests.models.diffusion.tiny import unet
+from tests.reference import randn
+
+SETTINGS = {"timesteps": 20, "image_size": 8, "channels": 4, "use_ema": False, "linear_start": 1e-3, "linear_end": 0.2}
+
+
+def small_ddpm(**changes):
+    return DDPM(unet(model_channels=32, attention_resolutions=[]), **{**SETTINGS, **changes})
+
+
+def test_a_model_with_zero_terminal_snr_trains_samples_and_keeps_its_schedule_when_weights_are_loaded():
+    torch.manual_seed(0)
+    model = small_ddpm(zero_terminal_snr=True, parameterization="v")
+    assert float(model.alphas_cumprod[-1]) == 0.0 and float(model.betas[0]) == pytest.approx(1e-3)
+    loss, _ = model.p_losses(randn(1, 2, 4, 8, 8), torch.tensor([19, 19]))
+    assert torch.isfinite(loss)
+    assert torch.isfinite(model.sample(batch_size=2)).all()
+    tables = model.alphas_cumprod.clone()
+    model.load_state_dict(small_ddpm(parameterization="v").state_dict())
+    assert torch.equal(model.alphas_cumprod, tables)
+
+
+def test_zero_terminal_snr_with_eps_is_refused_when_the_model_is_built():
+    with pytest.raises(ValueError, match="set parameterization v or x0"):
+        small_ddpm(zero_terminal_snr=True)
