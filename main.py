@@ -1,4 +1,4 @@
-"""Train latent diffusion models and their first stages: `python main.py --base configs/....yaml -t --gpus 0,`; `--help` lists all flags.
+"""Train latent diffusion models and their first stages: python main.py --base CONFIG.yaml -t --gpus 0, (see --help).
 
 Also the published home of `main.DataModuleFromConfig` and the callbacks, which configs name as targets.
 """
@@ -8,13 +8,13 @@ import sys
 from typing import Any
 
 from ldm.config.instantiate import ALIASES
-from ldm.training import session
+from ldm.training.session import run_training
 
 _EXPORTS = {name.removeprefix("main."): home for name, home in ALIASES.items() if name.startswith("main.")}
 
 
 def __getattr__(name: str) -> Any:
-    """The published names, imported when they are asked for: `--help` needs none of them."""
+    """Import a published name on first use: `--help` needs none of them."""
     if name in _EXPORTS:
         module, _, attribute = _EXPORTS[name].rpartition(".")
         return getattr(importlib.import_module(module), attribute)
@@ -22,8 +22,8 @@ def __getattr__(name: str) -> Any:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a command line (default: this process's) -> exit code: 0 done, 1 failed in training, 2 a mistake to mend, 130 and 143 stopped."""
-    return session.main(argv)
+    """Run a command line (default: sys.argv); return 0 if done, 1 if failed, 2 if invalid, 130 or 143 if stopped."""
+    return run_training(argv)
 
 
 if __name__ == "__main__":

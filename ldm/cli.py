@@ -1,4 +1,4 @@
-"""What the command lines share: flags that are never guessed, errors in one line, paths that work from any folder."""
+"""Shared by all command lines: exact flags, one-line errors, log lines that do not break a progress bar."""
 
 from __future__ import annotations
 
@@ -6,44 +6,48 @@ import argparse
 import logging
 import re
 import sys
-from collections.abc import Callable, Sequence
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from types import ModuleType
 from typing import Any, NoReturn
 
 from ldm.config.suggest import closest
 
 EXIT_USAGE = 2
 EXIT_INTERRUPTED = 130
-_OVERRIDE = re.compile(r"\+?\w+(\.\w+)+=")
+_OVERRIDE = re.compile(r"\+?[A-Za-z_]\w*(\.[\w-]+)+=", re.ASCII)  # dotted.path=value; + adds a new key
 _NO_MEMORY = ("OutOfMemoryError", "DefaultCPUAllocator: ")  # of a GPU, by its class; of the CPU, a RuntimeError
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse that takes no abbreviations, names the nearest flag for an unknown one, and reports an error in one line.
+    """argparse without abbreviations: an error is one line, which suggests the nearest flag for an unknown one.
 
     takes_overrides: words such as model.params.key=value, anywhere among the flags, become the list `overrides`.
+    advice: {flag without dashes: what to do instead} for flags that do not exist on purpose.
     """
 
-    def __init__(self, takes_overrides: bool = False, **kwargs: Any) -> None:
+    def __init__(self, takes_overrides: bool = False, advice: Mapping[str, str] | None = None, **kwargs: Any) -> None:
         super().__init__(allow_abbrev=False, formatter_class=_HelpFormatter, **kwargs)
-        self.takes_overrides = takes_overrides
+        self.takes_overrides, self.advice = takes_overrides, advice or {}
 
-    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> argparse.Namespace:
-        self._words = list(sys.argv[1:] if args is None else args)
-        parsed, extra = self.parse_known_args(args, namespace)
-        if self.takes_overrides:
-            parsed.overrides = [word for word in extra if _OVERRIDE.match(word)]
-            extra = [word for word in extra if word not in parsed.overrides]
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        words = list(sys.argv[1:] if args is None else args)
+        overrides = [word for word in words if self.takes_overrides and _OVERRIDE.match(word)]
+        self._words = [word for word in words if word not in overrides]
+        parsed, extra = self.parse_known_args(self._words, namespace)
         if extra:
             self.error(self._unknown(extra[0]))
+        if self.takes_overrides:
+            parsed.overrides = overrides
         return parsed
 
     @property
     def flags(self) -> list[str]:
-        """Every spelling of every flag."""
-        return [option for action in self._actions for option in action.option_strings]
+        """Every spelling of every flag that --help shows."""
+        return [flag for action in self._actions if action.help != argparse.SUPPRESS for flag in action.option_strings]
 
     def typed(self, args: Sequence[str]) -> dict[str, Any]:
-        """The values of the flags that stand on a command line, none that are only defaults."""
+        """Return the values of the flags on a command line, without defaults."""
         defaults = [(action, action.default) for action in self._actions]
         try:
             for action, _ in defaults:
@@ -54,51 +58,55 @@ class Parser(argparse.ArgumentParser):
                 action.default = default
 
     def error(self, message: str) -> NoReturn:
-        if "are required" in message:  # one of them may be there, misspelt
+        if "are required" in message:  # a required flag may be misspelt
             unknown = [word for word in self._words if word.startswith("--") and word.split("=")[0] not in self.flags]
             message = self._unknown(unknown[0]) if unknown else message
         print(f"error: {message}", file=sys.stderr)
         raise SystemExit(EXIT_USAGE)
 
     def _unknown(self, word: str) -> str:
-        flag = word.split("=")[0]
+        flag, _, value = word.partition("=")
+        name = flag.lstrip("-").replace("-", "_")
         if not flag.startswith("-"):
-            return f"unexpected argument {word!r}; put quotes around a value that holds spaces (--help lists the flags)"
-        flags = self.flags
-        same = {option.lstrip("-").replace("-", "_").lower(): option for option in flags}
-        plain = flag.lstrip("-").replace("-", "_").lower()
-        near = same.get(plain) or closest(flag, flags)
+            override = ", or write overrides as model.params.key=value" if self.takes_overrides else ""
+            return f"unexpected argument {word!r}; quote a value with spaces{override} (--help lists the flags)"
+        if name in self.advice:
+            return f"{flag}: {self.advice[name]}"
+        if self.takes_overrides and "." in name:
+            return f"unknown flag {flag}; an override has no dashes: {flag.lstrip('-')}={value or 'VALUE'}"
+        same = {option.lstrip("-").replace("-", "_").lower(): option for option in self.flags}
+        near = same.get(name.lower()) or closest(flag, self.flags)
         return f"unknown flag {flag}" + (f"; did you mean {near}?" if near else "") + " (--help lists the flags)"
 
 
 class _HelpFormatter(argparse.HelpFormatter):
-    """Help with the default of every flag that has one."""
+    """Help with the default of every flag that has one; texts with line breaks stay as they are."""
 
     def _get_help_string(self, action: argparse.Action) -> str:
         text = action.help or ""
-        if not action.default or action.default == argparse.SUPPRESS or "%(default)" in text or "default" in text:
+        if not action.default or action.default == argparse.SUPPRESS or "default" in text:
             return text
         return f"{text} (default: %(default)s)"
 
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        return text if "\n" in text else super()._fill_text(text, width, indent)
 
-class _TerminalHandler(logging.StreamHandler):
-    """Log lines on stderr, above a progress bar where one is running."""
+
+class TerminalHandler(logging.Handler):
+    """Log lines on stderr, above a progress bar if there is one."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        if "tqdm" not in sys.modules:
-            super().emit(record)
-            return
-        from tqdm import tqdm
-
-        tqdm.write(self.format(record), file=sys.stderr)
+        tqdm = sys.modules.get("tqdm")  # not imported for its own sake
+        write = print if tqdm is None else tqdm.tqdm.write
+        write(self.format(record), file=sys.stderr)
 
 
-# What takes less memory, by the flag that a script has for it; `--n_samples` is how many are drawn at once only where no batch size is.
+# Advice when memory runs out, by flag. `--n_samples` is a batch size only in scripts without `--batch_size`.
 _LESS_MEMORY = {
-    "--batch_size": "fewer pictures at once (--batch_size 1)",
-    "--n_samples": "fewer pictures at once (--n_samples 1)",
-    "--H": "smaller pictures (--H, --W)",
-    "--tiled": "decoding in tiles (--tiled)",
+    "--batch_size": "a smaller batch (--batch_size 1)",
+    "--n_samples": "a smaller batch (--n_samples 1)",
+    "--H": "smaller images (--H, --W)",
+    "--tiled": "tiled decoding (--tiled)",
     "--tile": "smaller tiles (--tile 64)",
     "--precision": "16-bit weights (--precision bf16)",
 }
@@ -109,14 +117,14 @@ def run_command(
     argv: Sequence[str] | None = None,
     parser: Callable[[], Parser] | None = None,
 ) -> int:
-    """Call `main(argv)`, send log lines to the terminal, and turn errors meant for the user into one line -> exit code.
+    """Call `main(argv)`, log to the terminal, and print errors that the user can fix as one line; return the exit code.
 
-    0 done, 2 for what the user can mend (ValueError, OSError, a missing package, too little memory), 130 after Ctrl-C.
-    `--debug` on the command line shows the traceback instead. parser: makes main's, whose flags advice may name.
+    0 done; 2 for such an error (ValueError, OSError, a missing package, out of memory); 130 after Ctrl-C.
+    `--debug` on the command line shows the traceback instead. parser: returns main's parser, for advice on flags.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     if not logging.getLogger().handlers:
-        logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[_TerminalHandler()])
+        logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[TerminalHandler()])
         for chatty in ("httpx", "PIL", "fsspec", "huggingface_hub"):
             logging.getLogger(chatty).setLevel(logging.ERROR)
     try:
@@ -125,9 +133,8 @@ def run_command(
         print("stopped", file=sys.stderr)
         return EXIT_INTERRUPTED
     except Exception as error:
-        out_of_memory = isinstance(error, MemoryError) or any(
-            words in f"{type(error).__name__} {error}" for words in _NO_MEMORY
-        )
+        shown = f"{type(error).__name__} {error}"
+        out_of_memory = isinstance(error, MemoryError) or any(words in shown for words in _NO_MEMORY)
         if "--debug" in argv or not (out_of_memory or isinstance(error, (ValueError, OSError, ImportError))):
             raise
         advice = less_memory(parser().flags) if out_of_memory and parser is not None else ""
@@ -136,14 +143,30 @@ def run_command(
 
 
 def less_memory(flags: Sequence[str]) -> str:
-    """What may help where memory runs out, by the flags that a script has; nothing where it has none of them."""
+    """Return advice against too little memory that names only flags of the script; '' if it has none of them."""
     known = [flag for flag in _LESS_MEMORY if flag in flags and not (flag == "--n_samples" and "--batch_size" in flags)]
     return f"; try: {', '.join(_LESS_MEMORY[flag] for flag in known)}" if known else ""
 
 
 def one_line(error: BaseException) -> str:
-    """The message of an error without line breaks; system errors name their file."""
+    """Return an error's message without line breaks; system errors name their file."""
     if isinstance(error, OSError) and error.strerror:
-        where = f"{error.filename}: " if error.filename is not None else ""
-        return f"{where}{error.strerror}"
+        return f"{error.filename}: {error.strerror}" if error.filename is not None else error.strerror
     return " ".join(str(error).split()) or type(error).__name__
+
+
+def import_lightning() -> ModuleType:
+    """Import pytorch_lightning; raise ImportError with advice if it fails on an incompatible torchvision.
+
+    Lightning imports torchvision, if installed, through torchmetrics.
+    """
+    try:
+        import pytorch_lightning  # heavy: kept from --help and from the checks of flags
+    except Exception as error:
+        if "torchvision" not in "".join(traceback.format_exception(error)):
+            raise
+        raise ImportError(
+            f"torchvision does not match this torch ({one_line(error)}): pip install --upgrade torch torchvision, "
+            "or pip uninstall torchvision (only retrieval needs it)"
+        ) from error
+    return pytorch_lightning

@@ -1,4 +1,4 @@
-"""Paths that work from any folder: files of the checkout are found from wherever a command is run."""
+"""Paths that work from any folder: files of the checkout are found wherever a command is run."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ ROOT = Path(__file__).resolve().parents[1]  # the checkout, which holds configs/
 
 
 def find_file(path: str | Path) -> Path:
-    """`path` as it stands, or inside the checkout where it is relative and only there; it need not exist."""
+    """Return `path`, or its place in the checkout if it is relative and exists only there."""
     path = Path(path).expanduser()
     return ROOT / path if not path.is_absolute() and not path.exists() and (ROOT / path).exists() else path
 
 
 def in_checkout(path: str | Path) -> str:
-    """`path` for people and metadata: without the folders above the checkout where it lies inside."""
+    """Return `path` for messages and metadata: relative to the checkout if it is inside."""
     path = Path(path)
     return path.relative_to(ROOT).as_posix() if path.is_relative_to(ROOT) else str(path)
 

@@ -25,7 +25,7 @@ def parser() -> Parser:
         (["--from_file", "a"], "did you mean --from-file?"),
         (["--h", "3"], "did you mean --H?"),
         (["--zzzzzz"], "unknown flag --zzzzzz (--help lists the flags)"),
-        (["word"], "unexpected argument 'word'; put quotes"),
+        (["word"], "unexpected argument 'word'; quote"),
         (["--ddim_steps", "many"], "argument --ddim_steps: invalid int value: 'many'"),
     ],
 )
@@ -59,7 +59,7 @@ def test_help_shows_defaults(capsys):
         (type("OutOfMemoryError", (RuntimeError,), {})("CUDA out of memory"), "CUDA out of memory"),
         (
             RuntimeError("[enforce fail at alloc.cpp] DefaultCPUAllocator: no memory"),
-            "no memory; try: smaller pictures",
+            "no memory; try: smaller images",
         ),
     ],
 )

@@ -182,7 +182,7 @@ def test_a_module_that_cannot_accumulate_is_not_asked_to(start, capsys, monkeypa
 
     monkeypatch.setattr(toys.ToyGan, "__init__", init)
     assert start("no", GAN, "--accumulate_grad_batches", "2")[0] == 2
-    assert "--accumulate_grad_batches 2: ToyGan steps its optimizers itself" in capsys.readouterr().err
+    assert "--accumulate_grad_batches 2: ToyGan uses manual optimization" in capsys.readouterr().err
 
 
 # ----------------------------------------------------------------------------------------------------------------- resume
@@ -232,7 +232,7 @@ def test_a_run_goes_on_from_a_file_of_its_own(start, run, file):
 def test_a_finished_run_that_is_resumed_says_that_nothing_is_left(start, run, caplog):
     _, folder = start("done", *QUIET, "--max_epochs", "1")
     assert (
-        run("-r", str(folder), "-t") == 0 and "no step was made: the run is at epoch 1, step 4 already" in caplog.text
+        run("-r", str(folder), "-t") == 0 and "no steps: the run is already at epoch 1, step 4" in caplog.text
     )
 
 
@@ -300,7 +300,7 @@ def test_signals_stop_the_run_with_its_state_saved(start, event, code, caplog):
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)]
     stopped, folder = start("signal", *QUIET, f"+model.params.at.5={event}")
     assert stopped == code and last(folder)["global_step"] == 6
-    assert f"go on with --resume {folder}" in caplog.text
+    assert f"continue with --resume {folder}" in caplog.text
     assert before == [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)]
 
 
@@ -320,7 +320,7 @@ def test_a_second_ctrl_c_ends_the_process_at_once(run):
     result = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, env=environment)
     assert result.returncode == 130 and "Traceback" not in result.stderr, result.stderr
     assert (
-        "once more to stop at once" in result.stderr and not (folder_of("twice") / "checkpoints" / "last.ckpt").exists()
+        "press again to stop immediately" in result.stderr and not (folder_of("twice") / "checkpoints" / "last.ckpt").exists()
     )
 
 
@@ -356,7 +356,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(start, words, capsys)
         (["-b", "toy.yaml", "-t", "--max_epoch", "3"], "did you mean --max_epochs"),
         (["-b", "missing.yaml", "-t"], "missing.yaml"),
         (["-b", "toy.yaml"], "nothing to do"),
-        (["-b", "toy.yaml", "-t", "--gpus", "0,9"], "--gpus 0,9: there is no GPU"),
+        (["-b", "toy.yaml", "-t", "--gpus", "0,9"], "--gpus 0,9: no GPU"),
         (["-b", "toy.yaml", "-t", "--accelerator", "dp"], "use --strategy ddp"),
         (["-b", "toy.yaml", "-t", "model.base_learning_rate=null"], "model.base_learning_rate"),
         (["-b", "toy.yaml", "-t", "model.target=os.system"], "'os.system' is not allowed"),
@@ -389,7 +389,7 @@ def test_a_torchvision_that_does_not_fit_torch_is_named_with_what_mends_it(run, 
     original = builtins.__import__
 
     def broken(name, *args, **kwargs):
-        if name == "pytorch_lightning" and args and (args[0] or {}).get("__name__") == "ldm.util":
+        if name == "pytorch_lightning" and args and (args[0] or {}).get("__name__") == "ldm.cli":
             raise RuntimeError("operator torchvision::nms does not exist")
         return original(name, *args, **kwargs)
 
@@ -406,7 +406,7 @@ def test_debug_shows_where_a_mistake_was_found(run, capsys):
 def test_a_file_of_weights_alone_cannot_be_resumed_and_says_so(start, run, capsys):
     _, folder = start("w", *QUIET, "+lightning.modelcheckpoint.params.save_weights_only=true", "--max_epochs", "1")
     assert run("-r", str(folder), "-t", "--max_epochs", "2") == 2
-    assert "holds weights alone" in capsys.readouterr().err
+    assert "holds only weights" in capsys.readouterr().err
 
 
 def test_hostile_configs_in_a_resumed_folder_are_refused(start, run, capsys):

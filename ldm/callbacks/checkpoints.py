@@ -1,4 +1,4 @@
-"""Which checkpoints a run keeps: `last.ckpt` at every occasion, the best few of a figure, `crash.ckpt` after an error."""
+"""Checkpoints of a run: `last.ckpt` is always the newest, the best few of a metric, `crash.ckpt` after an error."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ logger = logging.getLogger(__name__)
 class CheckpointPolicy(ModelCheckpoint):
     """Lightning's ModelCheckpoint, with a `last.ckpt` that is always the newest state.
 
-    Lightning renews `last.ckpt` only where a best-of checkpoint was written too, stops the run where the monitored figure is
-    not logged, writes the same state twice, and may save in the middle of accumulated gradients. Here `last.ckpt` is renewed
-    after every validation (or epoch, where there is none), and every `every_n_train_steps`; it shares the bytes on the disk
-    with the best-of file of the same step.
+    Lightning updates `last.ckpt` only together with a best-of checkpoint, stops the run if the monitored metric is not
+    logged, writes the same state twice, and may save between accumulated gradients. Here `last.ckpt` is updated after
+    every validation (without one, every epoch) and every `every_n_train_steps`, as a hard link to the best-of file of
+    its step if there is one.
     """
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
-        self._last_global_step_saved = trainer.global_step  # what was loaded needs no saving, nor do initial weights
+        self._last_global_step_saved = trainer.global_step  # loaded and initial weights need no saving
         self._step_before = trainer.global_step
         self._warned = False
 
@@ -49,18 +49,17 @@ class CheckpointPolicy(ModelCheckpoint):
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self._should_save_on_train_epoch_end(trainer):
-            self._save(
-                trainer, best=self._every_n_epochs >= 1 and (trainer.current_epoch + 1) % self._every_n_epochs == 0
-            )
+            self._save(trainer, best=self._is_epoch_due(trainer))
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if not self._should_save_on_train_epoch_end(trainer):
-            self._save(
-                trainer, best=self._every_n_epochs >= 1 and (trainer.current_epoch + 1) % self._every_n_epochs == 0
-            )
+            self._save(trainer, best=self._is_epoch_due(trainer))
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._save(trainer, best=False)
+
+    def _is_epoch_due(self, trainer: pl.Trainer) -> bool:
+        return self._every_n_epochs >= 1 and (trainer.current_epoch + 1) % self._every_n_epochs == 0
 
     def _save(self, trainer: pl.Trainer, best: bool = True) -> None:
         if self._should_skip_saving_checkpoint(trainer):
@@ -75,7 +74,7 @@ class CheckpointPolicy(ModelCheckpoint):
         if self.monitor is not None and self.monitor not in monitor_candidates:
             if not self._warned and self.save_top_k != 0:
                 self._warned = True
-                logger.warning("%-11s nothing logged %r so far, so only last.ckpt is kept", "checkpoint", self.monitor)
+                logger.warning("%-11s %r is not logged, so only last.ckpt is kept", "checkpoint", self.monitor)
             return
         super()._save_topk_checkpoint(trainer, monitor_candidates)
 
@@ -91,16 +90,12 @@ class CheckpointPolicy(ModelCheckpoint):
         start = time.monotonic()
         super()._save_checkpoint(trainer, filepath)
         if trainer.is_global_zero:
-            logger.info(
-                "%-11s step %d -> %s",
-                "checkpoint",
-                trainer.global_step,
-                describe(Path(filepath), time.monotonic() - start),
-            )
+            seconds = time.monotonic() - start
+            logger.info("%-11s step %d -> %s", "checkpoint", trainer.global_step, _describe(Path(filepath), seconds))
 
 
 def share_file(source: str | Path, target: str | Path) -> bool:
-    """Let `target` be a second name of a finished file, replacing what it named; False where the disk knows no such names."""
+    """Make `target` a hard link to a finished file, replacing it; return False if the file system has no hard links."""
     temporary = Path(target).with_name(f".{Path(target).name}.{uuid.uuid4().hex[:12]}.tmp")
     try:
         os.link(source, temporary)
@@ -111,8 +106,7 @@ def share_file(source: str | Path, target: str | Path) -> bool:
     return True
 
 
-def describe(path: Path, seconds: float) -> str:
-    """A file's path, size and how long it took to write."""
+def _describe(path: Path, seconds: float) -> str:
     size = path.stat().st_size if path.is_file() else 0
     with contextlib.suppress(ValueError):
         path = path.relative_to(Path.cwd())
@@ -120,7 +114,7 @@ def describe(path: Path, seconds: float) -> str:
 
 
 class CrashCheckpoint(pl.Callback):
-    """Saves `crash.ckpt` where an exception ends training; `last.ckpt` is left alone, and the exception goes on its way."""
+    """Save `crash.ckpt` if an exception ends training; `last.ckpt` and the exception are left alone."""
 
     def __init__(self, path: str | Path) -> None:
         super().__init__()
@@ -134,15 +128,15 @@ class CrashCheckpoint(pl.Callback):
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         no_crash = isinstance(exception, ConfigError | Stopped | KeyboardInterrupt | SystemExit)
-        if no_crash or not self.started or trainer.fast_dev_run:
+        if no_crash or not self.started or getattr(trainer, "fast_dev_run", False):
             return
         try:
-            # Not trainer.save_checkpoint: it waits for the other ranks, which may go on without this one.
+            # Not trainer.save_checkpoint: it waits for the other ranks, which may continue without this one.
             state = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
             trainer.strategy.save_checkpoint(state, self.path)
         except Exception as error:
             logger.error(
-                "%-11s the state at the error could not be saved: %s: %s", "checkpoint", type(error).__name__, error
+                "%-11s could not save the state at the error: %s: %s", "checkpoint", type(error).__name__, error
             )
             return
         if trainer.is_global_zero:

@@ -1,4 +1,4 @@
-"""Pictures of how training goes, as PNG files and in TensorBoard; they never stop training and never change it."""
+"""Image logs of training, as PNG files and in TensorBoard; they never stop or change training."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torch
 from pytorch_lightning.loggers import TensorBoardLogger
 from torch import Tensor, nn
 
-from ldm.callbacks.steps import seed_generators
+from ldm.callbacks.seeding import seed_generators
 from ldm.data.image import from_tensor
 from ldm.rng import generators_kept
 
@@ -22,17 +22,17 @@ logger = logging.getLogger(__name__)
 
 GRID_COLUMNS = 4
 GRID_PADDING = 2
-SEED = 23  # every log draws from the same noise, so that successive pictures show what training changed
+SEED = 23  # every log samples from the same noise, so that successive images show what training changed
 
 
 class ImageLogger(pl.Callback):
-    """Calls `log_images(batch, split=...)` of the model now and then and writes what it gives.
+    """Call the model's `log_images(batch, split=...)` every `batch_frequency` optimizer steps and save the images.
 
-    batch_frequency: every so many optimizer steps; with `increase_log_steps` also at 1, 2, 4, 8, ... of them.
-    log_on_batch_idx: count batches instead. log_first_step: the very first one too.
-    clamp, rescale: to [-1, 1], and from there to [0, 1]; without `rescale` pictures are taken to be in [0, 1].
-    Validation logs its first batch, and no more often than every `batch_frequency` steps.
-    Files are `images/<split>/<key>_gs-<step>_e-<epoch>_b-<batch>.png`, where steps count from 0.
+    increase_log_steps: also at steps 1, 2, 4, 8, ... up to `batch_frequency`.
+    log_on_batch_idx: count batches instead of steps. log_first_step: also log step 0.
+    clamp: clamp to [-1, 1]. rescale: images are in [-1, 1]; False if they are in [0, 1].
+    Validation logs its first batch, at most once in `batch_frequency` steps.
+    Files are `images/<split>/<key>_gs-<step>_e-<epoch>_b-<batch>.png`; steps count from 0.
     """
 
     def __init__(
@@ -49,19 +49,21 @@ class ImageLogger(pl.Callback):
     ) -> None:
         super().__init__()
         if batch_frequency < 1:
-            raise ValueError(f"batch_frequency {batch_frequency}: choose at least 1, or disabled: true for no pictures")
+            raise ValueError(
+                f"batch_frequency {batch_frequency}: expected at least 1; disabled: true turns image logs off"
+            )
         self.batch_freq, self.max_images = batch_frequency, max_images
         self.early_steps = {2**n for n in range(int(math.log2(batch_frequency)) + 1)} if increase_log_steps else set()
         self.clamp, self.rescale, self.disabled = clamp, rescale, disabled
         self.log_on_batch_idx, self.log_first_step = log_on_batch_idx, log_first_step
         self.log_images_kwargs = dict(log_images_kwargs or {})
-        self._seen: dict[str, int] = {}  # split -> the last step that was looked at or drawn
+        self._seen: dict[str, int] = {}  # split -> the last step that was considered or logged
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if not self.log_on_batch_idx:
             self._seen["train"] = training_step_index(
                 trainer, pl_module
-            )  # a resumed run does not draw its last step again
+            )  # a resumed run does not log its last step again
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -96,7 +98,7 @@ class ImageLogger(pl.Callback):
             self._log(trainer, pl_module, batch, batch_idx, "val", step)
 
     def is_due(self, index: int) -> bool:
-        """Whether the step (or batch) with this index, counted from 0, is logged."""
+        """True if the step (or batch) with this index, counted from 0, is logged."""
         if index < 0 or (index == 0 and not self.log_first_step):
             return False
         return index % self.batch_freq == 0 or index in self.early_steps
@@ -104,13 +106,13 @@ class ImageLogger(pl.Callback):
     def _log(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, split: str, step: int
     ) -> None:
-        draw = getattr(pl_module, "log_images", None)
-        if self.disabled or not callable(draw) or self.max_images < 1 or not trainer.is_global_zero:
+        log_images = getattr(pl_module, "log_images", None)
+        if self.disabled or not callable(log_images) or self.max_images < 1 or not trainer.is_global_zero:
             return
         try:
             with _unchanged(pl_module, pl_module.device), torch.no_grad():
                 seed_generators(SEED)
-                images = draw(batch, split=split, **self.log_images_kwargs)
+                images = log_images(batch, split=split, **self.log_images_kwargs)
             grids = {key: self._grid(value) for key, value in images.items()}
             folder = Path(trainer.default_root_dir) / "images" / split
             folder.mkdir(parents=True, exist_ok=True)
@@ -119,20 +121,14 @@ class ImageLogger(pl.Callback):
                 from_tensor(grid).save(folder / name)
             self._to_tensorboard(trainer, grids, split, step)
         except Exception as error:
-            logger.warning(
-                "%-11s %s, step %d: not drawn, training goes on: %s: %s",
-                "images",
-                split,
-                step,
-                type(error).__name__,
-                error,
-            )
-            logger.debug("where it happened:", exc_info=True)
+            reason = f"{type(error).__name__}: {error}"
+            logger.warning("%-11s %s, step %d: failed, training continues: %s", "images", split, step, reason)
+            logger.debug("traceback of the failed image log:", exc_info=True)
             return
         logger.info("%-11s %s, step %d: %s", "images", split, step, ", ".join(grids))
 
     def _grid(self, images: Tensor) -> Tensor:
-        """A few of (B, C, H, W), or a finished (C, H, W), as one picture (3, H', W') in [-1, 1]."""
+        """The first `max_images` of (B, C, H, W), or a finished (C, H, W), as one image (3, H', W') in [-1, 1]."""
         images = images.detach().float().cpu()
         images = images[None] if images.ndim == 3 else images[: self.max_images]
         if self.clamp:
@@ -149,15 +145,12 @@ class ImageLogger(pl.Callback):
 
 
 def training_step_index(trainer: pl.Trainer, pl_module: pl.LightningModule) -> int:
-    """Index, from 0, of the optimizer step that was made last; -1 before the first one.
-
-    A model with several optimizers counts by its own `logging_step`.
-    """
+    """Return the index, from 0, of the last optimizer step (by the model's `logging_step` if any); -1 before it."""
     return int(getattr(pl_module, "logging_step", trainer.global_step)) - 1
 
 
 def make_grid(images: Tensor, columns: int = GRID_COLUMNS, padding: int = GRID_PADDING) -> Tensor:
-    """(B, C, H, W) -> one picture (C, H', W') of up to `columns` a row, on black (-1)."""
+    """Tile (B, C, H, W) into one image (C, H', W') with up to `columns` per row, on black (-1)."""
     count, channels, height, width = images.shape
     columns = min(columns, count)
     rows = math.ceil(count / columns)
@@ -170,7 +163,7 @@ def make_grid(images: Tensor, columns: int = GRID_COLUMNS, padding: int = GRID_P
 
 
 def _three_channels(images: Tensor) -> Tensor:
-    """Grey as grey, latents and maps by their first three channels: (B, C, H, W) -> (B, 3, H, W)."""
+    """(B, C, H, W) -> (B, 3, H, W): grey as grey, latents and maps by their first three channels."""
     if images.shape[1] == 1:
         return images.expand(-1, 3, -1, -1)
     if images.shape[1] == 2:
@@ -180,7 +173,7 @@ def _three_channels(images: Tensor) -> Tensor:
 
 @contextmanager
 def _unchanged(module: nn.Module, device: torch.device) -> Iterator[None]:
-    """The module in evaluation mode; afterwards its modes and the random generators are what they were."""
+    """Put the module into evaluation mode; restore its modes and the random generators afterwards."""
     modes = {part: part.training for part in module.modules()}
     with generators_kept(device):
         module.eval()

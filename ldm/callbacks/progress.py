@@ -1,4 +1,4 @@
-"""What a run shows while it goes: a few lines at its start and end, and one bar over all of its steps."""
+"""Progress of a run: a report at its start and end, one bar over all steps, and the cost of each epoch."""
 
 from __future__ import annotations
 
@@ -14,15 +14,21 @@ from pytorch_lightning.callbacks import ProgressBar as LightningProgressBar
 from torch import Tensor, nn
 from tqdm import tqdm
 
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None  # type: ignore[assignment]  # a module or None
+
 logger = logging.getLogger(__name__)
 
 SECONDS_BETWEEN_LINES = 15.0
+MIB = 2**20
 
 
 class ProgressBar(LightningProgressBar):
-    """One bar over the whole run on a terminal, a line every few seconds elsewhere; both with the loss.
+    """One bar over the whole run on a terminal, elsewhere a log line every few seconds; both show the loss.
 
-    Figures that a model logs with `prog_bar=True` are shown, or else the loss that its training step returns.
+    They show the metrics that a model logs with `prog_bar=True`, else the loss that its training step returns.
     """
 
     def __init__(self, seconds_between_lines: float = SECONDS_BETWEEN_LINES) -> None:
@@ -48,12 +54,7 @@ class ProgressBar(LightningProgressBar):
         self._line_time, self._line_batch = time.monotonic(), trainer.fit_loop.epoch_loop.total_batch_idx + 1
         if self._enabled and trainer.is_global_zero and sys.stderr.isatty():
             self._bar = tqdm(
-                total=self._total,
-                initial=self._line_batch,
-                unit="batch",
-                dynamic_ncols=True,
-                mininterval=0.3,
-                smoothing=0.05,
+                total=self._total, initial=self._line_batch, unit="batch", dynamic_ncols=True, mininterval=0.3, smoothing=0.05
             )
 
     def on_train_batch_end(
@@ -65,21 +66,18 @@ class ProgressBar(LightningProgressBar):
             return
         done = trainer.fit_loop.epoch_loop.total_batch_idx + 1
         if self._bar is not None:
-            # The figures are read from the device only when the bar is drawn: reading waits for the device.
+            # Metrics are read only when the bar is redrawn: reading them waits for the device.
             if self._bar.update(done - self._bar.n):
                 self._bar.set_description(f"epoch {trainer.current_epoch}", refresh=False)
-                self._bar.set_postfix(self._figures(trainer, pl_module), refresh=False)
+                self._bar.set_postfix(self._metrics(trainer, pl_module), refresh=False)
             return
         now = time.monotonic()
         if now - self._line_time >= self.seconds_between_lines:
             rate = (done - self._line_batch) / (now - self._line_time)
-            figures = "  ".join(f"{name} {value}" for name, value in self._figures(trainer, pl_module).items())
-            left = f"  {_clock((self._total - done) / rate)} left" if self._total else ""
-            of = f"/{self._total}" if self._total else ""
-            epoch = trainer.current_epoch
-            logger.info(
-                "%-11s epoch %d, batch %d%s  %s  %.2f batches/s%s", "training", epoch, done, of, figures, rate, left
-            )
+            metrics = "  ".join(f"{name} {value}" for name, value in self._metrics(trainer, pl_module).items())
+            of, left = (f"/{self._total}", f"  {_clock((self._total - done) / rate)} left") if self._total else ("", "")
+            place = f"epoch {trainer.current_epoch}, batch {done}{of}"
+            logger.info("%-11s %s  %s  %.2f batches/s%s", "training", place, metrics, rate, left)
             self._line_time, self._line_batch = now, done
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -94,19 +92,22 @@ class ProgressBar(LightningProgressBar):
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.sanity_checking or not trainer.is_global_zero:
             return
-        figures = {name: value for name, value in trainer.callback_metrics.items() if name.startswith("val")}
-        text = ", ".join(f"{name} {float(value):.4g}" for name, value in sorted(figures.items()))
+        metrics = sorted(
+            (name, float(value)) for name, value in trainer.callback_metrics.items() if name.startswith("val")
+        )
+        text = ", ".join(f"{name} {value:.4g}" for name, value in metrics)
         seconds = time.monotonic() - self._validation_time
         logger.info("%-11s step %d: %s (%.1f s)", "validation", trainer.global_step, text or "nothing logged", seconds)
 
-    def _figures(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, str]:
-        figures = {name: value for name, value in self.get_metrics(trainer, pl_module).items() if name != "v_num"}
-        figures = {
-            name: value for name, value in figures.items() if not name.startswith("val") and not name.endswith("_epoch")
+    def _metrics(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, str]:
+        logged: dict[str, Any] = {
+            name: value
+            for name, value in self.get_metrics(trainer, pl_module).items()
+            if name != "v_num" and not name.startswith("val") and not name.endswith("_epoch")
         }
-        if not any("loss" in name for name in figures) and self._loss is not None:
-            figures = {"loss": self._loss.item(), **figures}
-        return {name.removesuffix("_step"): f"{float(value):.4g}" for name, value in figures.items()}
+        if self._loss is not None and not any("loss" in name for name in logged):
+            logged = {"loss": self._loss.item(), **logged}
+        return {name.removesuffix("_step"): f"{float(value):.4g}" for name, value in logged.items()}
 
     def _close(self) -> None:
         if self._bar is not None:
@@ -115,16 +116,14 @@ class ProgressBar(LightningProgressBar):
 
 
 def total_batches(trainer: pl.Trainer) -> int | None:
-    """Training batches of the whole run, None where nobody knows."""
-    an_epoch = trainer.num_training_batches
+    """Return the number of training batches of the whole run, None if it has no end."""
+    per_epoch = trainer.num_training_batches
     totals = []
-    if trainer.max_epochs not in (None, -1) and math.isfinite(an_epoch):
-        totals.append(int(trainer.max_epochs * an_epoch))
+    if trainer.max_epochs not in (None, -1) and math.isfinite(per_epoch):
+        totals.append(int(trainer.max_epochs * per_epoch))
     if trainer.max_steps != -1:
-        accumulation = (
-            getattr(trainer.lightning_module, "accumulate_grad_batches", None) or trainer.accumulate_grad_batches
-        )
-        totals.append(trainer.max_steps * accumulation)
+        own = getattr(trainer.lightning_module, "accumulate_grad_batches", None)  # of manual optimization
+        totals.append(trainer.max_steps * (own or trainer.accumulate_grad_batches))
     return min(totals, default=None)
 
 
@@ -135,9 +134,9 @@ def _clock(seconds: float) -> str:
 
 
 class RunReport(pl.Callback):
-    """What training starts with and how it ended, from the objects themselves: data, parameters, batch, learning rate.
+    """Log what training starts with and how it ended, read from the objects: data, parameters, batch, learning rate.
 
-    expected_rate: the learning rate that the command line and the configs give; a resumed optimizer may have another.
+    expected_rate: the learning rate of the command line and configs; a resumed optimizer may have another.
     """
 
     def __init__(self, expected_rate: float | None = None, rule: str = "") -> None:
@@ -149,57 +148,74 @@ class RunReport(pl.Callback):
         if not trainer.is_global_zero:
             return
         batches = trainer.num_training_batches
-        an_epoch = f"{batches} batches an epoch" if math.isfinite(batches) else "a stream"
+        per_epoch = f"{batches} batches per epoch" if math.isfinite(batches) else "a stream"
         validation = sum(count for count in trainer.num_val_batches if math.isfinite(count))
-        logger.info("%-11s %s, %d of validation", "data", an_epoch, validation)
-        logger.info("%-11s %s", "model", parameters_line(pl_module))
+        logger.info("%-11s %s, %d of validation", "data", per_epoch, validation)
+        logger.info("%-11s %s", "model", _parameters_line(pl_module))
         if self.rule:
             logger.info("%-11s %s", "batch", self.rule)
         for position, optimizer in enumerate(trainer.optimizers):
-            rates = [float(group.get("initial_lr", group["lr"])) for group in optimizer.param_groups]
-            now = [float(group["lr"]) for group in optimizer.param_groups]
-            tensors = sum(len(group["params"]) for group in optimizer.param_groups)
-            scheduled = "" if now == rates else f", scheduled: {now[0]:.3e} at step {trainer.global_step}"
-            name = type(optimizer).__name__ + (
-                f" ({position + 1} of {len(trainer.optimizers)})" if len(trainer.optimizers) > 1 else ""
-            )
-            logger.info("%-11s %s, learning rate %.3e%s, %d tensors", "optimizer", name, rates[0], scheduled, tensors)
-            if (
-                self.expected_rate is not None
-                and trainer.ckpt_path
-                and not math.isclose(rates[0], self.expected_rate, rel_tol=1e-6)
-            ):
-                logger.warning(
-                    "%-11s the checkpoint's learning rate %.3e goes on, not the configs' %.3e",
-                    "optimizer",
-                    rates[0],
-                    self.expected_rate,
-                )
+            self._log_optimizer(trainer, optimizer, position)
         if trainer.ckpt_path:
-            logger.info(
-                "%-11s step %d, epoch %d, from %s",
-                "resumed",
-                trainer.global_step,
-                trainer.current_epoch,
-                trainer.ckpt_path,
-            )
+            place = f"step {trainer.global_step}, epoch {trainer.current_epoch}"
+            logger.info("%-11s %s, from %s", "resumed", place, trainer.ckpt_path)
+
+    def _log_optimizer(self, trainer: pl.Trainer, optimizer: torch.optim.Optimizer, position: int) -> None:
+        now, tensors = optimizer.param_groups[0]["lr"], sum(len(group["params"]) for group in optimizer.param_groups)
+        rate = float(optimizer.param_groups[0].get("initial_lr", now))
+        scheduled = "" if now == rate else f", scheduled: {now:.3e} at step {trainer.global_step}"
+        several = len(trainer.optimizers) > 1
+        name = type(optimizer).__name__ + (f" ({position + 1} of {len(trainer.optimizers)})" if several else "")
+        logger.info("%-11s %s, learning rate %.3e%s, %d tensors", "optimizer", name, rate, scheduled, tensors)
+        expected = self.expected_rate
+        if expected is not None and trainer.ckpt_path and not math.isclose(rate, expected, rel_tol=1e-6):
+            text = f"the checkpoint's learning rate {rate:.3e} is used, not the configs' {expected:.3e}"
+            logger.warning("%-11s %s", "optimizer", text)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.is_global_zero:
             seconds, steps = time.monotonic() - self._start, trainer.global_step - self._first_step
-            rate = f", {steps / seconds:.2f} a second" if seconds > 0 and steps else ""
-            logger.info(
-                "%-11s %d steps in %s%s; now at step %d", "trained", steps, _clock(seconds), rate, trainer.global_step
-            )
+            rate = f", {steps / seconds:.2f} per second" if seconds > 0 and steps else ""
+            place = f"now at step {trainer.global_step}"
+            logger.info("%-11s %d steps in %s%s; %s", "trained", steps, _clock(seconds), rate, place)
 
 
-def parameters_line(module: nn.Module) -> str:
-    """A model's class, its number of parameters and how many of them are trained."""
+def _parameters_line(module: nn.Module) -> str:
     total = sum(p.numel() for p in module.parameters())
     trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
     dtypes = sorted({str(p.dtype).removeprefix("torch.") for p in module.parameters() if torch.is_floating_point(p)})
-    return f"{type(module).__name__}, {_count(total)} parameters, {_count(trained)} of them trained, {'/'.join(dtypes)}"
+    return f"{type(module).__name__}, {_count(total)} parameters, {_count(trained)} trainable, {'/'.join(dtypes)}"
 
 
 def _count(number: int) -> str:
     return f"{number / 1e6:.2f} M" if number >= 10_000 else f"{number:,}"
+
+
+class CUDACallback(pl.Callback):
+    """Log the seconds and peak memory of every epoch: of the GPU if there is one, else of the process."""
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._device = trainer.strategy.root_device
+        if self._device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self._device)
+            torch.cuda.synchronize(self._device)
+        self._start = time.monotonic()
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if not hasattr(self, "_start"):  # resumed in mid-epoch: Lightning starts no epoch then
+            return
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        cost = torch.tensor([time.monotonic() - self._start, _peak_mib(self._device)], device=self._device)
+        seconds, memory = trainer.strategy.reduce(cost, reduce_op="mean").tolist()
+        if trainer.is_global_zero:
+            logger.info("%-11s %d took %.1f s, peak memory %.0f MiB", "epoch", trainer.current_epoch, seconds, memory)
+
+
+def _peak_mib(device: torch.device) -> float:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / MIB
+    if resource is None:
+        return 0.0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / MIB if sys.platform == "darwin" else peak / 1024  # bytes there, KiB elsewhere

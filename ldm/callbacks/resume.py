@@ -1,4 +1,4 @@
-"""Two repairs of how Lightning 2.6 resumes, without which the second resume of a run may repeat or skip an epoch."""
+"""Two corrections to how Lightning 2.6 resumes; without them the second resume of a run may repeat or skip an epoch."""
 
 from __future__ import annotations
 
@@ -6,15 +6,14 @@ from typing import Any
 
 import pytorch_lightning as pl
 from pytorch_lightning.loops.fit_loop import _FitLoop
-from pytorch_lightning.loops.loop import _Loop
 
 
 class ExactResume(pl.Callback):
-    """Lets a run be stopped and resumed at any step, any number of times.
+    """Let a run stop and resume at any step, any number of times.
 
-    A state that is saved at the last batch of an epoch is written as one saved at that epoch's end: Lightning's loops resume from
-    the former with counters that are one off. What that epoch's end would still have brought is its validation, which such a
-    resume leaves out either way. And where `max_steps` is set, Lightning takes a finished epoch for one in progress.
+    A state saved at the last batch of an epoch is written as one saved at the end of that epoch: from the former,
+    Lightning's loops resume with counters that are one off. Either way such a resume skips that epoch's validation.
+    With `max_steps`, Lightning also takes a finished epoch for one in progress, which `_ExactFitLoop` corrects.
     """
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -25,7 +24,9 @@ class ExactResume(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         loop = trainer.fit_loop
-        batches, epochs = loop.epoch_loop.batch_progress, loop.epoch_progress.current
+        # Lightning annotates only some of the counters.
+        batches: Any = loop.epoch_loop.batch_progress
+        epochs: Any = loop.epoch_progress.current
         in_batch_end = batches.current.ready == batches.current.processed == batches.current.completed + 1
         in_epoch = epochs.ready == epochs.started == epochs.processed + 1
         if not (trainer.state.fn == "fit" and batches.is_last_batch and in_batch_end and in_epoch):
@@ -38,10 +39,14 @@ class ExactResume(pl.Callback):
 
 
 class _ExactFitLoop(_FitLoop):
-    """Lightning's loop, but that an epoch is restarted only where it was left unfinished, with `max_steps` as without."""
+    """Lightning's loop, but an epoch is restarted only if it was left unfinished, with or without `max_steps`."""
 
-    @_Loop.restarting.setter
+    @property
+    def restarting(self) -> bool:
+        return self._restarting
+
+    @restarting.setter
     def restarting(self, restarting: bool) -> None:
-        epochs = self.epoch_progress.current
-        unfinished = not epochs.ready == epochs.started == epochs.processed
-        _Loop.restarting.fset(self, restarting and unfinished)
+        epochs: Any = self.epoch_progress.current
+        self._restarting = restarting and not epochs.ready == epochs.started == epochs.processed
+        self.epoch_loop.restarting = self._restarting

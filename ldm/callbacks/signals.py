@@ -1,4 +1,4 @@
-"""Signals: they set a flag, and what they ask for happens at the end of a step, on all ranks."""
+"""Signals set a flag; the save or stop happens at the end of a step, on all ranks."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from torch.utils.data import DataLoader
 
 logger = logging.getLogger(__name__)
 
-SAVE, TERMINATE, INTERRUPT = 1, 2, 3  # what the ranks agree on: the largest wins
+SAVE, TERMINATE, INTERRUPT = 1, 2, 3  # requests; the ranks agree on the largest
 _EXIT_CODES = {TERMINATE: 143, INTERRUPT: 130}  # 128 + the signal's number
 _NAMES = {TERMINATE: "SIGTERM", INTERRUPT: "Ctrl-C"}
-_WORKER_SECONDS = 60  # for which a data worker goes on after SIGTERM, so that the step can be finished
+_WORKER_SECONDS = 60  # for which a data worker continues after SIGTERM, so that the step can finish
 
 
 class Stopped(BaseException):
-    """Training was told to stop by a signal and has saved its state; `exit_code` is what the process ends with.
+    """Raised when a signal stops training, after its state was saved; `exit_code` is the process's.
 
-    Not an Exception: nothing that guards against failures may take it for one.
+    A BaseException, so that no handler of failures catches it.
     """
 
     def __init__(self, reason: str, exit_code: int, checkpoint: Path | None) -> None:
@@ -36,10 +36,10 @@ class Stopped(BaseException):
 
 
 class SignalCallback(pl.Callback):
-    """SIGUSR1 saves `last.ckpt`; SIGTERM and Ctrl-C save it and stop; a second Ctrl-C ends the process at once; SIGUSR2 opens a debugger.
+    """SIGUSR1 saves `last.ckpt`; SIGTERM and Ctrl-C save it and stop, a second Ctrl-C at once; SIGUSR2 debugs.
 
-    "End of a step" means after an optimizer step, so that no accumulated gradient is lost, or between two validation batches.
-    path: where the state is saved; None saves nothing.
+    They act after an optimizer step, so that no accumulated gradient is lost, or between two validation batches.
+    path: file of the saved state; None saves nothing.
     """
 
     def __init__(self, path: str | Path | None) -> None:
@@ -56,7 +56,11 @@ class SignalCallback(pl.Callback):
             return
         self._install()  # and again after Lightning has set its own handlers
         process = trainer.strategy.process_dataloader
-        trainer.strategy.process_dataloader = lambda loader: process(outlive_signals(loader))
+
+        def process_dataloader(dataloader: object) -> object:
+            return process(outlive_signals(dataloader))
+
+        trainer.strategy.process_dataloader = process_dataloader  # type: ignore[method-assign]  # for this run only
 
     def on_sanity_check_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._install()
@@ -65,9 +69,7 @@ class SignalCallback(pl.Callback):
         self._install()
         self._step_before = trainer.global_step
         if trainer.world_size > 1:
-            self._group = torch.distributed.new_group(
-                backend="gloo"
-            )  # on the CPU: asking the others never waits for a GPU
+            self._group = torch.distributed.new_group(backend="gloo")  # on the CPU: agreeing never waits for a GPU
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         self.restore()
@@ -102,14 +104,14 @@ class SignalCallback(pl.Callback):
     def _act(self, trainer: pl.Trainer, wanted: int) -> None:
         if not wanted:
             return
-        saved = self._save(trainer)  # the flag stays up meanwhile: a second Ctrl-C during a long save ends the process
+        saved = self._save(trainer)  # the flag stays set meanwhile: a second Ctrl-C during a long save ends the process
         if wanted in _EXIT_CODES:
             raise Stopped(_NAMES[wanted], _EXIT_CODES[wanted], saved)
         if self._wanted == SAVE:
             self._wanted = 0
 
     def _save(self, trainer: pl.Trainer) -> Path | None:
-        if self.path is None or trainer.sanity_checking or trainer.fast_dev_run:
+        if self.path is None or trainer.sanity_checking or getattr(trainer, "fast_dev_run", False):
             return None
         trainer.save_checkpoint(self.path)
         if trainer.is_global_zero:
@@ -127,19 +129,19 @@ class SignalCallback(pl.Callback):
             self._previous.setdefault(number, previous)
 
     def restore(self) -> None:
-        """Give the signals their former handlers back; after an exception Lightning puts ours in place again, so the caller does this."""
+        """Restore the former handlers. For the caller: after an exception Lightning installs ours again."""
         if threading.current_thread() is threading.main_thread():
             for number, handler in self._previous.items():
                 signal.signal(number, handler if handler is not None else signal.SIG_DFL)
 
     def _on_interrupt(self, number: int, frame: FrameType | None) -> None:
         if os.getpid() != self._pid:
-            return  # a child that has just been forked
+            return  # a forked child
         if self._wanted == INTERRUPT:
-            os.write(2, b"\nstopped at once; nothing was saved since the last checkpoint\n")
+            os.write(2, b"\nstopped immediately; nothing was saved since the last checkpoint\n")
             os._exit(_EXIT_CODES[INTERRUPT])
         self._wanted = INTERRUPT
-        os.write(2, b"\nCtrl-C: saving at the end of this step; once more to stop at once\n")
+        os.write(2, b"\nCtrl-C: saving at the end of this step; press again to stop immediately\n")
 
     def _on_terminate(self, number: int, frame: FrameType | None) -> None:
         if os.getpid() == self._pid:
@@ -155,7 +157,7 @@ class SignalCallback(pl.Callback):
 
 
 def outlive_signals(loader: Any) -> Any:
-    """Let a loader's workers go on after signals that reach all processes of a job: the main one needs their batches to stop well."""
+    """Let a loader's workers survive signals to the whole job: the main process needs their batches to finish."""
     if isinstance(loader, DataLoader) and loader.num_workers > 0 and os.name != "nt":
         loader.worker_init_fn = partial(_start_worker, loader.worker_init_fn)
     return loader
@@ -163,7 +165,7 @@ def outlive_signals(loader: Any) -> Any:
 
 def _start_worker(worker_init_fn: Callable[[int], None] | None, worker_id: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    # An alarm and not nothing: a worker that hangs must not keep the main process from ending, which waits for it.
+    # An alarm, not SIG_IGN: the main process waits for its workers, so one that hangs must end.
     signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(_WORKER_SECONDS))
     if worker_init_fn is not None:
         worker_init_fn(worker_id)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import sys
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from ldm.config.suggest import closest, did_you_mean
@@ -13,7 +13,7 @@ from ldm.config.suggest import closest, did_you_mean
 FIRST_STAGE_AS_CONDITION = "__is_first_stage__"
 UNCONDITIONAL = "__is_unconditional__"
 
-# Published targets that live elsewhere here. `main` is never imported: a stray main.py in the working directory must not run.
+# Published targets whose home is elsewhere. `main` is never imported: a main.py in the working directory must not run.
 ALIASES = {
     "main.DataModuleFromConfig": "ldm.data.datamodule.DataModuleFromConfig",
     "main.WrappedDataset": "ldm.data.datamodule.WrappedDataset",
@@ -40,11 +40,11 @@ _user_prefixes: list[str] = []
 
 
 class ConfigError(ValueError):
-    """A YAML or override that cannot be used; the message is one line that names the place, the value and the choices."""
+    """An invalid YAML or override; the message is one line with the path, the value and the choices."""
 
 
 def allow_targets(*prefixes: str) -> None:
-    """Let `target:` name classes and functions under these packages too, e.g. `allow_targets("my_project")`.
+    """Let `target:` name classes and functions of these packages too, e.g. `allow_targets("my_project")`.
 
     A config can never call this: what may be imported is decided in Python or on the command line.
     """
@@ -56,7 +56,7 @@ def allow_targets(*prefixes: str) -> None:
 
 
 def resolve_alias(target: str) -> str:
-    """The place where a published target lives in this project; other names come back unchanged."""
+    """Return the home of a published target; other names come back unchanged."""
     if target in ALIASES:
         return ALIASES[target]
     module, _, name = target.rpartition(".")
@@ -64,32 +64,31 @@ def resolve_alias(target: str) -> str:
 
 
 def check_allowed(target: Any) -> str:
-    """The place that a target stands for; nothing is imported. Raises ConfigError unless it is a name under an allowed prefix."""
+    """Return a target's home without importing anything; raise ConfigError unless it is under an allowed prefix."""
     if not isinstance(target, str) or not all(part.isidentifier() for part in target.split(".")) or "." not in target:
         raise ConfigError(f"target {target!r}: expected a dotted name such as 'ldm.models.autoencoder.AutoencoderKL'")
     resolved = resolve_alias(target)
-    private = any(part.startswith("_") for part in resolved.split(".")) and not _under(resolved, _user_prefixes)
-    if private:
-        raise ConfigError(f"target {target!r}: names that begin with an underscore are a package's own and no targets")
+    if any(part.startswith("_") for part in resolved.split(".")) and not _under(resolved, _user_prefixes):
+        raise ConfigError(f"target {target!r}: names that begin with an underscore are private and not allowed")
     if not _is_allowed(resolved):
-        choices = ", ".join((*_BUILT_IN_PREFIXES, *_user_prefixes))
-        near = closest(target, ALIASES, cutoff=0.6)
-        hint = f" (did you mean {near}?)" if near else ""
-        package = target.split(".")[0]
-        way = f"For your own code run with --allow-targets {package} or call ldm.util.allow_targets({package!r})"
-        if (
-            package in sys.stdlib_module_names or package == "posix"
-        ):  # nobody's model: this is no place to teach how to allow it
-            way = "This one is Python's own: a config that names it means harm"
-        raise ConfigError(f"target {target!r} is not allowed{hint}. Allowed packages: {choices}. {way}")
+        near, package = closest(target, ALIASES, cutoff=0.6), target.split(".")[0]
+        if package in sys.stdlib_module_names or package == "posix":
+            # Never suggest --allow-targets for standard-library modules.
+            advice = "It is a standard-library module; configs may not reference it"
+        else:
+            advice = f"For your own code run with --allow-targets {package} or call ldm.util.allow_targets({package!r})"
+        raise ConfigError(
+            f"target {target!r} is not allowed{f' (did you mean {near}?)' if near else ''}. "
+            f"Allowed packages: {', '.join((*_BUILT_IN_PREFIXES, *_user_prefixes))}. {advice}"
+        )
     return resolved
 
 
 def get_obj_from_str(string: str, reload: bool = False) -> Any:
-    """The class that a dotted name stands for.
+    """Return the class that a dotted name refers to.
 
-    Raises ConfigError where the name is not under an allowed prefix (checked before anything is imported), does not
-    exist, or turns out to be something that an allowed module merely imported.
+    Raises ConfigError if the name is not under an allowed prefix (checked before anything is imported), does not exist,
+    or is something that an allowed module merely imported.
     """
     resolved = check_allowed(string)
     module_name, name = resolved.rsplit(".", 1)
@@ -105,6 +104,96 @@ def get_obj_from_str(string: str, reload: bool = False) -> Any:
     return obj
 
 
+def instantiate_from_config(config: Any, **extra: Any) -> Any:
+    """Build the object that `{"target": ..., "params": {...}}` describes; `extra` arguments join the params.
+
+    Returns None for `__is_first_stage__` and `__is_unconditional__`, which the model interprets itself.
+    Raises ConfigError with the YAML path and the nearest valid name for an unknown parameter.
+    """
+    if isinstance(config, str) and config in (FIRST_STAGE_AS_CONDITION, UNCONDITIONAL):
+        return None
+    path = _yaml_path(config)
+    if not isinstance(config, Mapping) or "target" not in config:
+        shown = sorted(map(str, config)) if isinstance(config, Mapping) else repr(config)
+        raise ConfigError(f"{path or 'config'}: expected a mapping with the key 'target', got {shown}")
+    target = config["target"]
+    check_keys(config, target, path)
+    try:
+        cls = get_obj_from_str(target)
+    except ConfigError as error:
+        raise ConfigError(f"{join_path(path, 'target')}: {error}") from error
+    params = config.get("params") or {}
+    if not isinstance(params, Mapping):
+        raise ConfigError(f"{join_path(path, 'params')}: expected a mapping of arguments of {target}, got {params!r}")
+    params = {**params, **extra}
+    if (names := accepted_params(cls)) is not None:
+        check_params(params, *names, target, path)
+    try:
+        return cls(**params)
+    except Exception as error:
+        error.add_note(f"while building {target}" + (f" ({path})" if path else ""))
+        raise
+
+
+def accepted_params(cls: Any) -> tuple[set[str], set[str]] | None:
+    """Return (accepted, required) arguments of a class, following **kwargs to its bases; None if it takes anything."""
+    accepted: set[str] = set()
+    required: set[str] = set()
+    is_class = inspect.isclass(cls)
+    constructors = [vars(c)["__init__"] for c in cls.__mro__ if "__init__" in vars(c)] if is_class else [cls]
+    for position, constructor in enumerate(constructors):
+        try:
+            parameters = list(inspect.signature(constructor).parameters.values())[is_class:]  # without self
+        except (TypeError, ValueError):
+            return None
+        for p in parameters:
+            if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY):
+                accepted.add(p.name)
+                # A subclass may supply its bases' required arguments itself, so only the class's own are certain.
+                if p.default is p.empty and position == 0:
+                    required.add(p.name)
+        if not any(p.kind is p.VAR_KEYWORD for p in parameters):
+            return accepted, required
+    return None
+
+
+def check_keys(node: Iterable[Any], target: str, path: str) -> None:
+    """Raise ConfigError if a config node with a `target` has keys other than `params` and `base_learning_rate`."""
+    for key in node:
+        if key not in ("target", "params", "base_learning_rate"):
+            place, params = join_path(path, str(key)), join_path(path, "params")
+            raise ConfigError(f"{place}: unknown key next to target; arguments of {target} go under {params}")
+
+
+def check_params(
+    params: Mapping[str, Any], accepted: Collection[str], required: Collection[str], target: str, path: str
+) -> None:
+    """Raise ConfigError for unknown or missing parameters of the node at `path`."""
+    where = join_path(path, "params")
+    for key in params:
+        if key not in accepted:
+            raise ConfigError(f"{where}.{key}: {target} takes no such parameter{did_you_mean(str(key), accepted)}")
+    if missing := sorted(set(required) - set(params)):
+        raise ConfigError(f"{where}: {target} needs {', '.join(missing)}")
+
+
+def join_path(path: str, key: str) -> str:
+    return f"{path}.{key}" if path else key
+
+
+def _import_module(module_name: str, target: str) -> Any:
+    try:
+        return importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        missing = error.name or module_name
+        if f"{module_name}.".startswith(f"{missing}.") or missing in module_name.split("."):
+            raise ConfigError(f"target {target!r}: no module named {missing}") from error
+        package = missing.split(".")[0]
+        raise ConfigError(
+            f"target {target!r} needs the package {missing!r}, which is not installed: pip install {package}"
+        ) from error
+
+
 def _home(obj: Any) -> str:
     return f"{getattr(obj, '__module__', '')}.{getattr(obj, '__qualname__', '')}".strip(".")
 
@@ -115,106 +204,15 @@ def _is_target(obj: Any) -> bool:
     return _is_allowed(home) and (inspect.isclass(obj) or (_under(home, _user_prefixes) and callable(obj)))
 
 
-def instantiate_from_config(config: Any, **extra: Any) -> Any:
-    """The object that `{"target": ..., "params": {...}}` describes; `extra` is passed beside the params.
-
-    `__is_first_stage__` and `__is_unconditional__` give None: the model that reads them knows what they mean.
-    Raises ConfigError naming the YAML path, the target and the nearest valid name for an unknown parameter.
-    """
-    if isinstance(config, str) and config in (FIRST_STAGE_AS_CONDITION, UNCONDITIONAL):
-        return None
-    path = _yaml_path(config)
-    if not isinstance(config, Mapping) or "target" not in config:
-        shown = sorted(map(str, config)) if isinstance(config, Mapping) else repr(config)
-        raise ConfigError(f"{path or 'config'}: expected a mapping with the key 'target', got {shown}")
-    unknown = [key for key in config if key not in ("target", "params", "base_learning_rate")]
-    if unknown:
-        place = _at(path, unknown[0])
-        raise ConfigError(
-            f"{place}: unknown key beside target; arguments of {config['target']} go under {_at(path, 'params')}"
-        )
-    target = config["target"]
-    try:
-        cls = get_obj_from_str(target)
-    except ConfigError as error:
-        raise ConfigError(f"{_at(path, 'target')}: {error}") from error
-    params = config.get("params") or {}
-    if not isinstance(params, Mapping):
-        raise ConfigError(f"{_at(path, 'params')}: expected a mapping of arguments of {target}, got {params!r}")
-    params = {**params, **extra}
-    _check_params(cls, params, target, path)
-    try:
-        return cls(**params)
-    except Exception as error:
-        error.add_note(f"while building {target}" + (f" ({path})" if path else ""))
-        raise
+def _is_allowed(name: str) -> bool:
+    return _under(name, (*_BUILT_IN_PREFIXES, *_user_prefixes))
 
 
-def accepted_params(cls: Any) -> tuple[set[str], set[str]] | None:
-    """(accepted, required) argument names of a class, following **kwargs up to its bases; None where it takes anything."""
-    accepted: set[str] = set()
-    required: set[str] = set()
-    constructors = (
-        [vars(c)["__init__"] for c in cls.__mro__ if "__init__" in vars(c)] if inspect.isclass(cls) else [cls]
-    )
-    for position, constructor in enumerate(constructors):
-        try:
-            parameters = list(inspect.signature(constructor).parameters.values())
-        except (TypeError, ValueError):
-            return None
-        if inspect.isclass(cls):
-            parameters = parameters[1:]  # self
-        for p in parameters:
-            if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY):
-                accepted.add(p.name)
-                # A base's required argument may be supplied by the subclass itself, so only the class's own are certain.
-                if p.default is p.empty and position == 0:
-                    required.add(p.name)
-        if not any(p.kind is p.VAR_KEYWORD for p in parameters):
-            return accepted, required
-    return None
-
-
-def _check_params(cls: Any, params: Mapping[str, Any], target: str, path: str) -> None:
-    names = accepted_params(cls)
-    if names is None:
-        return
-    accepted, required = names
-    where = _at(path, "params")
-    for key in params:
-        if key not in accepted:
-            raise ConfigError(f"{where}.{key}: {target} takes no such parameter{did_you_mean(key, accepted)}")
-    missing = sorted(required - set(params))
-    if missing:
-        raise ConfigError(f"{where}: {target} needs {', '.join(missing)}")
-
-
-def _import_module(module_name: str, target: str) -> Any:
-    try:
-        return importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        parts = module_name.split(".")
-        ours = error.name is not None and (module_name == error.name or module_name.startswith(error.name + "."))
-        if not ours and error.name not in parts:
-            raise ConfigError(
-                f"target {target!r} needs the package {error.name!r}, which is not installed: pip install {error.name.split('.')[0]}"
-            ) from error
-        raise ConfigError(f"target {target!r}: there is no module {error.name or module_name}") from error
-
-
-def _under(name: str, prefixes: tuple[str, ...] | list[str]) -> bool:
+def _under(name: str, prefixes: Iterable[str]) -> bool:
     return any(name == prefix or name.startswith(prefix + ".") for prefix in prefixes)
 
 
-def _is_allowed(name: str) -> bool:
-    return _under(name, _BUILT_IN_PREFIXES) or _under(name, _user_prefixes)
-
-
 def _yaml_path(config: Any) -> str:
-    """Where a config node stands in its YAML ('model.params.unet_config'), as far as it knows its parents."""
+    """Return the path of an OmegaConf node in its YAML ('model.params.unet_config'); '' for other mappings."""
     full_key = getattr(config, "_get_full_key", None)
     return full_key(None) if full_key is not None else ""
-
-
-def _at(path: str, key: str) -> str:
-    return f"{path}.{key}" if path else key

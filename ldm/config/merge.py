@@ -1,8 +1,8 @@
-"""One config from YAML files and dotted overrides, checked from the text of the classes it names, before any of them is imported."""
+"""One config from YAML files and dotted overrides, whose paths are checked."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +13,12 @@ from omegaconf.errors import OmegaConfBaseException
 from ldm.config.files import load_yaml
 from ldm.config.instantiate import ConfigError
 from ldm.config.signature import constructor_arguments
-from ldm.config.suggest import closest, did_you_mean
-from ldm.config.trainer_keys import UNSUPPORTED, trainer_keys
-from ldm.config.validate import check_targets, check_weights
+from ldm.config.suggest import closest
+from ldm.config.trainer_keys import trainer_keys
+from ldm.config.validate import SECTIONS, check_sections, error_line
 from ldm.paths import ROOT, find_file
 
-# The callbacks of every run; `lightning.callbacks` in a YAML is merged over them, and `NAME: null` leaves one out.
+# The callbacks of every run; `lightning.callbacks` of a YAML is merged over them, and `NAME: null` removes one.
 DEFAULT_CALLBACKS: dict[str, dict[str, Any]] = {
     "setup_callback": {"target": "ldm.callbacks.SetupCallback"},
     "image_logger": {
@@ -35,7 +35,7 @@ DEFAULT_CHECKPOINT: dict[str, Any] = {
     "target": "ldm.callbacks.CheckpointPolicy",
     "params": {"filename": "{epoch:06}", "save_last": True},
 }
-# Every 10,000 steps, all kept: built only where `lightning.callbacks` names it.
+# Weights every 10,000 steps, all kept: only if `lightning.callbacks` names it.
 STEP_CHECKPOINTS = "metrics_over_trainsteps_checkpoint"
 DEFAULT_STEP_CHECKPOINTS: dict[str, Any] = {
     "target": "pytorch_lightning.callbacks.ModelCheckpoint",
@@ -47,106 +47,71 @@ DEFAULT_STEP_CHECKPOINTS: dict[str, Any] = {
     },
 }
 
-_TOP = ("model", "data", "lightning")
-_LIGHTNING = ("trainer", "callbacks", "modelcheckpoint", "logger", "seed", "scale_lr")
-
 
 def find_config(path: str | Path) -> Path:
-    """The YAML at `path`, seen from the working directory or else from the project's own folder."""
+    """Return the YAML at `path`, relative to the working directory or else to the checkout."""
     found = find_file(path)
     if found.is_file():
         return found
-    raise ConfigError(f"--base {path}: there is no such file here or in {ROOT}{_nearest_file(Path(path))}")
+    folder = Path(path).parent
+    siblings = {folder / file.name for each in (folder, ROOT / folder) for file in sorted(each.glob("*.y*ml"))}
+    near = closest(str(path), map(str, siblings), cutoff=0.6)
+    raise ConfigError(f"--base {path}: no such file here or in {ROOT}{f'; did you mean {near}?' if near else ''}")
 
 
 def load(path: Path) -> DictConfig:
-    """A YAML file as a config; raises ConfigError naming the file where it is not a mapping."""
+    """Load a YAML file as a config; raise ConfigError if it is not a mapping with known sections."""
     config = load_yaml(path)
     if not isinstance(config, DictConfig):
-        raise ConfigError(f"{path}: expected a mapping with the keys {', '.join(_TOP)}, got a list")
+        raise ConfigError(f"{path}: expected a mapping with the keys {', '.join(SECTIONS)}, got a list")
+    check_sections(config, str(path))
     return config
 
 
-def merge(files: Iterable[Path], overrides: Iterable[str] = ()) -> DictConfig:
-    """The files, left to right, then the overrides; each override's path has to exist already, or to be a constructor's argument.
+def merge(files: Iterable[Path], overrides: Iterable[str] = (), onto: DictConfig | None = None) -> DictConfig:
+    """Merge files, left to right, then overrides; `onto` comes before the files.
 
-    Raises ConfigError for a misspelt path, naming the nearest one.
+    The path of an override must exist already or be a constructor's argument. Raises ConfigError with the nearest path.
     """
-    config = OmegaConf.create({})
+    config = OmegaConf.create({}) if onto is None else onto
     for path in files:
         part = load(path)
-        _check_sections(part, str(path))
         try:
-            config = OmegaConf.merge(config, part)
+            config = _merge(config, part)
         except (OmegaConfBaseException, ValueError, TypeError) as error:
-            raise ConfigError(f"{path}: does not merge with the configs before it: {_line(error)}") from error
+            raise ConfigError(f"{path}: cannot be merged with the configs before it: {error_line(error)}") from error
     for override in overrides:
         config = _apply(config, override)
     return config
 
 
-def check(config: DictConfig, weights: bool = True) -> None:
-    """Raises ConfigError for what is missing, unknown, misspelt or forbidden in a merged config, as far as the classes' texts tell.
-
-    weights: also for files of weights that a model is to begin with and that are not there.
-    """
-    _check_sections(config, "config")
-    for section in ("model", "data"):
-        node = config.get(section)
-        if not isinstance(node, DictConfig) or "target" not in node:
-            raise ConfigError(
-                f"{section}: the configs name none; add a YAML with {section}.target and {section}.params to --base"
-            )
-    try:
-        plain = OmegaConf.to_container(config, resolve=True)
-    except OmegaConfBaseException as error:
-        raise ConfigError(f"config: {_line(error)}") from error
-    check_targets(plain)
-    if weights:
-        check_weights(plain)
-
-
-def _check_sections(config: DictConfig, where: str) -> None:
-    _check_keys(config, (*_TOP, "safety"), where, "")  # the last is a word for the scripts that draw
-    lightning = config.get("lightning")
-    if lightning is None:
-        return
-    if not isinstance(lightning, DictConfig):
-        raise ConfigError(
-            f"{where}: lightning: expected a mapping with the keys {', '.join(_LIGHTNING)}, got {lightning!r}"
-        )
-    _check_keys(lightning, _LIGHTNING, where, "lightning.")
-    trainer = lightning.get("trainer") or {}
-    if not isinstance(trainer, Mapping):
-        raise ConfigError(f"{where}: lightning.trainer: expected a mapping of Trainer settings, got {trainer!r}")
-    for key in trainer:
-        if key in UNSUPPORTED:
-            raise ConfigError(f"{where}: lightning.trainer.{key}: {UNSUPPORTED[key]}")
-    _check_keys(trainer, trainer_keys(), where, "lightning.trainer.")
-
-
-def _check_keys(config: Mapping, known: Iterable[str], where: str, prefix: str) -> None:
-    known = sorted(known) if isinstance(known, set) else list(known)
-    for key in config:
-        if key not in known:
-            raise ConfigError(f"{where}: unknown key {prefix}{key}{did_you_mean(str(key), known)}")
+def _merge(*configs: DictConfig) -> DictConfig:
+    merged = OmegaConf.merge(*configs)
+    assert isinstance(merged, DictConfig)
+    return merged
 
 
 def _apply(config: DictConfig, override: str) -> DictConfig:
     path, _, value = override.partition("=")
-    adds = path.startswith("+")
-    path = path.removeprefix("+")
+    adds, path = path.startswith("+"), path.removeprefix("+")
     keys = path.split(".")
     _check_lists(config, keys, override)
     if not adds:
-        _check_path(config, keys, path)
+        _check_path(config, keys)
     try:
-        return OmegaConf.merge(config, OmegaConf.from_dotlist([f"{path}={value}"]))
+        part = OmegaConf.from_dotlist([f"{path}={value}"])
+        if adds:
+            check_sections(part, override)
+        return _merge(config, part)
+    except ConfigError:
+        raise
     except (OmegaConfBaseException, yaml.YAMLError, ValueError, TypeError) as error:
-        raise ConfigError(f"{override}: cannot be applied: {_line(error)}") from error
+        raise ConfigError(f"{override}: cannot be applied: {error_line(error)}") from error
 
 
-def _check_path(config: DictConfig, keys: list[str], path: str) -> None:
+def _check_path(config: DictConfig, keys: list[str]) -> None:
+    """Raise ConfigError unless every key of an override's path exists or is an argument of the class there."""
+    path = ".".join(keys)
     node: Any = OmegaConf.merge(_schema(), config)
     parent: Any = None
     for depth, key in enumerate(keys):
@@ -164,19 +129,16 @@ def _check_path(config: DictConfig, keys: list[str], path: str) -> None:
             return
         choices = [str(name) for name in node] + sorted(allowed)
         near = closest(key, choices)
-        hint = (
-            f"did you mean {'.'.join([*keys[:depth], near, *keys[depth + 1 :]])}?"
-            if near
-            else f"choices: {', '.join(choices)}"
-        )
+        meant = ".".join([*keys[:depth], near, *keys[depth + 1 :]]) if near else ""
+        hint = f"did you mean {meant}?" if near else f"choices: {', '.join(choices)}"
         if depth == 0:
-            raise ConfigError(f"{path}: there is no {key}; {hint} (the sections are {', '.join(_TOP)})")
-        new = f" (if it is new on purpose: +{path}=...)" if _may_be_new(above, node, parent) else ""
+            raise ConfigError(f"{path}: unknown section {key}; {hint} (the sections are {', '.join(SECTIONS)})")
+        new = f" (to add a new key: +{path}=...)" if _is_open(above, node, parent) else ""
         raise ConfigError(f"{path}: {above} has no {key}; {hint}{new}")
 
 
 def _check_lists(config: DictConfig, keys: list[str], override: str) -> None:
-    """Refuse an override of a part of a list, which would put a mapping in the list's place."""
+    """Raise ConfigError for an override of a list's item: it would put a mapping in the list's place."""
     for depth in range(1, len(keys)):
         above = ".".join(keys[:depth])
         items = OmegaConf.select(config, above, throw_on_resolution_failure=False, throw_on_missing=False)
@@ -185,47 +147,37 @@ def _check_lists(config: DictConfig, keys: list[str], override: str) -> None:
         shown = list(items)
         if depth == len(keys) - 1 and keys[depth].isdigit() and int(keys[depth]) < len(shown):
             shown[int(keys[depth])] = override.partition("=")[2]
-        whole = (
-            f"{above}=[{','.join(map(str, shown))}]"
-            if not any(isinstance(item, DictConfig | ListConfig) for item in items)
-            else ""
-        )
-        raise ConfigError(f"{override}: {above} is a list; give the whole list{whole and ': '}{whole}")
+        nested = any(isinstance(item, DictConfig | ListConfig) for item in items)
+        whole = "" if nested else f": {above}=[{','.join(map(str, shown))}]"
+        raise ConfigError(f"{override}: {above} is a list; give the whole list{whole}")
 
 
 def _schema() -> DictConfig:
-    """What an override may name although no YAML does: the defaults that this package puts under `lightning`."""
-    lightning = {"trainer": {}, "callbacks": DEFAULT_CALLBACKS, "modelcheckpoint": DEFAULT_CHECKPOINT, "logger": {}}
-    lightning |= {"seed": None, "scale_lr": None}
+    """Paths that an override may name although no YAML does."""
+    lightning: dict[str, Any] = dict.fromkeys(("seed", "scale_lr"))
+    lightning |= {"trainer": {}, "logger": {}, "callbacks": DEFAULT_CALLBACKS, "modelcheckpoint": DEFAULT_CHECKPOINT}
     return OmegaConf.create({"model": {"base_learning_rate": None}, "lightning": lightning})
 
 
 def _new_keys(above: str, node: DictConfig, parent: Any) -> set[str] | None:
-    """Keys that may be new in the mapping `node`, which stands at the path `above`; None where anything may be."""
+    """Keys that may be new in the mapping `node` at the path `above`; None if any may be."""
     if above == "lightning.trainer":
         return trainer_keys()
     if above == "lightning.callbacks":
         return {STEP_CHECKPOINTS}
     if above == "lightning.logger" and "target" not in node:
         return None
-    if above.endswith(".params") and isinstance(parent, DictConfig) and "target" in parent:
+    if _are_params(above, parent):
         arguments = constructor_arguments(str(parent["target"]))
         return None if arguments is None else set(arguments)
     return set()
 
 
-def _may_be_new(above: str, node: DictConfig, parent: Any) -> bool:
-    """Whether a key that nobody knows may be meant in the mapping `node`, which stands at `above`: it is no section and no class's."""
-    of_class = "target" in node or (above.endswith(".params") and isinstance(parent, DictConfig) and "target" in parent)
+def _is_open(above: str, node: DictConfig, parent: Any) -> bool:
+    """True if `+` may add an unknown key to the mapping `node` at `above`: neither a section nor class parameters."""
+    of_class = "target" in node or _are_params(above, parent)
     return above == "lightning.callbacks" or (".params." in above and not of_class)
 
 
-def _line(error: Exception) -> str:
-    return ", ".join(str(error).strip().split("\n")[:2])
-
-
-def _nearest_file(path: Path) -> str:
-    folders = [folder for folder in (path.parent, ROOT / path.parent) if folder.is_dir()]
-    names = [str(path.parent / file.name) for folder in folders for file in sorted(folder.glob("*.y*ml"))]
-    near = closest(str(path), names, cutoff=0.6)
-    return f"; did you mean {near}?" if near else ""
+def _are_params(above: str, parent: Any) -> bool:
+    return above.endswith(".params") and isinstance(parent, DictConfig) and "target" in parent

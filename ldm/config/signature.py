@@ -1,4 +1,4 @@
-"""What a class's constructor accepts, read from its source text, so that a misspelt name is refused before torch is imported."""
+"""Constructor arguments of classes, read from source text, so that checks need not import torch."""
 
 from __future__ import annotations
 
@@ -8,42 +8,61 @@ import importlib.util
 import re
 import sys
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ldm.config.instantiate import resolve_alias
 
+# Bases whose constructors take no arguments.
+_EMPTY_BASES = ("torch.nn.Module", "object", "torch.utils.data.Dataset")
 
-@dataclass(frozen=True)
-class Argument:
-    """One constructor argument: its name, its annotation as written ('' if none) and whether it has a default."""
+
+class Argument(NamedTuple):
+    """A constructor argument: its name, its annotation as written ('' if none) and whether it is required."""
 
     name: str
     annotation: str
     required: bool
 
 
-@dataclass(frozen=True)
-class _Class:
-    module: str
+class _Module(NamedTuple):
+    name: str
+    is_package: bool
+    tree: ast.Module
+    imports: dict[str, str]  # local name -> full dotted name, of the imports at the top
+
+
+class _Class(NamedTuple):
+    module: _Module
     node: ast.ClassDef
 
 
 def constructor_arguments(target: str) -> dict[str, Argument] | None:
-    """The arguments that `target`'s constructor accepts, following **kwargs up to its bases.
+    """Return the arguments of `target`'s constructor, following **kwargs to its bases.
 
-    None where the text does not tell: the class is not found, is built at run time, or takes anything.
+    None if the source does not tell: the class is not found, is built at run time, or takes anything.
     """
-    module, _, name = resolve_alias(target).rpartition(".")
-    found = _find_class(module, name)
-    return None if found is None else _accepted(found, depth=0)
+    found = _find_class(resolve_alias(target))
+    return None if found is None else _accepted(found)
+
+
+def argument_help(target: str) -> dict[str, str]:
+    """Return the first sentence of each argument in the 'Args:' section of the docstring of `__init__` or the class."""
+    found = _find_class(resolve_alias(target))
+    if found is None:
+        return {}
+    init = _constructor(found.node)
+    text = (ast.get_docstring(init) if init else None) or ast.get_docstring(found.node) or ""
+    section = re.search(r"^Args:\n((?:(?: {4}.*)?\n)*)", text + "\n", re.MULTILINE)
+    entries = re.findall(
+        r"^ {4}(\w+)(?: \(.*?\))?: ((?:.*\n)(?:(?: {8}.*)?\n)*)", section.group(1) if section else "", re.MULTILINE
+    )
+    return {key: _first_sentence(words) for key, words in entries}
 
 
 def class_attributes(target: str) -> dict[str, Any]:
     """Return the literal attributes in the body of class `target`, inherited ones included."""
-    module, _, name = target.rpartition(".")
-    found = _find_class(module, name)
+    found = _find_class(target)
     attributes: dict[str, Any] = {}
     if found is None:
         return attributes
@@ -61,22 +80,28 @@ def class_attributes(target: str) -> dict[str, Any]:
 
 
 def classes_of_module(module: str) -> list[str] | None:
-    """The public classes that a module's text defines or re-exports; None if there is no such module."""
-    tree, source = _tree(module), _source(module)
-    if tree is None or source is None:
+    """Return the public classes that a module's source defines or re-exports; None if there is no such module."""
+    found = _module(module)
+    if found is None:
         return None
-    names = [node.name for node in tree.body if isinstance(node, ast.ClassDef)]
-    names += [name for name in _re_exports(module) if name[:1].isupper()]
-    return [name for name in dict.fromkeys(names) if not name.startswith("_")]
+    names = [node.name for node in found.tree.body if isinstance(node, ast.ClassDef)]
+    for node in found.tree.body:
+        if isinstance(node, ast.Assign) and any(ast.unparse(target) == "__all__" for target in node.targets):
+            names += [str(item.value) for item in ast.walk(node.value) if isinstance(item, ast.Constant)]
+        elif isinstance(node, ast.ImportFrom):
+            names += [alias.name for alias in node.names if alias.asname == alias.name]
+    if found.is_package:
+        names += [name for name, home in found.imports.items() if home.startswith(f"{module}.")]
+    return [name for name in dict.fromkeys(names) if name[:1].isupper()]
 
 
 def may_hold(module: str, name: str) -> bool:
-    """Whether a module's text gives `name` a meaning anywhere, or might do so as it runs."""
-    tree = _tree(module)
-    if tree is None:
+    """True if a module's source mentions `name` as something of its own, or could create it at run time."""
+    found = _module(module)
+    if found is None:
         return False
     names: set[str] = set()
-    for node in ast.walk(tree):
+    for node in ast.walk(found.tree):
         if isinstance(node, ast.ClassDef | ast.FunctionDef):
             names.add(node.name)
         elif isinstance(node, ast.Name):
@@ -86,92 +111,67 @@ def may_hold(module: str, name: str) -> bool:
     return bool(names & {name, "*", "__getattr__"})
 
 
-def argument_help(target: str) -> dict[str, str]:
-    """The first sentence that a class's own docstring or its constructor's says of each argument ('Args:' section)."""
-    module, _, name = resolve_alias(target).rpartition(".")
-    found = _find_class(module, name)
-    if found is None:
-        return {}
-    init = _constructor(found.node)
-    text = (ast.get_docstring(init) if init else None) or ast.get_docstring(found.node) or ""
-    section = re.search(r"^Args:\n((?:(?: {4}.*)?\n)*)", text + "\n", re.MULTILINE)
-    if section is None:
-        return {}
-    entries = re.findall(r"^ {4}(\w+)(?: \(.*?\))?: ((?:.*\n)(?:(?: {8}.*)?\n)*)", section.group(1), re.MULTILINE)
-    return {key: _first_sentence(words) for key, words in entries}
-
-
 def _first_sentence(text: str) -> str:
     text = re.sub(r":\w+:`~?([^`]*)`", r"\1", " ".join(text.split())).replace("``", "")
     return re.split(r"(?<=[.?])\s", text, maxsplit=1)[0]
 
 
-def _accepted(found: _Class, depth: int) -> dict[str, Argument] | None:
-    if depth > 20:
-        return None
+def _accepted(found: _Class, depth: int = 0) -> dict[str, Argument] | None:
+    """Arguments of the class's own constructor, and those of its bases if that takes **kwargs or if it has none."""
     init = _constructor(found.node)
-    if init is None:
-        if any(_name(d).rpartition(".")[2] == "dataclass" for d in found.node.decorator_list):
-            return None
-        return _accepted_by_bases(found, depth)
-    a = init.args
-    plain = [*a.posonlyargs, *a.args]
-    first_default = len(plain) - len(a.defaults)
-    arguments = {
-        arg.arg: _argument(arg, position < first_default) for position, arg in enumerate(plain) if position > 0
-    }
-    arguments |= {arg.arg: _argument(arg, value is None) for arg, value in zip(a.kwonlyargs, a.kw_defaults)}
-    if a.kwarg is None:
-        return arguments
-    inherited = _accepted_by_bases(found, depth)
-    return None if inherited is None else {**inherited, **arguments}
-
-
-def _accepted_by_bases(found: _Class, depth: int) -> dict[str, Argument] | None:
-    accepted: dict[str, Argument] = {}
-    known = False
+    if depth > 20 or (
+        init is None and any(_name(d).rpartition(".")[2] == "dataclass" for d in found.node.decorator_list)
+    ):
+        return None
+    own = {} if init is None else _own_arguments(init.args)
+    if init is not None and init.args.kwarg is None:
+        return own
+    inherited: dict[str, Argument] = {}
+    known = init is None  # **kwargs that go to no base may be read by the body
     for base in found.node.bases:
         target = _resolve(found.module, base)
-        if target in ("torch.nn.Module", "object", "torch.utils.data.Dataset") or target.startswith(
-            ("typing.", "abc.")
-        ):
+        if target in _EMPTY_BASES or target.startswith(("typing.", "abc.")):
             continue
-        parent = _find_class(*target.rpartition(".")[::2]) if target else None
+        parent = _find_class(target)
         arguments = None if parent is None else _accepted(parent, depth + 1)
         if arguments is None:
             return None
-        accepted, known = {**arguments, **accepted}, True
-    # A class without an own constructor and without a base that has one takes nothing, but **kwargs to nobody may be read by the body.
-    return accepted if known or _constructor(found.node) is None else None
+        inherited, known = {**arguments, **inherited}, True
+    return {**inherited, **own} if known else None
 
 
-def _argument(arg: ast.arg, required: bool) -> Argument:
-    return Argument(arg.arg, ast.unparse(arg.annotation) if arg.annotation else "", required)
+def _own_arguments(args: ast.arguments) -> dict[str, Argument]:
+    positional = [*args.posonlyargs, *args.args]
+    required = [index < len(positional) - len(args.defaults) for index in range(len(positional))]
+    pairs = [*zip(positional, required)][1:] + [
+        (a, value is None) for a, value in zip(args.kwonlyargs, args.kw_defaults)
+    ]
+    return {a.arg: Argument(a.arg, ast.unparse(a.annotation) if a.annotation else "", need) for a, need in pairs}
 
 
 def _constructor(node: ast.ClassDef) -> ast.FunctionDef | None:
     return next((n for n in node.body if isinstance(n, ast.FunctionDef) and n.name == "__init__"), None)
 
 
-def _find_class(module: str, name: str, depth: int = 0) -> _Class | None:
-    tree = _tree(module)
-    if tree is None or depth > 10:
+def _find_class(target: str, depth: int = 0) -> _Class | None:
+    """Return the class of a dotted name, following re-exports to its home."""
+    name, _, attribute = target.rpartition(".")
+    module = _module(name)
+    if module is None or depth > 10:
         return None
-    for node in tree.body:
-        if isinstance(node, ast.ClassDef) and node.name == name:
+    for node in module.tree.body:
+        if isinstance(node, ast.ClassDef) and node.name == attribute:
             return _Class(module, node)
-    home = _imports(module).get(name)
-    return None if home is None else _find_class(*home.rpartition(".")[::2], depth + 1)
+    home = module.imports.get(attribute)
+    return None if home is None else _find_class(home, depth + 1)
 
 
-def _resolve(module: str, base: ast.expr) -> str:
-    """The full dotted name of a base class as `module` sees it."""
-    name = _name(base)
-    head, _, rest = name.partition(".")
-    tree = _tree(module)
-    if tree is not None and not rest and any(isinstance(n, ast.ClassDef) and n.name == head for n in tree.body):
-        return f"{module}.{head}"
-    full = _imports(module).get(head, head)
+def _resolve(module: _Module, base: ast.expr) -> str:
+    """Return the full dotted name of a base class as `module` sees it."""
+    head, _, rest = _name(base).partition(".")
+    if not rest and any(isinstance(node, ast.ClassDef) and node.name == head for node in module.tree.body):
+        return f"{module.name}.{head}"
+    full = module.imports.get(head, head)
     return f"{full}.{rest}" if rest else full
 
 
@@ -181,59 +181,37 @@ def _name(node: ast.expr) -> str:
     return ast.unparse(node)
 
 
-def _re_exports(module: str) -> list[str]:
-    """Names that a module imports for others: in `__all__`, `from x import Y as Y`, or a package's from its own modules."""
-    tree, source = _tree(module), _source(module)
-    if tree is None or source is None:
-        return []
-    names: list[str] = []
-    for node in tree.body:
-        if isinstance(node, ast.Assign) and any(ast.unparse(target) == "__all__" for target in node.targets):
-            names += [item.value for item in ast.walk(node.value) if isinstance(item, ast.Constant)]
-        elif isinstance(node, ast.ImportFrom):
-            names += [alias.name for alias in node.names if alias.asname == alias.name]
-    if source.name == "__init__.py":
-        names += [name for name, home in _imports(module).items() if home.startswith(f"{module}.")]
-    return names
-
-
 @functools.cache
-def _imports(module: str) -> dict[str, str]:
-    """Local name -> full dotted name, for the imports at the top of a module."""
-    tree, source = _tree(module), _source(module)
+def _module(name: str) -> _Module | None:
+    source = _source(name)
+    try:
+        tree = ast.parse(source.read_text(encoding="utf-8")) if source else None
+    except (OSError, SyntaxError, UnicodeDecodeError):
+        return None
+    if source is None or tree is None:
+        return None
+    is_package = source.name == "__init__.py"
+    package = name if is_package else name.rpartition(".")[0]
+    return _Module(name, is_package, tree, _imports(tree, package))
+
+
+def _imports(tree: ast.Module, package: str) -> dict[str, str]:
     names: dict[str, str] = {}
-    if tree is None or source is None:
-        return names
-    package = module if source.name == "__init__.py" else module.rpartition(".")[0]
     for node in tree.body:
         if isinstance(node, ast.Import):
             for alias in node.names:
-                names[alias.asname or alias.name.partition(".")[0]] = (
-                    alias.name if alias.asname else alias.name.partition(".")[0]
-                )
+                head = alias.name.partition(".")[0]
+                names[alias.asname or head] = alias.name if alias.asname else head
         elif isinstance(node, ast.ImportFrom):
             parts = package.split(".")
             origin = ".".join(parts[: len(parts) - node.level + 1]) if node.level else ""
             origin = ".".join(part for part in (origin, node.module or "") if part)
-            for alias in node.names:
-                names[alias.asname or alias.name] = f"{origin}.{alias.name}"
+            names |= {alias.asname or alias.name: f"{origin}.{alias.name}" for alias in node.names}
     return names
 
 
-@functools.cache
-def _tree(module: str) -> ast.Module | None:
-    source = _source(module)
-    if source is None:
-        return None
-    try:
-        return ast.parse(source.read_text(encoding="utf-8"))
-    except (OSError, SyntaxError, UnicodeDecodeError):
-        return None
-
-
-@functools.cache
 def _source(module: str) -> Path | None:
-    """A module's file, found without importing anything (importing `a.b` would run `a`)."""
+    """Return a module's file without importing anything (importing `a.b` would run `a`)."""
     head, *rest = module.split(".")
     try:
         spec = sys.modules[head].__spec__ if head in sys.modules else importlib.util.find_spec(head)

@@ -1,116 +1,169 @@
-"""What the nodes of a config name: classes that are allowed and exist, arguments that they take, weights that are there.
+"""The validator of configs: sections and keys, targets and their parameters, files of weights, class counts.
 
-Nothing is imported and nothing is built, so that a mistake shows at once and not after torch, the data and half of the model.
+Classes are read as source text: nothing is imported or built, so a mistake shows before torch is loaded.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
-from ldm.config.instantiate import ConfigError, check_allowed, resolve_alias
+from ldm.config.instantiate import ConfigError, check_allowed, check_keys, check_params, join_path, resolve_alias
 from ldm.config.signature import classes_of_module, constructor_arguments, may_hold
 from ldm.config.suggest import did_you_mean
+from ldm.config.trainer_keys import UNSUPPORTED, trainer_keys
 from ldm.paths import ROOT
 
-# Where the scripts put what they download, below the checkout.
+SECTIONS = ("model", "data", "lightning")
+_LIGHTNING = ("trainer", "callbacks", "modelcheckpoint", "logger", "seed", "scale_lr")
+
+# Folders below the checkout that the download scripts fill.
 DOWNLOADS = {
     "models/first_stage_models": "scripts/download_first_stages.sh",
     "models/ldm": "scripts/download_models.sh",
 }
-
 WEIGHTS = ("ckpt_path", "diffusion_ckpt_path")  # parameters of our classes that name a file of weights
 
 
-def check_targets(config: dict[str, Any]) -> None:
-    """Raises ConfigError for a target that is not allowed or is not in this package, and for params that its constructor does not take."""
+class _Node(NamedTuple):
+    path: str
+    target: str
+    params: dict[str, Any]
+    keys: list[str]
+
+
+def check_sections(config: Mapping, where: str) -> None:
+    """Raise ConfigError for unknown keys at the top, under `lightning` and under `lightning.trainer`.
+
+    where: the file or override that `config` comes from.
+    """
+    _check_known(config, (*SECTIONS, "safety"), where, "")  # `safety` is read by the sampling scripts
+    lightning = config.get("lightning")
+    if lightning is None:
+        return
+    if not isinstance(lightning, Mapping):
+        choices = ", ".join(_LIGHTNING)
+        raise ConfigError(f"{where}: lightning: expected a mapping with the keys {choices}, got {lightning!r}")
+    _check_known(lightning, _LIGHTNING, where, "lightning.")
+    trainer = lightning.get("trainer") or {}
+    if not isinstance(trainer, Mapping):
+        raise ConfigError(f"{where}: lightning.trainer: expected a mapping of Trainer settings, got {trainer!r}")
+    for key in trainer:
+        if key in UNSUPPORTED:
+            raise ConfigError(f"{where}: lightning.trainer.{key}: {UNSUPPORTED[key]}")
+    _check_known(trainer, sorted(trainer_keys()), where, "lightning.trainer.")
+
+
+def check_config(config: DictConfig, weights: bool = True) -> None:
+    """Raise ConfigError if a merged training config lacks a section, or names something forbidden, unknown or misspelt.
+
+    weights: also check that the files of weights exist.
+    """
+    for section in ("model", "data"):
+        node = config.get(section)
+        if not isinstance(node, DictConfig) or "target" not in node:
+            raise ConfigError(f"{section}: missing; add a YAML with {section}.target and {section}.params to --base")
+    check_targets(_plain(config))
+    if weights:
+        for place, file in _missing_weights(config):
+            advice = f"{_source(file)}, or choose another with {place}=FILE"
+            raise ConfigError(f"{place}: no such file: {file}; {advice}")
+
+
+def check_targets(config: Mapping[str, Any]) -> None:
+    """Raise ConfigError for a target that is not allowed or does not exist, and for parameters it does not take."""
     for path, target, params, keys in _nodes(config, ""):
         try:
             _check_exists(target, check_allowed(target))
         except ConfigError as error:
             raise ConfigError(f"{path}.target: {error}") from error
-        for key in keys - {"target", "params", "base_learning_rate"}:
-            raise ConfigError(f"{path}.{key}: unknown key beside target; arguments of {target} go under {path}.params")
-        accepted = constructor_arguments(target)
-        for key in params:
-            if accepted is not None and key not in accepted:
-                raise ConfigError(
-                    f"{path}.params.{key}: {target} takes no such parameter{did_you_mean(key, list(accepted))}"
-                )
+        check_keys(keys, target, path)
+        if (arguments := constructor_arguments(target)) is not None:
+            check_params(params, arguments, (), target, path)  # the class that builds the node may add required ones
 
 
-def check_weights(config: dict[str, Any]) -> None:
-    """Raises ConfigError for a file of weights that one of our classes names and that is not there, saying where it comes from."""
-    for path, target, params, _ in _nodes(config.get("model"), "model"):
-        for name in WEIGHTS:
-            file, place = params.get(name), f"{path}.params.{name}"
-            if isinstance(file, str) and resolve_alias(target).startswith("ldm.") and not Path(file).exists():
-                raise ConfigError(
-                    f"{place}: there is no file {file}; {_source(file)}, or name another with {place}=FILE"
-                )
+def forget_missing_weights(config: DictConfig, typed: Collection[str] = ()) -> list[str]:
+    """Set each `ckpt_path` of a resumed run's model whose file is missing to null; return "path FILE" of each.
 
-
-def forget_absent_weights(config: Any, typed: Collection[str] = ()) -> list[str]:
-    """Set every `ckpt_path` of a resumed run's model whose file is gone to null -> "place FILE" of each.
-
-    The run's own checkpoint holds these weights. `typed` are places on the command line, which mean what they say.
+    The run's own checkpoint holds these weights. Paths in `typed` (given on the command line) are left alone.
     """
-    gone = []
-    for path, target, params, _ in _nodes(OmegaConf.to_container(config.get("model"), resolve=True), "model"):
-        file, place = params.get("ckpt_path"), f"{path}.params.ckpt_path"
-        if (
-            isinstance(file, str)
-            and place not in typed
-            and resolve_alias(target).startswith("ldm.")
-            and not Path(file).exists()
-        ):
-            OmegaConf.update(config, place, None)
-            gone.append(f"{place} {file}")
-    return gone
+    missing = [
+        (place, file) for place, file in _missing_weights(config) if place.endswith(".ckpt_path") and place not in typed
+    ]
+    for place, _ in missing:
+        OmegaConf.update(config, place, None)
+    return [f"{place} {file}" for place, file in missing]
 
 
-def check_class_count(config: Any, datasets: Mapping[str, Any]) -> None:
-    """Raises ConfigError where a ClassEmbedder has fewer classes than a dataset with `class_names`, or none left to mean "no class".
+def check_class_count(config: DictConfig, datasets: Mapping[str, Any]) -> None:
+    """Raise ConfigError if a ClassEmbedder has fewer classes than a dataset's `class_names`.
 
-    Without the latter the last class of the data would be what `cond_dropout` and guidance take for no class, and nothing would show it.
+    `cond_dropout` needs one more class, which means "no class": without it the last class of the data would silently be
+    trained as unconditional.
     """
     params = config.model.get("params") or {}
     stage = params.get("cond_stage_config")
-    if (
-        not isinstance(stage, Mapping)
-        or resolve_alias(str(stage.get("target"))) != "ldm.modules.encoders.modules.ClassEmbedder"
-    ):
+    embedder = "ldm.modules.encoders.modules.ClassEmbedder"
+    if not isinstance(stage, Mapping) or resolve_alias(str(stage.get("target"))) != embedder:
         return
     n_classes = (stage.get("params") or {}).get("n_classes", 1000)
     free = 1 if params.get("cond_dropout") else 0
     for name, dataset in datasets.items():
-        names = getattr(getattr(dataset, "data", dataset), "class_names", None)  # `wrap` puts it one deeper
+        names = getattr(getattr(dataset, "data", dataset), "class_names", None)  # `wrap` nests the dataset in `data`
         if names is not None and len(names) + free > n_classes:
-            why = ' and one that means "no class", for cond_dropout' if free else ""
-            place = "model.params.cond_stage_config.params.n_classes"
+            why = ' and cond_dropout needs one more for "no class"' if free else ""
+            place, needed = "model.params.cond_stage_config.params.n_classes", len(names) + free
             raise ConfigError(
-                f"{place} {n_classes}: data.params.{name} has {len(names)} classes{why}; set {place}={len(names) + free}"
+                f"{place} {n_classes}: data.params.{name} has {len(names)} classes{why}; set {place}={needed}"
             )
 
 
-def _nodes(node: Any, path: str) -> Iterator[tuple[str, str, dict[str, Any], set[str]]]:
-    """(place, target, params, keys) of every node with a target, outer ones first.
+def _check_known(config: Mapping, known: Iterable[str], where: str, prefix: str) -> None:
+    for key in config:
+        if key not in known:
+            raise ConfigError(f"{where}: unknown key {prefix}{key}{did_you_mean(str(key), known)}")
 
-    A target of one word, {target: eps}, is somebody's own, unless it stands where a class has to.
+
+def _plain(config: Any) -> Any:
+    try:
+        return OmegaConf.to_container(config, resolve=True)
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"config: {error_line(error)}") from error
+
+
+def error_line(error: Exception) -> str:
+    """Return the first two lines of an OmegaConf error as one."""
+    return ", ".join(str(error).strip().split("\n")[:2])
+
+
+def _missing_weights(config: DictConfig) -> Iterator[tuple[str, str]]:
+    """(path, file) of each parameter of the model's own classes that names a file of weights which does not exist."""
+    for path, target, params, _ in _nodes(_plain(config).get("model"), "model"):
+        for name in WEIGHTS:
+            file = params.get(name)
+            if isinstance(file, str) and resolve_alias(target).startswith("ldm.") and not Path(file).exists():
+                yield f"{path}.params.{name}", file
+
+
+def _nodes(node: Any, path: str) -> Iterator[_Node]:
+    """Every node with a target, outer ones first.
+
+    A target without a dot, {target: eps}, is an ordinary argument unless it stands where a class has to.
     """
     if isinstance(node, list):
         for position, item in enumerate(node):
             yield from _nodes(item, f"{path}[{position}]")
-    if not isinstance(node, dict):
+    if not isinstance(node, Mapping):
         return
     target, params = node.get("target"), node.get("params") or {}
     if isinstance(target, str) and isinstance(params, dict) and ("." in target or path in ("model", "data")):
-        yield path, target, params, set(map(str, node))
+        yield _Node(path, target, params, list(map(str, node)))
     for key, value in node.items():
-        place = f"{path}.{key}" if path else str(key)
+        place = join_path(path, str(key))
         if key == "params" and "target" in node and isinstance(value, dict):  # an argument may be called target too
             for name, argument in value.items():
                 yield from _nodes(argument, f"{place}.{name}")
@@ -119,32 +172,26 @@ def _nodes(node: Any, path: str) -> Iterator[tuple[str, str, dict[str, Any], set
 
 
 def _check_exists(target: str, resolved: str) -> None:
-    """Only of this package is the text sure to say what a module holds."""
-    if not resolved.startswith("ldm."):
-        return
     module, _, name = resolved.rpartition(".")
-    classes = classes_of_module(module)
-    if classes is None:
-        raise ConfigError(f"target {target!r}: there is no module {module}{did_you_mean(module, _modules())}")
+    if not resolved.startswith("ldm."):  # only of this package is the source sure to tell
+        return
+    if (classes := classes_of_module(module)) is None:
+        files = [file.relative_to(ROOT).with_suffix("") for file in (ROOT / "ldm").rglob("*.py")]
+        modules = [".".join(file.parts).removesuffix(".__init__") for file in files]
+        raise ConfigError(f"target {target!r}: no module named {module}{did_you_mean(module, modules)}")
     if not may_hold(module, name):
         raise ConfigError(f"target {target!r}: module {module} has no {name!r}{did_you_mean(name, classes)}")
 
 
-def _modules() -> list[str]:
-    package = Path(__file__).parents[1]
-    files = [file.relative_to(package.parent).with_suffix("") for file in package.rglob("*.py")]
-    return [".".join(file.parts).removesuffix(".__init__") for file in files]
-
-
 def _source(file: str) -> str:
-    """Where a file of weights is to be had."""
+    """Advice on where to get a missing file of weights."""
     inside = Path(file)
     if inside.is_absolute() and inside.is_relative_to(ROOT):
         inside = inside.relative_to(ROOT)
     if not inside.is_absolute() and (ROOT / inside).exists():
-        return f"it is in {ROOT}: start there"
+        return f"it is in {ROOT}: run from there"
     for folder, script in DOWNLOADS.items():
-        # Beside each released model stands its config.
+        # Each released model has its config in the same folder.
         if inside.is_relative_to(folder) and (ROOT / inside).with_name("config.yaml").is_file():
-            return f"it comes with: bash {script}"
-    return "put it there"
+            return f"download it: bash {script}"
+    return "add it"

@@ -126,7 +126,7 @@ def load_model(
 
     from ldm.checkpoint import CheckpointError, ensure_weights, load_weights, open_weights, weights_on_meta
     from ldm.config.instantiate import instantiate_from_config
-    from ldm.util import import_lightning
+    from ldm.cli import import_lightning
 
     start = time.perf_counter()
     import_lightning()  # models are its modules

@@ -1,16 +1,22 @@
-"""How a run talks: a line an event with the time, no progress bar torn apart, and no warnings that do not concern the user."""
+"""Console output of a run: one log line per event with the time, one line per warning, and its errors."""
 
 from __future__ import annotations
 
 import logging
 import os
+import pdb
 import sys
+import traceback
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-# Lightning's remarks about what is intended here, or what this package takes care of.
+from ldm.cli import EXIT_USAGE, TerminalHandler, one_line
+
+EXIT_FAILED = 1
+
+# Lightning's warnings about what is intended here, or handled by this package.
 _NOISE = (
     ".*does not have many workers.*",
     ".*but have no `val_dataloader`.*",
@@ -30,64 +36,67 @@ _NOISE = (
     ".*lr_scheduler.step\\(\\)` before `optimizer.step\\(\\)`.*",  # a false alarm when the first steps follow a resume
     ".*val_dataloader.*has `shuffle=True`.*",
 )
-# Lightning's own loggers say at INFO what the lines of this package say better.
+# Loggers of Lightning whose INFO lines repeat this package's.
 _CHATTY = ("pytorch_lightning", "lightning", "lightning_fabric", "lightning.pytorch", "lightning.fabric")
 
 
+class TrainingFailed(Exception):
+    """Raised from the exception that ended training after it had begun."""
+
+
 def is_main_process() -> bool:
-    """Whether this is the one process, or the first rank of several, as their launchers say before Lightning knows."""
+    """True in a single process and in the first of several ranks, as their launcher says before Lightning knows."""
     return all(os.environ.get(name, "0") == "0" for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID"))
-
-
-class _Lines(logging.Handler):
-    """Log records as lines on stderr, above a progress bar if there is one."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        text = self.format(record)
-        if "tqdm" in sys.modules:
-            from tqdm import tqdm
-
-            tqdm.write(text, file=sys.stderr)
-        else:
-            print(text, file=sys.stderr)
 
 
 @contextmanager
 def console(debug: bool = False) -> Iterator[None]:
-    """Within it this package's log goes to stderr and warnings are one line each; afterwards all is as it was."""
-    package = logging.getLogger("ldm")
-    handler = _Lines()
-    handler.setLevel(logging.DEBUG if is_main_process() else logging.WARNING)
+    """Send this package's log to stderr and print warnings as one line each; undo both afterwards."""
+    handler = TerminalHandler(logging.DEBUG if is_main_process() else logging.WARNING)
     handler.setFormatter(logging.Formatter("%(asctime)s  %(message)s", datefmt="%H:%M:%S"))
-    level, show = package.level, warnings.showwarning
-    other = logging.getLogger("__main__")
-    levels = {name: logging.getLogger(name).level for name in _CHATTY}
-    for each in (package, other):
+    ours = [logging.getLogger(name) for name in ("ldm", "__main__")]
+    chatty = [logging.getLogger(name) for name in _CHATTY]
+    levels = {each: each.level for each in (*ours, *chatty)}
+    for each in ours:
         each.addHandler(handler)
         each.setLevel(logging.DEBUG if debug else logging.INFO)
-    for name in _CHATTY:
-        logging.getLogger(name).setLevel(logging.INFO if debug else logging.WARNING)
+    for each in chatty:
+        each.setLevel(logging.INFO if debug else logging.WARNING)
     with warnings.catch_warnings():
         if not debug:
-            _quiet()
-            warnings.showwarning = _one_line
+            for message in _NOISE:
+                warnings.filterwarnings("ignore", message=message)
+            for category in (DeprecationWarning, FutureWarning, PendingDeprecationWarning):
+                warnings.simplefilter("ignore", category, append=True)
+            warnings.showwarning = _warn_in_one_line  # restored by catch_warnings
         try:
             yield
         finally:
-            warnings.showwarning = show
-            for each in (package, other):
+            for each in ours:
                 each.removeHandler(handler)
-            package.setLevel(level)
-            for name, before in levels.items():
-                logging.getLogger(name).setLevel(before)
+            for each, level in levels.items():
+                each.setLevel(level)
 
 
-def _quiet() -> None:
-    for message in _NOISE:
-        warnings.filterwarnings("ignore", message=message)
-    for category in (DeprecationWarning, FutureWarning, PendingDeprecationWarning):
-        warnings.simplefilter("ignore", category, append=True)
+def report_error(error: Exception, debug: bool) -> int:
+    """Print an error that ended a run and return the exit code.
+
+    One line for errors that the user can fix; a traceback for other exceptions, and with `debug`.
+    """
+    failed = isinstance(error, TrainingFailed)
+    cause = error.__cause__ if failed and error.__cause__ is not None else error
+    ours = type(cause).__module__.startswith("ldm.")  # the messages of this package's own errors are complete
+    plain = ours if failed else isinstance(cause, ValueError | OSError | ImportError)
+    if debug or not plain:
+        traceback.print_exception(cause)
+    notes = "".join(f", {note}" for note in getattr(cause, "__notes__", [])[:1])
+    hint = "" if debug or not plain or ours else " (--debug shows where)"
+    print(f"error: {one_line(cause)}{notes}{hint}", file=sys.stderr)
+    code = EXIT_USAGE if plain and not failed else EXIT_FAILED
+    if debug and code == EXIT_FAILED and sys.stdin.isatty():
+        pdb.post_mortem(cause.__traceback__)
+    return code
 
 
-def _one_line(message: Warning | str, *where: Any, **more: Any) -> None:
+def _warn_in_one_line(message: Warning | str, *where: Any, **more: Any) -> None:
     logging.getLogger("ldm.warnings").warning("%-11s %s", "warning", " ".join(str(message).split()))

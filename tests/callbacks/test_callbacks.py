@@ -300,8 +300,8 @@ def test_the_report_comes_from_the_objects_themselves(tmp_path, caplog):
     fit(tmp_path, [RunReport(1e-3, "the rule"), CUDACallback()], batches=3)
     text = "\n".join(record.message for record in caplog.records)
     for line in (
-        r"data +3 batches an epoch, 2 of validation",
-        r"model +Toy, 78 parameters, 39 of them trained, float32",
+        r"data +3 batches per epoch, 2 of validation",
+        r"model +Toy, 78 parameters, 39 trainable, float32",
         r"batch +the rule",
         r"optimizer +Adam, learning rate 1\.000e-03, 2 tensors",
         r"epoch +0 took \d+\.\d s, peak memory \d+ MiB",

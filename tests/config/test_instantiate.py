@@ -113,7 +113,7 @@ def test_a_missing_parameter_is_named():
 
 
 def test_arguments_beside_target_are_refused():
-    with pytest.raises(ConfigError, match="in_features: unknown key beside target"):
+    with pytest.raises(ConfigError, match="in_features: unknown key next to target"):
         instantiate_from_config({"target": "torch.nn.Linear", "in_features": 3})
 
 

@@ -11,10 +11,12 @@ from ldm.cli import run_command
 from ldm.config import instantiate as util
 from ldm.config import merge as training_config
 from ldm.config.instantiate import ConfigError, check_allowed
-from ldm.config.validate import check_targets
+from ldm.config.validate import check_config, check_targets
 from ldm.inference.settings import read_config
 from ldm.paths import ROOT
-from ldm.training.session import main as train
+from ldm.training.run_directory import RunDirectory
+from ldm.training.session import run_training as train
+from ldm.training.trainer import _check_filename, _loggers
 from ldm.util import get_obj_from_str, instantiate_from_config
 from scripts import sample_diffusion, txt2img
 from tests.hostile.configs import NO_NAMES, OUTSIDE, RE_EXPORTS, YAML
@@ -85,7 +87,7 @@ def test_a_target_outside_the_packages_is_refused_before_anything_is_imported(ta
 
 @pytest.mark.parametrize("target", ["os.system", "posix.system", "subprocess.Popen", "builtins.eval"])
 def test_nobody_is_told_how_to_allow_pythons_own(target):
-    with pytest.raises(ConfigError, match="means harm") as caught:
+    with pytest.raises(ConfigError, match="standard-library module") as caught:
         check_allowed(target)
     assert "--allow-targets" not in str(caught.value)
 
@@ -176,7 +178,7 @@ def test_a_yaml_is_data_and_ends(what, evil, tmp_path, capsys):
         read_config(file)
     assert "\n" not in " ".join(str(caught.value).splitlines()[:1])
     with pytest.raises(ConfigError):
-        training_config.check(training_config.merge([file]))
+        check_config(training_config.merge([file]))
     assert run_command(txt2img.main, ["--config", str(file), "--ckpt", str(file)]) == 2
     said = capsys.readouterr().err
     assert said.count("\n") == 1 and str(file) in said
@@ -187,7 +189,7 @@ def test_a_yaml_is_data_and_ends(what, evil, tmp_path, capsys):
 )
 def test_an_override_is_data_too(value, evil):
     with pytest.raises(ConfigError):
-        training_config.check(
+        check_config(
             OmegaConf.merge(
                 training_config._apply(
                     OmegaConf.create(TRAINING), f"model.params.scale_factor={value.replace('CANARY', str(evil))}"
@@ -217,15 +219,12 @@ def test_a_resumed_folder_is_trusted_no_more_than_any_other_file(evil, tmp_path,
 
 
 def test_a_logger_is_a_logger_and_a_checkpoint_stays_in_its_folder(tmp_path, capsys, monkeypatch):
-    from ldm.training.build import _check_filename, _loggers
-    from ldm.training.folder import RunFolder
-
-    with pytest.raises(ConfigError, match="is no Lightning logger"):
+    with pytest.raises(ConfigError, match="is not a Lightning logger"):
         _loggers(
             OmegaConf.create(
                 {"logger": {"target": "ldm.output.images.NumberedFiles", "params": {"folder": str(tmp_path / "new")}}}
             ),
-            RunFolder(tmp_path, "now"),
+            RunDirectory(tmp_path, "now"),
         )
     assert not (tmp_path / "new").exists()
     for bad in (

@@ -20,8 +20,8 @@ from ldm.data import archives
 from ldm.data.archives import ArchiveError, unpack
 from ldm.inference.from_metadata import FLAGS
 from ldm.output.images import METADATA_KEY, GeneratedImage, NamedOutput, Output, png_info, read_metadata
-from ldm.training.flags import Options
-from ldm.training.folder import new_run
+from ldm.training.flags import RunOptions
+from ldm.training.run_directory import new_run
 from scripts.txt2img import main as txt2img
 from tests.tiny import save_text_model
 
@@ -75,7 +75,7 @@ def test_a_run_folder_is_in_the_log_folder_or_its_name_is_refused(word, tmp_path
         {"name": word, "postfix": word, "project": word},
     ):
         try:
-            folder = new_run(Options(base=("x.yaml",), logdir=str(home), **flags), now="2026-01-01T00-00-00").path
+            folder = new_run(RunOptions(base=("x.yaml",), logdir=str(home), **flags), now="2026-01-01T00-00-00").path
         except ConfigError as error:
             assert "\n" not in str(error) and "\0" not in str(error)
             continue

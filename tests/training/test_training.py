@@ -14,11 +14,11 @@ from ldm.config import merge as configs
 from ldm.config.instantiate import ConfigError, accepted_params
 from ldm.config.signature import constructor_arguments
 from ldm.config.trainer_keys import REMOVED_SETTINGS, TRANSLATED, modernize, trainer_keys
-from ldm.config.validate import check_class_count, check_targets
-from ldm.training.devices import Machine, choose
-from ldm.training.flags import EPILOG, Options, UsageError, parse
-from ldm.training.folder import new_run, resumed_run, saved_configs
-from ldm.training.settings import learning_rate, settle
+from ldm.config.validate import check_class_count, check_config, check_targets
+from ldm.training.devices import Machine, choose_devices
+from ldm.training.flags import EPILOG, RunOptions, parse
+from ldm.training.run_directory import new_run, resumed_run, saved_configs
+from ldm.training.settings import learning_rate, resolve_settings
 from ldm.util import get_obj_from_str
 
 ROOT = Path(__file__).parents[2]
@@ -57,10 +57,19 @@ def toy_config(**lightning):
 # ----------------------------------------------------------------------------------------------------------------- flags
 
 
+def refused(words, capsys) -> str:
+    """The one line with which a command line is refused, exit code 2."""
+    with pytest.raises(SystemExit) as stop:
+        parse(words)
+    said = capsys.readouterr().err
+    assert stop.value.code == 2 and said.startswith("error: ") and said.count("\n") == 1
+    return said
+
+
 def test_every_published_flag_is_read():
     words = "-n run -b a.yaml b.yaml -t True --no-test -p proj -d -s 5 -f _x -l out --scale_lr False model.params.x=1 --gpus 0,1"
     options = parse(words.split())
-    assert options == Options(
+    assert options == RunOptions(
         name="run", base=("a.yaml", "b.yaml"), train=True, no_test=True, project="proj", debug=True, seed=5, postfix="_x", logdir="out",
         scale_lr=False, trainer={"gpus": "0,1"}, overrides=("model.params.x=1",),
     )  # fmt: skip
@@ -105,9 +114,8 @@ val_check_intervall:val_check_interval strategie:strategy benchmrk:benchmark lim
 
 
 @pytest.mark.parametrize("typo, meant", [[f"--{flag}" for flag in pair.split(":")] for pair in TYPOS.split()])
-def test_misspelt_flags_are_refused_with_the_flag_that_was_meant(typo, meant):
-    with pytest.raises(UsageError, match=rf"unknown flag {typo}; did you mean {meant}\?"):
-        parse(["-b", "a.yaml", typo, "3"])
+def test_misspelt_flags_are_refused_with_the_flag_that_was_meant(typo, meant, capsys):
+    assert f"unknown flag {typo}; did you mean {meant}?" in refused(["-b", "a.yaml", typo, "3"], capsys)
 
 
 @pytest.mark.parametrize(
@@ -116,17 +124,15 @@ def test_misspelt_flags_are_refused_with_the_flag_that_was_meant(typo, meant):
         ("-b a --max_epochs many", "--max_epochs: expected int, got 'many'"),
         ("-b a -t maybe", "expected true or false, got 'maybe'"),
         ("-b a -s x", "--seed: invalid int"),
-        ("-b a --model.params.x=3", r"an override has no dashes: model.params.x=3"),
-        ("-b a -t yes stray", "'stray' is not a flag's value"),
+        ("-b a --model.params.x=3", "an override has no dashes: model.params.x=3"),
+        ("-b a -t yes stray", "unexpected argument 'stray'"),
         ("-b a --callbacks x", "lightning.callbacks"),
         ("-r logs/x -n new", "--name and --resume"),
         ("-t", "--base"),
     ],
 )
-def test_unusable_command_lines_are_refused_in_one_line(words, message):
-    with pytest.raises(UsageError, match=message) as error:
-        parse(words.split())
-    assert "\n" not in str(error.value)
+def test_unusable_command_lines_are_refused_in_one_line(words, message, capsys):
+    assert message in refused(words.split(), capsys)
 
 
 # --------------------------------------------------------------------------------------------- settings of Lightning 1.4
@@ -197,34 +203,34 @@ def test_every_name_of_lightning_1_4_is_known_once():
 def test_devices_are_indices_where_there_is_a_comma_and_a_count_otherwise(
     settings, machine, accelerator, devices, count
 ):
-    chosen = choose(settings, machine)
-    assert (chosen.accelerator, chosen.devices, chosen.count) == (accelerator, devices, count)
+    chosen = choose_devices(settings, machine)
+    assert (chosen.accelerator, chosen.devices, chosen.processes) == (accelerator, devices, count)
 
 
 @pytest.mark.parametrize(
     "settings, machine, message",
     [
-        ({"gpus": "0,2"}, TWO_GPUS, "--gpus 0,2: there is no GPU 2; this machine has 2 GPUs"),
-        ({"gpus": "0,"}, NO_GPU, "--gpus 0,: there is no GPU 0; this machine has no GPU"),
+        ({"gpus": "0,2"}, TWO_GPUS, "--gpus 0,2: no GPU 2; this machine has 2 GPUs"),
+        ({"gpus": "0,"}, NO_GPU, "--gpus 0,: no GPU 0; this machine has no GPU"),
         ({"gpus": "3"}, TWO_GPUS, "--gpus 3: this machine has 2 GPUs"),
         ({"gpus": "-1"}, NO_GPU, "this machine has no GPU"),
-        ({"gpus": "0,0"}, TWO_GPUS, "named twice"),
+        ({"gpus": "0,0"}, TWO_GPUS, "given twice"),
         ({"gpus": "all"}, TWO_GPUS, "--gpus all: expected indices"),
-        ({"gpus": "0,", "devices": 2}, TWO_GPUS, "one way only"),
+        ({"gpus": "0,", "devices": 2}, TWO_GPUS, "one setting only"),
         ({"accelerator": "gpu"}, NO_GPU, "--accelerator gpu: this machine has no GPU"),
         ({"accelerator": "cpu", "devices": "0,1"}, NO_GPU, "number of processes"),
     ],
 )
 def test_devices_that_are_not_there_are_refused_in_one_line(settings, machine, message):
     with pytest.raises(ConfigError, match=message) as error:
-        choose(settings, machine)
+        choose_devices(settings, machine)
     assert "\n" not in str(error.value)
 
 
 def test_flags_for_devices_replace_those_of_a_yaml():
     lightning = OmegaConf.create({"trainer": {"accelerator": "ddp", "gpus": "0,1,2,3,", "benchmark": True}})
-    settings = settle(Options(base=("a",), trainer={"devices": "1", "accelerator": "cpu"}), lightning)
-    assert settings.devices(NO_GPU).accelerator == "cpu" and settings.trainer == {"benchmark": True}
+    settings = resolve_settings(RunOptions(base=("a",), trainer={"devices": "1", "accelerator": "cpu"}), lightning)
+    assert choose_devices(settings.devices, NO_GPU).accelerator == "cpu" and settings.trainer == {"benchmark": True}
     assert settings.lightning.trainer == {"benchmark": True, "devices": "1", "accelerator": "cpu"}
 
 
@@ -234,8 +240,8 @@ def test_flags_for_devices_replace_those_of_a_yaml():
 @pytest.mark.parametrize("scale_lr, value", [(None, 3 * 2 * 4 * 1e-3), (True, 3 * 2 * 4 * 1e-3), (False, 1e-3)])
 def test_learning_rate_is_accumulation_times_devices_times_batch_times_base(scale_lr, value):
     config = OmegaConf.merge(toy_config(), {"data": {"params": {"batch_size": 4}}})
-    settings = settle(
-        Options(base=("a",), scale_lr=scale_lr, trainer={"accumulate_grad_batches": 3}), OmegaConf.create({})
+    settings = resolve_settings(
+        RunOptions(base=("a",), scale_lr=scale_lr, trainer={"accumulate_grad_batches": 3}), OmegaConf.create({})
     )
     assert learning_rate(config, settings, devices=2).value == pytest.approx(value)
 
@@ -245,21 +251,21 @@ def test_a_missing_rate_or_batch_size_is_named(path):
     config = OmegaConf.create(toy_config())
     OmegaConf.update(config, path, None)
     with pytest.raises(ConfigError, match=path):
-        learning_rate(config, settle(Options(base=("a",)), OmegaConf.create({})), devices=1)
+        learning_rate(config, resolve_settings(RunOptions(base=("a",)), OmegaConf.create({})), devices=1)
 
 
 @pytest.mark.parametrize(
     "flag, yaml, scaled", [(None, None, True), (None, False, False), (True, False, True), (False, True, False)]
 )
 def test_scaling_comes_from_the_flag_then_the_yaml_then_is_on(flag, yaml, scaled):
-    settings = settle(Options(scale_lr=flag), OmegaConf.create({} if yaml is None else {"scale_lr": yaml}))
+    settings = resolve_settings(RunOptions(scale_lr=flag), OmegaConf.create({} if yaml is None else {"scale_lr": yaml}))
     assert settings.scale_lr is scaled and settings.lightning.scale_lr is scaled
 
 
 def test_seed_comes_from_the_flag_then_the_yaml_then_is_23():
-    assert settle(Options(), OmegaConf.create({})).seed == 23
-    assert settle(Options(), OmegaConf.create({"seed": 4})).seed == 4
-    assert settle(Options(seed=0), OmegaConf.create({"seed": 4})).lightning.seed == 0
+    assert resolve_settings(RunOptions(), OmegaConf.create({})).seed == 23
+    assert resolve_settings(RunOptions(), OmegaConf.create({"seed": 4})).seed == 4
+    assert resolve_settings(RunOptions(seed=0), OmegaConf.create({"seed": 4})).lightning.seed == 0
 
 
 # ---------------------------------------------------------------------------------------------------------------- config
@@ -271,7 +277,7 @@ def test_configs_merge_left_to_right_and_overrides_come_last(yaml):
     config = configs.merge(
         [first, second], ["data.params.batch_size=16", "lightning.trainer.max_steps=7", "model.base_learning_rate=1e-5"]
     )
-    configs.check(config)
+    check_config(config)
     assert config.model.params.width == 5 and config.data.params.batch_size == 16
     assert config.lightning.trainer == {"max_epochs": 3, "max_steps": 7} and config.model.base_learning_rate == 1e-5
 
@@ -332,7 +338,7 @@ def test_a_plus_is_advised_exactly_where_it_helps(yaml, path):
         configs.merge(files, [f"{path}=1"])
     helps = True
     try:
-        configs.check(configs.merge(files, [f"+{path}=1"]))
+        check_config(configs.merge(files, [f"+{path}=1"]))
     except ConfigError:
         helps = False
     assert (f"+{path}=..." in str(error.value)) is helps
@@ -344,9 +350,9 @@ def test_the_help_shows_overrides_that_can_be(yaml):
     config = configs.merge(
         [ROOT / "configs/recipes/class-conditional-folder.yaml"], [w for w in words if "ddconfig" not in w]
     )
-    configs.check(config, weights=False)
+    check_config(config, weights=False)
     get_obj_from_str(config.lightning.callbacks.timer.target)
-    configs.check(
+    check_config(
         configs.merge([ROOT / "configs/recipes/autoencoder-folder.yaml"], [w for w in words if "ddconfig" in w]),
         weights=False,
     )
@@ -397,11 +403,11 @@ def test_an_override_that_cannot_be_is_refused_in_one_line(yaml, override):
             "data.params.train.params.size: tests.toys.Pictures takes no such",
         ),
         ({"model": {"params": {"monitor": "${nowhere}"}}}, "nowhere"),
-        ({"data": None}, "data: the configs name none"),
+        ({"data": None}, "data: missing"),
         ({"model": {"target": "os.system"}}, r"model.target: target 'os.system' is not allowed"),
         (
             {"model": {"prams": {}}},
-            "model.prams: unknown key beside target; arguments of tests.toys.Toy go under model.params",
+            "model.prams: unknown key next to target; arguments of tests.toys.Toy go under model.params",
         ),
         ({"model": {"target": "Toy"}}, r"model.target: target 'Toy': expected a dotted name"),
         (
@@ -410,7 +416,7 @@ def test_an_override_that_cannot_be_is_refused_in_one_line(yaml, override):
         ),
         (
             {"model": {"target": "ldm.models.autoencodr.AutoencoderKL"}},
-            r"no module ldm.models.autoencodr; did you mean 'ldm.models.autoenc",
+            r"no module named ldm.models.autoencodr; did you mean 'ldm.models.autoenc",
         ),
         (
             {"model": {"params": {"at": {"target": "ldm.modules.losses.LPIPSWithDiscriminatr"}}}},
@@ -430,7 +436,7 @@ def test_an_override_that_cannot_be_is_refused_in_one_line(yaml, override):
 def test_wrong_keys_of_a_yaml_are_found_before_anything_is_imported(yaml, change, message):
     config = OmegaConf.merge(toy_config(), change)
     with pytest.raises(ConfigError, match=message) as error:
-        configs.check(configs.merge([yaml(config)]))
+        check_config(configs.merge([yaml(config)]))
     assert "\n" not in str(error.value)
 
 
@@ -444,11 +450,11 @@ def test_an_argument_may_be_called_target():
 @pytest.mark.parametrize(
     "file, advice",
     [
-        ("gone.ckpt", "put it there, or name another with {place}=FILE"),
-        ("models/first_stage_models/kl-f8/model.ckpt", "it comes with: bash scripts/download_first_stages.sh"),
-        ("models/ldm/cin256/model.ckpt", "it comes with: bash scripts/download_models.sh"),
-        ("models/ldm/stable-diffusion-v1/model.ckpt", "put it there"),
-        ("models/ldm/mine/model.ckpt", "it is in {root}: start there"),
+        ("gone.ckpt", "add it, or choose another with {place}=FILE"),
+        ("models/first_stage_models/kl-f8/model.ckpt", "download it: bash scripts/download_first_stages.sh"),
+        ("models/ldm/cin256/model.ckpt", "download it: bash scripts/download_models.sh"),
+        ("models/ldm/stable-diffusion-v1/model.ckpt", "add it"),
+        ("models/ldm/mine/model.ckpt", "it is in {root}: run from there"),
     ],
 )
 def test_weights_that_are_not_there_are_named_with_where_they_come_from(file, advice, tmp_path, monkeypatch):
@@ -475,19 +481,19 @@ def test_weights_that_are_not_there_are_named_with_where_they_come_from(file, ad
         config = OmegaConf.merge(toy_config(), {"model": {"target": None}}, {"model": named})
         del config.model.params["width"]
         with pytest.raises(
-            ConfigError, match=re.escape(f"{place}: there is no file {file}; {advice.format(place=place, root=root)}")
+            ConfigError, match=re.escape(f"{place}: no such file: {file}; {advice.format(place=place, root=root)}")
         ):
-            configs.check(config)
-        configs.check(config, weights=False)
+            check_config(config)
+        check_config(config, weights=False)
     Path(file).parent.mkdir(parents=True, exist_ok=True)
     Path(file).touch()
-    configs.check(config)
+    check_config(config)
 
 
 @pytest.mark.parametrize("content", ["- a\n- b\n", "a: [1,\n", "a: 1\na: 2\n", "\x00"])
 def test_a_file_that_is_no_config_is_named(yaml, content):
     with pytest.raises(ConfigError, match=r"a\.yaml"):
-        configs.check(configs.merge([yaml(content)]))
+        check_config(configs.merge([yaml(content)]))
 
 
 def test_a_missing_config_is_refused_with_the_nearest_one():
@@ -505,7 +511,7 @@ def test_every_shipped_config_passes_the_check(path):
     config = OmegaConf.merge(
         {"data": {"target": "main.DataModuleFromConfig", "params": {"batch_size": 1}}}, configs.merge([path])
     )
-    configs.check(config, weights=False)
+    check_config(config, weights=False)
 
 
 def test_every_target_of_the_shipped_configs_is_a_class_that_can_be_imported():
@@ -550,15 +556,15 @@ def test_a_constructor_that_the_text_does_not_tell_is_left_to_the_import(target)
 
 
 def test_run_folder_is_time_name_postfix(tmp_path):
-    options = Options(base=("configs/my-model.yaml",), logdir=str(tmp_path))
+    options = RunOptions(base=("configs/my-model.yaml",), logdir=str(tmp_path))
     assert new_run(options, "T").path == tmp_path / "T_my-model"
-    named = Options(name="x", postfix="_p", base=("a.yaml",), logdir=str(tmp_path), project="group")
+    named = RunOptions(name="x", postfix="_p", base=("a.yaml",), logdir=str(tmp_path), project="group")
     assert new_run(named, "T").path == tmp_path / "group" / "T_x_p"
-    assert new_run(Options(name="x", debug=True, logdir=str(tmp_path)), "T").path == tmp_path / "debug_runs" / "T_x"
+    assert new_run(RunOptions(name="x", debug=True, logdir=str(tmp_path)), "T").path == tmp_path / "debug_runs" / "T_x"
 
 
 def test_two_runs_of_one_second_get_two_folders(tmp_path):
-    options = Options(name="x", logdir=str(tmp_path))
+    options = RunOptions(name="x", logdir=str(tmp_path))
     new_run(options, "T").path.mkdir()
     assert new_run(options, "T").path == tmp_path / "T_x-2"
 
@@ -567,7 +573,7 @@ def test_two_runs_of_one_second_get_two_folders(tmp_path):
 @pytest.mark.parametrize("flag", ["name", "postfix", "project"])
 def test_run_folders_stay_in_the_log_folder(flag, name, tmp_path):
     with pytest.raises(ConfigError, match=f"--{flag}"):
-        new_run(Options(base=("a.yaml",), logdir=str(tmp_path), **{flag: name}))
+        new_run(RunOptions(base=("a.yaml",), logdir=str(tmp_path), **{flag: name}))
 
 
 def test_a_run_is_resumed_from_its_folder_or_from_a_file_two_levels_below(tmp_path):
@@ -588,7 +594,7 @@ def test_a_resume_that_finds_nothing_says_what_is_there(tmp_path):
     with pytest.raises(ConfigError, match=r"the newest run in .* is T_x"):
         resumed_run(str(tmp_path / "T_y"))
     (tmp_path / "lone.ckpt").touch()
-    with pytest.raises(ConfigError, match="is no run folder"):
+    with pytest.raises(ConfigError, match="is not a run directory"):
         resumed_run(str(tmp_path / "lone.ckpt"))
 
 
@@ -599,8 +605,7 @@ def test_help_and_refusals_import_neither_torch_nor_lightning(yaml):
     code = (
         "import sys, main\n"
         "for words in sys.argv[1:]:\n"
-        "    try: assert main.main(words.split()) == 2, words\n"
-        "    except SystemExit as stop: assert stop.code == 0\n"
+        "    assert main.main(words.split()) == (0 if words == '--help' else 2), words\n"
         "assert not {'torch', 'pytorch_lightning', 'transformers', 'torchvision'} & set(sys.modules)\n"
     )
     words = ["--help", "-b nowhere.yaml", "-b a --max_epoch 3", f"-b {yaml(toy_config())} -t model.params.widht=3"]
@@ -633,5 +638,5 @@ def test_a_class_embedder_has_room_for_every_class_and_for_none(n_classes, dropo
 def test_a_config_is_proposed_only_where_its_name_is_like_the_one_given():
     with pytest.raises(ConfigError, match=r"did you mean environment\.yaml\?"):
         configs.find_config("enviroment.yaml")
-    with pytest.raises(ConfigError, match=r"there is no such file here or in [^;]*$"):
+    with pytest.raises(ConfigError, match=r"no such file here or in [^;]*$"):
         configs.find_config("nosuch.yaml")

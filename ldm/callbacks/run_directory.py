@@ -1,0 +1,36 @@
+"""The published `SetupCallback`: it makes the run directory and saves the configs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytorch_lightning as pl
+from omegaconf import DictConfig, OmegaConf
+
+
+class SetupCallback(pl.Callback):
+    """Make the run directory when training begins, and save the configs that it was started with."""
+
+    def __init__(
+        self,
+        resume: str | None,
+        now: str,
+        logdir: str | Path,
+        ckptdir: str | Path,
+        cfgdir: str | Path,
+        config: DictConfig,
+        lightning_config: DictConfig,
+    ) -> None:
+        super().__init__()
+        self.resume, self.now = resume, now
+        self.logdir, self.ckptdir, self.cfgdir = Path(logdir), Path(ckptdir), Path(cfgdir)
+        self.config, self.lightning_config = config, lightning_config
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if not trainer.is_global_zero:
+            return
+        for folder in (self.logdir, self.ckptdir, self.cfgdir):
+            folder.mkdir(parents=True, exist_ok=True)
+        lightning = OmegaConf.create({"lightning": self.lightning_config})
+        OmegaConf.save(self.config, self.cfgdir / f"{self.now}-project.yaml")
+        OmegaConf.save(lightning, self.cfgdir / f"{self.now}-lightning.yaml")

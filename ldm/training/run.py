@@ -1,0 +1,146 @@
+"""The part of a run that needs torch: devices, data, model and Trainer, then training and test."""
+
+from __future__ import annotations
+
+import logging
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from omegaconf import DictConfig
+from pytorch_lightning.utilities.exceptions import MisconfigurationException
+from pytorch_lightning.utilities.model_helpers import is_overridden
+
+from ldm.callbacks import SignalCallback, StepSeed, Stopped
+from ldm.checkpoint import verify_checkpoint
+from ldm.checkpoint.resume import find_checkpoint
+from ldm.cli import EXIT_INTERRUPTED
+from ldm.config.instantiate import ConfigError, instantiate_from_config
+from ldm.config.validate import check_class_count
+from ldm.data.datamodule import DataModuleFromConfig
+from ldm.training.devices import Machine, choose_devices
+from ldm.training.flags import RunOptions
+from ldm.training.report import TrainingFailed, is_main_process
+from ldm.training.run_directory import RunDirectory
+from ldm.training.settings import RunSettings, learning_rate
+from ldm.training.trainer import build_trainer
+
+logger = logging.getLogger(__name__)
+
+
+def execute(options: RunOptions, directory: RunDirectory, config: DictConfig, settings: RunSettings) -> int:
+    """Build data, model and Trainer, train if asked to, evaluate the test set if there is one; return the exit code."""
+    directory = replace(directory, checkpoint=_checkpoint(directory, settings))
+    devices = choose_devices(settings.devices, _this_machine(), settings.devices_where)
+    rate = learning_rate(config, settings, devices.processes * settings.num_nodes) if options.train else None
+    logging.getLogger("pytorch_lightning").setLevel(logging.DEBUG if options.debug else logging.WARNING)
+    pl.seed_everything(settings.seed, verbose=False)
+    data = _build_data(config, settings)
+    check_class_count(config, getattr(data, "datasets", {}))
+    model = instantiate_from_config(config.model)
+    if rate is not None:
+        model.learning_rate = rate.value
+    trainer = build_trainer(config, settings, devices, directory, model, rate)
+    logger.info("%-11s %s, %s", "device", devices.text, _precision_text(trainer, devices.accelerator))
+    logger.info("%-11s %s", "directory", directory.path)
+    code = fit(trainer, model, data, directory) if options.train else 0
+    if code == 0 and not options.no_test:
+        test(trainer, model, data, config, required=not options.train)
+    return code
+
+
+def fit(trainer: pl.Trainer, model: pl.LightningModule, data: Any, directory: RunDirectory) -> int:
+    """Train and return 0, or the exit code of the signal that stopped training.
+
+    Raises TrainingFailed for an exception after the first batch began.
+    """
+    callbacks: list[pl.Callback] = getattr(trainer, "callbacks", [])  # Lightning does not declare it
+    signals = next(each for each in callbacks if isinstance(each, SignalCallback))
+    steps = next(each for each in callbacks if isinstance(each, StepSeed))
+    checkpoint = None if directory.checkpoint is None else str(directory.checkpoint)
+    try:
+        trainer.fit(model, data, ckpt_path=checkpoint, weights_only=True)
+    except Stopped as stop:
+        how = f"continue with --resume {directory.path}" if stop.checkpoint else "nothing was saved"
+        logger.info("%-11s by %s at step %d; %s", "stopped", stop.reason, trainer.global_step, how)
+        return stop.exit_code
+    except SystemExit:  # Lightning's answer to a KeyboardInterrupt
+        return EXIT_INTERRUPTED
+    except MisconfigurationException as error:
+        raise ConfigError(" ".join(str(error).split())) from error
+    except ConfigError:
+        raise
+    except Exception as error:
+        if isinstance(error, KeyError) and checkpoint and "checkpoint contains only the model" in str(error):
+            raise ConfigError(
+                f"{checkpoint} holds only weights, without the optimizer state that resuming needs; "
+                f"start a new run from it with model.params.ckpt_path={checkpoint}"
+            ) from error
+        if steps.began or not isinstance(error, ValueError | OSError):
+            raise TrainingFailed from error
+        raise
+    finally:
+        signals.restore()
+    if not steps.began and trainer.limit_train_batches != 0:
+        at = f"epoch {trainer.current_epoch}, step {trainer.global_step}"
+        limits = f"max_epochs {trainer.max_epochs}, max_steps {trainer.max_steps}"
+        logger.warning("%-11s no steps: the run is already at %s (%s)", "trained", at, limits)
+    return 0
+
+
+def test(trainer: pl.Trainer, model: pl.LightningModule, data: Any, config: DictConfig, required: bool) -> None:
+    """Evaluate the test set if the config has one; raise ConfigError if `required` and the model has no test_step."""
+    if not (config.data.get("params") or {}).get("test"):
+        return
+    if is_overridden("test_step", model):
+        for metrics in trainer.test(model, data, verbose=False):
+            logger.info("%-11s %s", "test", ", ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
+    elif required:
+        raise ConfigError(f"data.params.test: {type(model).__name__} has no test_step")
+    else:
+        logger.info("%-11s skipped: %s has no test_step", "test", type(model).__name__)
+
+
+def _checkpoint(directory: RunDirectory, settings: RunSettings) -> Path | None:
+    """Return the checkpoint that training starts from, after checking that it is complete.
+
+    For a damaged or missing `last.ckpt` of a resumed run, it is the newest complete checkpoint (the log names both).
+    Raises CheckpointError for any other damaged or missing file.
+    """
+    if directory.resumed and (directory.checkpoint is None or directory.checkpoint.name == "last.ckpt"):
+        return find_checkpoint(directory.path)
+    path = directory.checkpoint if directory.resumed else settings.start_from
+    if not path:
+        return None
+    file = Path(path).expanduser().resolve()
+    verify_checkpoint(file)
+    return file
+
+
+def _this_machine() -> Machine:
+    return Machine(torch.cuda.device_count() if torch.cuda.is_available() else 0, torch.backends.mps.is_available())
+
+
+def _build_data(config: DictConfig, settings: RunSettings) -> Any:
+    """Build the data module, with its datasets if it keeps them: a missing folder shows before the model is built."""
+    data = instantiate_from_config(config.data)
+    data.seed = settings.seed
+    # Under a launcher each rank would prepare the data; there Lightning lets only one do so.
+    if isinstance(data, DataModuleFromConfig) and is_main_process() and "WORLD_SIZE" not in os.environ:
+        data.prepare_data()
+        data.setup("fit")
+        for name, dataset in data.datasets.items():
+            size = f"{len(dataset):,} samples" if hasattr(dataset, "__len__") else "a stream"
+            logger.info("%-11s %s: %s, %s", "data", name, type(dataset).__name__, size)
+    return data
+
+
+def _precision_text(trainer: pl.Trainer, accelerator: str) -> str:
+    precision = str(trainer.precision)
+    note = " (16-bit on the CPU is bfloat16)" if accelerator == "cpu" and precision == "bf16-mixed" else ""
+    strategy = type(trainer.strategy).__name__.removesuffix("Strategy")
+    ranks = f", {trainer.world_size} ranks ({strategy})" if trainer.world_size > 1 else ""
+    return f"precision {precision}{note}{ranks}"

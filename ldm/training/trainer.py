@@ -1,0 +1,192 @@
+"""The Trainer with its loggers and callbacks, from a merged config."""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+from omegaconf import DictConfig, OmegaConf
+from pytorch_lightning.callbacks import Callback, Checkpoint, LearningRateMonitor
+from pytorch_lightning.loggers import CSVLogger, Logger, TensorBoardLogger
+from pytorch_lightning.utilities.exceptions import MisconfigurationException
+
+from ldm.callbacks import (
+    CrashCheckpoint,
+    ExactResume,
+    ProgressBar,
+    RunReport,
+    SignalCallback,
+    StepSeed,
+    StopOnNonFinite,
+)
+from ldm.checkpoint.resume import AtomicCheckpointIO
+from ldm.config.instantiate import ConfigError, accepted_params, get_obj_from_str, instantiate_from_config
+from ldm.config.merge import DEFAULT_CALLBACKS, DEFAULT_CHECKPOINT, DEFAULT_STEP_CHECKPOINTS, STEP_CHECKPOINTS
+from ldm.training.devices import Devices
+from ldm.training.run_directory import RunDirectory
+from ldm.training.settings import LearningRate, RunSettings
+
+# Settings that a module with manual optimization applies itself, with their neutral values.
+_MANUAL = {"accumulate_grad_batches": 1, "gradient_clip_val": None, "gradient_clip_algorithm": "norm"}
+
+
+def build_trainer(
+    config: DictConfig,
+    settings: RunSettings,
+    devices: Devices,
+    directory: RunDirectory,
+    model: pl.LightningModule,
+    rate: LearningRate | None,
+) -> pl.Trainer:
+    """Build the Trainer for `model`; accumulation and clipping go to the module if it uses manual optimization."""
+    arguments = dict(settings.trainer)
+    automatic = model.automatic_optimization
+    if not automatic:
+        _move_to_module(arguments, model)
+    if devices.processes * settings.num_nodes > 1:
+        # Each step of a GAN leaves out the parameters of one of its networks.
+        arguments.setdefault("strategy", "ddp" if automatic else "ddp_find_unused_parameters_true")
+    arguments.setdefault("enable_checkpointing", True)
+    arguments.setdefault("enable_model_summary", False)
+    # Tensors that a module keeps from validation must stay usable in training.
+    arguments.setdefault("inference_mode", False)
+    loggers = _loggers(settings.lightning, directory) if arguments.pop("logger", True) not in (False, None) else []
+
+    saves = bool(arguments["enable_checkpointing"])
+    callbacks: list[Callback] = [StepSeed(settings.seed), ExactResume(), StopOnNonFinite()]
+    if arguments.get("enable_progress_bar", True) not in (False, None):
+        callbacks.append(ProgressBar())
+    callbacks.append(RunReport(rate.value, rate.rule) if rate else RunReport())
+    callbacks += _configured_callbacks(config, settings, directory, model, saves, logs=bool(loggers))
+    # After the image logs and before Lightning's checkpoints, which come last: a signal's save ends the step.
+    callbacks.append(SignalCallback(directory.checkpoints / "last.ckpt" if saves else None))
+    if saves:
+        callbacks.append(CrashCheckpoint(directory.checkpoints / "crash.ckpt"))
+    try:
+        return pl.Trainer(
+            accelerator=devices.accelerator,
+            devices=devices.devices,
+            logger=loggers or False,
+            callbacks=callbacks,
+            plugins=[AtomicCheckpointIO()],
+            default_root_dir=str(directory.path),
+            **arguments,
+        )
+    except (MisconfigurationException, TypeError) as error:
+        raise ConfigError(f"Trainer: {' '.join(str(error).split())}") from error
+
+
+def _move_to_module(arguments: dict[str, Any], model: pl.LightningModule) -> None:
+    for name, neutral in _MANUAL.items():
+        value = arguments.pop(name, None)
+        if value is None:
+            continue
+        if hasattr(model, name):
+            setattr(model, name, value)
+        elif value != neutral:
+            raise ConfigError(
+                f"--{name} {value}: {type(model).__name__} uses manual optimization and does not support it; remove it"
+            )
+
+
+def _loggers(lightning: DictConfig, directory: RunDirectory) -> list[Logger]:
+    """Build `lightning.logger`, else TensorBoard's if installed; and CSV, a file for each start of a run."""
+    node = lightning.get("logger")
+    csv = CSVLogger(save_dir=str(directory.path), name="csv", version=directory.now)
+    if node:
+        cls = get_obj_from_str(node["target"])
+        if not issubclass(cls, Logger):
+            raise ConfigError(f"lightning.logger.target: {node['target']} is not a Lightning logger")
+        names, given = accepted_params(cls), node.get("params") or {}
+        places = {"save_dir": str(directory.path), "name": "logger"}
+        places = {key: place for key, place in places.items() if key not in given and (not names or key in names[0])}
+        return [instantiate_from_config(node, **places), csv]
+    if importlib.util.find_spec("tensorboard") is None:
+        return [csv]
+    place = str(directory.path)
+    return [TensorBoardLogger(save_dir=place, name="tensorboard", version="", default_hp_metric=False), csv]
+
+
+def _configured_callbacks(
+    config: DictConfig,
+    settings: RunSettings,
+    directory: RunDirectory,
+    model: pl.LightningModule,
+    saves: bool,
+    logs: bool,
+) -> list[Callback]:
+    callbacks = []
+    for name, node in callback_nodes(settings.lightning, directory, getattr(model, "monitor", None), saves).items():
+        cls, params = get_obj_from_str(node["target"]), node.get("params") or {}
+        if not (inspect.isclass(cls) and issubclass(cls, Callback)):
+            raise ConfigError(f"lightning.callbacks.{name}.target: {node['target']} is not a Lightning callback")
+        if issubclass(cls, Checkpoint):
+            _check_filename(f"lightning.callbacks.{name}.params.filename", params.get("filename"))
+        if issubclass(cls, LearningRateMonitor) and not logs:
+            continue
+        if name == "setup_callback":
+            about_run = {
+                "resume": str(directory.checkpoint) if directory.resumed else None,
+                "now": directory.now,
+                "logdir": str(directory.path),
+                "ckptdir": str(directory.checkpoints),
+                "cfgdir": str(directory.configs),
+                "config": OmegaConf.create({key: value for key, value in config.items() if key != "lightning"}),
+                "lightning_config": settings.lightning,
+            }
+            callbacks.append(cls(**{**about_run, **params}))
+        else:
+            callbacks.append(instantiate_from_config(node))
+    return callbacks
+
+
+def _check_filename(place: str, filename: str | None) -> None:
+    """Raise ConfigError for a checkpoint name that would lead out of its folder, as `{../figure}` does."""
+    if filename is None:
+        return
+    name = str(filename)
+    parts = Path(re.sub("[{}]", "", name)).parts
+    if not parts or ".." in parts or parts[0] in ("/", "~") or "\0" in name or len(os.fsencode(name)) > 200:
+        raise ConfigError(
+            f"{place}: {name[:60]!r} is not the name of a file inside the checkpoint folder, of at most 200 bytes"
+        )
+
+
+def callback_nodes(
+    lightning: DictConfig, directory: RunDirectory, monitor: str | None, saves: bool
+) -> dict[str, DictConfig]:
+    """Return the configs of a run's callbacks: `lightning.callbacks` and `modelcheckpoint` over the defaults.
+
+    null removes a callback. monitor: the metric whose best three checkpoints are kept. saves: with checkpoints.
+    """
+    own = lightning.get("callbacks") or OmegaConf.create({})
+    defaults = OmegaConf.create(DEFAULT_CALLBACKS)
+    if own.get(STEP_CHECKPOINTS) is not None:
+        defaults[STEP_CHECKPOINTS] = OmegaConf.create(DEFAULT_STEP_CHECKPOINTS)
+        defaults[STEP_CHECKPOINTS].params.dirpath = str(directory.checkpoints / "trainstep_checkpoints")
+    checkpoint = OmegaConf.create(DEFAULT_CHECKPOINT)
+    checkpoint.params.dirpath = str(directory.checkpoints)
+    if monitor:
+        checkpoint.params.update(monitor=monitor, save_top_k=3)
+    # One tree, so that each node knows its path for error messages.
+    merged = OmegaConf.create(
+        {
+            "callbacks": OmegaConf.merge(defaults, own),
+            "modelcheckpoint": OmegaConf.merge(checkpoint, lightning.get("modelcheckpoint") or {}),
+        }
+    )
+    root = OmegaConf.create({"lightning": merged}).lightning
+    nodes = {str(name): node for name, node in root.callbacks.items() if node is not None}
+    for name, node in nodes.items():
+        if not isinstance(node, DictConfig) or "target" not in node:
+            raise ConfigError(
+                f"lightning.callbacks.{name}: expected a mapping with target and params, or null to remove it"
+            )
+    if not saves:
+        return {name: node for name, node in nodes.items() if "Checkpoint" not in str(node["target"])}
+    return {**nodes, "checkpoint_callback": root.modelcheckpoint}
