@@ -231,9 +231,7 @@ def test_a_run_goes_on_from_a_file_of_its_own(start, run, file):
 
 def test_a_finished_run_that_is_resumed_says_that_nothing_is_left(start, run, caplog):
     _, folder = start("done", *QUIET, "--max_epochs", "1")
-    assert (
-        run("-r", str(folder), "-t") == 0 and "no steps: the run is already at epoch 1, step 4" in caplog.text
-    )
+    assert run("-r", str(folder), "-t") == 0 and "no steps: the run is already at epoch 1, step 4" in caplog.text
 
 
 def test_resume_goes_on_with_the_saved_seed_and_scaling(start, run):
@@ -320,7 +318,8 @@ def test_a_second_ctrl_c_ends_the_process_at_once(run):
     result = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, env=environment)
     assert result.returncode == 130 and "Traceback" not in result.stderr, result.stderr
     assert (
-        "press again to stop immediately" in result.stderr and not (folder_of("twice") / "checkpoints" / "last.ckpt").exists()
+        "press again to stop immediately" in result.stderr
+        and not (folder_of("twice") / "checkpoints" / "last.ckpt").exists()
     )
 
 

@@ -53,8 +53,9 @@ class ProgressBar(LightningProgressBar):
         self._total = total_batches(trainer)
         self._line_time, self._line_batch = time.monotonic(), trainer.fit_loop.epoch_loop.total_batch_idx + 1
         if self._enabled and trainer.is_global_zero and sys.stderr.isatty():
+            initial = self._line_batch
             self._bar = tqdm(
-                total=self._total, initial=self._line_batch, unit="batch", dynamic_ncols=True, mininterval=0.3, smoothing=0.05
+                total=self._total, initial=initial, unit="batch", dynamic_ncols=True, mininterval=0.3, smoothing=0.05
             )
 
     def on_train_batch_end(

@@ -85,6 +85,29 @@ def merge(files: Iterable[Path], overrides: Iterable[str] = (), onto: DictConfig
     return config
 
 
+def read_model(files: list[Path], overrides: list[str]) -> DictConfig:
+    """Return the section `model` of merged files, interpolations resolved, and the key `safety` if present."""
+    path = files[-1]
+    for override in overrides:
+        if not override.startswith(("model.", "+model.")):
+            raise ValueError(f"{override}: only model. paths can be overridden here, e.g. model.params.use_ema=false")
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"config {path}: no such file; give --config FILE.yaml (of your own run: its configs/*-project.yaml)"
+        )
+    try:
+        config = merge(files, overrides) if len(files) > 1 or overrides else load_yaml(path)
+        model = config.get("model") if isinstance(config, DictConfig) else None
+        if not isinstance(config, DictConfig) or not isinstance(model, DictConfig) or "target" not in model:
+            raise ValueError(
+                f"config {path}: no section 'model' with a 'target'; is it the YAML of the model's training?"
+            )
+        kept: dict[str, Any] = {"model": OmegaConf.to_container(model, resolve=True)}  # other sections may not resolve
+        return OmegaConf.create(kept | ({"safety": config["safety"]} if "safety" in config else {}))
+    except (OmegaConfBaseException, OSError) as error:
+        raise ValueError(f"config {path}: cannot be read: {error_line(error)}") from error
+
+
 def _merge(*configs: DictConfig) -> DictConfig:
     merged = OmegaConf.merge(*configs)
     assert isinstance(merged, DictConfig)

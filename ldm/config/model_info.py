@@ -48,45 +48,13 @@ class ModelInfo:
 
 
 def read_config(path: str | Path | Sequence[Path], overrides: Iterable[str] = ()) -> DictConfig:
-    """The section `model` of a YAML and its word `safety`; ValueError or FileNotFoundError in one line where it cannot be read.
+    """Read the section `model` of a YAML, and its key `safety`; raise ValueError or FileNotFoundError in one line.
 
-    Several files are merged left to right, and then the `overrides`, `model.params.key=value`, whose paths are checked.
+    Several files are merged left to right, then the overrides `model.params.key=value`, whose paths are checked.
     """
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
+    from ldm.config.merge import read_model  # OmegaConf stays out of --help
 
-    from ldm.config.files import load_yaml
-
-    files, overrides = [path] if isinstance(path, (str, Path)) else list(path), list(overrides)
-    for override in overrides:
-        if not override.startswith(("model.", "+model.")):
-            raise ValueError(
-                f"{override}: only the model is built here; an override begins with model., e.g. model.params.use_ema=false"
-            )
-    path = files[-1]
-    if not Path(path).is_file():
-        raise FileNotFoundError(
-            f"config {path}: no such file; give --config FILE.yaml, for a run of your own its configs/*-project.yaml"
-        )
-    try:
-        if len(files) > 1 or overrides:
-            from ldm.config.merge import merge
-
-            config = merge(files, overrides)
-        else:
-            config = load_yaml(path)
-        if (
-            not OmegaConf.is_dict(config)
-            or not isinstance(config.get("model"), Mapping)
-            or "target" not in config.model
-        ):
-            raise ValueError(
-                f"config {path}: has no section 'model' with a 'target'; is it the YAML that the model was trained with?"
-            )
-        kept = {"model": OmegaConf.to_container(config.model, resolve=True)}  # the data section may point anywhere
-        return OmegaConf.create(kept | ({"safety": config.safety} if "safety" in config else {}))
-    except (OmegaConfBaseException, OSError) as error:
-        raise ValueError(f"config {path}: cannot be read: {error}") from error
+    return read_model([Path(path)] if isinstance(path, (str, Path)) else list(path), list(overrides))
 
 
 def model_info(config: Mapping[str, Any]) -> ModelInfo:
