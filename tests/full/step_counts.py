@@ -1,4 +1,4 @@
-"""Every sampler makes every number of steps that the noise schedule allows, and refuses every other one before a model is loaded."""
+"""Every sampler runs with every number of steps of the noise schedule, and refuses others before the network runs."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from torch import Tensor
 from ldm.models.diffusion.samplers.registry import SAMPLERS, make_sampler
 from tests.models.diffusion.samplers.toy import ToyModel
 
-MORE_CALLS = ("plms", "heun")  # they ask the network again at a time that they have been at, or are about to come to
+MORE_CALLS = ("plms", "heun")  # they call the network more than once at some timesteps
 T = 1000
 
 
 class Clock(ToyModel):
-    """A network of one multiplication, which keeps the times that it was asked for."""
+    """A network of one multiplication that records its timesteps."""
 
     def __init__(self, timesteps: int = T) -> None:
         super().__init__(timesteps=timesteps)
@@ -27,7 +27,7 @@ class Clock(ToyModel):
 
 
 def check(name: str, counts: Iterable[int] = range(1, T + 1), clock: Clock | None = None) -> Iterator[int]:
-    """Draw one number in each count of steps; AssertionError unless the sampler makes exactly as many, on falling times."""
+    """Sample one value in each number of steps; AssertionError unless the timesteps fall and are as many."""
     clock = clock or Clock()
     sampler = make_sampler(name, clock)
     for count in counts:
@@ -47,7 +47,7 @@ def check(name: str, counts: Iterable[int] = range(1, T + 1), clock: Clock | Non
 
 
 def check_refused(name: str, counts: Iterable[int] = (-1000, -1, 0, T + 1, 10 * T)) -> Iterator[int]:
-    """AssertionError unless these counts of steps are refused without a model, and by the sampler before the network runs."""
+    """AssertionError unless the sampler refuses these numbers of steps before the network runs."""
     clock = Clock()
     for count in counts:
         try:
@@ -66,4 +66,4 @@ def run(names: Iterable[str] = SAMPLERS) -> Iterator[str]:
     for name in names:
         done = sum(1 for _ in check(name, clock=clock))
         refused = sum(1 for _ in check_refused(name))
-        yield f"{name}: {done} of {T} step counts run exactly, {refused} others refused before loading"
+        yield f"{name}: {done} of {T} step counts run exactly, {refused} others refused"

@@ -95,15 +95,13 @@ def multistep_tables(levels: NoiseLevels) -> dict[str, np.ndarray]:
     third_old (m_1 - m_2). Order 3 integrates the parabola through the predictions exactly (arXiv 2211.01095,
     appendix); the authors' code halves its curvature, which leaves order 2.
     """
-    alpha, h = levels.alpha[:-1], levels.lam[:-1] - levels.lam[1:]
-    move = -alpha * np.expm1(-h)
+    alpha, h, first = levels.alpha[:-1], levels.lam[:-1] - levels.lam[1:], levels.first_order()
     phi_2, phi_3 = phis(h)
     h_1, h_2 = np.append(h[1:], np.inf), np.append(h[2:], [np.inf, np.inf])[: len(h)]  # of the two steps before
     mixed, curved = ratio(h_1, h_1 + h_2), 2 * ratio(h, h_1 + h_2)
     return {
-        "keep": levels.sigma[:-1] / levels.sigma[1:],
-        "move": move,
-        "second": 0.5 * move * ratio(h, h_1),
+        **first,
+        "second": 0.5 * first["move"] * ratio(h, h_1),
         "third_new": alpha * (phi_2 * (1 + mixed) - phi_3 * curved) * ratio(h, h_1),
         "third_old": alpha * (phi_3 * curved - phi_2 * mixed) * ratio(h, h_2),
     }
@@ -134,8 +132,7 @@ def singlestep_tables(levels: NoiseLevels, order: int) -> dict[str, np.ndarray]:
             else:
                 tables["correct"][k] = alpha[k] * float(phis(np.array(to_k))[0]) * (to_k / h) / r
         s -= size
-    h = lam[:-1] - lam[1:]
-    return {**tables, "keep": sigma[:-1] / sigma[1:], "move": -alpha[:-1] * np.expm1(-h)}
+    return {**tables, **levels.first_order()}
 
 
 def blocks(S: int, order: int, first_alone: bool = False) -> list[int]:
@@ -157,5 +154,4 @@ def phis(h: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 def ratio(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """a / b, and 0 where b is infinite or 0."""
-    usable = np.isfinite(b) & (b > 0)
-    return np.where(usable, np.where(usable, a, 0.0) / np.where(usable, b, 1.0), 0.0)
+    return np.divide(a, b, out=np.zeros_like(b), where=np.isfinite(b) & (b > 0))

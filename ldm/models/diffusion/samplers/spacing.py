@@ -37,6 +37,11 @@ class NoiseLevels(NamedTuple):
         with np.errstate(divide="ignore"):
             return (np.log(self.alphas) - np.log1p(-self.alphas)) / 2
 
+    def first_order(self) -> dict[str, np.ndarray]:
+        """Coefficients of the steps that are exact for a constant prediction m: x_k = keep x_{k+1} + move m."""
+        h = self.lam[:-1] - self.lam[1:]
+        return {"keep": self.sigma[:-1] / self.sigma[1:], "move": -self.alpha[:-1] * np.expm1(-h)}
+
 
 def model_alphas_cumprod(model: DiffusionModel) -> np.ndarray:
     """The model's products of (1 - beta), (T,) float64 on the host."""

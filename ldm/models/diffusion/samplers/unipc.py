@@ -35,9 +35,7 @@ class UniPCSampler(ContinuousTimeSampler):
                 nodes = lam[k + 2 : k + 1 + order] - lam[k + 1]  # of the predictions before the newest
                 both = weights(lam[k] - lam[k + 1], nodes, self.variant)
                 predict[k, order - 1, : order - 1], correct[k, order - 1, :order] = (-levels.alpha[k] * w for w in both)
-        h = lam[:-1] - lam[1:]
-        coefs = {"keep": levels.sigma[:-1] / levels.sigma[1:], "move": -levels.alpha[:-1] * np.expm1(-h)}
-        coefs |= {"predict": predict, "correct": correct}
+        coefs = {**levels.first_order(), "predict": predict, "correct": correct}
         return Steps(levels.t, levels.alphas[1:], levels.alphas[:-1], np.zeros(S), coefs)
 
     def step(self, x: Tensor, k: int, run: SamplingRun) -> tuple[Tensor, Tensor]:

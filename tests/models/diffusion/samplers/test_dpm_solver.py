@@ -37,7 +37,7 @@ def test_samples_are_the_published_ones(name):
     ],
 )
 def test_trajectories_are_those_of_diffusers(options, scheduler, spacing):
-    # Order 3 differs: diffusers halves the curvature (multistep) and weighs a block's stages as of order 2 (singlestep).
+    # Order 3 differs: diffusers halves the curvature (multistep) and weighs a block's stages as order 2 (singlestep).
     for count in (1, 2, 3, 8, 15):
         lower = scheduler is DPMSolverMultistepScheduler or count % 2 == 1  # even counts: ours ends with a block of 2
         config = {"solver_order": options["order"], "final_sigmas_type": "sigma_min", "lower_order_final": lower}

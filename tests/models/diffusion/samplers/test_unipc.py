@@ -29,7 +29,11 @@ def test_the_corrector_gains_one_order(order, spacing, options):
 
 @pytest.mark.parametrize(
     "options, message",
-    [({"order": 0}, "order 0: choose 1 to 3"), ({"variant": "bh3"}, "'bh3': choose one of bh1, bh2")],
+    [
+        ({"order": 0}, "order 0: choose 1 to 3"),
+        ({"order": 4}, "order 4: choose 1 to 3"),
+        ({"variant": "bh3"}, "'bh3': choose one of bh1, bh2"),
+    ],
 )
 def test_options_out_of_range_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
