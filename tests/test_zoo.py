@@ -154,7 +154,7 @@ def test_a_shrunken_copy_trains_validates_logs_images_saves_reloads_and_samples(
     with torch.no_grad():
         if "unet_config" in config["params"]:
             encoded = again.encode_batch(data, force_c_encode=True)
-            samples = DDIMSampler(again).sample(2, 2, encoded.z.shape[1:], encoded.c, verbose=False).samples
+            samples = DDIMSampler(again).sample(2, 2, encoded.z.shape[1:], encoded.cond, verbose=False).samples
             drawn = again.decode_first_stage(samples)
         else:
             drawn = again(again.get_input(data, again.image_key))[0]

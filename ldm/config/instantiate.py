@@ -20,6 +20,11 @@ ALIASES = {
     "main.ImageLogger": "ldm.callbacks.ImageLogger",
     "main.SetupCallback": "ldm.callbacks.SetupCallback",
     "main.CUDACallback": "ldm.callbacks.CUDACallback",
+    "ldm.models.diffusion.ddpm.LatentFinetuneDiffusion": "ldm.models.diffusion.variants.LatentFinetuneDiffusion",
+    "ldm.models.diffusion.ddpm.LatentInpaintDiffusion": "ldm.models.diffusion.variants.LatentInpaintDiffusion",
+    "ldm.models.diffusion.ddpm.LatentDepth2ImageDiffusion": "ldm.models.diffusion.variants.LatentDepth2ImageDiffusion",
+    "ldm.models.diffusion.ddpm.LatentUpscaleDiffusion": "ldm.models.diffusion.variants.LatentUpscaleDiffusion",
+    "ldm.models.diffusion.ddpm.Layout2ImgDiffusion": "ldm.models.diffusion.layout2img.Layout2ImgDiffusion",
 }
 MODULE_ALIASES = {
     "taming.modules.losses.vqperceptual": "ldm.modules.losses.vqperceptual",

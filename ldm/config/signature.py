@@ -11,7 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ldm.config.instantiate import resolve_alias
+from ldm.config.instantiate import ALIASES, resolve_alias
 
 # Bases whose constructors take no arguments.
 _EMPTY_BASES = ("torch.nn.Module", "object", "torch.utils.data.Dataset")
@@ -92,6 +92,7 @@ def classes_of_module(module: str) -> list[str] | None:
             names += [alias.name for alias in node.names if alias.asname == alias.name]
     if found.is_package:
         names += [name for name, home in found.imports.items() if home.startswith(f"{module}.")]
+    names += [alias.rpartition(".")[2] for alias in ALIASES if alias.startswith(f"{module}.")]
     return [name for name in dict.fromkeys(names) if name[:1].isupper()]
 
 
@@ -108,7 +109,7 @@ def may_hold(module: str, name: str) -> bool:
             names.add(node.id)
         elif isinstance(node, ast.alias):
             names.add(node.asname or node.name)
-    return bool(names & {name, "*", "__getattr__"})
+    return bool(names & {name, "*"})
 
 
 def _first_sentence(text: str) -> str:

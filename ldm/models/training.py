@@ -1,5 +1,217 @@
-"""The one error for numbers that training must not learn from."""
+"""Base of all trained modules: initial weights, frozen parts, averaged weights, batches, optimizers and logs."""
+
+from __future__ import annotations
+
+from abc import ABCMeta
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, TypeVar
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+
+from ldm import checkpoint
+from ldm.config.instantiate import instantiate_from_config
+from ldm.modules.ema import LitEma
+from ldm.rng import torch_generators_kept
+
+Module = TypeVar("Module", bound=nn.Module)
+Losses = tuple[Tensor, dict[str, Tensor]]
+"""A scalar loss and its named logs."""
 
 
 class NonFiniteError(RuntimeError):
-    """A loss or gradient that is NaN or infinite; raised before the optimizer's step, so that the weights are still good."""
+    """A loss or gradient is NaN or infinite; raised before the optimizer step, so the weights are still good."""
+
+
+class _WeightsAfterConstruction(ABCMeta):
+    """Metaclass that loads `ckpt_path` once the whole object exists, including the parts that subclasses add."""
+
+    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+        module = super().__call__(*args, **kwargs)
+        path, ignore_keys = module._initial_weights
+        if path is not None:
+            only = {"only_model": True} if module.load_only_unet else {}
+            module.init_from_ckpt(path, ignore_keys, **only)
+        return module
+
+
+class TrainedModule(pl.LightningModule, metaclass=_WeightsAfterConstruction):
+    """Base of the modules that main.py trains. Subclasses pass unknown keywords to this constructor.
+
+    ckpt_path, ignore_keys: initial weights, loaded by `init_from_ckpt` after construction.
+    """
+
+    model: nn.Module
+    model_ema: LitEma
+    load_only_unet = False
+    key_settings = "first_stage_key or cond_stage_key"  # settings that name keys of the batch, for error messages
+
+    def __init__(self, ckpt_path: str | None = None, ignore_keys: Sequence[str] = ()) -> None:
+        super().__init__()
+        self._initial_weights = (ckpt_path, ignore_keys)
+        self.learning_rate: float | None = None  # main.py computes it from base_learning_rate
+        self.scheduler_config: Mapping[str, Any] | None = None
+        self.optimizer_options: dict[str, Any] = {}
+        self.weights_loaded = False
+        self.use_ema = False
+        self._ema_depth = 0
+
+    # ------------------------------------------------------------------------------------------------------ weights
+
+    def init_from_ckpt(self, path: str, ignore_keys: Sequence[str] = (), only_model: bool = False) -> None:
+        """Load weights from a file; `only_model` loads `model.*`, the network, alone. Raises CheckpointError."""
+        self.load_tensors(path, checkpoint.read_weights(path), ignore_keys, only_model)
+
+    def load_tensors(
+        self, path: str, tensors: Mapping[str, Tensor], ignore_keys: Sequence[str], only_model: bool
+    ) -> None:
+        """Load the tensors of the file at `path`."""
+        only = "model." if only_model else None
+        checkpoint.load_weights(self, path, ignore_keys, only=only, weights=tensors)
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        self.weights_loaded |= any(name.startswith(prefix) for name in state_dict)
+
+    def on_fit_start(self) -> None:
+        checkpoint.ensure_weights(self)
+
+    # ------------------------------------------------------------------------------------------------------ batches
+
+    def batch_value(self, batch: Mapping[str, Any], key: str) -> Any:
+        """Return `batch[key]`. Raises ValueError with the keys of the batch if it is missing."""
+        if key not in batch:
+            keys = ", ".join(sorted(batch))
+            raise ValueError(f"the batch has no {key!r}, it has {keys}: set {self.key_settings} to one of these")
+        return batch[key]
+
+    def get_images(self, batch: Mapping[str, Any], key: str, bs: int | None = None) -> Tensor:
+        """Return the first `bs` images `batch[key]`, (B, H, W[, C]), as (B, C, H, W) float32 on this device."""
+        x = self.batch_value(batch, key)[:bs]
+        x = x[..., None] if x.ndim == 3 else x
+        return x.to(self.device).permute(0, 3, 1, 2).contiguous().float()
+
+    # ---------------------------------------------------------------------------------------------------- optimizer
+
+    def trainable_parameters(self) -> list[nn.Parameter]:
+        """Return all parameters with `requires_grad`, in the published order: submodules first, then own ones (logvar).
+
+        Optimizer states in checkpoints refer to parameters by position.
+        """
+        named = sorted(self.named_parameters(), key=lambda item: "." not in item[0])
+        return [parameter for _, parameter in named if parameter.requires_grad]
+
+    def make_optimizer(
+        self, cls: type[torch.optim.Adam], parameters: Iterable[nn.Parameter], lr_factor: float = 1.0, **options: Any
+    ) -> torch.optim.Adam:
+        """Return an Adam or AdamW at `learning_rate` * `lr_factor`. Raises ValueError if no learning rate is set."""
+        if self.learning_rate is None:
+            raise ValueError(
+                "learning_rate is not set: assign model.learning_rate first (main.py takes it from base_learning_rate)"
+            )
+        # On the CPU the fused step avoids a Python loop over hundreds of small tensors; on a GPU the default is fast.
+        fused = True if self.device.type == "cpu" else None
+        return cls(parameters, lr=lr_factor * self.learning_rate, fused=fused, **options)
+
+    def with_schedule(self, optimizers: Sequence[torch.optim.Optimizer]) -> Any:
+        """Return `optimizers` in Lightning's form, each with the schedule of `scheduler_config` if there is one."""
+        if self.scheduler_config is None:
+            return optimizers if len(optimizers) > 1 else optimizers[0]
+        schedule = instantiate_from_config(self.scheduler_config).schedule
+        return optimizers, [{"scheduler": LambdaLR(o, lr_lambda=schedule), "interval": "step"} for o in optimizers]
+
+    def configure_optimizers(self) -> Any:
+        optimizer = self.make_optimizer(torch.optim.AdamW, self.trainable_parameters(), **self.optimizer_options)
+        return self.with_schedule([optimizer])
+
+    @property
+    def grad_scaler(self) -> torch.amp.GradScaler | None:
+        """Scaler of float16 losses; None in other precisions."""
+        return getattr(self.trainer.precision_plugin, "scaler", None)
+
+    @property
+    def loss_scale(self) -> float:
+        """Factor of float16 losses, else 1. It shrinks when an infinite gradient made the scaler skip a step."""
+        return 1.0 if self.grad_scaler is None else self.grad_scaler.get_scale()
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        scale = self.loss_scale
+        super().optimizer_step(*args, **kwargs)
+        if (
+            self.loss_scale >= scale
+        ):  # here and not after the batch: a checkpoint written then holds this step's average
+            self.update_ema()
+
+    @property
+    def logging_step(self) -> int:
+        """Optimizer steps so far, the step of image logs."""
+        return self.global_step
+
+    # --------------------------------------------------------------------------------------------- averaged weights
+
+    def averaged_module(self) -> nn.Module:
+        """Return the module whose weights `model_ema` averages."""
+        return self.model
+
+    def add_ema(self, **options: Any) -> None:
+        """Average the trainable weights that exist now, as `model_ema`."""
+        self.use_ema = True
+        self.model_ema = LitEma(self.averaged_module(), **options)
+
+    def update_ema(self) -> None:
+        if self.use_ema:
+            self.model_ema(self.averaged_module())
+
+    @contextmanager
+    def ema_scope(self, context: str | None = None) -> Iterator[None]:
+        """Use the averaged weights within the scope; the trained ones return even after an error. Scopes may nest."""
+        if not self.use_ema or self._ema_depth > 0:
+            yield
+            return
+        module, names = self.averaged_module(), self.model_ema.m_name2s_name
+        averaged = [parameter for name, parameter in module.named_parameters() if name in names]
+        self.model_ema.store(averaged)
+        self.model_ema.copy_to(module)
+        self._ema_depth += 1
+        try:
+            yield
+        finally:
+            self._ema_depth -= 1
+            self.model_ema.restore(averaged)
+
+    # --------------------------------------------------------------------------------------------------------- logs
+
+    def log_training(self, loss: Tensor, logs: Mapping[str, Any], batch_size: int) -> None:
+        """Log the named losses of a training step, the loss in the progress bar, and a scheduled learning rate."""
+        self.log_dict(logs, on_step=True, on_epoch=True, batch_size=batch_size)
+        self.log("loss", loss.detach(), prog_bar=True, logger=False, batch_size=batch_size)
+        if self.scheduler_config is not None:
+            lr = self.trainer.optimizers[0].param_groups[0]["lr"]
+            self.log("lr_abs", lr, on_step=True, on_epoch=False, batch_size=batch_size)
+
+    def log_validation(self, logs: Mapping[str, Any], batch_size: int) -> None:
+        self.log_dict(logs, on_step=False, on_epoch=True, batch_size=batch_size, sync_dist=True)
+
+
+def disabled_train(self: Module, mode: bool = True) -> Module:
+    """Replacement of `train` for a frozen module: its mode no longer changes."""
+    return self
+
+
+def freeze(module: Module) -> Module:
+    """Put a module in eval mode without gradients, and keep it in eval mode when its parent switches to training."""
+    module.requires_grad_(False).eval()
+    module.__dict__["train"] = partial(disabled_train, module)
+    return module
+
+
+@contextmanager
+def fixed_noise(seed: int, device: torch.device) -> Iterator[None]:
+    """Seed the random generators within the scope and restore their states afterwards."""
+    with torch_generators_kept(device):
+        torch.manual_seed(seed)
+        yield

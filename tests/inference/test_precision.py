@@ -195,7 +195,7 @@ TASKS = ("text", "img2img", "unconditional", "class", "inpaint", "upscale")
 )
 def test_every_task_draws_in_bf16_what_it_draws_in_float32(tmp_path, kind, stage, monkeypatch):
     """With a codebook latents are decoded as they are: a rounded one between two codes may become the other one, in every pixel seen."""
-    monkeypatch.setattr(VQModelInterface, "decode", VQModelInterface._decode_quantized)
+    monkeypatch.setattr(VQModelInterface, "decode", VQModelInterface.decode_latent)
     first_stage = FIRST_STAGE if stage == "kl" else VQ
     saved = save_model(tmp_path, "text" if kind == "img2img" else kind, first_stage_config=first_stage)
     full, half = (draw(kind, load_model(saved.config, saved.ckpt, "cpu", name)) for name in ("full", "bf16"))
@@ -218,7 +218,7 @@ def test_every_condition_stage_works_with_bf16_weights(tmp_path, mode):
         with torch.no_grad(), torch.random.fork_rng():
             torch.manual_seed(0)
             encoded = model.encode_batch(batch(), force_c_encode=True)
-            outs.append(model.apply_model(encoded.z, torch.tensor([500, 20]), encoded.c))
+            outs.append(model.apply_model(encoded.z, torch.tensor([500, 20]), encoded.cond))
             outs[-1] = torch.cat([outs[-1].flatten(), model.decode_first_stage(encoded.z).flatten()])
     assert outs[1].dtype is FP32 and (outs[0] - outs[1]).norm() / outs[0].norm() < 0.03
 

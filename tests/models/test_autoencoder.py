@@ -101,7 +101,7 @@ def test_segmentation_maps_are_drawn_in_colors():
     assert pictures["inputs"].shape == pictures["reconstructions"].shape == (1, 3, 16, 16)
     assert pictures["inputs"].min() >= -1 and pictures["inputs"].max() <= 1
     model.image_key = "image"
-    with pytest.raises(ValueError, match="cannot draw 5 channels of 'image'"):
+    with pytest.raises(ValueError, match="cannot show 5 channels of 'image'"):
         model.log_images({"image": torch.rand(1, 16, 16, 5)})
 
 

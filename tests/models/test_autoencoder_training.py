@@ -273,7 +273,7 @@ def test_a_changing_loss_scale_changes_nothing_of_what_is_learned(accumulation):
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_an_update_that_float16s_scaler_skips_moves_the_discriminator_alone(accumulation):
     model, moved = make_autoencoder(accumulation=accumulation), []
-    model.on_generator_update = lambda: moved.append(model.generator_updates)
+    model.update_ema = lambda: moved.append(model.generator_updates)
     start = state(model)
     model.encoder.conv_in.weight.register_hook(
         lambda gradient: gradient * float("inf") if model.generator_updates == 0 else gradient

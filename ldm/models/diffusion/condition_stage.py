@@ -1,4 +1,4 @@
-"""The condition of a latent diffusion model: from a batch's values to what the network takes, and its "no condition"."""
+"""Conditions of latent diffusion models: from batch values to network inputs, and the unconditional condition."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from ldm.models.diffusion.conditioning import condition_batch_size, main_part, map_main, map_tensors, route
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
@@ -15,16 +15,18 @@ from ldm.modules.encoders.modules import ClassEmbedder
 
 
 class ConditionStage:
-    """Mixin of LatentDiffusion. The main condition comes from `cond_stage_model` and `cond_stage_key`; further parts join it:
+    """Mixin of LatentDiffusion. `cond_stage_model` encodes the main condition, `cond_stage_key` of the batch.
 
-    concat_keys: pictures and masks of the batch that become more channels of the network's input, in this order, after the main condition
-    where that is channels too. They are brought to the latent's size (nearest), but for `masked_image_key`, which the first stage encodes.
-    adm_key: labels of the batch that join the timestep's embedding, for crossattn-adm and hybrid-adm.
+    Further parts join it:
+    concat_keys: images and masks of the batch, concatenated to the channels of the network's input in this order, after
+        a main condition of channels. They are resized to the latent (nearest), except `masked_image_key`, which the
+        first stage encodes.
+    adm_key: labels of the batch that are added to the timestep embedding, for crossattn-adm and hybrid-adm.
 
-    Further parts are never dropped and are the same on both sides of guidance: "no condition" is about the main one.
+    Further parts are never dropped and are the same in both halves of guidance: only the main condition is.
     """
 
-    cond_stage_model: nn.Module | None
+    cond_stage_model: Any  # any module with `encode` or `forward`
     cond_stage_forward: str | None
     concat_keys: tuple[str, ...]
     masked_image_key: str | None
@@ -32,21 +34,21 @@ class ConditionStage:
     model: Any
     device: torch.device
     batch_value: Callable[..., Any]
-    get_pictures: Callable[..., Tensor]
+    get_images: Callable[..., Tensor]
     encode_first_stage: Callable[..., Any]
     get_first_stage_encoding: Callable[..., Tensor]
 
     def set_further_parts(self, concat_keys: Sequence[str], masked_image_key: str | None, adm_key: str | None) -> None:
-        """Keep the batch keys of further parts; ValueError where the conditioning key has no place for them."""
+        """Keep the batch keys of further parts. Raises ValueError if the conditioning key does not take them."""
         key = self.model.conditioning_key
         needs, main = route(key).needs, main_part(key)
         if concat_keys and "c_concat" not in needs:
             raise ValueError(
-                f"concat_keys {list(concat_keys)}: conditioning_key {key!r} has no channels to join; concat or hybrid has"
+                f"concat_keys {list(concat_keys)}: conditioning_key {key!r} takes no channels; use concat or hybrid"
             )
         if adm_key is not None and ("c_adm" not in needs or main == "c_adm"):
             raise ValueError(
-                f"adm_key {adm_key!r}: conditioning_key {key!r} takes no labels beside its condition; crossattn-adm does"
+                f"adm_key {adm_key!r}: conditioning_key {key!r} takes no further labels; use crossattn-adm"
             )
         self.concat_keys, self.masked_image_key, self.adm_key = tuple(concat_keys), masked_image_key, adm_key
 
@@ -55,7 +57,7 @@ class ConditionStage:
         return bool(self.concat_keys) or self.adm_key is not None
 
     def get_learned_conditioning(self, c: Any) -> Any:
-        """The condition stage's output for its raw input: text (list of B strings) -> (B, L, D), and so on."""
+        """Encode a raw condition, e.g. a list of B texts -> (B, L, D)."""
         stage = self.cond_stage_model
         if self.cond_stage_forward is not None:
             return getattr(stage, self.cond_stage_forward)(c)
@@ -63,51 +65,49 @@ class ConditionStage:
         return c.mode() if isinstance(c, DiagonalGaussianDistribution) else c
 
     def map_main_condition(self, f: Callable[[Any], Any], c: Any) -> Any:
-        """`c` with `f` applied to its main condition; further parts stay."""
+        """Apply `f` to the main condition of `c`; further parts stay."""
         return map_main(f, c, self.model.conditioning_key) if self.has_further_parts else f(c)
 
     def further_parts(self, batch: Mapping[str, Any], size: Sequence[int], bs: int | None = None) -> dict[str, Any]:
-        """What joins the main condition of a batch for latents of `size` (h, w): {"c_concat": [...], "c_adm": ...}, often nothing."""
+        """Return the further parts for latents of `size` (h, w): {"c_concat": [...], "c_adm": ...}, or {}."""
         parts: dict[str, Any] = {}
-        channels = []
         for key in self.concat_keys:
-            x = self.get_pictures(batch, key, bs)
-            encoded = key == self.masked_image_key
-            channels.append(
-                self.get_first_stage_encoding(self.encode_first_stage(x))
-                if encoded
-                else F.interpolate(x, size=tuple(size))
-            )
-        if channels:
-            parts["c_concat"] = channels
-        if self.adm_key is not None:
-            parts["c_adm"] = self._on_device(self.batch_value(batch, self.adm_key)[:bs])
-        return parts
+            x = self.get_images(batch, key, bs)
+            if key == self.masked_image_key:
+                x = self.get_first_stage_encoding(self.encode_first_stage(x))
+            else:
+                x = F.interpolate(x, size=tuple(size))
+            parts.setdefault("c_concat", []).append(x)
+        return parts | self.adm_part(batch, bs)
+
+    def adm_part(self, batch: Mapping[str, Any], bs: int | None = None) -> dict[str, Any]:
+        if self.adm_key is None:
+            return {}
+        return {"c_adm": self._on_device(self.batch_value(batch, self.adm_key)[:bs])}
 
     def raw_condition(self, batch: Mapping[str, Any], key: str, bs: int | None = None) -> Any:
-        """The condition as its encoder takes it: {key: labels}, list of strings, pictures (B, C, H, W), or a tensor as it is.
+        """Return the condition in the form its encoder takes.
 
-        Such tensors are labels, tokens, and vectors (B, L, D) to attend to.
+        {key: labels}, a list of strings, images (B, C, H, W), or the tensor itself: labels, tokens, vectors (B, L, D).
         """
         if isinstance(self.cond_stage_model, ClassEmbedder):
             key = self.cond_stage_model.key if key not in batch else key
             return {self.cond_stage_model.key: self.batch_value(batch, key)[:bs].to(self.device)}
         value = self.batch_value(batch, key)
-        if torch.is_tensor(value):
-            vectors = (
-                main_part(self.model.conditioning_key) == "c_crossattn"
-            )  # (B, L, D), where maps would be (B, H, W)
-            if value.ndim == 4 or (value.ndim == 3 and value.is_floating_point() and not vectors):
-                return self.get_pictures(batch, key, bs)
-            return value[:bs].to(self.device)
-        return list(value)[:bs]
+        if not torch.is_tensor(value):
+            return list(value)[:bs]
+        # A float tensor with three axes is (B, L, D) if the network attends to it, else maps (B, H, W).
+        maps = value.is_floating_point() and main_part(self.model.conditioning_key) != "c_crossattn"
+        if value.ndim == 4 or (value.ndim == 3 and maps):
+            return self.get_images(batch, key, bs)
+        return value[:bs].to(self.device)
 
-    # ---------------------------------------------------------------------------------------------------- no condition
+    # ------------------------------------------------------------------------------------------------- unconditional
 
     def get_unconditional_conditioning(self, batch_size: int, null_label: Any = None) -> Any:
-        """The encoded "no condition" of `batch_size` samples, for guidance; `null_label` is a raw input to use instead.
+        """Encode the unconditional condition of `batch_size` samples; `null_label` is a raw input to use instead.
 
-        A `null_label` for one sample (a text, say) serves all; ValueError where it is for another number.
+        A `null_label` of one sample (a text, say) serves all. Raises ValueError if it is for another number.
         """
         if self.cond_stage_model is None:
             return None
@@ -117,25 +117,23 @@ class ConditionStage:
         c = self.get_learned_conditioning(self._on_device(null_label))
         size = condition_batch_size(c)
         if size == 1 and batch_size > 1:
-            return map_tensors(
-                lambda leaf: leaf.expand(batch_size, *leaf.shape[1:]) if torch.is_tensor(leaf) else leaf, c
-            )
+            return map_tensors(lambda tensor: tensor.expand(batch_size, *tensor.shape[1:]), c)
         if size is not None and size != batch_size:
-            raise ValueError(f"null_label is for {size} samples: give it for one or for all {batch_size}")
+            raise ValueError(f"null_label is for {size} samples: pass one, or one for each of the {batch_size}")
         return c
 
     def unconditional_like(self, c: Any, raw_c: Any, batch_size: int, null_label: Any = None) -> Any:
-        """The encoded "no condition" in the form of the encoded condition `c` of raw input `raw_c`: what guidance sets against it."""
+        """Encode the unconditional condition in the form of the encoded condition `c` of raw input `raw_c`."""
         if self.cond_stage_model is None:
             return None
-        raw_null = self.no_condition_like(raw_c, batch_size) if null_label is None else null_label
+        raw_null = self.unconditional_input_like(raw_c, batch_size) if null_label is None else null_label
         null = self.get_unconditional_conditioning(batch_size, raw_null)
         return self.map_main_condition(lambda _: null, c)
 
-    def no_condition_like(self, raw_c: Any, batch_size: int) -> Any:
-        """The raw input that means "no condition", in the form of `raw_c`."""
+    def unconditional_input_like(self, raw_c: Any, batch_size: int) -> Any:
+        """Return the raw unconditional input in the form of `raw_c`: zeros for images and maps."""
         if torch.is_tensor(raw_c) and raw_c.is_floating_point():
-            return torch.zeros_like(raw_c)  # pictures and maps: an empty one
+            return torch.zeros_like(raw_c)
         return self._on_device(self._unconditional_input(batch_size))
 
     def _unconditional_input(self, batch_size: int) -> Any:
@@ -143,16 +141,24 @@ class ConditionStage:
             return self.cond_stage_model.unconditional_input(batch_size)
         classes = getattr(self.model.diffusion_model, "num_classes", None)
         if main_part(self.model.conditioning_key) == "c_adm" and isinstance(classes, int):
-            # The network has the table of classes: the last one means none, as in ClassEmbedder.
+            # The class embedding is in the network: its last class means none, as in ClassEmbedder.
             return torch.full((batch_size,), classes - 1, device=self.device)
         name = type(self.cond_stage_model).__name__
         raise ValueError(
-            f"{name} has no input that means 'no condition': set cond_dropout 0, sample at scale 1 or pass null_label"
+            f"{name} has no unconditional input: set cond_dropout 0, sample at guidance scale 1 or pass null_label"
         )
 
     def _on_device(self, value: Any) -> Any:
-        if torch.is_tensor(value):
-            return value.to(self.device)
-        if isinstance(value, Mapping):
-            return {key: self._on_device(item) for key, item in value.items()}
-        return value
+        return map_tensors(lambda tensor: tensor.to(self.device), value)
+
+
+def drop_condition(raw: Any, null: Any, dropped: Tensor) -> Any:
+    """Replace the samples of `raw` where `dropped` (B,) is true by those of `null`, which has the same form.
+
+    Takes lists of B items (texts), tensors (B, ...), and dicts of both (Ho & Salimans 2022, algorithm 1, line 3).
+    """
+    if isinstance(raw, Mapping):
+        return {key: drop_condition(value, null[key], dropped) if key in null else value for key, value in raw.items()}
+    if torch.is_tensor(raw):
+        return torch.where(dropped.reshape(-1, *(1 for _ in raw.shape[1:])), null.to(raw.dtype), raw)
+    return [empty if drop else item for item, empty, drop in zip(raw, null, dropped.tolist(), strict=True)]

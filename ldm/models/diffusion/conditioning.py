@@ -1,7 +1,7 @@
-"""How a condition reaches the network: one normal form, one routing table.
+"""Routing of conditions to the network: one normal form, one table.
 
-A researcher adds a conditioning key by adding one entry to ROUTES, here or in a package of their own, and naming it in a
-YAML (`conditioning_key: ...`): docs/extending.md shows how.
+A new conditioning key is one entry in ROUTES, added here or in a package of your own, and named in a YAML
+(`conditioning_key: ...`); docs/extending.md shows how.
 """
 
 from __future__ import annotations
@@ -16,17 +16,16 @@ from ldm.config.instantiate import get_obj_from_str, instantiate_from_config
 from ldm.modules.dtype import in_dtype, weights_dtype
 
 Conditioning = Tensor | Sequence[Tensor] | Mapping[str, Any] | None
-"""What callers pass: a tensor, a list of tensors, or the normal form itself."""
+"""Condition as callers pass it: a tensor, a list of tensors, or the normal form."""
 
 Parts = dict[str, Any]
-"""The normal form: {"c_concat": [(B, C', H, W), ...], "c_crossattn": [(B, L, D), ...], "c_adm": (B,) or (B, D)}, each part optional."""
+"""Normal form, an open dict: {"c_concat": [(B, C', H, W), ...], "c_crossattn": [(B, L, D), ...], "c_adm": (B[, D])}.
 
-
-HALF = (torch.float16, torch.bfloat16)
+Parts of other names reach the call of a route unchanged."""
 
 
 class Route(NamedTuple):
-    """One conditioning key: the parts it needs, where a bare tensor goes, and the network call."""
+    """One conditioning key: the parts it needs, the part of a bare tensor (None: a dict is required), and the call."""
 
     needs: tuple[str, ...]
     bare: str | None
@@ -61,22 +60,20 @@ ROUTES: dict[str | None, Route] = {
 
 
 def route(conditioning_key: str | None) -> Route:
-    """The table's entry; ValueError lists the choices."""
+    """Return the entry of the table. Raises ValueError with the choices for an unknown key."""
     if conditioning_key not in ROUTES:
-        raise ValueError(
-            f"conditioning_key {conditioning_key!r}: choose one of {', '.join(str(key) for key in ROUTES)}"
-        )
+        raise ValueError(f"conditioning_key {conditioning_key!r}: choose one of {', '.join(map(str, ROUTES))}")
     return ROUTES[conditioning_key]
 
 
 def normalize_condition(cond: Conditioning, conditioning_key: str | None) -> Parts:
-    """The normal form of whatever a caller passed; ValueError where the key needs parts that are not there.
+    """Return the normal form of a condition. Raises ValueError if parts that the key needs are missing.
 
     For `adm` a bare tensor and {"c_crossattn": [y]} are accepted, as published callers send them.
     """
     needs, bare, _ = route(conditioning_key)
     if isinstance(cond, Mapping):
-        parts = dict(cond)
+        parts = {name: part for name, part in cond.items() if part is not None}
     elif cond is None or not needs:
         parts = {}
     elif bare is None:
@@ -92,7 +89,7 @@ def normalize_condition(cond: Conditioning, conditioning_key: str | None) -> Par
         parts["c_adm"] = parts.pop("c_crossattn")
     if isinstance(parts.get("c_adm"), Sequence):
         parts["c_adm"] = torch.cat(list(parts["c_adm"])) if len(parts["c_adm"]) > 1 else parts["c_adm"][0]
-    missing = [name for name in needs if parts.get(name) is None]
+    missing = [name for name in needs if name not in parts]
     if missing:
         given = ", ".join(sorted(parts)) or "nothing"
         raise ValueError(f"conditioning_key {conditioning_key!r} needs {', '.join(missing)}; the condition has {given}")
@@ -100,22 +97,24 @@ def normalize_condition(cond: Conditioning, conditioning_key: str | None) -> Par
 
 
 def main_part(conditioning_key: str | None) -> str | None:
-    """The part that a condition stage's output is: the context where there is one, else channels or labels."""
+    """Return the part that a condition stage outputs: the context if the key needs one, else channels or labels."""
     needs = route(conditioning_key).needs
     return "c_crossattn" if "c_crossattn" in needs else next(iter(needs), None)
 
 
 def compose_condition(main: Any, conditioning_key: str | None, further: Mapping[str, Any]) -> Any:
-    """A main condition and further parts in the normal form; the main condition as it is where there are none."""
-    if not further:
-        return main
+    """Join a main condition and further parts in the normal form; without further parts return the main condition."""
     part = main_part(conditioning_key)
+    if not further or part is None:
+        return main
     return {**further, part: main if part == "c_adm" else [main, *further.get(part, ())]}
 
 
 def map_main(f: Callable[[Any], Any], cond: Parts, conditioning_key: str | None) -> Parts:
-    """`cond`, as compose_condition makes it with further parts, with `f` applied to its main condition."""
+    """Apply `f` to the main condition of a composed condition."""
     part = main_part(conditioning_key)
+    if part is None:
+        return cond
     return {**cond, part: f(cond[part]) if part == "c_adm" else [f(cond[part][0]), *cond[part][1:]]}
 
 
@@ -125,69 +124,63 @@ class DiffusionWrapper(nn.Module):
     def __init__(self, diff_model_config: Any, conditioning_key: str | None) -> None:
         super().__init__()
         if conditioning_key not in ROUTES and "target" in diff_model_config:
-            get_obj_from_str(diff_model_config["target"])  # a package of one's own adds its keys when it is imported
+            get_obj_from_str(diff_model_config["target"])  # importing a package of the user's adds its keys
         route(conditioning_key)
         self.diffusion_model = instantiate_from_config(diff_model_config)
         self.conditioning_key = conditioning_key
 
-    def forward(
-        self,
-        x: Tensor,
-        t: Tensor,
-        c_concat: Sequence[Tensor] | None = None,
-        c_crossattn: Sequence[Tensor] | None = None,
-        c_adm: Tensor | None = None,
-    ) -> Tensor:
-        """x: (B, C, H, W), t: (B,) and the parts that the key needs -> (B, C_out, H, W), in the dtype of x.
+    def forward(self, x: Tensor, t: Tensor, **parts: Any) -> Tensor:
+        """Return the network output (B, C_out, H, W) in the dtype of x (B, C, H, W), at t (B,).
 
-        A network with 16-bit weights is given its inputs in their dtype.
+        `parts` are those of `normalize_condition`. A network with 16-bit weights gets its inputs in their dtype.
         """
-        given = {"c_concat": c_concat, "c_crossattn": c_crossattn, "c_adm": c_adm}
-        parts = normalize_condition(
-            {name: part for name, part in given.items() if part is not None}, self.conditioning_key
-        )
-        dtype = weights_dtype(self.diffusion_model)
-        if dtype not in HALF or x.dtype == dtype:
-            return route(self.conditioning_key).call(self.diffusion_model, x, t, parts)
-        parts = map_tensors(
-            lambda leaf: leaf.to(dtype) if torch.is_tensor(leaf) and leaf.is_floating_point() else leaf, parts
-        )
-        return in_dtype(dtype, lambda x: route(self.conditioning_key).call(self.diffusion_model, x, t, parts), x)
+        call, dtype = route(self.conditioning_key).call, weights_dtype(self.diffusion_model)
+        if dtype not in (torch.float16, torch.bfloat16) or x.dtype == dtype:
+            return call(self.diffusion_model, x, t, parts)
+        half = map_tensors(lambda part: part.to(dtype) if part.is_floating_point() else part, parts)
+        return in_dtype(dtype, lambda x: call(self.diffusion_model, x, t, half), x)
 
 
-def map_tensors(f: Callable[..., Any], *trees: Any) -> Any:
-    """Apply `f` to the leaves of dicts and lists of one shape; ValueError where the shapes differ."""
-    first = trees[0]
+def map_leaves(f: Callable[..., Any], *conditions: Any) -> Any:
+    """Apply `f` to the leaves of conditions of one form. Raises ValueError if their forms differ."""
+    first = conditions[0]
     if isinstance(first, Mapping):
-        if any(not isinstance(tree, Mapping) or set(tree) != set(first) for tree in trees):
-            raise ValueError(f"conditions differ in form: {' and '.join(_describe(tree) for tree in trees)}")
-        return {key: map_tensors(f, *(tree[key] for tree in trees)) for key in first}
+        same = all(isinstance(other, Mapping) and set(other) == set(first) for other in conditions)
+    elif isinstance(first, (list, tuple)):
+        same = all(isinstance(other, (list, tuple)) and len(other) == len(first) for other in conditions)
+    else:
+        same = not any(isinstance(other, (Mapping, list, tuple)) for other in conditions)
+    if not same:
+        raise ValueError(f"conditions differ in form: {' and '.join(map(_describe, conditions))}")
+    if isinstance(first, Mapping):
+        return {key: map_leaves(f, *(other[key] for other in conditions)) for key in first}
     if isinstance(first, (list, tuple)):
-        if any(not isinstance(tree, (list, tuple)) or len(tree) != len(first) for tree in trees):
-            raise ValueError(f"conditions differ in form: {' and '.join(_describe(tree) for tree in trees)}")
-        return [map_tensors(f, *items) for items in zip(*trees)]
-    if any(isinstance(tree, (Mapping, list, tuple)) for tree in trees):
-        raise ValueError(f"conditions differ in form: {' and '.join(_describe(tree) for tree in trees)}")
-    return f(*trees)
+        return [map_leaves(f, *items) for items in zip(*conditions)]
+    return f(*conditions)
+
+
+def map_tensors(f: Callable[[Tensor], Any], condition: Any) -> Any:
+    """Apply `f` to the tensors of a condition."""
+    return map_leaves(lambda leaf: f(leaf) if torch.is_tensor(leaf) else leaf, condition)
 
 
 def join_conditions(first: Conditioning, second: Conditioning) -> Conditioning:
-    """Two conditions of one form as one batch, `first` in front: each tensor (B, ...) becomes (2B, ...)."""
+    """Join two conditions of one form to one batch, `first` in front: each tensor (B, ...) becomes (2B, ...)."""
 
     def join(a: Any, b: Any) -> Any:
         if not torch.is_tensor(a) or not torch.is_tensor(b):
             if torch.is_tensor(a) or torch.is_tensor(b) or a != b:
-                raise ValueError(f"conditions differ in {a!r} and {b!r}, which is no tensor and cannot share a batch")
+                raise ValueError(f"conditions that are not tensors must be equal to share a batch, got {a!r} and {b!r}")
             return a
         if a.shape[1:] != b.shape[1:]:
             raise ValueError(f"conditions of shapes {tuple(a.shape)} and {tuple(b.shape)} cannot share a batch")
         return torch.cat([a, b])
 
-    return map_tensors(join, first, second)
+    return map_leaves(join, first, second)
 
 
 def condition_batch_size(cond: Conditioning) -> int | None:
-    """Number of samples that a condition is for; None where it holds no tensor."""
+    """Return the number of samples of a condition; None if it holds no tensor."""
     if torch.is_tensor(cond):
         return cond.shape[0]
     items = cond.values() if isinstance(cond, Mapping) else cond if isinstance(cond, (list, tuple)) else ()
@@ -195,9 +188,9 @@ def condition_batch_size(cond: Conditioning) -> int | None:
     return next((size for size in sizes if size is not None), None)
 
 
-def _describe(tree: Any) -> str:
-    if isinstance(tree, Mapping):
-        return f"a dict with {sorted(tree)}"
-    if isinstance(tree, (list, tuple)):
-        return f"a list of {len(tree)}"
-    return f"a tensor {tuple(tree.shape)}" if torch.is_tensor(tree) else type(tree).__name__
+def _describe(condition: Any) -> str:
+    if isinstance(condition, Mapping):
+        return f"a dict with {sorted(condition)}"
+    if isinstance(condition, (list, tuple)):
+        return f"a list of {len(condition)}"
+    return f"a tensor {tuple(condition.shape)}" if torch.is_tensor(condition) else type(condition).__name__

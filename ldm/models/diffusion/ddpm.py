@@ -1,23 +1,474 @@
-"""The published home of the diffusion models: `target: ldm.models.diffusion.ddpm.LatentDiffusion`."""
+"""DDPM and LatentDiffusion, each from top to bottom in the order of a training step.
 
-from ldm.models.diffusion.conditioning import DiffusionWrapper
-from ldm.models.diffusion.latent import LatentDiffusion
-from ldm.models.diffusion.layout2img import Layout2ImgDiffusion
-from ldm.models.diffusion.pixel import DDPM
-from ldm.models.diffusion.variants import (
-    LatentDepth2ImageDiffusion,
-    LatentFinetuneDiffusion,
-    LatentInpaintDiffusion,
-    LatentUpscaleDiffusion,
+batch -> get_input -> z, cond -> t -> q_sample -> apply_model -> loss weighting -> logs -> optimizer step -> EMA; the
+last two are in ldm.models.training. The published variants are attributes of this module too.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ldm.config.instantiate import ALIASES, FIRST_STAGE_AS_CONDITION, UNCONDITIONAL, instantiate_from_config
+from ldm.models.diffusion.condition_stage import ConditionStage, drop_condition
+from ldm.models.diffusion.conditioning import (
+    Conditioning,
+    DiffusionWrapper,
+    compose_condition,
+    condition_batch_size,
+    map_tensors,
+    normalize_condition,
 )
+from ldm.models.diffusion.gaussian_diffusion import GaussianDiffusion
+from ldm.models.diffusion.image_log import log_latent_images, log_pixel_images
+from ldm.models.diffusion.latent_scale import measure_latent_std
+from ldm.models.diffusion.loss_weighting import make_loss_weighting
+from ldm.models.diffusion.samplers.ancestral import AncestralSampler
+from ldm.models.diffusion.samplers.ddim import DDIMSampler
+from ldm.models.diffusion.samplers.denoiser import SamplingOptions, SamplingRun
+from ldm.models.training import Losses, TrainedModule, fixed_noise, freeze
+from ldm.models.training import disabled_train as disabled_train
+from ldm.modules.diffusionmodules.parameterization import get_parameterization
+from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
 
-__all__ = [
-    "DDPM",
-    "DiffusionWrapper",
-    "LatentDepth2ImageDiffusion",
-    "LatentDiffusion",
-    "LatentFinetuneDiffusion",
-    "LatentInpaintDiffusion",
-    "LatentUpscaleDiffusion",
-    "Layout2ImgDiffusion",
-]
+logger = logging.getLogger(__name__)
+
+LOSSES = {"l1": nn.functional.l1_loss, "l2": nn.functional.mse_loss}
+
+
+def __getattr__(name: str) -> Any:
+    # The variants are built on this module and live in others, which therefore cannot be imported above.
+    home = ALIASES.get(f"{__name__}.{name}")
+    if home is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(home.rpartition(".")[0]), name)
+
+
+class DDPM(TrainedModule, GaussianDiffusion):
+    """Diffusion in pixel space (arXiv 2006.11239), and everything that latent diffusion shares with it.
+
+    Batches are dicts; `batch[first_stage_key]` holds images (B, H, W, C) in [-1, 1].
+    original_elbo_weight, l_simple_weight, learn_logvar, logvar_init: the published loss, see SimpleLossWeighting;
+    loss_weighting_config replaces it. load_only_unet: `ckpt_path` gives the network's weights alone.
+    """
+
+    model: DiffusionWrapper
+
+    def __init__(
+        self,
+        unet_config: Mapping[str, Any],
+        timesteps: int = 1000,
+        beta_schedule: str = "linear",
+        loss_type: str = "l2",
+        *,
+        load_only_unet: bool = False,
+        monitor: str | None = "val/loss",
+        use_ema: bool = True,
+        first_stage_key: str = "image",
+        image_size: int = 256,
+        channels: int = 3,
+        log_every_t: int = 100,
+        clip_denoised: bool = True,
+        linear_start: float = 1e-4,
+        linear_end: float = 2e-2,
+        cosine_s: float = 8e-3,
+        given_betas: Sequence[float] | None = None,
+        original_elbo_weight: float = 0.0,
+        v_posterior: float = 0.0,
+        l_simple_weight: float = 1.0,
+        conditioning_key: str | None = None,
+        parameterization: str = "eps",
+        scheduler_config: Mapping[str, Any] | None = None,
+        use_positional_encodings: bool = False,
+        learn_logvar: bool = False,
+        logvar_init: float = 0.0,
+        loss_weighting_config: Mapping[str, Any] | None = None,
+        ema_decay: float = 0.9999,
+        zero_terminal_snr: bool = False,
+        **weights: Any,
+    ) -> None:
+        super().__init__(**weights)
+        get_parameterization(parameterization)
+        if loss_type not in LOSSES:
+            raise ValueError(f"loss_type {loss_type!r}: choose one of {', '.join(LOSSES)}")
+        if use_positional_encodings:
+            raise ValueError("use_positional_encodings: not supported, no published model uses it; leave it false")
+        self.parameterization, self.loss_type, self.v_posterior = parameterization, loss_type, v_posterior
+        self.first_stage_key, self.image_size, self.channels = first_stage_key, image_size, channels
+        self.log_every_t, self.clip_denoised, self.monitor = log_every_t, clip_denoised, monitor
+        self.scheduler_config, self.load_only_unet = scheduler_config, load_only_unet
+        self.cond_stage_model: Any = None
+        self.model = DiffusionWrapper(unet_config, conditioning_key)
+        if use_ema:
+            self.add_ema(decay=ema_decay)
+        self.register_schedule(
+            given_betas, beta_schedule, timesteps, linear_start, linear_end, cosine_s, zero_terminal_snr
+        )
+        self.original_elbo_weight, self.l_simple_weight = original_elbo_weight, l_simple_weight
+        self.learn_logvar = learn_logvar
+        self.loss_weighting = make_loss_weighting(
+            loss_weighting_config,
+            l_simple_weight=l_simple_weight,
+            original_elbo_weight=original_elbo_weight,
+            learn_logvar=learn_logvar,
+        )
+        logvar = torch.full((self.num_timesteps,), float(logvar_init))
+        if learn_logvar:
+            self.logvar = nn.Parameter(logvar)
+        else:
+            self.register_buffer("logvar", logvar, persistent=False)
+
+    # ------------------------------------------------------------------------------------------------- training step
+
+    def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
+        loss, logs = self.shared_step(batch)
+        self.log_training(loss, logs, self.batch_size_of(batch))
+        return loss
+
+    def batch_size_of(self, batch: Mapping[str, Any]) -> int:
+        return len(self.batch_value(batch, self.first_stage_key))
+
+    def shared_step(self, batch: Mapping[str, Any]) -> Losses:
+        """Return the loss of a batch and its named logs."""
+        return self(self.get_input(batch, self.first_stage_key))
+
+    def get_input(self, batch: Mapping[str, Any], k: str, *, bs: int | None = None) -> Any:
+        """Return the inputs of `forward` from a batch: images (B, C, H, W)."""
+        return self.get_images(batch, k, bs)
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Losses:
+        """Return the loss at random timesteps."""
+        return self.p_losses(x, self.random_timesteps(x.shape[0]), *args, **kwargs)
+
+    def random_timesteps(self, batch_size: int) -> Tensor:
+        """Sample timesteps (B,) int64, uniform in [0, T)."""
+        return torch.randint(0, self.num_timesteps, (batch_size,), device=self.device)
+
+    def p_losses(self, x_start: Tensor, *args: Any, **kwargs: Any) -> Losses:
+        """p_losses(x_start, t, noise=None): loss without a condition, see `denoising_loss`."""
+        return self.denoising_loss(x_start, None, *args, **kwargs)
+
+    def denoising_loss(self, x_start: Tensor, cond: Conditioning, t: Tensor, noise: Tensor | None = None) -> Losses:
+        """Return the loss of x_start (B, C, H, W) at t (B,) and its logs (DDPM eq. 12 and 14, LDM eq. 2 and 3)."""
+        noise = torch.randn_like(x_start) if noise is None else noise
+        x_noisy = self.q_sample(x_start, t, noise)  # (B, C, H, W)
+        out = self.apply_model(x_noisy, t, cond)  # (B, C, H, W)
+        target = self.training_target(x_start, noise, t)
+        errors = self.get_loss(out, target, mean=False).mean(dim=(1, 2, 3))  # (B,)
+        loss, logs = self.loss_weighting(errors, t, self)
+        prefix = "train" if self.training else "val"
+        logs = {f"{prefix}/{name}": value.detach() for name, value in {**logs, "loss": loss}.items()}
+        if self.learn_logvar:
+            logs["logvar"] = self.logvar.detach().mean()
+        return loss, logs
+
+    def apply_model(self, x_noisy: Tensor, t: Tensor, cond: Conditioning = None) -> Tensor:
+        """Return the network output at x_noisy (B, C, H, W) and t (B,), under a condition in any published form."""
+        return self.model(x_noisy, t, **normalize_condition(cond, self.model.conditioning_key))
+
+    def get_loss(self, pred: Tensor, target: Tensor, mean: bool = True) -> Tensor:
+        """Return the loss of `loss_type`, averaged or (B, C, H, W)."""
+        return LOSSES[self.loss_type](pred, target, reduction="mean" if mean else "none")
+
+    # ---------------------------------------------------------------------------------------------------- validation
+
+    @torch.no_grad()
+    def validation_step(self, batch: Mapping[str, Any], batch_idx: int) -> None:
+        """Log the losses of the trained and the averaged weights, with the same noise so that they compare."""
+        with fixed_noise(batch_idx, self.device):
+            _, logs = self.shared_step(batch)
+        logs_ema = logs
+        if self.use_ema:
+            with self.ema_scope(), fixed_noise(batch_idx, self.device):
+                _, logs_ema = self.shared_step(batch)
+        self.log_validation(
+            {**logs, **{f"{name}_ema": value for name, value in logs_ema.items()}}, self.batch_size_of(batch)
+        )
+
+    # ------------------------------------------------------------------------------------------------------ sampling
+
+    @torch.no_grad()
+    def sample(
+        self,
+        cond: Conditioning = None,
+        batch_size: int = 16,
+        return_intermediates: bool = False,
+        x_T: Tensor | None = None,
+        verbose: bool = False,
+        timesteps: int | None = None,
+        quantize_denoised: bool = False,
+        mask: Tensor | None = None,
+        x0: Tensor | None = None,
+        shape: Sequence[int] | None = None,
+        log_every_t: int | None = None,
+    ) -> Any:
+        """Sample (B, C, H, W) with the ancestral sampler, from timestep `timesteps` - 1 (default T - 1) down to 0.
+
+        `shape` is that of the whole batch; `return_intermediates` adds a list of the latents on the way.
+        """
+        shape = (batch_size, *self.latent_shape()) if shape is None else tuple(shape)
+        size = condition_batch_size(cond)
+        if size is not None and size < shape[0]:
+            raise ValueError(f"the condition is for {size} samples, batch_size is {shape[0]}")
+        if size is not None and size > shape[0]:  # as published: the conditions of the first samples
+            cond = map_tensors(lambda tensor: tensor[: shape[0]], cond)
+        x = torch.randn(shape, device=self.device) if x_T is None else x_T
+        start = self.num_timesteps if timesteps is None else timesteps
+        if not 0 <= start <= self.num_timesteps:
+            raise ValueError(f"timesteps {start}: choose 0 to {self.num_timesteps}")
+        sampler = AncestralSampler(self)
+        options = SamplingOptions(clip_denoised=self.clip_denoised, quantize_x0=quantize_denoised)
+        run = SamplingRun(self, sampler.checked_steps(self.num_timesteps), x, cond, None, 1.0, options)
+        out = sampler.loop(x, run, start, mask, x0, log_every_t=log_every_t or self.log_every_t, verbose=verbose)
+        return (out.samples, out.intermediates["x_inter"]) if return_intermediates else out.samples
+
+    def latent_shape(self) -> tuple[int, int, int]:
+        """(channels, height, width) of a sample."""
+        height, width = (self.image_size,) * 2 if isinstance(self.image_size, int) else self.image_size
+        return self.channels, height, width
+
+    @torch.no_grad()
+    def log_images(self, batch: Mapping[str, Any], N: int = 8, n_row: int = 2, **kwargs: Any) -> dict[str, Tensor]:
+        """Return images of the training, each (B, C, H, W) in about [-1, 1]; see ldm.models.diffusion.image_log."""
+        return log_pixel_images(self, batch, N, n_row, **kwargs)
+
+
+class EncodedBatch(NamedTuple):
+    """A batch as the model takes it."""
+
+    z: Tensor  # (B, c, h, w), scaled latents
+    cond: Any  # encoded condition; raw if its encoder is trained
+    images: Tensor  # (B, C, H, W)
+    raw_cond: Any  # input of the condition's encoder; None without one
+
+
+class LatentDiffusion(ConditionStage, DDPM):
+    """Diffusion in the latent space of a frozen first stage, under a condition (arXiv 2112.10752, section 3).
+
+    concat_keys, masked_image_key, adm_key: parts that join the condition of `cond_stage_key`, see ConditionStage.
+    cond_dropout: fraction of training samples that get the encoder's unconditional condition, which classifier-free
+        guidance needs (Ho & Salimans 2022, algorithm 1); it is saved in the checkpoint.
+    """
+
+    cond_ids: Tensor
+
+    def __init__(
+        self,
+        first_stage_config: Mapping[str, Any],
+        cond_stage_config: Mapping[str, Any] | str,
+        num_timesteps_cond: int | None = None,
+        cond_stage_key: str = "image",
+        cond_stage_trainable: bool = False,
+        concat_mode: bool = True,
+        cond_stage_forward: str | None = None,
+        conditioning_key: str | None = None,
+        scale_factor: float = 1.0,
+        scale_by_std: bool = False,
+        cond_dropout: float = 0.0,
+        concat_keys: Sequence[str] = (),
+        masked_image_key: str | None = "masked_image",
+        adm_key: str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if conditioning_key is None:
+            conditioning_key = "concat" if concat_mode else "crossattn"
+        if cond_stage_config == UNCONDITIONAL:
+            conditioning_key = None
+        if not 0.0 <= cond_dropout < 1.0:
+            raise ValueError(f"cond_dropout {cond_dropout}: choose a fraction in [0, 1), 0.1 is usual")
+        if scale_by_std and scale_factor != 1.0:
+            raise ValueError(f"scale_factor {scale_factor}: remove it, scale_by_std measures it")
+        super().__init__(conditioning_key=conditioning_key, **kwargs)
+        self.set_further_parts(concat_keys, masked_image_key, adm_key)
+        self.num_timesteps_cond = 1 if num_timesteps_cond is None else num_timesteps_cond
+        if not 1 <= self.num_timesteps_cond <= self.num_timesteps:
+            raise ValueError(f"num_timesteps_cond {num_timesteps_cond}: choose 1 to {self.num_timesteps}")
+        self.cond_stage_key, self.cond_stage_trainable = cond_stage_key, cond_stage_trainable
+        self.cond_stage_forward, self.concat_mode, self.cond_dropout = cond_stage_forward, concat_mode, cond_dropout
+        self.clip_denoised = False
+        self.scale_by_std, self._scale_factor_loaded = scale_by_std, False
+        self.scale_factor: float | Tensor
+        if scale_by_std:
+            self.register_buffer("scale_factor", torch.tensor(float(scale_factor), device="cpu"))
+        else:
+            self.scale_factor = scale_factor
+        self.first_stage_model: Any = freeze(instantiate_from_config(first_stage_config))
+        self.cond_stage_model = self._build_cond_stage(cond_stage_config)
+        if self.num_timesteps_cond > 1:
+            ids = _cond_timesteps(self.num_timesteps, self.num_timesteps_cond)
+            self.register_buffer("cond_ids", ids, persistent=False)
+
+    def _build_cond_stage(self, config: Mapping[str, Any] | str) -> Any:
+        if config != FIRST_STAGE_AS_CONDITION:
+            stage = instantiate_from_config(config)
+            return stage if stage is None or self.cond_stage_trainable else freeze(stage)
+        if self.cond_stage_trainable:
+            raise ValueError(f"cond_stage_config {config}: the first stage is frozen; set cond_stage_trainable false")
+        return self.first_stage_model
+
+    # ------------------------------------------------------------------------------------------------- training step
+
+    def shared_step(self, batch: Mapping[str, Any], **kwargs: Any) -> Losses:
+        z, c = self.get_input(batch, self.first_stage_key)
+        return self(z, c, **kwargs)
+
+    def get_input(
+        self,
+        batch: Mapping[str, Any],
+        k: str,
+        return_first_stage_outputs: bool = False,
+        force_c_encode: bool = False,
+        cond_key: str | None = None,
+        return_original_cond: bool = False,
+        bs: int | None = None,
+    ) -> list[Any]:
+        """Return `encode_batch` in the published form: [z, cond], then images, reconstructions, raw condition."""
+        encoded = self.encode_batch(batch, k, bs, force_c_encode, cond_key)
+        out = [encoded.z, encoded.cond]
+        if return_first_stage_outputs:
+            out += [encoded.images, self.decode_first_stage(encoded.z)]
+        if return_original_cond:
+            out.append(encoded.raw_cond)
+        return out
+
+    def encode_batch(
+        self,
+        batch: Mapping[str, Any],
+        k: str | None = None,
+        bs: int | None = None,
+        force_c_encode: bool = False,
+        cond_key: str | None = None,
+    ) -> EncodedBatch:
+        """Return the latents and the condition of a batch, or of its first `bs` samples.
+
+        In training mode a fraction `cond_dropout` of the conditions is dropped here. The condition of a trained encoder
+        stays raw, so that `forward` encodes it with gradients, unless `force_c_encode`.
+        """
+        x = self.get_images(batch, k or self.first_stage_key, bs)
+        z = self.latents_of(x)
+        if self.model.conditioning_key is None or self.cond_stage_model is None:
+            return EncodedBatch(z, None, x, None)
+        raw = main = self.raw_condition(batch, cond_key or self.cond_stage_key, bs)
+        if self.training and self.cond_dropout > 0:
+            dropped = torch.rand(x.shape[0], device=self.device) < self.cond_dropout
+            main = drop_condition(raw, self.unconditional_input_like(raw, x.shape[0]), dropped)
+        if force_c_encode or not self.cond_stage_trainable:
+            main = self.get_learned_conditioning(main)
+        cond = compose_condition(main, self.model.conditioning_key, self.further_parts(batch, z.shape[2:], bs))
+        return EncodedBatch(z, cond, x, raw)
+
+    def latents_of(self, x: Tensor) -> Tensor:
+        """Encode images (B, C, H, W) in [-1, 1] to scaled latents (B, c, h, w)."""
+        return self.get_first_stage_encoding(self.encode_first_stage(x)).detach()
+
+    @torch.no_grad()
+    def encode_first_stage(self, x: Tensor) -> Any:
+        """Encode images (B, C, H, W) in [-1, 1] with the first stage, to a posterior or to unscaled latents."""
+        return self.first_stage_model.encode(x)
+
+    def get_first_stage_encoding(self, encoder_posterior: Any) -> Tensor:
+        """Return a scaled latent (B, c, h, w) of a posterior (a sample) or of an unscaled latent."""
+        if isinstance(encoder_posterior, DiagonalGaussianDistribution):
+            encoder_posterior = encoder_posterior.sample()
+        elif not torch.is_tensor(encoder_posterior):
+            raise TypeError(
+                f"the first stage must return a posterior or a tensor, got {type(encoder_posterior).__name__}"
+            )
+        return self.scale_factor * encoder_posterior
+
+    def forward(self, x: Tensor, c: Any = None, *args: Any, **kwargs: Any) -> Losses:
+        """Return the loss of latents x (B, c, h, w) at random timesteps; `c` is raw if its encoder is trained."""
+        t = self.random_timesteps(x.shape[0])
+        if self.model.conditioning_key is not None and self.cond_stage_trainable:
+            c = self.map_main_condition(self.get_learned_conditioning, c)
+        if self.num_timesteps_cond > 1 and torch.is_tensor(c):
+            c = self.q_sample(c, self.cond_ids[t], torch.randn_like(c))  # the condition has its own noise schedule
+        return self.p_losses(x, c, t, *args, **kwargs)
+
+    def p_losses(self, x_start: Tensor, cond: Conditioning, t: Tensor, noise: Tensor | None = None) -> Losses:
+        """Return the loss of latents x_start (B, c, h, w) at t (B,), see `denoising_loss`."""
+        return self.denoising_loss(x_start, cond, t, noise)
+
+    # ------------------------------------------------------------------------------------------- weights, first stage
+
+    def load_tensors(
+        self, path: str, tensors: Mapping[str, Tensor], ignore_keys: Sequence[str], only_model: bool
+    ) -> None:
+        """Raise ValueError too if the file was trained with another scale factor than the config's."""
+        super().load_tensors(path, tensors, ignore_keys, only_model)
+        given = None if only_model or "scale_factor" in ignore_keys else tensors.get("scale_factor")
+        self._scale_factor_loaded = given is not None
+        if given is not None and not self.scale_by_std and abs(float(given) / float(self.scale_factor) - 1) > 1e-3:
+            raise ValueError(
+                f"{path}: trained with scale_factor {float(given):.6g}, the config has {float(self.scale_factor):.6g}: "
+                f"set model.params.scale_factor={float(given):.6g}, or add scale_factor to ignore_keys"
+            )
+
+    def on_fit_start(self) -> None:
+        super().on_fit_start()
+        if self.trainer.ckpt_path is None and has_random_weights(self.first_stage_model):
+            logger.warning("the first stage has random weights: set model.params.first_stage_config.params.ckpt_path")
+
+    @torch.no_grad()
+    def on_train_start(self) -> None:
+        """Measure the scale factor of a new run, 1 / std of the latents, over several batches and all ranks."""
+        key, resumed = self.first_stage_key, self.global_step > 0 or self.trainer.ckpt_path is not None
+        if isinstance(self.scale_factor, Tensor) and not resumed and not self._scale_factor_loaded:
+            self.scale_factor.fill_(1.0)
+            batches: Any = self.trainer.train_dataloader
+            std = measure_latent_std(lambda batch: self.latents_of(self.get_images(batch, key)), batches, self.device)
+            self.scale_factor.copy_(1.0 / std)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["latent_diffusion"] = {
+            "cond_dropout": float(self.cond_dropout),
+            "parameterization": self.parameterization,
+            "conditioning_key": self.model.conditioning_key,
+            "scale_factor": float(self.scale_factor),
+        }
+
+    def differentiable_decode_first_stage(self, z: Tensor, force_not_quantize: bool = False) -> Tensor:
+        """Decode scaled latents (B, c, h, w) to images (B, C, H, W) in about [-1, 1], with gradients."""
+        options = {"force_not_quantize": True} if force_not_quantize else {}
+        return self.first_stage_model.decode(z / self.scale_factor, **options)
+
+    @torch.no_grad()
+    def decode_first_stage(self, z: Tensor, force_not_quantize: bool = False) -> Tensor:
+        """Decode scaled latents (B, c, h, w) to images (B, C, H, W) in about [-1, 1]."""
+        return self.differentiable_decode_first_stage(z, force_not_quantize)
+
+    # ----------------------------------------------------------------------------------------------------- image logs
+
+    @torch.no_grad()
+    def sample_log(
+        self, cond: Conditioning, batch_size: int, ddim: bool, ddim_steps: int, **kwargs: Any
+    ) -> tuple[Tensor, Any]:
+        """Return (samples, intermediates) of DDIM or of the ancestral sampler: the published hook of image logs."""
+        if not ddim:
+            return self.sample(cond, batch_size, return_intermediates=True, **kwargs)
+        return DDIMSampler(self).sample(ddim_steps, batch_size, self.latent_shape(), cond, verbose=False, **kwargs)
+
+    @torch.no_grad()
+    def log_images(self, batch: Mapping[str, Any], N: int = 8, n_row: int = 4, **kwargs: Any) -> dict[str, Tensor]:
+        return log_latent_images(self, batch, N, n_row, **kwargs)
+
+    def further_images(self, batch: Mapping[str, Any], inputs: Tensor, cond: Any) -> dict[str, Tensor]:
+        """Return what a subclass adds to the image log of `inputs` (B, C, H, W) under their encoded condition."""
+        return {}
+
+
+def has_random_weights(stage: Any) -> bool:
+    """Return True if no weights were loaded into a trainable first stage."""
+    return isinstance(stage, TrainedModule) and not stage.weights_loaded and any(True for _ in stage.parameters())
+
+
+def _cond_timesteps(num_timesteps: int, num_timesteps_cond: int) -> Tensor:
+    """Timestep of the condition's noise for each t: spread over the schedule at first, then the last one."""
+    ids = torch.full((num_timesteps,), num_timesteps - 1, dtype=torch.long, device="cpu")
+    ids[:num_timesteps_cond] = torch.linspace(0, num_timesteps - 1, num_timesteps_cond, device="cpu").round().long()
+    return ids

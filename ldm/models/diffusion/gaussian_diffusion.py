@@ -1,4 +1,4 @@
-"""The Gaussian diffusion process of a model: schedule buffers, the forward process and its posterior."""
+"""Gaussian diffusion of a model: schedule buffers, the forward process and its posterior."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ class Gaussian(NamedTuple):
     log_variance: Tensor
 
 
-class GaussianProcess(nn.Module):
-    """Mixin that gives a module q(x_t | x_0), q(x_{t-1} | x_t, x_0) and the tables behind them (DDPM, arXiv 2006.11239).
+class GaussianDiffusion(nn.Module):
+    """Mixin with q(x_t | x_0), q(x_{t-1} | x_t, x_0) and their tables (DDPM, arXiv 2006.11239).
 
     Tables are float32 buffers under their published names, computed in float64. `lvlb_weights`, the weight of each
     timestep in the variational bound, is not saved, as published.
@@ -33,6 +33,21 @@ class GaussianProcess(nn.Module):
 
     parameterization: str
     v_posterior: float
+    num_timesteps: int
+    betas: Tensor
+    alphas_cumprod: Tensor
+    alphas_cumprod_prev: Tensor
+    sqrt_alphas_cumprod: Tensor
+    sqrt_one_minus_alphas_cumprod: Tensor
+    log_one_minus_alphas_cumprod: Tensor
+    sqrt_recip_alphas_cumprod: Tensor
+    sqrt_recipm1_alphas_cumprod: Tensor
+    posterior_variance: Tensor
+    posterior_log_variance_clipped: Tensor
+    posterior_mean_coef1: Tensor
+    posterior_mean_coef2: Tensor
+    lvlb_weights: Tensor
+    logvar: Tensor  # (T,) log-variance of the network's error, see loss_weighting
 
     def register_schedule(
         self,
@@ -44,14 +59,14 @@ class GaussianProcess(nn.Module):
         cosine_s: float = 8e-3,
         zero_terminal_snr: bool = False,
     ) -> None:
-        """Set up the process from a named beta schedule, or from betas that are given.
+        """Register the tables of a named beta schedule, or of given betas.
 
-        `zero_terminal_snr` rescales it so that no signal is left at the last timestep, whatever schedule a weights file holds;
-        ValueError unless the network predicts v or x0.
+        `zero_terminal_snr` rescales it so that no signal is left at the last timestep, whatever schedule a weights
+        file holds. Raises ValueError unless the network then predicts v or x0.
         """
         if zero_terminal_snr and self.parameterization == "eps":
             raise ValueError(
-                "zero_terminal_snr: the last timestep is pure noise, which tells eps nothing; set parameterization v or x0"
+                "zero_terminal_snr: the last timestep is pure noise; set parameterization v or x0, not eps"
             )
         if given_betas is None:
             given_betas = make_beta_schedule(beta_schedule, timesteps, linear_start, linear_end, cosine_s)
@@ -62,16 +77,16 @@ class GaussianProcess(nn.Module):
             self.register_buffer(name, _float32(table))
         self.register_buffer("lvlb_weights", _float32(lvlb_weights(schedule, self.parameterization)), persistent=False)
         if zero_terminal_snr:
-            self.register_load_state_dict_post_hook(lambda module, keys: keep_tables(module, schedule))
+            self.register_load_state_dict_post_hook(lambda module, keys: _restore_tables(module, schedule))
 
     def q_mean_variance(self, x_start: Tensor, t: Tensor) -> Gaussian:
-        """q(x_t | x_0) at t (B,), DDPM eq. 4."""
+        """Return q(x_t | x_0) at t (B,), DDPM eq. 4."""
         mean = extract_into_tensor(self.sqrt_alphas_cumprod, t, x_start.shape) * x_start
         variance = extract_into_tensor(1.0 - self.alphas_cumprod, t, x_start.shape)
         return Gaussian(mean, variance, extract_into_tensor(self.log_one_minus_alphas_cumprod, t, x_start.shape))
 
     def q_sample(self, x_start: Tensor, t: Tensor, noise: Tensor | None = None) -> Tensor:
-        """x_t ~ q(x_t | x_0): x_start (B, C, H, W), t (B,) int64 in [0, T) -> (B, C, H, W)."""
+        """Sample x_t ~ q(x_t | x_0): x_start (B, C, H, W), t (B,) int64 in [0, T) -> (B, C, H, W)."""
         noise = torch.randn_like(x_start) if noise is None else noise
         alpha, sigma = self.alpha_sigma(t, x_start.shape)
         return alpha * x_start + sigma * noise
@@ -83,8 +98,12 @@ class GaussianProcess(nn.Module):
             extract_into_tensor(self.sqrt_one_minus_alphas_cumprod, t, shape),
         )
 
+    def log_snr(self, t: Tensor) -> Tensor:
+        """log(alpha^2 / sigma^2) at t (B,), (B,)."""
+        return (self.alphas_cumprod[t] / (1.0 - self.alphas_cumprod[t])).log()
+
     def q_posterior(self, x_start: Tensor, x_t: Tensor, t: Tensor) -> Gaussian:
-        """q(x_{t-1} | x_t, x_0), DDPM eq. 6 and 7."""
+        """Return q(x_{t-1} | x_t, x_0), DDPM eq. 6 and 7."""
         mean = (
             extract_into_tensor(self.posterior_mean_coef1, t, x_t.shape) * x_start
             + extract_into_tensor(self.posterior_mean_coef2, t, x_t.shape) * x_t
@@ -93,40 +112,39 @@ class GaussianProcess(nn.Module):
         return Gaussian(mean, variance, extract_into_tensor(self.posterior_log_variance_clipped, t, x_t.shape))
 
     def predict_x0(self, x_t: Tensor, t: Tensor, out: Tensor) -> Tensor:
-        """The clean signal that network output `out` at (x_t, t) stands for, whatever the parameterization."""
-        alpha, sigma = self.alpha_sigma(t, x_t.shape)
-        return get_parameterization(self.parameterization).to_x0(x_t, out, alpha, sigma)
+        """Return x_0 for network output `out` at (x_t, t), in any parameterization."""
+        return get_parameterization(self.parameterization).to_x0(x_t, out, *self.alpha_sigma(t, x_t.shape))
 
     def predict_start_from_noise(self, x_t: Tensor, t: Tensor, noise: Tensor) -> Tensor:
-        """x_0 from x_t and the noise in it."""
+        """Return x_0 from x_t and its noise."""
         return (
             extract_into_tensor(self.sqrt_recip_alphas_cumprod, t, x_t.shape) * x_t
             - extract_into_tensor(self.sqrt_recipm1_alphas_cumprod, t, x_t.shape) * noise
         )
 
     def get_v(self, x: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """The v target at clean x (B, C, H, W) and t (B,)."""
+        """Return the v target at clean x (B, C, H, W) and t (B,)."""
         return get_parameterization("v").target(x, noise, *self.alpha_sigma(t, x.shape))
 
     def training_target(self, x_start: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """What the network should output for x_t made of x_start and noise."""
+        """Return the target of the network for x_t made of x_start and noise."""
         return get_parameterization(self.parameterization).target(x_start, noise, *self.alpha_sigma(t, x_start.shape))
 
 
-def keep_tables(module: nn.Module, schedule: Schedule) -> None:
-    """Put back the tables of `schedule` where a file of weights brought others: fine-tuning would lose its zero terminal SNR."""
+def _restore_tables(module: GaussianDiffusion, schedule: Schedule) -> None:
+    # A weights file brings the schedule of its own training; fine-tuning would lose its zero terminal SNR.
     if float(module.alphas_cumprod[-1]) == 0.0:
         return
-    logger.info("zero_terminal_snr: the schedule is the config's, not that of the weights file")
+    logger.info("zero_terminal_snr: using the schedule of the config, not that of the weights file")
     for name, table in schedule.tables().items():
         setattr(module, name, _float32(table).to(module.alphas_cumprod.device))
 
 
 def lvlb_weights(schedule: Schedule, parameterization: str) -> np.ndarray:
-    """Weight of each timestep's squared error in the variational bound, (T,) float64 (DDPM eq. 12 without its expectation).
+    """Weight of each timestep's squared error in the variational bound, (T,) float64 (DDPM eq. 12, per sample).
 
     For x0 the published weight divides by 2 - alphas_cumprod where the bound has 2 (1 - alphas_cumprod); the published
-    figures hold. For v the weight is 1.
+    values hold. For v the weight is 1.
     """
     acp = schedule.alphas_cumprod
     with np.errstate(divide="ignore", invalid="ignore"):

@@ -1,4 +1,4 @@
-"""Pictures of any size in bounded memory: overlapping tiles through the first stage and the network, blended without seams."""
+"""Images of any size in bounded memory: overlapping tiles through first stage and network, blended without seams."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
 
 logger = logging.getLogger(__name__)
 
-# Entries of the published `split_input_params` that shape its weights or switch its parts on; blending is our own here.
-_WITHOUT_MEANING = (
+# Entries of the published `split_input_params` without effect: they set its weights and enable its parts.
+_UNUSED = (
     "clip_max_weight",
     "clip_min_weight",
     "clip_max_tie_weight",
@@ -28,32 +28,35 @@ _WITHOUT_MEANING = (
 
 
 class Span(NamedTuple):
-    """Where a tile lies along one axis, in latent cells: [start, stop) of `length`."""
+    """Position of a tile along one axis, in latent cells: [start, stop) of `length`."""
 
     start: int
     stop: int
     length: int
 
+    def slice(self, scale: int, rest: bool = False) -> slice:
+        """The tile at `scale` values per cell; with `rest` the last tile includes values beyond the last whole cell."""
+        return slice(self.start * scale, None if rest and self.stop == self.length else self.stop * scale)
 
-class Cut(NamedTuple):
-    """Takes one tile out of a tensor."""
+
+class Tile(NamedTuple):
+    """Position of a tile; called with a tensor it cuts the tile out."""
 
     rows: Span
     columns: Span
 
     def __call__(self, x: Tensor, scale: int = 1) -> Tensor:
-        """The tile of x (B, C, H, W), `scale` values per cell; values beyond the last whole cell go with the last tile."""
-        rows, columns = (slice(at.start * scale, None if at.stop == at.length else at.stop * scale) for at in self)
-        return x[..., rows, columns]
+        """Cut the tile out of x (B, C, H, W) with `scale` values per cell."""
+        return x[..., self.rows.slice(scale, rest=True), self.columns.slice(scale, rest=True)]
 
 
 @dataclass(frozen=True)
 class Tiling:
-    """How latents are cut: (height, width) of a tile and the steps between tiles, all in latent cells.
+    """Tiles of latents: (height, width) of a tile and the stride between tiles, in latent cells.
 
-    Neighbors share `size - stride` cells. The outer `margin` of them, at each inner edge, only gives a tile its surroundings and is thrown
-    away; between the margins one tile fades linearly into the next. A network whose output depends on no more than `margin` cells around
-    gives what it gives for the whole picture. `margin` None is a quarter of what neighbors share.
+    Neighbors overlap by `size - stride` cells. The outer `margin` cells of the overlap, at each inner edge, only
+    provide context and are discarded; between the margins one tile fades linearly into the next. A network with a
+    receptive field of at most `margin` cells returns the same as without tiles. Default: a quarter of the overlap.
     """
 
     size: tuple[int, int] = (128, 128)
@@ -63,52 +66,56 @@ class Tiling:
     def __post_init__(self) -> None:
         for name in ("size", "stride"):
             value = getattr(self, name)
-            object.__setattr__(
-                self, name, (value, value) if isinstance(value, int) else tuple(int(side) for side in value)
-            )
-            if len(getattr(self, name)) != 2:
-                raise ValueError(f"{name} {value}: give height and width in latent cells")
+            sides = (value, value) if isinstance(value, int) else tuple(int(side) for side in value)
+            if len(sides) != 2:
+                raise ValueError(f"{name} {value}: expected height and width in latent cells")
+            object.__setattr__(self, name, sides)
         if any(not 1 <= step < side for side, step in zip(self.size, self.stride)):
             most = tuple(side - 1 for side in self.size)
-            raise ValueError(f"stride {self.stride}: tiles of {self.size} cells have to overlap; choose 1 to {most}")
-        shared = min(side - step for side, step in zip(self.size, self.stride))
-        if self.margin is None:
-            object.__setattr__(self, "margin", shared // 4)
-        if not 0 <= 2 * self.margin < shared:
+            raise ValueError(f"stride {self.stride}: tiles of {self.size} cells must overlap; choose 1 to {most}")
+        overlap = min(side - step for side, step in zip(self.size, self.stride))
+        if not 0 <= 2 * self.margin_cells < overlap:
             raise ValueError(
-                f"margin {self.margin}: neighbors share {shared} cells and fade between them; choose 0 to {(shared - 1) // 2}"
+                f"margin {self.margin}: with an overlap of {overlap} cells choose 0 to {(overlap - 1) // 2}"
             )
+
+    @property
+    def margin_cells(self) -> int:
+        if self.margin is not None:
+            return self.margin
+        return min(side - step for side, step in zip(self.size, self.stride)) // 4
 
     @classmethod
     def from_split_input_params(cls, params: Mapping[str, Any]) -> Tiling:
-        """The tiles of a published `split_input_params`, whose `ks` and `stride` are in latent cells.
+        """Return the tiles of a published `split_input_params`, whose `ks` and `stride` are in latent cells.
 
-        Its `vqf`, pixels per cell, is the first stage's own; what shapes its weights has no meaning here, and a log line says so.
+        Its `vqf`, pixels per cell, is read from the first stage instead; weight options have no effect and are logged.
         """
-        unknown = set(params) - {"ks", "stride", "vqf", *_WITHOUT_MEANING}
-        if unknown or not {"ks", "stride"} <= set(params):
-            wrong = f"unknown {', '.join(sorted(unknown))}" if unknown else "ks and stride are needed"
-            raise ValueError(f"split_input_params: {wrong}; known are ks, stride, vqf, {', '.join(_WITHOUT_MEANING)}")
-        without = sorted(set(params) & set(_WITHOUT_MEANING))
-        if without:
-            logger.info("split_input_params: tiles are blended linearly; without meaning: %s", ", ".join(without))
+        known = ("ks", "stride", "vqf", *_UNUSED)
+        unknown, missing = sorted(set(params) - set(known)), sorted({"ks", "stride"} - set(params))
+        if unknown or missing:
+            wrong = f"unknown {', '.join(unknown)}" if unknown else f"missing {', '.join(missing)}"
+            raise ValueError(f"split_input_params: {wrong}; known are {', '.join(known)}")
+        unused = sorted(set(params) & set(_UNUSED))
+        if unused:
+            logger.info("split_input_params: tiles are blended linearly; no effect: %s", ", ".join(unused))
         return cls(tuple(params["ks"]), tuple(params["stride"]))
 
     def spans(self, length: int, axis: int) -> Iterator[Span]:
-        """The tiles along an axis (0 height, 1 width) of `length` cells; the last is moved back to end where the axis ends."""
+        """The tiles along an axis (0 height, 1 width) of `length` cells; the last one ends where the axis ends."""
         side, step = min(self.size[axis], length), self.stride[axis]
         for start in [*range(0, length - side, step), length - side]:
             yield Span(start, start + side, length)
 
     def weight(self, span: Span, axis: int, scale: int = 1) -> Tensor:
-        """How much each of a tile's `scale` values per cell counts along an axis: 0 in inner margins, 1 away from them, linear between."""
-        ramp = (self.size[axis] - self.stride[axis] - 2 * self.margin) * scale
-        at = (
-            torch.arange((span.stop - span.start) * scale, dtype=torch.float32, device="cpu")
-            + 0.5
-            - self.margin * scale
-        )
-        rising = (at / ramp).clamp(0.0, 1.0)
+        """Blending weight of each of a tile's `scale` values per cell along an axis.
+
+        0 in inner margins, 1 outside the overlap, linear in between.
+        """
+        margin = self.margin_cells
+        ramp = (self.size[axis] - self.stride[axis] - 2 * margin) * scale
+        position = torch.arange((span.stop - span.start) * scale, dtype=torch.float32, device="cpu") + 0.5
+        rising = ((position - margin * scale) / ramp).clamp(0.0, 1.0)
         weight = torch.ones_like(rising)
         if span.start > 0:
             weight = torch.minimum(weight, rising)
@@ -116,112 +123,111 @@ class Tiling:
             weight = torch.minimum(weight, rising.flip(0))
         return weight
 
-    def apply(self, f: Callable[[Cut], Tensor], height: int, width: int, scale: int = 1) -> Tensor:
+    def apply(self, f: Callable[[Tile], Tensor], height: int, width: int, scale: int = 1) -> Tensor:
         """Blend `f` of every tile of `height` x `width` cells -> (B, C, height * scale, width * scale).
 
-        f(cut): the tile's values (B, C, h * scale, w * scale).
-        Every value is the mean, weighted by `weight`, of the tiles that cover it: where they agree it is theirs to the last bit.
+        f(tile): the tile's values (B, C, h * scale, w * scale). Each output value is the weighted mean of the tiles
+        that cover it; where they agree it is exactly theirs.
         """
-        out = total = None
+        out = total = torch.empty(0)
         for rows in self.spans(height, 0):
             for columns in self.spans(width, 1):
-                tile = f(Cut(rows, columns))
+                values = f(Tile(rows, columns))
                 expected = ((rows.stop - rows.start) * scale, (columns.stop - columns.start) * scale)
-                if tuple(tile.shape[-2:]) != expected:
+                if tuple(values.shape[-2:]) != expected:
                     raise ValueError(
-                        f"a tile came back with {tuple(tile.shape[-2:])} values, expected {expected}: {scale} a cell"
+                        f"a tile has {tuple(values.shape[-2:])} values, expected {expected}, {scale} per cell"
                     )
-                if out is None:
-                    out = tile.new_zeros(*tile.shape[:-2], height * scale, width * scale)
-                    total = torch.zeros(height * scale, width * scale, device=tile.device)
-                place = (
-                    ...,
-                    slice(rows.start * scale, rows.stop * scale),
-                    slice(columns.start * scale, columns.stop * scale),
-                )
-                weight = (self.weight(rows, 0, scale)[:, None] * self.weight(columns, 1, scale)).to(tile.device)
+                if not total.numel():
+                    out = values.new_zeros(*values.shape[:-2], height * scale, width * scale)
+                    total = torch.zeros(height * scale, width * scale, device=values.device)
+                place = (..., rows.slice(scale), columns.slice(scale))
+                weight = (self.weight(rows, 0, scale)[:, None] * self.weight(columns, 1, scale)).to(values.device)
                 total[place] += weight
                 share = torch.where(weight > 0, weight / total[place], 0.0)
-                out[place] = torch.lerp(out[place], tile, share.to(tile.dtype))  # a running mean: no sum that rounds
+                out[place] = torch.lerp(out[place], values, share.to(values.dtype))  # running mean, no rounding of sums
         return out
 
 
 class TiledModel:
-    """A latent diffusion model whose first stage and network see one tile at a time; all else is the model's own.
+    """A latent diffusion model whose first stage and network process one tile at a time; the rest is the model's own.
 
-    It stands wherever the model does: a sampler that is given one draws latents of any size, whatever the network was trained on. Memory
-    grows with the tile, time with the number of tiles. Normalization and attention see a tile only, so that tiles should be about as
-    large as the training pictures. Parts of a condition that are concatenated are cut with the latent; tokens, vectors and labels are
-    the same for every tile, which is right for what describes the whole picture, and wrong for a layout of boxes.
+    It replaces the model: a sampler over it generates latents of any size, whatever the network was trained on. Memory
+    grows with the tile, time with the number of tiles. Normalization and attention see one tile, so tiles should be
+    about as large as the training images. Concat channels are cut with the latent. Tokens, vectors and labels are the
+    same for every tile: right if they describe the whole image, wrong for a layout of boxes.
 
-    factor: pixels per latent cell; None reads it off the first stage. multiple: height and width that the network takes are multiples of
-    it; tiles have to be, and a latent smaller than a tile is padded to the next one.
+    factor: pixels per latent cell; None reads it from the first stage. multiple: the sides of tiles must be multiples
+    of it; a latent smaller than a tile is padded.
     """
 
     def __init__(self, model: Any, tiling: Tiling, factor: int | None = None, multiple: int = 1) -> None:
         if any(side % multiple for side in tiling.size):
             raise ValueError(f"tiles of {tiling.size} cells: this network needs multiples of {multiple}")
-        self.model_in_tiles, self.tiling, self.multiple = model, tiling, multiple
+        self.untiled, self.tiling, self.multiple = model, tiling, multiple
         self.factor = _factor_of(getattr(model, "first_stage_model", None)) if factor is None else factor
 
     def __getattr__(self, name: str) -> Any:
-        if name == "model_in_tiles":  # not there yet: copy and pickle ask before __init__ ran
+        if name == "untiled":  # copy and pickle ask before __init__ ran
             raise AttributeError(name)
-        return getattr(self.model_in_tiles, name)
+        return getattr(self.untiled, name)
 
     @torch.no_grad()
     def encode_first_stage(self, x: Tensor) -> Any:
-        """Pictures x (B, C, H, W) in [-1, 1] -> a posterior with blended moments, or blended latents, as the first stage gives them."""
+        """Encode images x (B, C, H, W) in [-1, 1] to a posterior with blended moments, or to blended latents."""
         posterior = False
 
-        def encode(cut: Cut) -> Tensor:
+        def encode(tile: Tile) -> Tensor:
             nonlocal posterior
-            encoded = self.model_in_tiles.encode_first_stage(cut(x, self.factor))
+            encoded = self.untiled.encode_first_stage(tile(x, self.factor))
             posterior = isinstance(encoded, DiagonalGaussianDistribution)
             if not posterior and not torch.is_tensor(encoded):
-                raise TypeError(f"a first stage gives a posterior or a tensor, got {type(encoded).__name__}")
+                raise TypeError(f"the first stage must return a posterior or a tensor, got {type(encoded).__name__}")
             return encoded.parameters if posterior else encoded
 
         height, width = (side // self.factor for side in x.shape[-2:])
         if not height or not width:
+            size = f"{x.shape[-2]}x{x.shape[-1]}"
             raise ValueError(
-                f"pictures of {x.shape[-2]}x{x.shape[-1]} pixels: a latent cell has {self.factor}x{self.factor}"
+                f"images of {size} pixels: smaller than one latent cell, {self.factor}x{self.factor} pixels"
             )
         blended = self.tiling.apply(encode, height, width)
         return DiagonalGaussianDistribution(blended) if posterior else blended
 
     @torch.no_grad()
     def decode_first_stage(self, z: Tensor, **options: Any) -> Tensor:
-        """Scaled latents z (B, c, h, w) -> pictures (B, C, h * factor, w * factor) in about [-1, 1]; options as the model's own."""
+        """Decode scaled latents z (B, c, h, w) to images (B, C, h * factor, w * factor) in about [-1, 1]."""
+        height, width = z.shape[-2:]
         return self.tiling.apply(
-            lambda cut: self.model_in_tiles.decode_first_stage(cut(z), **options), *z.shape[-2:], scale=self.factor
+            lambda tile: self.untiled.decode_first_stage(tile(z), **options), height, width, self.factor
         )
 
     def apply_model(self, x_noisy: Tensor, t: Tensor, cond: Conditioning = None) -> Tensor:
-        """Network output (B, C, h, w) at x_noisy (B, C, h, w) and t (B,), tile by tile."""
-        wrapper = getattr(self.model_in_tiles, "model", None)
+        """Return the network output (B, C, h, w) at x_noisy (B, C, h, w) and t (B,), tile by tile."""
+        wrapper = getattr(self.untiled, "model", None)
         if wrapper is not None:
             cond = normalize_condition(cond, wrapper.conditioning_key)
-        beside = cond.get("c_concat") if isinstance(cond, Mapping) else None
-        for part in beside or ():
+        parts = cond if isinstance(cond, Mapping) else {}
+        channels = parts.get("c_concat") or ()
+        for part in channels:
             if part.shape[-2:] != x_noisy.shape[-2:]:
-                sizes = f"{tuple(part.shape[-2:])} cells beside a latent of {tuple(x_noisy.shape[-2:])}"
-                raise ValueError(f"c_concat has {sizes}: they must be alike")
+                sizes = f"{tuple(part.shape[-2:])}, the latent {tuple(x_noisy.shape[-2:])}"
+                raise ValueError(f"c_concat must match the latent's spatial size: it has {sizes}")
 
-        def denoise(cut: Cut) -> Tensor:
-            tile = cut(x_noisy)
-            own = {**cond, "c_concat": [self._padded(cut(part)) for part in beside]} if beside else cond
-            return self.model_in_tiles.apply_model(self._padded(tile), t, own)[..., : tile.shape[-2], : tile.shape[-1]]
+        def denoise(tile: Tile) -> Tensor:
+            x = tile(x_noisy)
+            own = {**parts, "c_concat": [self._padded(tile(part)) for part in channels]} if channels else cond
+            return self.untiled.apply_model(self._padded(x), t, own)[..., : x.shape[-2], : x.shape[-1]]
 
         return self.tiling.apply(denoise, *x_noisy.shape[-2:])
 
     def _padded(self, x: Tensor) -> Tensor:
-        """(B, C, h, w) with its last row and column repeated up to a multiple; only what is smaller than a tile needs it."""
+        """Repeat the last row and column of (B, C, h, w) up to `multiple`, for latents smaller than a tile."""
         height, width = (-side % self.multiple for side in x.shape[-2:])
         return pad(x, (0, width, 0, height), mode="replicate") if height or width else x
 
 
 def _factor_of(first_stage: Any) -> int:
-    """Pixels per latent cell: an encoder halves a picture between its levels; without one, latents are the pictures."""
+    """Pixels per latent cell: an encoder halves the image between its levels; without one, latents are the images."""
     encoder = getattr(first_stage, "encoder", None)
     return 2 ** (encoder.num_resolutions - 1) if encoder is not None else 1

@@ -113,7 +113,7 @@ def test_a_random_first_stage_is_told(diffusion, tmp_path, caplog, place):
     }[place]()
     model._trainer = SimpleNamespace(ckpt_path=None)
     model.on_fit_start()
-    assert ("its latents mean nothing: set model.params.diffusion_path" in caplog.text) == (place == "nowhere")
+    assert ("its latents are meaningless: set model.params.diffusion_path" in caplog.text) == (place == "nowhere")
 
 
 def test_validation_encodes_a_batch_once_whatever_the_number_of_noise_levels(diffusion, monkeypatch):
@@ -183,7 +183,7 @@ def test_labels_that_do_not_fit_are_refused(diffusion, changes, message):
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"diffusion_path": "nowhere"}, "neither a YAML file nor a run's folder"),
+        ({"diffusion_path": "nowhere"}, "expected a YAML file or a run folder"),
         ({"log_steps": 101}, "log_steps 101: choose 1 to 100"),
     ],
 )

@@ -155,9 +155,9 @@ def test_guidance_with_equal_sides_is_the_plain_call(mode):
     x_T = randn(1, *encoded.z.shape)
 
     def draw(**kwargs):
-        return DDIMSampler(model).sample(2, 2, (4, 8, 8), encoded.c, x_T=x_T, verbose=False, **kwargs).samples
+        return DDIMSampler(model).sample(2, 2, (4, 8, 8), encoded.cond, x_T=x_T, verbose=False, **kwargs).samples
 
-    guided = draw(unconditional_guidance_scale=4.0, unconditional_conditioning=encoded.c)
+    guided = draw(unconditional_guidance_scale=4.0, unconditional_conditioning=encoded.cond)
     assert torch.allclose(guided, draw(), atol=1e-4)
 
 
@@ -179,7 +179,7 @@ def test_no_condition_keeps_the_further_parts(mode):
 def test_the_mask_follows_the_encoded_picture_and_keeps_its_values():
     model = build("masked image")
     encoded = model.encode_batch(batch())
-    picture, mask = encoded.c["c_concat"]
+    picture, mask = encoded.cond["c_concat"]
     assert picture.shape == encoded.z.shape and mask.shape == (2, 1, 8, 8)
     assert torch.equal(mask[:, :, 2:6, 2:6], torch.ones(2, 1, 4, 4)) and mask[:, :, :2].unique().tolist() == [-1]
 
@@ -187,9 +187,9 @@ def test_the_mask_follows_the_encoded_picture_and_keeps_its_values():
 def test_a_masked_picture_beside_a_caption_is_a_scaled_latent_of_the_first_stage():
     model = build("hybrid", scale_factor=0.5)
     data = batch()
-    mask, picture = model.encode_batch(data).c["c_concat"]
+    mask, picture = model.encode_batch(data).cond["c_concat"]
     torch.manual_seed(1)
-    wanted = model.get_first_stage_encoding(model.encode_first_stage(model.get_pictures(data, "masked_image")))
+    wanted = model.get_first_stage_encoding(model.encode_first_stage(model.get_images(data, "masked_image")))
     torch.manual_seed(1)
     again = model.further_parts(data, (8, 8))["c_concat"][1]
     assert mask.shape == (2, 1, 8, 8) and picture.shape == wanted.shape and torch.equal(again, wanted)
@@ -198,7 +198,7 @@ def test_a_masked_picture_beside_a_caption_is_a_scaled_latent_of_the_first_stage
 def test_dropping_the_condition_never_touches_the_further_parts():
     model = build("hybrid", cond_dropout=0.9).train()
     torch.manual_seed(0)
-    c = model.encode_batch(batch(8)).c
+    c = model.encode_batch(batch(8)).cond
     assert "" in c["c_crossattn"][0] and torch.equal(
         c["c_concat"][0], model.further_parts(batch(8), (8, 8))["c_concat"][0]
     )
@@ -207,7 +207,7 @@ def test_dropping_the_condition_never_touches_the_further_parts():
 def test_the_last_class_of_the_networks_table_means_none():
     model = build("adm")
     assert model.get_unconditional_conditioning(3).tolist() == [10, 10, 10]
-    with pytest.raises(ValueError, match="'no condition'"):
+    with pytest.raises(ValueError, match="no unconditional input"):
         build("low resolution").get_unconditional_conditioning(3)
 
 
@@ -239,9 +239,9 @@ def test_a_drawn_layout_shows_its_boxes():
 @pytest.mark.parametrize(
     "mode, changes, message",
     [
-        ("class", {"concat_keys": ["mask"]}, "'crossattn' has no channels to join"),
-        ("class", {"adm_key": "class_label"}, "'crossattn' takes no labels beside"),
-        ("adm", {"adm_key": "class_label"}, "'adm' takes no labels beside"),
+        ("class", {"concat_keys": ["mask"]}, "'crossattn' takes no channels"),
+        ("class", {"adm_key": "class_label"}, "'crossattn' takes no further labels"),
+        ("adm", {"adm_key": "class_label"}, "'adm' takes no further labels"),
     ],
 )
 def test_parts_that_the_key_has_no_place_for_are_refused(mode, changes, message):
@@ -250,5 +250,5 @@ def test_parts_that_the_key_has_no_place_for_are_refused(mode, changes, message)
 
 
 def test_layout_models_read_layouts_alone():
-    with pytest.raises(ValueError, match="Layout2ImgDiffusion takes 'coordinates_bbox'"):
+    with pytest.raises(ValueError, match="Layout2ImgDiffusion requires 'coordinates_bbox'"):
         build("boxes", "Layout2ImgDiffusion", cond_stage_key="caption")

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from ldm.models.diffusion.conditioning import ROUTES, DiffusionWrapper, join_conditions, normalize_condition
-from ldm.models.diffusion.dropout import drop_samples
+from ldm.models.diffusion.condition_stage import drop_condition
 from ldm.models.diffusion.samplers.guidance import guided_output
 from tests.reference import randn
 
@@ -107,8 +107,8 @@ def test_leaves_that_are_no_tensors_must_agree():
 
 def test_dropping_replaces_only_the_chosen_samples():
     dropped = torch.tensor([True, False, True])
-    assert drop_samples(["a", "b", "c"], ["", "", ""], dropped) == ["", "b", ""]
-    labels = drop_samples({"class_label": torch.tensor([1, 2, 3])}, {"class_label": torch.tensor([9, 9, 9])}, dropped)
+    assert drop_condition(["a", "b", "c"], ["", "", ""], dropped) == ["", "b", ""]
+    labels = drop_condition({"class_label": torch.tensor([1, 2, 3])}, {"class_label": torch.tensor([9, 9, 9])}, dropped)
     assert labels["class_label"].tolist() == [9, 2, 9]
-    pictures = drop_samples(torch.ones(3, 2, 4, 4), torch.zeros(3, 2, 4, 4), dropped)
+    pictures = drop_condition(torch.ones(3, 2, 4, 4), torch.zeros(3, 2, 4, 4), dropped)
     assert pictures.mean(dim=(1, 2, 3)).tolist() == [0, 1, 0]

@@ -10,7 +10,7 @@ import torch
 from omegaconf import OmegaConf
 
 from ldm.models.diffusion.ddim import DDIMSampler
-from ldm.models.diffusion.pixel import fixed_noise
+from ldm.models.training import fixed_noise
 from ldm.util import instantiate_from_config
 from tests.models.diffusion.tiny import ATTEND, AUTOENCODER, CAPTIONS, CLASSES, batch, latent_diffusion, loader, unet
 from tests.reference import GOLDEN, TOLERANCE, randn, rel_error, seed_weights
@@ -153,11 +153,11 @@ def test_a_condition_reaches_only_the_samples_that_keep_it():
     null = model.cond_stage_model.n_classes - 1
     torch.manual_seed(0)
     model.train()
-    labels = torch.cat([model.encode_batch(batch(8)).c["class_label"] for _ in range(20)])
+    labels = torch.cat([model.encode_batch(batch(8)).cond["class_label"] for _ in range(20)])
     share = float((labels == null).float().mean())
     assert 0.35 < share < 0.65
     model.eval()
-    assert (model.encode_batch(batch(8)).c["class_label"] != null).all()
+    assert (model.encode_batch(batch(8)).cond["class_label"] != null).all()
 
 
 def test_dropping_never_changes_the_batch():
@@ -166,7 +166,7 @@ def test_dropping_never_changes_the_batch():
     ).train()
     data = batch(4)
     encoded = model.encode_batch(data)
-    assert data["caption"] == [f"sample number {i}" for i in range(4)] == encoded.raw_c and "" in encoded.c
+    assert data["caption"] == [f"sample number {i}" for i in range(4)] == encoded.raw_cond and "" in encoded.cond
 
 
 @pytest.mark.parametrize(
@@ -236,7 +236,7 @@ def test_the_condition_stage_can_be_the_first_stage():
     model = latent_diffusion("concat", {"in_channels": 8}, "__is_first_stage__", cond_stage_key="image")
     assert model.cond_stage_model is model.first_stage_model
     encoded = model.encode_batch(batch())
-    assert encoded.c.shape == encoded.z.shape
+    assert encoded.cond.shape == encoded.z.shape
     shared = [name for name in model.state_dict() if name.startswith("cond_stage_model.")]
     assert len(shared) == len([name for name in model.state_dict() if name.startswith("first_stage_model.")])
 
@@ -290,8 +290,8 @@ def test_inpainting_logs_keep_what_the_mask_keeps():
     [
         ({"parameterization": "score"}, "choose one of eps, x0, v"),
         ({"loss_type": "l3"}, "choose one of l1, l2"),
-        ({"cond_dropout": 1.5}, r"share in \[0, 1\)"),
-        ({"scale_by_std": True}, "leave scale_factor out"),
+        ({"cond_dropout": 1.5}, r"fraction in \[0, 1\)"),
+        ({"scale_by_std": True}, "scale_by_std measures it"),
         ({"beta_schedule": "exponential"}, "choose one of linear"),
         ({"cond_dropot": 0.1}, "did you mean 'cond_dropout'"),
         ({"use_positional_encodings": True}, "not supported"),
@@ -318,7 +318,7 @@ def test_a_null_label_for_one_sample_serves_the_batch():
     for label in ("blurry", ["blurry"]):
         c = model.get_unconditional_conditioning(3, label)
         assert torch.equal(c, model.get_learned_conditioning(["blurry"] * 3))
-    with pytest.raises(ValueError, match="null_label is for 2 samples: give it for one or for all 3"):
+    with pytest.raises(ValueError, match="null_label is for 2 samples: pass one, or one for each of the 3"):
         model.get_unconditional_conditioning(3, ["a", "b"])
 
 

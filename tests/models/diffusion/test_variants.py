@@ -60,7 +60,7 @@ def test_a_text_model_gives_its_weights_and_the_new_channels_start_at_zero(tmp_p
     state, factor = model.state_dict(), 0.9 if averages == "present" else 1.0
     for key, scale in ((FIRST, 1.0), (FIRST_EMA, factor)):
         assert torch.allclose(state[key][:, :4], scale * source.state_dict()[FIRST]) and state[key][:, 4:].eq(0).all()
-        assert f"{key}: the first 4 input channels are kept, 5 new ones start at zero" in caplog.text
+        assert f"{key}: kept the first 4 input channels, 5 new ones start at zero" in caplog.text
     assert all(torch.equal(state[name], tensor) for name, tensor in weights.items() if name not in (FIRST, FIRST_EMA))
     x, t, text = randn(3, 2, 4, 8, 8), torch.tensor([3, 70]), model.get_learned_conditioning(TEXTS)
     cond = {"c_concat": [randn(4, 2, 5, 8, 8)], "c_crossattn": [text]}
@@ -97,7 +97,7 @@ def test_a_file_that_does_not_fit_is_refused_unless_its_keys_are_named(tmp_path)
     write_weights(tiny("v2").state_dict(), tmp_path / "a.ckpt")
     with pytest.raises(CheckpointError, match="have other shapes"):
         build("sd-inpaint", finetune_keys=None, ckpt_path=str(tmp_path / "a.ckpt"))
-    with pytest.raises(CheckpointError, match="these cannot share 6 input channels"):
+    with pytest.raises(CheckpointError, match="they cannot share 6 input channels"):
         build("sd-inpaint", finetune_keys=[FIRST, FIRST_EMA], keep_finetune_dims=6, ckpt_path=str(tmp_path / "a.ckpt"))
 
 
@@ -150,7 +150,7 @@ def test_without_a_depth_map_or_an_estimate_the_error_says_what_to_do():
         ValueError, match=r"weights is not set. Set .* a folder with transformers' DPT \(Intel/dpt-hybrid-midas"
     ):
         tiny("depth").get_input(data, "image")
-    with pytest.raises(ValueError, match="the batch has no 'depth' and the model no depth_stage_config"):
+    with pytest.raises(ValueError, match="the batch has no 'depth'; add it, or set depth_stage_config"):
         tiny("depth", depth_stage_config=None).get_input(data, "image")
     with pytest.raises(ValueError, match="a depth map has one channel, these have 3"):
         tiny("depth").get_input({**data, "depth": data["image"]}, "image")
@@ -165,9 +165,9 @@ def test_the_upscaler_sees_the_small_picture_with_noise_of_the_level_it_is_told(
     _, c = told.get_input({**data, "level": torch.tensor([0, 349])}, "image")
     error = (c["c_concat"][0] - data["lr"].permute(0, 3, 1, 2)).flatten(1).std(dim=1)
     assert c["c_adm"].tolist() == [0, 349] and error[0] < 0.05 < 0.3 < error[1]
-    with pytest.raises(ValueError, match="lr: pictures of 32x32 pixels beside latents of 8x8"):
+    with pytest.raises(ValueError, match="lr: images of 32x32 pixels, expected 8x8"):
         model.get_input({**data, "lr": data["image"]}, "image")
-    with pytest.raises(ValueError, match="LatentUpscaleDiffusion takes hybrid-adm"):
+    with pytest.raises(ValueError, match="LatentUpscaleDiffusion requires hybrid-adm"):
         tiny("x4", conditioning_key="hybrid")
 
 
@@ -175,17 +175,17 @@ def test_the_upscaler_sees_the_small_picture_with_noise_of_the_level_it_is_told(
 def test_guidance_leads_away_from_no_text_under_the_same_further_parts(kind):
     model = tiny(kind)
     encoded = model.encode_batch(batch())
-    uncond = model.unconditional_like(encoded.c, encoded.raw_c, 2)
+    uncond = model.unconditional_like(encoded.cond, encoded.raw_cond, 2)
     options = {"verbose": False, "x_T": randn(9, 2, 4, 8, 8), "unconditional_guidance_scale": 4.0}
     with torch.no_grad():
         guided = (
-            DDIMSampler(model).sample(2, 2, (4, 8, 8), encoded.c, unconditional_conditioning=uncond, **options).samples
+            DDIMSampler(model).sample(2, 2, (4, 8, 8), encoded.cond, unconditional_conditioning=uncond, **options).samples
         )
         plain = (
             DDIMSampler(model)
-            .sample(2, 2, (4, 8, 8), encoded.c, unconditional_conditioning=encoded.c, **options)
+            .sample(2, 2, (4, 8, 8), encoded.cond, unconditional_conditioning=encoded.cond, **options)
             .samples
         )
     assert guided.isfinite().all() and not torch.allclose(guided, plain)
     if isinstance(uncond, dict):
-        assert all(a is b for a, b in zip(uncond["c_concat"], encoded.c["c_concat"], strict=True))
+        assert all(a is b for a, b in zip(uncond["c_concat"], encoded.cond["c_concat"], strict=True))
