@@ -15,7 +15,7 @@ from ldm.checkpoint.diffusers.plan import Component, Plan, plan_of
 from ldm.checkpoint.diffusers.read import EXTRAS, check_folder, read_folder, scale_factor_of
 from ldm.checkpoint.diffusers.rules import ConversionError, to_theirs
 from ldm.checkpoint.diffusers.write import check_target, new_folder, save_tensors
-from ldm.modules.encoders.clip_tokenizer import BEGIN, END, clip_tokenizer
+from ldm.modules.encoders.tokenizers import BEGIN, END, clip_tokenizer
 
 if TYPE_CHECKING:
     import torch

@@ -162,21 +162,23 @@ def _text(part: Component, published: Mapping[str, Tensor], theirs: Mapping[str,
     tokens = torch.randint(layout.vocab_size, (2, min(layout.positions, 16)))
     with torch.device("meta"):
         if layout.kind == CLIP:
-            from ldm.modules.encoders.clip_text import CLIPText
+            from ldm.modules.encoders.clip import clip_text_model
 
-            tower = CLIPText(**clip_shape(part.params.get("version", CLIP_VERSION), part.params.get("text_config")))
+            tower = clip_text_model(
+                clip_shape(part.params.get("version", CLIP_VERSION), part.params.get("text_config"))
+            )
         else:
-            from ldm.modules.encoders.open_clip_text import OpenCLIPText
+            from ldm.modules.encoders.open_clip import hidden_states, text_tower
 
             shape = open_clip_shape(part.params.get("arch", OPEN_CLIP_ARCH), part.params.get("text_config"))
-            tower = OpenCLIPText(**{**shape, "layers": layout.layers})
+            tower = text_tower({**shape, "layers": layout.layers})
     _fill(tower, published, part.name, spare=("text_projection", "logit_scale"))
     if layout.kind == CLIP:
         layers = [*tower.text_model.encoder.layers, tower.text_model.final_layer_norm]
     else:
         layers = [*tower.transformer.resblocks, tower.ln_final]
     with _outputs_of(layers) as ours:
-        tower(tokens)
+        tower(tokens) if layout.kind == CLIP else hidden_states(tower, tokens)
     return ours, blocks.text_model(theirs, part.config, tokens)
 
 

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ldm.modules.encoders.clip_tokenizer import CLIPTokenizer
+    from ldm.modules.encoders.tokenizers import CLIPTokenizer
 
 ROUND, SQUARE = 1.1, 1 / 1.1
 MAX_WEIGHT = 10.0
@@ -127,7 +127,7 @@ class PromptEncoder:
             raise ValueError(
                 f"--emphasis and --long_prompts need a text encoder over CLIP's tokens; {type(encoder).__name__} is none"
             )
-        from ldm.modules.encoders.clip_tokenizer import clip_tokenizer
+        from ldm.modules.encoders.tokenizers import clip_tokenizer
 
         self.encoder, self.emphasis, self.long_prompts = encoder, emphasis, long_prompts
         self.tokenizer = tokenizer if tokenizer is not None else clip_tokenizer()
@@ -158,7 +158,7 @@ class PromptEncoder:
             if self.long_prompts:
                 raise ValueError(f"a prompt of {len(tokens)} tokens needs more than {chunks} chunks of {self.room}")
             dropped = [token.id for token in tokens[self.room :]]
-            self.tokenizer.tell_cut(prompt, self.room, partial(self.tokenizer.decode, dropped))
+            self.tokenizer.warn_truncated(prompt, self.room, partial(self.tokenizer.decode, dropped))
         return [tokens[k * self.room : (k + 1) * self.room] for k in range(chunks)]
 
     def _encode(self, rows: list[list[Token]]) -> Tensor:

@@ -177,7 +177,7 @@ def test_the_tokenizer_of_the_folder_gives_our_ids(tmp_path):
     from transformers import CLIPTokenizer
 
     from ldm.checkpoint.diffusers import text
-    from ldm.modules.encoders.clip_tokenizer import clip_tokenizer
+    from ldm.modules.encoders.tokenizers import clip_tokenizer
 
     prompts = ["a photograph of an astronaut riding a horse", "It's 3 o'clock, naïve café?", ""]
     for kind, pad in ((text.CLIP, None), (text.OPEN_CLIP, 0)):  # there "!" is the padding, also in released folders

@@ -27,8 +27,7 @@ from ldm.checkpoint.diffusers.files import read_component
 from ldm.checkpoint.resume import AtomicCheckpointIO, find_checkpoint
 from ldm.cli import run_command
 from ldm.config.text_shapes import VIT_L_14
-from ldm.modules.encoders.clip_text import CLIPText, load_pretrained_text
-from ldm.modules.encoders.modules import FrozenCLIPTextEmbedder
+from ldm.modules.encoders.modules import FrozenCLIPEmbedder, FrozenCLIPTextEmbedder
 from ldm.modules.losses.lpips import LPIPS
 from ldm.modules.quantize import VectorQuantizer2
 from ldm.output.safety_checker import load_all_weights
@@ -37,7 +36,7 @@ from ldm.retrieval.searcher import Searcher
 from ldm.util import instantiate_from_config
 from scripts import convert, sample_diffusion, txt2img
 from tests.hostile.weights import FILES, call, name, system, unsafely, weights_and, zipped
-from tests.modules.encoders.test_clip_joint import TINY as TINY_CLIP
+from tests.modules.encoders.test_open_clip import TINY_JOINT as TINY_CLIP
 from tests.tiny import FIRST_STAGE, text_model_config
 
 READERS = {
@@ -142,19 +141,15 @@ def lpips(path, folder):
 def clip_folder(path, folder):
     (folder / "clip").mkdir()
     shutil.copy(path, folder / "clip" / "pytorch_model.bin")
-    load_pretrained_text(
-        CLIPText(
-            **{
-                **VIT_L_14,
-                "vocab_size": 8,
-                "hidden_size": 8,
-                "intermediate_size": 8,
-                "num_hidden_layers": 1,
-                "num_attention_heads": 1,
-            }
-        ),
-        str(folder / "clip"),
-    )
+    shape = {
+        "vocab_size": 8,
+        "hidden_size": 8,
+        "intermediate_size": 8,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 1,
+    }
+    (folder / "clip" / "config.json").write_text(json.dumps({**VIT_L_14, **shape}))
+    FrozenCLIPEmbedder(version=str(folder / "clip")).load_pretrained()
 
 
 def clip_file(path, folder):

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from ldm.inference import Pipeline, load_model, text_to_image
 from ldm.inference.prompt_weights import Part, PromptEncoder, check_emphasis, parse_emphasis, weighted
 from ldm.inference.settings import TextToImageRequest, model_info
-from ldm.modules.encoders.clip_tokenizer import clip_tokenizer
 from ldm.modules.encoders.modules import CaptionEmbedder, FrozenCLIPEmbedder, FrozenOpenCLIPEmbedder
+from ldm.modules.encoders.tokenizers import clip_tokenizer
 from tests.reference import seed_weights
 from tests.tiny import save_text_model, text_model_config
 
@@ -155,7 +155,7 @@ def test_without_chunks_the_end_is_dropped_and_told_once(clip, caplog):
             short = encoder(["(a:1.2) " + "cat " * 75 + "and (a dog:1.3)"])
     assert short.shape == (1, 77, 16)
     (record,) = caplog.records
-    assert "cut to the 75 tokens" in record.message and "'cat and a dog'" in record.message
+    assert "truncated to 75 tokens" in record.message and "'cat and a dog'" in record.message
 
 
 def test_an_encoder_of_other_tokens_is_refused():

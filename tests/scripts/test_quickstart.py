@@ -44,7 +44,7 @@ def test_configs_agree_on_the_first_stage_and_train_without_downloads():
 def test_captions_fit_the_text_encoder(caplog):
     from omegaconf import OmegaConf
 
-    from ldm.modules.encoders.clip_tokenizer import clip_tokenizer
+    from ldm.modules.encoders.tokenizers import clip_tokenizer
 
     length = OmegaConf.load(quickstart.ROOT / quickstart.TEXT2IMAGE).model.params.cond_stage_config.params.max_seq_len
     every = [caption for digit in range(10) for caption in captions(digit)]

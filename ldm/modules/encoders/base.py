@@ -1,57 +1,88 @@
-"""What every encoder of a condition has in common."""
+"""Base classes of the condition encoders, and how pretrained ones get their weights."""
 
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import torch
 from torch import Tensor, nn
 
+from ldm.checkpoint import CheckpointError, read_weights
+from ldm.modules.encoders.tokenizers import clip_tokenizer
+
+logger = logging.getLogger(__name__)
+
 
 class AbstractEncoder(nn.Module):
-    """What LatentDiffusion asks of a condition's encoder. Its device is that of its weights."""
-
-    pad_id: int | None = None  # of an encoder of CLIP's tokens: what follows the end token; None: that token again
-    finds_own_weights = (
-        False  # True for an encoder with pretrained weights of its own, which a checkpoint may leave out
-    )
+    """Encoder of a condition, as LatentDiffusion calls it."""
 
     def encode(self, inputs: Any) -> Tensor:
-        """Inputs of the batch -> (B, L, D), or (B, C, h, w) for a spatial condition."""
+        """Encode the batch's inputs -> (B, L, D), or (B, C, h, w) for a spatial condition."""
         return self(inputs)
 
     def unconditional_input(self, batch_size: int) -> Any:
-        """What stands for "no condition", in the form that `encode` takes, for condition dropout and guidance."""
+        """Return the input that means "unconditional", for condition dropout and guidance."""
         raise ValueError(
-            f"{type(self).__name__} has no input that means 'no condition': train with cond_dropout 0, sample with scale 1"
+            f"{type(self).__name__} has no unconditional input: set cond_dropout 0 and sample with scale 1"
         )
-
-    def ensure_weights(self) -> None:
-        """Find the pretrained weights where no checkpoint has brought them. To be called before the first use, not while building."""
 
     @property
     def device(self) -> torch.device:
+        """Device of the weights."""
         return next(self.parameters()).device
+
+    @device.setter
+    def device(self, device: Any) -> None:
+        """Accepted because research code sets the attribute; move the module with `.to` as any other."""
+
+    def _start_on(self, device: str | None) -> None:
+        """Move a new encoder to the `device` of its config, unless it is built on meta."""
+        if device is not None and self.device.type != "meta":
+            self.to(device)
+
+
+class CLIPTokensEncoder(AbstractEncoder):
+    """Encoder of a text's CLIP tokens to one vector per token; prompt weighting and long prompts work with these."""
+
+    max_length: int  # tokens, begin and end included
+    pad_id: int | None = None  # id after the end token; None repeats the end token
+
+    def forward(self, text: str | Sequence[str] | Tensor) -> Tensor:
+        """text: B texts, or their token ids -> (B, max_length, D)."""
+        tokens = text if isinstance(text, Tensor) else clip_tokenizer()(text, self.max_length, self.pad_id)
+        return self.encode_tokens(tokens)
+
+    def encode_tokens(self, tokens: Tensor) -> Tensor:
+        """tokens: (B, L) int64, begin, text, end and padding -> (B, L, D)."""
+        raise NotImplementedError
+
+    def unconditional_input(self, batch_size: int) -> list[str]:
+        return [""] * batch_size
 
 
 class PretrainedEncoder(AbstractEncoder):
-    """An encoder whose weights come with the loaded checkpoint, or else from `load_pretrained`; `freeze` keeps it from training."""
+    """Encoder whose weights come with the checkpoint, else from `load_pretrained`."""
 
-    finds_own_weights = True
+    finds_own_weights = True  # a checkpoint may omit them
 
     def __init__(self) -> None:
         super().__init__()
         self.has_weights, self.frozen = False, False
-        self.register_load_state_dict_pre_hook(self._note_weights)
+        self.register_load_state_dict_pre_hook(_note_weights)
 
     def load_pretrained(self) -> None:
-        """Read the weights from a local place, else from the hub. CheckpointError, in one line, where that fails."""
+        """Load the weights from a local path, else from the hub (its cache first). Raises CheckpointError."""
         raise NotImplementedError
 
     def ensure_weights(self) -> None:
+        """Load the pretrained weights if no checkpoint has brought them. Call it before the first use."""
         if not self.has_weights:
             self.load_pretrained()
 
     def freeze(self) -> None:
-        """No gradients, and evaluation mode whatever the parent does."""
+        """Disable gradients, and stay in evaluation mode whatever the parent does."""
         self.requires_grad_(False)
         self.frozen = True
         self.eval()
@@ -59,6 +90,48 @@ class PretrainedEncoder(AbstractEncoder):
     def train(self, mode: bool = True) -> "PretrainedEncoder":
         return super().train(mode and not self.frozen)
 
-    @staticmethod
-    def _note_weights(module: "PretrainedEncoder", state: dict[str, Any], prefix: str, *_: Any) -> None:
-        module.has_weights |= any(name.startswith(prefix) and name.endswith(".weight") for name in state)
+    def _load(self, module: nn.Module, path: Path, inner_name: Callable[[str], str]) -> None:
+        load_all_weights(module, path, inner_name)
+        self.has_weights = True
+        logger.info("%s: loaded the weights of %s", type(self).__name__, path)
+
+
+def _note_weights(module: PretrainedEncoder, state: Mapping[str, Any], prefix: str, *_: Any) -> None:
+    module.has_weights |= any(key.startswith(prefix) and key.endswith(".weight") for key in state)
+
+
+def load_all_weights(module: nn.Module, path: Path, inner_name: Callable[[str], str]) -> None:
+    """Load every parameter of `module` from a file, whose keys `inner_name` maps to the module's; skip other keys.
+
+    Parameters on meta are replaced, others overwritten, both in the module's dtype. Raises CheckpointError, before
+    anything is loaded, if a parameter is missing or differs in shape.
+    """
+    found = {inner_name(key): tensor for key, tensor in read_weights(path).items()}
+    wanted = dict(module.named_parameters())
+    missing = [name for name, tensor in wanted.items() if name not in found or found[name].shape != tensor.shape]
+    if missing:
+        raise CheckpointError(
+            f"{path}: {len(missing)} of {len(wanted)} weights of the encoder are missing or differ in shape: "
+            f"{missing[0]}"
+        )
+    state = {name: found[name].to(tensor.dtype) for name, tensor in wanted.items()}
+    module.load_state_dict(state, strict=False, assign=any(tensor.is_meta for tensor in wanted.values()))
+
+
+def file_in_folder(folder: Path, files: Sequence[str]) -> Path:
+    """Return the first of `files` that the folder holds. Raises CheckpointError if it holds none."""
+    for name in files:
+        if (folder / name).is_file():
+            return folder / name
+    raise CheckpointError(f"{folder}: contains none of {', '.join(files)}")
+
+
+def file_from_hub(repository: str, file: str, advice: str) -> Path:
+    """Return a file of the Hugging Face hub, its cache first. Raises CheckpointError, which ends in `advice`."""
+    try:
+        return Path(huggingface_hub.hf_hub_download(repository, file))
+    except Exception as error:  # many types: no network, no such repository, a broken cache
+        raise CheckpointError(
+            f"the weights of {repository} are not in the checkpoint or the hub cache, and the download failed "
+            f"({type(error).__name__}); {advice}"
+        ) from error

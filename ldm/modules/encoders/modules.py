@@ -1,9 +1,6 @@
-"""Encoders of conditions: a class, a caption, a low-resolution picture or a map -> what the UNet attends to or is given as channels.
+"""Condition encoders: a class, a caption, an image or a map -> context for cross-attention, or channels."""
 
-Importing this file is cheap: transformers, the tokenizers and their files come with the first use of what needs them.
-"""
-
-import logging
+import importlib
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,34 +10,28 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ldm.config.text_shapes import clip_shape
 from ldm.modules.dtype import in_dtype, weights_dtype
-from ldm.modules.encoders.base import AbstractEncoder, PretrainedEncoder
-from ldm.modules.encoders.bert_tokenizer import BERTTokenizer
-from ldm.modules.encoders.clip_joint import FrozenClipImageEmbedder, FrozenCLIPTextEmbedder
-from ldm.modules.encoders.clip_tokenizer import VOCAB_SIZE, clip_tokenizer
-from ldm.modules.encoders.open_clip_text import FrozenOpenCLIPEmbedder
+from ldm.modules.encoders.base import AbstractEncoder, CLIPTokensEncoder
+from ldm.modules.encoders.tokenizers import VOCAB_SIZE, BERTTokenizer
 from ldm.modules.x_transformer import Encoder, TransformerWrapper
 
-__all__ = [
-    "AbstractEncoder",
-    "BERTEmbedder",
-    "CaptionEmbedder",
-    "ClassEmbedder",
-    "FrozenCLIPEmbedder",
-    "FrozenCLIPTextEmbedder",
-    "FrozenClipImageEmbedder",
-    "FrozenOpenCLIPEmbedder",
-    "HashedEmbedding",
-    "SpatialRescaler",
-    "TransformerEmbedder",
-]
+# Imported on first use: transformers' and open_clip's models take about a second each, and most models need neither.
+_PRETRAINED = {
+    "FrozenCLIPEmbedder": "ldm.modules.encoders.clip",
+    "FrozenOpenCLIPEmbedder": "ldm.modules.encoders.open_clip",
+    "FrozenCLIPTextEmbedder": "ldm.modules.encoders.open_clip",
+    "FrozenClipImageEmbedder": "ldm.modules.encoders.open_clip",
+}
 
-logger = logging.getLogger(__name__)
+
+def __getattr__(name: str) -> Any:
+    if name not in _PRETRAINED:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_PRETRAINED[name]), name)
 
 
 class ClassEmbedder(AbstractEncoder):
-    """A learned vector for each class; the last class means "no class" in models trained for guidance (published: 1000 of 1001)."""
+    """A learned vector per class. In models trained for guidance the last class means "no class" (1000 of 1001)."""
 
     def __init__(self, embed_dim: int, n_classes: int = 1000, key: str = "class") -> None:
         super().__init__()
@@ -48,14 +39,15 @@ class ClassEmbedder(AbstractEncoder):
         self.embedding = nn.Embedding(n_classes, embed_dim)
 
     def forward(self, batch: Mapping[str, Tensor], key: str | None = None) -> Tensor:
-        """batch[key]: (B,) int64 in 0..n_classes-1 -> (B, 1, embed_dim). `key` stands in for the embedder's own."""
+        """batch[key]: (B,) int64 in 0..n_classes-1 -> (B, 1, embed_dim). key: None is the embedder's own key."""
         key = key or self.key
         if key not in batch:
             raise ValueError(
-                f"the batch has no {key!r}; it has {', '.join(batch)}; set cond_stage_config.params.key to the dataset's name"
+                f"the batch has no key {key!r}; it has {', '.join(batch)}. "
+                "Set cond_stage_config.params.key to the dataset's key"
             )
         labels = torch.as_tensor(batch[key], device=self.device)
-        if labels.device.type == "cpu" and labels.numel():  # elsewhere the check would wait for the device
+        if labels.device.type == "cpu" and labels.numel():  # on other devices the check would synchronize
             low, high = labels.aminmax()
             if low < 0 or high >= self.n_classes:
                 raise ValueError(
@@ -83,7 +75,6 @@ class TransformerEmbedder(AbstractEncoder):
         token_emb: nn.Module | None = None,
         logits: bool = True,
     ) -> None:
-        """device: where to start, as in published configs; afterwards the module is moved like any other."""
         super().__init__()
         self.vocab_size, self.max_seq_len = vocab_size, max_seq_len
         self.transformer = TransformerWrapper(
@@ -94,10 +85,11 @@ class TransformerEmbedder(AbstractEncoder):
             token_emb=token_emb,
             logits=logits,
         )
-        if logits:  # in the published files, and never used: without this DDP waits for a gradient that cannot come
+        if (
+            self.transformer.to_logits is not None
+        ):  # in the published files, but unused: DDP would wait for its gradient
             self.transformer.to_logits.requires_grad_(False)
-        if device is not None and self.device.type != "meta":
-            self.to(device)
+        self._start_on(device)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """tokens: (B, L) int64, L <= max_seq_len -> (B, L, n_embed)."""
@@ -105,9 +97,9 @@ class TransformerEmbedder(AbstractEncoder):
 
 
 class BERTEmbedder(TransformerEmbedder):
-    """The text encoder of LDM's text-to-image models: BERT's vocabulary, a transformer of its own (LDM, appendix E.2.1).
+    """Text encoder of LDM's text-to-image models: BERT's vocabulary, a transformer trained with them (appendix E.2.1).
 
-    With `use_tokenizer: false` the input is token ids already, as for layouts of bounding boxes.
+    With `use_tokenizer: false` it encodes token ids, such as layouts of bounding boxes.
     """
 
     def __init__(
@@ -121,25 +113,28 @@ class BERTEmbedder(TransformerEmbedder):
         embedding_dropout: float = 0.0,
         tokenizer_path: str | Path | None = None,
     ) -> None:
-        """tokenizer_path: a vocab.txt or a folder with one; None: the hub's bert-base-uncased, at the first text."""
+        """tokenizer_path: a vocab.txt or a folder with one; None: bert-base-uncased of the hub, at the first text."""
         super().__init__(n_embed, n_layer, vocab_size, max_seq_len, device, embedding_dropout=embedding_dropout)
-        self.tokenizer = BERTTokenizer(tokenizer_path, max_seq_len) if use_tokenizer else None
+        self.use_tknz_fn = use_tokenizer
+        if use_tokenizer:
+            self.tknz_fn = BERTTokenizer(tokenizer_path, max_seq_len)
 
     def forward(self, text: str | Sequence[str] | Tensor) -> Tensor:
-        """text: B texts, or (B, L) int64 token ids without a tokenizer -> (B, L, n_embed)."""
-        return super().forward(self.tokenizer(text) if self.tokenizer is not None else text)
+        """text: B texts, or (B, L) int64 token ids -> (B, L, n_embed)."""
+        return super().forward(text if isinstance(text, Tensor) else self.tknz_fn(text))
 
     def unconditional_input(self, batch_size: int) -> list[str] | Tensor:
-        """Empty texts; without a tokenizer the last token alone, with which the builders of layouts fill up (an empty layout)."""
-        if self.tokenizer is not None:
+        """Return empty texts; without a tokenizer an empty layout, the last token alone."""
+        if self.use_tknz_fn:
             return [""] * batch_size
         return torch.full((batch_size, self.max_seq_len), self.vocab_size - 1, device=self.device)
 
 
 class HashedEmbedding(nn.Module):
-    """A vector for each of many tokens from a table of few rows: the sum of two rows that hashes choose (arXiv 1709.03933).
+    """Vectors for many tokens from a table of few rows: the sum of two rows chosen by hashes (arXiv 1709.03933).
 
-    Two tokens share both rows with probability about 2 / rows**2, so in effect none do, at a cost that does not grow with the vocabulary.
+    Two tokens share both rows with probability about 2 / rows**2, which is negligible; the cost does not grow with the
+    vocabulary.
     """
 
     def __init__(self, rows: int, dim: int) -> None:
@@ -151,13 +146,13 @@ class HashedEmbedding(nn.Module):
         return F.embedding(self.rows_of(tokens), self.weight).sum(-2) / math.sqrt(2)
 
     def rows_of(self, tokens: Tensor) -> Tensor:
-        """The two rows of each token, (..., 2). The constants are part of every trained model: they never change."""
+        """Return the two rows of each token, (..., 2). The constants are part of every trained model."""
         hashes = (tokens * factor + offset for factor, offset in ((1_000_003, 12_345_701), (998_244_353, 67_867_979)))
         return torch.stack([value % 2_147_483_647 % self.weight.shape[0] for value in hashes], dim=-1)
 
 
-class CaptionEmbedder(TransformerEmbedder):
-    """A small trainable text encoder over CLIP's tokens, for models trained from scratch on captions; needs no download."""
+class CaptionEmbedder(CLIPTokensEncoder, TransformerEmbedder):
+    """A small trainable text encoder over CLIP's tokens, for models trained from scratch; needs no download."""
 
     def __init__(
         self,
@@ -169,10 +164,10 @@ class CaptionEmbedder(TransformerEmbedder):
         dim_head: int = 64,
         embedding_dropout: float = 0.0,
     ) -> None:
-        """max_seq_len: begin and end take two; longer captions are cut with a warning. A short one makes cross-attention cheap.
+        """max_seq_len: tokens, begin and end included; fewer make cross-attention cheaper.
 
-        vocab_rows: None: a row for each of the 49,408 tokens. A number, e.g. 4096: hashed into that many rows (HashedEmbedding), for small
-        models, whose optimizer would spend most of a step on rows of words that never occur.
+        vocab_rows: None for one row per token; an integer, e.g. 4096, hashes the 49,408 tokens into that many rows. In
+        small models the optimizer would spend most of a step on rows of words that never occur.
         """
         token_emb = HashedEmbedding(vocab_rows, n_embed) if vocab_rows is not None else None
         super().__init__(
@@ -187,25 +182,14 @@ class CaptionEmbedder(TransformerEmbedder):
             token_emb=token_emb,
             logits=False,
         )
-
-    def forward(self, text: str | Sequence[str]) -> Tensor:
-        """text: B texts -> (B, max_seq_len, n_embed)."""
-        return self.encode_tokens(clip_tokenizer()(text, self.max_seq_len))
+        self.max_length = max_seq_len
 
     def encode_tokens(self, tokens: Tensor) -> Tensor:
-        """tokens: (B, L) int64, begin, text, end and padding -> (B, L, n_embed)."""
-        return super().forward(tokens)
-
-    @property
-    def max_length(self) -> int:
-        return self.max_seq_len
-
-    def unconditional_input(self, batch_size: int) -> list[str]:
-        return [""] * batch_size
+        return TransformerEmbedder.forward(self, tokens)
 
 
 class SpatialRescaler(AbstractEncoder):
-    """A picture or a map, scaled `n_stages` times by `multiplier`; with `out_channels` a 1x1 convolution maps its channels."""
+    """An image or map, scaled `n_stages` times by `multiplier`, then mapped to `out_channels` by a 1x1 convolution."""
 
     METHODS = ("nearest", "linear", "bilinear", "trilinear", "bicubic", "area")
 
@@ -220,64 +204,14 @@ class SpatialRescaler(AbstractEncoder):
     ) -> None:
         super().__init__()
         if n_stages < 0:
-            raise ValueError(f"n_stages {n_stages}: 0 or more")
+            raise ValueError(f"n_stages {n_stages}: must be 0 or more")
         if method not in self.METHODS:
-            raise ValueError(f"method {method!r}: one of {', '.join(self.METHODS)}")
+            raise ValueError(f"method {method!r}: choose one of {', '.join(self.METHODS)}")
         self.n_stages, self.method, self.multiplier = n_stages, method, multiplier
         self.channel_mapper = nn.Conv2d(in_channels, out_channels, 1, bias=bias) if out_channels is not None else None
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: (B, in_channels, H, W) -> (B, out_channels or in_channels, H * multiplier**n_stages, W * multiplier**n_stages)."""
+        """x: (B, in_channels, H, W) -> (B, out_channels or in_channels, H * s, W * s), s = multiplier**n_stages."""
         for _ in range(self.n_stages):
             x = F.interpolate(x, scale_factor=self.multiplier, mode=self.method)
         return in_dtype(weights_dtype(self), self.channel_mapper, x) if self.channel_mapper is not None else x
-
-
-class FrozenCLIPEmbedder(PretrainedEncoder):
-    """CLIP's text encoder as in Stable Diffusion v1: 77 tokens, the last layer after the final LayerNorm, never trained.
-
-    Building it needs no network. Its weights are those of the loaded checkpoint; where it holds none, `ensure_weights` takes them from
-    `version` as a local folder or from the hub.
-    """
-
-    def __init__(
-        self,
-        version: str = "openai/clip-vit-large-patch14",
-        device: str | None = None,
-        max_length: int = 77,
-        text_config: Mapping[str, Any] | None = None,
-    ) -> None:
-        """text_config: values that replace those of `version`'s text model (hidden_size, num_hidden_layers, ...), for tiny models; these
-        have no pretrained weights, so a checkpoint must hold them."""
-        super().__init__()
-        from ldm.modules.encoders.clip_text import CLIPText
-
-        shape = clip_shape(version, text_config)
-        if not 2 <= max_length <= shape["max_position_embeddings"]:
-            raise ValueError(
-                f"max_length {max_length}: from 2 to {shape['max_position_embeddings']}, the positions of {version}"
-            )
-        self.version, self.max_length, self.finds_own_weights = version, max_length, not text_config
-        self.transformer = CLIPText(**shape)
-        self.freeze()
-        if device is not None and self.device.type != "meta":
-            self.to(device)
-
-    def forward(self, text: str | Sequence[str]) -> Tensor:
-        """text: B texts -> (B, max_length, D)."""
-        return self.encode_tokens(clip_tokenizer()(text, self.max_length))
-
-    def encode_tokens(self, tokens: Tensor) -> Tensor:
-        """tokens: (B, L) int64, begin, text, end and padding -> (B, L, D)."""
-        return self.transformer(tokens.to(self.device))
-
-    def unconditional_input(self, batch_size: int) -> list[str]:
-        return [""] * batch_size
-
-    def load_pretrained(self) -> None:
-        """Read the weights from `version`: a local folder, else the hub. CheckpointError, in one line, where that fails."""
-        from ldm.modules.encoders.clip_text import load_pretrained_text
-
-        path = load_pretrained_text(self.transformer, self.version)
-        self.has_weights = True
-        logger.info("text encoder: weights of %s", path)

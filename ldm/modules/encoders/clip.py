@@ -1,0 +1,107 @@
+"""CLIP's text encoder (Radford et al. 2021, arXiv 2103.00020) from transformers, under the published names."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers import CLIPTextConfig, CLIPTextModel
+from transformers.activations import ACT2FN
+
+from ldm.config.text_shapes import CLIP_VERSION, clip_shape
+from ldm.modules.encoders.base import CLIPTokensEncoder, PretrainedEncoder, file_from_hub, file_in_folder
+from ldm.modules.encoders.tokenizers import clip_tokenizer
+
+POSITION_IDS = "text_model.embeddings.position_ids"  # 0, 1, ..., 76; in published files, and no weight
+_FILES = ("model.safetensors", "pytorch_model.bin")
+
+
+class PublishedCLIPText(nn.Module):
+    """transformers' CLIPTextModel as `text_model`, the name that its weights have in published files."""
+
+    def __init__(self, text_model: CLIPTextModel) -> None:
+        super().__init__()
+        self.text_model = text_model
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.text_model(*args, **kwargs)
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The token embedding, as on transformers' model (textual inversion replaces rows of it)."""
+        return self.text_model.get_input_embeddings()
+
+
+def clip_text_model(shape: Mapping[str, Any]) -> nn.Module:
+    """Build the text model of a `clip_shape` with random weights and the published state-dict keys, text_model.*."""
+    if shape["hidden_act"] not in ACT2FN:
+        raise ValueError(f"hidden_act {shape['hidden_act']!r}: choose one of quick_gelu, gelu")
+    model = CLIPTextModel(CLIPTextConfig(**shape, bos_token_id=49406, eos_token_id=49407))
+    # Until transformers 5.5 the model itself has the published names, later its names lack `text_model`.
+    module = model if hasattr(model, "text_model") else PublishedCLIPText(model)
+    module.register_state_dict_post_hook(_write_position_ids)
+    module.register_load_state_dict_pre_hook(_drop_position_ids)
+    return module
+
+
+def _write_position_ids(module: Any, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    state[prefix + POSITION_IDS] = module.text_model.embeddings.position_ids
+
+
+def _drop_position_ids(module: Any, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Ignore the file's, which some lack and others hold in half precision; make those of a model built on meta."""
+    state.pop(prefix + POSITION_IDS, None)
+    embeddings = module.text_model.embeddings
+    if embeddings.position_ids.is_meta:
+        embeddings.position_ids = torch.arange(embeddings.position_embedding.num_embeddings)[None]
+
+
+class FrozenCLIPEmbedder(CLIPTokensEncoder, PretrainedEncoder):
+    """CLIP's text encoder as in Stable Diffusion v1: 77 tokens, the last layer after the final LayerNorm, frozen.
+
+    Building it needs no network. Its weights come with the checkpoint; if they do not, `ensure_weights` loads them from
+    `version`, a local folder or a repository of the hub.
+    """
+
+    def __init__(
+        self,
+        version: str = CLIP_VERSION,
+        device: str | None = None,
+        max_length: int = 77,
+        text_config: Mapping[str, Any] | None = None,
+    ) -> None:
+        """text_config: overrides of the shape (hidden_size, num_hidden_layers, ...), for tiny models, which have no
+        pretrained weights: a checkpoint must hold them."""
+        super().__init__()
+        shape = clip_shape(version, text_config)
+        positions = shape["max_position_embeddings"]
+        if not 2 <= max_length <= positions:
+            raise ValueError(f"max_length {max_length}: choose 2 to {positions}, the positions of {version}")
+        self.version, self.max_length, self.finds_own_weights = version, max_length, not text_config
+        self.transformer = clip_text_model(shape)
+        self.freeze()
+        self._start_on(device)
+
+    @property
+    def tokenizer(self) -> transformers.CLIPTokenizer:
+        """transformers' tokenizer; `forward` cleans the text first."""
+        return clip_tokenizer().tokenizer
+
+    def encode_tokens(self, tokens: Tensor) -> Tensor:
+        return self.transformer(input_ids=tokens.to(self.device)).last_hidden_state
+
+    def load_pretrained(self) -> None:
+        folder = Path(self.version)
+        if folder.is_dir():
+            path = file_in_folder(folder, _FILES)
+        else:
+            advice = "use a checkpoint that holds them, or set cond_stage_config.params.version to a local folder"
+            path = file_from_hub(self.version, _FILES[0], advice)
+        self._load(self.transformer, path, _published_name)
+
+
+def _published_name(key: str) -> str:
+    """Return a key of a CLIP file of any transformers version as text_model.*."""
+    key = key.removeprefix("transformer.")
+    return key if key.startswith("text_model.") else f"text_model.{key}"

@@ -1,0 +1,172 @@
+"""Tokenizers of the text encoders: CLIP's byte pairs and BERT's WordPiece, both read on first use."""
+
+import functools
+import gzip
+import importlib.util
+import itertools
+import logging
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import ftfy
+import huggingface_hub
+import tokenizers
+import torch
+import transformers
+from torch import Tensor
+
+logger = logging.getLogger(__name__)
+
+BEGIN, END = "<|startoftext|>", "<|endoftext|>"
+VOCAB_SIZE = 49408
+_MERGES = VOCAB_SIZE - 2 * 256 - 2  # vocabulary: 256 bytes, the same at a word's end, one token per merge, begin, end
+_CLIP_FILE = "bpe_simple_vocab_16e6.txt.gz"
+_BERT_REPOSITORIES = ("google-bert/bert-base-uncased", "bert-base-uncased")  # the current name, and that of old caches
+
+
+class TruncationWarnings:
+    """Log one warning per truncated text, so that a caption seen in every epoch is reported once."""
+
+    SHOWN = 500  # characters of the dropped text
+    LIMIT = 10_000  # texts, then no more warnings
+
+    def __init__(self) -> None:
+        self._warned: set[str] = set()
+
+    def warn(self, text: str, kept: int, dropped: Callable[[], str]) -> None:
+        """kept: number of tokens that fit. dropped: returns the lost end of the text; called for a new text only."""
+        if text in self._warned or len(self._warned) >= self.LIMIT:
+            return
+        self._warned.add(text)
+        lost = dropped()
+        more = f"... and {len(lost) - self.SHOWN:,} more characters" if len(lost) > self.SHOWN else ""
+        logger.warning("text truncated to %d tokens; dropped: %r%s", kept, lost[: self.SHOWN], more)
+
+
+class CLIPTokenizer:
+    """transformers' CLIPTokenizer with the vocabulary that open-clip-torch ships: begin 49406, end 49407, no download.
+
+    Text is cleaned as for the training of Stable Diffusion v1: Unicode and HTML entities are repaired, white space
+    becomes single spaces, everything is lower case. `tokenizer` is transformers' object.
+    """
+
+    def __init__(self) -> None:
+        self.token_ids, self.merges = read_clip_vocabulary(find_clip_vocabulary())
+        self.begin_id, self.end_id = self.token_ids[BEGIN], self.token_ids[END]
+        self.tokenizer = transformers.CLIPTokenizer(vocab=self.token_ids, merges=self.merges)  # type: ignore[arg-type]  # pairs
+        self.warn_truncated = TruncationWarnings().warn
+
+    def encode(self, text: str) -> list[int]:
+        """Return the token ids of a text of any length, without begin and end; both may occur literally in the text."""
+        return self.tokenizer.encode(clean(text), add_special_tokens=False)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Return the cleaned text of token ids, without begin and end."""
+        return str(self.tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+    def __call__(self, texts: str | Sequence[str], max_length: int = 77, pad_id: int | None = None) -> Tensor:
+        """Return begin, the text, end and padding, (B, max_length) int64. Longer texts are truncated with a warning.
+
+        pad_id: by default the end token, as in Stable Diffusion v1; OpenCLIP's models use 0.
+        """
+        texts = [texts] if isinstance(texts, str) else list(texts)
+        if max_length < 2:
+            raise ValueError(f"max_length {max_length}: must be at least 2, for the begin and end tokens")
+        ids = torch.full((len(texts), max_length), self.end_id if pad_id is None else pad_id, dtype=torch.int64)
+        for row, text in zip(ids, texts):
+            if not isinstance(text, str):
+                raise TypeError(f"expected texts, got {type(text).__name__}: {text!r}")
+            tokens, lost = self.encode(text), []
+            tokens, lost = tokens[: max_length - 2], tokens[max_length - 2 :]
+            if lost:
+                self.warn_truncated(text, max_length - 2, functools.partial(self.decode, lost))
+            row[: len(tokens) + 2] = torch.tensor([self.begin_id, *tokens, self.end_id])
+        return ids
+
+
+@functools.cache
+def clip_tokenizer() -> CLIPTokenizer:
+    """Return this process's tokenizer, built on first use."""
+    return CLIPTokenizer()
+
+
+def clean(text: str) -> str:
+    """Return the text as CLIP's tokenizer sees it: repaired Unicode, single spaces, lower case."""
+    if not (text.isascii() and text.isprintable()) or "&" in text:  # ftfy leaves plain ASCII as it is
+        text = ftfy.fix_text(text)
+    return " ".join(text.split()).lower()
+
+
+def find_clip_vocabulary() -> Path:
+    """Return the path of the merges inside open-clip-torch, without importing it (which takes seconds)."""
+    package = importlib.util.find_spec("open_clip")
+    path = Path(package.origin).with_name(_CLIP_FILE) if package and package.origin else None
+    if path is None or not path.is_file():
+        raise FileNotFoundError(f"CLIP's tokenizer needs {_CLIP_FILE} of open-clip-torch: pip install open-clip-torch")
+    return path
+
+
+def read_clip_vocabulary(path: Path) -> tuple[dict[str, int], list[tuple[str, str]]]:
+    """Return (token -> id, merges in the order of training) from bpe_simple_vocab_16e6.txt.gz."""
+    with gzip.open(path, "rt", encoding="utf-8") as file:
+        lines = itertools.islice(file, 1, 1 + _MERGES)  # the first line is a heading
+        merges = [(parts[0], parts[1]) for line in lines if len(parts := line.split()) == 2]
+    if len(merges) != _MERGES:
+        raise ValueError(f"{path}: expected {_MERGES} lines of two symbols, CLIP's merges; got {len(merges)}")
+    symbols = [*_byte_symbols()]
+    tokens = [*symbols, *(symbol + "</w>" for symbol in symbols), *map("".join, merges), BEGIN, END]
+    return {token: i for i, token in enumerate(tokens)}, merges
+
+
+def _byte_symbols() -> str:
+    """Return a printable character per byte, in the vocabulary's order: printable bytes, then 256 on for the rest."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    return "".join(map(chr, [*printable, *range(256, 512 - len(printable))]))
+
+
+class BERTTokenizer:
+    """BERT's uncased WordPiece over 30,522 tokens; the vocabulary is read at the first call.
+
+    vocab_path: a vocab.txt or a folder with one; None: bert-base-uncased of the Hugging Face hub, its cache first.
+    """
+
+    def __init__(self, vocab_path: str | Path | None = None, max_length: int = 77) -> None:
+        self.vocab_path, self.max_length = vocab_path, max_length
+        self._tokenizer: tokenizers.BertWordPieceTokenizer | None = None
+        self._warnings = TruncationWarnings()
+
+    def __call__(self, texts: str | Sequence[str]) -> Tensor:
+        """Return [CLS], text, [SEP] and padding, (B, max_length) int64. Longer texts are truncated with a warning."""
+        texts = [texts] if isinstance(texts, str) else list(texts)
+        if self._tokenizer is None:
+            self._tokenizer = tokenizers.BertWordPieceTokenizer(str(self._find_vocabulary()), lowercase=True)
+            self._tokenizer.enable_truncation(self.max_length)
+            self._tokenizer.enable_padding(length=self.max_length)
+        encodings = self._tokenizer.encode_batch(texts)
+        for text, encoding in zip(texts, encodings):
+            if encoding.overflowing:
+                self._warnings.warn(text, self.max_length - 2, functools.partial(_dropped, text, encoding))
+        return torch.tensor([encoding.ids for encoding in encodings], dtype=torch.int64)
+
+    def _find_vocabulary(self) -> Path:
+        if self.vocab_path is not None:
+            path = Path(self.vocab_path)
+            path = path / "vocab.txt" if path.is_dir() else path
+            if not path.is_file():
+                raise FileNotFoundError(f"{path}: no such file; expected the vocab.txt of bert-base-uncased")
+            return path
+        failure: Exception | None = None
+        for repository in _BERT_REPOSITORIES:
+            try:
+                return Path(huggingface_hub.hf_hub_download(repository, "vocab.txt"))
+            except Exception as error:  # many types: no network, no such repository, a broken cache
+                failure = failure or error
+        raise FileNotFoundError(
+            f"BERT's tokenizer needs the vocab.txt of {_BERT_REPOSITORIES[0]}; it is not in the hub cache and the "
+            f"download failed ({type(failure).__name__}). Save the file and set cond_stage_config.params.tokenizer_path"
+        ) from failure
+
+
+def _dropped(text: str, encoding: tokenizers.Encoding) -> str:
+    spans = zip(encoding.offsets, encoding.special_tokens_mask)
+    return text[max((end for (_, end), special in spans if not special), default=0) :].strip()
