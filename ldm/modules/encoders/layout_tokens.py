@@ -1,8 +1,9 @@
 """Bounding boxes as token sequences, the condition `coordinates_bbox` of the layout-to-image models.
 
-The encoding is the one that the released OpenImages model was trained on (LDM, arXiv 2112.10752, appendix; after Jahn et al. 2021,
-arXiv 2105.06458): 30 objects of three tokens each, then two tokens for the crop, 92 in all. Of a vocabulary of 8192, positions take the
-numbers of a 90x90 grid in reading order, classes their own numbers (a group of objects counts as another class), and 8191 is "nothing".
+The encoding is that of the released OpenImages model (LDM, arXiv 2112.10752, appendix; after Jahn et al. 2021, arXiv
+2105.06458): 30 objects of three tokens each (class, upper left and lower right corner), then two tokens for the crop,
+92 in all. Of 8192 tokens, corners use the cells of a 90x90 grid in reading order, classes their number (groups of
+objects count as further classes), and 8191 means "no object".
 """
 
 from __future__ import annotations
@@ -14,14 +15,14 @@ from typing import NamedTuple
 
 import numpy as np
 
-FULL = (0.0, 0.0, 1.0, 1.0)  # the crop that is all of the picture
+FULL = (0.0, 0.0, 1.0, 1.0)  # the crop that is the whole image
 OBJECT_TOKENS, CROP_TOKENS = 3, 2
 
-Region = tuple[float, float, float, float]  # x, y of the upper left corner, width, height, each a share of the picture
+Region = tuple[float, float, float, float]  # x, y of the upper left corner, width, height; fractions of the image
 
 
 class Box(NamedTuple):
-    """One object: its class, where it is, and whether the box holds a group of such objects."""
+    """One object, or a group of objects of one class."""
 
     category: int
     region: Region
@@ -29,7 +30,7 @@ class Box(NamedTuple):
 
 
 class Layout(NamedTuple):
-    """What a token sequence says; the boxes are shares of the whole picture, of which `crop` is seen."""
+    """A decoded token sequence; boxes are relative to the whole image, of which `crop` is visible."""
 
     boxes: list[Box]
     crop: Region
@@ -37,11 +38,11 @@ class Layout(NamedTuple):
 
 @dataclass(frozen=True)
 class LayoutTokens:
-    """Boxes to tokens and back.
+    """Encoder of boxes to tokens, and decoder.
 
-    num_classes: object classes. max_objects: objects in a sequence. vocab_size: tokens there are, the last one is "nothing".
-    encode_crop: boxes are told of the whole picture, and two more tokens say which part is seen; else boxes are told of that part.
-    group_flag: a box that holds a group has the token category + num_classes.
+    num_classes: object classes. max_objects: objects per sequence. vocab_size: tokens; the last one means "no object".
+    encode_crop: boxes are relative to the whole image and two more tokens are its crop; else relative to the crop.
+    group_flag: a box with a group of objects has the class token category + num_classes.
     """
 
     num_classes: int
@@ -54,51 +55,50 @@ class LayoutTokens:
         needed = self.num_classes * (2 if self.group_flag else 1)
         if not 0 < needed < self.vocab_size:
             raise ValueError(
-                f"num_classes {self.num_classes}: with groups {needed} tokens, of vocab_size {self.vocab_size} less one"
+                f"num_classes {self.num_classes}: needs {needed} class tokens, with groups; "
+                f"vocab_size {self.vocab_size} has room for 1 to {self.vocab_size - 1}"
             )
         if self.max_objects < 1:
-            raise ValueError(f"max_objects {self.max_objects}: choose 1 or more")
+            raise ValueError(f"max_objects {self.max_objects}: must be 1 or more")
 
     @property
     def length(self) -> int:
-        """Tokens of a sequence."""
+        """Tokens per sequence."""
         return OBJECT_TOKENS * self.max_objects + (CROP_TOKENS if self.encode_crop else 0)
 
     @property
     def none(self) -> int:
-        """The token for "nothing"."""
+        """Token that means "no object"."""
         return self.vocab_size - 1
 
     @property
     def side(self) -> int:
-        """Positions along each side of the grid."""
+        """Cells along each side of the grid."""
         return math.isqrt(self.vocab_size)
 
     def encode(self, boxes: Sequence[Box], crop: Region = FULL, mirrored: bool = False) -> np.ndarray:
-        """Tokens of the boxes that the crop shows, in their order -> (length,) int64.
+        """Return the tokens of the boxes that are visible in the crop, in their order, (length,) int64.
 
-        crop: the part of the picture that is seen. mirrored: it is seen mirrored left to right.
-        Raises ValueError for a class that there is not and for more boxes than a sequence holds.
+        crop: the visible part of the image. mirrored: the crop is flipped left to right.
+        Raises ValueError for an unknown class and for more than max_objects boxes.
         """
-        seen = [box for box in boxes if _meet(box.region, crop)]
-        if len(seen) > self.max_objects:
-            raise ValueError(f"{len(seen)} boxes: a sequence holds {self.max_objects}")
+        visible = [box for box in boxes if _overlap(box.region, crop)]
+        if len(visible) > self.max_objects:
+            raise ValueError(f"{len(visible)} boxes: a sequence has room for {self.max_objects}")
         frame = FULL if self.encode_crop else crop
-        tokens = [
-            token
-            for box in seen
-            for token in (self._class_token(box), *self._corners(_within(box.region, frame, mirrored)))
-        ]
-        tokens += [self.none] * (OBJECT_TOKENS * (self.max_objects - len(seen)))
+        tokens: list[int] = []
+        for box in visible:
+            tokens += [self._class_token(box), *self._corners(_relative(box.region, frame, mirrored))]
+        tokens += [self.none] * (OBJECT_TOKENS * (self.max_objects - len(visible)))
         if self.encode_crop:
-            tokens += self._corners(_within(crop, FULL, mirrored))
+            tokens += self._corners(_relative(crop, FULL, mirrored))
         return np.array(tokens, dtype=np.int64)
 
     def decode(self, tokens: Iterable[int]) -> Layout:
-        """What a sequence says, positions to the nearest of the grid; tokens that say nothing sensible are left out."""
+        """Return the layout of a sequence, its corners rounded to the grid; objects with invalid tokens are skipped."""
         tokens = [int(token) for token in tokens]
         if len(tokens) != self.length:
-            raise ValueError(f"{len(tokens)} tokens: a sequence has {self.length}")
+            raise ValueError(f"{len(tokens)} tokens: expected {self.length}")
         end = OBJECT_TOKENS * self.max_objects
         boxes = []
         for category, first, last in zip(*(tokens[i:end:OBJECT_TOKENS] for i in range(OBJECT_TOKENS))):
@@ -114,26 +114,26 @@ class LayoutTokens:
 
     def _corners(self, region: Region) -> tuple[int, int]:
         x, y, width, height = region
-        return self._position(x, y), self._position(x + width, y + height)
+        return self._cell(x, y), self._cell(x + width, y + height)
 
-    def _position(self, x: float, y: float) -> int:
-        column, row = (round(min(max(share, 0.0), 1.0) * (self.side - 1)) for share in (x, y))
+    def _cell(self, x: float, y: float) -> int:
+        column, row = (round(min(max(value, 0.0), 1.0) * (self.side - 1)) for value in (x, y))
         return row * self.side + column
 
     def _region(self, first: int, last: int) -> Region:
-        (y, x), (bottom, right) = (divmod(token, self.side) for token in (first, last))
-        return tuple(value / (self.side - 1) for value in (x, y, right - x, bottom - y))
+        (y, x), (bottom, right) = divmod(first, self.side), divmod(last, self.side)
+        scale = self.side - 1
+        return x / scale, y / scale, (right - x) / scale, (bottom - y) / scale
 
 
-def _meet(a: Region, b: Region) -> bool:
-    """Whether two regions share an area."""
+def _overlap(a: Region, b: Region) -> bool:
     return all(min(a[i] + a[i + 2], b[i] + b[i + 2]) > max(a[i], b[i]) for i in (0, 1))
 
 
-def _within(region: Region, frame: Region, mirrored: bool) -> Region:
-    """The part of `region` in `frame`, as shares of the frame."""
-    (left, right), (top, bottom) = (
-        tuple(min(max((edge - frame[i]) / frame[i + 2], 0.0), 1.0) for edge in (region[i], region[i] + region[i + 2]))
-        for i in (0, 1)
+def _relative(region: Region, frame: Region, mirrored: bool) -> Region:
+    """Return the part of `region` inside `frame`, as fractions of the frame."""
+    left, top, right, bottom = (
+        min(max((edge - frame[i]) / frame[i + 2], 0.0), 1.0)
+        for i, edge in ((0, region[0]), (1, region[1]), (0, region[0] + region[2]), (1, region[1] + region[3]))
     )
     return (1 - right if mirrored else left), top, right - left, bottom - top

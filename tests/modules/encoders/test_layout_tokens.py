@@ -34,14 +34,14 @@ def test_mirroring_twice_changes_nothing_and_once_swaps_left_and_right():
     np.testing.assert_allclose(crop, (0.5, 0.0, 0.5, 1.0), atol=1 / 89)
 
 
-def test_boxes_outside_the_crop_are_left_out_and_the_others_keep_their_place_in_the_picture():
+def test_boxes_outside_the_crop_are_skipped_and_others_keep_their_place_in_the_image():
     right_half = (0.5, 0.0, 0.5, 1.0)
     boxes = TOKENS.decode(TOKENS.encode(BOXES, crop=right_half)).boxes
     assert [box.category for box in boxes] == [299]
     np.testing.assert_allclose(boxes[0].region, BOXES[1].region, atol=1 / 89)
 
 
-def test_without_the_crops_tokens_boxes_are_cut_to_the_crop():
+def test_without_crop_tokens_boxes_are_clipped_to_the_crop():
     tokens = LayoutTokens(num_classes=10, max_objects=2, encode_crop=False)
     assert tokens.length == 6
     boxes, crop = tokens.decode(tokens.encode([Box(3, (0.25, 0.0, 0.5, 0.5))], crop=(0.5, 0.0, 0.5, 0.5)))
@@ -49,12 +49,12 @@ def test_without_the_crops_tokens_boxes_are_cut_to_the_crop():
     assert crop == FULL
 
 
-def test_what_cannot_be_told_is_refused():
+def test_invalid_classes_counts_and_lengths_are_refused():
     with pytest.raises(ValueError, match=r"class 300: expected 0 .. 299"):
         TOKENS.encode([Box(300, FULL)])
-    with pytest.raises(ValueError, match="31 boxes: a sequence holds 30"):
+    with pytest.raises(ValueError, match="31 boxes: a sequence has room for 30"):
         TOKENS.encode([Box(0, FULL)] * 31)
-    with pytest.raises(ValueError, match="91 tokens: a sequence has 92"):
+    with pytest.raises(ValueError, match="91 tokens: expected 92"):
         TOKENS.decode(range(91))
     with pytest.raises(ValueError, match="num_classes 4096"):
         LayoutTokens(num_classes=4096)
