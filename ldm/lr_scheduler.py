@@ -1,9 +1,7 @@
-"""Learning-rate schedules as multipliers for `torch.optim.lr_scheduler.LambdaLR`: use base_lr 1.0, or the published base_lr as a factor.
+"""Learning-rate schedules: multipliers for `torch.optim.lr_scheduler.LambdaLR`.
 
-All return plain Python floats, which `weights_only=True` can read back from a checkpoint (a numpy scalar cannot be).
+They return Python floats, because `weights_only=True` cannot load a numpy scalar from a checkpoint.
 """
-
-from __future__ import annotations
 
 import logging
 import math
@@ -13,10 +11,10 @@ logger = logging.getLogger(__name__)
 
 
 class CyclicSchedule:
-    """Linear warm-up from f_start to f_max, then a decay from f_max to f_min that a subclass shapes, once per cycle.
+    """Per cycle: linear warm-up from f_start to f_max, then a decay to f_min, whose shape is the subclass's `decay`.
 
-    All arguments are lists with one entry per cycle; warm_up_steps and cycle_lengths are in optimizer steps. After the last cycle
-    the schedule stays at its f_min. With `verbosity_interval` > 0 every so many steps are logged.
+    All arguments are lists with one entry per cycle; warm_up_steps and cycle_lengths are in optimizer steps. After the
+    last cycle the multiplier stays at its f_min. verbosity_interval: log every so many steps; 0 disables it.
     """
 
     def __init__(
@@ -28,46 +26,38 @@ class CyclicSchedule:
         cycle_lengths: Sequence[int],
         verbosity_interval: int = 0,
     ) -> None:
-        arguments = {
-            "warm_up_steps": warm_up_steps,
-            "f_min": f_min,
-            "f_max": f_max,
-            "f_start": f_start,
-            "cycle_lengths": cycle_lengths,
-        }
-        sizes = {name: len(values) for name, values in arguments.items()}
-        if len(set(sizes.values())) != 1 or not sizes["f_min"]:
-            raise ValueError(f"{type(self).__name__}: expected lists of one length, one entry per cycle, got {sizes}")
+        lists = {"warm_up_steps": warm_up_steps, "f_min": f_min, "f_max": f_max, "f_start": f_start}
+        lengths = {name: len(values) for name, values in {**lists, "cycle_lengths": cycle_lengths}.items()}
+        if len(set(lengths.values())) != 1 or not lengths["f_min"]:
+            raise ValueError(f"{type(self).__name__}: expected lists of one length, one entry per cycle, got {lengths}")
         for warm_up, length in zip(warm_up_steps, cycle_lengths):
             if not 0 <= warm_up <= length:
                 raise ValueError(
                     f"{type(self).__name__}: warm_up_steps {warm_up} must be between 0 and its cycle length {length}"
                 )
         self.lr_warm_up_steps = [int(x) for x in warm_up_steps]
-        self.f_min = [float(x) for x in f_min]
-        self.f_max = [float(x) for x in f_max]
-        self.f_start = [float(x) for x in f_start]
+        self.f_min, self.f_max, self.f_start = ([float(x) for x in values] for values in (f_min, f_max, f_start))
         self.cycle_lengths = [int(x) for x in cycle_lengths]
         self.verbosity_interval = verbosity_interval
         self.last_f = 0.0
 
     def decay(self, progress: float) -> float:
-        """Share of the way from f_min to f_max that is left at `progress` in [0, 1] between the warm-up and the cycle's end."""
+        """Return 1 at progress 0 (f_max) to 0 at progress 1 (f_min)."""
         raise NotImplementedError
 
     def schedule(self, n: int) -> float:
-        """The multiplier at optimizer step n >= 0."""
+        """Return the multiplier at optimizer step n >= 0."""
         cycle, start = 0, 0
-        # A cycle owns its last step too: step n = start + length still belongs to it, as published.
+        # As published, step n = start + length still belongs to the cycle that it ends.
         while cycle < len(self.cycle_lengths) - 1 and n > start + self.cycle_lengths[cycle]:
             start += self.cycle_lengths[cycle]
             cycle += 1
         step, warm_up, length = n - start, self.lr_warm_up_steps[cycle], self.cycle_lengths[cycle]
+        f_min, f_max, f_start = self.f_min[cycle], self.f_max[cycle], self.f_start[cycle]
         if step < warm_up:
-            f = self.f_start[cycle] + (self.f_max[cycle] - self.f_start[cycle]) / warm_up * step
+            f = f_start + (f_max - f_start) / warm_up * step
         else:
-            progress = self._progress(min(step, length), warm_up, length)
-            f = self.f_min[cycle] + (self.f_max[cycle] - self.f_min[cycle]) * self.decay(progress)
+            f = f_min + (f_max - f_min) * self.decay(self._progress(min(step, length), warm_up, length))
         self.last_f = float(f)
         if self.verbosity_interval > 0 and n % self.verbosity_interval == 0:
             logger.info("step %d, cycle %d: learning-rate multiplier %.3e", n, cycle, self.last_f)
@@ -76,22 +66,18 @@ class CyclicSchedule:
     def _progress(self, step: int, warm_up: int, length: int) -> float:
         return (step - warm_up) / (length - warm_up) if length > warm_up else 1.0
 
-    def __call__(self, n: int) -> float:
-        return self.schedule(n)
+    __call__ = schedule
 
 
 class LambdaWarmUpCosineScheduler2(CyclicSchedule):
-    """Warm-up, then half a cosine down to f_min; cycles may repeat (SGDR, arXiv 1608.03983, eq. 5)."""
+    """Warm-up, then half a cosine, in cycles (SGDR, arXiv 1608.03983, eq. 5)."""
 
     def decay(self, progress: float) -> float:
         return 0.5 * (1.0 + math.cos(math.pi * progress))
 
 
 class LambdaLinearScheduler(CyclicSchedule):
-    """Warm-up, then a straight line that reaches f_min at the cycle's end.
-
-    As published, the line is measured from the cycle's start and not from the end of the warm-up, so that f falls a little short of f_max.
-    """
+    """Warm-up, then a straight line. As published, it is measured from the cycle's start and falls short of f_max."""
 
     def decay(self, progress: float) -> float:
         return 1.0 - progress
@@ -101,7 +87,7 @@ class LambdaLinearScheduler(CyclicSchedule):
 
 
 class LambdaWarmUpCosineScheduler(LambdaWarmUpCosineScheduler2):
-    """One cycle of warm-up and half a cosine from plain numbers: lr_start -> lr_max in warm_up_steps, then lr_min at max_decay_steps."""
+    """One cycle: lr_start to lr_max in warm_up_steps, then half a cosine to lr_min at max_decay_steps."""
 
     def __init__(
         self,

@@ -1,6 +1,4 @@
-"""The global random generators, and putting them back where they were."""
-
-from __future__ import annotations
+"""State of the global random generators: Python's, NumPy's and torch's."""
 
 import random
 from collections.abc import Iterator, Sequence
@@ -14,15 +12,15 @@ CPU = torch.device("cpu")
 
 
 def torch_states(device: torch.device = CPU) -> list[Tensor]:
-    """States of torch's generators on the CPU and, where it is another, on `device` (cuda, mps, ...)."""
-    return [
-        torch.get_rng_state(),
-        *([torch.get_device_module(device).get_rng_state(device)] if device.type != "cpu" else []),
-    ]
+    """Return the states of torch's generators on the CPU and, if it is another, on `device`."""
+    states = [torch.get_rng_state()]
+    if device.type != "cpu":
+        states.append(torch.get_device_module(device).get_rng_state(device))
+    return states
 
 
 def set_torch_states(states: Sequence[Tensor], device: torch.device = CPU) -> None:
-    """Put torch's generators where `torch_states(device)` found them."""
+    """Restore what `torch_states(device)` returned."""
     torch.set_rng_state(states[0])
     if device.type != "cpu":
         torch.get_device_module(device).set_rng_state(states[1], device)
@@ -30,7 +28,7 @@ def set_torch_states(states: Sequence[Tensor], device: torch.device = CPU) -> No
 
 @contextmanager
 def torch_generators_kept(device: torch.device = CPU) -> Iterator[None]:
-    """Whatever is drawn or seeded within, afterwards torch's generators on the CPU and on `device` are where they were."""
+    """Restore torch's generators on the CPU and on `device` at the end of the block."""
     states = torch_states(device)
     try:
         yield
@@ -40,11 +38,11 @@ def torch_generators_kept(device: torch.device = CPU) -> Iterator[None]:
 
 @contextmanager
 def generators_kept(device: torch.device = CPU) -> Iterator[None]:
-    """`torch_generators_kept`, and Python's and NumPy's generators too."""
-    states = random.getstate(), np.random.get_state()
+    """Restore the generators of torch, Python and NumPy at the end of the block."""
+    python, numpy = random.getstate(), np.random.get_state()
     with torch_generators_kept(device):
         try:
             yield
         finally:
-            random.setstate(states[0])
-            np.random.set_state(states[1])
+            random.setstate(python)
+            np.random.set_state(numpy)

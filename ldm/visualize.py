@@ -1,199 +1,160 @@
-"""Captions, grids and segmentation maps as pictures (PIL), with a font that is always there."""
+"""Captions, grids and segmentation maps as PIL images, with the font that Pillow contains."""
 
 from __future__ import annotations
 
+import colorsys
+import math
+import unicodedata
 from bisect import bisect_right
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+import numpy as np
 from PIL import Image, ImageColor, ImageDraw, ImageFont
 
-if TYPE_CHECKING:
-    import numpy as np
+if TYPE_CHECKING:  # torch takes seconds to import, and captions and grids of PIL images do not need it
     from torch import Tensor
 
-INK = "#20242b"
-FRAME = "#d5d9e0"
-PAPER = "#ffffff"
-PUNCTUATION = {
-    0x2018: "'",
-    0x2019: "'",
-    0x201C: '"',
-    0x201D: '"',
-    0x2013: "-",
-    0x2014: "-",
-    0xD7: "x",
-}  # typographic -> ASCII
-GOLDEN_ANGLE = 0.618033988749895  # turns of hue between neighboring labels: no two of the first dozens look alike
+    ImageLike = Image.Image | np.ndarray | Tensor
+
+Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
+
+DARK, LIGHT = "#20242b", "#f2f3f5"  # text on light and on dark backgrounds
+FRAME, WHITE = "#d5d9e0", "#ffffff"
+ASCII = str.maketrans("\u2018\u2019\u201c\u201d\u2013\u2014\xd7", "''\"\"--x")  # typographic signs
+GOLDEN_ANGLE = 0.618033988749895  # of hue between successive labels, so that the first dozens differ
 
 
 def text_image(size: tuple[int, int], lines: str | Sequence[str], font_size: int = 10) -> Image.Image:
-    """White picture of `size` (width, height) pixels with `lines` in black, wrapped to its width.
+    """Return a white image of `size` (width, height) pixels with black text, wrapped, and ending in "..." if too long.
 
-    A single string may hold line breaks; each item of a list starts a new line. What does not fit in the height ends in "...".
+    lines: a string that may contain line breaks, or one string per line.
     """
     width, height = size
     if width < 1 or height < 1:
         raise ValueError(f"size {size}: width and height of a text image must be at least 1 pixel")
-    image = Image.new("RGB", (width, height), PAPER)
-    font, margin = _font(font_size), max(1, font_size // 5)
+    image = Image.new("RGB", (width, height), WHITE)
+    font, margin = ImageFont.load_default(font_size), max(1, font_size // 5)
     text = lines if isinstance(lines, str) else "\n".join(str(line) for line in lines)
-    rows = _fit(text, font, width - 2 * margin, max(1, (height - 2 * margin) // _line_height(font)))
+    rows = _wrap(text, font, width - 2 * margin, max(1, (height - 2 * margin) // _line_height(font)))
     _write_rows(ImageDraw.Draw(image), rows, font, (margin, margin), "black")
     return image
 
 
 def grid(
-    images: Sequence[Any] | Tensor | np.ndarray,
+    images: Sequence[ImageLike] | Tensor | np.ndarray,
     captions: Sequence[str] | None = None,
     columns: int | None = None,
     padding: int = 2,
-    background: str = PAPER,
+    background: str = WHITE,
     cell: int | None = None,
     font_size: int | None = None,
     caption_lines: int = 2,
     title: str | None = None,
 ) -> Image.Image:
-    """All `images` in reading order on one picture, each centered in a cell of the largest one's size, over its caption.
+    """Return one image with all `images` in reading order, each centered in a cell of the largest one's size.
 
-    images: PIL pictures, uint8 arrays (H, W, 3) or float tensors (C, H, W) in [-1, 1]; a batch of either is a sequence too.
-    captions: one a picture, centered below it, wrapped, at most `caption_lines` lines, then "...".
-    columns: pictures in a row; by default as near to a square as the number of pictures allows.
-    padding: pixels around every cell. With `captions` None, `background` "black" and no `title` the layout is torchvision's make_grid,
-        which the published scripts use (there a single picture is returned as it is).
-    cell: enlarge small pictures by a whole factor, pixel by pixel, until their shorter side is near `cell` pixels.
+    images: see `to_image`. captions: one per image, below it, of at most `caption_lines` lines. columns: None for a
+    square grid. padding: pixels around each cell. cell: upscale small images by an integer factor (nearest neighbor) to
+    about `cell` pixels. Without captions and title the layout is that of torchvision's make_grid, as in the published
+    scripts, but a single image is returned as it is.
     """
-    pictures = [to_picture(image) for image in images]
-    if not pictures:
+    cells = [_upscale(to_image(image), cell) for image in images]
+    if not cells:
         raise ValueError("grid needs at least one image")
-    if captions is not None and len(captions) != len(pictures):
-        raise ValueError(f"{len(captions)} captions for {len(pictures)} images: give one caption an image")
+    if captions is not None and len(captions) != len(cells):
+        raise ValueError(f"{len(captions)} captions for {len(cells)} images: pass one per image")
     if padding < 0 or caption_lines < 1:
-        raise ValueError(
-            f"padding {padding}, caption_lines {caption_lines}: padding must be 0 or more, caption_lines 1 or more"
-        )
-    if cell is not None:
-        pictures = [_enlarge(picture, cell) for picture in pictures]
-    if len(pictures) == 1 and captions is None and title is None:
-        return pictures[0]
-    columns = min(_near_square(len(pictures)) if columns is None else columns, len(pictures))
+        raise ValueError(f"padding {padding}, caption_lines {caption_lines}: must be at least 0 and at least 1")
+    if len(cells) == 1 and captions is None and title is None:
+        return cells[0]
+    columns = min(math.isqrt(len(cells) - 1) + 1 if columns is None else columns, len(cells))
     if columns < 1:
-        raise ValueError(f"columns {columns}: a grid has at least one column")
+        raise ValueError(f"columns {columns}: must be 1 or more")
 
-    width, height = max(p.width for p in pictures), max(p.height for p in pictures)
-    font = _font(font_size or min(28, max(11, width // 12)))
-    blocks = [_fit(str(text), font, width, caption_lines) for text in captions] if captions is not None else []
-    gap = max(2, font.size // 3) if blocks else 0  # between a picture and its caption
-    text_height = max(map(len, blocks), default=0) * _line_height(font) + gap if blocks else 0
-    rows = -(-len(pictures) // columns)
+    width, height = max(image.width for image in cells), max(image.height for image in cells)
+    size = font_size or min(28, max(11, width // 12))
+    font, title_font = ImageFont.load_default(size), ImageFont.load_default(round(1.4 * size))
+    texts = [_wrap(str(text), font, width, caption_lines) for text in captions or ()]
+    gap = max(2, size // 3)  # between an image and its caption
+    text_height = max(map(len, texts)) * _line_height(font) + gap if texts else 0
     step_x, step_y = width + padding, height + text_height + padding
     total_width = columns * step_x + padding
-    head_font = _font(round(1.4 * font.size))
-    head = _fit(title, head_font, total_width - 2 * padding, 3) if title else []
-    top = len(head) * _line_height(head_font) + 2 * head_font.size // 2 if head else 0
+    heading = _wrap(title, title_font, total_width - 2 * padding, 3) if title else []
+    top = len(heading) * _line_height(title_font) + round(1.4 * size) if heading else 0
 
-    sheet = Image.new("RGB", (total_width, top + rows * step_y + padding), background)
-    draw, ink = ImageDraw.Draw(sheet), _ink_on(background)
-    _write_rows(draw, head, head_font, (padding, head_font.size // 2), ink, width=total_width - 2 * padding)
-    for k, picture in enumerate(pictures):
+    sheet = Image.new("RGB", (total_width, top + -(-len(cells) // columns) * step_y + padding), background)
+    draw, color = ImageDraw.Draw(sheet), _text_color(background)
+    title_at = (padding, round(1.4 * size) // 2)
+    _write_rows(draw, heading, title_font, title_at, color, width=total_width - 2 * padding)
+    for k, image in enumerate(cells):
         x, y = padding + k % columns * step_x, top + padding + k // columns * step_y
-        sheet.paste(picture, (x + (width - picture.width) // 2, y + (height - picture.height) // 2))
-        if blocks and padding > 1:
+        sheet.paste(image, (x + (width - image.width) // 2, y + (height - image.height) // 2))
+        if texts and padding > 1:
             draw.rectangle((x - 1, y - 1, x + width, y + height), outline=FRAME)
-        if blocks:
-            _write_rows(draw, blocks[k], font, (x, y + height + gap), ink, width=width)
+        if texts:
+            _write_rows(draw, texts[k], font, (x, y + height + gap), color, width=width)
     return sheet
 
 
-def to_picture(image: Any) -> Image.Image:
-    """RGB picture of a PIL picture, a uint8 array (H, W[, 1|3]) or a float tensor (1|3, H, W) in [-1, 1], rounded to 8 bits."""
+def to_image(image: ImageLike) -> Image.Image:
+    """Return an RGB image of a PIL image, a uint8 array (H, W[, 1|3]) or a float tensor (1|3, H, W) in [-1, 1]."""
     if isinstance(image, Image.Image):
         return image if image.mode == "RGB" else image.convert("RGB")
-    import numpy as np
-
-    if hasattr(image, "detach"):
-        image = image.detach().cpu()
+    if isinstance(image, np.ndarray):
+        array = image
+        if array.dtype != np.uint8:
+            raise TypeError(f"array of {array.dtype}: expected uint8 (H, W, 3), or a float tensor in [-1, 1]")
+    else:
         if not image.is_floating_point():
-            raise TypeError(
-                f"a tensor of {image.dtype}: pictures are float tensors (C, H, W) in [-1, 1]; labels go through labels_to_rgb"
-            )
+            raise TypeError(f"tensor of {image.dtype}: expected a float tensor (use labels_to_rgb for labels)")
         if image.ndim != 3 or image.shape[0] not in (1, 3):
-            raise ValueError(f"a tensor of shape {tuple(image.shape)}: a picture is (3, H, W) or (1, H, W)")
-        image = ((image.float().clamp(-1, 1) + 1) * 127.5).nan_to_num(0.0).round().byte().permute(1, 2, 0).numpy()
-    array = np.asarray(image)
-    if array.dtype != np.uint8:
-        raise TypeError(
-            f"an array of {array.dtype}: pictures are uint8 arrays (H, W, 3); float values in [-1, 1] go in as a tensor"
-        )
+            raise ValueError(f"tensor of shape {tuple(image.shape)}: expected (3, H, W) or (1, H, W)")
+        scaled = (image.detach().cpu().float().clamp(-1, 1) + 1) * 127.5
+        array = scaled.nan_to_num(0.0).round().byte().permute(1, 2, 0).numpy()  # (H, W, C)
     if array.ndim == 3 and array.shape[2] == 1:
         array = array[:, :, 0]
     return Image.fromarray(np.ascontiguousarray(array)).convert("RGB")
 
 
 def palette(n_labels: int) -> np.ndarray:
-    """One color a label, (n_labels, 3) uint8: label 0 is near black, the rest are well apart and the same in every run."""
-    import colorsys
-
-    import numpy as np
-
+    """Return one color per label, (n_labels, 3) uint8, the same in every run; label 0 is nearly black."""
     if n_labels < 1:
-        raise ValueError(f"n_labels {n_labels}: a palette has at least one color")
+        raise ValueError(f"n_labels {n_labels}: must be 1 or more")
     colors = [(0.07, 0.07, 0.09)]
     for k in range(1, n_labels):
-        ring = k // 12 % 3  # hues begin to crowd after a dozen: vary the rest
+        ring = k // 12 % 3  # a dozen hues look distinct; then change saturation and value
         colors.append(colorsys.hsv_to_rgb(k * GOLDEN_ANGLE % 1.0, (0.75, 0.45, 0.9)[ring], (0.95, 0.85, 0.6)[ring]))
     return np.round(255 * np.array(colors)).astype(np.uint8)
 
 
 def labels_to_rgb(labels: Tensor, n_labels: int | None = None) -> Tensor:
-    """Segmentation maps in colors, (B, 3, H, W) float in [-1, 1].
+    """Return segmentation maps in the colors of `palette`, (B, 3, H, W) float in [-1, 1].
 
-    labels: (B, H, W) integers, or (B, C, H, W) scores or one-hot planes, of which the largest counts (then n_labels = C).
+    labels: (B, H, W) integers, or (B, C, H, W) scores or one-hot, whose argmax is shown.
     """
-    import torch
-
     if labels.ndim == 4:
         n_labels, labels = labels.shape[1], labels.argmax(1)
     if labels.ndim != 3 or labels.is_floating_point():
-        raise ValueError(
-            f"labels of shape {tuple(labels.shape)}, {labels.dtype}: give integers (B, H, W) or scores (B, C, H, W)"
-        )
-    lowest, highest = int(labels.min()), int(labels.max())
-    if lowest < 0 or (n_labels is not None and highest >= n_labels):
-        raise ValueError(
-            f"labels from {lowest} to {highest}: they must lie in 0..{n_labels - 1 if n_labels else 'n_labels - 1'}"
-        )
-    colors = torch.from_numpy(palette(n_labels or highest + 1)).to(labels.device)
-    return colors[labels.long()].permute(0, 3, 1, 2).float() / 127.5 - 1  # (B, H, W, 3) -> (B, 3, H, W)
+        shape = tuple(labels.shape)
+        raise ValueError(f"labels of shape {shape}, {labels.dtype}: expected integers (B, H, W) or scores (B, C, H, W)")
+    labels = labels.long()
+    low, high = int(labels.min()), int(labels.max())
+    if low < 0 or (n_labels is not None and high >= n_labels):
+        raise ValueError(f"labels from {low} to {high}: expected 0..{n_labels - 1 if n_labels else 'n_labels - 1'}")
+    colors = labels.new_tensor(palette(n_labels or high + 1))  # (n_labels, 3)
+    return colors[labels].permute(0, 3, 1, 2).float() / 127.5 - 1  # (B, H, W, 3) -> (B, 3, H, W)
 
 
-def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    """Pillow's own font, so that no font has to be installed; its size is fixed where Pillow was built without FreeType."""
-    font = ImageFont.load_default(size)
-    if not hasattr(font, "size"):
-        font.size = 10
-    return font
+def _line_height(font: Font) -> int:
+    return round(1.3 * getattr(font, "size", 10))  # Pillow without FreeType has one font, without a size
 
 
-def _line_height(font: Any) -> int:
-    return round(1.3 * font.size)
-
-
-def _printable(text: str) -> str:
-    """`text` in what Pillow's own font can draw, which is ASCII: accents are dropped, other letters become "?"."""
-    import unicodedata
-
-    if text.isascii():
-        return text
-    plain = "".join(c for c in unicodedata.normalize("NFKD", text) if not unicodedata.combining(c))
-    return plain.translate(PUNCTUATION).encode("ascii", "replace").decode("ascii")
-
-
-def _fit(text: str, font: Any, width: int, max_rows: int) -> list[str]:
-    """`text` broken into at most `max_rows` rows of at most `width` pixels; the last one ends in "..." where something is left out."""
-    text = _printable(text[: (max_rows + 1) * max(10, width)])  # a 10,000-character caption costs no more than it shows
+def _wrap(text: str, font: Font, width: int, max_rows: int) -> list[str]:
+    """Return `text` in at most `max_rows` rows of at most `width` pixels; the last ends in "..." if text is left."""
+    text = text[: (max_rows + 1) * max(10, width)]  # more cannot fit
     rows: list[str] = []
-    for paragraph in text.splitlines() or [""]:
+    for paragraph in _to_ascii(text).splitlines() or [""]:
         row = ""
         for word in paragraph.split():
             joined = f"{row} {word}" if row else word
@@ -202,53 +163,49 @@ def _fit(text: str, font: Any, width: int, max_rows: int) -> list[str]:
                 continue
             if row:
                 rows.append(row)
-            while (
-                len(word) > 1 and len(rows) <= max_rows and font.getlength(word) > width
-            ):  # a word wider than the picture is cut
-                cut = max(1, bisect_right(range(1, len(word)), width, key=lambda n: font.getlength(word[:n])))
+            while len(word) > 1 and font.getlength(word) > width:  # split a word that is wider than a row
+                cut = max(
+                    1, bisect_right(range(1, len(word)), width, key=lambda n: math.ceil(font.getlength(word[:n])))
+                )
                 rows.append(word[:cut])
                 word = word[cut:]
             row = word
-            if len(rows) > max_rows:
-                break
         rows.append(row)
-        if len(rows) > max_rows:
-            break
-    if len(rows) <= max_rows:
-        return rows
-    last = rows[max_rows - 1]
-    while last and font.getlength(last + "...") > width:
-        last = last[:-1]
-    return [*rows[: max_rows - 1], last.rstrip() + "..."]
+    if len(rows) > max_rows:
+        last = rows[max_rows - 1]
+        while last and font.getlength(last + "...") > width:
+            last = last[:-1]
+        rows[max_rows - 1 :] = [last.rstrip() + "..."]
+    return rows
+
+
+def _to_ascii(text: str) -> str:
+    """Return `text` in the characters of Pillow's font: accents are dropped, other letters become "?"."""
+    plain = "".join(c for c in unicodedata.normalize("NFKD", text) if not unicodedata.combining(c))
+    return plain.translate(ASCII).encode("ascii", "replace").decode("ascii")
 
 
 def _write_rows(
-    draw: ImageDraw.ImageDraw, rows: Sequence[str], font: Any, at: tuple[int, int], ink: str, width: int | None = None
+    draw: ImageDraw.ImageDraw,
+    rows: Sequence[str],
+    font: Font,
+    at: tuple[int, int],
+    color: str,
+    width: int | None = None,
 ) -> None:
-    """Rows of text from the corner `at` down, centered where a `width` is given."""
+    """Write rows of text from the corner `at` down, centered in `width` if given."""
     x, y = at
     for k, row in enumerate(rows):
         indent = 0 if width is None else max(0, round((width - font.getlength(row)) / 2))
-        draw.text((x + indent, y + k * _line_height(font)), row, fill=ink, font=font)
+        draw.text((x + indent, y + k * _line_height(font)), row, fill=color, font=font)
 
 
-def _enlarge(picture: Image.Image, cell: int) -> Image.Image:
-    factor = max(1, round(cell / min(picture.size)))
-    return (
-        picture
-        if factor == 1
-        else picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST)
-    )
+def _upscale(image: Image.Image, cell: int | None) -> Image.Image:
+    factor = 1 if cell is None else max(1, round(cell / min(image.size)))
+    size = (image.width * factor, image.height * factor)
+    return image if factor == 1 else image.resize(size, Image.Resampling.NEAREST)
 
 
-def _near_square(n: int) -> int:
-    """The least number of columns with no more rows than columns."""
-    columns = 1
-    while columns * columns < n:
-        columns += 1
-    return columns
-
-
-def _ink_on(background: str) -> str:
+def _text_color(background: str) -> str:
     red, green, blue = ImageColor.getrgb(background)[:3]
-    return INK if 0.299 * red + 0.587 * green + 0.114 * blue > 127 else "#f2f3f5"
+    return DARK if 0.299 * red + 0.587 * green + 0.114 * blue > 127 else LIGHT

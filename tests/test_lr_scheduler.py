@@ -1,4 +1,4 @@
-"""Laws of the learning-rate schedules. tests/golden/numerics/lr_schedules.npz: figures of the published implementation."""
+"""Laws of the learning-rate schedules. The published implementation's values: golden/numerics/lr_schedules.npz."""
 
 import numpy as np
 import pytest
@@ -16,7 +16,7 @@ SCHEDULES = {
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
-def test_agrees_with_the_published_figures(name):
+def test_agrees_with_the_published_values(name):
     reference = np.load(GOLDEN / "numerics/lr_schedules.npz")
     assert rel_error(np.array([SCHEDULES[name](int(step)) for step in reference["steps"]]), reference[name]) < TOLERANCE
 

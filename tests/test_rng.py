@@ -1,4 +1,4 @@
-"""Random generators are where they were, on the CPU and on the device of a model."""
+"""Laws of restoring the random generators, on the CPU and on the device of a model."""
 
 import random
 
@@ -9,29 +9,29 @@ import torch
 from ldm.rng import generators_kept, torch_generators_kept
 
 
-def draw():
+def numbers():
     return random.random(), float(np.random.rand()), float(torch.rand(()))
 
 
 @pytest.mark.parametrize("error", [False, True])
-def test_all_generators_go_on_as_if_nothing_had_been_drawn(error):
+def test_all_generators_continue_as_if_unused(error):
     random.seed(1), np.random.seed(1), torch.manual_seed(1)
-    wanted = draw()
+    wanted = numbers()
     random.seed(1), np.random.seed(1), torch.manual_seed(1)
     try:
         with generators_kept():
-            assert draw() == wanted
+            assert numbers() == wanted
             random.seed(7), np.random.seed(7), torch.manual_seed(7)
             if error:
                 raise RuntimeError
     except RuntimeError:
         pass
-    assert draw() == wanted
+    assert numbers() == wanted
 
 
 @pytest.mark.parametrize("kept", [generators_kept, torch_generators_kept])
 @pytest.mark.parametrize("kind", ["cuda", "mps"])
-def test_so_does_the_generator_of_the_models_device(monkeypatch, kept, kind):
+def test_the_generator_of_the_models_device_continues_as_if_unused(monkeypatch, kept, kind):
     states = {torch.device(kind, 0): torch.tensor([5])}
     module = getattr(torch, kind)
     monkeypatch.setattr(module, "get_rng_state", lambda device: states[device].clone())
