@@ -12,7 +12,7 @@ from ldm.data.base import DataConfigError, check_choice
 from ldm.data.folder import ImageFolder
 from ldm.data.image import crop_box, resize_to_cover, to_array
 from ldm.modules.image_degradation import degradation_fn_bsr, degradation_fn_bsr_light
-from ldm.modules.image_degradation.opencv import load_cv2
+from ldm.modules.image_degradation.bsrgan import load_cv2
 
 PIL_FILTERS = {
     f"pil_{name}": Image.Resampling[name.upper()]

@@ -52,7 +52,7 @@ class Residual(nn.Module):
 class AttentionLayers(nn.Module):
     """`depth` times attention and feed-forward, each with LayerNorm and residual: (B, L, dim) -> the same.
 
-    `layers.2i` is the i-th attention, `layers.2i+1` the i-th feed-forward; each holds (norm, layer, residual) as 0, 1, 2.
+    `layers.2i` is the i-th attention, `layers.2i+1` the i-th feed-forward; each holds (norm, layer, residual).
     """
 
     causal = False

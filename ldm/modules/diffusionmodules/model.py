@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -190,19 +191,22 @@ class _Middle(nn.Module):
 class _Network(nn.Module):
     """Options that Encoder, Decoder and Model share, and the parts built from them."""
 
+    takes_timesteps = False
+
     def __init__(
         self,
         *,
         ch: int,
-        ch_mult: Sequence[int],
+        out_ch: int,
+        ch_mult: Sequence[int] = (1, 2, 4, 8),
         num_res_blocks: int,
         attn_resolutions: Sequence[int],
-        dropout: float,
-        resamp_with_conv: bool,
+        dropout: float = 0.0,
+        resamp_with_conv: bool = True,
         in_channels: int,
         resolution: int,
-        attn_type: str,
-        temb_ch: int = 0,
+        use_linear_attn: bool = False,
+        attn_type: str = "vanilla",
     ) -> None:
         super().__init__()
         factor = 2 ** (len(ch_mult) - 1)
@@ -211,7 +215,8 @@ class _Network(nn.Module):
                 f"resolution={resolution}: the {len(ch_mult)} levels of ch_mult need a multiple of {factor}"
             )
         self.ch = ch
-        self.temb_ch = temb_ch
+        self.out_ch = out_ch
+        self.temb_ch = 4 * ch if self.takes_timesteps else 0
         self.num_resolutions = len(ch_mult)
         self.num_res_blocks = num_res_blocks
         self.resolution = resolution
@@ -219,7 +224,8 @@ class _Network(nn.Module):
         self._widths = [ch * mult for mult in ch_mult]
         self._lowest_size = resolution // factor
         self._attn_resolutions = tuple(attn_resolutions)
-        self._attn_type, self._dropout, self._resamp_with_conv = attn_type, dropout, resamp_with_conv
+        self._attn_type = "linear" if use_linear_attn else attn_type
+        self._dropout, self._resamp_with_conv = dropout, resamp_with_conv
 
     def _level(self, widths: Sequence[tuple[int, int]], size: int) -> _Level:
         """Residual blocks of these (in, out) widths; with attention if `size` is one of `attn_resolutions`."""
@@ -296,6 +302,7 @@ class _AutoencoderNetwork(_Network):
     ) -> None:
         super().__init__(
             ch=ch,
+            out_ch=out_ch,
             ch_mult=ch_mult,
             num_res_blocks=num_res_blocks,
             attn_resolutions=attn_resolutions,
@@ -303,9 +310,9 @@ class _AutoencoderNetwork(_Network):
             resamp_with_conv=resamp_with_conv,
             in_channels=in_channels,
             resolution=resolution,
-            attn_type="linear" if use_linear_attn else attn_type,
+            use_linear_attn=use_linear_attn,
+            attn_type=attn_type,
         )
-        self.out_ch = out_ch
         self.z_channels = z_channels
         self.double_z = double_z
         self.give_pre_end = give_pre_end
@@ -365,47 +372,23 @@ class Decoder(_AutoencoderNetwork):
 class Model(_Network):
     """UNet of DDPM: x (B, in_channels, H, W), t (B,) -> (B, out_ch, H, W).
 
-    `context` (B, C', H, W) is joined to x along the channels; `in_channels` counts both.
+    `context` (B, C', H, W) is joined to x along the channels; `in_channels` counts both. Options: see _Network.
     """
 
-    def __init__(
-        self,
-        *,
-        ch: int,
-        out_ch: int,
-        ch_mult: Sequence[int] = (1, 2, 4, 8),
-        num_res_blocks: int,
-        attn_resolutions: Sequence[int],
-        dropout: float = 0.0,
-        resamp_with_conv: bool = True,
-        in_channels: int,
-        resolution: int,
-        use_timestep: bool = True,
-        use_linear_attn: bool = False,
-        attn_type: str = "vanilla",
-    ) -> None:
-        super().__init__(
-            ch=ch,
-            ch_mult=ch_mult,
-            num_res_blocks=num_res_blocks,
-            attn_resolutions=attn_resolutions,
-            dropout=dropout,
-            resamp_with_conv=resamp_with_conv,
-            in_channels=in_channels,
-            resolution=resolution,
-            attn_type="linear" if use_linear_attn else attn_type,
-            temb_ch=4 * ch,  # as published, the blocks hold their projection even without timesteps
-        )
+    takes_timesteps = True  # as published, the blocks hold their projection even without `use_timestep`
+
+    def __init__(self, *, use_timestep: bool = True, **options: Any) -> None:
+        super().__init__(**options)
         self.use_timestep = use_timestep
         if use_timestep:
             self.temb = nn.Module()
-            self.temb.dense = nn.ModuleList([nn.Linear(ch, self.temb_ch), nn.Linear(self.temb_ch, self.temb_ch)])
-        self.conv_in = nn.Conv2d(in_channels, ch, kernel_size=3, padding=1)
+            self.temb.dense = nn.ModuleList([nn.Linear(self.ch, self.temb_ch), nn.Linear(self.temb_ch, self.temb_ch)])
+        self.conv_in = nn.Conv2d(self.in_channels, self.ch, kernel_size=3, padding=1)
         self.down = self._down()
         self.mid = self._middle()
         self.up = self._up(with_skips=True)
         self.norm_out = Normalize(self._widths[0])
-        self.conv_out = nn.Conv2d(self._widths[0], out_ch, kernel_size=3, padding=1)
+        self.conv_out = nn.Conv2d(self._widths[0], self.out_ch, kernel_size=3, padding=1)
 
     def forward(self, x: Tensor, t: Tensor | None = None, context: Tensor | None = None) -> Tensor:
         if context is not None:

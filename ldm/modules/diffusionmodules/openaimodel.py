@@ -6,7 +6,6 @@ State-dict names, constructor options and the choice of attention heads are the 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
@@ -248,27 +247,98 @@ def qkv_attention(qkv: Tensor, num_heads: int, by_head: bool) -> Tensor:
     return attend(q, k, v).transpose(-1, -2).reshape(batch, width // 3, length)
 
 
-@dataclass(frozen=True)
-class LayerFactory:
-    """Builds a UNet's layers; the fields are the constructor's arguments of the same names."""
+class UNetTrunk(nn.Module):
+    """Contracting half of the UNets: embeddings of timestep and class, `input_blocks` and `middle_block`.
 
-    emb_channels: int
-    dropout: float
-    dims: int
-    conv_resample: bool
-    use_checkpoint: bool
-    use_scale_shift_norm: bool
-    resblock_updown: bool
-    num_heads: int
-    num_head_channels: int
-    use_new_attention_order: bool
-    use_spatial_transformer: bool = False
-    transformer_depth: int = 1
-    context_dim: int | Sequence[int] | None = None
-    use_linear_in_transformer: bool = False
-    legacy: bool = True
+    image_size: latent size of the training; any multiple of `size_multiple` works.
+    num_res_blocks: residual blocks per level, one number or one for each level.
+    attention_resolutions: downsampling factors (1, 2, 4, ...) of the levels with attention (the middle has it).
+    channel_mult: width of each level in units of `model_channels`.
+    conv_resample: resample by learned convolutions; resblock_updown: by residual blocks instead.
+    num_classes: size of a table of class embeddings, added to the timestep's (input `y`).
+    use_checkpoint: recompute activations in the backward pass instead of storing them. use_fp16: the blocks in float16.
+    num_heads, num_head_channels: set one of them; the second has precedence.
+    num_heads_upsample: heads in the expanding half; only for plain attention, `legacy` and no `num_head_channels`.
+    use_spatial_transformer, transformer_depth: attention to a context, by that many blocks.
+    context_dim: width of the context, or of each block's context.
+    n_embed: predict the ids of a codebook of that size; the output then has `n_embed` channels of scores.
+    legacy: how the heads are chosen (`_heads`); false in Stable Diffusion.
+    disable_self_attentions, num_attention_blocks (for each level), disable_middle_self_attn, use_linear_in_transformer:
+    options of Stable Diffusion v2.
+    """
 
-    def __post_init__(self) -> None:
+    def __init__(
+        self,
+        image_size: int | Sequence[int],
+        in_channels: int,
+        model_channels: int,
+        out_channels: int,
+        num_res_blocks: int | Sequence[int],
+        attention_resolutions: Sequence[int],
+        dropout: float = 0,
+        channel_mult: Sequence[int] = (1, 2, 4, 8),
+        conv_resample: bool = True,
+        dims: int = 2,
+        num_classes: int | None = None,
+        use_checkpoint: bool = False,
+        use_fp16: bool = False,
+        num_heads: int = -1,
+        num_head_channels: int = -1,
+        num_heads_upsample: int = -1,
+        use_scale_shift_norm: bool = False,
+        resblock_updown: bool = False,
+        use_new_attention_order: bool = False,
+        use_spatial_transformer: bool = False,
+        transformer_depth: int = 1,
+        context_dim: int | Sequence[int] | None = None,
+        n_embed: int | None = None,
+        legacy: bool = True,
+        disable_self_attentions: Sequence[bool] | None = None,
+        num_attention_blocks: Sequence[int] | None = None,
+        disable_middle_self_attn: bool = False,
+        use_linear_in_transformer: bool = False,
+    ) -> None:
+        super().__init__()
+        levels = len(channel_mult)
+        self.image_size = image_size
+        self.in_channels = in_channels
+        self.model_channels = model_channels
+        self.out_channels = out_channels
+        self.num_res_blocks = num_res_blocks if isinstance(num_res_blocks, int) else tuple(num_res_blocks)
+        self.attention_resolutions = tuple(attention_resolutions)
+        self.dropout = dropout
+        self.channel_mult = tuple(channel_mult)
+        self.conv_resample = conv_resample
+        self.dims = dims
+        self.num_classes = num_classes
+        self.use_checkpoint = use_checkpoint
+        self.num_heads = num_heads
+        self.num_head_channels = num_head_channels
+        self.num_heads_upsample = num_heads if num_heads_upsample == -1 else num_heads_upsample
+        self.use_scale_shift_norm = use_scale_shift_norm
+        self.resblock_updown = resblock_updown
+        self.use_new_attention_order = use_new_attention_order
+        self.use_spatial_transformer = use_spatial_transformer
+        self.transformer_depth = transformer_depth
+        self.context_dim = context_dim if context_dim is None or isinstance(context_dim, int) else list(context_dim)
+        self.n_embed = n_embed
+        self.predict_codebook_ids = n_embed is not None
+        self.legacy = legacy
+        self.use_linear_in_transformer = use_linear_in_transformer
+        self._res_blocks = per_level("num_res_blocks", num_res_blocks, levels)
+        self._attention_blocks = [num + 1 for num in self._res_blocks]
+        if num_attention_blocks is not None:
+            self._attention_blocks = per_level("num_attention_blocks", num_attention_blocks, levels)
+        self._no_self_attention = [False] * levels
+        if disable_self_attentions is not None:
+            self._no_self_attention = per_level("disable_self_attentions", disable_self_attentions, levels)
+        self._check_options(any(self._no_self_attention) or disable_middle_self_attn or use_linear_in_transformer)
+        self._build_contracting_half(disable_middle_self_attn)
+        self._build_rest()
+        if use_fp16:
+            self.convert_to_fp16()
+
+    def _check_options(self, transformer_options: bool) -> None:
         if self.num_heads == -1 and self.num_head_channels == -1:
             raise ValueError(
                 "num_heads and num_head_channels are both -1: set the number of attention heads or the channels of each"
@@ -280,11 +350,49 @@ class LayerFactory:
             )
         if self.use_spatial_transformer and self.dims != 2:
             raise ValueError(f"use_spatial_transformer supports images only: dims must be 2, got {self.dims}")
+        if transformer_options and not self.use_spatial_transformer:
+            raise ValueError(
+                "disable_self_attentions, disable_middle_self_attn and use_linear_in_transformer are options of spatial"
+                " transformers: set use_spatial_transformer: true and context_dim, or leave them out"
+            )
 
-    def res(self, channels: int, out_channels: int, up: bool = False, down: bool = False) -> ResBlock:
+    def _build_contracting_half(self, disable_middle_self_attn: bool) -> None:
+        emb_channels = 4 * self.model_channels
+        self.time_embed = nn.Sequential(
+            linear(self.model_channels, emb_channels), nn.SiLU(), linear(emb_channels, emb_channels)
+        )
+        if self.num_classes is not None:
+            self.label_emb = nn.Embedding(self.num_classes, emb_channels)
+        ch = self.model_channels
+        self.input_blocks = nn.ModuleList(
+            [TimestepEmbedSequential(conv_nd(self.dims, self.in_channels, ch, 3, padding=1))]
+        )
+        self._skip_channels = [ch]  # of every input block's output; the expanding half takes them in reverse
+        self._downsampling = 1
+        for level, mult in enumerate(self.channel_mult):
+            for block in range(self._res_blocks[level]):
+                layers: list[nn.Module] = [self._res(ch, mult * self.model_channels)]
+                ch = mult * self.model_channels
+                if self._downsampling in self.attention_resolutions and block < self._attention_blocks[level]:
+                    layers.append(self._attention(ch, self._no_self_attention[level]))
+                self.input_blocks.append(TimestepEmbedSequential(*layers))
+                self._skip_channels.append(ch)
+            if level < len(self.channel_mult) - 1:
+                self.input_blocks.append(TimestepEmbedSequential(self._resample(Downsample, ch)))
+                self._skip_channels.append(ch)
+                self._downsampling *= 2
+        self.middle_block = TimestepEmbedSequential(
+            self._res(ch, ch), self._attention(ch, disable_middle_self_attn), self._res(ch, ch)
+        )
+        self._middle_channels = ch
+
+    def _build_rest(self) -> None:
+        """Build what follows the middle block."""
+
+    def _res(self, channels: int, out_channels: int, up: bool = False, down: bool = False) -> ResBlock:
         return ResBlock(
             channels,
-            self.emb_channels,
+            4 * self.model_channels,
             self.dropout,
             out_channels=out_channels,
             dims=self.dims,
@@ -294,20 +402,15 @@ class LayerFactory:
             down=down,
         )
 
-    def down(self, channels: int) -> ResBlock | Downsample:
+    def _resample(self, layer: type[Upsample] | type[Downsample], channels: int) -> nn.Module:
         if self.resblock_updown:
-            return self.res(channels, channels, down=True)
-        return Downsample(channels, self.conv_resample, dims=self.dims)
+            return self._res(channels, channels, up=layer is Upsample, down=layer is Downsample)
+        return layer(channels, self.conv_resample, dims=self.dims)
 
-    def up(self, channels: int) -> ResBlock | Upsample:
-        if self.resblock_updown:
-            return self.res(channels, channels, up=True)
-        return Upsample(channels, self.conv_resample, dims=self.dims)
-
-    def attention(
-        self, channels: int, num_heads: int | None = None, disable_self_attn: bool = False
+    def _attention(
+        self, channels: int, disable_self_attn: bool, num_heads: int | None = None
     ) -> AttentionBlock | SpatialTransformer:
-        """`num_heads` replaces the number of heads of an AttentionBlock, unless `num_head_channels` is set."""
+        """num_heads: other number of heads of an AttentionBlock, used unless `num_head_channels` is set."""
         heads, dim_head = self._heads(channels)
         if self.use_spatial_transformer:
             return SpatialTransformer(
@@ -343,58 +446,6 @@ class LayerFactory:
             )
         divide = self.use_spatial_transformer if self.legacy else dim_head == -1
         return heads, channels // heads if divide else dim_head
-
-
-class UNetTrunk(nn.Module):
-    """Common part of UNet and classifier: embeddings of timestep and class, `input_blocks` and `middle_block`."""
-
-    def __init__(
-        self,
-        make: LayerFactory,
-        in_channels: int,
-        model_channels: int,
-        num_res_blocks: Sequence[int],
-        attention_resolutions: Sequence[int],
-        channel_mult: Sequence[int],
-        num_attention_blocks: Sequence[int],
-        disable_self_attentions: Sequence[bool],
-        disable_middle_self_attn: bool = False,
-        num_classes: int | None = None,
-    ) -> None:
-        super().__init__()
-        self.in_channels = in_channels
-        self.model_channels = model_channels
-        self.dims = make.dims
-        self.use_checkpoint = make.use_checkpoint
-        self.context_dim = make.context_dim
-        emb_channels = make.emb_channels
-        self.time_embed = nn.Sequential(
-            linear(model_channels, emb_channels), nn.SiLU(), linear(emb_channels, emb_channels)
-        )
-        self.num_classes = num_classes
-        if num_classes is not None:
-            self.label_emb = nn.Embedding(num_classes, emb_channels)
-
-        ch = model_channels
-        self.input_blocks = nn.ModuleList([TimestepEmbedSequential(conv_nd(self.dims, in_channels, ch, 3, padding=1))])
-        self._skip_channels = [ch]  # of every input block's output; the expanding half takes them in reverse
-        self._downsampling = 1
-        for level, mult in enumerate(channel_mult):
-            for block in range(num_res_blocks[level]):
-                layers: list[nn.Module] = [make.res(ch, mult * model_channels)]
-                ch = mult * model_channels
-                if self._downsampling in attention_resolutions and block < num_attention_blocks[level]:
-                    layers.append(make.attention(ch, disable_self_attn=disable_self_attentions[level]))
-                self.input_blocks.append(TimestepEmbedSequential(*layers))
-                self._skip_channels.append(ch)
-            if level < len(channel_mult) - 1:
-                self.input_blocks.append(TimestepEmbedSequential(make.down(ch)))
-                self._skip_channels.append(ch)
-                self._downsampling *= 2
-        self.middle_block = TimestepEmbedSequential(
-            make.res(ch, ch), make.attention(ch, disable_self_attn=disable_middle_self_attn), make.res(ch, ch)
-        )
-        self._middle_channels = ch
 
     @property
     def dtype(self) -> torch.dtype:
@@ -479,127 +530,27 @@ class UNetTrunk(nn.Module):
 class UNetModel(UNetTrunk):
     """Denoising UNet with attention to a context (LDM, https://arxiv.org/abs/2112.10752, section 3.3).
 
-    image_size: latent size of the training; any multiple of `size_multiple` works.
-    num_res_blocks: residual blocks per level, one number or one for each level.
-    attention_resolutions: downsampling factors (1, 2, 4, ...) of the levels with attention (the middle has it).
-    channel_mult: width of each level in units of `model_channels`.
-    conv_resample: resample by learned convolutions; resblock_updown: by residual blocks instead.
-    num_classes: size of a table of class embeddings, added to the timestep's (input `y`).
-    use_checkpoint: recompute activations in the backward pass instead of storing them. use_fp16: the blocks in float16.
-    num_heads, num_head_channels: set one of them; the second has precedence.
-    num_heads_upsample: heads in the expanding half; only for plain attention, `legacy` and no `num_head_channels`.
-    use_spatial_transformer, transformer_depth: attention to a context, by that many blocks.
-    context_dim: width of the context, or of each block's context.
-    n_embed: predict the ids of a codebook of that size; the output then has `n_embed` channels of scores.
-    legacy: how the heads are chosen (`LayerFactory`); false in Stable Diffusion.
-    disable_self_attentions, num_attention_blocks (for each level), disable_middle_self_attn, use_linear_in_transformer:
-    options of Stable Diffusion v2.
+    Options: see UNetTrunk.
     """
 
-    def __init__(
-        self,
-        image_size: int | Sequence[int],
-        in_channels: int,
-        model_channels: int,
-        out_channels: int,
-        num_res_blocks: int | Sequence[int],
-        attention_resolutions: Sequence[int],
-        dropout: float = 0,
-        channel_mult: Sequence[int] = (1, 2, 4, 8),
-        conv_resample: bool = True,
-        dims: int = 2,
-        num_classes: int | None = None,
-        use_checkpoint: bool = False,
-        use_fp16: bool = False,
-        num_heads: int = -1,
-        num_head_channels: int = -1,
-        num_heads_upsample: int = -1,
-        use_scale_shift_norm: bool = False,
-        resblock_updown: bool = False,
-        use_new_attention_order: bool = False,
-        use_spatial_transformer: bool = False,
-        transformer_depth: int = 1,
-        context_dim: int | Sequence[int] | None = None,
-        n_embed: int | None = None,
-        legacy: bool = True,
-        disable_self_attentions: Sequence[bool] | None = None,
-        num_attention_blocks: Sequence[int] | None = None,
-        disable_middle_self_attn: bool = False,
-        use_linear_in_transformer: bool = False,
-    ) -> None:
-        if context_dim is not None and not isinstance(context_dim, int):
-            context_dim = list(context_dim)  # plain, not the list type of a config
-        make = LayerFactory(
-            emb_channels=4 * model_channels,
-            dropout=dropout,
-            dims=dims,
-            conv_resample=conv_resample,
-            use_checkpoint=use_checkpoint,
-            use_scale_shift_norm=use_scale_shift_norm,
-            resblock_updown=resblock_updown,
-            num_heads=num_heads,
-            num_head_channels=num_head_channels,
-            use_new_attention_order=use_new_attention_order,
-            use_spatial_transformer=use_spatial_transformer,
-            transformer_depth=transformer_depth,
-            context_dim=context_dim,
-            use_linear_in_transformer=use_linear_in_transformer,
-            legacy=legacy,
-        )
-        levels = len(channel_mult)
-        res_blocks = per_level("num_res_blocks", num_res_blocks, levels)
-        attention_blocks = [num + 1 for num in res_blocks]
-        if num_attention_blocks is not None:
-            attention_blocks = per_level("num_attention_blocks", num_attention_blocks, levels)
-        no_self = [False] * levels
-        if disable_self_attentions is not None:
-            no_self = per_level("disable_self_attentions", disable_self_attentions, levels)
-        if (any(no_self) or disable_middle_self_attn or use_linear_in_transformer) and not use_spatial_transformer:
-            raise ValueError(
-                "disable_self_attentions, disable_middle_self_attn and use_linear_in_transformer are options of spatial"
-                " transformers: set use_spatial_transformer: true and context_dim, or leave them out"
-            )
-        super().__init__(
-            make,
-            in_channels,
-            model_channels,
-            res_blocks,
-            attention_resolutions,
-            channel_mult,
-            attention_blocks,
-            no_self,
-            disable_middle_self_attn,
-            num_classes,
-        )
-        self.image_size = image_size
-        self.out_channels = out_channels
-        self.num_res_blocks = num_res_blocks if isinstance(num_res_blocks, int) else tuple(num_res_blocks)
-        self.attention_resolutions = tuple(attention_resolutions)
-        self.channel_mult = tuple(channel_mult)
-        self.num_heads = num_heads
-        self.num_head_channels = num_head_channels
-        self.num_heads_upsample = num_heads if num_heads_upsample == -1 else num_heads_upsample
-        self.predict_codebook_ids = n_embed is not None
-
+    def _build_rest(self) -> None:
         ch, skips, downsampling = self._middle_channels, list(self._skip_channels), self._downsampling
         self.output_blocks = nn.ModuleList()
-        for level in reversed(range(levels)):
-            for block in range(res_blocks[level] + 1):
-                layers: list[nn.Module] = [make.res(ch + skips.pop(), channel_mult[level] * model_channels)]
-                ch = channel_mult[level] * model_channels
-                if downsampling in attention_resolutions and block < attention_blocks[level]:
-                    layers.append(make.attention(ch, self.num_heads_upsample, no_self[level]))
-                if level and block == res_blocks[level]:
-                    layers.append(make.up(ch))
+        for level in reversed(range(len(self.channel_mult))):
+            for block in range(self._res_blocks[level] + 1):
+                width = self.channel_mult[level] * self.model_channels
+                layers: list[nn.Module] = [self._res(ch + skips.pop(), width)]
+                ch = width
+                if downsampling in self.attention_resolutions and block < self._attention_blocks[level]:
+                    layers.append(self._attention(ch, self._no_self_attention[level], self.num_heads_upsample))
+                if level and block == self._res_blocks[level]:
+                    layers.append(self._resample(Upsample, ch))
                     downsampling //= 2
                 self.output_blocks.append(TimestepEmbedSequential(*layers))
-        self.out = nn.Sequential(
-            normalization(ch), nn.SiLU(), zero_module(conv_nd(dims, ch, out_channels, 3, padding=1))
-        )
-        if self.predict_codebook_ids:
-            self.id_predictor = nn.Sequential(normalization(ch), conv_nd(dims, ch, n_embed, 1))
-        if use_fp16:
-            self.convert_to_fp16()
+        out = zero_module(conv_nd(self.dims, ch, self.out_channels, 3, padding=1))
+        self.out = nn.Sequential(normalization(ch), nn.SiLU(), out)
+        if self.n_embed is not None:
+            self.id_predictor = nn.Sequential(normalization(ch), conv_nd(self.dims, ch, self.n_embed, 1))
 
     def forward(
         self,
@@ -676,34 +627,26 @@ class EncoderUNetModel(UNetTrunk):
             raise ValueError(f"pool={pool!r}: expected one of {', '.join(POOLS)}")
         if pool == "attention" and (num_head_channels == -1 or dims != 2):
             raise ValueError(f"pool='attention' needs num_head_channels and dims=2; got {num_head_channels} and {dims}")
-        make = LayerFactory(
-            emb_channels=4 * model_channels,
-            dropout=dropout,
-            dims=dims,
-            conv_resample=conv_resample,
-            use_checkpoint=use_checkpoint,
-            use_scale_shift_norm=use_scale_shift_norm,
-            resblock_updown=resblock_updown,
-            num_heads=num_heads,
-            num_head_channels=num_head_channels,
-            use_new_attention_order=use_new_attention_order,
-        )
-        res_blocks = per_level("num_res_blocks", num_res_blocks, len(channel_mult))
         super().__init__(
-            make,
+            image_size,
             in_channels,
             model_channels,
-            res_blocks,
+            out_channels,
+            num_res_blocks,
             attention_resolutions,
+            dropout,
             channel_mult,
-            num_attention_blocks=res_blocks,
-            disable_self_attentions=[False] * len(channel_mult),
+            conv_resample,
+            dims,
+            use_checkpoint=use_checkpoint,
+            num_heads=num_heads,
+            num_head_channels=num_head_channels,
+            use_scale_shift_norm=use_scale_shift_norm,
+            resblock_updown=resblock_updown,
+            use_new_attention_order=use_new_attention_order,
         )
-        self.image_size = image_size
-        self.out_channels = out_channels
-        self.num_head_channels = num_head_channels
         self.pool = pool
-        self.out = nn.Sequential(*self._head())
+        self.out = nn.Sequential(*self._head(image_size))
         if use_fp16:
             self.convert_to_fp16()
 
@@ -716,13 +659,13 @@ class EncoderUNetModel(UNetTrunk):
             h = torch.cat([out.flatten(2).mean(dim=2) for out in (*outputs, h)], dim=1)  # (B, sum of all channels)
         return self.out(h.to(_dtype_of(self.out))).to(x.dtype)
 
-    def _head(self) -> list[nn.Module]:
+    def _head(self, image_size: int) -> list[nn.Module]:
         ch, out = self._middle_channels, self.out_channels
         if self.pool == "adaptive":
             average = (nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d)[self.dims - 1](1)
             return [normalization(ch), nn.SiLU(), average, zero_module(conv_nd(self.dims, ch, out, 1)), nn.Flatten()]
         if self.pool == "attention":
-            size = self.image_size // self._downsampling
+            size = image_size // self._downsampling
             return [normalization(ch), nn.SiLU(), AttentionPool2d(size, ch, self.num_head_channels, out)]
         activation = [nn.ReLU()] if self.pool == "spatial" else [normalization(2048), nn.SiLU()]
         return [nn.Linear(sum(self._skip_channels) + ch, 2048), *activation, nn.Linear(2048, out)]

@@ -1,4 +1,4 @@
-"""How small pictures come to be: the degradations that super-resolution is trained against, under their published names."""
+"""Degradations that super-resolution is trained against, under their published names."""
 
 from ldm.modules.image_degradation.bsrgan import degradation_bsrgan_variant as degradation_fn_bsr
 from ldm.modules.image_degradation.bsrgan_light import degradation_bsrgan_variant as degradation_fn_bsr_light

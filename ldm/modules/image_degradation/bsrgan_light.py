@@ -1,13 +1,13 @@
-"""The lighter degradation that the released super-resolution model was trained with (LDM, arXiv 2112.10752, section 4.4).
+"""Lighter degradation of the released super-resolution model (LDM, arXiv 2112.10752, section 4.4).
 
-One narrow blur instead of two, next to no noise, JPEG of high quality.
+One narrow blur instead of two, almost no noise, JPEG of high quality.
 """
 
 from __future__ import annotations
 
 import numpy as np
 
-from ldm.modules.image_degradation.pipeline import Degradation
+from ldm.modules.image_degradation.bsrgan import Degradation
 
 BSRGAN_LIGHT = Degradation(
     blurs=1,

@@ -34,7 +34,8 @@ class MiDaSInference(nn.Module):
         """x: (B, 3, H, W) in [-1, 1] -> inverse depth (B, 1, H, W) in the network's own unit."""
         network = self._loaded()
         nn.Module.to(network, x.device)
-        side = int(network.config.image_size)
+        side = network.config.image_size
+        assert isinstance(side, int)
         resized = F.interpolate(x.float(), (side, side), mode="bicubic", align_corners=False)
         pixels = resized.clamp(-1.0, 1.0)  # the network's mean and std are 0.5
         depth = network(pixel_values=pixels).predicted_depth[:, None]  # (B, 1, side, side)

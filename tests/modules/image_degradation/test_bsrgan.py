@@ -1,4 +1,4 @@
-"""Degradations: sizes, seeds, strengths, and that no picture is moved."""
+"""Degradations: sizes, seeds, strengths; images are not shifted."""
 
 import random
 import sys
@@ -8,10 +8,16 @@ import pytest
 
 from ldm.data.superres import degrade
 from ldm.modules.image_degradation import degradation_fn_bsr, degradation_fn_bsr_light
-from ldm.modules.image_degradation.bsrgan import BSRGAN
+from ldm.modules.image_degradation.bsrgan import (
+    BSRGAN,
+    Degradation,
+    add_noise,
+    blur,
+    compress,
+    gaussian_kernel,
+    resize,
+)
 from ldm.modules.image_degradation.bsrgan_light import BSRGAN_LIGHT
-from ldm.modules.image_degradation.kernels import blur, gaussian_kernel
-from ldm.modules.image_degradation.pipeline import Degradation, add_noise, compress, resize
 
 VARIANTS = [degradation_fn_bsr, degradation_fn_bsr_light]
 
@@ -36,26 +42,26 @@ def area(image, factor):
 @pytest.mark.parametrize(
     ("shape", "factor"), [((64, 48), 4), ((66, 51), 4), ((33, 20), 2), ((30, 30), 3), ((16, 16), 1), ((64, 64), 8)]
 )
-def test_the_result_is_smaller_by_the_factor_whatever_is_drawn(degrade, shape, factor):
+def test_the_result_is_smaller_by_the_factor_whatever_is_sampled(degrade, shape, factor):
     for _ in range(12):
         small = degrade(smooth(*shape), sf=factor)["image"]
         assert small.shape == (shape[0] // factor, shape[1] // factor, 3) and small.dtype == np.uint8
 
 
 @pytest.mark.parametrize("degrade", VARIANTS)
-def test_the_seeds_of_python_and_numpy_decide_all(degrade):
-    def draw(seed):
+def test_the_seeds_of_python_and_numpy_determine_the_result(degrade):
+    def sample(seed):
         random.seed(seed)
         np.random.seed(seed)
         return [degrade(smooth())["image"] for _ in range(6)]
 
-    first = draw(1)
-    assert all((a == b).all() for a, b in zip(first, draw(1)))
-    assert not all((a == b).all() for a, b in zip(first, draw(2)))
+    first = sample(1)
+    assert all((a == b).all() for a, b in zip(first, sample(1)))
+    assert not all((a == b).all() for a, b in zip(first, sample(2)))
     assert not all((a == first[0]).all() for a in first)
 
 
-def test_the_light_variant_stays_nearer_to_the_picture():
+def test_the_light_variant_stays_closer_to_the_image():
     errors = {
         d: np.mean([np.abs(d(smooth())["image"] - area(smooth(), 4)).mean() for _ in range(30)]) for d in VARIANTS
     }
@@ -63,7 +69,7 @@ def test_the_light_variant_stays_nearer_to_the_picture():
 
 
 @pytest.mark.parametrize("resized", [0.0, 1.0])
-def test_no_step_moves_the_picture(resized):
+def test_no_step_shifts_the_image(resized):
     """The center of a bright square stays where it is; a resize to an odd size moves it a little, but to no side."""
     image = np.zeros((64, 64, 3), dtype=np.uint8)
     image[20:36, 28:44] = 255  # centered on (28, 36) between pixels
@@ -99,25 +105,25 @@ def test_kernels_have_the_widths_asked_for():
         [kernel.sum(), shifted.sum(), (shifted * x).sum(), (shifted * y).sum()], [1, 1, 1.5, 1.5], rtol=1e-3
     )
     assert gaussian_kernel(7, (0.0, 0.0))[3, 3] == 1 and np.isfinite(gaussian_kernel(7, (0.0, 0.0), shift=0.5)).all()
-    with pytest.raises(ValueError, match="size 4"):
+    with pytest.raises(ValueError, match="kernel size 4"):
         gaussian_kernel(4, (1.0, 1.0))
 
 
-def test_blurring_keeps_a_plain_picture_up_to_its_borders():
+def test_blur_keeps_a_constant_image_up_to_its_borders():
     np.testing.assert_allclose(
         blur(np.full((9, 9, 3), 0.25, np.float32), gaussian_kernel(7, (2.0, 1.0), 1.0)), 0.25, atol=1e-6
     )
 
 
-def test_noise_has_the_level_asked_for_and_is_grey_colored_or_correlated():
-    grey = 0
+def test_noise_has_the_level_asked_for_and_is_gray_colored_or_correlated():
+    gray = 0
     for _ in range(40):
         noise = add_noise(np.full((40, 40, 3), 0.5, np.float32), 0.02, 0.04) - 0.5
         assert noise.std() < 0.045
         if np.ptp(noise, axis=-1).max() < 1e-6:
-            grey += 1
+            gray += 1
             assert abs(noise.std() - 0.02) < 0.002
-    assert 8 <= grey <= 24  # of 40, with probability 0.4
+    assert 8 <= gray <= 24  # of 40, with probability 0.4
 
 
 def test_jpeg_keeps_the_order_of_the_colors():
@@ -126,12 +132,12 @@ def test_jpeg_keeps_the_order_of_the_colors():
     np.testing.assert_allclose(compress(red, 95), red, atol=0.05)
 
 
-def test_what_is_no_picture_is_refused():
+def test_other_inputs_are_refused():
     with pytest.raises(ValueError, match=r"shape \(8, 8\)"):
         degradation_fn_bsr(np.zeros((8, 8), np.uint8))
-    with pytest.raises(ValueError, match="type float32"):
+    with pytest.raises(ValueError, match="dtype float32"):
         degradation_fn_bsr(np.zeros((8, 8, 3), np.float32))
-    with pytest.raises(ValueError, match=r"downscaling by 9: a picture of 8x8 allows 1 .. 8"):
+    with pytest.raises(ValueError, match="downsampling by 9: an image of 8x8 supports 1 to 8"):
         degradation_fn_bsr(np.zeros((8, 8, 3), np.uint8), sf=9)
 
 
