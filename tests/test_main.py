@@ -22,17 +22,31 @@ GAN = "model.target=tests.toys.ToyGan"
 QUIET = ["lightning.callbacks.image_logger=null", "lightning.callbacks.cuda_callback=null"]
 
 
-@pytest.fixture
-def run(tmp_path, monkeypatch):
-    """A function that gives main.py the words of a command line -> exit code, in a folder of its own."""
-    monkeypatch.chdir(tmp_path)
+def run_main(*words):
+    return main.main(["--allow-targets", "tests", *words])
+
+
+def enter(folder, monkeypatch):
+    """Make `folder` the working directory, with the toy's config."""
+    monkeypatch.chdir(folder)
     monkeypatch.setattr("ldm.config.instantiate._user_prefixes", [])
     OmegaConf.save(OmegaConf.create(toys.CONFIG), "toy.yaml")
 
-    def call(*words):
-        return main.main(["--allow-targets", "tests", *words])
 
-    return call
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    """A function that runs main.py with the words of a command line in an empty folder -> exit code."""
+    enter(tmp_path, monkeypatch)
+    return run_main
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The training state of an uninterrupted run."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        enter(tmp_path_factory.mktemp("whole"), monkeypatch)
+        assert run_main("-b", "toy.yaml", "-t", "-n", "whole", *QUIET) == 0
+        return training_state(last(folder_of("whole")))
 
 
 @pytest.fixture
@@ -75,7 +89,7 @@ def differences(a, b, path=""):
     return [] if a == b else [f"{path}: {a} != {b}"]
 
 
-# ------------------------------------------------------------------------------------------------------------ run folders
+# ---- run folders
 
 
 def test_a_run_leaves_its_configs_checkpoints_logs_and_pictures(start, caplog):
@@ -156,7 +170,7 @@ def test_checkpoints_can_be_switched_off(start):
 
 def test_the_test_set_is_evaluated_where_there_is_one_and_no_test_leaves_it_out(start, run, caplog):
     caplog.set_level("INFO", logger="ldm")
-    test_set = ["+data.params.test.target=tests.toys.Pictures"]
+    test_set = ["+data.params.test.target=tests.toys.Images"]
     assert start("t", *QUIET, "--max_epochs", "1", *test_set)[0] == 0 and "test/loss" in caplog.text
     caplog.clear()
     assert start("n", *QUIET, "--max_epochs", "1", *test_set, "--no-test")[0] == 0 and "test/loss" not in caplog.text
@@ -185,7 +199,7 @@ def test_a_module_that_cannot_accumulate_is_not_asked_to(start, capsys, monkeypa
     assert "--accumulate_grad_batches 2: ToyGan uses manual optimization" in capsys.readouterr().err
 
 
-# ----------------------------------------------------------------------------------------------------------------- resume
+# ---- resume
 
 
 # Words, batches at which a signal comes, and the optimizer steps at whose ends the run stops.
@@ -212,20 +226,18 @@ def test_a_run_stopped_anywhere_resumes_bitwise(start, run, way):
     assert differences(training_state(last(whole)), training_state(last(folder))) == []
 
 
-def test_a_run_stopped_in_validation_resumes_bitwise(start, run):
-    _, whole = start("whole", *QUIET)
+def test_a_run_stopped_in_validation_resumes_bitwise(start, run, whole):
     code, folder = start("stopped", *QUIET, "+model.params.at_validation.1=SIGTERM")
     assert code == 143 and last(folder)["global_step"] == 8
     assert run("-r", str(folder), "-t") == 0
-    assert differences(training_state(last(whole)), training_state(last(folder))) == []
+    assert differences(whole, training_state(last(folder))) == []
 
 
 @pytest.mark.parametrize("file", ["last.ckpt", "epoch=000000.ckpt"])
-def test_a_run_goes_on_from_a_file_of_its_own(start, run, file):
-    _, whole = start("whole", *QUIET)
+def test_a_run_goes_on_from_a_file_of_its_own(start, run, whole, file):
     _, folder = start("short", *QUIET, "--max_epochs", "2")
     assert run("-r", str(folder / "checkpoints" / file), "-t", "--max_epochs", "3") == 0
-    assert differences(training_state(last(whole)), training_state(last(folder))) == []
+    assert differences(whole, training_state(last(folder))) == []
     assert len(list((folder / "configs").glob("*-project.yaml"))) >= 1
 
 
@@ -242,8 +254,7 @@ def test_resume_goes_on_with_the_saved_seed_and_scaling(start, run):
 
 
 @pytest.mark.parametrize("named", ["", "checkpoints/last.ckpt"])
-def test_a_truncated_last_checkpoint_gives_way_to_the_newest_whole_one(start, run, caplog, named):
-    _, whole = start("whole", *QUIET)
+def test_a_truncated_last_checkpoint_gives_way_to_the_newest_whole_one(start, run, whole, caplog, named):
     _, folder = start("short", *QUIET, "--max_epochs", "2")
     damaged = folder / "checkpoints" / "last.ckpt"
     content = damaged.read_bytes()
@@ -251,15 +262,14 @@ def test_a_truncated_last_checkpoint_gives_way_to_the_newest_whole_one(start, ru
     damaged.write_bytes(content[: len(content) // 2])
     assert run("-r", str(folder / named), "-t", "--max_epochs", "3") == 0
     assert "last.ckpt" in caplog.text and "epoch=00000" in caplog.text
-    assert differences(training_state(last(whole)), training_state(last(folder))) == []
+    assert differences(whole, training_state(last(folder))) == []
 
 
-def test_a_new_run_starts_from_the_full_state_of_another(start):
-    _, whole = start("whole", *QUIET)
+def test_a_new_run_starts_from_the_full_state_of_another(start, whole):
     _, short = start("short", *QUIET, "--max_epochs", "2")
     code, folder = start("new", *QUIET, "--resume_from_checkpoint", str(short / "checkpoints" / "last.ckpt"))
     assert code == 0 and folder != short
-    assert differences(training_state(last(whole)), training_state(last(folder))) == []
+    assert differences(whole, training_state(last(folder))) == []
 
 
 def test_observers_change_nothing(start):
@@ -278,7 +288,7 @@ def test_ranks_and_steps_draw_different_numbers_and_the_same_ones_again(start):
     assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
 
 
-# ---------------------------------------------------------------------------------------------------------------- signals
+# ---- signals
 
 
 def test_sigusr1_saves_and_training_goes_on(start):
@@ -323,7 +333,7 @@ def test_a_second_ctrl_c_ends_the_process_at_once(run):
     )
 
 
-# ----------------------------------------------------------------------------------------------------------------- errors
+# ---- errors
 
 
 def test_an_exception_saves_crash_and_leaves_last_alone_and_shows_itself(start, capsys):
@@ -417,7 +427,7 @@ def test_hostile_configs_in_a_resumed_folder_are_refused(start, run, capsys):
     assert "os.system" in capsys.readouterr().err and not Path("owned").exists()
 
 
-# ------------------------------------------------------------------------------------------------------------------ module
+# ---- module
 
 
 def test_main_gives_the_published_names():

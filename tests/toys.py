@@ -1,4 +1,4 @@
-"""A model of a few numbers and pictures of a few pixels, with everything about them that training has to keep exact."""
+"""A model of a few parameters and images of a few pixels, with all state that training has to keep exact."""
 
 import os
 import signal
@@ -15,16 +15,16 @@ CONFIG = {
         "params": {
             "batch_size": 2,
             "num_workers": 0,
-            "train": {"target": "tests.toys.Pictures"},
-            "validation": {"target": "tests.toys.Pictures", "params": {"length": 4}},
+            "train": {"target": "tests.toys.Images"},
+            "validation": {"target": "tests.toys.Images", "params": {"length": 4}},
         },
     },
     "lightning": {"trainer": {"max_epochs": 3, "accelerator": "cpu", "enable_progress_bar": False, "logger": False}},
 }
 
 
-class Pictures(Dataset):
-    """`length` pictures (2, 2, 3) in [-1, 1], each augmented with noise that is new in every epoch."""
+class Images(Dataset):
+    """`length` images (2, 2, 3) in [-1, 1], each augmented with noise that is new in every epoch."""
 
     def __init__(self, length: int = 8):
         self.length = length
@@ -33,8 +33,8 @@ class Pictures(Dataset):
         return self.length
 
     def __getitem__(self, index):
-        picture = torch.rand(2, 2, 3, generator=torch.Generator().manual_seed(index)) * 2 - 1
-        return {"image": (picture + 0.1 * torch.randn(2, 2, 3)).clamp(-1, 1), "index": index}
+        image = torch.rand(2, 2, 3, generator=torch.Generator().manual_seed(index)) * 2 - 1
+        return {"image": (image + 0.1 * torch.randn(2, 2, 3)).clamp(-1, 1), "index": index}
 
 
 class Toy(pl.LightningModule):
@@ -105,7 +105,7 @@ class Toy(pl.LightningModule):
 
 
 class ToyGan(Toy):
-    """Two optimizers under manual optimization, with an accumulation of its own; only the first one counts as a step."""
+    """Two optimizers under manual optimization, with its own accumulation; only the first one counts as a step."""
 
     def __init__(self, **kwargs):
         super().__init__(**kwargs)

@@ -13,7 +13,6 @@ from ldm.config import merge as training_config
 from ldm.config.instantiate import ConfigError, check_allowed
 from ldm.config.validate import check_config, check_targets
 from ldm.inference.settings import read_config
-from ldm.paths import ROOT
 from ldm.training.run_directory import RunDirectory
 from ldm.training.session import run_training as train
 from ldm.training.trainer import _check_filename, _loggers
@@ -242,12 +241,3 @@ def test_a_logger_is_a_logger_and_a_checkpoint_stays_in_its_folder(tmp_path, cap
             _check_filename("filename", bad)
     for good in (None, "{epoch:06}", "{epoch:06}-{val/loss:.2f}", "best", "a..b-{step}"):
         _check_filename("filename", good)
-
-
-@pytest.mark.parametrize(
-    "file",
-    sorted((*(ROOT / "configs").rglob("*.yaml"), *(ROOT / "models").rglob("*.yaml"))),
-    ids=lambda file: str(file.relative_to(ROOT)),
-)
-def test_every_shipped_config_resolves(file):
-    check_targets(OmegaConf.to_container(training_config.load(file)))

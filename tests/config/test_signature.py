@@ -1,0 +1,35 @@
+"""Constructor arguments read from source text."""
+
+import pytest
+
+from ldm.config.instantiate import accepted_params
+from ldm.config.signature import constructor_arguments
+from ldm.util import get_obj_from_str
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        "tests.toys.Toy",
+        "tests.toys.ToyGan",
+        "main.DataModuleFromConfig",
+        "main.ImageLogger",
+        "ldm.callbacks.CheckpointPolicy",
+        "ldm.models.autoencoder.AutoencoderKL",
+        "ldm.models.diffusion.ddpm.LatentDiffusion",
+        "ldm.modules.diffusionmodules.openaimodel.UNetModel",
+        "pytorch_lightning.callbacks.ModelCheckpoint",
+        "torch.optim.AdamW",
+    ],
+)
+def test_arguments_read_from_source_agree_with_the_imported_class(target):
+    names = constructor_arguments(target)
+    accepted = accepted_params(get_obj_from_str(target))
+    assert names is not None and accepted is not None and set(names) == accepted[0]
+
+
+@pytest.mark.parametrize(
+    "target", ["nowhere.Nothing", "ldm.util.Nothing", "ldm", "tests.toys.nn", "torch.nn.Sequential"]
+)
+def test_unknown_constructors_give_none(target):
+    assert constructor_arguments(target) is None

@@ -1,0 +1,157 @@
+"""The validator of configs: it reads source text and imports nothing."""
+
+import inspect
+import re
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from omegaconf import OmegaConf
+
+from ldm.config.instantiate import ConfigError
+from ldm.config.merge import merge
+from ldm.config.validate import check_class_count, check_config, check_targets
+from ldm.util import get_obj_from_str
+from tests.config.toys import toy_config
+
+ROOT = Path(__file__).parents[2]
+
+
+SHIPPED = sorted(path for folder in ("configs", "models") for path in (ROOT / folder).rglob("*.yaml"))
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"modle": {}}, "unknown key modle; did you mean 'model'"),
+        ({"lightning": {"callback": {}}}, "unknown key lightning.callback; did you mean 'callbacks'"),
+        ({"lightning": {"trainer": {"max_epoch": 2}}}, "lightning.trainer.max_epoch; did you mean 'max_epochs'"),
+        (
+            {"lightning": {"trainer": {"default_root_dir": "x"}}},
+            "lightning.trainer.default_root_dir: outputs go to the run directory",
+        ),
+        (
+            {"model": {"params": {"widht": 2}}},
+            r"model.params.widht: tests.toys.Toy takes no such parameter; did you mean 'width'",
+        ),
+        (
+            {"data": {"params": {"train": {"params": {"size": 2}}}}},
+            "data.params.train.params.size: tests.toys.Images takes no such",
+        ),
+        ({"model": {"params": {"monitor": "${nowhere}"}}}, "nowhere"),
+        ({"data": None}, "data: missing"),
+        ({"model": {"target": "os.system"}}, r"model.target: target 'os.system' is not allowed"),
+        (
+            {"model": {"prams": {}}},
+            "model.prams: unknown key next to target; arguments of tests.toys.Toy go under model.params",
+        ),
+        ({"model": {"target": "Toy"}}, r"model.target: target 'Toy': expected a dotted name"),
+        (
+            {"model": {"target": "ldm.models.autoencoder.AutoencoderLK"}},
+            r"has no 'AutoencoderLK'; did you mean 'AutoencoderKL'\?",
+        ),
+        (
+            {"model": {"target": "ldm.models.autoencodr.AutoencoderKL"}},
+            r"no module named ldm.models.autoencodr; did you mean 'ldm.models.autoenc",
+        ),
+        (
+            {"model": {"params": {"at": {"target": "ldm.modules.losses.LPIPSWithDiscriminatr"}}}},
+            "did you mean 'LPIPSWithDiscriminator'",
+        ),
+        (
+            {"data": {"params": {"train": {"target": "ldm.data.lsun.LSUNCatTrain"}}}},
+            r"train.target: .* did you mean 'LSUNCatsTrain'",
+        ),
+        (
+            {"lightning": {"callbacks": {"mine": {"target": "main.ImageLoger"}}}},
+            r"mine.target: .* \(did you mean main.ImageLogger\?\)",
+        ),
+        ({"model": {"params": {"at": [{"target": "builtins.eval"}]}}}, r"model.params.at\[0\].target: .*not allowed"),
+    ],
+)
+def test_wrong_keys_of_a_yaml_are_found_before_anything_is_imported(yaml, change, message):
+    config = OmegaConf.merge(toy_config(), change)
+    with pytest.raises(ConfigError, match=message) as error:
+        check_config(merge([yaml(config)]))
+    assert "\n" not in str(error.value)
+
+
+def test_an_argument_may_be_called_target():
+    params = {"target": "my.own", "loss": {"target": "eps", "weight": 1}, "head": {"target": "torch.nn.Identity"}}
+    check_targets({"model": {"target": "torch.nn.Identity", "params": params}})
+    with pytest.raises(ConfigError, match=r"model.params.head.target: target 'os.system' is not allowed"):
+        check_targets({"model": {"target": "torch.nn.Identity", "params": params | {"head": {"target": "os.system"}}}})
+
+
+@pytest.mark.parametrize(
+    "file, advice",
+    [
+        ("gone.ckpt", "add it, or choose another with {place}=FILE"),
+        ("models/first_stage_models/kl-f8/model.ckpt", "download it: bash scripts/download_first_stages.sh"),
+        ("models/ldm/cin256/model.ckpt", "download it: bash scripts/download_models.sh"),
+        ("models/ldm/stable-diffusion-v1/model.ckpt", "add it"),
+        ("models/ldm/mine/model.ckpt", "it is in {root}: run from there"),
+    ],
+)
+def test_missing_weights_are_named_with_their_source(file, advice, tmp_path, monkeypatch):
+    """In a checkout with the configs of the released models and with one file of weights, whatever this one holds."""
+    root = tmp_path / "checkout"
+    for name in ("first_stage_models/kl-f8/config.yaml", "ldm/cin256/config.yaml", "ldm/mine/model.ckpt"):
+        (root / "models" / name).parent.mkdir(parents=True)
+        (root / "models" / name).touch()
+    monkeypatch.setattr("ldm.config.validate.ROOT", root)
+    monkeypatch.chdir(tmp_path)
+    first_stage = {"target": "ldm.models.autoencoder.AutoencoderKL", "params": {"ckpt_path": file}}
+    model = {
+        "target": "ldm.models.diffusion.ddpm.LatentDiffusion",
+        "params": {"ckpt_path": None, "first_stage_config": first_stage},
+    }
+    judge = {
+        "target": "ldm.models.diffusion.classifier.NoisyLatentImageClassifier",
+        "params": {"diffusion_ckpt_path": file},
+    }
+    for named, place in (
+        (judge, "model.params.diffusion_ckpt_path"),
+        (model, "model.params.first_stage_config.params.ckpt_path"),
+    ):
+        config = OmegaConf.merge(toy_config(), {"model": {"target": None}}, {"model": named})
+        del config.model.params["width"]
+        with pytest.raises(
+            ConfigError, match=re.escape(f"{place}: no such file: {file}; {advice.format(place=place, root=root)}")
+        ):
+            check_config(config)
+        check_config(config, weights=False)
+    Path(file).parent.mkdir(parents=True, exist_ok=True)
+    Path(file).touch()
+    check_config(config)
+
+
+def test_every_shipped_config_is_valid():
+    data = OmegaConf.create({"data": {"target": "main.DataModuleFromConfig", "params": {"batch_size": 1}}})
+    assert len(SHIPPED) > 40
+    for path in SHIPPED:
+        check_config(merge([path], onto=data), weights=False)
+
+
+def test_every_target_of_the_shipped_configs_is_a_class_that_can_be_imported():
+    targets = set()
+    for path in SHIPPED:
+        targets |= set(re.findall(r"^\s*target: *([\w.]+)", path.read_text(), re.MULTILINE))
+    assert len(targets) > 40 and all(inspect.isclass(get_obj_from_str(target)) for target in targets)
+
+
+@pytest.mark.parametrize(
+    "n_classes, dropout, advice", [(3, 0.0, "4 classes; .*n_classes=4"), (4, 0.1, '"no class".*n_classes=5')]
+)
+def test_a_class_embedder_needs_every_class_and_one_for_no_class(n_classes, dropout, advice):
+    """With dropout the last class means none: a class of the data there would be trained as unconditional."""
+
+    def config(n):
+        stage = {"target": "ldm.modules.encoders.modules.ClassEmbedder", "params": {"n_classes": n, "embed_dim": 8}}
+        return OmegaConf.create({"model": {"params": {"cond_dropout": dropout, "cond_stage_config": stage}}})
+
+    datasets = {"train": SimpleNamespace(class_names=["ape", "emu", "owl", "tench"]), "validation": SimpleNamespace()}
+    with pytest.raises(ConfigError, match=f"n_classes {n_classes}: data.params.train .*{advice}"):
+        check_class_count(config(n_classes), datasets)
+    check_class_count(config(n_classes + 1), datasets)
+    check_class_count(OmegaConf.create({"model": {"params": {"cond_stage_config": "__is_first_stage__"}}}), datasets)
