@@ -1,4 +1,4 @@
-"""Attention layers: SDPA is the published formula, and the transformer's options do what they say."""
+"""Attention layers: SDPA is the published formula; options of the transformer."""
 
 import pytest
 import torch
@@ -72,7 +72,7 @@ def test_mask_may_keep_its_spatial_axes():
 
 
 @pytest.mark.parametrize("mask", [torch.ones(2, 5, dtype=torch.bool), torch.ones(2, 6)])
-def test_a_mask_that_does_not_fit_is_refused(mask):
+def test_a_mask_that_does_not_fit_is_an_error(mask):
     with pytest.raises(ValueError, match=r"attention mask .* \(2, 6\)"):
         CrossAttention(16, heads=2, dim_head=8)(randn(1, 2, 6, 16), mask=mask)
 
@@ -112,7 +112,7 @@ def test_each_block_may_have_its_own_context():
     assert torch.equal(shared(x, first), shared(x, [first]))
 
 
-def test_wrong_numbers_of_contexts_are_refused():
+def test_wrong_numbers_of_contexts_are_errors():
     with pytest.raises(ValueError, match=r"context_dim: 3 values for 2"):
         SpatialTransformer(32, 2, 16, depth=2, context_dim=[8, 8, 8])
     with pytest.raises(ValueError, match="context: 3 values for 2"):
@@ -155,7 +155,7 @@ def test_checkpointing_changes_no_gradient():
     x, context, gradients = randn(1, 2, 5, 16), randn(2, 2, 3, 6), []
     for flag in (False, True):
         block = seed_weights(BasicTransformerBlock(16, 2, 8, dropout=0.5, context_dim=6, checkpoint=flag)).train()
-        torch.manual_seed(0)  # dropout is drawn again as it was
+        torch.manual_seed(0)  # the same dropout again
         block(x, context).square().sum().backward()
         gradients.append([p.grad for p in block.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))

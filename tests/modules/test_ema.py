@@ -1,4 +1,4 @@
-"""Laws of the averaged weights. tests/golden/numerics/ema.npz: figures of the published implementation (tests/golden/README.md)."""
+"""Averaged weights. tests/golden/numerics/ema.npz: figures of the published implementation."""
 
 import copy
 
@@ -15,7 +15,7 @@ def make_model() -> nn.Sequential:
     return seed_weights(nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2)))
 
 
-def walk(model: nn.Module, steps: int, ema: LitEma) -> None:
+def train(model: nn.Module, steps: int, ema: LitEma) -> None:
     """Random steps of the parameters, each followed by an update of the average."""
     for i in range(steps):
         with torch.no_grad():
@@ -28,7 +28,7 @@ def test_agrees_with_the_published_figures_and_names():
     reference = np.load(GOLDEN / "numerics/ema.npz")
     model = make_model()
     ema = LitEma(model, decay=0.99)
-    walk(model, 20, ema)
+    train(model, 20, ema)
     state = ema.state_dict()
     assert set(state) == set(reference.files) == {"decay", "num_updates", "0weight", "0bias", "1weight", "1bias"}
     for name in reference.files:
@@ -53,7 +53,7 @@ def test_the_average_is_its_closed_form(warm_up):
 def test_copy_store_restore_give_the_trained_weights_back_bit_for_bit():
     model = make_model()
     ema = LitEma(model, decay=0.5)
-    walk(model, 3, ema)
+    train(model, 3, ema)
     trained = copy.deepcopy(model.state_dict())
     ema.store(model.parameters())
     ema.copy_to(model)
@@ -99,13 +99,13 @@ def test_only_trainable_parameters_are_averaged():
     assert set(LitEma(model).m_name2s_name) == {"0.weight", "0.bias"}
 
 
-def test_names_that_collide_without_dots_are_refused():
+def test_names_that_collide_without_dots_are_errors():
     model = nn.ModuleDict({"a": nn.ModuleDict({"bc": nn.Linear(1, 1)}), "ab": nn.ModuleDict({"c": nn.Linear(1, 1)})})
     with pytest.raises(ValueError, match="abcweight"):
         LitEma(model)
 
 
-def test_another_model_is_refused():
+def test_another_model_is_an_error():
     with pytest.raises(ValueError, match=r"no parameter '1\.weight'"):
         LitEma(make_model())(nn.Sequential(nn.Linear(4, 3)))
 

@@ -1,4 +1,4 @@
-"""Laws of the quantizer; taming's own, from which the published models were trained, is the reference."""
+"""The quantizer, compared with taming's, which trained the published models."""
 
 import numpy as np
 import pytest
@@ -83,7 +83,7 @@ def test_codes_give_their_entries_back(sane_index_shape, used):
 
 
 @torch.no_grad()
-def test_codes_that_remap_does_not_name_become_the_unknown_one(used):
+def test_codes_outside_remap_become_the_unknown_one(used):
     quantizer, _ = pair(remap=used, unknown_index="extra")
     plain, _ = pair()
     theirs = plain(Z)[2][2].tolist()
@@ -96,8 +96,8 @@ def test_codes_that_remap_does_not_name_become_the_unknown_one(used):
     ]
     assert torch.equal(codes, before)
     assert set(pair(remap=used, unknown_index=2)[0](Z)[2][2].tolist()) == {2} | set(expected) - {4}
-    drawn = pair(remap=used)[0](Z)[2][2]
-    assert drawn.min() >= 0 and drawn.max() < 4
+    random = pair(remap=used)[0](Z)[2][2]
+    assert random.min() >= 0 and random.max() < 4
 
 
 def test_the_state_dict_has_the_published_names(used):
@@ -112,7 +112,7 @@ def test_nothing_is_printed(used, capsys):
     assert capsys.readouterr().out == ""
 
 
-def test_wrong_options_are_refused(tmp_path, used):
+def test_wrong_options_are_errors(tmp_path, used):
     np.save(tmp_path / "wrong.npy", np.array([0, 32]))
     with pytest.raises(ValueError, match="codes from 0 to 31"):
         VectorQuantizer2(32, 3, 0.25, remap=tmp_path / "wrong.npy")

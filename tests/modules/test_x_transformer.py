@@ -39,13 +39,13 @@ def test_in_an_encoder_every_token_sees_every_other():
     assert all(changed_by(wrapper(Encoder(16, 2, heads=2, dim_head=8)), 4))
 
 
-def test_in_a_decoder_a_token_is_seen_by_those_after_it_alone():
+def test_in_a_decoder_a_token_is_visible_to_itself_and_later_ones():
     model = wrapper(Decoder(16, 2, heads=2, dim_head=8))
     assert changed_by(model, 3) == [False] * 3 + [True] * 3
     assert changed_by(model, 3, mask=torch.ones(2, 6, dtype=torch.bool)) == [False] * 3 + [True] * 3
 
 
-def test_a_masked_token_is_seen_by_itself_alone():
+def test_a_masked_token_is_visible_to_itself_only():
     mask = torch.tensor([[True] * 4 + [False] * 2]).expand(2, -1)
     changed = changed_by(wrapper(Encoder(16, 1, heads=2, dim_head=8)), 5, mask=mask)
     assert changed == [False] * 5 + [True]
@@ -59,19 +59,19 @@ def test_logits_are_optional():
         model(tokens())
 
 
-def test_a_sequence_that_is_too_long_is_refused():
+def test_a_sequence_that_is_too_long_is_an_error():
     with pytest.raises(ValueError, match="7 tokens per sequence: at most 6"):
         wrapper(Encoder(16, 1))(torch.zeros(1, 7, dtype=torch.int64))
 
 
-def test_dropout_acts_in_training_alone():
+def test_dropout_acts_in_training_only():
     model = wrapper(Encoder(16, 1, attn_dropout=0.5, ff_dropout=0.5), emb_dropout=0.5)
     assert torch.equal(model(tokens()), model(tokens()))
     model.train()
     assert not torch.equal(model(tokens()), model(tokens()))
 
 
-def test_an_unknown_option_is_refused():
+def test_an_unknown_option_is_an_error():
     with pytest.raises(TypeError, match="rotary"):
         Encoder(16, 1, rotary=True)
     with pytest.raises(TypeError, match="causal"):

@@ -69,7 +69,7 @@ def test_timestep_embedding_is_sines_then_cosines_with_frequencies_from_1_to_1e_
     assert (embedding[:, 8] == 0).all()
 
 
-def test_timestep_embedding_refuses_wrong_shapes():
+def test_timestep_embedding_of_wrong_shapes_is_an_error():
     with pytest.raises(ValueError, match=r"shape \(B,\)"):
         get_timestep_embedding(torch.zeros(2, 1), 8)
     with pytest.raises(ValueError, match="embedding_dim=2"):
@@ -150,7 +150,7 @@ def test_unet_built_for_time_needs_it():
         Model(**UNET)(randn(8, 1, 3, 16, 16))
 
 
-def test_wrong_sizes_are_refused_when_building():
+def test_wrong_sizes_are_errors_when_building():
     with pytest.raises(ValueError, match=r"resolution=30.*multiple of 4"):
         Encoder(**{**DDCONFIG, "resolution": 30})
     with pytest.raises(ValueError, match="48 channels are not a multiple of 32"):

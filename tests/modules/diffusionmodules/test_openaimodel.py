@@ -91,7 +91,7 @@ def test_residual_block_scales_and_shifts_by_the_embedding():
     torch.testing.assert_close(block(x, emb), x + block.out_layers[1:](h))
 
 
-def test_residual_block_refuses_to_go_both_ways():
+def test_a_residual_block_samples_up_or_down_not_both():
     with pytest.raises(ValueError, match="exclude"):
         ResBlock(32, 16, 0.0, up=True, down=True)
 
@@ -124,7 +124,7 @@ def test_attention_block_starts_as_identity():
 @pytest.mark.parametrize(
     "options", [{"num_heads": 5}, {"num_head_channels": 24}, {"num_head_channels": 128}, {"num_heads": -1}]
 )
-def test_heads_that_do_not_divide_the_channels_are_refused(options):
+def test_heads_that_do_not_divide_the_channels_are_errors(options):
     with pytest.raises(ValueError, match="64 channels cannot be split"):
         AttentionBlock(64, **options)
 
@@ -140,14 +140,14 @@ def test_attention_pool_reads_the_query_of_the_average():
     torch.testing.assert_close(pool(x), pool.c_proj(out)[:, :, 0])
 
 
-def test_attention_pool_refuses_another_size():
+def test_attention_pool_of_another_size_is_an_error():
     with pytest.raises(ValueError, match="got 16 positions, expected 9"):
         AttentionPool2d(3, 32, 8)(randn(1, 2, 32, 4, 4))
     with pytest.raises(ValueError, match="num_head_channels=7"):
         AttentionPool2d(3, 32, 7)
 
 
-def test_sequence_hands_each_layer_what_it_takes():
+def test_a_sequence_passes_embedding_and_context_on():
     sequence = seed_weights(
         TimestepEmbedSequential(
             nn.Conv2d(4, 32, 1), ResBlock(32, 16, 0.0), SpatialTransformer(32, 2, 16, context_dim=8)
@@ -503,7 +503,7 @@ def test_sizes_are_multiples_of_two_to_the_levels(levels, multiple):
 
 
 @pytest.mark.parametrize("size, nearest", [((8, 10), "8x8"), ((1, 30), "4x32"), ((9, 12), "8x12")])
-def test_other_sizes_are_refused_with_the_nearest(size, nearest):
+def test_other_sizes_are_errors_that_name_the_nearest(size, nearest):
     model = unet(channel_mult=[1, 1, 1], attention_resolutions=[])
     with pytest.raises(ValueError, match=rf"size {size[0]}x{size[1]}: .* multiples of 4; the nearest is {nearest}"):
         model(randn(1, 2, 4, *size), T)
@@ -532,7 +532,7 @@ X, CONTEXT = randn(1, 2, 4, 8, 8), randn(2, 2, 3, 12)
         ({}, {"x": X[0], "timesteps": T}, r"takes \(B, 4, H, W\)"),
     ],
 )
-def test_wrong_inputs_are_refused_in_words(options, inputs, message):
+def test_wrong_inputs_are_errors(options, inputs, message):
     with pytest.raises(ValueError, match=message):
         unet(**options)(**inputs)
 
@@ -558,7 +558,7 @@ def test_further_keywords_are_ignored():
         ({"num_head_channels": 128}, ": 0 heads for 32 channels"),
     ],
 )
-def test_wrong_options_are_refused_in_words(options, message):
+def test_wrong_options_are_errors(options, message):
     with pytest.raises(ValueError, match=message), torch.device("meta"):
         UNetModel(**{**TINY, **options})
 
@@ -591,7 +591,7 @@ def test_averaging_pools_take_any_size_and_attention_its_own():
     "options, message",
     [({"pool": "max"}, "expected one of adaptive, attention"), ({"pool": "attention"}, "needs num_head_channels")],
 )
-def test_wrong_pools_are_refused_in_words(options, message):
+def test_wrong_pools_are_errors(options, message):
     with pytest.raises(ValueError, match=message):
         encoder(**options)
 

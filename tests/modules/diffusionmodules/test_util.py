@@ -31,7 +31,7 @@ def test_layers_follow_dims(dims):
     assert U.avg_pool_nd(dims, kernel_size=2, stride=2)(x).shape == (2, 4, *[3] * dims)
 
 
-def test_other_dims_are_refused():
+def test_other_dims_are_errors():
     for make in (U.conv_nd, U.avg_pool_nd):
         with pytest.raises(ValueError, match="dims=4: expected one of 1, 2, 3"):
             make(4, 1, 1, 1)
@@ -41,7 +41,7 @@ def test_unet_norm_has_the_large_eps():
     assert U.normalization(64).eps == 1e-5 and U.normalization(64).num_groups == 32
 
 
-def test_channels_that_norm_cannot_split_are_refused():
+def test_channels_that_norm_cannot_split_are_errors():
     with pytest.raises(ValueError, match="48 channels"):
         U.normalization(48)
 

@@ -1,4 +1,4 @@
-"""Laws of the diagonal Gaussian. tests/golden/numerics/gaussian.npz: figures of the published implementation (tests/golden/README.md)."""
+"""The diagonal Gaussian. tests/golden/numerics/gaussian.npz: figures of the published implementation."""
 
 import numpy as np
 import pytest
@@ -40,13 +40,13 @@ def test_kl_and_nll_are_those_of_torch():
     torch.testing.assert_close(normal_kl(p.mean, p.logvar, 0.0, 0.0).sum(dim=(1, 2, 3)), p.kl())
 
 
-def test_sample_draws_from_the_cpu_generator():
+def test_sample_uses_the_cpu_generator():
     p, _ = make_pair()
     torch.manual_seed(5)
     noise = torch.randn(p.mean.shape)
     torch.manual_seed(5)
     assert torch.equal(p.sample(), p.mean + p.std * noise)
-    with torch.device("meta"):  # whatever the default device is
+    with torch.device("meta"):  # the default device has no influence
         assert torch.equal(p.sample(torch.Generator().manual_seed(5)), p.mean + p.std * noise)
 
 
@@ -71,7 +71,7 @@ def test_half_precision_keeps_its_type_in_samples_and_sums_in_float32():
     assert rel_error(p.kl(), exact.kl()) < 2e-3
 
 
-def test_an_odd_number_of_channels_is_refused():
+def test_an_odd_number_of_channels_is_an_error():
     with pytest.raises(ValueError, match="double_z"):
         DiagonalGaussianDistribution(torch.zeros(1, 3, 2, 2))
 

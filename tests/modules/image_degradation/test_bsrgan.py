@@ -42,7 +42,7 @@ def area(image, factor):
 @pytest.mark.parametrize(
     ("shape", "factor"), [((64, 48), 4), ((66, 51), 4), ((33, 20), 2), ((30, 30), 3), ((16, 16), 1), ((64, 64), 8)]
 )
-def test_the_result_is_smaller_by_the_factor_whatever_is_sampled(degrade, shape, factor):
+def test_the_result_is_smaller_by_the_factor_in_every_order(degrade, shape, factor):
     for _ in range(12):
         small = degrade(smooth(*shape), sf=factor)["image"]
         assert small.shape == (shape[0] // factor, shape[1] // factor, 3) and small.dtype == np.uint8
@@ -70,7 +70,7 @@ def test_the_light_variant_stays_closer_to_the_image():
 
 @pytest.mark.parametrize("resized", [0.0, 1.0])
 def test_no_step_shifts_the_image(resized):
-    """The center of a bright square stays where it is; a resize to an odd size moves it a little, but to no side."""
+    """The center of a bright square stays in place on average."""
     image = np.zeros((64, 64, 3), dtype=np.uint8)
     image[20:36, 28:44] = 255  # centered on (28, 36) between pixels
     degrade = Degradation(resized=resized, noise=(0, 0), jpeg=0.0, jpeg_quality=(95, 95), blur_scale=0.1)

@@ -1,4 +1,4 @@
-"""Laws of the perceptual distance. Its figures are held by those of the losses that use it (test_contperceptual.py)."""
+"""LPIPS. The published figures of the losses (test_contperceptual.py) check its values."""
 
 import socket
 
@@ -16,7 +16,7 @@ def distance() -> LPIPS:
     seed_weights(model)
     with torch.no_grad():
         for number in range(5):
-            getattr(model, f"lin{number}").model[1].weight.abs_()  # as trained ones are, so that it is a distance
+            getattr(model, f"lin{number}").model[1].weight.abs_()  # like trained weights
     return model
 
 
@@ -32,7 +32,7 @@ def no_network(monkeypatch, tmp_path):
     monkeypatch.delenv(lpips.VGG16_VARIABLE, raising=False)
 
 
-def pictures(seed: int, size: int = 32) -> torch.Tensor:
+def images(seed: int, size: int = 32) -> torch.Tensor:
     return torch.tanh(randn(seed, 2, 3, size, size))
 
 
@@ -44,34 +44,34 @@ def vgg16_file(path, distance: LPIPS) -> str:
 
 
 def test_is_zero_between_equals_and_grows_with_the_difference(distance):
-    x, noise = pictures(1), 0.1 * pictures(2)
+    x, noise = images(1), 0.1 * images(2)
     assert (distance(x, x) == 0).all()
     near, far = distance(x, x + noise), distance(x, x + 4 * noise)
     assert near.shape == (2, 1, 1, 1) and (near > 0).all() and (far > near).all()
 
 
 @pytest.mark.parametrize("value", [-1.0, 0.0])
-def test_gradients_are_finite_where_pictures_are_equal_or_flat(distance, value):
+def test_gradients_are_finite_for_equal_and_constant_images(distance, value):
     x = torch.full((1, 3, 32, 32), value)
     reconstruction = x.clone().requires_grad_()
     distance(x, reconstruction).sum().backward()
     assert torch.isfinite(reconstruction.grad).all()
 
 
-def test_gradients_are_finite_where_all_features_are_zero(distance):
+def test_gradients_are_finite_if_all_features_are_zero(distance):
     features = torch.zeros(1, 8, 2, 2, requires_grad=True)
     lpips._unit_length(features).sum().backward()
     assert torch.isfinite(features.grad).all()
 
 
-def test_is_frozen_and_in_eval_mode_whatever_its_parent_is(distance):
+def test_is_frozen_and_in_eval_mode_inside_a_parent_in_training(distance):
     parent = torch.nn.ModuleList([distance]).train()
     assert parent.training and not any(module.training for module in distance.modules())
     assert not any(p.requires_grad for p in distance.parameters())
 
 
 def test_is_computed_in_float32_under_autocast(distance):
-    x, y = pictures(3), pictures(4)
+    x, y = images(3), images(4)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         inside = distance(x.bfloat16(), y.bfloat16())
     assert inside.dtype == torch.float32
@@ -79,17 +79,17 @@ def test_is_computed_in_float32_under_autocast(distance):
 
 
 def test_greyscale_counts_as_three_equal_channels(distance):
-    x, y = pictures(5)[:, :1], pictures(6)[:, :1]
+    x, y = images(5)[:, :1], images(6)[:, :1]
     assert rel_error(distance(x, y), distance(x.repeat(1, 3, 1, 1), y.repeat(1, 3, 1, 1))) < 1e-6
 
 
 @pytest.mark.parametrize("shape", [(1, 4, 32, 32), (1, 3, 8, 8)])
-def test_other_pictures_are_refused_with_a_way_out(distance, shape):
+def test_other_images_are_errors_that_name_perceptual_weight(distance, shape):
     with pytest.raises(ValueError, match="perceptual_weight: 0"):
         distance(torch.zeros(shape), torch.zeros(shape))
 
 
-def test_building_needs_no_network_and_says_that_it_has_no_weights(no_network):
+def test_building_needs_no_network_and_leaves_has_weights_false(no_network):
     with torch.device("meta"):
         assert not LPIPS().has_weights
 
@@ -105,7 +105,7 @@ def test_without_weights_the_error_is_one_line_that_says_what_to_do(no_network, 
         assert option in message
 
 
-def test_a_download_with_another_hash_is_refused(no_network, monkeypatch, tmp_path):
+def test_a_download_with_another_hash_is_an_error(no_network, monkeypatch, tmp_path):
     served = tmp_path / "served.pth"
     served.write_bytes(b"something else")
     monkeypatch.setattr(lpips, "VGG16_URL", served.as_uri())
@@ -137,7 +137,7 @@ def test_weights_come_from_a_first_stages_checkpoint(distance, no_network, tmp_p
     torch.save({"state_dict": weights}, tmp_path / "kl.ckpt")
     model = LPIPS(tmp_path / "kl.ckpt")
     model.load_pretrained()
-    x, y = pictures(7), pictures(8)
+    x, y = images(7), images(8)
     assert torch.equal(model(x, y), distance(x, y))
 
 
@@ -156,13 +156,13 @@ def test_a_part_of_the_weights_does_not_count(distance):
     assert not model.has_weights
 
 
-def test_a_misspelt_path_is_an_error_even_where_another_source_would_do(distance, no_network, monkeypatch, tmp_path):
+def test_a_misspelt_path_is_an_error_even_if_another_source_works(distance, no_network, monkeypatch, tmp_path):
     monkeypatch.setenv(lpips.VGG16_VARIABLE, vgg16_file(tmp_path / "vgg.pth", distance))
     with pytest.raises(PerceptualWeightsError, match=r"perceptual_weights=missing\.pth"):
         LPIPS("missing.pth").load_pretrained()
 
 
-def test_a_file_of_something_else_is_refused(no_network, tmp_path):
+def test_a_file_of_something_else_is_an_error(no_network, tmp_path):
     torch.save({"conv.weight": torch.zeros(3)}, tmp_path / "other.pth")
     with pytest.raises(PerceptualWeightsError, match=r"other\.pth: not VGG16"):
         LPIPS(tmp_path / "other.pth").load_pretrained()
