@@ -247,7 +247,7 @@ class _Network(nn.Module):
         """Contracting half, from `ch` channels at full size."""
         levels, width, size = nn.ModuleList(), self.ch, self.resolution
         for i_level, out in enumerate(self._widths):
-            level = self._level([(width, out), *[(out, out)] * (self.num_res_blocks - 1)], size)
+            level = self._level([(width if i == 0 else out, out) for i in range(self.num_res_blocks)], size)
             width = out
             if i_level != self.num_resolutions - 1:
                 level.downsample = Downsample(width, self._resamp_with_conv)
