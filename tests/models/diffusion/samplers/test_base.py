@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ldm.models.diffusion.samplers.ddim import DDIMSampler
 from ldm.models.diffusion.samplers.denoiser import SamplingOptions, SamplingRun
@@ -61,6 +62,27 @@ def test_a_sampler_stores_no_run():
     sampler = PLMSSampler(ToyModel())
     first, second = (sampler.sample(6, 2, SHAPE, COND, x_T=X_T, verbose=False).samples for _ in range(2))
     assert torch.equal(first, second) and set(vars(sampler)) == {"model", "_scheduled", "_eta"}
+
+
+class NoHostReads(TorchDispatchMode):
+    """Fails where Python reads a tensor's value, for which a GPU would have to finish its work."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert func not in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_no_step_reads_values_on_the_host(name):
+    options = SamplingOptions(guidance_rescale=0.7, dynamic_threshold=0.9)
+    for parameterization, zero_terminal_snr in (("eps", False), ("v", True)):
+        sampler = make_sampler(name, ToyModel(parameterization, zero_terminal_snr=zero_terminal_snr))
+        steps = sampler.checked_steps(5, spacing="trailing")
+        run = SamplingRun(sampler.model, steps, X_T, COND, UNCOND, 5.0, options)
+        with NoHostReads():
+            sampler.loop(X_T, run, 5, MASK, X0, verbose=False)
+    with pytest.raises(AssertionError), NoHostReads():
+        float(X_T.sum())
 
 
 def test_callbacks_can_read_the_schedule():
