@@ -24,14 +24,14 @@ def test_trajectories_are_those_of_diffusers(count, original_steps):
     assert torch.equal(inter["pred_x0"][-1], x)
 
 
-def test_the_boundary_condition_is_the_released_one():
-    sampler = make_sampler("lcm", ToyModel(timesteps=4), sigma_data=0.7, timestep_scaling=2.0)
-    steps = sampler.checked_steps(4)
-    for t, c_skip, c_out in zip(steps.t, steps.coefs["c_skip"], steps.coefs["c_out"]):
-        assert c_skip == pytest.approx(0.49 / (4 * t**2 + 0.49)) and c_out == pytest.approx(
-            2 * t / (4 * t**2 + 0.49) ** 0.5
-        )
-    assert steps.coefs["c_skip"][0] == 1.0 and steps.coefs["c_out"][0] == 0.0  # f(x, 0) = x
+@pytest.mark.parametrize(
+    "options, data, scaling", [({}, 0.5, 10), ({"sigma_data": 0.7, "timestep_scaling": 2.0}, 0.7, 2)]
+)
+def test_the_boundary_condition_is_the_released_one(options, data, scaling):
+    steps = make_sampler("lcm", ToyModel(timesteps=4), **options).checked_steps(4)
+    for t, c_skip, c_out in zip(range(4), steps.coefs["c_skip"], steps.coefs["c_out"]):
+        assert c_skip == pytest.approx(data**2 / ((scaling * t) ** 2 + data**2))
+        assert c_out == pytest.approx(scaling * t / ((scaling * t) ** 2 + data**2) ** 0.5)
 
 
 @pytest.mark.parametrize("count", [1, 2, 4, 8])
@@ -44,6 +44,7 @@ def test_an_exact_consistency_model_gives_the_datas_mean_and_deviation(count):
 
 
 def test_timesteps_are_those_of_the_distillation_or_trailing_ones():
+    assert LCMSampler(ToyModel(), original_steps=1).original_steps == 1
     sampler = LCMSampler(ToyModel())
     assert sampler.checked_steps(4).t.tolist() == [259, 499, 759, 999]  # of the 50 distilled 19, 39, ... 999
     assert sampler.checked_steps(4, spacing="trailing").t.tolist() == [249, 499, 749, 999]

@@ -18,6 +18,15 @@ def test_an_entry_is_what_the_class_says(name):
     assert entry == {key: getattr(sampler, key) for key in entry}
 
 
+def test_eta_and_noise_are_those_of_the_papers():
+    assert {name for name, entry in SAMPLERS.items() if entry.takes_eta} == {"ddim", "euler_ancestral", "dpmpp_2m_sde"}
+    noisy = {"ancestral", "euler_ancestral", "dpmpp_2m_sde", "lcm"}
+    assert {name: entry.default_eta for name, entry in SAMPLERS.items()} == {
+        name: float(name in noisy) for name in SAMPLERS
+    }
+    assert {name for name, entry in SAMPLERS.items() if entry.adds_noise} == noisy | {"ddim"}
+
+
 def test_it_is_read_without_torch():
     code = "import sys, ldm.models.diffusion.samplers.registry; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
