@@ -1,11 +1,18 @@
-"""Settings for every test: no network, few threads. The tiny text-to-image model that several modules of tests draw with."""
+"""Settings for every test: no network, a frozen heap. Fixtures of the tiny text-to-image model that several files share."""
 
+import gc
 import os
 
 import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+def pytest_collection_finish():
+    """Exclude the imported libraries from garbage collection: Lightning collects all of it after each fit."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="module")

@@ -1,29 +1,35 @@
-"""Every shipped YAML: what it names exists, its values are the published ones, and it builds the published model."""
+"""Every shipped YAML is valid and builds its model; the published ones have the published values, names and shapes."""
 
+import copy
+import functools
 import gzip
 import hashlib
+import inspect
 import json
 import math
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
+from ldm.config import merge
 from ldm.config.instantiate import accepted_params
+from ldm.config.validate import check_config, check_targets
+from ldm.paths import ROOT
 from ldm.util import get_obj_from_str, instantiate_from_config
 from tests.reference import GOLDEN
 
-ROOT = Path(__file__).parents[1]
 SHIPPED = sorted(
     str(path.relative_to(ROOT)) for folder in ("configs", "models") for path in (ROOT / folder).rglob("*.yaml")
 )
-# Values of the 33 published configs, and of the model that each builds [tensors, numbers, hash of names and shapes] by block; both come
-# from the published implementation.
+# Values of the 33 published configs, and of their models by block [tensors, numbers, hash of names and shapes], both from
+# the published implementation.
 PUBLISHED = json.loads(gzip.decompress((GOLDEN / "hyperparameters.json.gz").read_bytes()))
 MANIFESTS = json.loads(gzip.decompress((GOLDEN / "manifests" / "zoo.json.gz").read_bytes()))
 
-# Stable Diffusion's later models and fine-tunes: {config: millions of parameters of the network}, as released.
+# Stable Diffusion's later models and fine-tunes: {config: millions of parameters of the released network}.
 STABLE_DIFFUSION = {
     "configs/stable-diffusion/v1-inpainting-inference.yaml": 859.54,
     "configs/stable-diffusion/v2-inference-v.yaml": 865.91,
@@ -35,7 +41,7 @@ STABLE_DIFFUSION = {
 
 FIRST_STAGE = "model.params.first_stage_config.params.ckpt_path"
 ABSENT = "(absent)"
-# What a shipped YAML says otherwise than the published one, {place: (published, shipped)}, each with a comment in the YAML that says so.
+# Differences between a shipped YAML and the published one, {path: (published, shipped)}; a comment in the YAML says so.
 MENDED = {
     "configs/latent-diffusion/cin-ldm-vq-f8.yaml": {
         FIRST_STAGE: ("configs/first_stage_models/vq-f8/model.yaml", "models/first_stage_models/vq-f8/model.ckpt")
@@ -56,8 +62,14 @@ DATA_ADDED = {
 }
 
 
-def load(name):
+@functools.cache
+def _read(name):
     return OmegaConf.load(ROOT / name)
+
+
+def load(name):
+    """Return a copy of a shipped config; each file is read once per session."""
+    return copy.deepcopy(_read(name))
 
 
 def plain(config):
@@ -65,7 +77,7 @@ def plain(config):
 
 
 def nodes(tree):
-    """Every mapping in a tree of mappings and lists."""
+    """Yield every mapping in a tree of mappings and lists."""
     if isinstance(tree, (dict, DictConfig)):
         yield tree
         for key in tree:
@@ -76,7 +88,7 @@ def nodes(tree):
 
 
 def leaves(tree, path=""):
-    """{dotted path: value}; a list is a value."""
+    """Return {dotted path: value}; a list is a value."""
     if not isinstance(tree, dict):
         return {path: tree}
     return {
@@ -86,16 +98,8 @@ def leaves(tree, path=""):
     }
 
 
-def build_on_meta(config):
-    for node in nodes(config):
-        for key in {"ckpt_path", "diffusion_ckpt_path"} & set(node):
-            node[key] = None
-    with torch.device("meta"):
-        return instantiate_from_config(config)
-
-
 def digest(state):
-    """[tensors, numbers, hash of sorted names and shapes] of each block, as in zoo.json.gz; files differ in position_ids."""
+    """Return [tensors, numbers, hash of sorted names and shapes] of each block, as in zoo.json.gz, without position_ids."""
     blocks = {}
     for name, tensor in state.items():
         if not name.endswith("position_ids"):
@@ -114,79 +118,102 @@ def digest(state):
     }
 
 
+class Built(NamedTuple):
+    """A config's model, built on the meta device."""
+
+    digest: dict[str, list]
+    takes_no_memory: bool
+    network_millions: float
+    text_tensors: int
+
+
+@functools.cache
+def built(name):
+    config = load(name).model
+    for node in nodes(config):
+        for key in {"ckpt_path", "diffusion_ckpt_path"} & set(node):
+            node[key] = None
+    with torch.device("meta"):
+        model = instantiate_from_config(config)
+    state = model.state_dict()
+    network = getattr(model, "model", model)
+    return Built(
+        digest(state),
+        all(parameter.is_meta for parameter in model.parameters()),
+        round(sum(parameter.numel() for parameter in network.parameters()) / 1e6, 2),
+        sum(key.startswith("cond_stage_model.") for key in state),
+    )
+
+
 def test_every_published_config_is_shipped():
     assert len(PUBLISHED) == 33 and set(PUBLISHED) == set(MANIFESTS) and set(PUBLISHED) <= set(SHIPPED)
 
 
 @pytest.mark.parametrize("name", SHIPPED)
-def test_every_target_exists_and_takes_its_params(name):
-    for node in nodes(plain(load(name))):
+def test_a_shipped_config_is_valid_and_builds(name):
+    config = load(name)
+    check_targets(plain(config))
+    data = {"data": {"target": "main.DataModuleFromConfig", "params": {"batch_size": 1}}}
+    check_config(OmegaConf.merge(data, merge.merge([ROOT / name])), weights=False)
+    for node in nodes(plain(config)):
         if "target" in node:
-            names = accepted_params(get_obj_from_str(node["target"]))
+            found = get_obj_from_str(node["target"])
+            names = accepted_params(found)
+            assert inspect.isclass(found), node["target"]
             assert names is None or set(node.get("params") or {}) <= names[0], node["target"]
+    assert built(name).takes_no_memory
+    if "data" in config:
+        instantiate_from_config(config.data)
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_values_are_the_published_ones(name):
+def test_a_published_config_has_the_published_values(name):
     ours, theirs = plain(load(name)), PUBLISHED[name]
     if name in DATA_ADDED:
         assert "data" not in theirs and ours.pop("data")["target"] == "main.DataModuleFromConfig"
     ours, theirs = leaves(ours), leaves(theirs)
     differs = {
-        p: (theirs.get(p, ABSENT), ours.get(p, ABSENT))
-        for p in {*ours, *theirs}
-        if theirs.get(p, ABSENT) != ours.get(p, ABSENT)
+        path: (theirs.get(path, ABSENT), ours.get(path, ABSENT))
+        for path in {*ours, *theirs}
+        if theirs.get(path, ABSENT) != ours.get(path, ABSENT)
     }
     assert differs == MENDED.get(name, {})
-
-
-@pytest.mark.parametrize("name", sorted({*MENDED, *DATA_ADDED}))
-def test_what_was_mended_is_said(name):
-    text = (ROOT / name).read_text()
-    assert "mended" in text.lower()
-    assert all(f"{place.rpartition('.')[2]}: " in text for place in MENDED.get(name, {}))
+    if name in {*MENDED, *DATA_ADDED}:  # and its comments say what was changed
+        text = (ROOT / name).read_text()
+        assert "mended" in text.lower()
+        assert all(f"{place.rpartition('.')[2]}: " in text for place in MENDED.get(name, {}))
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_the_model_is_the_published_one(name):
-    have = digest(build_on_meta(load(name).model).state_dict())
-    assert have == MANIFESTS[name]
-
-
-@pytest.mark.parametrize("name", [name for name in SHIPPED if name not in PUBLISHED])
-def test_our_own_configs_build_without_memory(name):
-    model = build_on_meta(load(name).model)
-    assert all(parameter.is_meta for parameter in model.parameters())
+def test_a_published_config_builds_the_published_model(name):
+    assert built(name).digest == MANIFESTS[name]
 
 
 @pytest.mark.parametrize("name", STABLE_DIFFUSION)
 def test_later_stable_diffusion_models_have_the_released_size(name):
-    model = build_on_meta(load(name).model)
-    assert round(sum(p.numel() for p in model.model.parameters()) / 1e6, 2) == STABLE_DIFFUSION[name]
-    text_encoder = [key for key in model.state_dict() if key.startswith("cond_stage_model.")]
-    assert len(text_encoder) == (197 if "/v1-" in name else 294)
+    assert built(name).network_millions == STABLE_DIFFUSION[name]
+    assert built(name).text_tensors == (197 if "/v1-" in name else 294)
 
 
-@pytest.mark.parametrize("name", PUBLISHED)
-def test_a_weights_file_that_a_config_needs_is_one_that_the_scripts_download(name):
-    for node in nodes(plain(load(name))):
-        path = node.get("ckpt_path")
-        if path:
-            assert Path(path).name == "model.ckpt" and Path(path).parent.parent == Path("models/first_stage_models")
-            assert (ROOT / path).with_name("config.yaml").is_file()
+def test_the_first_stages_of_published_configs_are_those_that_the_scripts_download():
+    for name in PUBLISHED:
+        for node in nodes(plain(load(name))):
+            if path := node.get("ckpt_path"):
+                assert Path(path).name == "model.ckpt" and Path(path).parent.parent == Path("models/first_stage_models")
+                assert (ROOT / path).with_name("config.yaml").is_file(), name
 
 
 def table():
-    """What stands in configs/README.md: each published config, what it is by its own first line, and what can be done with it."""
-    rows = ["| config | what it is | |", "|---|---|---|"]
+    """Return the table of configs/README.md: each published config, its first line, and its uses."""
+    rows = ["| config | what it is | use |", "|---|---|---|"]
     for name in sorted({*PUBLISHED, *STABLE_DIFFUSION}):
         what = (ROOT / name).read_text().splitlines()[0].removeprefix("# ").rstrip(".;")
-        use = "train, draw" if "data" in load(name) else "draw"
+        use = "train, sample" if "data" in load(name) else "sample"
         use = "train" if "loss" in load(name).model.params.get("lossconfig", {}).get("target", "") else use
         rows.append(f"| [{name}](../{name}) | {what} | {use}{' (mended)' if name in {*MENDED, *DATA_ADDED} else ''} |")
     return "\n".join(rows)
 
 
-def test_the_table_of_configs_tells_the_truth():
+def test_the_table_in_the_readme_matches_the_configs():
     text = (ROOT / "configs" / "README.md").read_text()
     assert text[text.index("| config |") :].strip() == table()

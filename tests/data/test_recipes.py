@@ -1,6 +1,4 @@
-"""Every recipe builds as it stands, names its folder once, and trains when it is made small."""
-
-from pathlib import Path
+"""Every recipe asks for its folder and trains in tiny sizes; tests/test_configs.py builds it at full size."""
 
 import numpy as np
 import pytest
@@ -10,9 +8,10 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 from ldm.data.base import DataConfigError
+from ldm.paths import ROOT
 from ldm.util import instantiate_from_config
 
-RECIPES = sorted((Path(__file__).parents[2] / "configs" / "recipes").glob("*.yaml"))
+RECIPES = sorted((ROOT / "configs" / "recipes").glob("*.yaml"))
 CLASS_CONDITIONAL = next(path for path in RECIPES if path.stem == "class-conditional-folder")
 SMALL_UNET = {
     "model_channels": 32,
@@ -27,18 +26,14 @@ SMALL_STAGE = {"ch": 32, "ch_mult": [1, 1], "num_res_blocks": 1, "resolution": 1
 
 def load(path):
     config = OmegaConf.load(path)
-    first_stage = OmegaConf.select(config, "model.params.first_stage_config.params")
-    if first_stage is not None:
-        first_stage.ckpt_path = None  # a download
-    if "ckpt_path" in config.model.params:
-        config.model.params.ckpt_path = None
-    if "diffusion_ckpt_path" in config.model.params:
-        config.model.params.diffusion_ckpt_path = None
+    for params in (config.model.params, OmegaConf.select(config, "model.params.first_stage_config.params")):
+        for key in {"ckpt_path", "diffusion_ckpt_path"} & set(params or ()):
+            params[key] = None  # a download
     return config
 
 
 def small(config, root):
-    """The recipe with the same classes and keys in tiny sizes."""
+    """Return the recipe with the same classes and keys in tiny sizes."""
     model, data = config.model.params, config.data.params
     is_latent = "first_stage_config" in model
     if "diffusion_path" in model:
@@ -81,17 +76,8 @@ def folder(tmp_path):
         path = tmp_path / ("ape", "tench")[i % 2] / f"{i}.png"
         path.parent.mkdir(exist_ok=True)
         Image.fromarray(np.random.RandomState(i).randint(0, 256, (20, 24, 3), dtype=np.uint8)).save(path)
-        path.with_suffix(".txt").write_text(f"picture {i}\nanother caption of {i}")
+        path.with_suffix(".txt").write_text(f"image {i}\nanother caption of {i}")
     return tmp_path
-
-
-@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
-def test_a_recipe_builds(path):
-    config = load(path)
-    with torch.device("meta"):
-        model = instantiate_from_config(config.model)
-    assert sum(p.numel() for p in model.parameters()) > 5e7
-    instantiate_from_config(config.data)
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
@@ -104,7 +90,7 @@ def test_a_recipe_without_a_folder_asks_for_it(path):
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
-def test_a_small_recipe_trains_validates_and_logs_pictures(path, folder):
+def test_a_small_recipe_trains_validates_and_logs_images(path, folder):
     config = small(load(path), folder)
     torch.manual_seed(0)
     model, data = instantiate_from_config(config.model), instantiate_from_config(config.data)
@@ -117,7 +103,6 @@ def test_a_small_recipe_trains_validates_and_logs_pictures(path, folder):
     assert trainer.global_step == 2 and all(p.isfinite().all() for p in model.parameters())
     batch = next(iter(data.val_dataloader()))
     with torch.no_grad():
-        pictures = model.log_images(
-            batch, N=1, **({"ddim_steps": 2} if "first_stage_config" in config.model.params else {})
-        )
-    assert pictures and all(torch.is_tensor(p) and p.isfinite().all() for p in pictures.values())
+        options = {"ddim_steps": 2} if "first_stage_config" in config.model.params else {}
+        images = model.log_images(batch, N=1, **options)
+    assert images and all(torch.is_tensor(image) and image.isfinite().all() for image in images.values())
