@@ -1,4 +1,4 @@
-"""The quickstart: what it prints, asks for and draws; the whole of it runs in .ci/run, with --fast."""
+"""The quickstart's prompts, commands, grid and metrics; .ci/run runs all of it with --fast."""
 
 import sys
 
@@ -16,12 +16,12 @@ from scripts import quickstart
 
 
 def test_prompts_ask_for_every_digit_in_many_phrasings():
-    prompts = quickstart.prompts_for(quickstart.SHOWN, quickstart.DRAWN - quickstart.SHOWN)
-    assert len(prompts) == 10 * quickstart.DRAWN >= 500
+    prompts = quickstart.prompts_for(quickstart.SHOWN, quickstart.PER_DIGIT - quickstart.SHOWN)
+    assert len(prompts) == 10 * quickstart.PER_DIGIT >= 500
     for digit in range(10):
         own = [prompt for asked, prompt in prompts if asked == digit]
         assert own[: quickstart.SHOWN] == [f"a handwritten {WORDS[digit]}"] * quickstart.SHOWN
-        assert set(own) < set(captions(digit)) and len(set(own)) == 1 + quickstart.DRAWN - quickstart.SHOWN
+        assert set(own) < set(captions(digit)) and len(set(own)) == 1 + quickstart.PER_DIGIT - quickstart.SHOWN
 
 
 def test_configs_agree_on_the_first_stage_and_train_without_downloads():
@@ -103,22 +103,22 @@ def quickstart_steps() -> int:
     return OmegaConf.load(quickstart.ROOT / quickstart.AUTOENCODER).lightning.trainer.max_steps
 
 
-def test_the_sheet_shows_every_digit_once_under_its_prompt():
+def test_the_grid_shows_every_digit_once_with_its_prompt():
     prompts = quickstart.prompts_for(4, 2)
-    pictures = [Image.new("RGB", (32, 32), (20 * digit, 0, 0)) for digit, _ in prompts]
-    pixels = np.asarray(quickstart.digit_sheet(pictures, prompts))
+    images = [Image.new("RGB", (32, 32), (20 * digit, 0, 0)) for digit, _ in prompts]
+    pixels = np.asarray(quickstart.digit_grid(images, prompts))
     for digit in range(10):
-        assert (pixels == (20 * digit, 0, 0)).all(axis=-1).sum() >= 4 * 64 * 64, f"four enlarged pictures of {digit}"
+        assert (pixels == (20 * digit, 0, 0)).all(axis=-1).sum() >= 4 * 64 * 64, f"four upscaled images of {digit}"
 
 
-def test_the_sheet_is_written_as_every_drawn_picture_is_and_replaces_none(tmp_path):
-    drawn = Output(tmp_path / "drawn")
+def test_the_grid_is_saved_with_metadata_and_never_overwrites(tmp_path):
+    output = Output(tmp_path / "generated")
     files = [
-        drawn.save_sample(GeneratedImage(Image.new("RGB", (8, 8)), {"prompt": word, "seed": 23}))
+        output.save_sample(GeneratedImage(Image.new("RGB", (8, 8)), {"prompt": word, "seed": 23}))
         for word in ("one", "two")
     ]
-    sheet = Image.new("RGB", (300, 300), (90, 120, 90))
-    assert [quickstart.save_sheet(tmp_path, sheet, files).name for _ in range(2)] == ["grid.png", "grid-1.png"]
+    image = Image.new("RGB", (300, 300), (90, 120, 90))
+    assert [quickstart.save_grid(tmp_path, image, files).name for _ in range(2)] == ["grid.png", "grid-1.png"]
     info = read_metadata(tmp_path / "grid.png")
     expected = {
         "task": "quickstart",
@@ -130,14 +130,14 @@ def test_the_sheet_is_written_as_every_drawn_picture_is_and_replaces_none(tmp_pa
     assert {key: info.get(key) for key in [*expected, "prompt"]} == {**expected, "prompt": None}
 
 
-def test_figures_say_value_and_target():
+def test_metrics_have_a_value_and_a_target():
     report = DigitReport(drawn=600, recognized=0.985, accuracy=0.989, variety={0: 0.8, 1: 1.0}, novelty=1.1)
-    text = quickstart.table(quickstart.figure_rows(36.04, report))
+    text = quickstart.table(quickstart.metric_rows(36.04, report))
     for value in ("36.0 dB", "98.5 % of 600", "98.9 %", "0.90 (0.80 to 1.00)", "1.10", "at least 97 %", "0.7 to 1.3"):
         assert value in text
 
 
-def test_figures_of_real_digits_through_an_untrained_first_stage(tmp_path):
+def test_metrics_of_real_digits_through_an_untrained_first_stage(tmp_path):
     import torch
     from omegaconf import OmegaConf
 
@@ -150,10 +150,10 @@ def test_figures_of_real_digits_through_an_untrained_first_stage(tmp_path):
     checkpoint = tmp_path / "last.ckpt"
     torch.save({"state_dict": model.state_dict()}, checkpoint)
     held_out = Digits("held_out")
-    rows = quickstart.figures(checkpoint, [from_array(image) for image in held_out.images[:60]], held_out.labels[:60])
+    rows = quickstart.metrics(checkpoint, [from_array(image) for image in held_out.images[:60]], held_out.labels[:60])
     values = {name: value for name, value, _ in rows}
     assert float(values["first stage, PSNR on held-out scans"].split()[0]) < 20
-    assert float(values["drawn digits recognized as their prompt"].split()[0]) > 90
+    assert float(values["generated digits recognized as their prompt"].split()[0]) > 90
 
 
 def test_without_scikit_learn_it_stops_in_one_line_before_anything_else(capfd, monkeypatch, tmp_path):
