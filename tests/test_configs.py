@@ -24,8 +24,8 @@ from tests.reference import GOLDEN
 SHIPPED = sorted(
     str(path.relative_to(ROOT)) for folder in ("configs", "models") for path in (ROOT / folder).rglob("*.yaml")
 )
-# Values of the 33 published configs, and of their models by block [tensors, numbers, hash of names and shapes], both from
-# the published implementation.
+# Values of the 33 published configs, and [tensors, numbers, hash of names and shapes] of each block of their models,
+# from the published implementation.
 PUBLISHED = json.loads(gzip.decompress((GOLDEN / "hyperparameters.json.gz").read_bytes()))
 MANIFESTS = json.loads(gzip.decompress((GOLDEN / "manifests" / "zoo.json.gz").read_bytes()))
 
@@ -99,7 +99,9 @@ def leaves(tree, path=""):
 
 
 def digest(state):
-    """Return [tensors, numbers, hash of sorted names and shapes] of each block, as in zoo.json.gz, without position_ids."""
+    """Return [tensors, numbers, hash of sorted names and shapes] of each block, as in zoo.json.gz, without
+    position_ids.
+    """
     blocks = {}
     for name, tensor in state.items():
         if not name.endswith("position_ids"):

@@ -25,6 +25,10 @@ ALIASES = {
     "ldm.models.diffusion.ddpm.LatentDepth2ImageDiffusion": "ldm.models.diffusion.variants.LatentDepth2ImageDiffusion",
     "ldm.models.diffusion.ddpm.LatentUpscaleDiffusion": "ldm.models.diffusion.variants.LatentUpscaleDiffusion",
     "ldm.models.diffusion.ddpm.Layout2ImgDiffusion": "ldm.models.diffusion.layout2img.Layout2ImgDiffusion",
+    "ldm.modules.encoders.modules.FrozenCLIPEmbedder": "ldm.modules.encoders.clip.FrozenCLIPEmbedder",
+    "ldm.modules.encoders.modules.FrozenOpenCLIPEmbedder": "ldm.modules.encoders.open_clip.FrozenOpenCLIPEmbedder",
+    "ldm.modules.encoders.modules.FrozenCLIPTextEmbedder": "ldm.modules.encoders.open_clip.FrozenCLIPTextEmbedder",
+    "ldm.modules.encoders.modules.FrozenClipImageEmbedder": "ldm.modules.encoders.open_clip.FrozenClipImageEmbedder",
 }
 MODULE_ALIASES = {
     "taming.modules.losses.vqperceptual": "ldm.modules.losses.vqperceptual",

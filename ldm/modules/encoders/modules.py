@@ -10,24 +10,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ldm.config.instantiate import ALIASES
 from ldm.modules.dtype import in_dtype, weights_dtype
 from ldm.modules.encoders.base import AbstractEncoder, CLIPTokensEncoder
 from ldm.modules.encoders.tokenizers import VOCAB_SIZE, BERTTokenizer
 from ldm.modules.x_transformer import Encoder, TransformerWrapper
 
-# Imported on first use: transformers' and open_clip's models take about a second each, and most models need neither.
-_PRETRAINED = {
-    "FrozenCLIPEmbedder": "ldm.modules.encoders.clip",
-    "FrozenOpenCLIPEmbedder": "ldm.modules.encoders.open_clip",
-    "FrozenCLIPTextEmbedder": "ldm.modules.encoders.open_clip",
-    "FrozenClipImageEmbedder": "ldm.modules.encoders.open_clip",
-}
-
 
 def __getattr__(name: str) -> Any:
-    if name not in _PRETRAINED:
+    # Imported on first use: transformers' and open_clip's models take about a second each, and most models need neither.
+    home = ALIASES.get(f"{__name__}.{name}")
+    if home is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(_PRETRAINED[name]), name)
+    return getattr(importlib.import_module(home.rpartition(".")[0]), name)
 
 
 class ClassEmbedder(AbstractEncoder):
