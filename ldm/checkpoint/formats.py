@@ -13,7 +13,7 @@ import warnings
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from safetensors import SafetensorError
@@ -252,7 +252,7 @@ class _NumpyType:
 
 def _numpy_scalar(kind: Any, raw: Any = b"") -> bool | int | float | None:
     """Stub for numpy's scalar constructor: the plain Python number, or None for anything else."""
-    code = _NUMPY_CODES.get(getattr(kind, "code", None))
+    code = _NUMPY_CODES.get(str(getattr(kind, "code", None)))
     raw = raw.encode("latin1") if isinstance(raw, str) else raw
     if code is None or not isinstance(raw, bytes) or len(raw) != struct.calcsize(f"<{code}"):
         return None
@@ -304,10 +304,10 @@ def _globals_in(path: Path) -> Iterator[str]:
             yield from _globals_of(file)
 
 
-def _globals_of(file: io.BufferedIOBase) -> Iterator[str]:
+def _globals_of(file: IO[bytes]) -> Iterator[str]:
     with contextlib.suppress(ValueError, EOFError, struct.error, MemoryError, OverflowError):
         while True:
-            memo: dict[int, Any] = {}
+            memo: dict[Any, Any] = {}
             values: list[Any] = [None, None]  # the latest arguments pushed; only strings matter
             for operation, argument, _ in pickletools.genops(file):
                 if operation.name in ("GLOBAL", "INST"):

@@ -209,7 +209,8 @@ def _plain_leaf(value: Any, where: str) -> Any:
             return torch.from_numpy(value.copy())
     if isinstance(value, os.PathLike):
         return os.fspath(value)
-    for base in (bool, int, float, str, bytes):
+    base: Any
+    for base in (int, float, str, bytes):
         if isinstance(value, base):  # subclasses, such as torch's version string
             return base(value)
     raise CheckpointError(

@@ -1,13 +1,11 @@
-"""What diffusers' networks compute, from their config and tensors alone, block by block: the independent side of the parity check.
+"""diffusers' networks computed from their config and tensors alone, block by block: the other side of the parity check.
 
-Nothing here knows a published name or the tables of names. The order of blocks, skip connections and layers is that of diffusers' classes
-UNet2DConditionModel, UNet2DModel, AutoencoderKL and VQModel and of transformers' CLIPTextModel, all of it in float32.
+Nothing here knows a published name or a table of names. The order of blocks, skip connections and layers is that of
+diffusers' UNet2DConditionModel, UNet2DModel, AutoencoderKL and VQModel and of transformers' CLIPTextModel, in float32.
 """
 
-from __future__ import annotations
-
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -23,7 +21,7 @@ class Block(NamedTuple):
 
 
 class Weights:
-    """Layers by their names, on tensors of any precision."""
+    """Layers by name, in float32 from tensors of any precision."""
 
     def __init__(self, tensors: Mapping[str, Tensor], groups: int = 32) -> None:
         self.tensors, self.groups = tensors, groups
@@ -54,15 +52,10 @@ class Weights:
 
 def attention(w: Weights, name: str, x: Tensor, context: Tensor, heads: int) -> Tensor:
     """x: (B, N, C), context: (B, L, D) -> (B, N, C); softmax written out."""
-    q, k, v = (
-        w.linear(f"{name}.{part}", of).unflatten(-1, (heads, -1)).transpose(1, 2) for part, of in _QKV(x, context)
-    )
+    inputs = (("to_q", x), ("to_k", context), ("to_v", context))
+    q, k, v = (w.linear(f"{name}.{part}", of).unflatten(-1, (heads, -1)).transpose(1, 2) for part, of in inputs)
     scores = (q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])).softmax(dim=-1)
     return w.linear(f"{name}.to_out.0", (scores @ v).transpose(1, 2).flatten(2))
-
-
-def _QKV(x: Tensor, context: Tensor) -> tuple[tuple[str, Tensor], ...]:
-    return ("to_q", x), ("to_k", context), ("to_v", context)
 
 
 def spatial_attention(w: Weights, name: str, x: Tensor, heads: int, eps: float) -> Tensor:
@@ -76,12 +69,12 @@ def resnet(
 ) -> Tensor:
     """(B, C, H, W), (B, E) -> (B, C', H, W)."""
     h = w.conv(f"{name}.conv1", F.silu(w.group_norm(f"{name}.norm1", x, eps)))
-    shift = None if temb is None else w.linear(f"{name}.time_emb_proj", F.silu(temb))[:, :, None, None]
+    shift = torch.zeros(()) if temb is None else w.linear(f"{name}.time_emb_proj", F.silu(temb))[:, :, None, None]
     if scale_shift:
         scale, shift = shift.chunk(2, dim=1)
         h = w.group_norm(f"{name}.norm2", h, eps) * (1 + scale) + shift
     else:
-        h = w.group_norm(f"{name}.norm2", h if shift is None else h + shift, eps)
+        h = w.group_norm(f"{name}.norm2", h + shift, eps)
     h = w.conv(f"{name}.conv2", F.silu(h))
     return h + (w.conv(f"{name}.conv_shortcut", x, padding=0) if w.has(f"{name}.conv_shortcut") else x)
 
@@ -107,7 +100,7 @@ def transformer(
     return x + (h if linear else w.conv(f"{name}.proj_out", h, padding=0))
 
 
-# --------------------------------------------------------------------------------------------------------------------- UNets
+# ------------------------------------------------------------------------------------------------------------- UNets
 
 
 def unet(
@@ -122,28 +115,24 @@ def unet(
     w, eps = Weights(tensors, config["norm_num_groups"]), config["norm_eps"]
     levels = len(config["block_out_channels"])
     shift = config.get("resnet_time_scale_shift") == "scale_shift"
-    layers = config["layers_per_block"]
-    layers = [layers] * levels if isinstance(layers, int) else list(layers)
-    cross = config["_class_name"] == "UNet2DConditionModel"
-    only = config.get("only_cross_attention") or False
-    only = [only] * levels if isinstance(only, bool) else list(only)
+    layers = _per_level(config["layers_per_block"], levels)
+    head = _per_level(config["attention_head_dim"], levels)
+    only = _per_level(config.get("only_cross_attention") or False, levels)
     middle_only = bool(config.get("mid_block_only_cross_attention"))
-    head = config["attention_head_dim"]
-    head = [head] * levels if not isinstance(head, list) else head
 
     def step(name: str, k: int, h: Tensor, block_type: str | None, level: int, cross_only: bool) -> Tensor:
         h = resnet(w, f"{name}.resnets.{k}", h, eps, temb, shift)
         return attend(name, k, h, level, cross_only) if block_type is None or "Attn" in block_type else h
 
     def attend(name: str, k: int, h: Tensor, level: int, cross_only: bool) -> Tensor:
-        if cross:
+        if context is not None:
             return transformer(w, f"{name}.attentions.{k}", h, context, head[level], config, cross_only)
         return spatial_attention(w, f"{name}.attentions.{k}", h, h.shape[1] // (head[level] or h.shape[1]), eps)
 
     temb = _time_features(t, config["block_out_channels"][0])
     temb = w.linear("time_embedding.linear_2", F.silu(w.linear("time_embedding.linear_1", temb)))
     yield Block("time_embedding", temb)
-    if config.get("num_class_embeds") is not None:
+    if y is not None:
         temb = temb + w.embedding("class_embedding", y)
     h = w.conv("conv_in", x)
     yield Block("conv_in", h)
@@ -171,6 +160,10 @@ def unet(
     yield Block("conv_out", w.conv("conv_out", F.silu(w.group_norm("conv_norm_out", h, eps))))
 
 
+def _per_level(value: Any, levels: int) -> list[Any]:
+    return value if isinstance(value, list) else [value] * levels
+
+
 def _time_features(t: Tensor, width: int) -> Tensor:
     """Timesteps with flip_sin_to_cos and freq_shift 0: cosines, then sines."""
     half = width // 2
@@ -178,26 +171,22 @@ def _time_features(t: Tensor, width: int) -> Tensor:
     return torch.cat([angles.cos(), angles.sin()], dim=1)
 
 
-# --------------------------------------------------------------------------------------------------------------- first stages
+# ------------------------------------------------------------------------------------------------------- first stages
 
 
 def encoder(tensors: Mapping[str, Tensor], config: Mapping[str, Any], x: Tensor) -> Iterator[Block]:
-    """The encoder and quant_conv of AutoencoderKL or VQModel at pictures x (B, C, H, W)."""
+    """The encoder and quant_conv of AutoencoderKL or VQModel at images x (B, C, H, W)."""
     w = Weights(tensors, config["norm_num_groups"])
     h = w.conv("encoder.conv_in", x)
     yield Block("encoder.conv_in", h)
     last = len(config["down_block_types"]) - 1
     for level, block_type in enumerate(config["down_block_types"]):
         name = f"encoder.down_blocks.{level}"
-        for block in _level(w, name, config["layers_per_block"], "Attn" in block_type, h):
-            h = block.output
-            yield block
+        h = yield from _level(w, name, config["layers_per_block"], "Attn" in block_type, h)
         if level != last:
             h = w.conv(f"{name}.downsamplers.0.conv", F.pad(h, (0, 1, 0, 1)), stride=2, padding=0)
             yield Block(f"{name}.downsamplers.0", h)
-    for block in _middle(w, config, "encoder", h):
-        h = block.output
-        yield block
+    h = yield from _middle(w, config, "encoder", h)
     h = w.conv("encoder.conv_out", F.silu(w.group_norm("encoder.conv_norm_out", h, 1e-6)))
     yield Block("encoder.conv_out", h)
     yield Block("quant_conv", w.conv("quant_conv", h, padding=0))
@@ -210,44 +199,44 @@ def decoder(tensors: Mapping[str, Tensor], config: Mapping[str, Any], z: Tensor)
     yield Block("post_quant_conv", h)
     h = w.conv("decoder.conv_in", h)
     yield Block("decoder.conv_in", h)
-    for block in _middle(w, config, "decoder", h):
-        h = block.output
-        yield block
+    h = yield from _middle(w, config, "decoder", h)
     last = len(config["up_block_types"]) - 1
     for up, block_type in enumerate(config["up_block_types"]):
         name = f"decoder.up_blocks.{up}"
-        for block in _level(w, name, config["layers_per_block"] + 1, "Attn" in block_type, h):
-            h = block.output
-            yield block
+        h = yield from _level(w, name, config["layers_per_block"] + 1, "Attn" in block_type, h)
         if up != last:
             h = w.conv(f"{name}.upsamplers.0.conv", F.interpolate(h, scale_factor=2.0, mode="nearest"))
             yield Block(f"{name}.upsamplers.0", h)
     yield Block("decoder.conv_out", w.conv("decoder.conv_out", F.silu(w.group_norm("decoder.conv_norm_out", h, 1e-6))))
 
 
-def _level(w: Weights, name: str, layers: int, attention: bool, h: Tensor) -> Iterator[Block]:
+def _level(w: Weights, name: str, layers: int, attention: bool, h: Tensor) -> Generator[Block, None, Tensor]:
     for k in range(layers):
         h = resnet(w, f"{name}.resnets.{k}", h, 1e-6)
         yield Block(f"{name}.resnets.{k}", h)
         if attention:
             h = spatial_attention(w, f"{name}.attentions.{k}", h, 1, 1e-6)
             yield Block(f"{name}.attentions.{k}", h)
+    return h
 
 
-def _middle(w: Weights, config: Mapping[str, Any], half: str, h: Tensor) -> Iterator[Block]:
-    h = resnet(w, f"{half}.mid_block.resnets.0", h, 1e-6)
-    yield Block(f"{half}.mid_block.resnets.0", h)
+def _middle(w: Weights, config: Mapping[str, Any], half: str, h: Tensor) -> Generator[Block, None, Tensor]:
+    name = f"{half}.mid_block"
+    h = resnet(w, f"{name}.resnets.0", h, 1e-6)
+    yield Block(f"{name}.resnets.0", h)
     if config.get("mid_block_add_attention", True):
-        h = spatial_attention(w, f"{half}.mid_block.attentions.0", h, 1, 1e-6)
-        yield Block(f"{half}.mid_block.attentions.0", h)
-    yield Block(f"{half}.mid_block.resnets.1", resnet(w, f"{half}.mid_block.resnets.1", h, 1e-6))
+        h = spatial_attention(w, f"{name}.attentions.0", h, 1, 1e-6)
+        yield Block(f"{name}.attentions.0", h)
+    h = resnet(w, f"{name}.resnets.1", h, 1e-6)
+    yield Block(f"{name}.resnets.1", h)
+    return h
 
 
-# --------------------------------------------------------------------------------------------------------------- text encoder
+# ------------------------------------------------------------------------------------------------------- text encoder
 
 
 def text_model(tensors: Mapping[str, Tensor], config: Mapping[str, Any], tokens: Tensor) -> Iterator[Block]:
-    """CLIPTextModel at tokens (B, L): the embeddings, each layer, and the last one after the final LayerNorm, (B, L, D)."""
+    """CLIPTextModel at tokens (B, L): each layer, and the last one after the final LayerNorm, (B, L, D)."""
     w, heads, eps, length = Weights(tensors), config["num_attention_heads"], config["layer_norm_eps"], tokens.shape[1]
     name = "text_model.embeddings"
     h = w.embedding(f"{name}.token_embedding", tokens) + w.embedding(f"{name}.position_embedding", torch.arange(length))

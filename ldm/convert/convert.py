@@ -1,13 +1,16 @@
-"""Weights to a diffusers folder and back: what scripts/convert.py does."""
-
-from __future__ import annotations
+"""Conversion of weights to a diffusers folder and back; scripts/convert.py is its command line."""
 
 import logging
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
+import torch
+from omegaconf import OmegaConf
+from torch import Tensor
+
+from ldm.checkpoint import WeightsSource, open_weights, read_weights, write_weights
 from ldm.checkpoint.diffusers import plan as plans
 from ldm.checkpoint.diffusers import text
 from ldm.checkpoint.diffusers.files import as_json
@@ -15,203 +18,158 @@ from ldm.checkpoint.diffusers.plan import Component, Plan, plan_of
 from ldm.checkpoint.diffusers.read import EXTRAS, check_folder, read_folder, scale_factor_of
 from ldm.checkpoint.diffusers.rules import ConversionError, to_theirs
 from ldm.checkpoint.diffusers.write import check_target, new_folder, save_tensors
+from ldm.convert.parity import check_component
 from ldm.modules.encoders.tokenizers import BEGIN, END, clip_tokenizer
-
-if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
 
 logger = logging.getLogger(__name__)
 
-DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 _TRAINING_ONLY = ("model_ema.", "loss.", f"{plans.STAGE}loss.", f"{plans.STAGE}model_ema.", f"{plans.CONDITION}loss.")
-_FORMAT = "0.30.0"  # the version of diffusers whose layout is written
+_FORMAT = "0.30.0"  # version of diffusers whose layout is written
+Weights = Mapping[str, Tensor]
 
 
 class Conversion(NamedTuple):
-    """What was done: the file or folder, its tensors, the largest relative difference that the parity check met, and seconds."""
+    """Result of a conversion."""
 
     target: Path
     tensors: int
-    worst: float
+    worst: float  # largest relative difference of a block's output in the parity check
     seconds: float
 
 
 def to_folder(
     config: Mapping[str, Any],
-    ckpt: Path,
+    ckpt: Path | WeightsSource,
     target: Path,
     dtype: str | None = None,
     use_ema: bool = False,
     scheduler: str = "ddim",
 ) -> Conversion:
-    """A weights file of `config` (with its key `model`) as a diffusers folder `target`, which must not exist.
+    """Convert the weights of `config` (with its key `model`) to a diffusers folder `target`, which must not exist.
 
-    dtype: fp32, fp16 or bf16; None keeps the file's. use_ema: its averaged weights. scheduler: ddim or pndm.
-    Raises ConversionError or CheckpointError in one line, having written nothing.
+    dtype: fp32, fp16 or bf16; None keeps the weights'. use_ema: convert the averages. scheduler: ddim or pndm.
+    Raises CheckpointError or ConversionError in one line; then nothing is written.
     """
-    from ldm.checkpoint import read_weights
-
     start, plan = time.perf_counter(), plan_of(config, scheduler)
     check_target(target)
-    weights = _cast(read_weights(ckpt, use_ema, wanted=_names_of(plan)), dtype)
+    source = open_weights(ckpt)
+    names = [part.prefix + rule.ours for part in plan.components for rule in part.layout.rules()]
+    weights, taken = _cast(read_weights(source, use_ema, wanted=names), dtype), set(names)
     if "scale_factor" in weights:
         plan = plan_of(config, scheduler, float(weights["scale_factor"]))
-    logger.info("%s: %d tensors", ckpt, len(weights))
+    logger.info("%s: %d tensors to convert", source.path, len(weights))
     if plan.pipeline is None and plan.scheduler is not None:
-        logger.info("no pipeline of diffusers holds this model: its parts are written, without a model_index.json")
-    worst, files, taken = 0.0, {}, set()
+        logger.info("diffusers has no pipeline for this model: writing its components without a model_index.json")
+    worst, files = 0.0, {}
     for part in plan.components:
-        converted, apart = _converted(part, weights)
-        files[Path(part.folder) / part.weights_name] = converted
-        taken |= {part.prefix + rule.ours for rule in part.layout.rules()}
-        worst = max(worst, apart)
-    files |= _other_files(plan, weights, taken)
+        files[Path(part.folder) / part.weights_name], difference = _converted(part, weights)
+        worst = max(worst, difference)
+    files |= _other_files(plan, {name: tensor for name, tensor in weights.items() if name not in taken})
     with new_folder(target) as folder:
-        for name, tensors in files.items():
-            save_tensors(tensors, folder / name)
-            logger.info("%s: %d tensors, %.2f GB", name, len(tensors), _gigabytes(tensors))
+        for path, tensors in files.items():
+            save_tensors(tensors, folder / path)
+            size = sum(tensor.nbytes for tensor in tensors.values())
+            logger.info("%s: %d tensors, %.2f GB", path, len(tensors), size / 1e9)
         for name, content in _configs(plan).items():
             (folder / name).parent.mkdir(exist_ok=True)
             (folder / name).write_text(content, encoding="utf-8")
-        _save_yaml(config, folder / "config.yaml")
+        OmegaConf.save(OmegaConf.create({"model": config["model"]}), folder / "config.yaml")  # for loading it here
     return Conversion(target, sum(map(len, files.values())), worst, time.perf_counter() - start)
 
 
 def to_file(config: Mapping[str, Any], folder: Path, target: Path, dtype: str | None = None) -> Conversion:
-    """A diffusers folder as one file of `config`, .ckpt or .safetensors, with published names; `target` must not exist.
+    """Convert a diffusers folder to one file of `config`, .ckpt or .safetensors; `target` must not exist.
 
-    Raises ConversionError or CheckpointError in one line, having written nothing: also where the folder's configs are not the YAML's.
+    Raises CheckpointError or ConversionError in one line, also if the folder's configs differ from the YAML's; then
+    nothing is written.
     """
-    from ldm.checkpoint import write_weights
-
     start, plan = time.perf_counter(), plan_of(config)
     check_target(target)
     if target.suffix not in (".ckpt", ".safetensors"):
-        raise ConversionError(f"--out {target}: name a file that ends in .ckpt or .safetensors")
+        raise ConversionError(f"--out {target}: the file name must end in .ckpt or .safetensors")
     check_folder(folder, plan)
-    kind = plan.text.kind if plan.text else None
-    weights = _cast(read_folder(folder, kind, fill_unused=False), dtype)
-    logger.info("%s: %d tensors", folder, len(weights))
+    weights = _cast(read_folder(folder, plan.text.kind if plan.text else None, fill_unused=False), dtype)
+    logger.info("%s: %d tensors to convert", folder, len(weights))
     worst = max(_converted(part, weights)[1] for part in plan.components)
     if plan.condition_file and not any(name.startswith(plans.CONDITION) for name in weights):
-        logger.warning(
-            "%s: has no %s: the file is written without weights of the condition's encoder", folder, plan.condition_file
-        )
+        logger.warning("%s: %s is missing; the file will lack the condition stage", folder, plan.condition_file)
     if plan.shared_condition:
         stage = {name: tensor for name, tensor in weights.items() if name.startswith(plans.STAGE)}
         weights |= {plans.CONDITION + name.removeprefix(plans.STAGE): tensor for name, tensor in stage.items()}
-    if kind == text.CLIP:
-        import torch
-
+    if plan.text is not None and plan.text.kind == text.CLIP:
         weights[text.POSITION_IDS] = torch.arange(plan.text.positions)[None]  # published files hold it
     if plan.scheduler is not None and plan.scale_factor is None and "scale_factor" not in weights:
-        import torch
-
         weights["scale_factor"] = torch.tensor(scale_factor_of(folder) or 1.0)
     write_weights(weights, target)
     return Conversion(target, len(weights), worst, time.perf_counter() - start)
 
 
-# ------------------------------------------------------------------------------------------------------------------- weights
+# ------------------------------------------------------------------------------------------------------------- weights
 
 
-def _names_of(plan: Plan) -> list[str]:
-    """The published names that the plan's components need, so that a file of averages alone can be read."""
-    return [part.prefix + rule.ours for part in plan.components for rule in part.layout.rules()]
-
-
-def _cast(weights: Mapping[str, Tensor], dtype: str | None) -> dict[str, Tensor]:
-    """Weights in another precision; tables and single numbers of the model itself (names without a dot) stay as they are."""
+def _cast(weights: Weights, dtype: str | None) -> dict[str, Tensor]:
+    """Weights in another precision; the model's own tables and scalars (names without a dot) keep theirs."""
     if dtype is None:
         return dict(weights)
-    import torch
-
-    to: torch.dtype = getattr(torch, DTYPES[dtype])
-    return {
-        name: tensor.to(to) if "." in name and tensor.is_floating_point() else tensor
-        for name, tensor in weights.items()
-    }
+    to = DTYPES[dtype]
+    return {name: t.to(to) if "." in name and t.is_floating_point() else t for name, t in weights.items()}
 
 
-def _converted(part: Component, weights: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], float]:
-    """A component's tensors in diffusers' names, once its parity check has passed, and how far apart the two sides were."""
-    from ldm.convert.parity import check_component
-
+def _converted(part: Component, weights: Weights) -> tuple[dict[str, Tensor], float]:
+    """A component's tensors under diffusers' names, after its parity check, and the worst relative difference found."""
     start = time.perf_counter()
     own = {name.removeprefix(part.prefix): tensor for name, tensor in weights.items() if name.startswith(part.prefix)}
     theirs = to_theirs(part.layout.rules(), own, part.name)
-    parity = check_component(part, own, theirs)
-    seconds = time.perf_counter() - start
-    logger.info(
-        "%s: %d blocks agree within %.1e of their outputs (%.1f s)", part.name, parity.blocks, parity.worst, seconds
-    )
+    parity, seconds = check_component(part, own, theirs), time.perf_counter() - start
+    logger.info("%s: %d blocks agree within %.1e (%.1f s)", part.name, parity.blocks, parity.worst, seconds)
     return theirs, parity.worst
 
 
-def _other_files(plan: Plan, weights: Mapping[str, Tensor], taken: set[str]) -> dict[Path, dict[str, Tensor]]:
-    """What no component holds: the condition's own weights and, under their published names, what diffusers has no place for."""
-    rest = {name: tensor for name, tensor in weights.items() if name not in taken}
+def _other_files(plan: Plan, rest: Weights) -> dict[Path, dict[str, Tensor]]:
+    """Files for weights outside the components: those of the condition stage, and what diffusers has no place for."""
     training = [name for name in rest if name.startswith(_TRAINING_ONLY)]
-    again = [name for name in rest if plan.shared_condition and name.startswith(plans.CONDITION)]
     if training:
-        logger.info("left out: %d tensors of training alone (losses, averages)", len(training))
-    rest = {name: tensor for name, tensor in rest.items() if name not in (*training, *again)}
+        logger.info("skipped %d tensors used in training only (losses, averages)", len(training))
+    condition = {name: t for name, t in rest.items() if name.startswith(plans.CONDITION) and name not in training}
+    extras = {name: t for name, t in rest.items() if name not in training}
     files = {}
-    if plan.condition_file is not None:
-        condition = {name: tensor for name, tensor in rest.items() if name.startswith(plans.CONDITION)}
-        rest = {name: tensor for name, tensor in rest.items() if name not in condition}
-        if condition:
-            files[Path(plan.condition_file)] = {
-                name.removeprefix(plans.CONDITION): tensor for name, tensor in condition.items()
-            }
-    if rest and plan.scheduler is not None:
-        files[Path(EXTRAS)] = rest
+    if plan.shared_condition or plan.condition_file is not None:
+        extras = {name: t for name, t in extras.items() if name not in condition}
+    if plan.condition_file is not None and condition:
+        inner = {name.removeprefix(plans.CONDITION): tensor for name, tensor in condition.items()}
+        files[Path(plan.condition_file)] = inner
+    if extras and plan.scheduler is not None:
+        files[Path(EXTRAS)] = extras
     return files
 
 
-def _gigabytes(tensors: Mapping[str, Tensor]) -> float:
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()) / 1e9
-
-
-# ------------------------------------------------------------------------------------------------------------------- configs
+# ------------------------------------------------------------------------------------------------------------- configs
 
 
 def _configs(plan: Plan) -> dict[str, str]:
-    """Every file that is no weights -> its content."""
+    """File name -> content, for every file without weights."""
     files: dict[str, Any] = {str(Path(part.folder) / "config.json"): part.config for part in plan.components}
     if plan.scheduler is not None:
         files["scheduler/scheduler_config.json"] = plan.scheduler
     if (index := plan.model_index()) is not None:
         files["model_index.json"] = index
-    files = {
-        name: {**config, **({"_diffusers_version": _FORMAT} if "_class_name" in config else {})}
-        for name, config in files.items()
-    }
+    for name, config in files.items():
+        if "_class_name" in config:
+            files[name] = {**config, "_diffusers_version": _FORMAT}
     if plan.text is not None:
         files |= {f"tokenizer/{name}": content for name, content in tokenizer_files(plan.text.kind).items()}
     return {name: content if isinstance(content, str) else as_json(content) for name, content in files.items()}
 
 
-def _save_yaml(config: Mapping[str, Any], path: Path) -> None:
-    """The model's own config, with which this framework loads the folder; diffusers does not look at it."""
-    from omegaconf import OmegaConf
-
-    OmegaConf.save(OmegaConf.create({"model": config["model"]}), path)
-
-
 def tokenizer_files(kind: str) -> dict[str, Any]:
-    """The files of tokenizer/: name -> text, or what becomes JSON. kind: CLIP pads with the end token, OPEN_CLIP with id 0, "!"."""
+    """The files of tokenizer/. kind: CLIP pads with the end token, OPEN_CLIP with id 0, "!"."""
     tokenizer = clip_tokenizer()
     special = {"bos_token": BEGIN, "eos_token": END, "unk_token": END, "pad_token": END if kind == text.CLIP else "!"}
+    options = {"tokenizer_class": "CLIPTokenizer", "model_max_length": 77, "do_lower_case": True}
     return {
         "vocab.json": tokenizer.token_ids,
         "merges.txt": "\n".join(["#version: 0.2", *(" ".join(pair) for pair in tokenizer.merges), ""]),
         "special_tokens_map.json": special,
-        "tokenizer_config.json": {
-            "tokenizer_class": "CLIPTokenizer",
-            "model_max_length": 77,
-            "do_lower_case": True,
-            **special,
-        },
+        "tokenizer_config.json": options | special,
     }

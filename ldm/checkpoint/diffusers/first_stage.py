@@ -5,14 +5,28 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from ldm.checkpoint.diffusers.rules import CONV2D, ConversionError, Rule, same
+from ldm.checkpoint.diffusers.rules import (
+    CONV2D,
+    ConversionError,
+    Rule,
+    attention_levels,
+    check_supported,
+    same,
+    same_layers,
+)
 
 KL, VQ = "AutoencoderKL", "VQModel"
 _DOWN, _UP = ("DownEncoderBlock2D", "AttnDownEncoderBlock2D"), ("UpDecoderBlock2D", "AttnUpDecoderBlock2D")
 _HAS_ATTENTION = {name: bool(attends) for pair in (_DOWN, _UP) for attends, name in enumerate(pair)}
-_FIXED = {"act_fn": "silu", "norm_num_groups": 32, "use_quant_conv": True, "use_post_quant_conv": True}
-_FIXED |= {"norm_type": "group", "lookup_from_codebook": False}
-_FIXED |= {"shift_factor": None, "latents_mean": None, "latents_std": None}
+_SUPPORTED = {  # values of our ddconfig, and of diffusers' config.json
+    "ddconfig": {"use_linear_attn": False, "resamp_with_conv": True, "tanh_out": False, "give_pre_end": False},
+    "config.json": {
+        **{"act_fn": "silu", "norm_num_groups": 32, "use_quant_conv": True, "use_post_quant_conv": True},
+        **{"norm_type": "group", "lookup_from_codebook": False},
+        **{"shift_factor": None, "latents_mean": None, "latents_std": None},
+    },
+}
+_RESNET = tuple((layer, layer) for layer in ("norm1", "conv1", "norm2", "conv2"))
 _ATTENTION = (("q", "to_q"), ("k", "to_k"), ("v", "to_v"), ("proj_out", "to_out.0"))
 
 
@@ -34,7 +48,14 @@ class StageLayout(NamedTuple):
     def from_params(cls, kind: str, params: Mapping[str, Any]) -> StageLayout:
         """From the `params` of a first stage in our YAML; ConversionError for one that diffusers does not support."""
         dd = params["ddconfig"]
-        _refuse_unsupported_params(kind, params, dd)
+        check_supported("ddconfig", dd, _SUPPORTED["ddconfig"], by="diffusers")
+        if dd.get("attn_type", "vanilla") not in ("vanilla", "none"):
+            raise ConversionError(f"ddconfig: attn_type {dd['attn_type']} is not supported by diffusers")
+        if params.get("remap"):
+            raise ConversionError(f"remap {params['remap']} is not supported by diffusers")
+        if kind == KL and dd["z_channels"] != params["embed_dim"]:
+            sizes = f"z_channels {dd['z_channels']}, embed_dim {params['embed_dim']}"
+            raise ConversionError(f"{sizes}: diffusers' {KL} needs them to be equal")
         mult = tuple(dd.get("ch_mult", (1, 2, 4, 8)))
         attends = dd.get("attn_type", "vanilla") != "none"
         return cls(
@@ -58,7 +79,7 @@ class StageLayout(NamedTuple):
         kind = config.get("_class_name")
         if kind not in (KL, VQ):
             raise ConversionError(f"config.json: {kind} is not supported; expected {KL} or {VQ}")
-        _refuse_unsupported_config(kind, config)
+        check_supported("config.json", config, _SUPPORTED["config.json"])
         z_channels = config.get("latent_channels", 3 if kind == VQ else 4)
         return cls(
             kind=kind,
@@ -66,7 +87,7 @@ class StageLayout(NamedTuple):
             out_channels=config.get("out_channels", 3),
             channels=tuple(config["block_out_channels"]),
             res_blocks=config.get("layers_per_block", 1),
-            attention=tuple(_HAS_ATTENTION[name] for name in config["down_block_types"]),
+            attention=attention_levels("config.json", config, _HAS_ATTENTION),
             middle_attention=bool(config.get("mid_block_add_attention", True)),
             z_channels=z_channels,
             embed_dim=(config.get("vq_embed_dim") or z_channels) if kind == VQ else z_channels,
@@ -134,8 +155,7 @@ def _output(half: str) -> list[Rule]:
 
 
 def _resnet(ours: str, theirs: str, shortcut: bool) -> list[Rule]:
-    layers = ("norm1", "conv1", "norm2", "conv2")
-    rules = [rule for layer in layers for rule in same(f"{ours}.{layer}", f"{theirs}.{layer}")]
+    rules = same_layers(ours, theirs, _RESNET)
     return rules + (same(f"{ours}.nin_shortcut", f"{theirs}.conv_shortcut") if shortcut else [])
 
 
@@ -145,34 +165,3 @@ def _attention(ours: str, theirs: str) -> list[Rule]:
         rules += [Rule(f"{ours}.{our_layer}.weight", (f"{theirs}.{their_layer}.weight",), CONV2D)]
         rules += same(f"{ours}.{our_layer}", f"{theirs}.{their_layer}", ("bias",))
     return rules
-
-
-def _refuse_unsupported_params(kind: str, params: Mapping[str, Any], dd: Mapping[str, Any]) -> None:
-    unsupported = {
-        "attn_type": dd.get("use_linear_attn") or dd.get("attn_type", "vanilla") not in ("vanilla", "none"),
-        "resamp_with_conv": dd.get("resamp_with_conv", True) is not True,
-        "tanh_out": dd.get("tanh_out"),
-        "give_pre_end": dd.get("give_pre_end"),
-    }
-    for name in (name for name, differs in unsupported.items() if differs):
-        raise ConversionError(f"ddconfig: {name} {dd.get(name)}: not supported by diffusers' autoencoders")
-    if params.get("remap"):
-        raise ConversionError(f"remap {params['remap']}: not supported by diffusers' {VQ}")
-    if kind == KL and dd["z_channels"] != params["embed_dim"]:
-        sizes = f"z_channels {dd['z_channels']}, embed_dim {params['embed_dim']}"
-        raise ConversionError(f"{sizes}: diffusers' {KL} needs them to be equal")
-
-
-def _refuse_unsupported_config(kind: str, config: Mapping[str, Any]) -> None:
-    down, up = config["down_block_types"], config["up_block_types"]
-    for block in (*down, *up):
-        if block not in _HAS_ATTENTION:
-            known = ", ".join(_HAS_ATTENTION)
-            raise ConversionError(f"config.json of {kind}: block type {block} is not supported; expected {known}")
-    if [_HAS_ATTENTION[name] for name in down] != [_HAS_ATTENTION[name] for name in reversed(up)]:
-        raise ConversionError(
-            f"config.json of {kind}: down_block_types {down} and up_block_types {up} have attention at different levels"
-        )
-    for name, value in _FIXED.items():
-        if config.get(name, value) != value:
-            raise ConversionError(f"config.json of {kind}: {name} {config[name]} is not supported")

@@ -92,7 +92,7 @@ def plan_of(config: Mapping[str, Any], scheduler: str = "ddim", scale_factor: fl
         parts.append(_stage(folder, STAGE, stage_params, scale_factor or given or 1.0))
     kind = str(value_at(condition, "target")).rpartition(".")[2] if isinstance(condition, Mapping) else condition
     if kind in text.PREFIX:
-        text_params = condition.get("params") or {}
+        text_params = value_at(condition, "params") or {}
         layout = TextLayout.from_params(kind, text_params)
         parts.append(Component("text_encoder", text.PREFIX[kind], layout, layout.config(), text_params))
     has_file = kind not in (*text.PREFIX, UNCONDITIONAL, FIRST_STAGE_AS_CONDITION, "Identity")

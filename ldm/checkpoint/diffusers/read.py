@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,7 +20,6 @@ from ldm.checkpoint.formats import read_tensors
 EXTRAS = "published_extras.safetensors"  # tensors of a published file that diffusers has no place for
 STAGES = ("vae", "vqvae")
 _MAX_COUNT = 64  # levels, blocks, layers
-T = TypeVar("T")
 
 
 def check_is_model(folder: Path) -> None:
@@ -36,8 +35,9 @@ def component_layouts(folder: Path, text_kind: str | None = None) -> dict[str, L
     """The layout of each component of the folder, by subfolder; "" for a folder that is one component."""
     check_is_model(folder)
     if not (folder / "unet" / "config.json").is_file():
-        unet = read_json(folder / "config.json")["_class_name"] in (CROSS, PLAIN)
-        return {"": _layout(folder / "config.json", UNetLayout.from_config if unet else StageLayout.from_config)}
+        path = folder / "config.json"
+        is_unet = read_json(path)["_class_name"] in (CROSS, PLAIN)
+        return {"": _layout(path, UNetLayout.from_config if is_unet else StageLayout.from_config)}
     makers: dict[str, Callable[[dict[str, Any]], Layout]] = {"unet": UNetLayout.from_config}
     makers |= dict.fromkeys(STAGES, StageLayout.from_config)
     makers["text_encoder"] = lambda config: TextLayout.from_config(config, text_kind)
@@ -45,7 +45,7 @@ def component_layouts(folder: Path, text_kind: str | None = None) -> dict[str, L
     return {name: _layout(path, makers[name]) for name, path in paths.items() if path.is_file()}
 
 
-def _layout(path: Path, make: Callable[[dict[str, Any]], T]) -> T:
+def _layout(path: Path, make: Callable[[dict[str, Any]], Layout]) -> Layout:
     config = read_json(path)
     counts = [config.get(name) for name in ("layers_per_block", "transformer_layers_per_block", "num_hidden_layers")]
     counts += [len(value) for value in config.values() if isinstance(value, list)]

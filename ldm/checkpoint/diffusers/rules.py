@@ -1,7 +1,7 @@
 """Relation of a published tensor to the tensors that diffusers has in its place: equal, reshaped, or split."""
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -64,6 +64,11 @@ def same(ours: str, theirs: str, leaves: Iterable[str] = ("weight", "bias")) -> 
     return [Rule(f"{ours}.{leaf}", (f"{theirs}.{leaf}",)) for leaf in leaves]
 
 
+def same_layers(ours: str, theirs: str, pairs: Iterable[tuple[str, str]]) -> list[Rule]:
+    """Rules of the (our, their) layers inside a block whose parameters are equal on both sides."""
+    return [rule for our, their in pairs for rule in same(f"{ours}.{our}", f"{theirs}.{their}")]
+
+
 def to_theirs(rules: Iterable[Rule], weights: Mapping[str, Tensor], what: str) -> dict[str, Tensor]:
     """A component's tensors under diffusers' names; ConversionError if one is missing."""
     rules = list(rules)
@@ -105,3 +110,23 @@ def first_difference(wanted: NamedTuple, found: NamedTuple) -> str | None:
         if other != value:
             return f"{field} is {other}, but {value} in the YAML"
     return None
+
+
+def check_supported(
+    where: str, values: Mapping[str, Any], supported: Mapping[str, Any], by: str = "this framework"
+) -> None:
+    """Raise ConversionError for a value other than the supported one; empty values count as equal."""
+    for name, value in supported.items():
+        if (values.get(name, value) or None) != (value or None):
+            raise ConversionError(f"{where}: {name} {values[name]} is not supported by {by}")
+
+
+def attention_levels(where: str, config: Mapping[str, Any], known: Mapping[str, bool]) -> tuple[bool, ...]:
+    """Which levels have attention, full size first, from diffusers' block types. known: block type -> attention."""
+    down, up = config["down_block_types"], config["up_block_types"]
+    for block in (*down, *up):
+        if block not in known:
+            raise ConversionError(f"{where}: block type {block} is not supported; expected one of {', '.join(known)}")
+    if [known[block] for block in down] != [known[block] for block in reversed(up)]:
+        raise ConversionError(f"{where}: {down} and {up} have attention at different levels")
+    return tuple(known[block] for block in down)

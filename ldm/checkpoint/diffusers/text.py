@@ -5,17 +5,29 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from ldm.checkpoint.diffusers.rules import STACKED, ConversionError, Rule, same
+from ldm.checkpoint.diffusers.rules import STACKED, ConversionError, Rule, same, same_layers
 from ldm.config.text_shapes import CLIP_VERSION, OPEN_CLIP_ARCH, clip_shape, open_clip_shape
 
 CLIP, OPEN_CLIP = "FrozenCLIPEmbedder", "FrozenOpenCLIPEmbedder"
 PREFIX = {CLIP: "cond_stage_model.transformer.", OPEN_CLIP: "cond_stage_model.model."}
 POSITION_IDS = f"{PREFIX[CLIP]}text_model.embeddings.position_ids"
 _ACTIVATION = {CLIP: "quick_gelu", OPEN_CLIP: "gelu"}
-_CLIP_LAYER = ("layer_norm1", "layer_norm2", "mlp.fc1", "mlp.fc2")
-_CLIP_LAYER += tuple(f"self_attn.{name}_proj" for name in ("q", "k", "v", "out"))
-_OPEN_CLIP_LAYER = (("ln_1", "layer_norm1"), ("ln_2", "layer_norm2"), ("attn.out_proj", "self_attn.out_proj"))
-_OPEN_CLIP_LAYER += (("mlp.c_fc", "mlp.fc1"), ("mlp.c_proj", "mlp.fc2"))
+_CLIP_ATTENTION = tuple(f"self_attn.{name}_proj" for name in ("q", "k", "v", "out"))
+_CLIP_LAYER = ("layer_norm1", "layer_norm2", "mlp.fc1", "mlp.fc2", *_CLIP_ATTENTION)
+_OPEN_CLIP_LAYER = (
+    *(("ln_1", "layer_norm1"), ("ln_2", "layer_norm2"), ("attn.out_proj", "self_attn.out_proj")),
+    *(("mlp.c_fc", "mlp.fc1"), ("mlp.c_proj", "mlp.fc2")),
+)
+_FIELDS = {  # of TextLayout -> key and default in transformers' config
+    "vocab_size": ("vocab_size", 49408),
+    "width": ("hidden_size", 512),
+    "inner": ("intermediate_size", 2048),
+    "layers": ("num_hidden_layers", 12),
+    "heads": ("num_attention_heads", 8),
+    "positions": ("max_position_embeddings", 77),
+    "activation": ("hidden_act", "quick_gelu"),
+    "eps": ("layer_norm_eps", 1e-5),
+}
 
 
 class TextLayout(NamedTuple):
@@ -36,9 +48,7 @@ class TextLayout(NamedTuple):
         """From the `params` of our embedder; kind: CLIP or OPEN_CLIP."""
         if kind == CLIP:
             shape = clip_shape(params.get("version", CLIP_VERSION), params.get("text_config"))
-            names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-            names += ("max_position_embeddings", "hidden_act", "layer_norm_eps")
-            return cls(CLIP, *(shape[name] for name in names))
+            return cls(CLIP, *(shape[key] for key, _ in _FIELDS.values()))
         shape = open_clip_shape(params.get("arch", OPEN_CLIP_ARCH), params.get("text_config"))
         layers, width = shape["layers"] - (params.get("layer", "last") == "penultimate"), shape["width"]
         sizes = (shape["vocab_size"], width, 4 * width, layers, shape["heads"], shape["context_length"])
@@ -53,31 +63,15 @@ class TextLayout(NamedTuple):
         activation = config.get("hidden_act", "quick_gelu")
         if activation not in _ACTIVATION.values():
             raise ConversionError(f"{where}: hidden_act {activation}: choose one of {', '.join(_ACTIVATION.values())}")
-        return cls(
-            kind or (CLIP if activation == "quick_gelu" else OPEN_CLIP),
-            config.get("vocab_size", 49408),
-            config.get("hidden_size", 512),
-            config.get("intermediate_size", 2048),
-            config.get("num_hidden_layers", 12),
-            config.get("num_attention_heads", 8),
-            config.get("max_position_embeddings", 77),
-            activation,
-            config.get("layer_norm_eps", 1e-5),
-        )
+        kind = kind or (CLIP if activation == "quick_gelu" else OPEN_CLIP)
+        return cls(kind, *(config.get(key, default) for key, default in _FIELDS.values()))
 
     def config(self) -> dict[str, Any]:
         """text_encoder/config.json."""
         return {
             "architectures": ["CLIPTextModel"],
             "model_type": "clip_text_model",
-            "vocab_size": self.vocab_size,
-            "hidden_size": self.width,
-            "intermediate_size": self.inner,
-            "num_hidden_layers": self.layers,
-            "num_attention_heads": self.heads,
-            "max_position_embeddings": self.positions,
-            "hidden_act": self.activation,
-            "layer_norm_eps": self.eps,
+            **{key: getattr(self, field) for field, (key, _) in _FIELDS.items()},
             "projection_dim": 768 if self.kind == CLIP else 512,
             "attention_dropout": 0.0,
             "bos_token_id": 49406,
@@ -103,8 +97,7 @@ class TextLayout(NamedTuple):
             for leaf in ("weight", "bias"):
                 parts = tuple(f"{theirs}.self_attn.{name}_proj.{leaf}" for name in ("q", "k", "v"))
                 rules.append(Rule(f"{ours}.attn.in_proj_{leaf}", parts, STACKED))
-            for our_layer, their_layer in _OPEN_CLIP_LAYER:
-                rules += same(f"{ours}.{our_layer}", f"{theirs}.{their_layer}")
+            rules += same_layers(ours, theirs, _OPEN_CLIP_LAYER)
         return rules + same("ln_final", "text_model.final_layer_norm")
 
     def unused_shapes(self) -> dict[str, tuple[int, ...]]:

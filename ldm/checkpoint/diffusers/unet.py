@@ -9,7 +9,16 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from ldm.checkpoint.diffusers.rules import CONV1D, ConversionError, Rule, by_head, same
+from ldm.checkpoint.diffusers.rules import (
+    CONV1D,
+    ConversionError,
+    Rule,
+    attention_levels,
+    by_head,
+    check_supported,
+    same,
+    same_layers,
+)
 
 CROSS, PLAIN = "UNet2DConditionModel", "UNet2DModel"
 _DOWN = {CROSS: "CrossAttnDownBlock2D", PLAIN: "AttnDownBlock2D"}
@@ -24,10 +33,21 @@ _FIXED = {  # diffusers' settings that give the published UNet
     "norm_eps": 1e-05,
     "norm_num_groups": 32,
 }
-_UNSUPPORTED = ("addition_embed_type", "encoder_hid_dim", "class_embed_type", "dual_cross_attention")
-_UNSUPPORTED += ("resnet_skip_time_act",)
-_RESNET = (("in_layers.0", "norm1"), ("in_layers.2", "conv1"), ("emb_layers.1", "time_emb_proj"))
-_RESNET += (("out_layers.0", "norm2"), ("out_layers.3", "conv2"))
+_SUPPORTED = {  # values of our unet_config, and of diffusers' config.json
+    "unet_config": {
+        **{"dims": 2, "conv_resample": True, "resblock_updown": False, "use_new_attention_order": False},
+        **{"n_embed": None, "num_attention_blocks": None},
+    },
+    "unet/config.json": {
+        **_FIXED,
+        **{"add_attention": True, "dual_cross_attention": False, "resnet_skip_time_act": False},
+        **{"addition_embed_type": None, "class_embed_type": None, "encoder_hid_dim": None},
+    },
+}
+_RESNET = (
+    *(("in_layers.0", "norm1"), ("in_layers.2", "conv1"), ("emb_layers.1", "time_emb_proj")),
+    *(("out_layers.0", "norm2"), ("out_layers.3", "conv2")),
+)
 
 
 class UNetLayout(NamedTuple):
@@ -55,8 +75,12 @@ class UNetLayout(NamedTuple):
         channels = tuple(int(params["model_channels"]) * m for m in mult)
         levels = len(mult)
         cross = bool(params.get("use_spatial_transformer"))
-        _refuse_unsupported_params(params, mult)
         per_head, heads = params.get("num_head_channels", -1), params.get("num_heads", -1)
+        check_supported("unet_config", params, _SUPPORTED["unet_config"], by="diffusers")
+        if mult[0] != 1:
+            raise ConversionError(f"channel_mult {list(mult)}: diffusers' UNets must begin with 1 (model_channels)")
+        if not cross and params.get("num_heads_upsample", -1) not in (-1, heads):
+            raise ConversionError(f"num_heads_upsample {params['num_heads_upsample']} is not supported by diffusers")
 
         def heads_of(width: int) -> int:
             return width // per_head if per_head != -1 else heads
@@ -109,8 +133,8 @@ class UNetLayout(NamedTuple):
         channels = tuple(config["block_out_channels"])
         levels = len(channels)
         known = {_DOWN[kind]: True, "DownBlock2D": False, _UP[kind]: True, "UpBlock2D": False}
-        _refuse_unsupported_config(config, known)
-        attended = [known[block] for block in config["down_block_types"]]
+        attended = attention_levels("unet/config.json", config, known)
+        check_supported("unet/config.json", config, _SUPPORTED["unet/config.json"])
         if kind == CROSS:  # attention_head_dim is misnamed: it is the number of heads
             every = _each(config.get("num_attention_heads") or config.get("attention_head_dim", 8), levels)
             context_dim = _one_width(config.get("cross_attention_dim", 1280))
@@ -208,7 +232,7 @@ class UNetLayout(NamedTuple):
 
 
 def _resnet(ours: str, theirs: str, shortcut: bool) -> list[Rule]:
-    rules = [rule for here, there in _RESNET for rule in same(f"{ours}.{here}", f"{theirs}.{there}")]
+    rules = same_layers(ours, theirs, _RESNET)
     return rules + (same(f"{ours}.skip_connection", f"{theirs}.conv_shortcut") if shortcut else [])
 
 
@@ -232,42 +256,6 @@ def _plain_attention(ours: str, theirs: str, heads: int) -> list[Rule]:
         Rule(f"{ours}.proj_out.weight", (f"{theirs}.to_out.0.weight",), CONV1D),
         *same(f"{ours}.proj_out", f"{theirs}.to_out.0", ("bias",)),
     ]
-
-
-def _refuse_unsupported_params(params: Mapping[str, Any], mult: Sequence[int]) -> None:
-    if mult[0] != 1:
-        raise ConversionError(f"channel_mult {list(mult)}: diffusers' UNets must begin with 1 (model_channels)")
-    upsample_heads = (-1, params.get("num_heads", -1))
-    unsupported = {
-        "dims": params.get("dims", 2) != 2,
-        "conv_resample": params.get("conv_resample", True) is not True,
-        "resblock_updown": params.get("resblock_updown"),
-        "use_new_attention_order": params.get("use_new_attention_order"),
-        "n_embed": params.get("n_embed") is not None,
-        "num_attention_blocks": params.get("num_attention_blocks") is not None,
-        "num_heads_upsample": params.get("num_heads_upsample", -1) not in upsample_heads
-        and not params.get("use_spatial_transformer"),
-    }
-    for name in (name for name, differs in unsupported.items() if differs):
-        raise ConversionError(f"unet_config: {name} {params.get(name)}: not supported by diffusers' UNets")
-
-
-def _refuse_unsupported_config(config: Mapping[str, Any], known: Mapping[str, bool]) -> None:
-    down, up = config["down_block_types"], config["up_block_types"]
-    for block in (*down, *up):
-        if block not in known:
-            raise ConversionError(
-                f"unet/config.json: block type {block} is not supported; expected one of {', '.join(known)}"
-            )
-    if [known[block] for block in down] != [known[block] for block in reversed(up)]:
-        raise ConversionError(
-            f"unet/config.json: down_block_types {down} and up_block_types {up} have attention at different levels"
-        )
-    unsupported = [name for name, value in _FIXED.items() if config.get(name, value) != value]
-    unsupported += [name for name in _UNSUPPORTED if config.get(name)]
-    unsupported += ["add_attention"] if config.get("add_attention", True) is not True else []
-    for name in unsupported:
-        raise ConversionError(f"unet/config.json: {name} {config[name]} is not supported")
 
 
 def _middle_cross_only(config: Mapping[str, Any]) -> bool:
