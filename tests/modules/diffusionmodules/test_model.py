@@ -160,10 +160,8 @@ def test_wrong_sizes_are_errors_when_building():
 def test_levels_may_have_no_residual_block():
     options = {**TINY, "num_res_blocks": 0}
     encoder, decoder = Encoder(**options), Decoder(**options)
-    assert [len(level.block) for level in encoder.down] == [0, 0] and [len(level.block) for level in decoder.up] == [
-        1,
-        1,
-    ]
+    assert [len(level.block) for level in encoder.down] == [0, 0]
+    assert [len(level.block) for level in decoder.up] == [1, 1]
     assert decoder(encoder(randn(1, 1, 3, 16, 16))[:, :4]).shape == (1, 3, 16, 16)
 
 
