@@ -412,6 +412,7 @@ def test_list_of_context_widths_may_come_from_a_config():
 
 def test_expanding_half_can_be_driven_from_outside():
     """The loop that ControlNet's UNet runs over the published attributes."""
+    assert unet(use_checkpoint=True).use_checkpoint and not unet().use_checkpoint
     model, x, context = unet(**ATTEND), randn(1, 2, 4, 8, 8), randn(2, 2, 3, 12)
     emb = model.time_embed(timestep_embedding(T, model.model_channels, repeat_only=False))
     h, skips = x.type(model.dtype), []
