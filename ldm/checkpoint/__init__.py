@@ -14,7 +14,6 @@ from ldm.checkpoint.formats import (
 from ldm.checkpoint.load import (
     LoadReport,
     ensure_weights,
-    has_loaded_weights,
     load_weights,
     read_step,
     read_weights,
@@ -31,7 +30,6 @@ __all__ = [
     "UnsafeCheckpointError",
     "WeightsSource",
     "ensure_weights",
-    "has_loaded_weights",
     "load_weights",
     "open_weights",
     "read_checkpoint",

@@ -7,7 +7,7 @@ import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, cast
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -105,20 +105,19 @@ def load_weights(
     return report
 
 
-def has_loaded_weights(module: nn.Module) -> bool:
-    """True if `load_weights` filled this module itself (not only as a part of another one)."""
-    return module in _LOADED
+@runtime_checkable
+class _PretrainedEncoder(Protocol):
+    finds_own_weights: bool
+    has_weights: bool
 
-
-class _Encoder(Protocol):
     def ensure_weights(self) -> None: ...
 
 
 def ensure_weights(module: nn.Module) -> None:
     """Let every encoder inside `module` that no file has filled find its weights (a local folder, then the hub)."""
-    for submodule in module.modules():
-        if getattr(submodule, "finds_own_weights", False):
-            cast(_Encoder, submodule).ensure_weights()
+    for encoder in module.modules():
+        if isinstance(encoder, _PretrainedEncoder) and (encoder.finds_own_weights or encoder.has_weights):
+            encoder.ensure_weights()
 
 
 @contextlib.contextmanager

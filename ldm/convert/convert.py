@@ -89,7 +89,7 @@ def to_file(config: Mapping[str, Any], folder: Path, target: Path, dtype: str | 
     if target.suffix not in (".ckpt", ".safetensors"):
         raise ConversionError(f"--out {target}: the file name must end in .ckpt or .safetensors")
     check_folder(folder, plan)
-    weights = _cast(read_folder(folder, plan.text.kind if plan.text else None, fill_unused=False), dtype)
+    weights = _cast(read_folder(folder, plan.text.kind if plan.text else None), dtype)
     logger.info("%s: %d tensors to convert", folder, len(weights))
     worst = max(_converted(part, weights)[1] for part in plan.components)
     if plan.condition_file and not any(name.startswith(plans.CONDITION) for name in weights):

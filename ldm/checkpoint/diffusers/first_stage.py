@@ -18,7 +18,7 @@ from ldm.checkpoint.diffusers.rules import (
 KL, VQ = "AutoencoderKL", "VQModel"
 _DOWN, _UP = ("DownEncoderBlock2D", "AttnDownEncoderBlock2D"), ("UpDecoderBlock2D", "AttnUpDecoderBlock2D")
 _HAS_ATTENTION = {name: bool(attends) for pair in (_DOWN, _UP) for attends, name in enumerate(pair)}
-_SUPPORTED = {  # values of our ddconfig, and of diffusers' config.json
+_SUPPORTED: dict[str, dict[str, Any]] = {  # values of our ddconfig, and of diffusers' config.json
     "ddconfig": {"use_linear_attn": False, "resamp_with_conv": True, "tanh_out": False, "give_pre_end": False},
     "config.json": {
         **{"act_fn": "silu", "norm_num_groups": 32, "use_quant_conv": True, "use_post_quant_conv": True},

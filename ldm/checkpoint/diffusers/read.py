@@ -4,7 +4,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ldm.checkpoint.diffusers import plan, text
@@ -69,15 +68,14 @@ def prefix_of(name: str, layout: Layout) -> str:
     return plan.STAGE if name else ""
 
 
-def read_folder(folder: Path, text_kind: str | None = None, fill_unused: bool = True) -> dict[str, Tensor]:
+def read_folder(folder: Path, text_kind: str | None = None) -> dict[str, Tensor]:
     """The tensors of a diffusers folder under their published names, memory-mapped.
 
-    text_kind: the text encoder's kind, see `ldm.checkpoint.diffusers.text`; None tells it by the activation.
-    fill_unused: add the unused tensors of an OpenCLIP file, which a folder lacks, as NaN (so that a use would show).
+    text_kind: the text encoder's kind, see `ldm.checkpoint.diffusers.text`; None tells it by the activation. Folders of
+    others lack OpenCLIP's unused tensors, which `FrozenOpenCLIPEmbedder.ensure_weights` makes.
     """
     weights: dict[str, Tensor] = {}
-    layouts = component_layouts(folder, text_kind)
-    for name, layout in layouts.items():
+    for name, layout in component_layouts(folder, text_kind).items():
         tensors = to_ours(layout.rules(), read_component(folder / name), str(folder / name))
         weights |= {prefix_of(name, layout) + key: tensor for key, tensor in tensors.items()}
     for name in (plan.CLASS_FILE, plan.CONDITION_FILE):
@@ -85,10 +83,6 @@ def read_folder(folder: Path, text_kind: str | None = None, fill_unused: bool = 
             weights |= {plan.CONDITION + key: tensor for key, tensor in read_tensors(folder / name).items()}
     if (folder / EXTRAS).is_file():
         weights = read_tensors(folder / EXTRAS) | weights
-    tower = layouts.get("text_encoder")
-    if fill_unused and isinstance(tower, TextLayout):
-        unused = {text.PREFIX[tower.kind] + name: shape for name, shape in tower.unused_shapes().items()}
-        weights = {name: torch.tensor(torch.nan).expand(shape) for name, shape in unused.items()} | weights
     return weights
 
 

@@ -99,16 +99,3 @@ class TextLayout(NamedTuple):
                 rules.append(Rule(f"{ours}.attn.in_proj_{leaf}", parts, STACKED))
             rules += same_layers(ours, theirs, _OPEN_CLIP_LAYER)
         return rules + same("ln_final", "text_model.final_layer_norm")
-
-    def unused_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Tensors of an OpenCLIP file that a folder lacks: the penultimate layer's output does not need them."""
-        if self.kind == CLIP:
-            return {}
-        width, inner, last = self.width, self.inner, f"transformer.resblocks.{self.layers}"
-        shapes: dict[str, tuple[int, ...]] = {"text_projection": (width, width), "logit_scale": ()}
-        shapes |= {f"{last}.{norm}.{leaf}": (width,) for norm in ("ln_1", "ln_2") for leaf in ("weight", "bias")}
-        shapes |= {f"{last}.attn.in_proj_weight": (3 * width, width), f"{last}.attn.in_proj_bias": (3 * width,)}
-        linear = {"attn.out_proj": (width, width), "mlp.c_fc": (inner, width), "mlp.c_proj": (width, inner)}
-        for name, shape in linear.items():
-            shapes |= {f"{last}.{name}.weight": shape, f"{last}.{name}.bias": shape[:1]}
-        return shapes

@@ -33,7 +33,7 @@ _FIXED = {  # diffusers' settings that give the published UNet
     "norm_eps": 1e-05,
     "norm_num_groups": 32,
 }
-_SUPPORTED = {  # values of our unet_config, and of diffusers' config.json
+_SUPPORTED: dict[str, dict[str, Any]] = {  # values of our unet_config, and of diffusers' config.json
     "unet_config": {
         **{"dims": 2, "conv_resample": True, "resblock_updown": False, "use_new_attention_order": False},
         **{"n_embed": None, "num_attention_blocks": None},
