@@ -3,7 +3,7 @@
 import pytest
 
 from ldm.config.instantiate import accepted_params
-from ldm.config.signature import constructor_arguments
+from ldm.config.signature import class_attributes, constructor_arguments
 from ldm.util import get_obj_from_str
 
 
@@ -33,3 +33,9 @@ def test_arguments_read_from_source_agree_with_the_imported_class(target):
 )
 def test_unknown_constructors_give_none(target):
     assert constructor_arguments(target) is None
+
+
+def test_literal_attributes_of_a_class_include_inherited_ones():
+    heun = class_attributes("ldm.models.diffusion.samplers.karras.HeunSampler")
+    assert heun["spacings"] == ("uniform", "logsnr", "karras", "trailing") and heun["adds_noise"] is False
+    assert class_attributes("ldm.models.diffusion.samplers.karras.Missing") == {}

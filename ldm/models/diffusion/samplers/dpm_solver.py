@@ -124,7 +124,7 @@ def singlestep_tables(levels: NoiseLevels, order: int) -> dict[str, np.ndarray]:
             tables["stage"][k] = stage
             tables["keep_s"][k] = sigma[k] / sigma[s]
             tables["move_s"][k] = -alpha[k] * np.expm1(-to_k)
-            if stage == 0 or h == 0.0:
+            if stage == 0:
                 continue
             r = (lam[k + 1] - lam[s]) / h  # position of the newest prediction within the block
             if size == 2:
