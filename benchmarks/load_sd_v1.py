@@ -1,8 +1,9 @@
-"""How fast a Stable Diffusion v1 file is ready to draw, and in how much memory: python benchmarks/load_sd_v1.py
+"""Time and memory for loading a Stable Diffusion v1 checkpoint: python benchmarks/load_sd_v1.py
 
-Writes files with all names and shapes of sd-v1-4 and random weights, as they are found in the wild: float32 as an old Lightning saved it
-(a zip .ckpt with a pickled ModelCheckpoint class), and float16 .safetensors. Each is loaded in fresh processes, from the page cache.
-The files (6.4 GB, in --dir) are removed afterwards; --keep keeps them, for txt2img.py --ckpt. Needs 7 GB of memory, and Linux.
+Writes files with all names and shapes of sd-v1-4 and random weights in two common formats: float32 as saved by an old
+Lightning (a zip .ckpt with a pickled ModelCheckpoint class), and float16 .safetensors. Each is loaded in fresh
+processes, from the page cache. The files (6.4 GB, in --dir) are removed at the end unless --keep is given. Needs Linux
+and 7 GB of memory.
 """
 
 from __future__ import annotations
@@ -25,20 +26,17 @@ sys.path.insert(0, str(ROOT))
 CONFIG = ROOT / "configs" / "stable-diffusion" / "v1-inference.yaml"
 FILES = {"sd-v1-shape.ckpt": ("full", "bf16"), "sd-v1-shape.safetensors": ("full", "bf16", "fp16")}
 BYTES = {"full": 4, "bf16": 2, "fp16": 2}
-SECONDS, FACTOR, FURTHER_GB = (
-    5.0,
-    1.15,
-    1.0,
-)  # what is promised: seconds after imports; peak RssAnon, by the weights in their target dtype
+# The promise: seconds after imports; peak RssAnon below FACTOR times the weights in their target dtype, plus EXTRA_GB.
+SECONDS, FACTOR, EXTRA_GB = 5.0, 1.15, 1.0
 
 
 def random_weights(ema: bool) -> dict[str, Any]:
-    """A state_dict of the config's model: convolutions and products that keep their input's scale, norms that do nothing."""
+    """Return a state dict of the config's model that preserves the scale of its input; norms are the identity."""
     import torch
     from omegaconf import OmegaConf
 
-    from ldm.config.instantiate import instantiate_from_config
     from ldm.checkpoint import weights_on_meta
+    from ldm.config.instantiate import instantiate_from_config
 
     config = OmegaConf.load(CONFIG).model
     config.params.use_ema = ema
@@ -62,8 +60,8 @@ def write_files(folder: Path, ema: bool) -> None:
     from safetensors.torch import save_file
 
     weights = random_weights(ema)
-    numbers = sum(tensor.numel() for tensor in weights.values())
-    print(f"{len(weights)} tensors, {numbers / 1e6:.1f} M numbers")
+    values = sum(tensor.numel() for tensor in weights.values())
+    print(f"{len(weights)} tensors, {values / 1e6:.1f} M values")
     saved_by_lightning_1 = {
         "epoch": 0,
         "global_step": 470000,
@@ -81,7 +79,7 @@ def write_files(folder: Path, ema: bool) -> None:
     }
     ckpt, safetensors = (folder / name for name in FILES)
     torch.save(saved_by_lightning_1, ckpt)
-    for name, tensor in weights.items():  # one by one: never both in memory
+    for name, tensor in weights.items():  # one by one, to keep only one copy in memory
         weights[name] = tensor.half() if tensor.is_floating_point() else tensor
     save_file(weights, safetensors)
     for path in (ckpt, safetensors):
@@ -89,18 +87,18 @@ def write_files(folder: Path, ema: bool) -> None:
 
 
 def memory(field: str) -> float:
-    """A line of /proc/self/status, in GB."""
+    """Return a field of /proc/self/status in GB."""
     with open("/proc/self/status") as status:
         return next(int(line.split()[1]) for line in status if line.startswith(field)) * 1024 / 1e9
 
 
 def measure(path: Path, precision: str) -> dict[str, float]:
-    """Load one file in this process, which has done nothing else -> its figures."""
+    """Load one file in this fresh process and return its measurements."""
     import torch
 
     import ldm.models.autoencoder
     import ldm.models.diffusion.ddpm
-    import ldm.modules.encoders.modules  # noqa: F401 (imports are not what is measured)
+    import ldm.modules.encoders.modules  # noqa: F401 (the time of imports is not measured)
     from ldm.inference import load_model
 
     torch.set_num_threads(min(2, os.cpu_count() or 1))
@@ -118,27 +116,23 @@ def measure(path: Path, precision: str) -> dict[str, float]:
     seconds, worked = time.perf_counter() - start, time.process_time() - worked
     done.set()
     watcher.join()
-    numbers = sum(weight.numel() for weight in pipeline.model.parameters())
-    weights = numbers * BYTES[precision] / 1e9
+    count = sum(weight.numel() for weight in pipeline.model.parameters())
+    weights = count * BYTES[precision] / 1e9
     return {"seconds": seconds, "cpu_seconds": worked, "before": before, "peak": peak, "weights": weights}
 
 
 def main(argv: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--dir", type=Path, default=Path("/tmp/load-sd-v1"), help="where the files are written (default: %(default)s)"
+        "--dir", type=Path, default=Path("/tmp/load-sd-v1"), help="folder of the files (default: %(default)s)"
     )
+    parser.add_argument("--runs", type=int, default=3, help="processes per file and precision (default: %(default)s)")
     parser.add_argument(
-        "--runs", type=int, default=3, help="fresh processes for each file and precision (default: %(default)s)"
+        "--ema", action="store_true", help="include EMA weights, as sd-v1-4-full-ema.ckpt (3.4 GB more)"
     )
+    parser.add_argument("--keep", action="store_true", help="keep the files, and reuse those of an earlier run")
     parser.add_argument(
-        "--ema", action="store_true", help="with averaged weights too, as sd-v1-4-full-ema.ckpt: 3.4 GB more"
-    )
-    parser.add_argument(
-        "--keep", action="store_true", help="leave the files where they are, and use what an earlier run has left"
-    )
-    parser.add_argument(
-        "--measure", nargs=2, metavar=("FILE", "PRECISION"), help="load one file in this process, print figures as JSON"
+        "--measure", nargs=2, metavar=("FILE", "PRECISION"), help="load one file in this process and print JSON"
     )
     opt = parser.parse_args(argv)
     if opt.measure:
@@ -149,10 +143,8 @@ def main(argv: Sequence[str]) -> None:
     try:
         if not (opt.keep and all(path.is_file() for path in paths)):
             write_files(opt.dir, opt.ema)
-        print(
-            f"{opt.runs} runs each, load average {os.getloadavg()[0]:.1f} at the start; promised: {SECONDS:.0f} s, and see `allowed`"
-        )
-        heads = f"{'of a CPU':>8} {'RssAnon peak':>12} {'allowed':>8} {'before':>7}  GB"
+        print(f"{opt.runs} runs each, load average {os.getloadavg()[0]:.1f} at the start; the limit is {SECONDS:.0f} s")
+        heads = f"{'CPU s':>8} {'RssAnon peak':>12} {'limit':>8} {'before':>7}  GB"
         print(f"{'file':<24} {'precision':<9} {'seconds (median, all)':<28} {heads}")
         for path in paths:
             with path.open("rb") as file:  # into the page cache
@@ -167,21 +159,21 @@ def main(argv: Sequence[str]) -> None:
 
 
 def report(path: Path, precision: str, runs: int) -> None:
-    """One line of the table, from fresh processes without network."""
-    figures = []
+    """Print one row of the table, measured in fresh processes without network."""
+    measured = []
     offline = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(path.parent / "no-cache")}
     for _ in range(runs):
         command = [sys.executable, __file__, "--measure", str(path), precision]
-        figures.append(
+        measured.append(
             json.loads(
                 subprocess.run(command, env=offline, check=True, capture_output=True, text=True).stdout.splitlines()[-1]
             )
         )
-    seconds = [run["seconds"] for run in figures]
-    peak, before = (max(run[key] for run in figures) for key in ("peak", "before"))
+    seconds = [run["seconds"] for run in measured]
+    peak, before = (max(run[key] for run in measured) for key in ("peak", "before"))
     text = f"{statistics.median(seconds):.2f} ({', '.join(f'{value:.2f}' for value in seconds)})"
-    allowed = FACTOR * figures[0]["weights"] + FURTHER_GB
-    worked = statistics.median(run["cpu_seconds"] for run in figures)
+    allowed = FACTOR * measured[0]["weights"] + EXTRA_GB
+    worked = statistics.median(run["cpu_seconds"] for run in measured)
     print(
         f"{path.name:<24} {precision:<9} {text:<28} {worked:>8.2f} {peak:>12.2f} {allowed:>8.2f} {before:>7.2f}",
         flush=True,

@@ -1,7 +1,8 @@
-"""What the invisible watermark survives, measured: python benchmarks/watermark_survival.py (pip install scikit-learn scikit-image).
+"""Robustness of the invisible watermark: python benchmarks/watermark_survival.py (needs scikit-learn and scikit-image).
 
-Every picture is marked, changed, and read. The table gives, for each kind of picture, the bits that come back right (half of them would by
-chance) and the pictures of which all 136 do. Photographs are those that scikit-learn and scikit-image bring, or a folder's (--images).
+Every image is watermarked, modified, and read. The table gives, for each kind of image, the share of correct bits (0.5
+by chance) and the share of images with all 136 bits correct. The photographs are those of scikit-learn and
+scikit-image, or a folder's (--images).
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout that this script is in, installed or not
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout, installed or not
 
 import numpy as np
 from PIL import Image
@@ -60,7 +61,7 @@ CHANGES: dict[str, Callable[[Image.Image], Image.Image]] = {
 
 
 def whole_and_quarters(image: Image.Image) -> Iterator[Image.Image]:
-    """The square in the middle of a photograph and its four quarters, each in 512x512 pixels."""
+    """Yield the central square of a photograph and its four quarters, each at 512x512 pixels."""
     side = min(image.size)
     left, top = (image.width - side) // 2, (image.height - side) // 2
     half = side // 2
@@ -81,12 +82,12 @@ def photographs(folder: Path | None) -> list[Image.Image]:
         images = [Image.fromarray(pixels) for pixels in load_sample_images().images]
         images += [load_image(data / name) for name in SCIKIT_IMAGE if (data / name).is_file()]
     if not images:
-        raise ValueError(f"--images {folder}: holds no picture")
+        raise ValueError(f"--images {folder}: no images in it")
     return [square for image in images for square in whole_and_quarters(image)]
 
 
 def smooth(count: int) -> list[Image.Image]:
-    """Colors that run into one another: 3x3 of them at random, enlarged."""
+    """Return smooth color gradients: random 3x3 images, upscaled."""
     random = np.random.default_rng(0)
     colors = [Image.fromarray(random.integers(0, 256, (3, 3, 3), np.uint8)) for _ in range(count)]
     return [image.resize((SIDE, SIDE), Image.Resampling.BICUBIC) for image in colors]
@@ -100,7 +101,7 @@ def noise(count: int) -> list[Image.Image]:
 
 
 def survival(method: str, images: Sequence[Image.Image]) -> tuple[dict[str, tuple[float, float]], float]:
-    """({change: (share of bits read right, share of pictures read whole)}, PSNR of the marked pictures in dB)."""
+    """Return {change: (share of correct bits, share of images with all correct)}, and the watermark's PSNR in dB."""
     watermark = Watermark(method)
     bits = 8 * len(watermark.content)
     marked = [watermark(image)[0] for image in images]
@@ -108,25 +109,26 @@ def survival(method: str, images: Sequence[Image.Image]) -> tuple[dict[str, tupl
     psnr = float(np.mean([10 * math.log10(255**2 / error) for error in errors]))
     table = {}
     for name, change in {"no mark": None, **CHANGES}.items():
-        pictures = images if change is None else [change(image) for image in marked]
-        right = np.array([watermark.agreement(watermark.read(picture)) for picture in pictures])
+        modified = images if change is None else [change(image) for image in marked]
+        right = np.array([watermark.agreement(watermark.read(image)) for image in modified])
         table[name] = float(right.mean() / bits), float((right == bits).mean())
     return table, psnr
 
 
 def main(argv: Sequence[str]) -> None:
-    parser = Parser(prog="watermark_survival.py", description="Measure what the invisible watermark survives.")
+    parser = Parser(prog="watermark_survival.py", description="Measure the robustness of the invisible watermark.")
     parser.add_argument(
         "--images", type=Path, metavar="FOLDER", help="photographs (default: those of scikit-learn and scikit-image)"
     )
     parser.add_argument(
-        "--count", type=int, default=20, metavar="N", help="how many smooth pictures and pictures of noise"
+        "--count", type=int, default=20, metavar="N", help="number of smooth images, and of noise images"
     )
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     opt = parser.parse_args(argv)
     kinds = {"photographs": photographs(opt.images), "smooth": smooth(opt.count), "noise": noise(opt.count)}
     print(
-        "Bits read right / pictures read whole; " + ", ".join(f"{len(images)} {kind}" for kind, images in kinds.items())
+        "Correct bits / images with all bits correct; "
+        + ", ".join(f"{len(images)} {kind}" for kind, images in kinds.items())
     )
     for method in METHODS:
         columns = {kind: survival(method, images) for kind, images in kinds.items()}
@@ -136,7 +138,7 @@ def main(argv: Sequence[str]) -> None:
                 f"{100 * table[change][0]:.0f} % / {100 * table[change][1]:.0f} %" for table, _ in columns.values()
             ]
             print(f"| {change} | {' | '.join(cells)} |")
-        print(f"| *PSNR of the marked picture* | {' | '.join(f'{psnr:.1f} dB' for _, psnr in columns.values())} |")
+        print(f"| *PSNR of the watermarked image* | {' | '.join(f'{psnr:.1f} dB' for _, psnr in columns.values())} |")
 
 
 if __name__ == "__main__":

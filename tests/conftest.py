@@ -1,4 +1,6 @@
-"""Settings for every test: no network, a frozen heap. Fixtures of the tiny text-to-image model that several files share."""
+"""Settings for every test: no network, a frozen heap. Fixtures of the tiny text-to-image model that several files
+share.
+"""
 
 import gc
 import os

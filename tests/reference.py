@@ -1,4 +1,4 @@
-"""Shared helpers of the tests: seeded weights and inputs, and the relative error that reference figures are held to."""
+"""Seeded weights and inputs, and the relative error for comparisons with reference outputs."""
 
 import zlib
 from pathlib import Path
@@ -8,16 +8,16 @@ import torch
 from torch import Tensor, nn
 
 GOLDEN = Path(__file__).parent / "golden"
-TOLERANCE = 1e-4  # relative error in float32 at which a reference figure holds
+TOLERANCE = 1e-4  # maximum relative error in float32
 
 
 def randn(seed: int, *shape: int) -> Tensor:
-    """Standard normal numbers that depend on `seed` and `shape` alone."""
+    """Return standard normal numbers that depend on `seed` and `shape` alone."""
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 def seed_weights(module: nn.Module) -> nn.Module:
-    """Fill every parameter from a generator seeded by the CRC-32 of its name, so that figures do not depend on initialisation order."""
+    """Fill every parameter from a generator seeded by the CRC-32 of its name, whatever the order of initialisation."""
     with torch.no_grad():
         for name, parameter in module.named_parameters():
             r = randn(zlib.crc32(name.encode()), *parameter.shape)
@@ -31,7 +31,7 @@ def seed_weights(module: nn.Module) -> nn.Module:
 
 
 def make(spec: dict) -> object:
-    """An input from its description: {"shape", "seed"[, "kind": "normal"|"int"|"const", "low", "high", "scale", "value"]}."""
+    """Return the input {"shape", "seed"[, "kind": "normal"|"int"|"const", "low", "high", "scale", "value"]}."""
     kind = spec.get("kind", "normal")
     if kind == "const":
         return torch.tensor(spec["value"]) if isinstance(spec["value"], list) else spec["value"]
@@ -43,7 +43,7 @@ def make(spec: dict) -> object:
 
 
 def rel_error(out: object, ref: object) -> float:
-    """|out - ref| / |ref| in the Frobenius norm; infinite where `out` is not finite or has another size."""
+    """Return |out - ref| / |ref| (Frobenius norm); infinite if `out` is not finite or has another size."""
     out = np.asarray(out.detach().cpu() if torch.is_tensor(out) else out, dtype=np.float64).ravel()
     ref = np.asarray(ref, dtype=np.float64).ravel()
     if out.size != ref.size or not np.isfinite(out).all():

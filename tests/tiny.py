@@ -1,4 +1,4 @@
-"""A text-to-image latent diffusion model of 0.1 M parameters, as a YAML and a weights file, for tests that draw with it."""
+"""A text-to-image latent diffusion model of 0.1 M parameters, and other kinds, as a YAML and a checkpoint."""
 
 from copy import deepcopy
 from pathlib import Path
@@ -62,7 +62,7 @@ OPEN_CLIP = {
 
 
 def text_model_config(**params: Any) -> dict[str, Any]:
-    """Config of the model: f = 4, a UNet of two levels, 100 timesteps, pictures in multiples of 8 pixels."""
+    """Return the model's config: f = 4, a UNet of two levels, 100 timesteps, image sizes in multiples of 8."""
     defaults = {
         "timesteps": 100,
         "channels": 4,
@@ -101,21 +101,22 @@ KINDS: dict[str, dict[str, Any]] = {
             "params": {"n_classes": 6, "embed_dim": 16, "key": "class_label"},
         },
     },
-    # Laid out as models/ldm/inpainting_big: latent, masked picture's latent and mask.
+    # As models/ldm/inpainting_big: latent, latent of the masked image, mask.
     "inpaint": {
         "cond_stage_key": "masked_image",
         "cond_stage_config": "__is_first_stage__",
         "conditioning_key": "concat",
         "unet_config": _unet(in_channels=9, use_spatial_transformer=False, context_dim=None),
     },
-    # Laid out as models/ldm/bsr_sr: latent and low-resolution picture.
+    # As models/ldm/bsr_sr: latent and low-resolution image.
     "upscale": {
         "cond_stage_key": "LR_image",
         "cond_stage_config": {"target": "torch.nn.Identity"},
         "conditioning_key": "concat",
         "unet_config": _unet(in_channels=7, use_spatial_transformer=False, context_dim=None),
     },
-    # Laid out as configs/stable-diffusion/: v2-inference, v2-inference-v, v2-inpainting-, v2-midas-inference and x4-upscaling.
+    # As configs/stable-diffusion/: v2-inference, v2-inference-v, v2-inpainting-, v2-midas-inference and
+    # x4-upscaling.
     "v2": {"cond_stage_config": OPEN_CLIP, "unet_config": _V2},
     "v2-v": {"cond_stage_config": OPEN_CLIP, "unet_config": _V2, "parameterization": "v"},
     "sd-inpaint": {
@@ -149,11 +150,11 @@ KINDS: dict[str, dict[str, Any]] = {
         "unet_config": _unet(**_HEADS, in_channels=7, num_classes=1000),
     },
 }
-"""Parameters that make the text model one of another kind, by what it is for."""
+"""Parameters that turn the text model into another kind, by its use."""
 
 
 class SavedModel(NamedTuple):
-    """Where a model lies, and the model itself: trained weights and averages differ."""
+    """The files of a model, and the model itself; its regular and EMA weights differ."""
 
     config: Path
     ckpt: Path
@@ -166,7 +167,7 @@ def save_text_model(folder: Path, **params: Any) -> SavedModel:
 
 
 def save_model(folder: Path, kind: str, **params: Any) -> SavedModel:
-    """As `save_text_model`, of any of KINDS; those without a trained condition only train the network."""
+    """Write a model as `save_text_model` does, of any of KINDS."""
     trained = {} if kind in ("text", "class") else {"cond_stage_trainable": False}
     config = text_model_config(**{**trained, **KINDS[kind], **params})
     model = seed_weights(instantiate_from_config(OmegaConf.create(config)["model"]))

@@ -38,7 +38,7 @@ class Images(Dataset):
 
 
 class Toy(pl.LightningModule):
-    """Automatic optimization with Adam, a learning-rate schedule and averaged weights.
+    """Automatic optimization with Adam, a learning-rate schedule and EMA weights.
 
     at: {batch: what happens in that training step}, where batches count from 0: nan, error, or a signal's name.
     at_validation: {epoch: the same, in its second validation batch}.

@@ -223,7 +223,7 @@ def test_datasets_are_prepared_before_they_are_built_and_not_again():
         data(train={"target": target}).prepare_data()
 
 
-def test_a_target_that_is_not_there_is_told_with_its_place():
+def test_a_target_that_is_not_there_is_reported_with_its_place():
     module = data(train=OmegaConf.create({"train": {"target": "ldm.data.lsun.LSUNDogsTrain"}}).train)
     module.prepare_data()
     with pytest.raises(ConfigError, match=r"train.target: target .*LSUNDogsTrain"):

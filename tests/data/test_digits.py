@@ -1,4 +1,4 @@
-"""The digits: a fixed, stratified split, pictures as the models take them, and captions in several phrasings."""
+"""The digits: a fixed, stratified split, images as the models take them, and captions in several phrasings."""
 
 import builtins
 
@@ -33,7 +33,7 @@ def test_the_split_never_changes():
     assert module.split_indices(np.arange(20) % 2, "held_out").tolist() == [8, 9, 18, 19]
 
 
-def test_pictures_are_hwc_float32_dark_ink_on_white(splits):
+def test_images_are_hwc_float32_dark_ink_on_white(splits):
     image = splits["train"][0]["image"]
     assert image.shape == (32, 32, 3) and image.dtype == np.float32
     assert image.min() < -0.8 and image[0, 0, 0] == 1.0 and image.mean() > 0
@@ -41,7 +41,7 @@ def test_pictures_are_hwc_float32_dark_ink_on_white(splits):
     assert np.abs(splits["all"].images).max() <= 1
 
 
-def test_the_enlarged_picture_is_the_scan_within_a_white_margin():
+def test_the_upscaled_image_is_the_scan_within_a_white_margin():
     scan = module.load_scans()[0][3]
     ink = (1 - module.upscale_scan(scan, 40)[..., 0]) / 2
     small = ink.reshape(10, 4, 10, 4).mean(axis=(1, 3))
@@ -50,7 +50,7 @@ def test_the_enlarged_picture_is_the_scan_within_a_white_margin():
     assert edge.max() < 0.01
 
 
-def test_captions_name_the_digit_of_the_picture(splits):
+def test_captions_name_the_digit_of_the_image(splits):
     for index in range(0, 200, 7):
         item = splits["train"][index]
         digit = item["class_label"]
@@ -68,7 +68,7 @@ def test_no_caption_stands_for_two_digits():
     ] and "draw an eight, please" in module.captions(8)
 
 
-def test_training_captions_are_drawn_from_many_phrasings_by_torchs_generator(splits):
+def test_training_captions_come_from_many_phrasings_by_torchs_generator(splits):
     torch.manual_seed(0)
     first = [splits["train"][5]["caption"] for _ in range(400)]
     torch.manual_seed(0)

@@ -7,7 +7,7 @@ from ldm.data.base import DataConfigError
 from ldm.data.faceshq import CelebAHQTrain
 from ldm.data.image import BadImageError
 from ldm.util import instantiate_from_config
-from tests.data.layouts import picture, pixels
+from tests.data.layouts import pixels, save_image
 
 
 @pytest.fixture
@@ -16,7 +16,7 @@ def home(tmp_path, monkeypatch):
     (tmp_path / "data/celebahq").mkdir(parents=True)
     for k in range(3):
         np.save(tmp_path / f"data/celebahq/imgHQ0000{k}.npy", pixels(k, 32, 32).transpose(2, 0, 1)[None])
-        picture(tmp_path / f"data/ffhq/00000/0000{k}.png", k, 32, 32)
+        save_image(tmp_path / f"data/ffhq/00000/0000{k}.png", k, 32, 32)
     for name, line in (("celebahq", "imgHQ0000{}.npy\n"), ("ffhq", "00000/0000{}.png\n")):
         (tmp_path / f"data/{name}train.txt").write_text(line.format(0) + line.format(2))
         (tmp_path / f"data/{name}validation.txt").write_text(line.format(1))
@@ -25,7 +25,7 @@ def home(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("package", ["taming", "ldm"])
 @pytest.mark.parametrize("family", ["CelebAHQ", "FFHQ"])
-def test_the_published_yamls_find_pictures_and_split(home, family, package):
+def test_the_published_yamls_find_images_and_split(home, family, package):
     targets = [f"{package}.data.faceshq.{family}{split}" for split in ("Train", "Validation")]
     sets = [instantiate_from_config({"target": target, "params": {"size": 32}}) for target in targets]
     assert [len(dataset) for dataset in sets] == [2, 1]
@@ -33,7 +33,7 @@ def test_the_published_yamls_find_pictures_and_split(home, family, package):
     np.testing.assert_allclose(sets[1][0]["image"], pixels(1, 32, 32) / 127.5 - 1, atol=1e-6)
 
 
-def test_arrays_that_are_no_pictures_or_need_pickle_are_refused(home):
+def test_arrays_that_are_no_images_or_need_pickle_are_refused(home):
     (home / "data/list.txt").write_text("bad.npy\n")
     dataset = CelebAHQTrain(size=16, files="data/list.txt")
     for array, problem in (

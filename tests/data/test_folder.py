@@ -15,7 +15,7 @@ from ldm.data.previews.pytorch_dataset import PreviewsTrain, PreviewsValidation
 from tests.data.test_image import write_bad
 
 
-def picture(path, seed=0, size=(20, 16)):
+def save_image(path, seed=0, size=(20, 16)):
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(np.random.RandomState(seed).randint(0, 256, (size[1], size[0], 3), dtype=np.uint8)).save(path)
 
@@ -23,9 +23,9 @@ def picture(path, seed=0, size=(20, 16)):
 @pytest.fixture
 def captioned(tmp_path):
     for i, name in enumerate(["b.png", "a.jpg", "sub/c.webp", "d.tif"]):
-        picture(tmp_path / name, i)
-        (tmp_path / name).with_suffix(".txt").write_text(f"picture {name}\n")
-    (tmp_path / "notes.md").write_text("no picture")
+        save_image(tmp_path / name, i)
+        (tmp_path / name).with_suffix(".txt").write_text(f"image {name}\n")
+    (tmp_path / "notes.md").write_text("no image")
     (tmp_path / ".hidden.png").write_bytes(b"")
     return tmp_path
 
@@ -40,7 +40,7 @@ def test_a_batch_has_the_published_keys_shapes_and_ranges(captioned):
     batch = default_collate([dataset[i] for i in range(4)])
     assert batch["image"].shape == (4, 8, 8, 3) and batch["image"].dtype == torch.float32
     assert -1 <= batch["image"].min() < -0.5 and 0.5 < batch["image"].max() <= 1
-    assert batch["caption"] == batch["txt"] == [f"picture {name}" for name in names(dataset)]
+    assert batch["caption"] == batch["txt"] == [f"image {name}" for name in names(dataset)]
     assert batch["file_path_"][3] == str(captioned / "sub/c.webp")
     assert "class_label" not in batch
 
@@ -49,7 +49,7 @@ def test_stable_diffusions_keys_can_be_asked_for(captioned):
     sample = ImageFolder(str(captioned), size=8, captions="sidecar", image_key="jpg", caption_key="beschrijving")[0]
     assert (
         sample["jpg"].shape == (8, 8, 3)
-        and sample["beschrijving"] == sample["txt"] == "picture a.jpg"
+        and sample["beschrijving"] == sample["txt"] == "image a.jpg"
         and "image" not in sample
     )
 
@@ -67,17 +67,17 @@ def test_without_captions_there_are_none(captioned):
     ],
 )
 @pytest.mark.parametrize("relative", [True, False])
-def test_a_table_lists_pictures_and_captions(captioned, name, content, relative):
+def test_a_table_lists_images_and_captions(captioned, name, content, relative):
     (captioned / name).write_text(content)
     dataset = ImageFolder(str(captioned), size=8, captions=name if relative else str(captioned / name))
     assert dataset.items == [("b.png", ("one", "uno")), ("sub/c.webp", ("two",))]
 
 
-def test_one_of_several_captions_is_drawn_for_each_sample(captioned):
+def test_one_of_several_captions_is_chosen_for_each_sample(captioned):
     (captioned / "a.txt").write_text("one\n\n two \nthree")
     dataset = ImageFolder(str(captioned), size=8, captions="sidecar")
     assert {dataset[0]["caption"] for _ in range(60)} == {"one", "two", "three"}
-    assert {dataset[1]["caption"] for _ in range(5)} == {"picture b.png"}
+    assert {dataset[1]["caption"] for _ in range(5)} == {"image b.png"}
 
 
 def test_missing_captions_raise_skip_or_are_empty(captioned):
@@ -138,7 +138,7 @@ def test_parameters_that_cannot_be_used_are_one_line(captioned, options, message
     assert message in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_a_folder_without_pictures_says_so(tmp_path):
+def test_a_folder_without_images_says_so(tmp_path):
     with pytest.raises(DataConfigError, match="no images in it; set root"):
         ImageFolder(str(tmp_path))
     (tmp_path / "a.jpg").write_bytes(b"")
@@ -155,7 +155,7 @@ def test_a_folder_without_pictures_says_so(tmp_path):
 def classes(tmp_path):
     for label, count in (("tench", 3), ("ape", 2), ("10", 1), ("9", 1)):
         for i in range(count):
-            picture(tmp_path / label / "deep" / f"{i}.png", i)
+            save_image(tmp_path / label / "deep" / f"{i}.png", i)
     return tmp_path
 
 
@@ -171,7 +171,7 @@ def test_the_order_of_classes_can_be_given_as_a_list_or_a_folder(classes, tmp_pa
     dataset = ImageFolder(str(classes), size=8, class_labels=True, classes=["tench", "9", "10", "ape", "emu"])
     assert dataset.labels == [2, 1, 3, 3, 0, 0, 0]
     other = tmp_path_factory.mktemp("validation")
-    picture(other / "tench" / "x.png")
+    save_image(other / "tench" / "x.png")
     assert ImageFolder(str(other), size=8, class_labels=True, classes=str(classes)).labels == [3]
     with pytest.raises(DataConfigError, match=r"tench/deep/0.png is in none of these 3 classes"):
         ImageFolder(str(classes), size=8, class_labels=True, classes=["10", "9", "ape"])
@@ -179,8 +179,8 @@ def test_the_order_of_classes_can_be_given_as_a_list_or_a_folder(classes, tmp_pa
         ImageFolder(str(classes), size=8, class_labels=True, classes="/x/y")
 
 
-def test_a_picture_outside_the_class_folders_is_an_error(classes):
-    picture(classes / "stray.png")
+def test_an_image_outside_the_class_folders_is_an_error(classes):
+    save_image(classes / "stray.png")
     with pytest.raises(
         DataConfigError, match=r"stray.png is not in a class folder; move it into one, or set class_labels to false"
     ):
@@ -190,14 +190,14 @@ def test_a_picture_outside_the_class_folders_is_an_error(classes):
 # --- splits ---
 
 
-def test_a_fraction_divides_a_folder_and_pictures_keep_their_side(tmp_path):
+def test_a_fraction_divides_a_folder_and_images_keep_their_side(tmp_path):
     for i in range(40):
-        picture(tmp_path / f"{i}.png", i, (4, 4))
+        save_image(tmp_path / f"{i}.png", i, (4, 4))
     train = ImageFolder(str(tmp_path), size=4, split="train", validation_fraction=0.25)
     held_out = ImageFolder(str(tmp_path), size=4, split="validation", validation_fraction=0.25)
     assert len(held_out) == 10 and sorted(names(train) + names(held_out)) == names(ImageFolder(str(tmp_path), size=4))
     for i in range(8):
-        picture(tmp_path / f"00 new {i}.png", i, (4, 4))
+        save_image(tmp_path / f"00 new {i}.png", i, (4, 4))
     again = ImageFolder(str(tmp_path), size=4, split="validation", validation_fraction=0.25)
     assert len(set(names(held_out)) & set(names(again))) >= 8
 
@@ -212,13 +212,13 @@ def test_classes_are_numbered_before_the_split(classes):
 
 def test_sub_folders_named_as_the_splits_are_the_splits(tmp_path):
     for name in ("train/cat/0.png", "train/dog/1.png", "val/cat/2.png", "val/dog/3.png"):
-        picture(tmp_path / name)
+        save_image(tmp_path / name)
     train, held_out = (
         ImageFolder(str(tmp_path), size=8, class_labels=True, split=split) for split in ("train", "validation")
     )
     assert names(train) == ["cat/0.png", "dog/1.png"] and names(held_out) == ["cat/2.png", "dog/3.png"]
     assert train.class_names == held_out.class_names == ["cat", "dog"]
-    (tmp_path / "val").rename(tmp_path / "other")  # one alone is no division: both splits come from all pictures
+    (tmp_path / "val").rename(tmp_path / "other")  # one alone is no division: both splits come from all images
     train, held_out = (ImageFolder(str(tmp_path), size=8, split=split) for split in ("train", "validation"))
     assert sorted(names(train) + names(held_out)) == [
         "other/cat/2.png",
@@ -231,7 +231,7 @@ def test_sub_folders_named_as_the_splits_are_the_splits(tmp_path):
 def test_previews_are_the_parts_of_a_captioned_folder(captioned):
     train, held_out = PreviewsTrain(str(captioned)), PreviewsValidation(root=str(captioned), size=8)
     assert len(train) == 3 and len(held_out) == 1 and train[0]["image"].shape == (256, 256, 3)
-    assert train[0]["caption"].startswith("picture ")
+    assert train[0]["caption"].startswith("image ")
     assert len(PreviewsTrain(str(captioned), split=None)) == 4
     with pytest.raises(DataConfigError, match="root None: not set"):
         PreviewsTrain(size=256)
@@ -240,7 +240,7 @@ def test_previews_are_the_parts_of_a_captioned_folder(captioned):
 # --- size, crop, flip ---
 
 
-def test_pictures_are_scaled_cropped_and_flipped(tmp_path):
+def test_images_are_scaled_cropped_and_flipped(tmp_path):
     ramp = np.repeat(np.arange(32, dtype=np.uint8)[None, :, None] * 8, 16, 0).repeat(3, 2)
     Image.fromarray(ramp).save(tmp_path / "a.png")
     middle = ImageFolder(str(tmp_path), size=16)[0]["image"]
@@ -257,9 +257,9 @@ def test_pictures_are_scaled_cropped_and_flipped(tmp_path):
 
 @pytest.fixture
 def damaged(tmp_path):
-    """30 good pictures and 8 that are bad in different ways; CMYK, 16-bit and a wrong extension are good."""
+    """30 good images and 8 that are bad in different ways; CMYK, 16-bit and a wrong extension are good."""
     for i in range(27):
-        picture(tmp_path / f"good{i:02}.png", i)
+        save_image(tmp_path / f"good{i:02}.png", i)
     Image.new("CMYK", (8, 8), (10, 200, 30, 40)).save(tmp_path / "cmyk.jpg")
     Image.fromarray(np.full((8, 8), 40000, np.uint16)).save(tmp_path / "deep.png")
     Image.new("RGB", (8, 8)).save(tmp_path / "named.jpg", "png")
@@ -292,12 +292,12 @@ def test_raising_names_the_file_and_the_way_out(damaged, workers):
 
 
 def test_links_in_a_circle_end(tmp_path):
-    picture(tmp_path / "a" / "x.png")
+    save_image(tmp_path / "a" / "x.png")
     (tmp_path / "a" / "up").symlink_to(tmp_path)
     assert names(ImageFolder(str(tmp_path), size=8)) == ["a/x.png"]
 
 
-def test_a_list_names_the_pictures_of_a_dataset_in_its_order(captioned, tmp_path):
+def test_a_list_names_the_images_of_a_dataset_in_its_order(captioned, tmp_path):
     (tmp_path / "list.txt").write_text("sub/c.webp\n\nb.png\nb.png\n")
     assert names(ImageFolder(str(captioned), size=8, files=str(tmp_path / "list.txt"))) == ["sub/c.webp", "b.png"]
 
@@ -319,12 +319,12 @@ def test_a_list_reaches_no_file_outside_the_root(captioned, content, problem):
         ImageFolder(str(captioned), size=8, files=str(path))
 
 
-def test_without_a_size_the_crop_is_taken_of_the_picture_as_it_is(tmp_path):
-    picture(tmp_path / "a.png", 0, (20, 16))
-    picture(tmp_path / "b.png", 1, (6, 5))
+def test_without_a_size_the_crop_is_taken_of_the_image_as_it_is(tmp_path):
+    save_image(tmp_path / "a.png", 0, (20, 16))
+    save_image(tmp_path / "b.png", 1, (6, 5))
     large, small = (ImageFolder(str(tmp_path), size=None, crop_size=10)[i]["image"] for i in (0, 1))
     expected = np.asarray(Image.open(tmp_path / "a.png"))[3:13, 5:15] / 127.5 - 1
     np.testing.assert_allclose(large, expected, atol=1e-6)
-    assert small.shape == (10, 10, 3)  # enlarged to cover the crop
+    assert small.shape == (10, 10, 3)  # upscaled to cover the crop
     with pytest.raises(DataConfigError, match="size None: not a size"):
         ImageFolder(str(tmp_path), size=None)

@@ -13,7 +13,7 @@ from ldm.data.base import DataConfigError
 from ldm.data.datamodule import DataModuleFromConfig
 from ldm.data.imagenet import ImageNetSRTrain, ImageNetSRValidation, ImageNetTrain, ImageNetValidation
 from ldm.util import instantiate_from_config
-from tests.data.layouts import picture, pixels
+from tests.data.layouts import pixels, save_image
 
 SYNSETS = ("n01440764", "n01443537", "n02002724")
 
@@ -23,7 +23,7 @@ def root(tmp_path):
     for split, count in (("train", 2), ("validation", 1)):
         for number, synset in enumerate(SYNSETS):
             for k in range(count):
-                picture(tmp_path / f"ILSVRC2012_{split}/data/{synset}/{synset}_{k}.JPEG", number)
+                save_image(tmp_path / f"ILSVRC2012_{split}/data/{synset}/{synset}_{k}.JPEG", number)
         (tmp_path / f"ILSVRC2012_{split}/synset_human.txt").write_text(
             "n01440764 tench, Tinca tinca\nn01443537 goldfish\n"
         )
@@ -109,7 +109,7 @@ def test_archives_are_unpacked_by_prepare_data_and_not_by_the_constructor(tmp_pa
     assert module.datasets["validation"].items[0].name == f"{SYNSETS[0]}/{names[2]}"
 
 
-def test_a_missing_folder_and_an_unknown_parameter_are_told(tmp_path):
+def test_a_missing_folder_and_an_unknown_parameter_are_reported(tmp_path):
     with pytest.raises(DataConfigError, match=r"root '.*nowhere': no such folder; set root to a folder of ImageNet"):
         ImageNetTrain(root=str(tmp_path / "nowhere"))
     with pytest.raises(DataConfigError, match=r"config.sise 16: no such parameter; choose from .*size"):

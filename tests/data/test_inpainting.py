@@ -1,4 +1,4 @@
-"""Pictures with holes."""
+"""Images with holes."""
 
 import random
 
@@ -7,17 +7,17 @@ import pytest
 
 from ldm.data.base import DataConfigError
 from ldm.data.inpainting import Inpainting, random_hole
-from tests.data.layouts import picture
+from tests.data.layouts import save_image
 
 
 @pytest.fixture
 def dataset(tmp_path):
-    picture(tmp_path / "a.png", 0, 40, 50)
+    save_image(tmp_path / "a.png", 0, 40, 50)
     random.seed(0)
     return Inpainting(root=str(tmp_path), size=32)
 
 
-def test_the_hole_is_black_and_the_rest_is_the_picture(dataset):
+def test_the_hole_is_black_and_the_rest_is_the_image(dataset):
     for _ in range(5):
         sample = dataset[0]
         assert sample["mask"].shape == (32, 32, 1) and sample["masked_image"].shape == (32, 32, 3)
@@ -49,8 +49,8 @@ def test_shares_that_are_none_are_refused(tmp_path):
         Inpainting(root=str(tmp_path), min_masked=0.6)
 
 
-def test_stable_diffusions_holes_are_grey_and_some_take_the_whole_picture(tmp_path):
-    picture(tmp_path / "a.png", 0, 40, 50)
+def test_stable_diffusions_holes_are_grey_and_some_take_the_whole_image(tmp_path):
+    save_image(tmp_path / "a.png", 0, 40, 50)
     random.seed(0)
     dataset = Inpainting(root=str(tmp_path), size=32, convention="stable-diffusion", whole_p=0.5)
     samples = [dataset[0] for _ in range(20)]

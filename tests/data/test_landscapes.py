@@ -1,4 +1,4 @@
-"""Pictures with a map of classes: cut alike, one-hot, and refused where they do not fit."""
+"""Images with a map of classes: cut alike, one-hot, and refused where they do not fit."""
 
 import random
 
@@ -14,7 +14,7 @@ from ldm.util import instantiate_from_config
 
 
 def pair(home, name, height=20, width=30):
-    """A picture whose red is the class of its map."""
+    """An image whose red is the class of its map."""
     numbers = np.random.RandomState(len(name)).randint(0, 182, (height, width), dtype=np.uint8)
     for folder, pixels, suffix in (("images", np.stack([numbers] * 3, -1), ".png"), ("segmentations", numbers, ".png")):
         path = (home / "data/rfw" / folder / name).with_suffix(suffix)
@@ -43,7 +43,7 @@ def test_the_published_yaml_gives_one_hot_maps(home):
         assert sample["segmentation"].dtype == np.float32 and (sample["segmentation"].sum(-1) == 1).all()
 
 
-def test_picture_and_map_are_cut_and_mirrored_alike(home):
+def test_image_and_map_are_cropped_and_flipped_alike(home):
     random.seed(0)
     dataset = RFWTrain(size=None, crop_size=12, flip_p=0.5)
     for _ in range(10):
@@ -59,7 +59,7 @@ def test_scaled_maps_hold_no_classes_in_between(home):
     assert set(sample["segmentation"].argmax(-1).ravel().tolist()) <= set(numbers.ravel().tolist())
 
 
-def test_without_split_folders_the_pictures_are_divided(tmp_path, monkeypatch):
+def test_without_split_folders_the_images_are_divided(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for k in range(6):
         pair(tmp_path, f"{k}.png")
@@ -105,7 +105,7 @@ def test_maps_that_do_not_fit_are_refused_or_skipped(tmp_path):
     assert [item.name for item in kept.items] == ["b.png"] and "no such file" in kept.skipped["a.png"]
 
 
-def test_missing_folders_are_told(tmp_path, monkeypatch):
+def test_missing_folders_are_reported(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(
         DataConfigError, match=r"segmentation_root 'data/rfw/segmentations': no such folder; set segmentation_root"

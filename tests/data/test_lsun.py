@@ -10,7 +10,7 @@ from ldm.data import lsun
 from ldm.data.archives import ArchiveError
 from ldm.data.base import DataConfigError
 from ldm.util import instantiate_from_config
-from tests.data.layouts import picture
+from tests.data.layouts import save_image
 
 FAMILIES = {"Churches": ("churches", "church_outdoor"), "Bedrooms": ("bedrooms", "bedrooms"), "Cats": ("cats", "cat")}
 
@@ -21,14 +21,14 @@ def home(tmp_path, monkeypatch):
     for folder, prefix in FAMILIES.values():
         names = [f"a/{k}.webp" if k else "0.jpg" for k in range(4)]
         for k, name in enumerate(names):
-            picture(tmp_path / "data/lsun" / folder / name, k)
+            save_image(tmp_path / "data/lsun" / folder / name, k)
         (tmp_path / f"data/lsun/{prefix}_train.txt").write_text("\n".join(names[:3]) + "\n")
         (tmp_path / f"data/lsun/{prefix}_val.txt").write_text(names[3] + "\n")
     return tmp_path
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_published_yaml_finds_pictures_and_split(home, family):
+def test_the_published_yaml_finds_images_and_split(home, family):
     sets = [
         instantiate_from_config({"target": f"ldm.data.lsun.LSUN{family}{s}", "params": {"size": 16}})
         for s in ("Train", "Validation")
@@ -37,7 +37,7 @@ def test_the_published_yaml_finds_pictures_and_split(home, family):
     assert sets[0][2]["image"].shape == (16, 16, 3) and sets[1][0]["file_path_"].endswith("a/3.webp")
 
 
-def test_only_training_pictures_are_mirrored(home):
+def test_only_training_images_are_flipped(home):
     train, validation = lsun.LSUNCatsTrain(size=16), lsun.LSUNCatsValidation(size=16)
     random.seed(0)
     drawn = [train[0]["image"] for _ in range(20)]
@@ -80,6 +80,6 @@ def test_lists_are_fetched_on_request_only(home, monkeypatch):
         lsun.LSUNBedroomsTrain.prepare_data(download=True)
 
 
-def test_pictures_of_the_middle_are_square(home):
+def test_images_of_the_middle_are_square(home):
     x = lsun.LSUNCatsValidation(size=24, files="data/lsun/cat_train.txt")[0]["image"]
     assert x.shape == (24, 24, 3) and np.isfinite(x).all()

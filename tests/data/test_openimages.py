@@ -1,4 +1,4 @@
-"""Open Images in its published layout: pictures, pairs, layouts."""
+"""Open Images in its published layout: images, pairs, layouts."""
 
 import random
 
@@ -17,7 +17,7 @@ from ldm.data.openimages import (
 )
 from ldm.modules.encoders.layout_tokens import FULL
 from ldm.util import instantiate_from_config
-from tests.data.layouts import picture, pixels
+from tests.data.layouts import pixels, save_image
 
 HEADER = (
     "ImageID,Source,LabelName,Confidence,XMin,XMax,YMin,YMax,IsOccluded,IsTruncated,IsGroupOf,IsDepiction,IsInside\n"
@@ -34,7 +34,7 @@ def home(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     root = tmp_path / "data/openimages"
     for k, name in enumerate(["train/aa.jpg", "train/0/bb.png", "train/cc.png", "validation/dd.png"]):
-        picture(root / name, k, 20, 40)
+        save_image(root / name, k, 20, 40)
     (root / "annotations").mkdir()
     (root / "annotations/class-descriptions-boxable.csv").write_text(CLASSES)
     rows = (
@@ -82,7 +82,7 @@ def test_training_crops_move_and_validation_crops_do_not(home):
     np.testing.assert_allclose(validation, pixels(3, 20, 40)[2:18, 12:28] / 127.5 - 1, atol=1e-6)
 
 
-def test_layouts_tell_the_boxes_of_the_picture_and_the_part_that_is_seen(home):
+def test_layouts_hold_the_boxes_of_the_image_and_the_part_that_is_seen(home):
     dataset = OpenImagesBBoxValidation(size=20)
     sample = dataset[0]
     assert sample["coordinates_bbox"].dtype == np.int64
@@ -96,7 +96,7 @@ def test_layouts_tell_the_boxes_of_the_picture_and_the_part_that_is_seen(home):
 
 
 def test_a_layout_follows_its_crop_and_its_mirror_image(home):
-    """Where the crop's tokens say a part is seen, that part is in the picture."""
+    """Where the crop's tokens say a part is seen, that part is in the image."""
     random.seed(0)
     dataset = OpenImagesBBoxTrain(size=20, min_objects=1, on_error="raise")
     index = next(k for k, item in enumerate(dataset.items) if item.name == "0/bb.png")
@@ -115,7 +115,7 @@ def test_a_layout_follows_its_crop_and_its_mirror_image(home):
     assert len(seen) > 6 and {s[1] for s in seen} == {True, False}
 
 
-def test_pictures_with_too_few_or_too_many_boxes_are_left_out(home):
+def test_images_with_too_few_or_too_many_boxes_are_left_out(home):
     assert [item.name for item in OpenImagesBBoxTrain(size=16).items] == [
         "0/bb.png",
         "aa.jpg",
@@ -146,7 +146,7 @@ def test_boxes_are_those_of_the_table(home):
     assert [box.category for box in boxes.of(2)] == [0, 2]
 
 
-def test_a_bad_table_is_told_with_its_line(home):
+def test_a_bad_table_is_reported_with_its_line(home):
     table = home / "annotations/oidv6-train-annotations-bbox.csv"
     table.write_text(HEADER + row("aa", "/m/01", 0, 1, 0, 1) + row("aa", "/m/01", "x", 1, 0, 1))
     with pytest.raises(DataConfigError, match=r"bbox.csv line 3'?: unreadable"):
@@ -160,7 +160,7 @@ def test_tables_are_fetched_on_request_only(home, monkeypatch):
     fetched = []
     monkeypatch.setattr(openimages, "fetch", lambda remote, folder: fetched.append((remote.name, folder)))
     table = home / "annotations/oidv6-train-annotations-bbox.csv"
-    table.rename(home / table.name)  # beside train/ is as good
+    table.rename(home / table.name)  # next to train/ works too
     OpenImagesBBoxTrain.prepare_data(download=True, size=16)
     assert not fetched and len(OpenImagesBBoxTrain(size=16)) == 2
     (home / table.name).unlink()

@@ -95,10 +95,8 @@ def test_a_small_recipe_trains_validates_and_logs_images(path, folder):
     torch.manual_seed(0)
     model, data = instantiate_from_config(config.model), instantiate_from_config(config.data)
     model.learning_rate = 1e-4
-    trainer = pl.Trainer(
-        accelerator="cpu", max_steps=2, limit_val_batches=1, logger=False, enable_checkpointing=False, enable_progress_bar=False,
-        enable_model_summary=False,
-    )  # fmt: skip
+    quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
+    trainer = pl.Trainer(accelerator="cpu", max_steps=2, limit_val_batches=1, **quiet)
     trainer.fit(model, data)
     assert trainer.global_step == 2 and all(p.isfinite().all() for p in model.parameters())
     batch = next(iter(data.val_dataloader()))

@@ -1,8 +1,9 @@
-"""A run that stops anywhere and goes on sees the batches, random numbers included, of a run that never stopped.
+"""A run that is stopped anywhere and resumed gets the batches, random numbers included, of an uninterrupted run.
 
-These are laws of the data module together with the installed Lightning, whose epoch counters alone would not give them.
+These laws depend on the installed Lightning, whose epoch counters alone do not suffice.
 """
 
+import functools
 import logging
 
 import pytest
@@ -22,7 +23,7 @@ def data(workers=0, batch_size=3, seed=5, stream=False):
 
 
 class SaveAndStop(pl.Callback):
-    """Saves at a hook once the run has made so many steps, and ends the run as Ctrl-C does."""
+    """Saves at a hook after a number of steps, and stops the run as Ctrl-C does."""
 
     def __init__(self, hook, step, path):
         super().__init__()
@@ -37,10 +38,8 @@ class SaveAndStop(pl.Callback):
 
 def fit(module, ckpt_path=None, callbacks=(), **options):
     model = Recorder()
-    trainer = pl.Trainer(
-        accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
-        callbacks=list(callbacks), num_sanity_val_steps=1, **options,
-    )  # fmt: skip
+    quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
+    trainer = pl.Trainer(accelerator="cpu", callbacks=list(callbacks), num_sanity_val_steps=1, **quiet, **options)
     try:
         trainer.fit(model, datamodule=module, ckpt_path=ckpt_path, weights_only=True if ckpt_path else None)
     except (KeyboardInterrupt, SystemExit):
@@ -61,37 +60,41 @@ EPOCHS = {"max_epochs": 3}
 STEPS = {"max_steps": 11, "max_epochs": -1}
 
 
-@pytest.mark.parametrize(
-    "hook", ["on_train_batch_start", "on_train_batch_end", "on_validation_end", "on_train_epoch_end"]
-)
-@pytest.mark.parametrize(
-    "options",
-    [
-        EPOCHS,
-        STEPS,
-        {**EPOCHS, "val_check_interval": 2},
-        {**EPOCHS, "limit_train_batches": 3},
-        {**EPOCHS, "limit_val_batches": 0},
-    ],
-    ids=["epochs", "steps", "validation within", "limited", "no validation"],
-)
-def test_a_run_stopped_at_any_step_goes_on_with_the_next_batch(tmp_path, options, hook):
-    whole = fit(data(), **options)[0].seen
+RUNS = {
+    "epochs": EPOCHS,
+    "steps": STEPS,
+    "validation within": {**EPOCHS, "val_check_interval": 2},
+    "limited": {**EPOCHS, "limit_train_batches": 3},
+    "no validation": {**EPOCHS, "limit_val_batches": 0},
+}
+HOOKS = ["on_train_batch_start", "on_train_batch_end", "on_validation_end", "on_train_epoch_end"]
+STOPS = (1, 3, 4, 5, 6, 8)  # within, at and after the end of an epoch, which has 4 or 3 batches
+
+
+@functools.cache
+def uninterrupted(kind):
+    return fit(data(), **RUNS[kind])[0].seen
+
+
+@pytest.mark.parametrize("hook", HOOKS)
+@pytest.mark.parametrize("kind", RUNS)
+def test_a_run_stopped_at_any_step_resumes_with_the_next_batch(tmp_path, kind, hook):
+    whole = uninterrupted(kind)
     assert len(set(whole)) == len(whole) > 8
     stopped = 0
-    for step in range(1, 10):
+    for step in STOPS:
         path = tmp_path / f"{step}.ckpt"
-        before = fit(data(), callbacks=[SaveAndStop(hook, step, path)], **options)[0].seen
+        before = fit(data(), callbacks=[SaveAndStop(hook, step, path)], **RUNS[kind])[0].seen
         if path.exists():
-            after = fit(data(), path, **options)[0].seen
+            after = fit(data(), path, **RUNS[kind])[0].seen
             assert before + after == whole, f"stopped at step {step}"
             stopped += 1
-    assert stopped > 1 or (hook == "on_validation_end" and "limit_val_batches" in options)
+    assert stopped > 1 or (hook == "on_validation_end" and kind == "no validation")
 
 
 @pytest.mark.parametrize(("steps", "workers"), [(2, 0), (4, 0), (7, 0), (7, 2)])
-def test_a_run_that_max_steps_ended_goes_on_where_it_was(tmp_path, steps, workers):
-    whole = fit(data(), **STEPS)[0].seen
+def test_a_run_that_max_steps_ended_resumes_at_its_position(tmp_path, steps, workers):
+    whole = uninterrupted("steps")
     first, trainer = fit(data(), **{**STEPS, "max_steps": steps})
     trainer.save_checkpoint(tmp_path / "x.ckpt")
     second, _ = fit(data(workers), tmp_path / "x.ckpt", **STEPS)
@@ -99,7 +102,7 @@ def test_a_run_that_max_steps_ended_goes_on_where_it_was(tmp_path, steps, worker
 
 
 def test_a_run_may_be_stopped_again_and_again(tmp_path):
-    whole = fit(data(), **EPOCHS)[0].seen
+    whole = uninterrupted("epochs")
     seen, path = [], None
     for step in (2, 3, 6, 9):
         following = tmp_path / f"{step}.ckpt"
@@ -117,7 +120,7 @@ def test_accumulated_batches_are_counted_one_by_one(tmp_path, accumulate):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_stream_goes_on_too(tmp_path, workers):
+def test_a_stream_resumes_too(tmp_path, workers):
     options = {"max_epochs": 2, "limit_val_batches": 0}
     whole = fit(data(workers, stream=True), **options)[0].seen
     assert len(set(whole)) == len(whole)
@@ -132,38 +135,35 @@ def test_the_number_of_workers_changes_nothing_in_a_run():
     assert alone.seen == helped.seen and alone.validated == helped.validated
 
 
-def test_validation_draws_the_same_every_time():
+def test_validation_uses_the_same_random_numbers_every_time():
     validated = fit(data(), **EPOCHS)[0].validated
-    assert len(validated) == 7 and set(validated[1:]) == set(
-        validated[1:3]
-    )  # one batch of sanity check, then two in each epoch
+    # One batch of the sanity check, then two in each epoch.
+    assert len(validated) == 7 and set(validated[1:]) == set(validated[1:3])
 
 
-def test_the_position_is_plain_numbers_and_knows_what_was_trained_on(tmp_path):
+def test_the_position_is_plain_numbers(tmp_path):
     _, trainer = fit(data(), max_steps=6, max_epochs=-1)
     expected = {"seed": 5, "epoch": 1, "batch": 2, "trained": 6, "global_batch_size": 3}
     assert trainer.datamodule.state_dict() == expected
 
 
 def test_another_seed_on_the_command_line_does_not_change_a_resumed_order(tmp_path, caplog):
-    whole = fit(data(), **EPOCHS)[0].seen
+    whole = uninterrupted("epochs")
     before = fit(data(), callbacks=[SaveAndStop("on_train_batch_end", 5, tmp_path / "x.ckpt")], **EPOCHS)[0].seen
     assert before + fit(data(seed=99), tmp_path / "x.ckpt", **EPOCHS)[0].seen == whole
     assert "the order keeps the checkpoint's seed 5, not 99" in caplog.text
 
 
-def test_another_batch_size_goes_on_after_the_samples_that_were_used(caplog):
+def test_another_batch_size_resumes_after_the_used_samples(caplog):
     module = data(batch_size=5)
     with caplog.at_level("INFO", "ldm.data"):
         module.load_state_dict({"seed": 5, "epoch": 2, "batch": 3, "trained": 11, "global_batch_size": 3})
-    told = [record.getMessage() for record in caplog.records if record.name == "ldm.data.datamodule"]
-    assert len(told) == 2 and all(line.startswith("data        ") for line in told)  # aligned as all lines of a run are
-    assert (
-        module._position() is None and module._origin.position == (2, 1) and "batch size 5, previously 3" in caplog.text
-    )
-    assert (
-        fit(module, **EPOCHS)[0].seen == fit(data(batch_size=5), **EPOCHS)[0].seen
-    )  # without a checkpoint: from the start
+    messages = [record.getMessage() for record in caplog.records if record.name == "ldm.data.datamodule"]
+    assert len(messages) == 2 and all(line.startswith("data        ") for line in messages)  # aligned
+    assert module._position() is None and module._origin.position == (2, 1)
+    assert "batch size 5, previously 3" in caplog.text
+    # Without a checkpoint a fit begins at the start.
+    assert fit(module, **EPOCHS)[0].seen == fit(data(batch_size=5), **EPOCHS)[0].seen
 
 
 def test_a_fresh_fit_with_the_same_module_begins_at_the_start(tmp_path):

@@ -8,13 +8,13 @@ from PIL import Image
 
 from ldm.data.base import DataConfigError
 from ldm.data.superres import DEGRADATIONS, SuperResolution, degrade
-from tests.data.layouts import picture
+from tests.data.layouts import save_image
 
 
 @pytest.fixture
 def folder(tmp_path):
-    picture(tmp_path / "large.png", 0, 100, 120)
-    picture(tmp_path / "small.png", 1, 20, 26)
+    save_image(tmp_path / "large.png", 0, 100, 120)
+    save_image(tmp_path / "small.png", 1, 20, 26)
     return str(tmp_path)
 
 
@@ -34,14 +34,14 @@ def test_a_pair_has_the_sizes_and_ranges_asked_for(folder, degradation):
             assert sample[key].dtype == np.float32 and -1 <= sample[key].min() < sample[key].max() <= 1
 
 
-def test_the_small_picture_is_the_large_one_degraded(folder):
+def test_the_small_image_is_the_large_one_degraded(folder):
     sample = seeded(SuperResolution(root=folder, size=32, degradation="pil_box"), 0)
     np.testing.assert_allclose(
         sample["LR_image"], sample["image"].reshape(8, 4, 8, 4, 3).mean(axis=(1, 3)), atol=1 / 127
     )
 
 
-def test_the_square_is_a_share_of_the_picture_and_seeded(folder):
+def test_the_square_is_a_share_of_the_image_and_seeded(folder):
     whole = SuperResolution(root=folder, size=20, min_crop_f=1.0, random_crop=False, degradation="pil_nearest")[1][
         "image"
     ]

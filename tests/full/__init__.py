@@ -1,1 +1,1 @@
-"""Promises that are kept for every value, and that take minutes to check: python -m tests.full. The suite checks a part of each."""
+"""Exhaustive checks that take minutes: python -m tests.full. The test suite checks a part of each."""

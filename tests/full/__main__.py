@@ -11,12 +11,12 @@ CHECKS = {"step_counts": "20 minutes", "strengths": "17 minutes", "sizes": "7 mi
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m tests.full", description="Check for every value what the test suite checks for some."
+        prog="python -m tests.full", description="Check all values of which the test suite checks some."
     )
     parser.add_argument(
         "checks", nargs="*", metavar="NAME", help="; ".join(f"{name} ({cost})" for name, cost in CHECKS.items())
     )
-    parser.add_argument("--only", nargs="+", metavar="PART", help="parts of the one check that is named, e.g. samplers")
+    parser.add_argument("--only", nargs="+", metavar="PART", help="parts of a single check, e.g. samplers")
     opt = parser.parse_args()
     unknown = [name for name in opt.checks if name not in CHECKS]
     if unknown or (opt.only and len(opt.checks) != 1):

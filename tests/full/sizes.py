@@ -1,4 +1,4 @@
-"""Every size from 64 to 256 pixels by 8 is drawn or refused with one that is; every number of prompts gives as many pictures."""
+"""Every size from 64 to 256 pixels by 8 is generated or refused with a valid one; N prompts give N images."""
 
 from __future__ import annotations
 
@@ -19,41 +19,41 @@ CONFIGS = (
 )
 
 
-def run(parts: Iterable[str] = ("refusals", "pictures", "prompts")) -> Iterator[str]:
-    """One line for each part."""
+def run(parts: Iterable[str] = ("refusals", "images", "prompts")) -> Iterator[str]:
+    """Yield one line per part."""
     if "refusals" in parts:
         for name in CONFIGS:
-            taken, refused = count(model_info(read_config(ROOT / f"configs/{name}.yaml")))
-            yield f"{name}: {taken} sizes taken, {refused} refused with the nearest that are taken"
+            accepted, refused = count(model_info(read_config(ROOT / f"configs/{name}.yaml")))
+            yield f"{name}: {accepted} sizes accepted, {refused} refused with the nearest valid size"
     with tempfile.TemporaryDirectory() as folder:
         saved = save_text_model(Path(folder))
         pipeline = load_model(saved.config, saved.ckpt, device="cpu", precision="full")
-        drawn = 0
-        for height in SIDES if "pictures" in parts else ():
+        done = 0
+        for height in SIDES if "images" in parts else ():
             for width in SIDES:
                 settings = TextToImageRequest(height=height, width=width, steps=1, n_samples=1, n_iter=1, scale=1.0)
-                (picture,) = text_to_image(pipeline, "a cat", settings, progress=False)
-                assert picture.image.size == (width, height)
-                drawn += 1
-        if drawn:
-            yield f"a model that takes multiples of 8: {drawn} of {len(SIDES) ** 2} sizes drawn"
+                (generated,) = text_to_image(pipeline, "a cat", settings, progress=False)
+                assert generated.image.size == (width, height)
+                done += 1
+        if done:
+            yield f"a model for multiples of 8: {done} of {len(SIDES) ** 2} sizes generated"
         for n_prompts in range(1, 8) if "prompts" in parts else ():
             for n_iter in (1, 2, 3):
                 settings = TextToImageRequest(height=8, width=8, steps=1, n_samples=3, n_iter=n_iter)
-                pictures = list(
+                images = list(
                     text_to_image(pipeline, [f"prompt {k}" for k in range(n_prompts)], settings, progress=False)
                 )
-                assert len(pictures) == n_prompts * n_iter
-                assert [picture.info["prompt"] for picture in pictures] == [
+                assert len(images) == n_prompts * n_iter
+                assert [generated.info["prompt"] for generated in images] == [
                     f"prompt {k}" for k in range(n_prompts)
                 ] * n_iter
         if "prompts" in parts:
-            yield "1 to 7 prompts, 3 at once, 1 to 3 times: as many pictures as prompts x times"
+            yield "1 to 7 prompts, batches of 3, 1 to 3 iterations: prompts x iterations images"
 
 
 def count(info: ModelInfo) -> tuple[int, int]:
-    """(sizes taken, sizes refused); AssertionError where a refusal's advice is not taken."""
-    taken = refused = 0
+    """Return the numbers of accepted and refused sizes; AssertionError if the size advised by a refusal is refused."""
+    accepted = refused = 0
     for height in SIDES:
         for width in SIDES:
             try:
@@ -63,5 +63,5 @@ def count(info: ModelInfo) -> tuple[int, int]:
                 TextToImageRequest(height=int(words[1]), width=int(words[3])).checked(info)
                 refused += 1
             else:
-                taken += 1
-    return taken, refused
+                accepted += 1
+    return accepted, refused

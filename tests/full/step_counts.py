@@ -1,4 +1,4 @@
-"""Every sampler runs with every number of steps of the noise schedule, and refuses others before the network runs."""
+"""Every sampler runs with every step count up to the schedule's length, and refuses others before the network runs."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 from ldm.models.diffusion.samplers.registry import SAMPLERS, make_sampler
 from tests.models.diffusion.samplers.toy import ToyModel
 
-MORE_CALLS = ("plms", "heun")  # they call the network more than once at some timesteps
+MORE_CALLS = ("plms", "heun")  # they evaluate the network more than once at some timesteps
 T = 1000
 
 
@@ -27,7 +27,7 @@ class Clock(ToyModel):
 
 
 def check(name: str, counts: Iterable[int] = range(1, T + 1), clock: Clock | None = None) -> Iterator[int]:
-    """Sample one value in each number of steps; AssertionError unless the timesteps fall and are as many."""
+    """Sample in each number of steps; AssertionError unless there are as many decreasing timesteps."""
     clock = clock or Clock()
     sampler = make_sampler(name, clock)
     for count in counts:
@@ -38,8 +38,8 @@ def check(name: str, counts: Iterable[int] = range(1, T + 1), clock: Clock | Non
         if name in MORE_CALLS:
             times = times.unique().flip(0)
         assert torch.isfinite(x).all(), f"{name}, {count} steps: the sample is not finite"
-        assert made == list(range(count)), f"{name}, {count} steps: {len(made)} were made"
-        assert len(times) == count, f"{name}, {count} steps: the network was asked at {len(times)} times"
+        assert made == list(range(count)), f"{name}, {count} steps: {len(made)} were run"
+        assert len(times) == count, f"{name}, {count} steps: the network ran at {len(times)} timesteps"
         assert (times.diff() < 0).all() and times[-1] >= 0 and times[0] < clock.num_timesteps, (
             f"{name}, {count} steps: times {times}"
         )
@@ -47,7 +47,7 @@ def check(name: str, counts: Iterable[int] = range(1, T + 1), clock: Clock | Non
 
 
 def check_refused(name: str, counts: Iterable[int] = (-1000, -1, 0, T + 1, 10 * T)) -> Iterator[int]:
-    """AssertionError unless the sampler refuses these numbers of steps before the network runs."""
+    """Raise AssertionError unless the sampler refuses these numbers of steps before the network runs."""
     clock = Clock()
     for count in counts:
         try:
@@ -61,7 +61,7 @@ def check_refused(name: str, counts: Iterable[int] = (-1000, -1, 0, T + 1, 10 * 
 
 
 def run(names: Iterable[str] = SAMPLERS) -> Iterator[str]:
-    """One line for each sampler."""
+    """Yield one line per sampler."""
     clock = Clock()
     for name in names:
         done = sum(1 for _ in check(name, clock=clock))

@@ -1,4 +1,4 @@
-"""img2img with every strength, several numbers of steps and all samplers: its ends are the first stage's round trip and noise alone."""
+"""img2img with all strengths, several step counts and all samplers: from the first stage's round trip to pure noise."""
 
 from __future__ import annotations
 
@@ -19,30 +19,31 @@ STEPS = (1, 5, 20, 50)
 
 
 def run(names: Iterable[str] = SAMPLERS) -> Iterator[str]:
-    """One line for each sampler."""
+    """Yield one line per sampler."""
     with tempfile.TemporaryDirectory() as folder:
         saved = save_text_model(Path(folder))
         pipeline = load_model(saved.config, saved.ckpt, device="cpu", precision="full")
         for name in names:
-            drawn = sum(check(pipeline, name, steps) for steps in STEPS)
-            ends = "0 is the first stage's round trip, 1 does not depend on the picture"
-            yield f"{name}: {drawn} pictures of {len(STRENGTHS)} strengths in {', '.join(map(str, STEPS))} steps; {ends}"
+            count = sum(check(pipeline, name, steps) for steps in STEPS)
+            steps = ", ".join(map(str, STEPS))
+            ends = "0 is the first stage's round trip, 1 does not depend on the image"
+            yield f"{name}: {count} images of {len(STRENGTHS)} strengths in {steps} steps; {ends}"
 
 
 def check(pipeline: Pipeline, name: str, steps: int) -> int:
-    """Draw every strength -> how many; AssertionError where an end is not what it should be."""
+    """Generate every strength and return their number; AssertionError if strength 0 or 1 is wrong."""
     pixels = np.random.default_rng(0).integers(0, 256, (8, 16, 3), dtype=np.uint8)
     image, other = Image.fromarray(pixels), Image.fromarray(255 - pixels)
 
-    def draw(image: Image.Image, strength: float, sampler: str = name) -> np.ndarray:
+    def generate(image: Image.Image, strength: float, sampler: str = name) -> np.ndarray:
         settings = ImageToImageRequest(height=8, width=16, steps=steps, n_samples=1, strength=strength, sampler=sampler)
         return np.asarray(next(image_to_image(pipeline, image, "a cat", settings, progress=False)).image)
 
-    round_trip = draw(image, 0.0, "ddim")
+    round_trip = generate(image, 0.0, "ddim")
     for strength in STRENGTHS:
-        result, walked = draw(image, strength), int(strength * steps)
+        result, steps_run = generate(image, strength), int(strength * steps)
         assert result.shape == pixels.shape
-        assert np.array_equal(result, round_trip) == (walked == 0), (name, steps, strength)
-        if walked == steps:
-            assert np.array_equal(result, draw(other, strength)), (name, steps, strength)
+        assert np.array_equal(result, round_trip) == (steps_run == 0), (name, steps, strength)
+        if steps_run == steps:
+            assert np.array_equal(result, generate(other, strength)), (name, steps, strength)
     return len(STRENGTHS)

@@ -1,4 +1,4 @@
-"""Modules give the published implementation's outputs for seeded weights and inputs (figures: README.md in this folder)."""
+"""Modules reproduce the published implementation's outputs for seeded weights and inputs (see README.md)."""
 
 import importlib
 import json
@@ -25,7 +25,7 @@ def run(case: dict) -> object:
 
 
 def tensors(out: object) -> list[torch.Tensor]:
-    """The tensors of an output in order, those of a posterior being its parameters."""
+    """Return the tensors of an output in order; those of a posterior are its parameters."""
     if torch.is_tensor(out):
         return [out]
     if isinstance(out, (list, tuple)):

@@ -64,7 +64,7 @@ OUTSIDE = (  # refused by their name, before anything is imported
     "torch.nn.Module.__init__.__globals__",
     "pytorch_lightning.strategies.launchers.subprocess_script._SubprocessScriptLauncher",
 )
-RE_EXPORTS = (  # what an allowed module merely imported, or what is no class: nothing beyond that module is imported, nothing is called
+RE_EXPORTS = (  # imports of an allowed module, and names that are not classes: nothing else is imported or called
     "ldm.util.importlib",
     "ldm.util.importlib.import_module",
     "ldm.util.inspect.getsource",

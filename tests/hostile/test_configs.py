@@ -1,4 +1,4 @@
-"""Configs are data: a target is a class of an allowed package or it is refused, at any depth and through every door."""
+"""A config's target is a class of an allowed package or it is refused, at any depth and by every entry point."""
 
 import contextlib
 import sys

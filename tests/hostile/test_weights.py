@@ -1,4 +1,4 @@
-"""Weights are data: no file runs anything through any door, and the error names what was asked for. Genuine old files load."""
+"""No checkpoint runs code, and the error names the refused object. Genuine old checkpoints load."""
 
 import collections
 import contextlib
@@ -81,7 +81,8 @@ def test_a_hostile_file_runs_nothing_and_is_refused_by_name(which, tmp_path):
         assert canary.exists()
 
 
-# ------------------------------------------------------------------------------------------------------------- other doors
+# --- other
+# doors
 
 
 def script(path, folder):
@@ -111,9 +112,8 @@ def resumed_script(path, folder):
         OmegaConf.create(text_model_config(cond_stage_config="__is_unconditional__")), run_folder / "config.yaml"
     )
     shutil.copy(path, run_folder / "model.ckpt")
-    raise CheckpointError(
-        f"exit code {run_command(sample_diffusion.main, ['-r', str(run_folder), '-n', '1', '-c', '1', '--device', 'cpu'])}"
-    )
+    flags = ["-r", str(run_folder), "-n", "1", "-c", "1", "--device", "cpu"]
+    raise CheckpointError(f"exit code {run_command(sample_diffusion.main, flags)}")
 
 
 def config(path, folder):
@@ -202,7 +202,8 @@ def test_every_door_is_the_same_one(door, tmp_path, capfd):
             assert "exit code 2" in said and not list(folder.rglob("*.png"))
 
 
-# ------------------------------------------------------------------------------------------------------- stubs, lying sizes
+# --- stubs, lying
+# sizes
 
 
 @pytest.mark.parametrize(
@@ -242,7 +243,8 @@ def test_sizes_that_lie_allocate_nothing(tmp_path):
         read_weights(path)
 
 
-# ------------------------------------------------------------------------------------------------------------ numpy, faiss
+# --- numpy,
+# faiss
 
 
 def npz(path, **arrays):
@@ -329,7 +331,8 @@ def test_an_index_of_other_vectors_or_of_another_kind_is_refused(tmp_path):
             Searcher.load(made.database, file.parent)
 
 
-# ---------------------------------------------------------------------------------------------------------------- old files
+# --- old
+# files
 
 WEIGHTS = {"model.diffusion_model.out.2.weight": torch.arange(6.0).reshape(2, 3), "betas": torch.linspace(0.1, 0.2, 4)}
 LIGHTNING = {

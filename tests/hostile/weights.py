@@ -22,9 +22,11 @@ LYING_SIZE = 10**15  # bytes that no machine has
 
 
 class Hostile(NamedTuple):
-    """A file: `write(path, canary)` makes it; `refused` is the dotted name that the error must give, None where the file names none.
+    """A file: `write(path, canary)` makes it; `refused` is the dotted name that the error must give, None where the
+    file names none.
 
-    live: torch's own loader, with its safety off, is caught by it. Others are stopped by something else too, such as their damage.
+    live: torch's own loader, with its safety off, is caught by it. Others are stopped by something else too, such as
+    their damage.
     """
 
     write: Callable[[Path, Path], None]
@@ -33,7 +35,8 @@ class Hostile(NamedTuple):
     suffix: str = ".ckpt"
 
 
-# ------------------------------------------------------------------------------------------------- pickles, word for word
+# --- pickles, word for
+# word
 
 
 def text(value: str) -> bytes:
@@ -70,7 +73,7 @@ def weights_and(extra: bytes, protocol: int = 2) -> bytes:
     return b"\x80" + bytes([protocol]) + b"}" + MARK + text("state_dict") + b"}" + text("extra") + extra + b"u" + STOP
 
 
-# -------------------------------------------------------------------------------------------------------------- containers
+# --- containers
 
 
 def zipped(body: bytes, *more: tuple[str, bytes], compression: int = zipfile.ZIP_STORED) -> bytes:
@@ -120,7 +123,9 @@ def system(canary: Path) -> bytes:
 
 
 def calling(dotted: str, *args: Callable[[Path], bytes], live: bool = True) -> Hostile:
-    """A zip file that calls the dotted name, which the error has to give; what begins a process and does not wait for it is not `live`."""
+    """A zip file that calls the dotted name, which the error has to give; what begins a process and does not wait for
+    it is not `live`.
+    """
     return in_zip(lambda canary: weights_and(call(dotted, *(arg(canary) for arg in args))), dotted, live=live)
 
 
@@ -155,7 +160,8 @@ def text_of(body: bytes) -> bytes:
     return call("_codecs.encode", text(body.decode("latin1")), text("latin1"))
 
 
-# --------------------------------------------------------------------------------------------------------------- the files
+# --- the
+# files
 
 FILES: dict[str, Hostile] = {
     # Names that are code, called as a pickle calls (REDUCE).

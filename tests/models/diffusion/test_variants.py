@@ -179,7 +179,9 @@ def test_guidance_leads_away_from_no_text_under_the_same_further_parts(kind):
     options = {"verbose": False, "x_T": randn(9, 2, 4, 8, 8), "unconditional_guidance_scale": 4.0}
     with torch.no_grad():
         guided = (
-            DDIMSampler(model).sample(2, 2, (4, 8, 8), encoded.cond, unconditional_conditioning=uncond, **options).samples
+            DDIMSampler(model)
+            .sample(2, 2, (4, 8, 8), encoded.cond, unconditional_conditioning=uncond, **options)
+            .samples
         )
         plain = (
             DDIMSampler(model)
