@@ -1,25 +1,14 @@
 """Callbacks of a training run: run directory, image logs, checkpoints, signals, seeds and reports."""
 
-from ldm.callbacks.checkpoints import CheckpointPolicy, CrashCheckpoint
-from ldm.callbacks.image_logger import ImageLogger
-from ldm.callbacks.nonfinite import StopOnNonFinite
-from ldm.callbacks.progress import CUDACallback, ProgressBar, RunReport
-from ldm.callbacks.resume import ExactResume
-from ldm.callbacks.run_directory import SetupCallback
-from ldm.callbacks.seeding import StepSeed
-from ldm.callbacks.signals import SignalCallback, Stopped
-
-__all__ = [
-    "CUDACallback",
-    "CheckpointPolicy",
-    "CrashCheckpoint",
-    "ExactResume",
-    "ImageLogger",
-    "ProgressBar",
-    "RunReport",
-    "SetupCallback",
-    "SignalCallback",
-    "StepSeed",
-    "StopOnNonFinite",
-    "Stopped",
-]
+from ldm.callbacks.checkpoints import CheckpointPolicy as CheckpointPolicy
+from ldm.callbacks.checkpoints import CrashCheckpoint as CrashCheckpoint
+from ldm.callbacks.image_logger import ImageLogger as ImageLogger
+from ldm.callbacks.nonfinite import StopOnNonFinite as StopOnNonFinite
+from ldm.callbacks.progress import CUDACallback as CUDACallback
+from ldm.callbacks.progress import ProgressBar as ProgressBar
+from ldm.callbacks.progress import RunReport as RunReport
+from ldm.callbacks.resume import ExactResume as ExactResume
+from ldm.callbacks.run_directory import SetupCallback as SetupCallback
+from ldm.callbacks.seeding import StepSeed as StepSeed
+from ldm.callbacks.signals import SignalCallback as SignalCallback
+from ldm.callbacks.signals import Stopped as Stopped

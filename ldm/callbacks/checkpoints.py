@@ -121,9 +121,7 @@ class CrashCheckpoint(pl.Callback):
         self.path = Path(path)
         self.started = False
 
-    def on_train_batch_start(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_start(self, *args: Any, **kwargs: Any) -> None:
         self.started = True
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
@@ -135,9 +133,8 @@ class CrashCheckpoint(pl.Callback):
             state = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
             trainer.strategy.save_checkpoint(state, self.path)
         except Exception as error:
-            logger.error(
-                "%-11s could not save the state at the error: %s: %s", "checkpoint", type(error).__name__, error
-            )
+            reason = f"{type(error).__name__}: {error}"
+            logger.error("%-11s could not save the state at the error: %s", "checkpoint", reason)
             return
         if trainer.is_global_zero:
             logger.error("%-11s the state at the error is in %s", "checkpoint", self.path)

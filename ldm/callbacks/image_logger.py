@@ -61,9 +61,8 @@ class ImageLogger(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if not self.log_on_batch_idx:
-            self._seen["train"] = training_step_index(
-                trainer, pl_module
-            )  # a resumed run does not log its last step again
+            # A resumed run does not log its last step again.
+            self._seen["train"] = training_step_index(trainer, pl_module)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int

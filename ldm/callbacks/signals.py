@@ -74,23 +74,13 @@ class SignalCallback(pl.Callback):
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         self.restore()
 
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: pl.Trainer, *args: Any, **kwargs: Any) -> None:
         stepped = trainer.global_step != self._step_before
         self._step_before = trainer.global_step
         if stepped:
             self._act(trainer, self._agreed())
 
-    def on_validation_batch_end(
-        self,
-        trainer: pl.Trainer,
-        pl_module: pl.LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
+    def on_validation_batch_end(self, trainer: pl.Trainer, *args: Any, **kwargs: Any) -> None:
         if trainer.state.fn == "fit":
             self._act(trainer, self._agreed())
 
@@ -121,9 +111,9 @@ class SignalCallback(pl.Callback):
     def _install(self) -> None:
         if threading.current_thread() is not threading.main_thread():
             return
-        handlers = {signal.SIGINT: self._on_interrupt, signal.SIGTERM: self._on_terminate}
+        handlers = {signal.SIGINT: self._on_interrupt, signal.SIGTERM: self._on_request}
         if os.name != "nt":
-            handlers |= {signal.SIGUSR1: self._on_save, signal.SIGUSR2: self._on_debug}
+            handlers |= {signal.SIGUSR1: self._on_request, signal.SIGUSR2: self._on_debug}
         for number, handler in handlers.items():
             previous = signal.signal(number, handler)
             self._previous.setdefault(number, previous)
@@ -143,13 +133,9 @@ class SignalCallback(pl.Callback):
         self._wanted = INTERRUPT
         os.write(2, b"\nCtrl-C: saving at the end of this step; press again to stop immediately\n")
 
-    def _on_terminate(self, number: int, frame: FrameType | None) -> None:
+    def _on_request(self, number: int, frame: FrameType | None) -> None:
         if os.getpid() == self._pid:
-            self._wanted = max(self._wanted, TERMINATE)
-
-    def _on_save(self, number: int, frame: FrameType | None) -> None:
-        if os.getpid() == self._pid:
-            self._wanted = max(self._wanted, SAVE)
+            self._wanted = max(self._wanted, TERMINATE if number == signal.SIGTERM else SAVE)
 
     def _on_debug(self, number: int, frame: FrameType | None) -> None:
         if os.getpid() == self._pid:

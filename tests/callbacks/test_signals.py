@@ -15,7 +15,7 @@ def test_a_forked_worker_leaves_ctrl_c_to_the_main_process():
     callback = SignalCallback(None)
     callback._pid = -1
     callback._on_interrupt(2, None)
-    callback._on_save(10, None)
+    callback._on_request(signal.SIGUSR1, None)
     assert callback._wanted == 0
 
 

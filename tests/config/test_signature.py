@@ -14,6 +14,8 @@ from ldm.util import get_obj_from_str
         "tests.toys.ToyGan",
         "main.DataModuleFromConfig",
         "main.ImageLogger",
+        "ldm.modules.encoders.modules.FrozenCLIPEmbedder",  # imported on first use
+        "ldm.models.diffusion.ddim.DDIMSampler",  # re-exported
         "ldm.callbacks.CheckpointPolicy",
         "ldm.models.autoencoder.AutoencoderKL",
         "ldm.models.diffusion.ddpm.LatentDiffusion",
