@@ -45,7 +45,6 @@ setup(
         "transformers>=5.0",
         "open-clip-torch>=3.0",
         "ftfy>=6.2",
-        "regex>=2024.5",
         "invisible-watermark>=0.2.0",
         "taming-transformers-rom1504>=0.0.6",
     ],

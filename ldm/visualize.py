@@ -47,48 +47,38 @@ def grid(
     columns: int | None = None,
     padding: int = 2,
     background: str = WHITE,
-    cell: int | None = None,
-    font_size: int | None = None,
-    caption_lines: int = 2,
-    title: str | None = None,
 ) -> Image.Image:
     """Return one image with all `images` in reading order, each centered in a cell of the largest one's size.
 
-    images: see `to_image`. captions: one per image, below it, of at most `caption_lines` lines. columns: None for a
-    square grid. padding: pixels around each cell. cell: upscale small images by an integer factor (nearest neighbor) to
-    about `cell` pixels. Without captions and title the layout is that of torchvision's make_grid, as in the published
+    images: see `to_image`. captions: one per image, below it, of at most two lines. columns: None for a square grid.
+    padding: pixels around each cell. Without captions the layout is that of torchvision's make_grid, as in the published
     scripts, but a single image is returned as it is.
     """
-    cells = [_upscale(to_image(image), cell) for image in images]
+    cells = [to_image(image) for image in images]
     if not cells:
         raise ValueError("grid needs at least one image")
     if captions is not None and len(captions) != len(cells):
         raise ValueError(f"{len(captions)} captions for {len(cells)} images: pass one per image")
-    if padding < 0 or caption_lines < 1:
-        raise ValueError(f"padding {padding}, caption_lines {caption_lines}: must be at least 0 and at least 1")
-    if len(cells) == 1 and captions is None and title is None:
+    if padding < 0:
+        raise ValueError(f"padding {padding}: must be 0 or more")
+    if len(cells) == 1 and captions is None:
         return cells[0]
     columns = min(math.isqrt(len(cells) - 1) + 1 if columns is None else columns, len(cells))
     if columns < 1:
         raise ValueError(f"columns {columns}: must be 1 or more")
 
     width, height = max(image.width for image in cells), max(image.height for image in cells)
-    size = font_size or min(28, max(11, width // 12))
-    font, title_font = ImageFont.load_default(size), ImageFont.load_default(round(1.4 * size))
-    texts = [_wrap(str(text), font, width, caption_lines) for text in captions or ()]
-    gap = max(2, size // 3)  # between an image and its caption
+    font_size = min(28, max(11, width // 12))
+    font, gap = ImageFont.load_default(font_size), font_size // 3  # gap: between an image and its caption
+    texts = [_wrap(str(text), font, width, max_rows=2) for text in captions or ()]
     text_height = max(map(len, texts)) * _line_height(font) + gap if texts else 0
     step_x, step_y = width + padding, height + text_height + padding
-    total_width = columns * step_x + padding
-    heading = _wrap(title, title_font, total_width - 2 * padding, 3) if title else []
-    top = len(heading) * _line_height(title_font) + round(1.4 * size) if heading else 0
+    size = (columns * step_x + padding, -(-len(cells) // columns) * step_y + padding)
 
-    sheet = Image.new("RGB", (total_width, top + -(-len(cells) // columns) * step_y + padding), background)
+    sheet = Image.new("RGB", size, background)
     draw, color = ImageDraw.Draw(sheet), _text_color(background)
-    title_at = (padding, round(1.4 * size) // 2)
-    _write_rows(draw, heading, title_font, title_at, color, width=total_width - 2 * padding)
     for k, image in enumerate(cells):
-        x, y = padding + k % columns * step_x, top + padding + k // columns * step_y
+        x, y = padding + k % columns * step_x, padding + k // columns * step_y
         sheet.paste(image, (x + (width - image.width) // 2, y + (height - image.height) // 2))
         if texts and padding > 1:
             draw.rectangle((x - 1, y - 1, x + width, y + height), outline=FRAME)
@@ -198,12 +188,6 @@ def _write_rows(
     for k, row in enumerate(rows):
         indent = 0 if width is None else max(0, round((width - font.getlength(row)) / 2))
         draw.text((x + indent, y + k * _line_height(font)), row, fill=color, font=font)
-
-
-def _upscale(image: Image.Image, cell: int | None) -> Image.Image:
-    factor = 1 if cell is None else max(1, round(cell / min(image.size)))
-    size = (image.width * factor, image.height * factor)
-    return image if factor == 1 else image.resize(size, Image.Resampling.NEAREST)
 
 
 def _text_color(background: str) -> str:

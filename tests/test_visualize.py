@@ -65,12 +65,6 @@ def test_a_caption_is_written_below_its_own_image():
     assert has_ink(sheet, (72, top, 136, top + 20)) and not has_ink(sheet, (0, top, 68, top + 20))
 
 
-def test_small_images_are_upscaled_by_an_integer_factor_without_blurring():
-    image = Image.fromarray(np.array([[[0] * 3, [255] * 3], [[255] * 3, [0] * 3]], dtype=np.uint8))
-    big = np.asarray(grid([image], cell=9))
-    assert big.shape == (8, 8, 3) and set(np.unique(big)) == {0, 255}
-
-
 def test_images_of_different_sizes_are_centered_in_equal_cells():
     sheet = grid([solid(10, 4, 4), solid(20, 8, 6)], columns=2, padding=0)
     assert (

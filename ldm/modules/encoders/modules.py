@@ -18,7 +18,7 @@ from ldm.modules.x_transformer import Encoder, TransformerWrapper
 
 
 def __getattr__(name: str) -> Any:
-    # Imported on first use: transformers' and open_clip's models take about a second each, and most models need neither.
+    # Imported on first use: transformers' and open_clip's models take about a second each, and few models need them.
     home = ALIASES.get(f"{__name__}.{name}")
     if home is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
@@ -166,16 +166,7 @@ class CaptionEmbedder(CLIPTokensEncoder, TransformerEmbedder):
         """
         token_emb = HashedEmbedding(vocab_rows, n_embed) if vocab_rows is not None else None
         super().__init__(
-            n_embed,
-            n_layer,
-            VOCAB_SIZE,
-            max_seq_len,
-            None,
-            heads,
-            dim_head,
-            embedding_dropout,
-            token_emb=token_emb,
-            logits=False,
+            n_embed, n_layer, VOCAB_SIZE, max_seq_len, None, heads, dim_head, embedding_dropout, token_emb, logits=False
         )
         self.max_length = max_seq_len
 
