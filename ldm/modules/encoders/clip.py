@@ -14,7 +14,7 @@ from ldm.config.text_shapes import CLIP_VERSION, clip_shape
 from ldm.modules.encoders.base import CLIPTokensEncoder, PretrainedEncoder, file_from_hub, file_in_folder
 from ldm.modules.encoders.tokenizers import clip_tokenizer
 
-POSITION_IDS = "text_model.embeddings.position_ids"  # 0, 1, ..., 76; in published files, and no weight
+POSITION_IDS = "text_model.embeddings.position_ids"  # 0, 1, ..., 76; published files hold them
 _FILES = ("model.safetensors", "pytorch_model.bin")
 
 
@@ -29,7 +29,7 @@ class PublishedCLIPText(nn.Module):
         return self.text_model(*args, **kwargs)
 
     def get_input_embeddings(self) -> nn.Module:
-        """The token embedding, as on transformers' model (textual inversion replaces rows of it)."""
+        """Return the token embedding, as transformers' model does; textual inversion replaces rows of it."""
         return self.text_model.get_input_embeddings()
 
 
@@ -50,11 +50,11 @@ def _write_position_ids(module: Any, state: dict[str, Any], prefix: str, *_: Any
 
 
 def _drop_position_ids(module: Any, state: dict[str, Any], prefix: str, *_: Any) -> None:
-    """Ignore the file's, which some lack and others hold in half precision; make those of a model built on meta."""
+    """Skip those of the file, which may be rounded to half precision; make those of a model built on meta."""
     state.pop(prefix + POSITION_IDS, None)
     embeddings = module.text_model.embeddings
     if embeddings.position_ids.is_meta:
-        embeddings.position_ids = torch.arange(embeddings.position_embedding.num_embeddings)[None]
+        embeddings.position_ids = torch.arange(embeddings.position_embedding.num_embeddings, device="cpu")[None]
 
 
 class FrozenCLIPEmbedder(CLIPTokensEncoder, PretrainedEncoder):

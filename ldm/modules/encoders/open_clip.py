@@ -47,7 +47,7 @@ def text_tower(shape: Mapping[str, Any], quick_gelu: bool = False) -> CLIP:
 def _make_mask(model: CLIP, *_: Any) -> None:
     """Make the causal mask of a model built on meta; no file holds it."""
     if model.attn_mask.is_meta:
-        model.attn_mask = torch.full(model.attn_mask.shape, float("-inf")).triu_(1)
+        model.attn_mask = torch.full(model.attn_mask.shape, float("-inf"), device="cpu").triu_(1)
 
 
 def hidden_states(model: CLIP, tokens: Tensor, skip_last: int = 0) -> Tensor:

@@ -53,7 +53,8 @@ class CLIPTokenizer:
     def __init__(self) -> None:
         self.token_ids, self.merges = read_clip_vocabulary(find_clip_vocabulary())
         self.begin_id, self.end_id = self.token_ids[BEGIN], self.token_ids[END]
-        self.tokenizer = transformers.CLIPTokenizer(vocab=self.token_ids, merges=self.merges)  # type: ignore[arg-type]  # pairs
+        # transformers annotates merges as strings, but its backend takes pairs.
+        self.tokenizer = transformers.CLIPTokenizer(vocab=self.token_ids, merges=self.merges)  # type: ignore[arg-type]
         self.warn_truncated = TruncationWarnings().warn
 
     def encode(self, text: str) -> list[int]:
@@ -72,16 +73,17 @@ class CLIPTokenizer:
         texts = [texts] if isinstance(texts, str) else list(texts)
         if max_length < 2:
             raise ValueError(f"max_length {max_length}: must be at least 2, for the begin and end tokens")
-        ids = torch.full((len(texts), max_length), self.end_id if pad_id is None else pad_id, dtype=torch.int64)
-        for row, text in zip(ids, texts):
+        room, pad = max_length - 2, self.end_id if pad_id is None else pad_id
+        rows = []
+        for text in texts:
             if not isinstance(text, str):
                 raise TypeError(f"expected texts, got {type(text).__name__}: {text!r}")
-            tokens, lost = self.encode(text), []
-            tokens, lost = tokens[: max_length - 2], tokens[max_length - 2 :]
-            if lost:
-                self.warn_truncated(text, max_length - 2, functools.partial(self.decode, lost))
-            row[: len(tokens) + 2] = torch.tensor([self.begin_id, *tokens, self.end_id])
-        return ids
+            tokens = self.encode(text)
+            if len(tokens) > room:
+                self.warn_truncated(text, room, functools.partial(self.decode, tokens[room:]))
+            tokens = [self.begin_id, *tokens[:room], self.end_id]
+            rows.append(tokens + [pad] * (max_length - len(tokens)))
+        return torch.tensor(rows, dtype=torch.int64).reshape(-1, max_length)
 
 
 @functools.cache
