@@ -1,4 +1,4 @@
-"""What the command lines share: no guessing, one-line errors, paths from any folder."""
+"""Exact flags, one-line errors and exit codes of all command lines; paths from any folder."""
 
 import importlib
 import re
@@ -29,7 +29,7 @@ def parser() -> Parser:
         (["--ddim_steps", "many"], "argument --ddim_steps: invalid int value: 'many'"),
     ],
 )
-def test_a_wrong_flag_ends_in_one_line_with_the_nearest_right_one(argv, words, capsys):
+def test_an_unknown_flag_is_one_line_with_the_nearest(argv, words, capsys):
     with pytest.raises(SystemExit) as stop:
         parser().parse_args(argv)
     out, err = capsys.readouterr()
@@ -63,7 +63,7 @@ def test_help_shows_defaults(capsys):
         ),
     ],
 )
-def test_what_the_user_can_mend_is_one_line_and_exit_code_2(error, words, capsys):
+def test_errors_that_the_user_can_fix_are_one_line_and_exit_code_2(error, words, capsys):
     def fail(argv):
         raise error
 
@@ -75,13 +75,13 @@ def test_what_the_user_can_mend_is_one_line_and_exit_code_2(error, words, capsys
 
 
 @pytest.mark.parametrize("script", ["txt2img", "img2img", "knn2img", "inpaint", "sample_diffusion", "upscale"])
-def test_advice_against_too_little_memory_names_flags_of_the_script_alone(script):
+def test_advice_against_too_little_memory_names_only_flags_of_the_script(script):
     flags = importlib.import_module(f"scripts.{script}").parser().flags
     advice = less_memory(flags)
     assert "--precision bf16" in advice and set(re.findall(r"--\w+", advice)) <= set(flags)
     assert ("--n_samples 1" in advice) == (
         script in ("txt2img", "img2img", "knn2img")
-    )  # of sample_diffusion it is how many in all
+    )  # in sample_diffusion it is the total
     assert ("--batch_size 1" in advice) == (script == "sample_diffusion") and less_memory(["--debug"]) == ""
 
 
@@ -100,7 +100,7 @@ def test_done_is_0_and_ctrl_c_is_130(capsys):
     assert run_command(lambda argv: None, []) == 0 and run_command(stop, []) == EXIT_INTERRUPTED
 
 
-def test_paths_are_looked_for_here_and_then_in_the_checkout(tmp_path, monkeypatch):
+def test_files_are_found_here_or_in_the_checkout(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert (
         find_file("configs/stable-diffusion/v1-inference.yaml") == ROOT / "configs/stable-diffusion/v1-inference.yaml"

@@ -1,4 +1,4 @@
-"""main.py from its command line to the files of a run, on a model of a few numbers."""
+"""main.py from its command line to the files of a run, on a toy model."""
 
 import builtins
 import os
@@ -51,7 +51,7 @@ def whole(tmp_path_factory):
 
 @pytest.fixture
 def start(run):
-    """A function that starts a run called `name` -> (exit code, run folder)."""
+    """A function that starts a run called `name` -> (exit code, run directory)."""
 
     def call(name, *words):
         return run("-b", "toy.yaml", "-t", "-n", name, *words), folder_of(name)
@@ -69,7 +69,7 @@ def last(folder):
 
 
 def training_state(checkpoint):
-    """All that decides how training goes on, and nothing else."""
+    """Everything that decides how training continues, and nothing else."""
     return {
         key: checkpoint[key]
         for key in ("state_dict", "optimizer_states", "lr_schedulers", "global_step", "DataModuleFromConfig")
@@ -89,10 +89,10 @@ def differences(a, b, path=""):
     return [] if a == b else [f"{path}: {a} != {b}"]
 
 
-# ---- run folders
+# ---- run directories
 
 
-def test_a_run_leaves_its_configs_checkpoints_logs_and_pictures(start, caplog):
+def test_a_run_leaves_its_configs_checkpoints_logs_and_images(start, caplog):
     code, folder = start("whole", "--logger", "true", "--max_steps", "8", "data.params.batch_size=4", "-s", "7")
     assert code == 0
     files = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
@@ -168,7 +168,7 @@ def test_checkpoints_can_be_switched_off(start):
     assert code == 0 and not list(folder.rglob("*.ckpt"))
 
 
-def test_the_test_set_is_evaluated_where_there_is_one_and_no_test_leaves_it_out(start, run, caplog):
+def test_the_test_set_is_evaluated_unless_no_test(start, run, caplog):
     caplog.set_level("INFO", logger="ldm")
     test_set = ["+data.params.test.target=tests.toys.Images"]
     assert start("t", *QUIET, "--max_epochs", "1", *test_set)[0] == 0 and "test/loss" in caplog.text
@@ -177,7 +177,7 @@ def test_the_test_set_is_evaluated_where_there_is_one_and_no_test_leaves_it_out(
     assert run("-b", "toy.yaml", *test_set) == 0 and "test/loss" in caplog.text
 
 
-def test_a_logger_of_the_yaml_takes_tensorboards_place(start):
+def test_a_logger_of_the_yaml_replaces_tensorboard(start):
     logger = "lightning.logger.target=pytorch_lightning.loggers.CSVLogger"
     code, folder = start("log", *QUIET, "--logger", "true", logger, "--max_epochs", "1")
     assert code == 0 and list((folder / "logger").rglob("metrics.csv")) and not (folder / "tensorboard").exists()
@@ -189,7 +189,7 @@ def test_precision_16_is_bfloat16_on_the_cpu_and_says_so(start, caplog):
     assert "precision bf16-mixed (16-bit on the CPU is bfloat16)" in caplog.text
 
 
-def test_a_module_that_cannot_accumulate_is_not_asked_to(start, capsys, monkeypatch):
+def test_accumulation_is_refused_for_a_module_without_it(start, capsys, monkeypatch):
     def init(self, width):
         toys.Toy.__init__(self, width)
         self.automatic_optimization = False
@@ -234,19 +234,19 @@ def test_a_run_stopped_in_validation_resumes_bitwise(start, run, whole):
 
 
 @pytest.mark.parametrize("file", ["last.ckpt", "epoch=000000.ckpt"])
-def test_a_run_goes_on_from_a_file_of_its_own(start, run, whole, file):
+def test_a_run_resumes_from_one_of_its_files(start, run, whole, file):
     _, folder = start("short", *QUIET, "--max_epochs", "2")
     assert run("-r", str(folder / "checkpoints" / file), "-t", "--max_epochs", "3") == 0
     assert differences(whole, training_state(last(folder))) == []
     assert len(list((folder / "configs").glob("*-project.yaml"))) >= 1
 
 
-def test_a_finished_run_that_is_resumed_says_that_nothing_is_left(start, run, caplog):
+def test_resuming_a_finished_run_warns(start, run, caplog):
     _, folder = start("done", *QUIET, "--max_epochs", "1")
     assert run("-r", str(folder), "-t") == 0 and "no steps: the run is already at epoch 1, step 4" in caplog.text
 
 
-def test_resume_goes_on_with_the_saved_seed_and_scaling(start, run):
+def test_resume_keeps_the_saved_seed_and_scaling(start, run):
     _, whole = start("whole", *QUIET, "-s", "5", "--scale_lr", "false")
     _, folder = start("stopped", *QUIET, "-s", "5", "--scale_lr", "false", "+model.params.at.5=SIGTERM")
     assert run("-r", str(folder), "-t") == 0
@@ -254,7 +254,7 @@ def test_resume_goes_on_with_the_saved_seed_and_scaling(start, run):
 
 
 @pytest.mark.parametrize("named", ["", "checkpoints/last.ckpt"])
-def test_a_truncated_last_checkpoint_gives_way_to_the_newest_whole_one(start, run, whole, caplog, named):
+def test_a_truncated_last_checkpoint_is_replaced_by_the_newest_complete_one(start, run, whole, caplog, named):
     _, folder = start("short", *QUIET, "--max_epochs", "2")
     damaged = folder / "checkpoints" / "last.ckpt"
     content = damaged.read_bytes()
@@ -274,13 +274,13 @@ def test_a_new_run_starts_from_the_full_state_of_another(start, whole):
 
 def test_observers_change_nothing(start):
     _, plain = start("plain", *QUIET, "data.params.validation=null", "--max_epochs", "2")
-    pictures = "lightning.callbacks.image_logger.params.batch_frequency=1"
-    for observed in ([], [pictures, "--val_check_interval", "1", "--num_sanity_val_steps", "0"]):
+    images = "lightning.callbacks.image_logger.params.batch_frequency=1"
+    for observed in ([], [images, "--val_check_interval", "1", "--num_sanity_val_steps", "0"]):
         _, watched = start("watched", "--max_epochs", "2", *observed)
         assert differences(training_state(last(plain)), training_state(last(watched))) == []
 
 
-def test_ranks_and_steps_draw_different_numbers_and_the_same_ones_again(start):
+def test_the_seed_decides_the_trained_weights(start):
     weights = [
         last(start(f"r{i}", *QUIET, "-s", seed)[1])["state_dict"]["net.weight"]
         for i, seed in enumerate(("1", "1", "2"))
@@ -291,7 +291,7 @@ def test_ranks_and_steps_draw_different_numbers_and_the_same_ones_again(start):
 # ---- signals
 
 
-def test_sigusr1_saves_and_training_goes_on(start):
+def test_sigusr1_saves_and_training_continues(start):
     code, folder = start("usr1", *QUIET, "+model.params.at.2=SIGUSR1", "+model.params.at.3=error")
     assert code == 1 and last(folder)["global_step"] == 3
 
@@ -336,7 +336,7 @@ def test_a_second_ctrl_c_ends_the_process_at_once(run):
 # ---- errors
 
 
-def test_an_exception_saves_crash_and_leaves_last_alone_and_shows_itself(start, capsys):
+def test_an_exception_is_shown_and_saves_crash_but_not_last(start, capsys):
     code, folder = start("crash", *QUIET, "+model.params.at.6=error")
     assert code == 1
     errors = capsys.readouterr().err
@@ -394,7 +394,7 @@ def test_mistakes_are_one_line_and_exit_code_2(run, capsys, words, message):
     assert not list(Path().rglob("*.ckpt"))
 
 
-def test_a_torchvision_that_does_not_fit_torch_is_named_with_what_mends_it(run, capsys, monkeypatch):
+def test_an_incompatible_torchvision_is_named_with_the_fix(run, capsys, monkeypatch):
     original = builtins.__import__
 
     def broken(name, *args, **kwargs):
@@ -407,12 +407,12 @@ def test_a_torchvision_that_does_not_fit_torch_is_named_with_what_mends_it(run, 
     assert "pip uninstall torchvision" in capsys.readouterr().err
 
 
-def test_debug_shows_where_a_mistake_was_found(run, capsys):
+def test_debug_shows_the_traceback(run, capsys):
     assert run("-b", "toy.yaml", "-t", "--debug", "model.params.widht=3") == 2
     assert "Traceback" in capsys.readouterr().err
 
 
-def test_a_file_of_weights_alone_cannot_be_resumed_and_says_so(start, run, capsys):
+def test_a_file_of_weights_alone_cannot_be_resumed(start, run, capsys):
     _, folder = start("w", *QUIET, "+lightning.modelcheckpoint.params.save_weights_only=true", "--max_epochs", "1")
     assert run("-r", str(folder), "-t", "--max_epochs", "2") == 2
     assert "holds only weights" in capsys.readouterr().err
@@ -430,7 +430,7 @@ def test_hostile_configs_in_a_resumed_folder_are_refused(start, run, capsys):
 # ---- module
 
 
-def test_main_gives_the_published_names():
+def test_main_has_the_published_names():
     from ldm.callbacks import CUDACallback, ImageLogger, SetupCallback
     from ldm.data.datamodule import DataModuleFromConfig
 
@@ -444,7 +444,7 @@ def test_main_gives_the_published_names():
         main.nothing  # noqa: B018
 
 
-def test_pictures_are_written_as_grids(start):
-    _, folder = start("pictures", "--max_epochs", "1", "lightning.callbacks.image_logger.params.log_first_step=true")
-    picture = Image.open(folder / "images/train/inputs_gs-000000_e-000000_b-000000.png")
-    assert picture.mode == "RGB" and picture.size == (2 + 2 * (2 + 2), 2 + (2 + 2))
+def test_images_are_written_as_grids(start):
+    _, folder = start("images", "--max_epochs", "1", "lightning.callbacks.image_logger.params.log_first_step=true")
+    image = Image.open(folder / "images/train/inputs_gs-000000_e-000000_b-000000.png")
+    assert image.mode == "RGB" and image.size == (2 + 2 * (2 + 2), 2 + (2 + 2))

@@ -26,14 +26,14 @@ VQ_LOSS = "taming.modules.losses.vqperceptual.VQLPIPSWithDiscriminator"
 
 @pytest.fixture
 def here(tmp_path, monkeypatch):
-    """A folder with captioned pictures and the YAMLs of both stages, as the working directory."""
+    """A working directory with captioned images and the YAMLs of both stages."""
     monkeypatch.chdir(tmp_path)
     random = np.random.RandomState(0)
     for split, count in (("train", 8), ("val", 4)):
         (tmp_path / split).mkdir()
         for index in range(count):
             Image.fromarray(random.randint(0, 256, (16, 16, 3), dtype=np.uint8)).save(tmp_path / split / f"{index}.png")
-            (tmp_path / split / f"{index}.txt").write_text(f"picture number {index}")
+            (tmp_path / split / f"{index}.txt").write_text(f"image number {index}")
     folders = {
         key: {
             "target": "ldm.data.folder.ImageFolder",
@@ -105,9 +105,7 @@ def test_a_stopped_model_resumes_bitwise(here, monkeypatch, yaml, words, steps):
     code, whole = start("whole", yaml, *words)
     assert code == 0 and last(whole)["global_step"] == 4
     stop_after(monkeypatch, LatentDiffusion if yaml == "diffusion" else AdversarialAutoencoder, 3)
-    code, folder = start(
-        "stopped", yaml, *words, "lightning.callbacks.image_logger=null"
-    )  # nor do pictures change anything
+    code, folder = start("stopped", yaml, *words, "lightning.callbacks.image_logger=null")  # image logs change nothing
     assert code == 143 and last(folder)["global_step"] == steps
     assert main.main(["-r", str(folder), "-t"]) == 0
     assert differences(training_state(last(whole)), training_state(last(folder))) == []
@@ -119,11 +117,11 @@ def test_a_stopped_model_resumes_bitwise(here, monkeypatch, yaml, words, steps):
 
 
 def test_diffusion_trains_on_a_first_stage_that_was_trained_before(here):
-    """The second stage as a process of its own, from another folder, as a person would start it."""
+    """The second stage runs as a separate process, from another folder."""
     code, first = start("first", "first", "--max_steps", "2")
     assert code == 0
-    pictures = {path.name.split("_gs-")[0] for path in (first / "images" / "val").iterdir()}
-    assert pictures == {"inputs", "reconstructions", "samples"}
+    images = {path.name.split("_gs-")[0] for path in (first / "images" / "val").iterdir()}
+    assert images == {"inputs", "reconstructions", "samples"}
     elsewhere = here / "elsewhere"
     elsewhere.mkdir()
     weights = here / first / "checkpoints" / "last.ckpt"
@@ -147,8 +145,8 @@ def test_diffusion_trains_on_a_first_stage_that_was_trained_before(here):
     for name, value in before.items():
         if name.startswith(("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")):
             assert torch.equal(trained["state_dict"][f"first_stage_model.{name}"], value)
-    pictures = {path.name.split("_gs-")[0] for path in (run / "images" / "train").iterdir()}
-    assert {"inputs", "reconstruction", "conditioning", "samples", "denoise_row", "samples_cfg_scale_3.00"} <= pictures
+    images = {path.name.split("_gs-")[0] for path in (run / "images" / "train").iterdir()}
+    assert {"inputs", "reconstruction", "conditioning", "samples", "denoise_row", "samples_cfg_scale_3.00"} <= images
     assert "warning" not in result.stderr, result.stderr
 
     weights.unlink()
@@ -164,7 +162,7 @@ def test_diffusion_trains_on_a_first_stage_that_was_trained_before(here):
     )
 
 
-def test_a_classifier_trains_on_a_runs_latents_by_its_recipe_and_leads_samples(here):
+def test_a_classifier_trains_on_a_runs_latents_by_its_recipe_and_guides_samples(here):
     for index, path in enumerate(sorted(here.glob("*/*.png"))):
         folder = here / "classes" / ("even", "odd")[index % 2]
         folder.mkdir(parents=True, exist_ok=True)
@@ -191,8 +189,8 @@ def test_a_classifier_trains_on_a_runs_latents_by_its_recipe_and_leads_samples(h
     recipe = str(ROOT / "configs" / "recipes" / "noisy-classifier-folder.yaml")
     assert main.main(["-b", recipe, "-t", "-n", "judge", *words, *data, *model]) == 0
     judge = folder_of("judge")
-    pictures = {path.name.split("_gs-")[0] for path in (judge / "images" / "train").iterdir()}
-    assert pictures == {"inputs", "noisy", "labels", "predictions"}
+    images = {path.name.split("_gs-")[0] for path in (judge / "images" / "train").iterdir()}
+    assert images == {"inputs", "noisy", "labels", "predictions"}
 
     params = {
         "diffusion_path": str(run),
@@ -210,9 +208,9 @@ def test_a_classifier_trains_on_a_runs_latents_by_its_recipe_and_leads_samples(h
         torch.tensor([0, 1]),
     )
 
-    def draw(**options):
+    def sample(**options):
         x_T = torch.randn(2, 4, 4, 4, generator=torch.Generator().manual_seed(0))
         return DDIMSampler(diffusion).sample(4, 2, (4, 4, 4), cond, x_T=x_T, verbose=False, **options).samples
 
-    led = draw(score_corrector=ClassifierGuidance(classifier, labels, 50.0))
-    assert torch.isfinite(led).all() and not torch.allclose(led, draw(), atol=1e-3)
+    guided = sample(score_corrector=ClassifierGuidance(classifier, labels, 50.0))
+    assert torch.isfinite(guided).all() and not torch.allclose(guided, sample(), atol=1e-3)

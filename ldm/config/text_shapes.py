@@ -1,4 +1,4 @@
-"""Shapes of the pretrained text encoders that configs name: CLIP's in transformers' terms, OpenCLIP's in open_clip's."""
+"""Shapes of the pretrained text encoders in configs: CLIP's in transformers' terms, OpenCLIP's in open_clip's."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def _clip_shape(version: str) -> dict[str, Any]:
 
 
 def open_clip_shape(arch: str = OPEN_CLIP_ARCH, overrides: Mapping[str, int] | None = None) -> dict[str, int]:
-    """Shape of the text tower of an open_clip architecture, with some values replaced; ValueError for an unknown name."""
+    """Return the shape of an open_clip text tower, with some values replaced; ValueError for an unknown name."""
     if arch not in OPEN_CLIP_SHAPES:
         raise ValueError(f"arch {arch!r}: choose one of {', '.join(OPEN_CLIP_SHAPES)}")
     _check_overrides(overrides, OPEN_CLIP_SHAPES[arch])

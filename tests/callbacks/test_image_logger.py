@@ -16,7 +16,7 @@ from tests.toys import Toy
 
 
 def logged(folder, split="train", key="inputs"):
-    """Steps of which there are pictures."""
+    """Steps with logged images."""
     names = [path.name for path in (folder / "images" / split).glob(f"{key}_*.png")]
     return sorted(int(re.search(r"_gs-(\d{6})_e-\d{6}_b-\d{6}\.png$", name)[1]) for name in names)
 

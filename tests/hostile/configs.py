@@ -1,4 +1,4 @@
-"""Configs that mean harm: targets that are no classes of an allowed package, and YAML that is more than data."""
+"""Hostile configs: targets that are not classes of an allowed package, and YAML that is more than data."""
 
 OUTSIDE = (  # refused by their name, before anything is imported
     "os.system",
