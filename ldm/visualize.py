@@ -51,8 +51,8 @@ def grid(
     """Return one image with all `images` in reading order, each centered in a cell of the largest one's size.
 
     images: see `to_image`. captions: one per image, below it, of at most two lines. columns: None for a square grid.
-    padding: pixels around each cell. Without captions the layout is that of torchvision's make_grid, as in the published
-    scripts, but a single image is returned as it is.
+    padding: pixels around each cell. Without captions the layout is that of torchvision's make_grid, as published, but
+    a single image is returned as it is.
     """
     cells = [to_image(image) for image in images]
     if not cells:

@@ -1,5 +1,8 @@
 """Laws of the condition encoders: published names and reference values, clear errors."""
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -14,6 +17,12 @@ from ldm.modules.encoders.modules import (
     TransformerEmbedder,
 )
 from tests.reference import GOLDEN, TOLERANCE, make, rel_error, seed_weights
+
+
+def test_importing_the_encoders_loads_no_pretrained_ones():
+    heavy = {"open_clip", "transformers.models.clip.modeling_clip"}
+    code = f"import sys, ldm.modules.encoders.modules; assert not {heavy} & sys.modules.keys()"
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_transformer_embedder_gives_the_reference_values():
