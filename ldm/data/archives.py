@@ -7,7 +7,6 @@ devices), that lie outside the target, or that appear twice.
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
 import shutil
@@ -41,11 +40,10 @@ class ArchiveError(ConfigError):
 
 
 class Remote(NamedTuple):
-    """A file to download: its URL, its local name, and its SHA-256 or MD5 if published."""
+    """A file to download: its URL and its local name."""
 
     url: str
     name: str
-    digest: str = ""
 
 
 class Member(NamedTuple):
@@ -104,7 +102,6 @@ def fetch(remote: Remote, folder: Path) -> Path:
                     bar.update(len(block))
         if total and part.stat().st_size != total:
             raise ArchiveError(f"{remote.url}: received {part.stat().st_size:,} of {total:,} bytes; try again")
-        check_digest(part, remote.digest)
         os.replace(part, path)
     except OSError as error:
         raise ArchiveError(
@@ -113,18 +110,6 @@ def fetch(remote: Remote, folder: Path) -> Path:
     finally:
         shutil.rmtree(part.parent, ignore_errors=True)
     return path
-
-
-def check_digest(path: Path, digest: str) -> None:
-    """Raise ArchiveError unless the file has this SHA-256 (64 digits) or MD5 (32 digits); an empty digest is not
-    checked.
-    """
-    if not digest:
-        return
-    with path.open("rb") as file:
-        found = hashlib.file_digest(file, "md5" if len(digest) == 32 else "sha256").hexdigest()
-    if found != digest:
-        raise ArchiveError(f"{path}: digest {found}, expected {digest}; delete the file and download it again")
 
 
 def _unpack_into(archive: Path, folder: Path, rename: Callable[[str], str] = str) -> None:

@@ -33,11 +33,10 @@ from ldm.data.listing import (
     class_of,
     class_order,
     existing_folder,
-    has_split_folders,
     names_of_split,
     read_list,
     scan,
-    split_folder,
+    split_root,
 )
 from ldm.data.order import usable_cpus
 
@@ -128,8 +127,7 @@ class ImageFolder(Dataset):
         self.skipped: dict[str, str] = {}  # name -> reason
 
         whole = existing_folder("root", root, self.content)
-        by_folders = files is None and has_split_folders(whole)
-        self.root = split_folder(whole, split) if by_folders else whole
+        self.root = split_root(whole, split) if files is None else whole
         table = _table(captions, (self.root, whole))
         texts = self._table_captions(table, image_column, caption_column) if table is not None else None
         if files is not None:
@@ -138,7 +136,7 @@ class ImageFolder(Dataset):
         else:
             names = list(texts) if texts is not None else scan(self.root, self.suffixes)
         self.class_names = class_order(names, classes) if class_labels else None
-        if files is None and not by_folders:
+        if files is None and self.root == whole:
             chosen = names_of_split(names, split, validation_fraction)
             names = [name for name in names if name in chosen]
         items = [item for name in names if (item := self._item(name, texts)) is not None]

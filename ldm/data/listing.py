@@ -66,14 +66,10 @@ def read_list(file: str, root: Path, suffixes: Collection[str] = EXTENSIONS) -> 
     return names
 
 
-def split_folder(root: Path, split: str | None) -> Path:
-    """Return the sub-folder of a split ("train", "validation", "val" or "valid"), or the root if there is none."""
-    return next((root / name for name in SPLIT_FOLDERS.get(split or "", ()) if (root / name).is_dir()), root)
-
-
-def has_split_folders(root: Path) -> bool:
-    """Return whether the folder has sub-folders for both training and validation."""
-    return all(split_folder(root, split) != root for split in SPLIT_FOLDERS)
+def split_root(root: Path, split: str | None) -> Path:
+    """Return the sub-folder of a split if `root` has sub-folders for both splits (SPLIT_FOLDERS), else `root`."""
+    found = {name: [root / f for f in folders if (root / f).is_dir()] for name, folders in SPLIT_FOLDERS.items()}
+    return found[split][0] if split is not None and all(found.values()) else root
 
 
 def names_of_split(names: Sequence[str], split: str | None, fraction: float) -> set[str]:

@@ -235,11 +235,10 @@ def _find(root: str, remote: Remote) -> Path | None:
 
 
 def _table(root: str, remote: Remote) -> Path:
-    found = _find(root, remote)
-    if found is None:
-        advice = f"get it from {remote.url}, set download to true, or set {{param}} to the folder that holds it"
-        raise DataConfigError("root", root, f"has no annotations/{remote.name}", advice)
-    return found
+    if found := _find(root, remote):
+        return found
+    advice = f"get it from {remote.url}, set download to true, or set {{param}} to the folder that holds it"
+    raise DataConfigError("root", root, f"has no annotations/{remote.name}", advice)
 
 
 def _chosen(object_classes: str | Sequence[str] | None) -> list[str] | None:
