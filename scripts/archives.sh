@@ -1,13 +1,13 @@
-# Sourced by download_models.sh and download_first_stages.sh: fetch, test, check and unpack archives of released weights.
+# Sourced by download_models.sh and download_first_stages.sh: download, test, verify and unpack archives of released weights.
 #
-# A download goes on where it stopped. An archive is tested as a whole and its SHA-256 is printed; where models/SHA256SUMS has a line for it,
-# it is compared with that before anything is unpacked. The publisher gives no sums, so none are shipped: whoever has fetched an archive
-# once and trusts it keeps the printed line there, and every later download is held to it. Files that are there already are kept.
+# Interrupted downloads are resumed. Each archive is tested and its SHA-256 is printed; if models/SHA256SUMS has a line for it,
+# the two are compared before anything is unpacked. The publisher gives no checksums, so none are shipped: add the printed line
+# of an archive that you trust, and later downloads are compared with it. Existing files are kept.
 
 set -euo pipefail
 
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-SOURCE=${LDM_DOWNLOADS:-https://ommer-lab.com/files/latent-diffusion} # a mirror may stand in
+SOURCE=${LDM_DOWNLOADS:-https://ommer-lab.com/files/latent-diffusion} # or a mirror
 MODELS=${LDM_MODELS:-$ROOT/models}
 
 fail() {
@@ -18,7 +18,7 @@ fail() {
 need() {
     local tool
     for tool in "$@"; do
-        command -v "$tool" >/dev/null || fail "$tool is not installed; it is needed here"
+        command -v "$tool" >/dev/null || fail "$tool is required but not installed"
     done
 }
 
@@ -26,7 +26,7 @@ sha256() {
     if command -v sha256sum >/dev/null; then sha256sum "$1"; else shasum -a 256 "$1"; fi | cut -d ' ' -f 1
 }
 
-# checked ARCHIVE NAME: print the archive's SHA-256, and compare it where models/SHA256SUMS has a line "<sha256>  NAME".
+# checked ARCHIVE NAME: print the SHA-256 of the archive, and compare it with the line "<sha256>  NAME" of models/SHA256SUMS.
 checked() {
     local archive=$1 name=$2 sum expected=""
     sum=$(sha256 "$archive")
@@ -35,42 +35,42 @@ checked() {
         expected=$(awk -v name="$name" '{ sub(/\r$/, "") } $2 == name || $2 == "*" name { print tolower($1); exit }' "$MODELS/SHA256SUMS")
     fi
     if [ -z "$expected" ]; then
-        echo "not compared: $MODELS/SHA256SUMS has no line for $name; the one above, put there, holds later downloads to this archive"
+        echo "not compared: $MODELS/SHA256SUMS has no line for $name; add the line above to verify later downloads"
         return
     fi
-    [ "$expected" = "$sum" ] || fail "$archive: models/SHA256SUMS has $expected for $name; delete the file and start again, or mend that line"
-    echo "as in models/SHA256SUMS"
+    [ "$expected" = "$sum" ] || fail "$archive: models/SHA256SUMS has $expected for $name; delete the file and download it again, or correct that line"
+    echo "matches models/SHA256SUMS"
 }
 
 whole() {
     [ -f "$1" ] && unzip -tqq "$1" >/dev/null 2>&1
 }
 
-# fetch URL ARCHIVE: by way of ARCHIVE.part, from where that ends; it becomes ARCHIVE when it has been tested as a whole.
+# fetch URL ARCHIVE: download to ARCHIVE.part, resuming it, and rename it to ARCHIVE once the whole file has been tested.
 fetch() {
     local url=$1 part=$2.part code=0
     if ! whole "$part"; then
         echo "$url -> $2"
         curl --fail --location --retry 5 --continue-at - --output "$part" "$url" || code=$?
-        # 33: the server sends no parts of files; 22 with a file at hand: there may be nothing after its end. Both: from the start.
+        # 33: the server does not support ranges; 22 with a partial file: maybe nothing is left to send. Start over in both cases.
         if [ $code = 33 ] || { [ $code = 22 ] && [ -s "$part" ]; }; then
             rm -f "$part"
             code=0
             curl --fail --location --retry 5 --output "$part" "$url" || code=$?
         fi
-        [ $code = 0 ] || fail "$url could not be fetched as a whole (curl's error $code); run this again, and it goes on where it stopped"
-        # A page of words in the place of an archive must not be gone on with the next time.
-        whole "$part" || { rm -f "$part"; fail "$url is damaged or no archive; what came was deleted"; }
+        [ $code = 0 ] || fail "$url: download incomplete (curl error $code); run this again to resume"
+        # An error page instead of an archive must not be resumed the next time.
+        whole "$part" || { rm -f "$part"; fail "$url: damaged or not an archive; the download was deleted"; }
     fi
     mv "$part" "$2"
 }
 
-# get NAME FOLDER: <SOURCE>/NAME.zip into models/FOLDER.
+# get NAME FOLDER: download <SOURCE>/NAME.zip and unpack it into models/FOLDER.
 get() {
     local name=$1 folder=$MODELS/$2 archive staging file target kept=0
     archive=$folder/$name.zip
     if compgen -G "$folder/*.ckpt" >/dev/null; then
-        echo "$name: weights are in $folder already"
+        echo "$name: $folder already has weights"
         return
     fi
     mkdir -p "$folder"
@@ -83,12 +83,12 @@ get() {
         if [ -e "$target" ]; then kept=$((kept + 1)); else mv "$file" "$target"; fi
     done < <(find "$staging" -type f -print0)
     rm -rf "$staging"
-    compgen -G "$folder/*.ckpt" >/dev/null || fail "$archive holds no .ckpt"
+    compgen -G "$folder/*.ckpt" >/dev/null || fail "$archive contains no .ckpt"
     rm "$archive"
-    echo "$name: $(cd "$folder" && ls -- *.ckpt) in $folder$([ $kept -gt 0 ] && echo ", $kept files that were there kept")"
+    echo "$name: $(cd "$folder" && ls -- *.ckpt) in $folder$([ $kept -gt 0 ] && echo ", $kept existing files kept")"
 }
 
-# main_with WHAT NAME=FOLDER...: the command line of a script that offers these archives.
+# main_with WHAT NAME=FOLDER... -- ARGUMENTS...: the command line of a script for these archives.
 main_with() {
     local what=$1 entry name wanted=() known=() found
     shift
@@ -101,10 +101,10 @@ main_with() {
         case $name in
             -h | --help)
                 echo "usage: $(basename "$0") [--list] [NAME...]"
-                echo "Fetch $what into models/, all of them or those named. A stopped download goes on where it was."
+                echo "Download $what into models/: all of them, or the named ones. Interrupted downloads are resumed."
                 echo "names: ${known[*]%%=*}"
-                echo "sums: an archive is compared with its line in models/SHA256SUMS (\"<sha256>  NAME.zip\"), where you have put one"
-                echo "environment: LDM_DOWNLOADS, a mirror of $SOURCE; LDM_MODELS, where to put them ($MODELS)"
+                echo "checksums: if models/SHA256SUMS has a line \"<sha256>  NAME.zip\", the archive is compared with it"
+                echo "environment: LDM_DOWNLOADS, a mirror of $SOURCE; LDM_MODELS, the target folder ($MODELS)"
                 return
                 ;;
             --list)

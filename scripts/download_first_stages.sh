@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The released first stages, each into its folder under models/first_stage_models/: bash scripts/download_first_stages.sh [NAME...]
+# Download the released first stages into models/first_stage_models/: bash scripts/download_first_stages.sh [NAME...]
 source "$(dirname "${BASH_SOURCE[0]}")/archives.sh"
 
 main_with "released first stages" \

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The released latent diffusion models, each into its folder under models/ldm/: bash scripts/download_models.sh [NAME...]
+# Download the released latent diffusion models into models/ldm/: bash scripts/download_models.sh [NAME...]
 source "$(dirname "${BASH_SOURCE[0]}")/archives.sh"
 
 main_with "released diffusion models" \

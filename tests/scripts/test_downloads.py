@@ -76,7 +76,7 @@ def test_the_sum_is_compared_where_the_list_has_a_line(mirror, right):
     (mirror.parent / "models" / "SHA256SUMS").write_text(f"{'1' * 64}  vq-f4.zip\n{sum_}  kl-f4.zip\n")
     done = download(mirror, "kl-f4")
     assert done.returncode == (0 if right else 2) and ("model.ckpt" in here(mirror)) is right
-    assert ("as in models/SHA256SUMS" in done.stdout) is right and ("0" * 64 in done.stderr) is not right
+    assert ("matches models/SHA256SUMS" in done.stdout) is right and ("0" * 64 in done.stderr) is not right
 
 
 def test_the_printed_line_is_a_line_of_the_list_however_it_is_written(mirror):
@@ -93,7 +93,7 @@ def test_the_printed_line_is_a_line_of_the_list_however_it_is_written(mirror):
     ):
         weights.unlink()
         sums.write_text(content)
-        assert "as in models/SHA256SUMS" in download(mirror, "kl-f4").stdout and weights.is_file()
+        assert "matches models/SHA256SUMS" in download(mirror, "kl-f4").stdout and weights.is_file()
     weights.unlink()
     sums.write_text("")  # a list without the archive's line changes nothing
     assert "not compared" in download(mirror, "kl-f4").stdout and weights.is_file()
@@ -109,7 +109,7 @@ def test_a_damaged_archive_is_not_unpacked(mirror):
 
 def test_what_is_not_there_is_one_clear_line(mirror):
     done = download(mirror, "kl-f8")
-    assert done.returncode == 2 and "kl-f8.zip could not be fetched" in done.stderr
+    assert done.returncode == 2 and "kl-f8.zip: download incomplete" in done.stderr
     wrong = download(mirror, "kl-f5")
     assert wrong.returncode == 2 and "kl-f5: choose from kl-f4" in wrong.stderr
 
