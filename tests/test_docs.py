@@ -1,5 +1,6 @@
-"""What the documents tell a reader to write: taken out of them and run."""
+"""The examples in the documents run, and their tables, flags, figures and links are right."""
 
+import importlib
 import re
 import runpy
 import sys
@@ -11,6 +12,7 @@ from PIL import Image
 
 import main
 from ldm.inference.settings import PRECISIONS, SEED_MODES
+from ldm.models.diffusion.conditioning import ROUTES
 from ldm.models.diffusion.samplers.registry import SAMPLERS
 from ldm.paths import ROOT
 from ldm.util import instantiate_from_config
@@ -31,15 +33,15 @@ def blocks(language: str) -> list[str]:
 
 
 @pytest.fixture
-def forgotten_afterwards():
-    """The document's package is unloaded, whose name is any reader's."""
+def unload_example():
+    """Unload the example package afterwards."""
     yield
     for name in [name for name in sys.modules if name.partition(".")[0] == "my_project"]:
         del sys.modules[name]
 
 
-@pytest.mark.usefixtures("forgotten_afterwards")
-def test_a_conditioning_key_of_ones_own_trains_by_the_documents_files(tmp_path, monkeypatch):
+@pytest.mark.usefixtures("unload_example")
+def test_the_example_of_a_conditioning_key_trains(tmp_path, monkeypatch):
     (tmp_path / "my_project").mkdir()
     (tmp_path / "my_project" / "keys.py").write_text(blocks("python")[0])
     (tmp_path / "blurred.yaml").write_text(blocks("yaml")[0])
@@ -52,7 +54,7 @@ def test_a_conditioning_key_of_ones_own_trains_by_the_documents_files(tmp_path, 
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setattr("ldm.config.instantiate._user_prefixes", [])
-    monkeypatch.setattr("ldm.models.diffusion.conditioning.ROUTES", dict(conditioning_routes()))
+    monkeypatch.setattr("ldm.models.diffusion.conditioning.ROUTES", dict(ROUTES))
     small = [
         "model.params.unet_config.params.model_channels=32",
         "model.params.timesteps=8",
@@ -64,13 +66,7 @@ def test_a_conditioning_key_of_ones_own_trains_by_the_documents_files(tmp_path, 
     assert (run / "checkpoints" / "last.ckpt").is_file() and list((run / "images").rglob("samples_gs-*.png"))
 
 
-def conditioning_routes() -> dict:
-    from ldm.models.diffusion.conditioning import ROUTES
-
-    return ROUTES
-
-
-def test_the_lines_of_python_draw(tmp_path, monkeypatch):
+def test_the_python_example_generates_images(tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     config = OmegaConf.load("configs/quickstart/text2image.yaml")
     torch.save({"state_dict": instantiate_from_config(config.model).state_dict()}, tmp_path / "last.ckpt")
@@ -79,7 +75,7 @@ def test_the_lines_of_python_draw(tmp_path, monkeypatch):
     assert namespace["images"].shape == (4, 3, 32, 32) and namespace["images"].isfinite().all()
 
 
-def test_the_tables_of_sampling_are_those_of_the_code():
+def test_the_tables_of_samplers_match_the_code():
     rows = [
         [cell.strip() for cell in line.strip("|").split("|")]
         for line in SAMPLING.splitlines()
@@ -94,44 +90,22 @@ def test_the_tables_of_sampling_are_those_of_the_code():
     assert re.findall(r"`(\w+)`", takers) == [name for name, entry in SAMPLERS.items() if entry.takes_eta]
 
 
-def test_every_flag_of_the_readme_is_a_flag_of_a_script():
-    from importlib import import_module
-
+def test_every_flag_in_the_documents_exists():
     named = set(re.findall(r"(?<![\w-])--[a-zA-Z][\w-]+", DOCUMENTS))
-    known = {
-        "--help",
-        "--base",
-        "--gpus",
-        "--accumulate_grad_batches",
-        "--precision",
-        "--scale_lr",
-        "--allow-targets",
-        "--logdir",
-        "--accelerator",
-        "--devices",
-        "--resume",
-    }
-    for name in (
-        "txt2img",
-        "img2img",
-        "inpaint",
-        "upscale",
-        "sample_diffusion",
-        "knn2img",
-        "train_searcher",
-        "convert",
-    ):
-        known |= set(import_module(f"scripts.{name}").parser().flags)
-    known |= set(import_module("scripts.tests.test_watermark").parser().flags)
+    training = "base gpus accumulate_grad_batches precision scale_lr allow-targets logdir accelerator devices resume"
+    known = {f"--{name}" for name in ("help", *training.split())}
+    scripts = "txt2img img2img inpaint upscale sample_diffusion knn2img train_searcher convert tests.test_watermark"
+    for name in scripts.split():
+        known |= set(importlib.import_module(f"scripts.{name}").parser().flags)
     assert named and not named - known
 
 
-def test_the_architecture_figure_is_what_its_script_draws():
-    drawn = runpy.run_path(str(ROOT / "docs" / "architecture.py"))["architecture"]()
-    assert drawn == (ROOT / "docs" / "architecture.svg").read_text(encoding="utf-8")
+def test_the_architecture_figure_is_up_to_date():
+    figure = runpy.run_path(str(ROOT / "docs" / "architecture.py"))["architecture"]()
+    assert figure == (ROOT / "docs" / "architecture.svg").read_text(encoding="utf-8")
 
 
-def test_links_between_documents_lead_somewhere():
+def test_links_between_documents_exist():
     pages = [
         ROOT / "README.md",
         ROOT / "CONTRIBUTING.md",
