@@ -3,9 +3,12 @@
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from omegaconf import OmegaConf
 
+from ldm.config.model_info import read_config
+from ldm.convert.convert import to_folder
 from ldm.util import instantiate_from_config
 from tests.reference import seed_weights
 from tests.tiny import FIRST_STAGE, KINDS, UNET, SavedModel, save_model
@@ -91,7 +94,9 @@ MODELS: dict[str, dict[str, Any]] = {
     },
     "shared": {**KINDS["inpaint"], "cond_stage_trainable": False, "unet_config": unet(**_PLAIN, in_channels=9)},
 }
-"""Parameters of LatentDiffusion, by what the model is for."""
+"""Parameters of LatentDiffusion by kind of model."""
+
+_CONVERTED: dict[str, tuple[SavedModel, Path]] = {}
 
 
 def save(folder: Path, kind: str, **params: Any) -> SavedModel:
@@ -109,6 +114,26 @@ def save(folder: Path, kind: str, **params: Any) -> SavedModel:
     OmegaConf.save(OmegaConf.create(config), saved.config)
     torch.save({"state_dict": model.state_dict(), "global_step": 7}, saved.ckpt)
     return saved
+
+
+@pytest.fixture(scope="session")
+def converted(tmp_path_factory):
+    """kind -> (the saved model, its diffusers folder), made once in a test run."""
+
+    def make(kind: str) -> tuple[SavedModel, Path]:
+        if kind not in _CONVERTED:
+            root = tmp_path_factory.mktemp(kind)
+            saved = save(root, kind)
+            to_folder(read_config(saved.config), saved.ckpt, root / "folder")
+            _CONVERTED[kind] = saved, root / "folder"
+        return _CONVERTED[kind]
+
+    return make
+
+
+def published_weights(saved: SavedModel) -> dict[str, torch.Tensor]:
+    """The weights that a converted file holds: all but averages."""
+    return {name: tensor for name, tensor in saved.model.state_dict().items() if not name.startswith("model_ema.")}
 
 
 def exactly(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:

@@ -1,4 +1,4 @@
-"""No checkpoint runs code, and the error names the refused object. Genuine old checkpoints load."""
+"""Weights are data: no file runs code through any entry point, errors name that code, and genuine old files load."""
 
 import collections
 import contextlib
@@ -35,7 +35,7 @@ from ldm.retrieval.database import Database
 from ldm.retrieval.searcher import Searcher
 from ldm.util import instantiate_from_config
 from scripts import convert, sample_diffusion, txt2img
-from tests.hostile.weights import FILES, call, name, system, unsafely, weights_and, zipped
+from tests.hostile.weights import FILES, call, name, rename_in_pickle, system, unsafely, weights_and, zipped
 from tests.modules.encoders.test_open_clip import TINY_JOINT as TINY_CLIP
 from tests.tiny import FIRST_STAGE, text_model_config
 
@@ -56,7 +56,7 @@ def hostile(which, folder):
     return path, canary
 
 
-def test_there_are_forty_and_more():
+def test_there_are_at_least_forty_live_files():
     assert len(FILES) >= 40 and sum(file.live for file in FILES.values()) >= 40
 
 
@@ -81,8 +81,7 @@ def test_a_hostile_file_runs_nothing_and_is_refused_by_name(which, tmp_path):
         assert canary.exists()
 
 
-# --- other
-# doors
+# ---------------------------------------------------------------------------------------------------------- other doors
 
 
 def script(path, folder):
@@ -112,8 +111,8 @@ def resumed_script(path, folder):
         OmegaConf.create(text_model_config(cond_stage_config="__is_unconditional__")), run_folder / "config.yaml"
     )
     shutil.copy(path, run_folder / "model.ckpt")
-    flags = ["-r", str(run_folder), "-n", "1", "-c", "1", "--device", "cpu"]
-    raise CheckpointError(f"exit code {run_command(sample_diffusion.main, flags)}")
+    argv = ["-r", str(run_folder), "-n", "1", "-c", "1", "--device", "cpu"]
+    raise CheckpointError(f"exit code {run_command(sample_diffusion.main, argv)}")
 
 
 def config(path, folder):
@@ -188,7 +187,7 @@ SOME = ("posix.system", "torch's storage", "STACK_GLOBAL", "legacy, last pickle"
 
 
 @pytest.mark.parametrize("door", DOORS)
-def test_every_door_is_the_same_one(door, tmp_path, capfd):
+def test_no_entry_point_runs_code(door, tmp_path, capfd):
     for number, which in enumerate(SOME):
         folder = tmp_path / str(number)
         folder.mkdir()
@@ -202,8 +201,7 @@ def test_every_door_is_the_same_one(door, tmp_path, capfd):
             assert "exit code 2" in said and not list(folder.rglob("*.png"))
 
 
-# --- stubs, lying
-# sizes
+# --------------------------------------------------------------------------------------------------- stubs, lying sizes
 
 
 @pytest.mark.parametrize(
@@ -225,7 +223,7 @@ def test_every_door_is_the_same_one(door, tmp_path, capfd):
         call("torch._tensor._rebuild_from_type_v2", name("numpy.dtype"), name("torch.Tensor"), b")", b"}"),
     ],
 )
-def test_the_stubs_do_nothing_whatever_they_are_given(gadget, tmp_path):
+def test_the_stubs_do_nothing_whatever_their_arguments(gadget, tmp_path):
     path = tmp_path / "model.ckpt"
     path.write_bytes(zipped(weights_and(gadget)))
     with contextlib.suppress(CheckpointError):
@@ -233,7 +231,7 @@ def test_the_stubs_do_nothing_whatever_they_are_given(gadget, tmp_path):
         assert type(extra).__module__ in ("builtins", "ldm.checkpoint.formats")
 
 
-def test_sizes_that_lie_allocate_nothing(tmp_path):
+def test_false_sizes_allocate_nothing(tmp_path):
     path = tmp_path / "model.ckpt"
     torch.save({"w": torch.zeros(77)}, path, _use_new_zipfile_serialization=False)
     body = path.read_bytes()
@@ -243,8 +241,7 @@ def test_sizes_that_lie_allocate_nothing(tmp_path):
         read_weights(path)
 
 
-# --- numpy,
-# faiss
+# --------------------------------------------------------------------------------------------------------- numpy, faiss
 
 
 def npz(path, **arrays):
@@ -275,7 +272,7 @@ def test_objects_in_a_database_are_never_unpickled(save, tmp_path):
     "shape",
     ["(1099511627776, 1099511627776)", "(-1, 3)", "(4611686018427387904, 4)", "(9, 3)", "[2, 3]", "__import__('os')"],
 )
-def test_a_database_that_lies_about_its_shape_is_refused(shape, tmp_path):
+def test_a_database_with_a_false_shape_is_refused(shape, tmp_path):
     header = f"{{'descr': '<f4', 'fortran_order': False, 'shape': {shape}, }}".ljust(117) + "\n"
     body = b"\x93NUMPY\x01\x00" + struct.pack("<H", len(header)) + header.encode() + bytes(24)
     with zipfile.ZipFile(tmp_path / "part.npz", "w") as archive:
@@ -331,8 +328,7 @@ def test_an_index_of_other_vectors_or_of_another_kind_is_refused(tmp_path):
             Searcher.load(made.database, file.parent)
 
 
-# --- old
-# files
+# ------------------------------------------------------------------------------------------------------------ old files
 
 WEIGHTS = {"model.diffusion_model.out.2.weight": torch.arange(6.0).reshape(2, 3), "betas": torch.linspace(0.1, 0.2, 4)}
 LIGHTNING = {
@@ -392,8 +388,6 @@ def genuine(kind):
     "kind", ["stable diffusion", "first stage with two optimizers", "scores in numpy", "weights alone", "bare"]
 )
 def test_genuine_old_files_load(kind, zipped_as_now, numpy_package, tmp_path):
-    from tests.checkpoint.test_checkpoint import rename_in_pickle
-
     path = tmp_path / "model.ckpt"
     torch.save(genuine(kind), path, _use_new_zipfile_serialization=zipped_as_now)
     rename_in_pickle(path, b"numpy._core.multiarray", numpy_package + b".multiarray")

@@ -1,4 +1,4 @@
-"""Files of weights that mean harm. Whoever unpickles one of them without care leaves a file behind, the canary."""
+"""Hostile weights files. Unpickling one of them without care creates a file, the canary."""
 
 from __future__ import annotations
 
@@ -22,11 +22,9 @@ LYING_SIZE = 10**15  # bytes that no machine has
 
 
 class Hostile(NamedTuple):
-    """A file: `write(path, canary)` makes it; `refused` is the dotted name that the error must give, None where the
-    file names none.
+    """A file that `write(path, canary)` creates; `refused` is the dotted name in the error, None if there is none.
 
-    live: torch's own loader, with its safety off, is caught by it. Others are stopped by something else too, such as
-    their damage.
+    live: torch's own loader, with its safety off, runs it. Others are also stopped by something else, e.g. damage.
     """
 
     write: Callable[[Path, Path], None]
@@ -35,8 +33,7 @@ class Hostile(NamedTuple):
     suffix: str = ".ckpt"
 
 
-# --- pickles, word for
-# word
+# ----------------------------------------------------------------------------------------------- pickles, word for word
 
 
 def text(value: str) -> bytes:
@@ -73,11 +70,11 @@ def weights_and(extra: bytes, protocol: int = 2) -> bytes:
     return b"\x80" + bytes([protocol]) + b"}" + MARK + text("state_dict") + b"}" + text("extra") + extra + b"u" + STOP
 
 
-# --- containers
+# ----------------------------------------------------------------------------------------------------------- containers
 
 
 def zipped(body: bytes, *more: tuple[str, bytes], compression: int = zipfile.ZIP_STORED) -> bytes:
-    """A checkpoint as torch writes it since 1.6, around any pickle; `more` are further records."""
+    """A checkpoint as torch writes it since 1.6, around any pickle; `more` are other records."""
     file = io.BytesIO()
     with warnings.catch_warnings(), zipfile.ZipFile(file, "w", compression) as archive:
         warnings.simplefilter("ignore")  # two records of one name
@@ -123,9 +120,7 @@ def system(canary: Path) -> bytes:
 
 
 def calling(dotted: str, *args: Callable[[Path], bytes], live: bool = True) -> Hostile:
-    """A zip file that calls the dotted name, which the error has to give; what begins a process and does not wait for
-    it is not `live`.
-    """
+    """A zip file that calls the dotted name, which the error must name. `live` is false for background processes."""
     return in_zip(lambda canary: weights_and(call(dotted, *(arg(canary) for arg in args))), dotted, live=live)
 
 
@@ -160,8 +155,7 @@ def text_of(body: bytes) -> bytes:
     return call("_codecs.encode", text(body.decode("latin1")), text("latin1"))
 
 
-# --- the
-# files
+# ------------------------------------------------------------------------------------------------------------ the files
 
 FILES: dict[str, Hostile] = {
     # Names that are code, called as a pickle calls (REDUCE).
@@ -467,3 +461,15 @@ def tensor(shape: tuple[int, ...], stride: tuple[int, ...], offset: int = 0, num
 def unsafely(path: Path) -> None:
     """Load a file as nobody should, so that tests see what would have happened."""
     torch.load(path, map_location="cpu", weights_only=False)
+
+
+def rename_in_pickle(path: Path, old: bytes, new: bytes) -> None:
+    """Replace a module name in the pickles of a checkpoint, as older versions of a library wrote it."""
+    if not zipfile.is_zipfile(path):
+        path.write_bytes(path.read_bytes().replace(old, new))
+        return
+    with zipfile.ZipFile(path) as archive:
+        entries = {info.filename: archive.read(info) for info in archive.infolist()}
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
+        for name, data in entries.items():
+            archive.writestr(name, data.replace(old, new) if name.endswith(".pkl") else data)

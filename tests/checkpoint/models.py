@@ -1,0 +1,50 @@
+"""A tiny model and weights for the tests of loading and writing."""
+
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from tests.reference import randn
+
+WEIGHTS = {
+    "a.weight": randn(1, 4, 3),
+    "a.bias": randn(2, 4),
+    "half": randn(3, 5).half(),
+    "count": torch.tensor(7),
+    "none": torch.zeros(0, 2),
+}
+
+
+class Stage(nn.Module):
+    def __init__(self, width: int = 3) -> None:
+        super().__init__()
+        self.encoder, self.decoder = nn.Linear(2, width), nn.Linear(width, 2)
+
+
+class Model(nn.Module):
+    """A diffusion model's children, tiny."""
+
+    def __init__(self, ema: bool = False, width: int = 3, shared: bool = False) -> None:
+        super().__init__()
+        self.register_buffer("betas", torch.linspace(0.1, 0.2, 4))
+        self.model = nn.ModuleDict({"diffusion_model": Stage(width)})
+        self.first_stage_model = Stage()
+        self.cond_stage_model = self.first_stage_model if shared else nn.Linear(3, 3)
+        if ema:
+            self.model_ema = nn.Module()
+            self.model_ema.register_buffer("decay", torch.tensor(0.9))
+            self.model_ema.register_buffer("num_updates", torch.tensor(3))
+            for name, parameter in self.model.named_parameters():
+                self.model_ema.register_buffer(name.replace(".", ""), parameter.detach() + 1)
+
+
+def same(one: dict, other: dict) -> bool:
+    return one.keys() == other.keys() and all(
+        torch.equal(one[k], other[k]) and one[k].dtype == other[k].dtype for k in one
+    )
+
+
+def save(path: Path, weights: dict, **extra: object) -> Path:
+    torch.save({"state_dict": weights, **extra}, path)
+    return path

@@ -1,0 +1,54 @@
+"""Checkpoints of training runs: Lightning reads and writes them safely; a run resumes from a usable one."""
+
+import logging
+import os
+from pathlib import Path
+
+import pytest
+
+from ldm.checkpoint import CheckpointError, write_checkpoint
+from ldm.checkpoint.resume import AtomicCheckpointIO, find_checkpoint
+from tests.checkpoint.models import WEIGHTS, same, save
+
+
+def test_the_unsafe_loader_cannot_be_asked_for(tmp_path):
+    with pytest.raises(CheckpointError, match="weights_only=False"):
+        AtomicCheckpointIO().load_checkpoint(save(tmp_path / "a.ckpt", WEIGHTS), weights_only=False)
+
+
+def test_lightning_saves_loads_and_removes_through_it(tmp_path):
+    io = AtomicCheckpointIO()
+    io.save_checkpoint({"state_dict": dict(WEIGHTS), "global_step": 5}, tmp_path / "new" / "last.ckpt")
+    loaded = io.load_checkpoint(tmp_path / "new" / "last.ckpt", weights_only=True)
+    assert same(loaded["state_dict"], WEIGHTS) and loaded["global_step"] == 5
+    io.remove_checkpoint(tmp_path / "new" / "last.ckpt")
+    assert not (tmp_path / "new" / "last.ckpt").exists()
+
+
+def run_folder(path: Path, steps: dict[str, int]) -> Path:
+    for age, (name, step) in enumerate(steps.items()):
+        write_checkpoint({"global_step": step}, path / "checkpoints" / name)
+        os.utime(path / "checkpoints" / name, (age, age))
+    return path
+
+
+def test_a_run_resumes_from_last(tmp_path):
+    folder = run_folder(tmp_path, {"last.ckpt": 5, "epoch=000009.ckpt": 9, "crash.ckpt": 10})
+    assert find_checkpoint(folder).name == "last.ckpt"
+    assert find_checkpoint(folder / "checkpoints").name == "last.ckpt"
+
+
+def test_a_damaged_last_gives_way_to_the_newest_whole_one_and_both_are_named(tmp_path, caplog):
+    folder = run_folder(tmp_path, {"epoch=000001.ckpt": 1, "epoch=000002.ckpt": 2, "crash.ckpt": 3, "last.ckpt": 3})
+    last = folder / "checkpoints" / "last.ckpt"
+    last.write_bytes(last.read_bytes()[:-100])
+    with caplog.at_level(logging.WARNING):
+        assert find_checkpoint(folder).name == "epoch=000002.ckpt"
+    assert "epoch=000002.ckpt" in caplog.text and "last.ckpt" in caplog.text
+
+
+def test_a_run_without_checkpoint_says_so(tmp_path):
+    with pytest.raises(CheckpointError, match="no usable checkpoint"):
+        find_checkpoint(tmp_path)
+    with pytest.raises(CheckpointError, match="no such folder"):
+        find_checkpoint(tmp_path / "nowhere")

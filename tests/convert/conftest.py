@@ -1,0 +1,1 @@
+from tests.convert.models import converted as converted
