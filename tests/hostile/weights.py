@@ -201,6 +201,7 @@ FILES: dict[str, Hostile] = {
     "torch's storage": in_zip(
         lambda c: weights_and(call("torch.storage._load_from_bytes", pickled(c)), 3), "torch.storage._load_from_bytes"
     ),
+    "torch's loader": calling("torch.serialization.load", inner_file, live=False),
     "torch's hub": in_zip(lambda c: weights_and(call("torch.hub.load", inner_file(c))), "torch.hub.load", live=False),
     "torch's rebuilding": in_zip(
         lambda c: weights_and(
