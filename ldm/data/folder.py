@@ -300,7 +300,9 @@ def _sizes(size: Size | None, crop_size: Size | None) -> tuple[tuple[int, int] |
 
     def pair(param: str, value: Size | None) -> tuple[int, int]:
         try:
-            return height_and_width(value)  # type: ignore[arg-type]  # None is a TypeError, reported like other wrong values
+            if value is None:
+                raise ValueError("not set")
+            return height_and_width(value)
         except (TypeError, ValueError) as error:
             advice = "set {param} to a positive integer or [height, width]"
             raise DataConfigError(param, value, "not a size", advice) from error
@@ -315,9 +317,7 @@ def _sizes(size: Size | None, crop_size: Size | None) -> tuple[tuple[int, int] |
 
 
 def _table(captions: str | None, folders: Sequence[Path]) -> Path | None:
-    """Return the path of a captions table, looked up as given and then in the folders; None for sidecars and without
-    captions.
-    """
+    """Find a captions table, as given or in the folders; return None for sidecars and without captions."""
     if captions is None or captions == SIDECAR:
         return None
     if Path(captions).suffix.lower() not in TABLES:
