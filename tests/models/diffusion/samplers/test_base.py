@@ -265,6 +265,16 @@ def test_zero_terminal_snr_works_with_every_step_count(name):
         assert torch.isfinite(x).all() and times[0] == 999 and len(set(times)) == steps
 
 
+@pytest.mark.parametrize("name, options", [*((name, {}) for name in DETERMINISTIC), ("unipc", {"order": 3})])
+def test_after_a_step_from_pure_noise_a_run_is_as_if_it_started_there(name, options):
+    sampler = make_sampler(name, GaussianModel("v", zero_terminal_snr=True), **options)
+    sampler.make_schedule(6, "trailing", 0.0, verbose=False)
+    assert all(np.isfinite(table).all() for table in sampler.checked_steps(6, 0.0, "trailing").coefs.values())
+    kwargs = {"conditioning": None, "ddim_discretize": "trailing", "eta": 0.0, "log_every_t": 1}
+    x, inter = sample(name, sampler.model, 6, options=options, **kwargs)
+    assert rel_error(sampler.decode(inter["x_inter"][1], None, 5, verbose=False), x) < 1e-6
+
+
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_zero_terminal_snr_is_refused_with_eps_and_with_spacings_that_need_its_logarithm(name):
     with pytest.raises(ValueError, match="starts from pure noise, where eps gives no x_0; use v or x0"):

@@ -130,4 +130,5 @@ def test_options_out_of_range_are_refused(options, message):
 
 
 def test_options_at_the_ends_of_their_ranges_are_accepted():
-    assert SamplingOptions(noise_dropout=0.0, guidance_rescale=1.0, dynamic_threshold=1.0).guidance_rescale == 1.0
+    SamplingOptions(noise_dropout=0.0, guidance_rescale=1.0, dynamic_threshold=1.0)
+    SamplingOptions(noise_dropout=0.99, guidance_rescale=0.0, dynamic_threshold=0.01)
