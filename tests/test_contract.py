@@ -169,3 +169,18 @@ def test_a_schedule_has_the_published_tables():
     for name in ("ddim_timesteps", "ddim_alphas", "ddim_alphas_prev", "ddim_sigmas"):
         assert len(getattr(sampler, name)) == 5
     assert all(sampler.ddim_sigmas > 0)
+
+
+def test_positional_arguments_of_sampling_stand_in_their_published_order():
+    sample = list(inspect.signature(DDIMSampler.sample).parameters)
+    assert sample[1:20] == [
+        *("S", "batch_size", "shape", "conditioning", "callback", "normals_sequence", "img_callback", "quantize_x0"),
+        *("eta", "mask", "x0", "temperature", "noise_dropout", "score_corrector", "corrector_kwargs", "verbose", "x_T"),
+        *("log_every_t", "unconditional_guidance_scale"),
+    ]
+    step = list(inspect.signature(DDIMSampler.p_sample_ddim).parameters)
+    assert step[1:14] == [
+        *("x", "c", "t", "index", "repeat_noise", "use_original_steps", "quantize_denoised", "temperature"),
+        *("noise_dropout", "score_corrector", "corrector_kwargs", "unconditional_guidance_scale"),
+        "unconditional_conditioning",
+    ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
@@ -13,7 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ldm.models.diffusion.conditioning import Conditioning, condition_batch_size
-from ldm.models.diffusion.samplers.denoiser import DiffusionModel, SamplingOptions, SamplingRun, Steps
+from ldm.models.diffusion.samplers.denoiser import DiffusionModel, SamplingOptions, SamplingRun, ScoreCorrector, Steps
 from ldm.modules.diffusionmodules.schedule import check_steps
 
 
@@ -86,6 +86,10 @@ class Sampler(ABC):
         eta: float | None = None,
         mask: Tensor | None = None,
         x0: Tensor | None = None,
+        temperature: float = 1.0,
+        noise_dropout: float = 0.0,
+        score_corrector: ScoreCorrector | None = None,
+        corrector_kwargs: Mapping[str, Any] | None = None,
         verbose: bool = True,
         x_T: Tensor | None = None,
         log_every_t: int = 100,
@@ -106,7 +110,14 @@ class Sampler(ABC):
         if len(shape) != 3:
             raise ValueError(f"shape {tuple(shape)}: expected (channels, height, width) of one latent")
         steps = self.checked_steps(S, eta, ddim_discretize)
-        asked = SamplingOptions(quantize_x0=quantize_x0, **options)
+        asked = SamplingOptions(
+            temperature=temperature,
+            noise_dropout=noise_dropout,
+            quantize_x0=quantize_x0,
+            score_corrector=score_corrector,
+            corrector_kwargs=corrector_kwargs,
+            **options,
+        )
         expected = (batch_size, *shape)
         if x_T is not None and tuple(x_T.shape) != expected:
             raise ValueError(f"x_T has shape {tuple(x_T.shape)}, expected {expected}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from ldm.models.diffusion.conditioning import Conditioning
 from ldm.models.diffusion.samplers.base import Sampler
-from ldm.models.diffusion.samplers.denoiser import DiffusionModel, SamplingOptions, SamplingRun, Steps
+from ldm.models.diffusion.samplers.denoiser import DiffusionModel, SamplingOptions, SamplingRun, ScoreCorrector, Steps
 from ldm.models.diffusion.samplers.spacing import model_alphas_cumprod
 from ldm.modules.diffusionmodules.schedule import make_ddim_sampling_parameters, make_ddim_timesteps
 
@@ -49,6 +50,10 @@ class DDIMSampler(Sampler):
         repeat_noise: bool = False,
         use_original_steps: bool = False,
         quantize_denoised: bool = False,
+        temperature: float = 1.0,
+        noise_dropout: float = 0.0,
+        score_corrector: ScoreCorrector | None = None,
+        corrector_kwargs: Mapping[str, Any] | None = None,
         unconditional_guidance_scale: float = 1.0,
         unconditional_conditioning: Conditioning = None,
         **options: Any,
@@ -59,7 +64,15 @@ class DDIMSampler(Sampler):
         `SamplingOptions`.
         """
         steps = self._steps_of(use_original_steps)
-        asked = SamplingOptions(repeat_noise=repeat_noise, quantize_x0=quantize_denoised, **options)
+        asked = SamplingOptions(
+            temperature=temperature,
+            noise_dropout=noise_dropout,
+            repeat_noise=repeat_noise,
+            quantize_x0=quantize_denoised,
+            score_corrector=score_corrector,
+            corrector_kwargs=corrector_kwargs,
+            **options,
+        )
         run = SamplingRun(self.model, steps, x, c, unconditional_conditioning, unconditional_guidance_scale, asked)
         run.t = t.expand(len(steps.t), len(x))  # (S, B): the timesteps may differ between samples
         return self.step(x, index, run)
