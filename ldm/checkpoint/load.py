@@ -83,8 +83,9 @@ def load_weights(
     """
     source = open_weights(source)
     skip = (ignore_keys,) if isinstance(ignore_keys, str) else tuple(ignore_keys)
-    own_names = _own_names(module, only or "", skip)
     state = module.state_dict()
+    names = ((name, own) for own in state if (name := published_name(own)) is not None)
+    own_names = {name: own for name, own in names if name.startswith(only or "") and not name.startswith(skip)}
     wanted = {name: state[own] for name, own in own_names.items()}
     given = source.tensors() if weights is None else weights
     if use_ema:
@@ -137,12 +138,6 @@ def weights_on_meta() -> Iterator[None]:
 
 
 # ------------------------------------------------------------------------------------------------ steps of load_weights
-
-
-def _own_names(module: nn.Module, prefix: str, skip: tuple[str, ...]) -> dict[str, str]:
-    """Published name -> the module's own, for every tensor to be loaded."""
-    names = {name: own for own in module.state_dict() if (name := published_name(own)) is not None}
-    return {name: own for name, own in names.items() if name.startswith(prefix) and not name.startswith(skip)}
 
 
 def _choose_ema(source: WeightsSource, weights: Mapping[str, Tensor], wanted: Iterable[str]) -> dict[str, Tensor]:
@@ -210,7 +205,7 @@ def _missing(module: nn.Module, own_names: Mapping[str, str], found: Mapping[str
 
 def _is_optional(module: nn.Module, name: str) -> bool:
     """True if a rule lets the name be missing, or if a module around it has or finds its weights elsewhere."""
-    if any(rule.pattern.search(name) for rule in OPTIONAL_KEYS):
+    if any(pattern.search(name) for pattern in OPTIONAL_KEYS):
         return True
     owner: object = module
     for part in name.split(".")[:-1]:

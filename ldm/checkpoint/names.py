@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Callable, Iterable, Mapping
-from typing import NamedTuple
 
 from torch import Tensor
 
@@ -10,50 +9,27 @@ EMA = "model_ema."
 EMA_COUNTERS = (f"{EMA}decay", f"{EMA}num_updates")
 
 
-class Rename(NamedTuple):
-    """A name in a file -> its published name. `to` is None for a tensor that is not a weight; its module makes it."""
-
-    pattern: re.Pattern[str]
-    to: str | None
-    reason: str
-
-
-RENAMES: tuple[Rename, ...] = (
-    Rename(re.compile(r"(^|\.)_orig_mod\."), r"\1", "torch.compile(model) wraps the names"),
-    Rename(
-        re.compile(r"(^|\.)transformer\.(?=(?:embeddings|encoder|final_layer_norm)\.)"),
-        r"\1transformer.text_model.",
-        "from transformers 5.6 on, CLIP's names have no text_model; published files do",
-    ),
-    Rename(
-        re.compile(r"\.embeddings\.position_ids$"),
-        None,
-        "CLIP's 0, 1, ..., 76: missing in some files, rounded to half precision in others; FrozenCLIPEmbedder makes it",
-    ),
+RENAMES: tuple[tuple[re.Pattern[str], str | None], ...] = (  # name in a file -> published name; None drops the tensor
+    (re.compile(r"(^|\.)_orig_mod\."), r"\1"),  # torch.compile(model) wraps the names
+    # From transformers 5.6 on, CLIP's names have no text_model; published files do.
+    (re.compile(r"(^|\.)transformer\.(?=(?:embeddings|encoder|final_layer_norm)\.)"), r"\1transformer.text_model."),
+    # CLIP's 0, 1, ..., 76: missing in some files, rounded to half precision in others; FrozenCLIPEmbedder makes it.
+    (re.compile(r"\.embeddings\.position_ids$"), None),
 )
-
-
-class OptionalKeys(NamedTuple):
-    """Names that may be missing from a file, and why."""
-
-    pattern: re.Pattern[str]
-    reason: str
-
-
-OPTIONAL_KEYS: tuple[OptionalKeys, ...] = (
-    OptionalKeys(re.compile(r"(^|\.)model_ema\."), "the average starts again from the loaded weights"),
-    OptionalKeys(re.compile(r"(^|\.)loss\."), "used in training only"),
-    OptionalKeys(re.compile(r"^(?!scale_factor$)[^.]+$"), "noise schedule tables and scalars follow from the config"),
+OPTIONAL_KEYS: tuple[re.Pattern[str], ...] = (  # names that may be missing from a file
+    re.compile(r"(^|\.)model_ema\."),  # the average starts again from the loaded weights
+    re.compile(r"(^|\.)loss\."),  # used in training only
+    re.compile(r"^(?!scale_factor$)[^.]+$"),  # noise schedule tables and scalars follow from the config
 )
 
 
 def published_name(name: str) -> str | None:
     """The published form of a name; None for a tensor that is not a weight."""
-    for rule in RENAMES:
-        if rule.pattern.search(name):
-            if rule.to is None:
+    for pattern, replacement in RENAMES:
+        if pattern.search(name):
+            if replacement is None:
                 return None
-            name = rule.pattern.sub(rule.to, name)
+            name = pattern.sub(replacement, name)
     return name
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from omegaconf import ListConfig
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -183,7 +184,7 @@ def plain(value: Any, where: str) -> Any:
         return {plain(key, where): plain(item, f"{where}[{key!r}]") for key, item in value.items()}
     if isinstance(value, tuple):
         return tuple(plain(item, f"{where}[{i}]") for i, item in enumerate(value))
-    if isinstance(value, list):
+    if isinstance(value, list | ListConfig):
         return [plain(item, f"{where}[{i}]") for i, item in enumerate(value)]
     if isinstance(value, set | frozenset):
         return {plain(item, where) for item in value}
@@ -200,8 +201,6 @@ def _own_memory(tensor: Tensor) -> Tensor:
 
 def _plain_leaf(value: Any, where: str) -> Any:
     kind = f"{type(value).__module__}.{type(value).__qualname__}"
-    if kind == "omegaconf.listconfig.ListConfig":
-        return plain(list(value), where)
     if type(value).__module__.split(".")[0] == "numpy":
         if getattr(value, "ndim", None) == 0 and hasattr(value, "item"):
             return plain(value.item(), where)

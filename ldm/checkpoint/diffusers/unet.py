@@ -102,27 +102,22 @@ class UNetLayout(NamedTuple):
             classes=params.get("num_classes"),
             scale_shift=bool(params.get("use_scale_shift_norm", False)),
         )
-        layout._refuse_unsupported_plain()
+        if not cross:
+            layout._check_plain()
         return layout
 
-    def _refuse_unsupported_plain(self) -> None:
-        if self.kind != PLAIN:
-            return
-        widths = {width // heads for width, heads in self._attended()}
+    def _check_plain(self) -> None:
+        """Raise ConversionError for a UNet without context whose levels differ more than UNet2DModel's can."""
+        attended = [(width, heads) for width, heads in zip(self.channels, self.heads) if heads is not None]
+        widths = {width // heads for width, heads in (*attended, (self.channels[-1], self.middle_heads))}
         if len(widths) > 1:
             raise ConversionError(
                 f"attention heads are {', '.join(map(str, sorted(widths)))} channels wide; diffusers' {PLAIN} supports "
                 f"one width for all levels (num_head_channels in the YAML)"
             )
         if len(set(self.res_blocks)) > 1:
-            raise ConversionError(
-                f"num_res_blocks {list(self.res_blocks)}: diffusers' {PLAIN} supports one number for all levels"
-            )
-
-    def _attended(self) -> list[tuple[int, int]]:
-        """(width, heads) of every level with attention, and of the middle."""
-        levels = [(width, heads) for width, heads in zip(self.channels, self.heads) if heads is not None]
-        return [*levels, (self.channels[-1], self.middle_heads)]
+            blocks = list(self.res_blocks)
+            raise ConversionError(f"num_res_blocks {blocks}: diffusers' {PLAIN} supports one number for all levels")
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> UNetLayout:
