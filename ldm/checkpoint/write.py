@@ -86,7 +86,7 @@ def _write_atomically(path: Path, write: Callable[[Path], None], size: int) -> N
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         sweep_temporaries(path.parent)
-        with temporary_beside(path) as temporary:
+        with temporary_next_to(path) as temporary:
             write(temporary)
             sync(temporary)
             verify_checkpoint(temporary)
@@ -109,7 +109,7 @@ def _write_error(path: Path, size: int, error: Exception) -> CheckpointWriteErro
 
 
 @contextlib.contextmanager
-def temporary_beside(path: Path, folder: bool = False) -> Iterator[Path]:
+def temporary_next_to(path: Path, folder: bool = False) -> Iterator[Path]:
     """An empty, locked file or folder next to `path`; deleted at the end unless it was renamed."""
     temporary = path.parent / f".{path.name[:120]}.{uuid.uuid4().hex[:12]}.tmp"
     temporary.mkdir() if folder else temporary.touch(exist_ok=False)

@@ -113,7 +113,7 @@ def test_a_flipped_bit_in_a_weight_is_detected(tmp_path):
 @pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
 @pytest.mark.parametrize("numpy_package", ["numpy._core", "numpy.core"])
 def test_a_checkpoint_of_an_old_lightning_loads(tmp_path, zipped, numpy_package):
-    """They hold the class ModelCheckpoint as a key and numpy's numbers beside the weights."""
+    """They hold the class ModelCheckpoint as a key, and numpy scalars."""
     from pytorch_lightning.callbacks.model_checkpoint import ModelCheckpoint
 
     path, allowed = tmp_path / "model.ckpt", set(torch.serialization.get_safe_globals())

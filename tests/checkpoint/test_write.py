@@ -102,6 +102,6 @@ def test_kill_9_inside_the_write_leaves_a_whole_file(tmp_path, point, step):
 def test_sweeping_spares_a_living_writer(tmp_path):
     (tmp_path / ".last.ckpt.abandoned.tmp").write_bytes(b"x")
     (tmp_path / "notes.tmp").write_bytes(b"x")
-    with write.temporary_beside(tmp_path / "last.ckpt") as alive:
+    with write.temporary_next_to(tmp_path / "last.ckpt") as alive:
         assert sweep_temporaries(tmp_path) == 1
         assert alive.exists() and (tmp_path / "notes.tmp").exists()

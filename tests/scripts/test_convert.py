@@ -43,7 +43,7 @@ def test_there_and_back_again(saved, folder, tmp_path, capsys):
     assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
-def test_txt2img_draws_the_same_picture_from_the_folder(saved, folder, tmp_path):
+def test_txt2img_generates_the_same_image_from_the_folder(saved, folder, tmp_path):
     flags = [
         "--config",
         str(saved.config),
@@ -84,7 +84,10 @@ def test_a_converted_folder_is_a_run_to_sample_from(folder):
             "resblock_updown True",
         ),
         (["--ckpt", "FOLDER", "--out", "new.bin"], "must end in .ckpt or .safetensors"),
-        (["--ckpt", "FOLDER", "--out", "new.ckpt", "--no-use_ema"], "--use_ema: only for converting a file to a folder"),
+        (
+            ["--ckpt", "FOLDER", "--out", "new.ckpt", "--no-use_ema"],
+            "--use_ema: only for converting a file to a folder",
+        ),
         (
             ["--ckpt", "FOLDER", "--out", "new.ckpt", "--scheduler", "ddim"],
             "--scheduler: only for converting a file to a folder",
@@ -100,7 +103,7 @@ def test_a_converted_folder_is_a_run_to_sample_from(folder):
         (["--ckpt", "FILE", "--out", "new", "--dytpe", "fp16"], "did you mean --dtype?"),
     ],
 )
-def test_what_cannot_be_done_is_refused_in_one_line_and_nothing_is_written(
+def test_impossible_conversions_are_refused_in_one_line_and_nothing_is_written(
     saved, folder, tmp_path, monkeypatch, capsys, flags, says
 ):
     monkeypatch.chdir(tmp_path)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ldm.checkpoint.diffusers.rules import ConversionError
 from ldm.checkpoint.formats import read_tensors
-from ldm.checkpoint.write import sweep_temporaries, sync, temporary_beside, write_weights
+from ldm.checkpoint.write import sweep_temporaries, sync, temporary_next_to, write_weights
 
 
 def check_target(target: Path) -> None:
@@ -29,7 +29,7 @@ def new_folder(target: Path) -> Iterator[Path]:
     check_target(target)
     target.parent.mkdir(parents=True, exist_ok=True)
     sweep_temporaries(target.parent, f".{glob.escape(target.name[:120])}.*.tmp", folders=True)
-    with temporary_beside(target, folder=True) as temporary:
+    with temporary_next_to(target, folder=True) as temporary:
         try:
             yield temporary
             for path in (*temporary.rglob("*"), temporary):
