@@ -90,7 +90,7 @@ def test_a_converted_folder_is_a_run_to_sample_from(folder):
         ),
         (
             ["--ckpt", "FOLDER", "--out", "new.ckpt", "--scheduler", "ddim"],
-            "--scheduler: only for converting a file",
+            "--scheduler: only for converting a file to a folder",
         ),
         (
             ["--ckpt", "FILE", "--out", "new", "--scheduler", "pndm", "--config", KL],
@@ -116,11 +116,10 @@ def test_a_folder_of_another_kind_is_refused(tmp_path, capsys):
     (tmp_path / "photos").mkdir()
     says = refused(main, ["--ckpt", str(tmp_path / "photos"), "--out", str(tmp_path / "a.ckpt")], capsys)
     assert "not a model in diffusers' layout" in says
-    """diffusers' folders of Stable Diffusion v2 omit the text tower's last layer; so does the file made of one."""
 
 
 def test_a_folder_from_elsewhere_lacks_what_nothing_uses(tmp_path):
-    """diffusers' folders of Stable Diffusion v2 leave the text tower's last layer out: it loads, and the file made of it lacks it too."""
+    """diffusers' folders of Stable Diffusion v2 omit the text tower's last layer; so does the file made of one."""
     from ldm.inference import load_model
 
     saved = save(tmp_path, "sd2")
