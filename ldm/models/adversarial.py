@@ -31,7 +31,7 @@ ADAM_BETAS = (0.5, 0.9)
 class AdversarialAutoencoder(TrainedModule):
     """Encoder, decoder, loss, and the training loop with two optimizers (Lightning's manual optimization).
 
-    Subclasses own the latent: `reconstruct`, `loss_of`, `encode`, `decode`. Batches are dicts; `batch[image_key]` holds
+    Subclasses own the latent: `encode`, `reconstruct`, `loss_of`. Batches are dicts; `batch[image_key]` holds
     images (B, H, W, C) in [-1, 1].
 
     ddconfig: arguments of Encoder and Decoder. monitor: logged value that selects checkpoints.
@@ -78,8 +78,6 @@ class AdversarialAutoencoder(TrainedModule):
             self.register_buffer("colorize", torch.randn(3, colorize_nlabels, 1, 1))
         self._window: list[Mapping[str, Tensor]] = []  # named losses since the last check for NaN
 
-    # ------------------------------------------------------------------------------------------ provided by a subclass
-
     @abstractmethod
     def reconstruct(self, inputs: Tensor) -> tuple[Tensor, Any]:
         """Return reconstructions (B, C, H, W) and what `loss_of` needs of the latent."""
@@ -88,14 +86,15 @@ class AdversarialAutoencoder(TrainedModule):
     def loss_of(self, inputs: Tensor, reconstructions: Tensor, latent: Any, optimizer_idx: int, split: str) -> Losses:
         """Return the loss of the generator (0) or the discriminator (1), and its named logs."""
 
-    # ---------------------------------------------------------------------------------------------- networks, weights
-
-    def encode_moments(self, x: Tensor) -> Tensor:
-        """Encoder output of images x (B, C, H, W) in [-1, 1], (B, n * embed_dim, H/f, W/f)."""
+    def encode_to_prequant(self, x: Tensor) -> Tensor:
+        """Return moments, or latents before quantization, (B, n, H/f, W/f), of images x (B, C, H, W) in [-1, 1]."""
         return in_dtype(weights_dtype(self.encoder), lambda x: self.quant_conv(self.encoder(x)), x)
 
+    def decode(self, z: Tensor) -> Tensor:
+        """Return images (B, C, H, W), about [-1, 1], of latents z (B, embed_dim, H/f, W/f)."""
+        return self.decode_latent(z)
+
     def decode_latent(self, z: Tensor) -> Tensor:
-        """Images (B, C, H, W), about [-1, 1], of latents z (B, embed_dim, H/f, W/f)."""
         return in_dtype(weights_dtype(self.decoder), lambda z: self.decoder(self.post_quant_conv(z)), z)
 
     def get_last_layer(self) -> Tensor:

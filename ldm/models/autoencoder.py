@@ -48,11 +48,7 @@ class AutoencoderKL(AdversarialAutoencoder):
 
     def encode(self, x: Tensor) -> DiagonalGaussianDistribution:
         """Return the posterior over latents (B, embed_dim, H/f, W/f) of images x (B, C, H, W) in [-1, 1]."""
-        return DiagonalGaussianDistribution(self.encode_moments(x))
-
-    def decode(self, z: Tensor) -> Tensor:
-        """Return images (B, C, H, W), about [-1, 1], of latents z (B, embed_dim, H/f, W/f)."""
-        return self.decode_latent(z)
+        return DiagonalGaussianDistribution(self.encode_to_prequant(x))
 
     def forward(self, input: Tensor, sample_posterior: bool = True) -> tuple[Tensor, DiagonalGaussianDistribution]:
         """Return the reconstruction and the posterior of images (B, C, H, W), from a sample of it or from its mode."""
@@ -63,10 +59,8 @@ class AutoencoderKL(AdversarialAutoencoder):
         return self(inputs)
 
     def loss_of(self, inputs: Tensor, reconstructions: Tensor, latent: Any, optimizer_idx: int, split: str) -> Losses:
-        last_layer = self.get_last_layer()
-        return self.loss(
-            inputs, reconstructions, latent, optimizer_idx, self.generator_updates, last_layer=last_layer, split=split
-        )
+        step, last_layer = self.generator_updates, self.get_last_layer()
+        return self.loss(inputs, reconstructions, latent, optimizer_idx, step, last_layer=last_layer, split=split)
 
     @torch.no_grad()
     def log_images(

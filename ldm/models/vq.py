@@ -75,19 +75,9 @@ class VQModel(AdversarialAutoencoder):
         """Number of codes: `n_embed`, or the length of `remap`."""
         return self.quantize.re_embed
 
-    # ------------------------------------------------------------------------------------------------ images and codes
-
-    def encode_to_prequant(self, x: Tensor) -> Tensor:
-        """Return latents before quantization, (B, embed_dim, H/f, W/f), of images x (B, C, H, W) in [-1, 1]."""
-        return self.encode_moments(x)
-
     def encode(self, x: Tensor) -> Any:
         """Return (quantized latents (B, embed_dim, H/f, W/f), codebook loss, (None, None, codes)) of images."""
         return self.quantize(self.encode_to_prequant(x))
-
-    def decode(self, quant: Tensor) -> Tensor:
-        """Return images (B, C, H, W), about [-1, 1], of quantized latents (B, embed_dim, H/f, W/f)."""
-        return self.decode_latent(quant)
 
     def decode_code(self, code_b: Tensor) -> Tensor:
         """Return images (B, C, H, W) of codes (B, H/f, W/f), numbered as in `encode`."""
@@ -102,8 +92,6 @@ class VQModel(AdversarialAutoencoder):
         quant, codebook_loss, (_, _, codes) = self.quantize(self.encode_to_prequant(input))
         reconstruction = self.decode_latent(quant)
         return (reconstruction, codebook_loss, codes) if return_pred_indices else (reconstruction, codebook_loss)
-
-    # -------------------------------------------------------------------------------------------------------- training
 
     def get_input(self, batch: Mapping[str, Any], k: str) -> Tensor:
         """Return images as (B, C, H, W) float32; in training squares with a side in `batch_resize_range`."""
@@ -125,16 +113,9 @@ class VQModel(AdversarialAutoencoder):
         if optimizer_idx == GENERATOR:
             counts = torch.bincount(codes.flatten(), minlength=self.n_codes)
             self._counts[split] = self._counts[split] + counts if split in self._counts else counts
-        loss, log = self.loss(
-            codebook_loss,
-            inputs,
-            reconstructions,
-            optimizer_idx,
-            self.generator_updates,
-            last_layer=self.get_last_layer(),
-            split=split,
-            predicted_indices=codes,
-        )
+        options = {"last_layer": self.get_last_layer(), "split": split, "predicted_indices": codes}
+        step = self.generator_updates
+        loss, log = self.loss(codebook_loss, inputs, reconstructions, optimizer_idx, step, **options)
         if optimizer_idx == GENERATOR and split != "train":
             log[f"{split}/aeloss"] = loss.detach()  # the published monitor, equal to total_loss
         return loss, log
@@ -153,8 +134,6 @@ class VQModel(AdversarialAutoencoder):
         use = codebook_use(self.trainer.strategy.reduce(self._counts.pop(split), reduce_op="sum"))
         self.log(f"{split}/codebook_usage", use.cluster_usage / self.n_codes)
         self.log(f"{split}/codebook_perplexity", use.perplexity)
-
-    # ------------------------------------------------------------------------------------------------------ image logs
 
     @torch.no_grad()
     def log_images(
@@ -185,9 +164,9 @@ class VQModelInterface(VQModel):
         """Return latents before quantization, (B, embed_dim, H/f, W/f), of images x (B, C, H, W) in [-1, 1]."""
         return self.encode_to_prequant(x)
 
-    def decode(self, h: Tensor, force_not_quantize: bool = False) -> Tensor:
-        """Quantize latents h (B, embed_dim, H/f, W/f) unless forced not to, and decode them to images (B, C, H, W)."""
-        return self.decode_latent(h if force_not_quantize else self.quantize(h)[0])
+    def decode(self, z: Tensor, force_not_quantize: bool = False) -> Tensor:
+        """Quantize latents z (B, embed_dim, H/f, W/f) unless forced not to, and decode them to images (B, C, H, W)."""
+        return self.decode_latent(z if force_not_quantize else self.quantize(z)[0])
 
 
 def _checked_range(batch_resize_range: Sequence[int], factor: int) -> tuple[int, int]:

@@ -97,8 +97,6 @@ class NoisyLatentImageClassifier(TrainedModule):
                 "model.params.diffusion_path to the folder of its run, or diffusion_ckpt_path to its weights"
             )
 
-    # -------------------------------------------------------------------------------------------------- training step
-
     def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
         loss, logs = self.shared_step(batch)
         self.log_training(loss, logs, self.diffusion_model.batch_size_of(batch))
@@ -140,8 +138,6 @@ class NoisyLatentImageClassifier(TrainedModule):
     def forward(self, x_noisy: Tensor, t: Tensor) -> Tensor:
         """Scores of the classes at x_noisy (B, c, h, w) and t (B,) -> (B, num_classes[, h, w])."""
         return self.model(x_noisy, t)
-
-    # ----------------------------------------------------------------------------------------- validation, image logs
 
     @torch.no_grad()
     def validation_step(self, batch: Mapping[str, Any], batch_idx: int) -> None:

@@ -10,11 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ldm.models.diffusion.conditioning import condition_batch_size, main_part, map_main, map_tensors, route
+from ldm.models.training import TrainedModule
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
 from ldm.modules.encoders.modules import ClassEmbedder
 
 
-class ConditionStage:
+class ConditionStage(TrainedModule):
     """Mixin of LatentDiffusion. `cond_stage_model` encodes the main condition, `cond_stage_key` of the batch.
 
     Further parts join it:
@@ -32,11 +33,7 @@ class ConditionStage:
     masked_image_key: str | None
     adm_key: str | None
     model: Any
-    device: torch.device
-    batch_value: Callable[..., Any]
-    get_images: Callable[..., Tensor]
-    encode_first_stage: Callable[..., Any]
-    get_first_stage_encoding: Callable[..., Tensor]
+    latents_of: Callable[[Tensor], Tensor]
 
     def set_further_parts(self, concat_keys: Sequence[str], masked_image_key: str | None, adm_key: str | None) -> None:
         """Keep the batch keys of further parts. Raises ValueError if the conditioning key does not take them."""
@@ -73,10 +70,7 @@ class ConditionStage:
         parts: dict[str, Any] = {}
         for key in self.concat_keys:
             x = self.get_images(batch, key, bs)
-            if key == self.masked_image_key:
-                x = self.get_first_stage_encoding(self.encode_first_stage(x))
-            else:
-                x = F.interpolate(x, size=tuple(size))
+            x = self.latents_of(x) if key == self.masked_image_key else F.interpolate(x, size=tuple(size))
             parts.setdefault("c_concat", []).append(x)
         return parts | self.adm_part(batch, bs)
 
@@ -101,8 +95,6 @@ class ConditionStage:
         if value.ndim == 4 or (value.ndim == 3 and maps):
             return self.get_images(batch, key, bs)
         return value[:bs].to(self.device)
-
-    # ------------------------------------------------------------------------------------------------- unconditional
 
     def get_unconditional_conditioning(self, batch_size: int, null_label: Any = None) -> Any:
         """Encode the unconditional condition of `batch_size` samples; `null_label` is a raw input to use instead.

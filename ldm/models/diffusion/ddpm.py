@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 import logging
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -182,13 +182,12 @@ class DDPM(TrainedModule, GaussianDiffusion):
         """Log the losses of the trained and the averaged weights, with the same noise so that they compare."""
         with fixed_noise(batch_idx, self.device):
             _, logs = self.shared_step(batch)
-        logs_ema = logs
+        logs_ema = dict(logs)
         if self.use_ema:
             with self.ema_scope(), fixed_noise(batch_idx, self.device):
                 _, logs_ema = self.shared_step(batch)
-        self.log_validation(
-            {**logs, **{f"{name}_ema": value for name, value in logs_ema.items()}}, self.batch_size_of(batch)
-        )
+        logs |= {f"{name}_ema": value for name, value in logs_ema.items()}
+        self.log_validation(logs, self.batch_size_of(batch))
 
     # ------------------------------------------------------------------------------------------------------ sampling
 
@@ -236,15 +235,6 @@ class DDPM(TrainedModule, GaussianDiffusion):
     def log_images(self, batch: Mapping[str, Any], N: int = 8, n_row: int = 2, **kwargs: Any) -> dict[str, Tensor]:
         """Return images of the training, each (B, C, H, W) in about [-1, 1]; see ldm.models.diffusion.image_log."""
         return log_pixel_images(self, batch, N, n_row, **kwargs)
-
-
-class EncodedBatch(NamedTuple):
-    """A batch as the model takes it."""
-
-    z: Tensor  # (B, c, h, w), scaled latents
-    cond: Any  # encoded condition; raw if its encoder is trained
-    images: Tensor  # (B, C, H, W)
-    raw_cond: Any  # input of the condition's encoder; None without one
 
 
 class LatentDiffusion(ConditionStage, DDPM):
@@ -327,40 +317,27 @@ class LatentDiffusion(ConditionStage, DDPM):
         return_original_cond: bool = False,
         bs: int | None = None,
     ) -> list[Any]:
-        """Return `encode_batch` in the published form: [z, cond], then images, reconstructions, raw condition."""
-        encoded = self.encode_batch(batch, k, bs, force_c_encode, cond_key)
-        out = [encoded.z, encoded.cond]
-        if return_first_stage_outputs:
-            out += [encoded.images, self.decode_first_stage(encoded.z)]
-        if return_original_cond:
-            out.append(encoded.raw_cond)
-        return out
+        """Return [latents z, condition] of a batch or its first `bs` samples, then what the flags ask for.
 
-    def encode_batch(
-        self,
-        batch: Mapping[str, Any],
-        k: str | None = None,
-        bs: int | None = None,
-        force_c_encode: bool = False,
-        cond_key: str | None = None,
-    ) -> EncodedBatch:
-        """Return the latents and the condition of a batch, or of its first `bs` samples.
-
-        In training mode a fraction `cond_dropout` of the conditions is dropped here. The condition of a trained encoder
-        stays raw, so that `forward` encodes it with gradients, unless `force_c_encode`.
+        These are images and reconstructions, and the raw condition, None without an encoder. In training mode a
+        fraction `cond_dropout` of the conditions is dropped here. The condition of a trained encoder stays raw, so that
+        `forward` encodes it with gradients, unless `force_c_encode`.
         """
-        x = self.get_images(batch, k or self.first_stage_key, bs)
-        z = self.latents_of(x)
-        if self.model.conditioning_key is None or self.cond_stage_model is None:
-            return EncodedBatch(z, None, x, None)
-        raw = main = self.raw_condition(batch, cond_key or self.cond_stage_key, bs)
-        if self.training and self.cond_dropout > 0:
-            dropped = torch.rand(x.shape[0], device=self.device) < self.cond_dropout
-            main = drop_condition(raw, self.unconditional_input_like(raw, x.shape[0]), dropped)
-        if force_c_encode or not self.cond_stage_trainable:
-            main = self.get_learned_conditioning(main)
-        cond = compose_condition(main, self.model.conditioning_key, self.further_parts(batch, z.shape[2:], bs))
-        return EncodedBatch(z, cond, x, raw)
+        x = self.get_images(batch, k, bs)  # (B, C, H, W)
+        z = self.latents_of(x)  # (B, c, h, w)
+        c = raw = None
+        if self.model.conditioning_key is not None and self.cond_stage_model is not None:
+            raw = main = self.raw_condition(batch, cond_key or self.cond_stage_key, bs)
+            if self.training and self.cond_dropout > 0:
+                dropped = torch.rand(len(x), device=self.device) < self.cond_dropout
+                main = drop_condition(raw, self.unconditional_input_like(raw, len(x)), dropped)
+            if force_c_encode or not self.cond_stage_trainable:
+                main = self.get_learned_conditioning(main)
+            c = compose_condition(main, self.model.conditioning_key, self.further_parts(batch, z.shape[2:], bs))
+        out = [z, c]
+        if return_first_stage_outputs:
+            out += [x, self.decode_first_stage(z)]
+        return [*out, raw] if return_original_cond else out
 
     def latents_of(self, x: Tensor) -> Tensor:
         """Encode images (B, C, H, W) in [-1, 1] to scaled latents (B, c, h, w)."""

@@ -37,15 +37,6 @@ class GaussianDiffusion(nn.Module):
     betas: Tensor
     alphas_cumprod: Tensor
     alphas_cumprod_prev: Tensor
-    sqrt_alphas_cumprod: Tensor
-    sqrt_one_minus_alphas_cumprod: Tensor
-    log_one_minus_alphas_cumprod: Tensor
-    sqrt_recip_alphas_cumprod: Tensor
-    sqrt_recipm1_alphas_cumprod: Tensor
-    posterior_variance: Tensor
-    posterior_log_variance_clipped: Tensor
-    posterior_mean_coef1: Tensor
-    posterior_mean_coef2: Tensor
     lvlb_weights: Tensor
     logvar: Tensor  # (T,) log-variance of the network's error, see loss_weighting
 
@@ -81,22 +72,15 @@ class GaussianDiffusion(nn.Module):
 
     def q_mean_variance(self, x_start: Tensor, t: Tensor) -> Gaussian:
         """Return q(x_t | x_0) at t (B,), DDPM eq. 4."""
-        mean = extract_into_tensor(self.sqrt_alphas_cumprod, t, x_start.shape) * x_start
-        variance = extract_into_tensor(1.0 - self.alphas_cumprod, t, x_start.shape)
-        return Gaussian(mean, variance, extract_into_tensor(self.log_one_minus_alphas_cumprod, t, x_start.shape))
+        variance = 1.0 - self._at("alphas_cumprod", t, x_start)
+        mean = self._at("sqrt_alphas_cumprod", t, x_start) * x_start
+        return Gaussian(mean, variance, self._at("log_one_minus_alphas_cumprod", t, x_start))
 
     def q_sample(self, x_start: Tensor, t: Tensor, noise: Tensor | None = None) -> Tensor:
         """Sample x_t ~ q(x_t | x_0): x_start (B, C, H, W), t (B,) int64 in [0, T) -> (B, C, H, W)."""
         noise = torch.randn_like(x_start) if noise is None else noise
-        alpha, sigma = self.alpha_sigma(t, x_start.shape)
+        alpha, sigma = self._alpha_sigma(t, x_start)
         return alpha * x_start + sigma * noise
-
-    def alpha_sigma(self, t: Tensor, shape: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Signal and noise scales at t (B,), each (B, 1, 1, 1)."""
-        return (
-            extract_into_tensor(self.sqrt_alphas_cumprod, t, shape),
-            extract_into_tensor(self.sqrt_one_minus_alphas_cumprod, t, shape),
-        )
 
     def log_snr(self, t: Tensor) -> Tensor:
         """log(alpha^2 / sigma^2) at t (B,), (B,)."""
@@ -104,31 +88,29 @@ class GaussianDiffusion(nn.Module):
 
     def q_posterior(self, x_start: Tensor, x_t: Tensor, t: Tensor) -> Gaussian:
         """Return q(x_{t-1} | x_t, x_0), DDPM eq. 6 and 7."""
-        mean = (
-            extract_into_tensor(self.posterior_mean_coef1, t, x_t.shape) * x_start
-            + extract_into_tensor(self.posterior_mean_coef2, t, x_t.shape) * x_t
-        )
-        variance = extract_into_tensor(self.posterior_variance, t, x_t.shape)
-        return Gaussian(mean, variance, extract_into_tensor(self.posterior_log_variance_clipped, t, x_t.shape))
-
-    def predict_x0(self, x_t: Tensor, t: Tensor, out: Tensor) -> Tensor:
-        """Return x_0 for network output `out` at (x_t, t), in any parameterization."""
-        return get_parameterization(self.parameterization).to_x0(x_t, out, *self.alpha_sigma(t, x_t.shape))
+        mean = self._at("posterior_mean_coef1", t, x_t) * x_start + self._at("posterior_mean_coef2", t, x_t) * x_t
+        log_variance = self._at("posterior_log_variance_clipped", t, x_t)
+        return Gaussian(mean, self._at("posterior_variance", t, x_t), log_variance)
 
     def predict_start_from_noise(self, x_t: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         """Return x_0 from x_t and its noise."""
-        return (
-            extract_into_tensor(self.sqrt_recip_alphas_cumprod, t, x_t.shape) * x_t
-            - extract_into_tensor(self.sqrt_recipm1_alphas_cumprod, t, x_t.shape) * noise
-        )
+        recip, recipm1 = (self._at(f"sqrt_{name}_alphas_cumprod", t, x_t) for name in ("recip", "recipm1"))
+        return recip * x_t - recipm1 * noise
 
     def get_v(self, x: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """Return the v target at clean x (B, C, H, W) and t (B,)."""
-        return get_parameterization("v").target(x, noise, *self.alpha_sigma(t, x.shape))
+        return get_parameterization("v").target(x, noise, *self._alpha_sigma(t, x))
 
     def training_target(self, x_start: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """Return the target of the network for x_t made of x_start and noise."""
-        return get_parameterization(self.parameterization).target(x_start, noise, *self.alpha_sigma(t, x_start.shape))
+        return get_parameterization(self.parameterization).target(x_start, noise, *self._alpha_sigma(t, x_start))
+
+    def _alpha_sigma(self, t: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Signal and noise scales at t (B,), each (B, 1, 1, 1)."""
+        return self._at("sqrt_alphas_cumprod", t, x), self._at("sqrt_one_minus_alphas_cumprod", t, x)
+
+    def _at(self, table: str, t: Tensor, x: Tensor) -> Tensor:
+        return extract_into_tensor(getattr(self, table), t, x.shape)  # (B, 1, 1, 1)
 
 
 def _restore_tables(module: GaussianDiffusion, schedule: Schedule) -> None:

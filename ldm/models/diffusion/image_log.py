@@ -68,7 +68,7 @@ def log_latent_images(
     under classifier-free guidance, at `unconditional_guidance_scale` (default 3). `return_keys` selects images; raises
     ValueError for an unknown one.
     """
-    # get_input and not encode_batch: downstream models override it to add to the condition.
+    # get_input is the hook that downstream models override to add to the condition.
     z, c, x, reconstruction, raw_c = model.get_input(
         batch,
         model.first_stage_key,

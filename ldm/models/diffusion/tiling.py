@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -13,18 +12,6 @@ from torch.nn.functional import pad
 
 from ldm.models.diffusion.conditioning import Conditioning, normalize_condition
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
-
-logger = logging.getLogger(__name__)
-
-# Entries of the published `split_input_params` without effect: they set its weights and enable its parts.
-_UNUSED = (
-    "clip_max_weight",
-    "clip_min_weight",
-    "clip_max_tie_weight",
-    "clip_min_tie_weight",
-    "tie_braker",
-    "patch_distributed_vq",
-)
 
 
 class Span(NamedTuple):
@@ -40,13 +27,12 @@ class Span(NamedTuple):
 
 
 class Tile(NamedTuple):
-    """Position of a tile; called with a tensor it cuts the tile out."""
+    """Position of a tile. Called with x (B, C, H, W) of `scale` values per cell, it cuts the tile out."""
 
     rows: Span
     columns: Span
 
     def __call__(self, x: Tensor, scale: int = 1) -> Tensor:
-        """Cut the tile out of x (B, C, H, W) with `scale` values per cell."""
         return x[..., self.rows.slice(scale, rest=True), self.columns.slice(scale, rest=True)]
 
 
@@ -73,33 +59,18 @@ class Tiling:
         if any(not 1 <= step < side for side, step in zip(self.size, self.stride)):
             most = tuple(side - 1 for side in self.size)
             raise ValueError(f"stride {self.stride}: tiles of {self.size} cells must overlap; choose 1 to {most}")
-        overlap = min(side - step for side, step in zip(self.size, self.stride))
-        if not 0 <= 2 * self.margin_cells < overlap:
+        if not 0 <= 2 * self.margin_cells < self.overlap:
             raise ValueError(
-                f"margin {self.margin}: with an overlap of {overlap} cells choose 0 to {(overlap - 1) // 2}"
+                f"margin {self.margin}: with an overlap of {self.overlap} cells choose 0 to {(self.overlap - 1) // 2}"
             )
 
     @property
+    def overlap(self) -> int:
+        return min(side - step for side, step in zip(self.size, self.stride))
+
+    @property
     def margin_cells(self) -> int:
-        if self.margin is not None:
-            return self.margin
-        return min(side - step for side, step in zip(self.size, self.stride)) // 4
-
-    @classmethod
-    def from_split_input_params(cls, params: Mapping[str, Any]) -> Tiling:
-        """Return the tiles of a published `split_input_params`, whose `ks` and `stride` are in latent cells.
-
-        Its `vqf`, pixels per cell, is read from the first stage instead; weight options have no effect and are logged.
-        """
-        known = ("ks", "stride", "vqf", *_UNUSED)
-        unknown, missing = sorted(set(params) - set(known)), sorted({"ks", "stride"} - set(params))
-        if unknown or missing:
-            wrong = f"unknown {', '.join(unknown)}" if unknown else f"missing {', '.join(missing)}"
-            raise ValueError(f"split_input_params: {wrong}; known are {', '.join(known)}")
-        unused = sorted(set(params) & set(_UNUSED))
-        if unused:
-            logger.info("split_input_params: tiles are blended linearly; no effect: %s", ", ".join(unused))
-        return cls(tuple(params["ks"]), tuple(params["stride"]))
+        return self.overlap // 4 if self.margin is None else self.margin
 
     def spans(self, length: int, axis: int) -> Iterator[Span]:
         """The tiles along an axis (0 height, 1 width) of `length` cells; the last one ends where the axis ends."""
@@ -108,14 +79,10 @@ class Tiling:
             yield Span(start, start + side, length)
 
     def weight(self, span: Span, axis: int, scale: int = 1) -> Tensor:
-        """Blending weight of each of a tile's `scale` values per cell along an axis.
-
-        0 in inner margins, 1 outside the overlap, linear in between.
-        """
-        margin = self.margin_cells
-        ramp = (self.size[axis] - self.stride[axis] - 2 * margin) * scale
+        """Blending weights of a tile's values along an axis: 0 in inner margins, 1 outside the overlap, else linear."""
+        ramp = (self.size[axis] - self.stride[axis] - 2 * self.margin_cells) * scale
         position = torch.arange((span.stop - span.start) * scale, dtype=torch.float32, device="cpu") + 0.5
-        rising = ((position - margin * scale) / ramp).clamp(0.0, 1.0)
+        rising = ((position - self.margin_cells * scale) / ramp).clamp(0.0, 1.0)
         weight = torch.ones_like(rising)
         if span.start > 0:
             weight = torch.minimum(weight, rising)
@@ -130,22 +97,20 @@ class Tiling:
         that cover it; where they agree it is exactly theirs.
         """
         out = total = torch.empty(0)
-        for rows in self.spans(height, 0):
-            for columns in self.spans(width, 1):
-                values = f(Tile(rows, columns))
-                expected = ((rows.stop - rows.start) * scale, (columns.stop - columns.start) * scale)
-                if tuple(values.shape[-2:]) != expected:
-                    raise ValueError(
-                        f"a tile has {tuple(values.shape[-2:])} values, expected {expected}, {scale} per cell"
-                    )
-                if not total.numel():
-                    out = values.new_zeros(*values.shape[:-2], height * scale, width * scale)
-                    total = torch.zeros(height * scale, width * scale, device=values.device)
-                place = (..., rows.slice(scale), columns.slice(scale))
-                weight = (self.weight(rows, 0, scale)[:, None] * self.weight(columns, 1, scale)).to(values.device)
-                total[place] += weight
-                share = torch.where(weight > 0, weight / total[place], 0.0)
-                out[place] = torch.lerp(out[place], values, share.to(values.dtype))  # running mean, no rounding of sums
+        for tile in (Tile(rows, columns) for rows in self.spans(height, 0) for columns in self.spans(width, 1)):
+            values = f(tile)
+            expected = tuple((span.stop - span.start) * scale for span in tile)
+            if tuple(values.shape[-2:]) != expected:
+                raise ValueError(f"a tile has {tuple(values.shape[-2:])} values, expected {expected}, {scale} per cell")
+            if not total.numel():
+                out = values.new_zeros(*values.shape[:-2], height * scale, width * scale)
+                total = torch.zeros(height * scale, width * scale, device=values.device)
+            place = (..., tile.rows.slice(scale), tile.columns.slice(scale))
+            weight = self.weight(tile.rows, 0, scale)[:, None] * self.weight(tile.columns, 1, scale)
+            weight = weight.to(values.device)
+            total[place] += weight
+            share = torch.where(weight > 0, weight / total[place], 0.0)
+            out[place] = torch.lerp(out[place], values, share.to(values.dtype))  # running mean, no rounding of sums
         return out
 
 
@@ -165,7 +130,10 @@ class TiledModel:
         if any(side % multiple for side in tiling.size):
             raise ValueError(f"tiles of {tiling.size} cells: this network needs multiples of {multiple}")
         self.untiled, self.tiling, self.multiple = model, tiling, multiple
-        self.factor = _factor_of(getattr(model, "first_stage_model", None)) if factor is None else factor
+        encoder = getattr(getattr(model, "first_stage_model", None), "encoder", None)
+        if factor is None:  # an encoder halves the image between its levels; without one, latents are the images
+            factor = 1 if encoder is None else 2 ** (encoder.num_resolutions - 1)
+        self.factor = factor
 
     def __getattr__(self, name: str) -> Any:
         if name == "untiled":  # copy and pickle ask before __init__ ran
@@ -198,9 +166,8 @@ class TiledModel:
     def decode_first_stage(self, z: Tensor, **options: Any) -> Tensor:
         """Decode scaled latents z (B, c, h, w) to images (B, C, h * factor, w * factor) in about [-1, 1]."""
         height, width = z.shape[-2:]
-        return self.tiling.apply(
-            lambda tile: self.untiled.decode_first_stage(tile(z), **options), height, width, self.factor
-        )
+        decode = self.untiled.decode_first_stage
+        return self.tiling.apply(lambda tile: decode(tile(z), **options), height, width, self.factor)
 
     def apply_model(self, x_noisy: Tensor, t: Tensor, cond: Conditioning = None) -> Tensor:
         """Return the network output (B, C, h, w) at x_noisy (B, C, h, w) and t (B,), tile by tile."""
@@ -225,9 +192,3 @@ class TiledModel:
         """Repeat the last row and column of (B, C, h, w) up to `multiple`, for latents smaller than a tile."""
         height, width = (-side % self.multiple for side in x.shape[-2:])
         return pad(x, (0, width, 0, height), mode="replicate") if height or width else x
-
-
-def _factor_of(first_stage: Any) -> int:
-    """Pixels per latent cell: an encoder halves the image between its levels; without one, latents are the images."""
-    encoder = getattr(first_stage, "encoder", None)
-    return 2 ** (encoder.num_resolutions - 1) if encoder is not None else 1
