@@ -30,8 +30,8 @@ from ldm.modules.dtype import weights_dtype
 from ldm.modules.encoders.modules import BERTEmbedder, FrozenCLIPEmbedder
 from tests.inference.test_tasks import VQ
 from tests.models.diffusion.samplers.toy import ToyModel
-from tests.models.diffusion.test_condition_modes import MODES, batch
-from tests.models.diffusion.tiny import latent_diffusion
+from tests.models.diffusion.modes import MODES
+from tests.models.diffusion.tiny import batch, latent_diffusion
 from tests.reference import randn, seed_weights
 from tests.tiny import FIRST_STAGE, save_model
 
@@ -217,9 +217,9 @@ def test_every_condition_stage_works_with_bf16_weights(tmp_path, mode):
     for model in (full, half.eval()):
         with torch.no_grad(), torch.random.fork_rng():
             torch.manual_seed(0)
-            encoded = model.encode_batch(batch(), force_c_encode=True)
-            outs.append(model.apply_model(encoded.z, torch.tensor([500, 20]), encoded.cond))
-            outs[-1] = torch.cat([outs[-1].flatten(), model.decode_first_stage(encoded.z).flatten()])
+            z, c = model.get_input(batch(), "image", force_c_encode=True)
+            outs.append(model.apply_model(z, torch.tensor([500, 20]), c))
+            outs[-1] = torch.cat([outs[-1].flatten(), model.decode_first_stage(z).flatten()])
     assert outs[1].dtype is FP32 and (outs[0] - outs[1]).norm() / outs[0].norm() < 0.03
 
 

@@ -1,7 +1,8 @@
-"""A first stage small enough to be trained in a test, and its pictures."""
+"""First stages small enough to be trained in a test, and their images."""
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytorch_lightning as pl
@@ -16,6 +17,14 @@ DDCONFIG = {
     "double_z": True, "z_channels": 2, "resolution": 16, "in_channels": 3, "out_ch": 3, "ch": 32, "ch_mult": [1, 1],
     "num_res_blocks": 1, "attn_resolutions": [], "dropout": 0.0,
 }  # fmt: skip
+QUIET = {
+    "accelerator": "cpu",
+    "logger": False,
+    "enable_checkpointing": False,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+    "num_sanity_val_steps": 0,
+}
 LOSS = {
     "disc_start": 0,
     "perceptual_weight": 0,
@@ -70,13 +79,23 @@ def make_vq(
     return model
 
 
+def state(model: torch.nn.Module) -> dict[str, Tensor]:
+    return copy.deepcopy(model.state_dict())
+
+
+def differing(a: dict[str, Tensor], b: dict[str, Tensor]) -> list[str]:
+    """Names whose tensors are not bitwise equal."""
+    assert a.keys() == b.keys()
+    return [name for name in a if not torch.equal(a[name], b[name])]
+
+
 def batches(number: int) -> list[dict[str, Tensor]]:
-    """Batches of two pictures (2, 16, 16, 3) in [-1, 1]."""
+    """Batches of two images (2, 16, 16, 3) in [-1, 1]."""
     return [{"image": torch.tanh(randn(300 + i, 2, 16, 16, 3))} for i in range(number)]
 
 
 class SeedEveryBatch(pl.Callback):
-    """Posterior samples that depend on the batch's number alone, so that another loop can draw them too."""
+    """Seed every batch by its number, so that another loop gets the same posterior samples."""
 
     def on_train_batch_start(self, trainer: pl.Trainer, module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
         torch.manual_seed(trainer.fit_loop.epoch_loop.total_batch_idx + 1)
@@ -91,14 +110,8 @@ def fit(
 ) -> pl.Trainer:
     """Train on the CPU without logs or files. Returns the trainer."""
     callbacks = [SeedEveryBatch(), *options.pop("callbacks", [])]
-    quiet = {
-        "logger": False,
-        "enable_checkpointing": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-    }
-    options = {**quiet, "max_epochs": 1, "num_sanity_val_steps": 0, "limit_val_batches": len(validation), **options}
-    trainer = pl.Trainer(accelerator="cpu", devices=1, callbacks=callbacks, **options)
+    options = {**QUIET, "max_epochs": 1, "limit_val_batches": len(validation), **options}
+    trainer = pl.Trainer(devices=1, callbacks=callbacks, **options)
     loaders = [DataLoader(list(part), batch_size=None) for part in (data, validation)]
     trainer.fit(model, *loaders, ckpt_path=ckpt_path, weights_only=True)
     return trainer

@@ -1,4 +1,4 @@
-"""Laws of the first stages as modules. Figures and manifests are the published implementation's (tests/golden/README.md)."""
+"""Laws of the first stages as modules. Published values and manifests: tests/golden/README.md."""
 
 import gzip
 import json
@@ -26,7 +26,7 @@ PUBLISHED = {
 
 
 @torch.no_grad()
-def test_agrees_with_the_published_figures():
+def test_outputs_have_the_published_values():
     ddconfig = {**DDCONFIG, "z_channels": 4, "resolution": 32, "ch_mult": [1, 2, 4]}
     model = seed_weights(AutoencoderKL(ddconfig, {"target": "torch.nn.Identity"}, embed_dim=4, monitor="val/rec_loss"))
     reconstruction, posterior = model(randn(13, 2, 3, 32, 32), sample_posterior=False)
@@ -64,14 +64,14 @@ def test_encoding_and_decoding_shapes():
 
 
 @torch.no_grad()
-def test_forward_samples_unless_told_not_to():
+def test_forward_samples_unless_asked_not_to():
     model = make_autoencoder().eval()
     x = model.get_input(batches(1)[0], "image")
     assert not torch.equal(model(x)[0], model(x)[0])
     assert torch.equal(model(x, sample_posterior=False)[0], model(x, sample_posterior=False)[0])
 
 
-def test_pictures_come_channels_last_from_the_batch():
+def test_images_come_channels_last_from_the_batch():
     model = make_autoencoder()
     batch = batches(1)[0]
     x = model.get_input(batch, "image")
@@ -81,13 +81,13 @@ def test_pictures_come_channels_last_from_the_batch():
         model.get_input(batch, "jpg")
 
 
-def test_logged_pictures_lie_in_range_and_hold_no_graph():
+def test_logged_images_lie_in_range_and_hold_no_graph():
     model = make_autoencoder()
     with torch.no_grad():
         model.decoder.conv_out.bias.fill_(3.0)
-    pictures = model.log_images(batches(1)[0], split="val")
-    assert list(pictures) == ["inputs", "samples", "reconstructions"]
-    for value in pictures.values():
+    images = model.log_images(batches(1)[0], split="val")
+    assert list(images) == ["inputs", "samples", "reconstructions"]
+    for value in images.values():
         assert value.shape == (2, 3, 16, 16) and value.min() >= -1 and value.max() <= 1 and not value.requires_grad
     assert model.log_images(batches(1)[0], N=1)["samples"].shape[0] == 1
     assert list(model.log_images(batches(1)[0], only_inputs=True)) == ["inputs"]
@@ -97,9 +97,9 @@ def test_segmentation_maps_are_drawn_in_colors():
     ddconfig = {**DDCONFIG, "in_channels": 5, "out_ch": 5}
     config = loss_config(use_discriminator=False)
     model = AutoencoderKL(ddconfig, config, embed_dim=2, image_key="segmentation", colorize_nlabels=5)
-    pictures = model.log_images({"segmentation": torch.rand(1, 16, 16, 5)})
-    assert pictures["inputs"].shape == pictures["reconstructions"].shape == (1, 3, 16, 16)
-    assert pictures["inputs"].min() >= -1 and pictures["inputs"].max() <= 1
+    images = model.log_images({"segmentation": torch.rand(1, 16, 16, 5)})
+    assert images["inputs"].shape == images["reconstructions"].shape == (1, 3, 16, 16)
+    assert images["inputs"].min() >= -1 and images["inputs"].max() <= 1
     model.image_key = "image"
     with pytest.raises(ValueError, match="cannot show 5 channels of 'image'"):
         model.log_images({"image": torch.rand(1, 16, 16, 5)})

@@ -4,7 +4,6 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import pytorch_lightning as pl
 import torch
 from omegaconf import OmegaConf
 
@@ -13,22 +12,10 @@ from ldm.models.diffusion.classifier import ClassifierGuidance, top_k_accuracy
 from ldm.models.diffusion.ddim import DDIMSampler
 from ldm.models.diffusion.samplers.registry import SAMPLERS, make_sampler
 from ldm.util import instantiate_from_config
+from tests.models.diffusion.modes import MODES
 from tests.models.diffusion.samplers.toy import GaussianModel
-from tests.models.diffusion.test_condition_modes import MODES, Everything
-from tests.models.diffusion.tiny import ATTEND, AUTOENCODER, CLASSES, unet
+from tests.models.diffusion.tiny import ATTEND, AUTOENCODER, CLASSES, batch, fit, unet
 from tests.reference import randn, seed_weights
-
-QUIET = {
-    "logger": False,
-    "enable_checkpointing": False,
-    "enable_progress_bar": False,
-    "enable_model_summary": False,
-    "accelerator": "cpu",
-}
-
-
-def loader(batch_size=4):
-    return torch.utils.data.DataLoader(Everything(), batch_size=batch_size)
 
 
 def diffusion_config(mode="class"):
@@ -50,7 +37,7 @@ def diffusion_config(mode="class"):
 
 @pytest.fixture
 def diffusion(tmp_path):
-    """A diffusion model as a run leaves it: project YAML and checkpoint."""
+    """The folder of a run of a diffusion model: project YAML and checkpoint."""
     (tmp_path / "configs").mkdir()
     (tmp_path / "checkpoints").mkdir()
     OmegaConf.save(OmegaConf.create(diffusion_config()), tmp_path / "configs" / "2026-01-01T00-00-00-project.yaml")
@@ -67,18 +54,11 @@ def classifier(path, **changes):
     )
 
 
-def fit(model, steps=2, lr=1e-3):
-    model.learning_rate = lr
-    trainer = pl.Trainer(max_steps=steps, num_sanity_val_steps=0, val_check_interval=min(2, steps), **QUIET)
-    trainer.fit(model, loader(), loader())
-    return trainer
-
-
 @pytest.mark.parametrize("pool", ["attention", "adaptive", "spatial_v2"])
 def test_it_trains_validates_and_logs_images_and_leaves_the_diffusion_model_alone(diffusion, pool):
     model = classifier(diffusion, pool=pool)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    trainer = fit(model)
+    trainer = fit(model, batch_size=4)
     assert trainer.global_step == 2
     assert all(
         np.isfinite(trainer.callback_metrics[name])
@@ -86,9 +66,9 @@ def test_it_trains_validates_and_logs_images_and_leaves_the_diffusion_model_alon
     )
     moved = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
     assert moved and all(name.startswith("model.") for name in moved)
-    log = model.eval().log_images(next(iter(loader())), N=2)
+    log = model.eval().log_images(batch(4), N=2)
     assert set(log) == {"inputs", "noisy", "labels", "predictions"} and all(
-        torch.isfinite(picture).all() for picture in log.values()
+        torch.isfinite(image).all() for image in log.values()
     )
 
 
@@ -101,7 +81,7 @@ def test_a_run_folder_gives_the_weights_of_the_diffusion_model(diffusion):
 
 
 @pytest.mark.parametrize("place", ["a run's folder", "a file of weights", "its own file", "nowhere"])
-def test_a_random_first_stage_is_told(diffusion, tmp_path, caplog, place):
+def test_a_random_first_stage_is_logged(diffusion, tmp_path, caplog, place):
     yaml, weights = next(diffusion.glob("configs/*.yaml")), diffusion / "checkpoints" / "last.ckpt"
     if place == "its own file":
         write_weights(classifier(diffusion).state_dict(), tmp_path / "classifier.ckpt")
@@ -122,7 +102,7 @@ def test_validation_encodes_a_batch_once_whatever_the_number_of_noise_levels(dif
     monkeypatch.setattr(model, "get_latents", lambda batch: encoded.append(0) or get_latents(batch))
     monkeypatch.setattr(model, "losses", lambda x, labels, t: levels.append(t.tolist()) or losses(x, labels, t))
     monkeypatch.setattr(model, "log_dict", lambda *_, **__: None)
-    model.eval().validation_step(next(iter(loader())), 0)
+    model.eval().validation_step(batch(4), 0)
     assert len(encoded) == 1 and levels[1:] == [[t] * 4 for t in (0, 20, 40, 60, 80)]
 
 
@@ -134,7 +114,7 @@ def test_the_diffusion_model_stays_frozen_and_in_evaluation_mode(diffusion):
 
 def test_it_learns_what_it_is_shown(diffusion):
     model = classifier(diffusion, pool="spatial_v2")
-    data = next(iter(loader(8)))
+    data = batch(8)
     optimizer = torch.optim.AdamW(model.model.parameters(), lr=1e-3)
     model.train()
     torch.manual_seed(0)
@@ -151,10 +131,10 @@ def test_it_learns_what_it_is_shown(diffusion):
 def test_segmentation_maps_are_labels_of_every_latent_pixel(tmp_path):
     OmegaConf.save(OmegaConf.create(diffusion_config("segmentation")), tmp_path / "model.yaml")
     model = classifier(tmp_path / "model.yaml", num_classes=5)
-    data = next(iter(loader()))
+    data = batch(4)
     labels = model.get_labels(data, (8, 8))
     assert labels.shape == (4, 8, 8) and torch.equal(labels, data["segmentation"].argmax(-1)[:, ::4, ::4])
-    trainer = fit(model)
+    trainer = fit(model, batch_size=4)
     assert np.isfinite(trainer.callback_metrics["val/acc@1"])
     assert model.eval().log_images(data, N=2)["labels"].shape == (2, 3, 8, 8)
 
@@ -177,7 +157,7 @@ def test_accuracy_counts_the_best_k():
 def test_labels_that_do_not_fit_are_refused(diffusion, changes, message):
     model = classifier(diffusion, **changes)
     with pytest.raises(ValueError, match=message):
-        model.shared_step(next(iter(loader(8))))
+        model.shared_step(batch(8))
 
 
 @pytest.mark.parametrize(
@@ -187,7 +167,7 @@ def test_labels_that_do_not_fit_are_refused(diffusion, changes, message):
         ({"log_steps": 101}, "log_steps 101: choose 1 to 100"),
     ],
 )
-def test_settings_that_cannot_be_honoured_are_refused(diffusion, changes, message):
+def test_wrong_settings_are_refused(diffusion, changes, message):
     with pytest.raises(ValueError, match=message):
         classifier(diffusion, **changes)
 
@@ -237,7 +217,7 @@ def test_guidance_by_an_exact_classifier_turns_the_mixture_into_the_class(name, 
         "ddim_discretize": "logsnr" if "logsnr" in SAMPLERS[name].spacings else "uniform",
     }
 
-    def draw(**kwargs):
+    def sample(**kwargs):
         torch.manual_seed(0)
         return (
             make_sampler(name, model)
@@ -245,11 +225,11 @@ def test_guidance_by_an_exact_classifier_turns_the_mixture_into_the_class(name, 
             .samples
         )
 
-    plain = draw()
+    plain = sample()
     assert abs(float(plain.mean())) < 0.15 and float(plain.std()) > 0.9
-    led = draw(score_corrector=ClassifierGuidance(TwoGaussians(model), labels, 1.0))
-    least = 0.15 if name == "lcm" else 0.24  # jumps to what a plain denoiser sees, not a consistency model, contract
-    assert abs(float(led.mean()) - 1.0) < 0.1 and least < float(led.std()) < 0.36
+    guided = sample(score_corrector=ClassifierGuidance(TwoGaussians(model), labels, 1.0))
+    least = 0.15 if name == "lcm" else 0.24  # lcm contracts with a denoiser that is no consistency model
+    assert abs(float(guided.mean()) - 1.0) < 0.1 and least < float(guided.std()) < 0.36
 
 
 def test_the_gradient_is_that_of_the_chosen_label():
@@ -274,14 +254,14 @@ def test_a_scale_of_zero_changes_nothing_and_labels_must_fit():
         guidance.modify_score(Mixture(), x, randn(1, 3, 1, 4, 4), torch.tensor([1, 2, 3]))
 
 
-def test_a_trained_classifier_leads_a_latent_diffusion_model_with_guidance_of_both_kinds(diffusion):
+def test_a_trained_classifier_guides_a_latent_diffusion_model_next_to_classifier_free_guidance(diffusion):
     model = classifier(diffusion).eval()
     seed_weights(model.model)
     z = model.diffusion_model
     cond, null = (z.get_learned_conditioning({"class_label": torch.full((2,), label)}) for label in (3, 9))
     guidance = ClassifierGuidance(model, torch.tensor([1, 7]), 5.0)
 
-    def draw(**kwargs):
+    def sample(**kwargs):
         both = {"unconditional_guidance_scale": 2.0, "unconditional_conditioning": null}
         return (
             DDIMSampler(z)
@@ -289,10 +269,10 @@ def test_a_trained_classifier_leads_a_latent_diffusion_model_with_guidance_of_bo
             .samples
         )
 
-    plain, led = draw(), draw(score_corrector=guidance)
+    plain, guided = sample(), sample(score_corrector=guidance)
     t = torch.zeros(2, dtype=torch.long)
 
     def log_p(x):
         return model(x, t).log_softmax(1).gather(1, guidance.labels[:, None]).mean()
 
-    assert torch.isfinite(led).all() and log_p(led) > log_p(plain)
+    assert torch.isfinite(guided).all() and log_p(guided) > log_p(plain)

@@ -1,12 +1,10 @@
-"""Laws of the conditions' normal form, the routing table, guidance and condition dropout."""
+"""Laws of the normal form of conditions and of the routing table."""
 
 import pytest
 import torch
 from torch import nn
 
-from ldm.models.diffusion.conditioning import ROUTES, DiffusionWrapper, join_conditions, normalize_condition
-from ldm.models.diffusion.condition_stage import drop_condition
-from ldm.models.diffusion.samplers.guidance import guided_output
+from ldm.models.diffusion.conditioning import ROUTES, DiffusionWrapper, Route, join_conditions, normalize_condition
 from tests.reference import randn
 
 X, T = randn(0, 2, 4, 8, 8), torch.tensor([1, 9])
@@ -72,22 +70,16 @@ def test_several_contexts_are_joined_along_their_length():
     assert model.diffusion_model.seen["context"].shape == (2, 7, 16)
 
 
-class Linear:
-    """apply_model(x, t, c) = x + c, counting its calls."""
-
-    def __init__(self):
-        self.batches = []
-
-    def apply_model(self, x, t, c):
-        self.batches.append(len(x))
-        return x + (c["c_concat"][0] if isinstance(c, dict) else c)
-
-
-@pytest.mark.parametrize("wrap", [lambda c: c, lambda c: {"c_concat": [c]}])
-def test_guidance_extrapolates_from_unconditional_to_conditional_in_one_call(wrap):
-    model, c, u = Linear(), randn(3, 2, 4, 8, 8), randn(4, 2, 4, 8, 8)
-    out = guided_output(model.apply_model, X, T, wrap(c), wrap(u), 7.5)
-    assert torch.allclose(out, X + u + 7.5 * (c - u), atol=1e-5) and model.batches == [4]
+def test_a_key_of_another_package_gets_its_own_parts(monkeypatch):
+    own = Route(("c_style",), None, lambda net, x, t, c: net(x, t, y=c["c_style"], context=c["c_strength"]))
+    monkeypatch.setitem(ROUTES, "styled", own)
+    parts = normalize_condition({"c_style": LABEL, "c_strength": 0.5, "c_concat": None}, "styled")
+    assert parts == {"c_style": LABEL, "c_strength": 0.5}
+    model = wrapper("styled")
+    model(X, T, **parts)
+    assert model.diffusion_model.seen["y"] is LABEL and model.diffusion_model.seen["context"] == 0.5
+    with pytest.raises(ValueError, match="'styled' needs c_style; the condition has c_strength"):
+        normalize_condition({"c_strength": 0.5}, "styled")
 
 
 def test_conditions_of_different_form_cannot_be_joined():
@@ -103,12 +95,3 @@ def test_leaves_that_are_no_tensors_must_agree():
     assert join_conditions({"c_crossattn": [CONTEXT], "w": 3.0}, {"c_crossattn": [CONTEXT], "w": 3.0})["w"] == 3.0
     with pytest.raises(ValueError, match=r"3\.0 and 1\.0"):
         join_conditions({"w": 3.0}, {"w": 1.0})
-
-
-def test_dropping_replaces_only_the_chosen_samples():
-    dropped = torch.tensor([True, False, True])
-    assert drop_condition(["a", "b", "c"], ["", "", ""], dropped) == ["", "b", ""]
-    labels = drop_condition({"class_label": torch.tensor([1, 2, 3])}, {"class_label": torch.tensor([9, 9, 9])}, dropped)
-    assert labels["class_label"].tolist() == [9, 2, 9]
-    pictures = drop_condition(torch.ones(3, 2, 4, 4), torch.zeros(3, 2, 4, 4), dropped)
-    assert pictures.mean(dim=(1, 2, 3)).tolist() == [0, 1, 0]

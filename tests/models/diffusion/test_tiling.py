@@ -1,7 +1,6 @@
-"""Tiles: what is the same in every tile is exact, and what is local is as if there were none."""
+"""Laws of tiles: values on which tiles agree are exact, and a local model computes the same as without tiles."""
 
 import copy
-import logging
 
 import pytest
 import torch
@@ -18,7 +17,7 @@ TILING = Tiling(size=(8, 8), stride=(5, 4), margin=1)
 
 
 class LocalModel(nn.Module):
-    """Two convolutions that see `reach` cells around, behind the names of a latent diffusion model; factor 2, posterior or latents."""
+    """A latent diffusion model of convolutions with a receptive field of `reach` cells; factor 2."""
 
     def __init__(self, reach: int = 1, gaussian: bool = True, concat: int = 0) -> None:
         super().__init__()
@@ -47,11 +46,11 @@ class LocalModel(nn.Module):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_tiles_that_agree_give_their_value_to_the_last_bit(height, width, tiling, dtype):
     x = randn(0, 2, 3, height, width).to(dtype)
-    assert torch.equal(tiling.apply(lambda cut: cut(x), height, width), x)
+    assert torch.equal(tiling.apply(lambda tile: tile(x), height, width), x)
 
 
 @pytest.mark.parametrize("height, width", SIZES)
-def test_a_network_that_sees_no_further_than_the_margin_gives_what_it_gives_for_the_whole(height, width):
+def test_a_receptive_field_within_the_margin_gives_the_result_without_tiles(height, width):
     model, x, t = LocalModel(reach=1), randn(1, 2, 4, height, width), torch.zeros(2)
     tiled = TiledModel(model, TILING, factor=2)
     with torch.no_grad():
@@ -60,7 +59,7 @@ def test_a_network_that_sees_no_further_than_the_margin_gives_what_it_gives_for_
         assert tiled.decode_first_stage(x).shape == (2, 3, 2 * height, 2 * width)
 
 
-def test_a_network_that_sees_further_is_close_and_closer_with_a_margin():
+def test_a_larger_receptive_field_is_close_and_closer_with_a_margin():
     model, x, t = LocalModel(reach=3), randn(2, 1, 4, 40, 40), torch.zeros(1)
     with torch.no_grad():
         whole = model.apply_model(x, t)
@@ -72,11 +71,11 @@ def test_a_network_that_sees_further_is_close_and_closer_with_a_margin():
 @pytest.mark.parametrize("axis", [0, 1])
 @pytest.mark.parametrize("scale", [1, 4])
 def test_neighbors_fade_without_a_jump(axis, scale):
-    """Tiles of values 0, 1, 2, ... in turn along an axis: the blend climbs from one to the next in steps no larger than the ramp's."""
+    """Tiles of values 0, 1, 2, ... along an axis: the blend rises from one to the next, at most as fast as the ramp."""
     tiling, ramp = Tiling(16, 8, 2), (8 - 2 * 2) * scale
     size = (8 + 8 * 6, 16) if axis == 0 else (16, 8 + 8 * 6)
     blend = tiling.apply(
-        lambda cut: torch.full((1, 1, 16 * scale, 16 * scale), cut[axis].start / 8), *size, scale=scale
+        lambda tile: torch.full((1, 1, 16 * scale, 16 * scale), tile[axis].start / 8), *size, scale=scale
     )
     line = blend[0, 0, :, 0] if axis == 0 else blend[0, 0, 0]
     steps = line.diff()
@@ -85,7 +84,7 @@ def test_neighbors_fade_without_a_jump(axis, scale):
 
 @pytest.mark.parametrize("height, width", [(8, 8), (9, 13), (16, 24), (33, 19), (5, 2), (100, 31)])
 @pytest.mark.parametrize("gaussian", [True, False])
-def test_pictures_of_any_size_are_encoded_as_they_are_whole(height, width, gaussian):
+def test_images_of_any_size_are_encoded_as_without_tiles(height, width, gaussian):
     model, x = LocalModel(gaussian=gaussian), randn(3, 1, 3, height, width)
     encoded = TiledModel(model, TILING, factor=2).encode_first_stage(x)
     assert (
@@ -101,7 +100,7 @@ def test_pictures_of_any_size_are_encoded_as_they_are_whole(height, width, gauss
         torch.testing.assert_close(encoded, whole)
 
 
-def test_what_a_quantizing_decoder_is_asked_for_reaches_it():
+def test_options_of_a_quantizing_decoder_reach_it():
     model, z = LocalModel(), randn(4, 1, 4, 20, 20)
     tiled = TiledModel(model, TILING, factor=2)
     with torch.no_grad():
@@ -111,21 +110,21 @@ def test_what_a_quantizing_decoder_is_asked_for_reaches_it():
         assert not torch.allclose(tiled.decode_first_stage(z), model.decode_first_stage(z, True))
 
 
-def test_a_concatenated_condition_is_cut_with_the_latent_and_anything_else_is_whole():
-    model, x, beside, seen = LocalModel(concat=2), randn(5, 1, 4, 20, 11), randn(6, 1, 2, 20, 11), []
+def test_concat_channels_are_cut_with_the_latent_and_other_parts_are_not():
+    model, x, channels, seen = LocalModel(concat=2), randn(5, 1, 4, 20, 11), randn(6, 1, 2, 20, 11), []
     tokens, inner = randn(7, 1, 3, 5), model.apply_model
     model.apply_model = lambda x, t, cond: (seen.append(cond["c_crossattn"][0]), inner(x, t, cond))[1]
-    cond = {"c_concat": [beside], "c_crossattn": [tokens]}
+    cond = {"c_concat": [channels], "c_crossattn": [tokens]}
     with torch.no_grad():
         out = TiledModel(model, TILING, factor=2).apply_model(x, torch.zeros(1), cond)
         torch.testing.assert_close(out, inner(x, torch.zeros(1), cond))
-    assert len(seen) > 1 and all(c is tokens for c in seen) and cond["c_concat"][0] is beside
+    assert len(seen) > 1 and all(c is tokens for c in seen) and cond["c_concat"][0] is channels
     with pytest.raises(ValueError, match="c_concat"):
-        TiledModel(model, TILING, factor=2).apply_model(x, torch.zeros(1), {"c_concat": [beside[..., :5]]})
+        TiledModel(model, TILING, factor=2).apply_model(x, torch.zeros(1), {"c_concat": [channels[..., :5]]})
 
 
 @pytest.mark.parametrize("height, width", [(3, 5), (8, 8), (13, 30)])
-def test_the_network_sees_multiples_whatever_the_size(height, width):
+def test_the_network_gets_multiples_for_any_size(height, width):
     model = LocalModel()
     with torch.no_grad():
         out = TiledModel(model, TILING, factor=2, multiple=4).apply_model(randn(8, 1, 4, height, width), torch.zeros(1))
@@ -133,7 +132,7 @@ def test_the_network_sees_multiples_whatever_the_size(height, width):
     assert all(h % 4 == 0 and w % 4 == 0 and h <= 8 and w <= 8 for h, w in model.shapes)
 
 
-def test_a_sampler_walks_a_tiled_model_and_nothing_changes_where_one_tile_holds_it_all():
+def test_a_sampler_takes_a_tiled_model_and_nothing_changes_if_one_tile_is_enough():
     model = latent_diffusion("concat", {"in_channels": 7}, {"target": "torch.nn.Identity"})
     tiled = TiledModel(model, Tiling(8, 4), multiple=2)
     assert tiled.factor == 4 and tiled.num_timesteps == 1000 and copy.copy(tiled).factor == 4
@@ -155,8 +154,8 @@ def test_a_sampler_walks_a_tiled_model_and_nothing_changes_where_one_tile_holds_
 
 
 @pytest.mark.parametrize("kind", ["AutoencoderKL", "VQModelInterface"])
-def test_first_stages_as_they_are_trained_keep_their_form_and_nearly_their_values(kind):
-    """They normalize over what they see, so that tiles are close to the whole and no more; one tile is the whole."""
+def test_published_first_stages_keep_their_form_and_nearly_their_values(kind):
+    """They normalize over the tile, so tiles are only close to the whole; a single tile is exact."""
     ddconfig = {**AUTOENCODER["params"]["ddconfig"], "double_z": kind == "AutoencoderKL"}
     more = {"n_embed": 16} if kind == "VQModelInterface" else {}
     params = {"embed_dim": 4, "lossconfig": {"target": "torch.nn.Identity"}, "ddconfig": ddconfig, **more}
@@ -175,25 +174,6 @@ def test_first_stages_as_they_are_trained_keep_their_form_and_nearly_their_value
             assert decoded_t.shape == x.shape and (decoded_t - decoded).norm() <= tolerance * decoded.norm()
 
 
-def test_published_parameters_give_their_tiles(caplog):
-    params = {
-        "ks": (128, 128),
-        "stride": (64, 64),
-        "vqf": 4,
-        "patch_distributed_vq": True,
-        "tie_braker": False,
-        "clip_min_weight": 0.01,
-    }
-    with caplog.at_level(logging.INFO):
-        tiling = Tiling.from_split_input_params(params)
-    assert tiling == Tiling((128, 128), (64, 64)) and tiling.margin_cells == 16
-    assert "clip_min_weight, patch_distributed_vq, tie_braker" in caplog.text
-    with pytest.raises(ValueError, match="unknown kss"):
-        Tiling.from_split_input_params({**params, "kss": 1})
-    with pytest.raises(ValueError, match="missing stride"):
-        Tiling.from_split_input_params({"ks": (8, 8)})
-
-
 @pytest.mark.parametrize(
     "values, message",
     [
@@ -204,12 +184,12 @@ def test_published_parameters_give_their_tiles(caplog):
         (((8, 8, 8), 4), "height and"),
     ],
 )
-def test_tiles_that_cannot_be_blended_are_refused(values, message):
+def test_wrong_tiles_are_refused(values, message):
     with pytest.raises(ValueError, match=message):
         Tiling(*values)
 
 
-def test_what_cannot_be_tiled_is_refused():
+def test_wrong_sizes_are_refused():
     model = LocalModel()
     with pytest.raises(ValueError, match="multiples of 3"):
         TiledModel(model, TILING, factor=2, multiple=3)

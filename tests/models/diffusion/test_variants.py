@@ -1,4 +1,4 @@
-"""Stable Diffusion's fine-tunes: what their networks see, and how they start from a text-to-image model."""
+"""Stable Diffusion's fine-tunes: inputs of their networks, and starts from a text-to-image model."""
 
 import logging
 
@@ -41,11 +41,11 @@ def batch():
     }
 
 
-# --------------------------------------------------------------------------------------------- start from fewer channels
+# -------------------------------------------------------------------------------------------- start from fewer channels
 
 
 @pytest.mark.parametrize("averages", ["absent", "present"])
-def test_a_text_model_gives_its_weights_and_the_new_channels_start_at_zero(tmp_path, averages, caplog):
+def test_weights_of_a_text_model_are_kept_and_the_new_channels_start_at_zero(tmp_path, averages, caplog):
     source = tiny("v2")
     for name, parameter in source.model.named_parameters():
         getattr(source.model_ema, name.replace(".", "")).copy_(0.9 * parameter.detach())
@@ -101,10 +101,10 @@ def test_a_file_that_does_not_fit_is_refused_unless_its_keys_are_named(tmp_path)
         build("sd-inpaint", finetune_keys=[FIRST, FIRST_EMA], keep_finetune_dims=6, ckpt_path=str(tmp_path / "a.ckpt"))
 
 
-# --------------------------------------------------------------------------------------------------- what they are given
+# -------------------------------------------------------------------------------------------------- what they are given
 
 
-def test_inpainting_sees_mask_and_masked_latent_beside_the_noise():
+def test_inpainting_concatenates_mask_and_masked_latent():
     model, data = tiny("sd-inpaint"), batch()
     torch.manual_seed(0)
     z, c = model.get_input(data, "image")
@@ -118,7 +118,7 @@ def test_inpainting_sees_mask_and_masked_latent_beside_the_noise():
     assert torch.equal(c["c_crossattn"][0], model.get_learned_conditioning(TEXTS))
 
 
-def test_the_image_log_decodes_what_was_concatenated_where_asked():
+def test_the_image_log_decodes_a_range_of_the_concat_channels():
     model = tiny("sd-inpaint", c_concat_log_start=1, c_concat_log_end=5)
     log = model.log_images(batch(), N=2, ddim_steps=1, plot_denoise_rows=False, unconditional_guidance_scale=3.0)
     assert log["c_concat_decoded"].shape == (2, 3, 32, 32) and {"conditioning_mask", "samples_cfg_scale_3.00"} <= set(
@@ -142,7 +142,7 @@ def test_depth_is_given_or_estimated_and_spans_each_samples_range(monkeypatch):
     assert "depth" in model.log_images(data, N=1, ddim_steps=1, plot_denoise_rows=False)
 
 
-def test_without_a_depth_map_or_an_estimate_the_error_says_what_to_do():
+def test_a_missing_depth_map_is_an_error_with_the_next_step():
     data = batch()
     del data["depth"]
     data["midas_in"] = data["image"]
@@ -156,13 +156,13 @@ def test_without_a_depth_map_or_an_estimate_the_error_says_what_to_do():
         tiny("depth").get_input({**data, "depth": data["image"]}, "image")
 
 
-def test_the_upscaler_sees_the_small_picture_with_noise_of_the_level_it_is_told():
+def test_the_upscaler_takes_the_low_resolution_image_with_noise_of_the_given_level():
     model, data = tiny("x4"), batch()
     _, c = model.get_input(data, "image")
     level, (noised,) = c["c_adm"], c["c_concat"]
     assert level.dtype == torch.int64 and noised.shape == (2, 3, 8, 8) and level.min() >= 0 and level.max() < 350
-    told = tiny("x4", noise_level_key="level")
-    _, c = told.get_input({**data, "level": torch.tensor([0, 349])}, "image")
+    given = tiny("x4", noise_level_key="level")
+    _, c = given.get_input({**data, "level": torch.tensor([0, 349])}, "image")
     error = (c["c_concat"][0] - data["lr"].permute(0, 3, 1, 2)).flatten(1).std(dim=1)
     assert c["c_adm"].tolist() == [0, 349] and error[0] < 0.05 < 0.3 < error[1]
     with pytest.raises(ValueError, match="lr: images of 32x32 pixels, expected 8x8"):
@@ -172,22 +172,14 @@ def test_the_upscaler_sees_the_small_picture_with_noise_of_the_level_it_is_told(
 
 
 @pytest.mark.parametrize("kind", ["v2", "v2-v", "sd-inpaint", "depth", "x4"])
-def test_guidance_leads_away_from_no_text_under_the_same_further_parts(kind):
+def test_guidance_changes_the_text_under_the_same_further_parts(kind):
     model = tiny(kind)
-    encoded = model.encode_batch(batch())
-    uncond = model.unconditional_like(encoded.cond, encoded.raw_cond, 2)
+    _, c, raw = model.get_input(batch(), "image", return_original_cond=True)
+    uncond = model.unconditional_like(c, raw, 2)
     options = {"verbose": False, "x_T": randn(9, 2, 4, 8, 8), "unconditional_guidance_scale": 4.0}
     with torch.no_grad():
-        guided = (
-            DDIMSampler(model)
-            .sample(2, 2, (4, 8, 8), encoded.cond, unconditional_conditioning=uncond, **options)
-            .samples
-        )
-        plain = (
-            DDIMSampler(model)
-            .sample(2, 2, (4, 8, 8), encoded.cond, unconditional_conditioning=encoded.cond, **options)
-            .samples
-        )
+        guided = DDIMSampler(model).sample(2, 2, (4, 8, 8), c, unconditional_conditioning=uncond, **options).samples
+        plain = DDIMSampler(model).sample(2, 2, (4, 8, 8), c, unconditional_conditioning=c, **options).samples
     assert guided.isfinite().all() and not torch.allclose(guided, plain)
     if isinstance(uncond, dict):
-        assert all(a is b for a, b in zip(uncond["c_concat"], encoded.cond["c_concat"], strict=True))
+        assert all(a is b for a, b in zip(uncond["c_concat"], c["c_concat"], strict=True))

@@ -2,10 +2,13 @@
 
 from typing import Any
 
+import pytorch_lightning as pl
 import torch
 from omegaconf import OmegaConf
 
+from ldm.modules.encoders.layout_tokens import Box, LayoutTokens
 from ldm.util import instantiate_from_config
+from tests.models.first_stages import QUIET
 from tests.reference import randn, seed_weights
 
 AUTOENCODER = {
@@ -77,25 +80,45 @@ def latent_diffusion(
     return seed_weights(instantiate_from_config(OmegaConf.create(config)))
 
 
-class TinyData(torch.utils.data.Dataset):
-    """Eight samples with everything that a condition may need."""
+LAYOUT = LayoutTokens(40)
+
+
+class Samples(torch.utils.data.Dataset):
+    """Eight samples with every condition."""
 
     def __len__(self) -> int:
         return 8
 
     def __getitem__(self, index: int) -> dict[str, Any]:
+        image = torch.tanh(randn(index, 32, 32, 3))
+        mask = torch.full((32, 32, 1), -1.0)
+        mask[8:24, 8:24] = 1.0
+        labels = torch.randint(0, 5, (32, 32), generator=torch.Generator().manual_seed(index))
         return {
-            "image": torch.tanh(randn(index, 32, 32, 3)),
-            "low": torch.tanh(randn(100 + index, 8, 8, 3)),
-            "class_label": index % 9,
-            "human_label": f"class {index % 9}",
+            "image": image,
+            "mask": mask,
+            "masked_image": torch.where(mask > 0, -1.0, image),
+            "LR_image": image[::4, ::4],
+            "segmentation": torch.nn.functional.one_hot(labels, 5).float(),
+            "coordinates_bbox": LAYOUT.encode([Box(index, (0.1, 0.2, 0.3, 0.4))]),
+            "class_label": index,
+            "human_label": f"class {index}",
             "caption": f"sample number {index}",
         }
 
 
 def loader(batch_size: int = 2) -> torch.utils.data.DataLoader:
-    return torch.utils.data.DataLoader(TinyData(), batch_size=batch_size)
+    return torch.utils.data.DataLoader(Samples(), batch_size=batch_size)
 
 
 def batch(size: int = 2) -> dict[str, Any]:
     return next(iter(loader(size)))
+
+
+def fit(model: Any, steps: int = 2, batch_size: int = 2, **options: Any) -> pl.Trainer:
+    """Train for some steps and validate one batch. Returns the trainer."""
+    model.learning_rate = 1e-3
+    options = {**QUIET, "max_steps": steps, "limit_val_batches": 1, "val_check_interval": min(2, steps), **options}
+    trainer = pl.Trainer(**options)
+    trainer.fit(model.train(), loader(batch_size), loader(batch_size))
+    return trainer

@@ -1,4 +1,4 @@
-"""Laws of training a first stage, each with a real Trainer on the CPU."""
+"""Laws of training a first stage against a discriminator, each with a real Trainer on the CPU."""
 
 import copy
 from contextlib import nullcontext
@@ -13,22 +13,12 @@ from ldm.models.adversarial import ADAM_BETAS
 from ldm.models.training import NonFiniteError
 from ldm.modules.losses import lpips
 from ldm.modules.losses.lpips import PerceptualWeightsError
-from tests.models.first_stages import batches, fit, make_autoencoder
+from tests.models.first_stages import batches, differing, fit, make_autoencoder, state
 
 COSINE = {
     "target": "ldm.lr_scheduler.LambdaWarmUpCosineScheduler",
     "params": {"warm_up_steps": 2, "lr_min": 0.1, "lr_max": 1.0, "lr_start": 0.25, "max_decay_steps": 8},
 }
-
-
-def state(model) -> dict[str, torch.Tensor]:
-    return copy.deepcopy(model.state_dict())
-
-
-def differing(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> list[str]:
-    """Names whose tensors are not bit for bit the same."""
-    assert a.keys() == b.keys()
-    return [name for name in a if not torch.equal(a[name], b[name])]
 
 
 def train_by_hand(
