@@ -167,7 +167,7 @@ def metrics(first_stage: Path, generated: Sequence[Image.Image], requested: Sequ
 
 def metric_rows(first_stage_psnr: float, report: DigitReport) -> list[Row]:
     variety = list(report.variety.values())
-    recognized = f"{100 * report.recognized:.1f} % of {report.drawn}"
+    recognized = f"{100 * report.recognized:.1f} % of {report.count}"
     spread = f"{np.mean(variety):.2f} ({min(variety):.2f} to {max(variety):.2f})"
     return [
         ("first stage, PSNR on held-out scans", f"{first_stage_psnr:.1f} dB", "at least 32 dB"),

@@ -1,4 +1,4 @@
-"""Pictures from prompts, e.g. python scripts/txt2img.py --prompt "a photograph of an astronaut riding a horse"."""
+"""Images from prompts, e.g. python scripts/txt2img.py --prompt "a photograph of an astronaut riding a horse"."""
 
 from __future__ import annotations
 
@@ -7,32 +7,16 @@ from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout that this script is in, installed or not
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this script's checkout, installed or not
 
+from ldm import inference
 from ldm.cli import Parser, run_command
-from ldm.inference import load_model, text_to_image
-from ldm.inference.cli import (
-    STABLE_DIFFUSION,
-    add_model_flags,
-    add_prompt_flags,
-    add_sampler_flag,
-    add_sampling_flags,
-    add_text_flags,
-    check_ready,
-    open_ckpt,
-    prompt_settings,
-    prompts_of,
-    safety_of,
-    watermark_of,
-    write_images,
-)
-from ldm.inference.from_metadata import add_redraw_flag, check_unchanged, parse
-from ldm.inference.prompt_weights import check_emphasis
-from ldm.inference.settings import TextToImageRequest, model_info, read_config, require_text_model
+from ldm.inference import cli
+from ldm.inference.from_metadata import add_from_metadata_flag, parse
+from ldm.inference.requests import TextToImageRequest
 from ldm.output.images import Output
-from ldm.paths import find_file
 
-DEFAULTS = {**STABLE_DIFFUSION, "outdir": "outputs/txt2img-samples"}
+DEFAULTS = {**cli.STABLE_DIFFUSION, "outdir": "outputs/txt2img-samples"}
 LAION400M = {
     "config": "configs/latent-diffusion/txt2img-1p4B-eval.yaml",
     "ckpt": "models/ldm/text2img-large/model.ckpt",
@@ -41,54 +25,41 @@ LAION400M = {
 
 
 def parser() -> Parser:
-    parser = Parser(prog="txt2img.py", description="Draw pictures from prompts with a latent diffusion model.")
-    add_prompt_flags(parser, scale=7.5, n_iter=2, n_samples=3)
+    parser = Parser(prog="txt2img.py", description="Generate images from prompts with a latent diffusion model.")
+    cli.add_prompt_flags(parser, scale=7.5, n_iter=2, n_samples=3)
     add = parser.add_argument
     add("--outdir", metavar="DIR", help=f"folder for samples/ and grids (default: {DEFAULTS['outdir']})")
-    add("--H", type=int, default=512, help="height of the pictures in pixels")
-    add("--W", type=int, default=512, help="width of the pictures in pixels")
+    add("--H", type=int, default=512, help="image height in pixels")
+    add("--W", type=int, default=512, help="image width in pixels")
     solver = parser.add_mutually_exclusive_group()
-    solver.add_argument("--plms", action="store_true", help="use PLMS instead of DDIM")
-    solver.add_argument("--dpm_solver", action="store_true", help="use DPM-Solver++ instead of DDIM")
-    add_sampler_flag(solver)
-    add_sampling_flags(parser)
-    add_text_flags(parser)
-    add_redraw_flag(parser)
-    add(
-        "--laion400m",
-        action="store_true",
-        help="config, checkpoint and folder of the LAION-400M model, where not given",
-    )
-    add("--seed", type=int, default=42, help="seed of the noise")
-    add_model_flags(parser, DEFAULTS["config"], DEFAULTS["ckpt"], fill_in=False)
+    solver.add_argument("--plms", action="store_true", help="the same as --sampler plms")
+    solver.add_argument("--dpm_solver", action="store_true", help="the same as --sampler dpm_solver (DPM-Solver++)")
+    cli.add_sampler_flag(solver)
+    cli.add_sampling_flags(parser)
+    add_from_metadata_flag(parser)
+    add("--laion400m", action="store_true", help="use the LAION-400M model's --config, --ckpt and --outdir by default")
+    cli.add_model_flags(parser, DEFAULTS["config"], DEFAULTS["ckpt"], fill_in=False)
     return parser
 
 
-def settings_of(opt: Namespace) -> TextToImageRequest:
+def request_of(opt: Namespace) -> TextToImageRequest:
     sampler = "plms" if opt.plms else "dpm_solver" if opt.dpm_solver else opt.sampler or "ddim"
-    return TextToImageRequest(**prompt_settings(opt), sampler=sampler, height=opt.H, width=opt.W)
+    return TextToImageRequest(
+        **cli.request_fields(opt, TextToImageRequest, sampler=sampler, prompt=cli.prompts_of(opt))
+    )
 
 
 def main(argv: Sequence[str]) -> None:
     opt = parse(parser, argv, "txt2img")
     for name, value in (LAION400M if opt.laion400m else DEFAULTS).items():
         setattr(opt, name, getattr(opt, name) or value)
-    # What is wrong with the command line is said before torch is imported.
-    config, ckpt = find_file(opt.config), find_file(opt.ckpt)
-    info = model_info(read_config(config))
-    require_text_model(info)
-    settings = settings_of(opt).checked(info)
-    prompts = prompts_of(opt)
-    if settings.emphasis:
-        check_emphasis(prompts)
-    source = open_ckpt(opt, ckpt)
-    check_unchanged(opt, config, source)
-    check_ready(opt)
-    output = Output(opt.outdir, watermark_of(opt), safety_of(opt, info))
+    info = cli.read_info(opt)
+    request = request_of(opt).checked(info)
+    prepared = cli.prepare(opt, info)
+    output = Output(opt.outdir, prepared.watermark, prepared.safety)
 
-    pipeline = load_model(config, source, opt.device, opt.precision, opt.use_ema)
-    only = opt.recorded.only if opt.recorded is not None else None
-    write_images(text_to_image(pipeline, prompts, settings, only=only), output, opt)
+    pipeline = cli.load(opt, prepared)
+    inference.write_images(inference.text_to_image(pipeline, request, only=opt.only), output, opt)
 
 
 if __name__ == "__main__":

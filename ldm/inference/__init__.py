@@ -1,35 +1,77 @@
-"""One pipeline for all sampling scripts: checks before anything heavy is loaded, the model, conditions, latents, pictures.
+"""Sampling from trained models: the public names, each imported on first use.
 
-A script reads `model_info` off the YAML, checks its settings against them (ldm.inference.settings, ldm.inference.task_settings), gets a `Pipeline` from
-`load_model`, and writes the pictures that a task yields (`text_to_image`, `image_to_image`, `inpaint`, `upscale`, `generate_samples`) through
-ldm.output.images. Importing this package imports neither torch nor Lightning.
+Requests and the model's info need no torch, so scripts check their flags before `load_model` imports it:
+
+    info = inference.read_model_info("configs/stable-diffusion/v1-inference.yaml")
+    request = inference.TextToImageRequest(prompt="a red kite", seed=1).checked(info)
+    pipeline = inference.load_model(info, "sd-v1-4.ckpt")
+    for generated in inference.text_to_image(pipeline, request):
+        generated.image.save("kite.png")
 """
 
-from ldm.inference.class_conditional import generate_samples
-from ldm.inference.concat import depth_parts, inpaint, upscale
-from ldm.inference.pipeline import Pipeline, for_inference, identify, load_model
-from ldm.inference.precision import Precision, choose_device, resolve_precision
-from ldm.inference.randomness import Randomness
-from ldm.inference.settings import PRECISIONS
-from ldm.inference.text_to_image import finished, image_to_image, text_to_image
-from ldm.paths import fingerprint
+# ruff: noqa: F401
+from typing import TYPE_CHECKING, Any
 
-__all__ = [
-    "PRECISIONS",
-    "Pipeline",
-    "Precision",
-    "Randomness",
-    "choose_device",
-    "depth_parts",
-    "fingerprint",
-    "finished",
-    "for_inference",
-    "generate_samples",
-    "identify",
-    "image_to_image",
-    "inpaint",
-    "load_model",
-    "resolve_precision",
-    "text_to_image",
-    "upscale",
-]
+from ldm.cli import import_lightning
+from ldm.lazy import lazy_attributes
+
+if TYPE_CHECKING:
+    from ldm.checkpoint import MissingWeightsError, WeightsSource, open_weights
+    from ldm.config.instantiate import allow_targets
+    from ldm.config.model_info import ModelInfo, model_info, read_model_info
+    from ldm.inference.inputs import (
+        SavedRun,
+        check_pairs,
+        find_depth,
+        find_pairs,
+        find_run,
+        load_image,
+        one_pair,
+        parse_classes,
+        read_prompts,
+    )
+    from ldm.inference.pipeline import Pipeline, load_model
+    from ldm.inference.precision import choose_device
+    from ldm.inference.requests import (
+        ClassConditionalRequest,
+        ImageToImageRequest,
+        InpaintRequest,
+        RetrievalRequest,
+        TextToImageRequest,
+        UpscaleRequest,
+    )
+    from ldm.inference.tasks.class_conditional import generate_samples
+    from ldm.inference.tasks.image_to_image import image_to_image
+    from ldm.inference.tasks.inpaint import inpaint
+    from ldm.inference.tasks.text_to_image import text_to_image
+    from ldm.inference.tasks.upscale import upscale
+    from ldm.inference.writing import write_images, write_named, write_samples
+
+_LIGHT = {
+    "ldm.config.instantiate": "allow_targets",
+    "ldm.config.model_info": "ModelInfo model_info read_model_info",
+    "ldm.inference.inputs": (
+        "SavedRun check_pairs find_depth find_pairs find_run load_image one_pair parse_classes read_prompts"
+    ),
+    "ldm.inference.requests": (
+        "ClassConditionalRequest ImageToImageRequest InpaintRequest RetrievalRequest TextToImageRequest UpscaleRequest"
+    ),
+    "ldm.inference.writing": "write_images write_named write_samples",
+}
+_HEAVY = {  # these import torch and Lightning
+    "ldm.checkpoint": "MissingWeightsError WeightsSource open_weights",
+    "ldm.inference.pipeline": "Pipeline load_model",
+    "ldm.inference.precision": "choose_device",
+    "ldm.inference.tasks.class_conditional": "generate_samples",
+    "ldm.inference.tasks.image_to_image": "image_to_image",
+    "ldm.inference.tasks.inpaint": "inpaint",
+    "ldm.inference.tasks.text_to_image": "text_to_image",
+    "ldm.inference.tasks.upscale": "upscale",
+}
+_lazy = lazy_attributes(__name__, _LIGHT | _HEAVY)
+
+
+def __getattr__(name: str) -> Any:
+    if any(name in names.split() for names in _HEAVY.values()):
+        import_lightning()  # reports a torchvision that does not fit torch
+    return _lazy(name)

@@ -1,260 +1,250 @@
-"""What the sampling scripts share: their common flags, the checks before a model is loaded, and how pictures are written and reported."""
+"""Flags of the sampling scripts, and their checks before a model is loaded."""
 
 from __future__ import annotations
 
 import argparse
-import time
 from argparse import BooleanOptionalAction, Namespace
-from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import fields
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
 
+from ldm import inference
 from ldm.cli import Parser
-from ldm.inference.settings import PRECISIONS, SAFETY_MODES, SEED_MODES, TILE, ModelInfo, read_prompts
+from ldm.config.model_info import SAFETY_MODES, ModelInfo, read_model_info
+from ldm.inference.from_metadata import check_unchanged
+from ldm.inference.settings import PRECISIONS, SEED_MODES, TILE, Request
 from ldm.models.diffusion.samplers.registry import SAMPLERS
-from ldm.output.images import GeneratedImage, Output
 from ldm.output.safety import Safety, SafetySettings
 from ldm.output.watermark import METHODS, Watermark
-from ldm.paths import find_file
-
-if TYPE_CHECKING:
-    from ldm.checkpoint import WeightsSource
+from ldm.paths import find_file, fingerprint
 
 STABLE_DIFFUSION = {
     "config": "configs/stable-diffusion/v1-inference.yaml",
     "ckpt": "models/ldm/stable-diffusion-v1/model.ckpt",
 }
-WHERE = {
+_RELEASED = ("models/ldm/inpainting_big/last.ckpt", "models/ldm/bsr_sr/model.ckpt")
+_DOWNLOADS = {  # how to get the weights of the default models
     STABLE_DIFFUSION[
         "ckpt"
     ]: "put sd-v1-4.ckpt of https://huggingface.co/CompVis/stable-diffusion-v-1-4-original there",
-    "models/ldm/text2img-large/model.ckpt": "put https://ommer-lab.com/files/latent-diffusion/nitro/txt2img-f8-large/model.ckpt there",
+    "models/ldm/text2img-large/model.ckpt": (
+        "put https://ommer-lab.com/files/latent-diffusion/nitro/txt2img-f8-large/model.ckpt there"
+    ),
+    "models/rdm/rdm768x768/model.ckpt": "put https://ommer-lab.com/files/rdm/model.ckpt there",
+    _RELEASED[0]: "bash scripts/download_models.sh inpainting_big downloads it",
+    _RELEASED[1]: "bash scripts/download_models.sh sr_bsr downloads it",
 }
 
 
-def add_prompt_flags(parser: Parser, scale: float, n_iter: int, n_samples: int) -> None:
-    """The flags of scripts that draw prompts, with the published defaults of the script."""
-    add = parser.add_argument
-    add("--prompt", nargs="?", default="a painting of a virus monster playing guitar", help="what to draw")
-    add("--negative_prompt", default="", metavar="TEXT", help="what to lead away from; needs a --scale other than 1")
-    add("--from-file", metavar="FILE", help="draw every line of this file instead of --prompt, n_samples lines at once")
-    add("--skip_grid", action="store_true", help="write no grid")
-    add("--skip_save", action="store_true", help="write no single samples")
-    add("--captions", action="store_true", help="write each prompt under its picture in the grid")
-    add("--ddim_steps", type=int, default=50, metavar="S", help="number of sampling steps")
-    add("--fixed_code", action="store_true", help="start every batch from the same noise")
-    text = "noise of the steps (default: 0 with DDIM, which is deterministic, else the sampler's own)"
-    add("--ddim_eta", type=float, metavar="ETA", help=text)
-    add("--n_iter", type=int, default=n_iter, metavar="N", help="how often to draw all prompts")
-    add("--C", type=int, help="channels of the latents (default: the model's; Stable Diffusion 4)")
-    add("--f", type=int, help="pixels per latent cell (default: the model's; Stable Diffusion 8)")
-    add("--n_samples", type=int, default=n_samples, metavar="N", help="how many pictures to draw at once")
-    add("--n_rows", type=int, default=0, metavar="N", help="pictures in a row of the grid (default: n_samples)")
-    add("--scale", type=float, default=scale, help="guidance scale; 1 is none")
-    add_seed_mode_flag(parser)
-    text = f"let the first stage see overlapping tiles of SIDE pixels (default: off; {TILE} without a number), which needs less memory"
-    add("--tiled", type=int, nargs="?", const=TILE, default=0, metavar="SIDE", help=text)
+# --- flags
 
 
-def add_text_flags(parser: Parser) -> None:
-    """What may be asked of the reading of prompts."""
+def add_prompt_flags(parser: Parser, scale: float, n_iter: int, n_samples: int, text_encoder: bool = True) -> None:
+    """Flags of the scripts that generate from prompts; text_encoder: the model's own, which can weight words."""
     add = parser.add_argument
+    add("--prompt", nargs="?", default="a painting of a virus monster playing guitar", help="what the images show")
+    add("--negative_prompt", default="", metavar="TEXT", help="what they do not show (requires --scale other than 1)")
     add(
-        "--emphasis",
-        action="store_true",
-        help="weigh words: (word:1.3), (word) for 1.1, [word] for 1/1.1; \\( is a bracket",
+        "--from-file", metavar="FILE", help="one prompt per line, used instead of --prompt; --n_samples lines per batch"
     )
-    add("--long_prompts", action="store_true", help="encode prompts over 75 tokens in chunks instead of cutting them")
+    add("--skip_grid", action="store_true", help="do not save the grid")
+    add("--skip_save", action="store_true", help="do not save the single images")
+    add("--captions", action="store_true", help="print the prompt below each image of the grid")
+    add("--ddim_steps", type=int, default=50, metavar="S", help="number of sampling steps, for every sampler")
+    add("--fixed_code", action="store_true", help="start every batch from the same noise")
+    text = "noise per step, from 0 (deterministic) to 1 (as DDPM) (default: 0 for DDIM, else the sampler's own)"
+    add("--ddim_eta", type=float, metavar="ETA", help=text)
+    add(
+        "--n_iter",
+        type=int,
+        default=n_iter,
+        metavar="N",
+        help="repetitions: N batches of --prompt, or N times every line of --from-file",
+    )
+    add("--C", type=int, help="channels of the latents (default: the model's)")
+    add("--f", type=int, help="downsampling factor of the first stage (default: the model's)")
+    add("--n_samples", type=int, default=n_samples, metavar="N", help="images per batch")
+    add("--n_rows", type=int, default=0, metavar="N", help="images in a row of the grid (default: n_samples)")
+    add("--scale", type=float, default=scale, help="classifier-free guidance scale; 1 disables it")
+    add_seed_flags(parser)
+    text = f"decode in overlapping tiles of SIDE pixels, which saves memory (default: off; {TILE} if SIDE is omitted)"
+    add("--tiled", type=int, nargs="?", const=TILE, default=0, metavar="SIDE", help=text)
+    if text_encoder:
+        text = "weight words: (word:1.3), (word) for 1.1, [word] for 1/1.1; \\( is a literal bracket"
+        add("--emphasis", action="store_true", help=text)
+        text = "encode prompts of more than 75 tokens in chunks instead of truncating them"
+        add("--long_prompts", action="store_true", help=text)
 
 
-def add_seed_mode_flag(parser: Parser) -> None:
-    text = "batch: one stream of noise, as published; image: picture k has the noise of seed + k, whatever the batches"
-    parser.add_argument("--seed_mode", choices=SEED_MODES, default="batch", help=text)
+def add_seed_flags(parser: Parser, seed: int | None = 42, modes: bool = True) -> None:
+    text = "random seed" if seed is not None else "random seed, also of the order of classes (default: random, printed)"
+    parser.add_argument("--seed", type=int, default=seed, help=text)
+    if modes:
+        text = "batch: one noise stream for the whole run, as published; image: image k depends on seed + k alone"
+        parser.add_argument("--seed_mode", choices=SEED_MODES, default="batch", help=text)
 
 
 def add_sampler_flag(parser: argparse._ActionsContainer) -> None:
     """`--sampler`, on a parser or in one of its groups."""
-    parser.add_argument("--sampler", metavar="NAME", help=f"{', '.join(SAMPLERS)} (default: ddim)")
+    parser.add_argument("--sampler", metavar="NAME", help=f"one of {', '.join(SAMPLERS)} (default: ddim)")
 
 
-def add_sampling_flags(parser: Parser, guidance: bool = True) -> None:
-    """What samplers take beside their steps; without `guidance` not what is about that."""
+def add_sampling_flags(parser: Parser) -> None:
+    """Sampler flags other than the step count and the scale."""
     add = parser.add_argument
-    grids = ", ".join(dict.fromkeys(grid for entry in SAMPLERS.values() for grid in entry.spacings))
-    add(
-        "--spacing",
-        default="uniform",
-        metavar="NAME",
-        help=f"how the steps are spread: {grids}; not every sampler takes each",
-    )
-    if guidance:
-        text = "bring the guided output's deviation back to the unguided one's by this share: 0 off, 0.7 usual"
-        add("--guidance_rescale", type=float, default=0.0, metavar="SHARE", help=text)
-    text = "keep each prediction within the magnitude that this share of it stays below, e.g. 0.995 (default: off)"
-    add("--dynamic_threshold", type=float, metavar="SHARE", help=text)
+    spacings = ", ".join(dict.fromkeys(spacing for entry in SAMPLERS.values() for spacing in entry.spacings))
+    text = f"timestep spacing: {spacings}; not every sampler supports all of them"
+    add("--spacing", default="uniform", metavar="NAME", help=text)
+    text = "reduce over-exposure by guidance: 0 off, 0.7 usual, at most 1"
+    add("--guidance_rescale", type=float, default=0.0, metavar="PHI", help=text)
+    text = "clip each prediction to this quantile of its magnitude, e.g. 0.995 (default: off)"
+    add("--dynamic_threshold", type=float, metavar="QUANTILE", help=text)
+
+
+def add_single_image_flags(parser: Parser, steps: int | None, scale: float) -> None:
+    """Flags of the scripts that turn one image into one: inpainting and upscaling."""
+    add = parser.add_argument
+    add("--prompt", default="", metavar="TEXT", help="what the image shows (text-conditional models only)")
+    text = "what it does not show (text-conditional models only)"
+    add("--negative_prompt", default="", metavar="TEXT", help=text)
+    text = f"classifier-free guidance scale; 1 disables it (default: {scale:g} for text-conditional models)"
+    add("--scale", type=float, help=text)
+    text = "number of sampling steps" + ("" if steps else " (default: 100; 50 for text-conditional models)")
+    add("--steps", type=int, default=steps, metavar="S", help=text)
+    default = "0 for DDIM" if steps else "1 for DDIM, 0 for DDIM with a text-conditional model"
+    text = f"noise per step, from 0 (deterministic) to 1 (as DDPM) (default: {default}, else the sampler's own)"
+    add("--ddim_eta", type=float, metavar="ETA", help=text)
+    add_sampler_flag(parser)
+    add_sampling_flags(parser)
+    add_seed_flags(parser, modes=False)
+
+
+def add_clip_flags(parser: Parser, what: str) -> None:
+    """The CLIP of retrieval-augmented models."""
+    add = parser.add_argument
+    add("--clip_type", default="ViT-L/14", metavar="NAME", help=f"CLIP version that embeds the {what}")
+    text = "its weights in open_clip's format (default: from the Hugging Face hub or its cache)"
+    add("--clip_weights", metavar="FILE", help=text)
 
 
 def add_model_flags(parser: Parser, config: str | None, ckpt: str | None, fill_in: bool = True) -> None:
-    """The flags that name a model and how to compute with it; `config` None leaves both files out.
+    """Flags of the model and of the output; `config` None: the script finds both files by itself.
 
-    fill_in: whether the files are the flags' defaults, or only named as such, for a script that has several.
+    fill_in: False for a script with several default models, which the help names but the parser does not fill in.
     """
     add = parser.add_argument
     if config is not None:
-        default = {} if fill_in else {"config": None, "ckpt": None}
-        add(
-            "--config",
-            default=default.get("config", config),
-            metavar="YAML",
-            help=f"the model's config (default: {config})",
-        )
-        text = f"the model's weights, .ckpt, .safetensors or a diffusers folder (default: {ckpt})"
-        add("--ckpt", default=default.get("ckpt", ckpt), metavar="FILE", help=text)
-    text = "draw with the averaged weights of a file, or with the trained ones (default: as the config says)"
-    add("--use_ema", action=BooleanOptionalAction, help=text)
+        text = f"YAML of the model (default: {config})"
+        add("--config", default=config if fill_in else None, metavar="YAML", help=text)
+        text = f"weights of the model: .ckpt, .safetensors or a diffusers folder (default: {ckpt})"
+        add("--ckpt", default=ckpt if fill_in else None, metavar="FILE", help=text)
+    add("--use_ema", action=BooleanOptionalAction, help="use the EMA weights (default: if the config keeps an EMA)")
     text = (
-        "numbers that the networks compute in. auto: bf16 where the device has instructions for it, else full. full: float32. autocast: "
-        "float32 weights, computed in half precision where that is faster. bf16, fp16: weights of 16 bits (default: auto)"
+        "auto: bf16 if the device supports it, else full. full: float32. autocast: float32 weights, computed in half "
+        "precision. bf16, fp16: 16-bit weights (default: auto)"
     )
     add("--precision", choices=PRECISIONS, default="auto", help=text)
     add("--device", default="auto", metavar="NAME", help="auto, cpu, cuda, cuda:1 or mps")
-    add_output_flags(parser)
-    add(
-        "--allow-targets",
-        action="append",
-        default=[],
-        metavar="PACKAGE",
-        help="let the config name classes of this package too",
+    text = "images that the safety checker flags: on: save a black image, report: save and flag it, off: do not check"
+    add("--safety", choices=SAFETY_MODES, help=f"{text} (default: the config's)")
+    text = (
+        "folder with the checker's config.json and weights (default: models/safety_checker, else the Hugging Face hub)"
     )
+    add("--safety_checker", metavar="FOLDER", help=text)
+    text = f"invisible watermark in images of at least 256x256 pixels (default: {METHODS[0]})"
+    add("--watermark", choices=(*METHODS, "off"), help=text)
+    text = "allow the config to name classes of this package"
+    add("--allow-targets", action="append", default=[], metavar="PACKAGE", help=text)
     add("--debug", action="store_true", help="show the traceback of an error")
 
 
-def add_output_flags(parser: Parser) -> None:
-    """The flags of the way out of every script that draws: the safety check and the watermark."""
-    add = parser.add_argument
-    text = "of what the safety checker flags, write a black picture (on) or say so (report); off: no check (default: the config's)"
-    add("--safety", choices=SAFETY_MODES, help=text)
-    text = "the safety checker, config.json and its weights (default: models/safety_checker where it is there, else the hub's)"
-    add("--safety_checker", metavar="FOLDER", help=text)
-    add(
-        "--watermark",
-        choices=(*METHODS, "off"),
-        help=f"invisible mark in pictures of 256x256 pixels and more (default: {METHODS[0]})",
+# --- checks
+
+
+class Prepared(NamedTuple):
+    """Everything that a run needs, checked."""
+
+    info: ModelInfo
+    weights: inference.WeightsSource
+    watermark: Watermark | None
+    safety: Safety
+
+
+def read_info(opt: Namespace) -> ModelInfo:
+    """The facts of the model in `--config`."""
+    return read_model_info(find_file(opt.config))
+
+
+def prepare(opt: Namespace, info: ModelInfo, ckpt: Path | None = None) -> Prepared:
+    """The last checks before the model is loaded: grid, weights (default: `--ckpt`), device, safety checker."""
+    if getattr(opt, "n_rows", 0) < 0:
+        raise ValueError(f"--n_rows {opt.n_rows}: choose 1 or more, or 0 for n_samples")
+    if opt.watermark not in (None, "off") and find_spec("imwatermark") is None:
+        raise ImportError(f"--watermark {opt.watermark}: pip install invisible-watermark")
+    weights = _open_weights(opt, ckpt)
+    if getattr(opt, "recorded", None) is not None:
+        check_unchanged(opt, info, weights)
+    inference.choose_device(opt.device)
+    inference.allow_targets(*opt.allow_targets)
+    watermark = None if opt.watermark == "off" else Watermark(opt.watermark or METHODS[0])
+    return Prepared(
+        info, weights, watermark, Safety(SafetySettings(opt.safety, opt.safety_checker).checked(info)).ready()
     )
 
 
-def safety_of(opt: Namespace, info: ModelInfo) -> Safety:
-    """The safety check that the flags and the config ask for, ready; an error in one line where it cannot run."""
-    return Safety(SafetySettings(opt.safety, opt.safety_checker).checked(info)).ready()
+def _open_weights(opt: Namespace, ckpt: Path | None) -> inference.WeightsSource:
+    if ckpt is None:
+        ckpt = _find_released(opt.ckpt) if opt.ckpt in _RELEASED else find_file(opt.ckpt)
+    try:
+        return inference.open_weights(ckpt)
+    except inference.MissingWeightsError as error:
+        hint = _DOWNLOADS.get(getattr(opt, "ckpt", ""), "a training run has <run directory>/checkpoints/last.ckpt")
+        raise FileNotFoundError(
+            f"checkpoint {ckpt}: no such file; {hint}, or pass --ckpt FILE with its --config"
+        ) from error
 
 
-def watermark_of(opt: Namespace) -> Watermark | None:
-    """The mark that the flag names, None for off."""
-    if opt.watermark is not None and opt.watermark != "off" and find_spec("imwatermark") is None:
-        raise ImportError(f"--watermark {opt.watermark}: pip install invisible-watermark brings what it needs")
-    return None if opt.watermark == "off" else Watermark(opt.watermark or METHODS[0])
-
-
-def prompt_settings(opt: Namespace) -> dict[str, Any]:
-    """The values of `add_prompt_flags` under the names of `TextToImageRequest`."""
-    names = {"negative_prompt": "negative_prompt", "steps": "ddim_steps", "scale": "scale", "channels": "C"}
-    names |= {"factor": "f", "eta": "ddim_eta"}
-    same = (
-        "seed",
-        "seed_mode",
-        "n_samples",
-        "n_iter",
-        "fixed_code",
-        "tiled",
-        "spacing",
-        "guidance_rescale",
-        "dynamic_threshold",
-    )
-    tools = {name: getattr(opt, name) for name in ("emphasis", "long_prompts", "chunks") if hasattr(opt, name)}
-    return (
-        {name: getattr(opt, flag) for name, flag in names.items()} | {name: getattr(opt, name) for name in same} | tools
-    )
-
-
-def prompts_of(opt: Namespace) -> str | list[str]:
-    """The one prompt, or the lines of the file; of a picture that is drawn again, what makes its batches."""
-    if opt.from_file:
-        return read_prompts(opt.from_file)
-    recorded = getattr(opt, "recorded", None)
-    return opt.prompt or "" if recorded is None else recorded.prompts(opt.prompt or "")
-
-
-def released_weights(path: str) -> Path:
-    """The file of a released model, which its archive may hold under either of the published names, last.ckpt and model.ckpt."""
+def _find_released(path: str) -> Path:
+    """The checkpoint of a released model, which archives name last.ckpt or model.ckpt."""
     other = {"last.ckpt": "model.ckpt", "model.ckpt": "last.ckpt"}[Path(path).name]
     names = [find_file(path), find_file(Path(path).with_name(other))]
     return next((file for file in names if file.is_file()), names[0])
 
 
-def open_ckpt(opt: Namespace, ckpt: Path, where: Mapping[str, str] = WHERE) -> WeightsSource:
-    """The weights of --ckpt. where: how to get the file that a flag's default names, for the error if it is missing."""
-    from ldm.checkpoint import MissingWeightsError, open_weights  # brings torch
-
-    try:
-        return open_weights(ckpt)
-    except MissingWeightsError as error:
-        hint = where.get(getattr(opt, "ckpt", ""), "your own runs keep theirs in <run folder>/checkpoints/last.ckpt")
-        message = f"checkpoint {ckpt}: no such file; {hint}, or pass --ckpt FILE with its --config"
-        raise FileNotFoundError(message) from error
-
-
-def check_ready(opt: Namespace) -> None:
-    """The last checks before the model is loaded: the grid and the device."""
-    if getattr(opt, "n_rows", 0) < 0:
-        raise ValueError(f"--n_rows {opt.n_rows}: choose 1 or more, or 0 for n_samples")
-    from ldm.inference import choose_device
-
-    choose_device(opt.device)
-    if opt.allow_targets:
-        from ldm.config.instantiate import allow_targets
-
-        allow_targets(*opt.allow_targets)
-
-
-def write_images(drawn: Iterable[GeneratedImage], output: Output, opt: Namespace) -> None:
-    """Write samples as they come, then their grid, and report."""
-    start, files, pictures, count = time.perf_counter(), [], [], 0
-    for picture in map(output.checked, drawn):
-        count += 1
-        if not opt.skip_save:
-            files.append(output.save_sample(picture))
-        if not opt.skip_grid:
-            pictures.append(picture)
-    seconds = time.perf_counter() - start
-    if pictures:
-        files.append(output.save_grid(grid_of(pictures, opt.n_rows or opt.n_samples, opt.captions)))
-    report(count, seconds, files)
-
-
-def report(count: int, seconds: float, files: Sequence[Path]) -> None:
-    """How many pictures in which time, and where they are."""
-    print(
-        f"{count} pictures in {seconds:.1f} s, {seconds / count:.2f} s each"
-        if count != 1
-        else f"1 picture in {seconds:.1f} s"
-    )
-    if files:
-        names = [str(file) for file in files]
-        print("\n".join(names if len(names) <= 8 else [*names[:3], f"... {len(names) - 5} more", *names[-2:]]))
-
-
-def grid_of(pictures: list[GeneratedImage], columns: int, captions: bool) -> GeneratedImage:
-    """All pictures in the published grid; with captions, roomier and on white."""
-    from ldm.visualize import grid
-
-    images, prompts = [picture.image for picture in pictures], [picture.info["prompt"] for picture in pictures]
-    image = (
-        grid(images, prompts, columns, padding=12) if captions else grid(images, columns=columns, background="black")
-    )
-    shared = {
-        key: value for key, value in pictures[0].info.items() if all(picture.info[key] == value for picture in pictures)
+def request_fields(opt: Namespace, request: type[Request], **others: Any) -> dict[str, Any]:
+    """The flags' values as fields of a request; `others` are fields whose flags have another name."""
+    renamed = {"steps": "ddim_steps", "eta": "ddim_eta", "channels": "C", "factor": "f", "height": "H", "width": "W"}
+    flags = {
+        name: renamed[name] if hasattr(opt, renamed.get(name, "")) else name
+        for name in (field.name for field in fields(request))
     }
-    flagged = [picture.info.get("flagged") for picture in pictures]
-    info = {**shared, "prompts": prompts, "flagged": None if None in flagged else any(flagged)}
-    return GeneratedImage(image, info, checked=all(picture.checked for picture in pictures))
+    found = {name: getattr(opt, flag) for name, flag in flags.items() if hasattr(opt, flag)}
+    return {**found, "sampler": opt.sampler or "ddim", **others}
+
+
+def prompts_of(opt: Namespace) -> str | list[str]:
+    """The prompt, the lines of `--from-file`, or those that reproduce the batches of the image in `--from-metadata`."""
+    if opt.from_file:
+        return inference.read_prompts(opt.from_file)
+    recorded = getattr(opt, "recorded", None)
+    return opt.prompt or "" if recorded is None else recorded.prompts(opt.prompt or "")
+
+
+# --- loading
+
+
+def load(opt: Namespace, prepared: Prepared, **files: str | Path | None) -> inference.Pipeline:
+    """Load the model; the `files` that images are made from go into the metadata."""
+    pipeline = inference.load_model(prepared.info, prepared.weights, opt.device, opt.precision, opt.use_ema)
+    pipeline.identity = {**pipeline.identity, **record_files(**files)}
+    return pipeline
+
+
+def record_files(**files: str | Path | None) -> dict[str, str]:
+    """Paths and fingerprints of files as metadata."""
+    record: dict[str, str] = {}
+    for name, path in files.items():
+        if path:
+            record |= {name: str(path), f"{name}_fingerprint": fingerprint(path)}
+    return record

@@ -1,4 +1,4 @@
-"""A picture drawn again: the command line that its metadata stands for, and whether the files are still those it was drawn with."""
+"""Repeat an image from its PNG: flags from its metadata, and the check that its files are still the same."""
 
 from __future__ import annotations
 
@@ -7,54 +7,45 @@ import logging
 from argparse import Namespace
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
+from ldm import inference
 from ldm.cli import Parser
+from ldm.config.model_info import ModelInfo
+from ldm.output.images import read_metadata
 from ldm.output.watermark import METHODS
 from ldm.paths import fingerprint
 
-if TYPE_CHECKING:
-    from ldm.checkpoint import WeightsSource
-
 logger = logging.getLogger(__name__)
 
-# What the metadata calls it -> the flag's name among the parsed arguments.
-FLAGS = {"steps": "ddim_steps", "eta": "ddim_eta", "channels": "C", "factor": "f", "height": "H", "width": "W"}
-FLAGS |= {
-    name: name for name in ("negative_prompt", "sampler", "spacing", "scale", "guidance_rescale", "dynamic_threshold")
+_SAME = """
+    negative_prompt sampler spacing scale guidance_rescale dynamic_threshold seed seed_mode n_samples n_iter fixed_code
+    tiled emphasis long_prompts chunks strength init_img depth config ckpt use_ema device
+    use_neighbors n_repeat database knn searcher clip_weights
+"""
+FLAGS = {name: name for name in _SAME.split()} | {  # key of the metadata -> name of the parsed argument
+    "steps": "ddim_steps",
+    "eta": "ddim_eta",
+    "channels": "C",
+    "factor": "f",
+    "height": "H",
+    "width": "W",
+    "clip": "clip_type",
+    "precision_used": "precision",  # `auto` may resolve to another one on this machine
 }
-FLAGS |= {
-    name: name
-    for name in (
-        "seed",
-        "seed_mode",
-        "n_samples",
-        "n_iter",
-        "fixed_code",
-        "tiled",
-        "emphasis",
-        "long_prompts",
-        "chunks",
-    )
-}
-FLAGS |= {name: name for name in ("strength", "init_img", "depth", "config", "ckpt", "use_ema", "device")}
-FLAGS |= {name: name for name in ("use_neighbors", "n_repeat", "database", "knn", "searcher", "clip_weights")} | {
-    "clip": "clip_type"
-}
-FLAGS["precision_used"] = "precision"  # `auto` may be another here
-BELONGS_TO = {  # a flag on the command line -> what is then not taken from the metadata
+REPLACES = {  # a flag on the command line -> the metadata that it makes invalid
     "sampler": ("eta", "spacing"),
     "plms": ("sampler", "eta", "spacing"),
     "dpm_solver": ("sampler", "eta", "spacing"),
     "config": ("channels", "factor"),
     "laion400m": ("config", "ckpt", "channels", "factor"),
 }
-MAX_COUNT = 1_000_000  # of prompts and pictures in a run
-WHOLE_RUN = ("n_samples", "n_iter", "from_file")  # flags that ask for more than the one picture
+MAX_COUNT = 1_000_000  # prompts and images in a run
+WHOLE_RUN = ("n_samples", "n_iter", "from_file")  # flags that ask for more than the one image
 
 
 class Recorded(NamedTuple):
-    """A picture's metadata, and the names of the flags that replace it."""
+    """An image's metadata, and the names of the flags on the command line, which replace it."""
 
     path: str
     info: Mapping[str, Any]
@@ -62,11 +53,11 @@ class Recorded(NamedTuple):
 
     @property
     def only(self) -> int | None:
-        """The place of the picture in its run; None where the whole run is drawn: for a grid, and for flags of WHOLE_RUN."""
+        """Index of the image in its run; None to repeat the whole run, for a grid and with flags of WHOLE_RUN."""
         return None if self.typed & set(WHOLE_RUN) else self.info.get("image_index")
 
     def prompts(self, prompt: str) -> str | list[str]:
-        """Prompts that make batches of the sizes that the run had. Those of other pictures are not known and do not matter."""
+        """Prompts that give the batch sizes of the run; those of its other images are unknown and have no effect."""
         if self.typed & {*WHOLE_RUN, "prompt"} and self.only is None:
             return prompt
         count = self.info.get("n_prompts", 1)
@@ -75,100 +66,102 @@ class Recorded(NamedTuple):
         return list(self.info["prompts"][:count]) if self.only is None and "prompts" in self.info else [prompt] * count
 
 
-def add_redraw_flag(parser: Parser) -> None:
-    text = "draw the picture in this PNG again, by its metadata; other flags replace what is written there, --n_samples, --n_iter and "
-    text += "--from-file draw a whole run with its settings"
+def add_from_metadata_flag(parser: Parser) -> None:
+    text = (
+        "repeat the image in this PNG with the settings in its metadata; other flags replace settings; with"
+        " --n_samples, --n_iter or --from-file, generate a whole run with these settings"
+    )
     parser.add_argument("--from-metadata", metavar="PNG", help=text)
 
 
 def parse(make_parser: Callable[[], Parser], argv: Sequence[str], task: str) -> Namespace:
-    """The command line; with --from-metadata the picture's settings in place of defaults, and `recorded` says what is known of it."""
+    """Parse a command line; with --from-metadata, the image's settings replace the defaults (`opt.recorded`)."""
     parser = make_parser()
     opt = parser.parse_args(argv)
-    opt.recorded = None
+    opt.recorded, opt.only = None, None
     if not opt.from_metadata:
         return opt
-    from ldm.output.images import read_metadata
-
     info, typed = read_metadata(opt.from_metadata), frozenset(parser.typed(argv))
     if info.get("task") != task:
         raise ValueError(
-            f"--from-metadata {opt.from_metadata}: this picture was drawn by {info.get('task')}, not by {task}"
+            f"--from-metadata {opt.from_metadata}: this image was generated by {info.get('task')}, not by {task}"
         )
     _check_types(opt.from_metadata, info, parser)
-    skipped = {name for flag in typed for name in BELONGS_TO.get(flag, ())}
+    invalid = {name for flag in typed for name in REPLACES.get(flag, ())}
     for name, flag in FLAGS.items():
         known = name in info and (info[name] is not None or name not in ("config", "ckpt", "database"))
-        if known and name not in skipped and flag not in typed and (hasattr(opt, flag) or name == "chunks"):
+        if known and name not in invalid and flag not in typed and (hasattr(opt, flag) or name == "chunks"):
             setattr(opt, flag, info[name])
     if "prompt" not in typed:
         opt.prompt = info.get("prompt", (info.get("prompts") or [""])[0])
-    if "watermark" in info and "watermark" not in typed:  # the safety check stays what this command line asks for
+    if "watermark" in info and "watermark" not in typed:  # --safety in contrast is never taken from an image
         words = str(info["watermark"] or "off").split(", ")
         opt.watermark = next((method for method in (*METHODS, "off") if method in words), None)
     opt.recorded = Recorded(opt.from_metadata, info, typed)
-    if opt.recorded.only is not None and not opt.skip_save:
-        opt.skip_grid = True  # of one picture
+    opt.only = opt.recorded.only
+    if opt.only is not None and not opt.skip_save:
+        opt.skip_grid = True
     if not getattr(opt, "long_prompts", False):
         opt.chunks = None
     return opt
 
 
 def _check_types(path: str, info: Mapping[str, Any], parser: Parser) -> None:
-    """ValueError where the metadata, which anybody can write, holds what the flag of that name would not take."""
+    """Raise ValueError if the metadata, which are untrusted, hold what the flag of that name would not accept."""
     flags = {action.dest: action for action in parser._actions}
-    wanted = {name: (_kind(flags[flag]), flags[flag].choices) for name, flag in FLAGS.items() if flag in flags}
-    wanted |= {name: (int, range(MAX_COUNT)) for name in ("n_prompts", "batch_size", "image_index", "chunks")} | {
-        "prompt": (str, None)
+    wanted: dict[str, tuple[type, Any]] = {
+        name: (_type_of(flags[flag]), flags[flag].choices) for name, flag in FLAGS.items() if flag in flags
     }
+    wanted |= {name: (int, range(MAX_COUNT)) for name in ("n_prompts", "batch_size", "image_index", "chunks")}
+    wanted["prompt"] = str, None
     for name, (kind, choices) in wanted.items():
         value = info.get(name)
-        right = isinstance(value, (int, float) if kind is float else kind) and (
-            kind is bool or not isinstance(value, bool)
-        )
-        if value is not None and not (right and (choices is None or value in choices)):
-            raise ValueError(f"--from-metadata {path}: its {name} is {str(value)[:60]!r}, which no run has written")
+        valid = isinstance(value, (int, float) if kind is float else kind)
+        valid = valid and (kind is bool or not isinstance(value, bool))  # True is an int, too
+        if value is not None and not (valid and (choices is None or value in choices)):
+            raise ValueError(f"--from-metadata {path}: invalid {name} in the metadata: {str(value)[:60]!r}")
     prompts = info.get("prompts", [])
     if not (isinstance(prompts, list) and all(isinstance(prompt, str) for prompt in prompts)):
-        raise ValueError(f"--from-metadata {path}: its prompts are no list of texts")
+        raise ValueError(f"--from-metadata {path}: invalid prompts in the metadata: expected a list of texts")
 
 
-def _kind(action: argparse.Action) -> type:
-    """What a flag's value is."""
+def _type_of(action: argparse.Action) -> type:
     if action.nargs == 0 or isinstance(action.const, bool):
         return bool
-    return action.type if action.type in (int, float) else str
+    return int if action.type is int else float if action.type is float else str
 
 
-def check_unchanged(opt: Namespace, config: Path, source: WeightsSource) -> None:
-    """The files that a picture is drawn again with are those that it was drawn with.
+def check_unchanged(opt: Namespace, info: ModelInfo, weights: inference.WeightsSource) -> None:
+    """Compare the files of this run with those that the image in --from-metadata was generated from.
 
-    ValueError for one that has changed; a warning, where the command line names it. A device that is not here is replaced, with a warning.
+    Raises ValueError for a file that has changed, or warns if the command line names it. Replaces an unavailable device
+    with a warning.
     """
-    if opt.recorded is None:
-        return
-    from ldm.inference import choose_device
-
-    info, typed = opt.recorded.info, opt.recorded.typed
-    paths = {"config": config, "ckpt": source.path}
-    paths |= {name: Path(value) for name in ("init_img", "depth") if (value := getattr(opt, name, None))}
-    for name, path in paths.items():
-        flag, before = f"--{name.replace('_', '-')}", info.get(f"{name}_fingerprint")
-        if before is None or not path.exists():
+    recorded, typed = opt.recorded.info, opt.recorded.typed
+    files = {"config": info.path, "ckpt": weights.path}
+    files |= {name: Path(path) for name in ("init_img", "depth") if (path := getattr(opt, name, None))}
+    for name, path in files.items():
+        before = recorded.get(f"{name}_fingerprint")
+        if before is None or path is None or not path.exists():
             continue
-        now = source.fingerprint if name == "ckpt" else fingerprint(path)
+        now = weights.fingerprint if name == "ckpt" else fingerprint(path)
         if now == before:
             continue
-        told = f"{flag} {path}: not the file that {opt.recorded.path} was drawn with (fingerprint {now}, then {before})"
+        flag = f"--{name.replace('_', '-')}"
+        source = opt.recorded.path
+        text = f"{flag} {path}: not the file that {source} was generated with (fingerprint {now}, then {before})"
         if name not in typed:
-            raise ValueError(f"{told}; give {flag} with that file, or with this one to draw with it all the same")
-        logger.warning("%s: the picture will be another", told)
+            raise ValueError(f"{text}; pass {flag} with that file, or with this one to use it anyway")
+        logger.warning("%s: the image will differ", text)
     if "device" not in typed:
         try:
-            choose_device(opt.device)
+            inference.choose_device(opt.device)
         except ValueError:
-            noise = "" if opt.seed_mode == "image" else ", whose noise is another"
+            noise = "" if opt.seed_mode == "image" else ", which has other noise"
             logger.warning(
-                "%s was drawn on %s, which is not here; drawing on what is%s", opt.recorded.path, opt.device, noise
+                "%s was generated on %s, which is not available; using another device%s",
+                opt.recorded.path,
+                opt.device,
+                noise,
             )
             opt.device = "auto"

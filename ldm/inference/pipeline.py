@@ -1,44 +1,79 @@
-"""A model that is ready to draw: its device, its precision, its weights, and what tells it from another."""
+"""A model that is ready for sampling: its device, its precision, its weights, and its identity for the metadata."""
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from copy import copy
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple, Protocol, cast
 
-from ldm.config.model_info import ModelInfo, model_info, read_config, value_at
+import torch
+from omegaconf import DictConfig, OmegaConf, open_dict
+from PIL import Image
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from ldm import __version__
+from ldm.checkpoint import (
+    CheckpointError,
+    WeightsSource,
+    ensure_weights,
+    load_weights,
+    open_weights,
+    weights_on_meta,
+)
+from ldm.config.instantiate import instantiate_from_config
+from ldm.config.model_info import ModelInfo, model_info, read_model_info, value_at
+from ldm.data.image import to_array
 from ldm.inference.precision import cast_weights, choose_device, resolve_precision
+from ldm.inference.settings import Request
+from ldm.models.diffusion.samplers.denoiser import DiffusionModel
+from ldm.models.diffusion.samplers.noise import PUBLISHED_NOISE, NoiseSource
 from ldm.models.diffusion.samplers.registry import make_sampler
+from ldm.modules.dtype import weights_dtype
 from ldm.paths import fingerprint, in_checkout
-
-if TYPE_CHECKING:
-    import torch
-    from omegaconf import DictConfig
-    from PIL import Image
-    from torch import Tensor
-
-    from ldm.checkpoint import WeightsSource
-    from ldm.models.diffusion.samplers.base import Sampler
 
 logger = logging.getLogger(__name__)
 
 
-# --------------------------------------------------------------------------------------------------------------- the model
+class GenerativeModel(DiffusionModel, Protocol):
+    """What the tasks use of a model besides sampling. Models in pixel space have no first stage."""
+
+    cond_stage_model: Any
+
+    def ema_scope(self) -> AbstractContextManager[None]: ...
+
+    def get_learned_conditioning(self, c: Any, /) -> Any: ...
+
+    def encode_first_stage(self, x: Tensor, /) -> Any: ...
+
+    def get_first_stage_encoding(self, posterior: Any, /) -> Tensor: ...
+
+    def decode_first_stage(self, z: Tensor, /) -> Tensor: ...
+
+
+class Conditioned(NamedTuple):
+    """Conditioning of a batch, and the callback after each sampling step."""
+
+    cond: Any = None
+    uncond: Any = None  # None without guidance
+    scale: float = 1.0
+    callback: Callable[[int], Any] | None = None
 
 
 class Pipeline:
-    """A model that is ready to draw, with all that does not change from picture to picture.
+    """A model that is ready for sampling, and everything that does not change from image to image.
 
-    dtype: what convolutions and products are computed in under autocast; None: in the dtype of the weights.
-    identity: what the metadata says of the model: config, checkpoint, version, precision.
+    dtype: of convolutions and matrix products under autocast; None: the weights'.
+    identity: metadata of the model: config, checkpoint, version, precision.
     """
 
     def __init__(
         self,
-        model: Any,
+        model: GenerativeModel,
         info: ModelInfo,
         device: torch.device,
         dtype: torch.dtype | None,
@@ -46,55 +81,69 @@ class Pipeline:
     ) -> None:
         self.model, self.info, self.device, self.dtype, self.identity = model, info, device, dtype, identity
 
-    @contextmanager
-    def drawing(self) -> Iterator[None]:
-        """Within it the model draws: no gradients, averaged weights where it keeps both, the precision that was chosen."""
-        import torch
+    def with_model(self, model: Any) -> Pipeline:
+        """The pipeline with another model in its place, e.g. one that works in tiles."""
+        changed = copy(self)
+        changed.model = cast(GenerativeModel, model)
+        return changed
 
-        with torch.no_grad(), self.model.ema_scope(), self._autocast():
+    @contextmanager
+    def sampling(self) -> Iterator[None]:
+        """Context without gradients, with the EMA weights of a model that keeps both, in the pipeline's precision."""
+        autocast = nullcontext() if self.dtype is None else torch.autocast(self.device.type, dtype=self.dtype)
+        with torch.no_grad(), self.model.ema_scope(), autocast:
             yield
 
-    def _autocast(self) -> AbstractContextManager[Any]:
-        import torch
-
-        return nullcontext() if self.dtype is None else torch.autocast(self.device.type, dtype=self.dtype)
-
     def encode_prompts(
-        self, prompts: Sequence[str], negative_prompt: str = "", scale: float = 1.0
-    ) -> tuple[Tensor, Tensor | None]:
-        """Conditions of the prompts and, where guidance needs it (scale other than 1), of as many negative prompts."""
+        self, prompts: Sequence[str], negative_prompt: str = "", scale: float | None = 1.0
+    ) -> tuple[Any, Any]:
+        """(cond, uncond) of the prompts; uncond is None without guidance (scale 1)."""
         uncond = self.model.get_learned_conditioning([negative_prompt] * len(prompts)) if scale != 1.0 else None
         return self.model.get_learned_conditioning(list(prompts)), uncond
 
-    def sampler(self, name: str) -> Sampler:
-        """A sampler over this model, by its name in ldm.models.diffusion.samplers.registry."""
-        return make_sampler(name, self.model)
+    def sample(
+        self,
+        request: Request,
+        shape: Sequence[int],
+        given: Conditioned,
+        noise: NoiseSource = PUBLISHED_NOISE,
+        x_T: Tensor | None = None,
+    ) -> Tensor:
+        """Latents of `shape` (B, c, h, w) by the sampler of a checked request; `x_T` replaces the initial noise."""
+        assert request.steps is not None
+        z, _ = make_sampler(request.sampler, self.model).sample(
+            S=request.steps,
+            batch_size=shape[0],
+            shape=shape[1:],
+            conditioning=given.cond,
+            eta=request.eta,
+            x_T=x_T,
+            unconditional_guidance_scale=given.scale,
+            unconditional_conditioning=given.uncond,
+            callback=given.callback,
+            log_every_t=request.steps + 1,
+            verbose=False,
+            noise_source=noise,
+            ddim_discretize=request.spacing,
+            **request.prediction_options,
+        )
+        return z
 
     def tensor(self, image: Image.Image) -> Tensor:
-        """A picture as (1, 3, H, W) float32 in [-1, 1] on the model's device."""
-        import torch
-
-        from ldm.data.image import to_array
-
+        """An image as (1, 3, H, W) float32 in [-1, 1] on the model's device."""
         return torch.from_numpy(to_array(image)).permute(2, 0, 1)[None].contiguous().to(self.device)
 
     def decode(self, z: Tensor) -> Tensor:
-        """Latents (B, c, h, w) -> float32 pictures (B, 3, H, W) in [-1, 1].
+        """Latents (B, c, h, w) -> float32 images (B, 3, H, W) in [-1, 1].
 
-        Where half precision overflows, the first stage decodes again in float32, and its weights stay so.
+        If half precision overflows, the first stage is cast to float32 for good and decodes again.
         """
-        import torch
-
-        from ldm.modules.dtype import weights_dtype
-
         if not torch.isfinite(z).all():
-            raise ValueError(
-                "sampling gave values that are not finite; try --precision full, another sampler or more steps"
-            )
-        if not hasattr(self.model, "decode_first_stage"):  # diffusion of the pictures themselves
+            raise ValueError("sampling gave non-finite values; try --precision full, another sampler or more steps")
+        if not hasattr(self.model, "decode_first_stage"):  # diffusion in pixel space
             return z.float().clamp(-1.0, 1.0)
         x = self.model.decode_first_stage(z).float()
-        stage = getattr(self.model, "first_stage_model", None)
+        stage: nn.Module | None = getattr(self.model, "first_stage_model", None)
         used = self.dtype or (weights_dtype(stage) if stage is not None else None)
         if used in (torch.float16, torch.bfloat16) and not torch.isfinite(x).all():
             logger.info("the first stage overflows in %s: decoding in float32", used)
@@ -103,84 +152,67 @@ class Pipeline:
             with torch.autocast(self.device.type, enabled=False):
                 x = self.model.decode_first_stage(z.float())
         if not torch.isfinite(x).all():
-            raise ValueError("the first stage gave values that are not finite: are these the weights of this config?")
+            raise ValueError("the first stage gave non-finite values: do these weights match the config?")
         return x.clamp(-1.0, 1.0)
 
 
+def progress_bar(total: int, progress: bool = True, leave: bool = True) -> tqdm:
+    return tqdm(total=total, desc="sampling", unit="step", leave=leave, disable=not progress or total == 0)
+
+
 def load_model(
-    config: str | Path | Mapping[str, Any],
+    config: ModelInfo | str | Path | Mapping[str, Any],
     ckpt: str | Path | WeightsSource,
     device: str = "auto",
     precision: str = "auto",
     use_ema: bool | None = None,
 ) -> Pipeline:
-    """The model of a YAML with the weights of a file, ready to draw.
+    """Load the model of a YAML with the weights of a file or a diffusers folder, ready for sampling.
 
-    It is built without initializing a weight and filled from the memory-mapped file, tensor by tensor where that holds other numbers than
-    `precision` asks for; nothing is downloaded that the file holds.
-    use_ema: draw with the file's averaged weights (as the published scripts do where the config keeps an average: the default, None)
-        or with the trained ones. Raises ValueError or OSError in one line for what the user can mend.
+    The model is built on the meta device and its weights stay memory-mapped; a cast that `precision` requires is done
+    tensor by tensor. Nothing is downloaded that the file holds.
+    use_ema: use the EMA weights; None: if the config keeps an EMA, as the published scripts do.
+    Raises ValueError or OSError, with the next step, for files that do not fit.
     """
-    import torch
-    from omegaconf import OmegaConf
-
-    from ldm.checkpoint import CheckpointError, ensure_weights, load_weights, open_weights, weights_on_meta
-    from ldm.config.instantiate import instantiate_from_config
-    from ldm.cli import import_lightning
-
     start = time.perf_counter()
-    import_lightning()  # models are its modules
-    name = str(config) if isinstance(config, (str, Path)) else None
-    config = read_config(config) if name is not None else OmegaConf.create(dict(config))
-    info = model_info(config)
+    if isinstance(config, (str, Path)):
+        config = read_model_info(config)
+    info = config if isinstance(config, ModelInfo) else model_info(OmegaConf.create(dict(config)))
     use_ema = info.use_ema if use_ema is None else use_ema
     where = choose_device(device)
-    numbers = resolve_precision(precision, where)
+    chosen = resolve_precision(precision, where)
     source = open_weights(ckpt)
-    source.check(config)
-    weights = source.tensors()  # memory-mapped, except for old formats
-    config = for_inference(config, set(weights))
+    source.check(info.config)
+    weights = source.tensors()
     with weights_on_meta():
-        model = instantiate_from_config(config.model)
-    cast_weights(model, numbers.weights, channels_last=where.type == "cpu" and numbers.weights != torch.float32)
+        model = instantiate_from_config(for_inference(info.config, set(weights)).model)
+    cast_weights(model, chosen.weights, channels_last=where.type == "cpu" and chosen.weights != torch.float32)
     load_weights(model, source, use_ema=use_ema, weights=weights)
-    del weights  # they stay mapped where the model uses them
+    del weights  # the mapped file stays open for the model alone
     ensure_weights(model)
-    absent = [key for key, tensor in model.named_parameters() if tensor.is_meta]
-    if absent:
+    missing = [key for key, tensor in model.named_parameters() if tensor.is_meta]
+    if missing:
         raise CheckpointError(
-            f"{source.path}: lacks {len(absent)} weights of this model ({', '.join(absent[:3])}, ...); is the config its own?"
+            f"{source.path}: {len(missing)} weights are missing ({', '.join(missing[:3])}, ...); "
+            "does this config match the checkpoint?"
         )
     model = model.requires_grad_(False).eval().to(where)
-    millions = sum(p.numel() for p in model.parameters()) / 1e6
-    logger.info(
-        "model ready in %.1f s: %.1f M parameters on %s, precision %s",
-        time.perf_counter() - start,
-        millions,
-        where,
-        numbers,
-    )
-    identity = {
-        **identify(source, name),
-        "use_ema": use_ema,
-        "device": where.type,
-        "precision": precision,
-        "precision_used": numbers.name,
-    }
-    return Pipeline(model, info, where, numbers.autocast, identity)
+    seconds, millions = time.perf_counter() - start, sum(p.numel() for p in model.parameters()) / 1e6
+    logger.info("model ready in %.1f s: %.1f M parameters on %s, precision %s", seconds, millions, where, chosen)
+    used = {"use_ema": use_ema, "device": where.type, "precision": precision, "precision_used": chosen.name}
+    return Pipeline(model, info, where, chosen.autocast, {**identify(source, info.path), **used})
 
 
-def for_inference(config: DictConfig, names: set[str]) -> DictConfig:
-    """A copy of `config` without what only training needs, given the names that the weights file holds.
+def for_inference(config: Mapping[str, Any], names: set[str]) -> DictConfig:
+    """Copy a config without what only training needs, for a weights file with these keys.
 
-    No moving average beside the weights (the chosen ones are loaded in their place), no training loss of the first stage, and no
-    weights of a part read from a file of its own (`ckpt_path`) where this file holds them.
+    Drops the EMA (the chosen weights are loaded into the network), the first stage's loss, and the `ckpt_path` of parts
+    that the file holds.
     """
-    from omegaconf import OmegaConf, open_dict
-
-    config = OmegaConf.create(OmegaConf.to_container(config, resolve=True))
-    params = config.model.setdefault("params", {})
-    with open_dict(config):
+    inference = OmegaConf.create(OmegaConf.to_container(cast(DictConfig, config), resolve=True))
+    assert isinstance(inference, DictConfig)
+    params = inference.model.setdefault("params", {})
+    with open_dict(inference):
         params.use_ema = False
         params.pop("ckpt_path", None)
         for block in ("first_stage", "cond_stage"):
@@ -190,14 +222,12 @@ def for_inference(config: DictConfig, names: set[str]) -> DictConfig:
             stage.pop("ckpt_path", None)
             if "lossconfig" in stage:
                 stage.lossconfig = {"target": "torch.nn.Identity"}
-                stage.pop("learn_logvar", None)  # a number of the loss
-    return config
+                stage.pop("learn_logvar", None)  # a parameter of the loss
+    return inference
 
 
 def identify(source: WeightsSource, config: str | Path | None = None) -> dict[str, Any]:
-    """The model's part of the metadata: version, files, size of the weights, fingerprints of both."""
-    from ldm import __version__
-
+    """Metadata that identify a model: version, files, size of the weights, fingerprints."""
     return {
         "version": __version__,
         "ckpt": in_checkout(source.path),

@@ -1,121 +1,104 @@
-"""Where a model computes and in which numbers: what `--device` and `--precision` mean on this machine."""
+"""Meaning of `--device` and `--precision` on this machine."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
 
 from ldm.inference.settings import PRECISIONS
 
-if TYPE_CHECKING:
-    import torch
-    from torch import nn
-
 
 class Precision(NamedTuple):
-    """What a precision means on a device. Schedules, the sampler's state and guidance are float32 in all of them."""
+    """Dtypes of a precision on a device. Schedules, the sampler's state and guidance are float32 in all of them."""
 
-    name: str  # full, autocast, bf16 or fp16: what `auto` has become
+    name: str  # full, autocast, bf16 or fp16 (`auto` resolved)
     weights: torch.dtype
-    autocast: torch.dtype | None = (
-        None  # what convolutions and products are computed in, where the weights are not in it
-    )
+    autocast: torch.dtype | None = None  # of convolutions and matrix products, if different from the weights' dtype
 
     def __str__(self) -> str:
-        weights = f"{self.name}: weights in {str(self.weights).removeprefix('torch.')}"
-        return (
-            weights if self.autocast is None else f"{weights}, computed in {str(self.autocast).removeprefix('torch.')}"
-        )
+        text = f"{self.name}: weights in {self.weights}"
+        text += "" if self.autocast is None else f", computed in {self.autocast}"
+        return text.replace("torch.", "")
 
 
 def choose_device(name: str = "auto") -> torch.device:
-    """`auto`: CUDA, then MPS, then the CPU; any other name must be a device that is there, else ValueError with those that are."""
-    import torch
-
-    there = [f"cuda:{k}" for k in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
-    there += ["mps"] if torch.backends.mps.is_available() else []
-    there += ["cpu"]
-    wanted = there[0] if name == "auto" else "cuda:0" if name == "cuda" else name
-    if wanted not in there:
-        raise ValueError(f"--device {name}: not on this machine; choose auto, {', '.join(there)}")
+    """Resolve `auto` to CUDA, MPS or the CPU; raise ValueError, with the choices, for an unavailable device."""
+    available = [f"cuda:{k}" for k in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
+    available += ["mps"] if torch.backends.mps.is_available() else []
+    available += ["cpu"]
+    wanted = available[0] if name == "auto" else "cuda:0" if name == "cuda" else name
+    if wanted not in available:
+        raise ValueError(f"--device {name}: not available on this machine; choose auto, {', '.join(available)}")
     return torch.device(wanted)
 
 
-def resolve_precision(precision: str, device: torch.device) -> Precision:
-    """What `precision` means on `device`; ValueError for an unknown name, and for 16-bit weights that the device cannot compute with.
+def resolve_precision(name: str, device: torch.device) -> Precision:
+    """Resolve a precision for a device; raise ValueError for an unknown name and for an unsupported dtype.
 
-    auto: bf16 where the device has instructions for bfloat16, else full. full: float32. bf16, fp16: weights of 16 bits.
-    autocast: float32 weights, computed in half precision on a GPU as published, in bfloat16 on a CPU with instructions for it.
+    auto: bf16 if the device has bfloat16 instructions, else full. full: float32. bf16, fp16: 16-bit weights.
+    autocast: float32 weights, computed in float16 on a GPU as published, in bfloat16 on a CPU that supports it.
     """
-    import torch
-
-    if precision not in PRECISIONS:
-        raise ValueError(f"--precision {precision}: choose one of {', '.join(PRECISIONS)}")
-    if precision == "auto":
-        precision = "bf16" if has_bfloat16(device) else "full"
-    if precision == "full":
+    if name not in PRECISIONS:
+        raise ValueError(f"--precision {name}: choose one of {', '.join(PRECISIONS)}")
+    if name == "auto":
+        name = "bf16" if has_bfloat16(device) else "full"
+    if name == "full":
         return Precision("full", torch.float32)
-    if precision == "autocast":
+    if name == "autocast":
         if device.type == "cpu":
             return Precision("autocast", torch.float32, torch.bfloat16 if has_bfloat16(device) else None)
         return Precision("autocast", torch.float32, torch.float16)
-    numbers = Precision(precision, {"bf16": torch.bfloat16, "fp16": torch.float16}[precision])
-    _check_computes(numbers, device)
-    return numbers
+    precision = Precision(name, {"bf16": torch.bfloat16, "fp16": torch.float16}[name])
+    _try_layers(precision, device)
+    return precision
 
 
 def has_bfloat16(device: torch.device) -> bool:
-    """Whether the device has instructions for bfloat16: CUDA from Ampere on, CPUs with AMX or AVX-512 bf16."""
-    import torch
-
+    """True for devices with bfloat16 instructions: CUDA from Ampere on, CPUs with AMX or AVX-512 bf16."""
     if device.type == "cuda":
         return torch.cuda.is_available() and torch.cuda.get_device_capability(device) >= (8, 0)
     if device.type != "cpu":
         return False
     if hasattr(torch.cpu, "get_capabilities"):
-        can = torch.cpu.get_capabilities()
-        return bool(can.get("amx_bf16") or can.get("avx512_bf16"))
-    asked = (getattr(torch.cpu, name, None) for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"))
-    return any(supported() for supported in asked if supported is not None)
+        capabilities = torch.cpu.get_capabilities()
+        return bool(capabilities.get("amx_bf16") or capabilities.get("avx512_bf16"))
+    probes = (getattr(torch.cpu, name, None) for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"))
+    return any(probe() for probe in probes if probe is not None)
 
 
-def _check_computes(numbers: Precision, device: torch.device) -> None:
-    """Compute a little of everything that the networks are made of: what is missing is known before gigabytes are read."""
-    import torch
-    import torch.nn.functional as F
-
+def _try_layers(precision: Precision, device: torch.device) -> None:
+    """Run one small layer of each kind, so that a missing kernel is reported before gigabytes are read."""
     try:
-        x = torch.zeros(1, 32, 2, 2, dtype=numbers.weights, device=device)
+        x = torch.zeros(1, 32, 2, 2, dtype=precision.weights, device=device)
         x = F.silu(F.group_norm(F.conv2d(x, x.expand(32, -1, -1, -1), padding=1), 32))
         x = F.interpolate(x, scale_factor=2, mode="nearest").flatten(2)
         x = F.layer_norm(F.gelu(F.linear(x, x[0])), (32,))
         F.scaled_dot_product_attention(x, x, x).sum()
     except (RuntimeError, TypeError) as error:
-        others = ", ".join(name for name in PRECISIONS if name != numbers.name)
-        what = f"{device.type} cannot compute in {numbers.weights}".replace("torch.", "")
+        others = ", ".join(name for name in PRECISIONS if name != precision.name)
+        what = f"{device.type} cannot compute in {precision.weights}".replace("torch.", "")
         raise ValueError(
-            f"--precision {numbers.name}: {what} ({str(error).splitlines()[0]}); choose one of {others}"
+            f"--precision {precision.name}: {what} ({str(error).splitlines()[0]}); choose one of {others}"
         ) from error
 
 
 def cast_weights(module: nn.Module, dtype: torch.dtype, channels_last: bool = False) -> None:
-    """Give the weights of a module that is still on the meta device the dtype and the layout that a file is to be read into.
+    """Cast the weights of a module on the meta device, so that a file is read into this dtype and layout.
 
-    Modules with a true `keeps_float32` (a codebook, whose nearest entry rounding would change) and buffers stay as they are.
-    channels_last: 2d convolutions hold theirs with the channels innermost, which suits bfloat16 on a CPU; feature maps follow them.
+    Buffers and modules with a true `keeps_float32` (a codebook, whose nearest entry would change) are left alone.
+    channels_last: memory format of 2d convolutions, which suits bfloat16 on a CPU.
     """
-    import torch
-    from torch import nn
-
     if getattr(module, "keeps_float32", False):
         return
     for name, weight in list(module.named_parameters(recurse=False)):
         if weight.is_meta and weight.is_floating_point():
-            last = (
-                channels_last and isinstance(module, nn.Conv2d) and weight.ndim == 4 and weight[0, 0].numel() > 1
-            )  # else both are one
+            last = channels_last and isinstance(module, nn.Conv2d) and weight.ndim == 4
+            last = last and weight[0, 0].numel() > 1  # of a 1x1 kernel both layouts are one
             layout = torch.channels_last if last else torch.preserve_format
-            setattr(
-                module, name, nn.Parameter(weight.to(dtype, memory_format=layout), requires_grad=weight.requires_grad)
-            )
+            cast = weight.to(dtype, memory_format=layout)
+            setattr(module, name, nn.Parameter(cast, requires_grad=weight.requires_grad))
     for child in module.children():
         cast_weights(child, dtype, channels_last)

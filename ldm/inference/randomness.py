@@ -1,22 +1,21 @@
-"""Torch's random numbers of one run, and of single pictures."""
+"""Random numbers of a run and of single images."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
+from torch import Tensor
 
 from ldm.inference.settings import MAX_SEED
-
-if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
-
-    from ldm.models.diffusion.samplers.noise import NoiseSource
+from ldm.models.diffusion.samplers.noise import PUBLISHED_NOISE, NoisePerSample, NoiseSource
+from ldm.rng import set_torch_states, torch_generators_kept, torch_states
 
 
 class Randomness:
-    """Torch's random numbers of one run: seeded at its start, continued batch after batch, whatever the caller draws in between."""
+    """Torch's random state of a run: seeded at its start, continued batch after batch, independent of the caller's."""
 
     def __init__(self, seed: int, device: torch.device) -> None:
         self.seed, self.device = seed, device
@@ -24,11 +23,7 @@ class Randomness:
 
     @contextmanager
     def __call__(self) -> Iterator[None]:
-        """Within it torch's generators are the run's; afterwards they are the caller's again."""
-        import torch
-
-        from ldm.rng import set_torch_states, torch_generators_kept, torch_states
-
+        """Set torch's generators to the run's state; restore the caller's afterwards."""
         with torch_generators_kept(self.device):
             if self._states is None:
                 torch.manual_seed(self.seed)  # of every device, as seed_everything does
@@ -38,17 +33,15 @@ class Randomness:
             self._states = torch_states(self.device)
 
 
-def noise_of(seed_mode: str, seed: int, places: Sequence[int]) -> NoiseSource:
-    """The noise of the pictures at some places of a run: torch's own stream or, in mode `image`, one for each from seed + place."""
-    from ldm.models.diffusion.samplers.noise import PUBLISHED_NOISE, NoisePerSample
-
+def noise_of(seed_mode: str, seed: int, indices: Sequence[int]) -> NoiseSource:
+    """Noise of the images with these indices: torch's own stream, or in mode `image` one each from seed + index."""
     if seed_mode == "batch":
         return PUBLISHED_NOISE
-    return NoisePerSample([(seed + place) % (MAX_SEED + 1) for place in places])
+    return NoisePerSample([(seed + index) % (MAX_SEED + 1) for index in indices])
 
 
-class Silent:
-    """A model whose network costs nothing and says nothing, for what else a sampler does: using up the random numbers of a batch."""
+class SilentModel:
+    """Stub without a network: a sampler with it advances the generators exactly as a skipped batch would."""
 
     def __init__(self, model: Any) -> None:
         self.model = model
@@ -57,6 +50,4 @@ class Silent:
         return getattr(self.model, name)
 
     def apply_model(self, x: Tensor, t: Tensor, cond: Any = None) -> Tensor:
-        import torch
-
         return torch.zeros_like(x)

@@ -1,7 +1,8 @@
-"""The safety check of drawn pictures, before they become files: on (a black picture in their place), report (kept, and said so), off."""
+"""Safety check of generated images before they are saved: on (black instead), report (saved and flagged), off."""
 
 from __future__ import annotations
 
+import importlib
 import logging
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
@@ -9,97 +10,91 @@ from typing import TYPE_CHECKING
 
 from PIL import Image
 
-from ldm.config.model_info import SAFETY_MODES
+from ldm.config.model_info import SAFETY_MODES, ModelInfo
 from ldm.output.images import GeneratedImage
 
-if TYPE_CHECKING:
-    from ldm.config.model_info import ModelInfo
+if TYPE_CHECKING:  # imports torch, diffusers and transformers
     from ldm.output.safety_checker import SafetyChecker
 
 logger = logging.getLogger(__name__)
 
-PACKAGES = ("diffusers", "transformers")  # the first of the extra `safety`
+PACKAGES = ("diffusers", "transformers")
 
 
 @dataclass(frozen=True)
 class SafetySettings:
-    """What is done with pictures that the safety checker flags, and where its weights are."""
+    """What happens to images that the safety checker flags, and where its weights are."""
 
-    mode: str | None = None  # one of SAFETY_MODES; None: as the model's config says
-    checker: str | None = (
-        None  # folder with the checker; None: models/safety_checker where that is there, else the hub's
-    )
+    mode: str | None = None  # one of SAFETY_MODES; None: the config's default
+    checker: str | None = None  # folder of the checker; None: models/safety_checker if present, else the hub
 
     def checked(self, info: ModelInfo) -> SafetySettings:
-        """The same settings with the config's own mode filled in; ValueError names a flag, its value and the choices."""
+        """Return the settings with the model's default; raise ValueError with the flag, its value and the choices."""
         mode = info.safety if self.mode is None else self.mode
         if mode not in SAFETY_MODES:
             raise ValueError(f"--safety {mode}: choose one of {', '.join(SAFETY_MODES)}")
         if self.checker is not None and mode == "off":
-            why = "" if self.mode else ", which is what this config says"
-            raise ValueError(
-                f"--safety_checker {self.checker} with --safety off{why}: nothing is checked; give --safety on or report too"
-            )
+            why = "" if self.mode else " (the default of this config)"
+            raise ValueError(f"--safety_checker {self.checker} with --safety off{why}: add --safety on or report")
         return replace(self, mode=mode)
 
 
 class Safety:
-    """The check that every drawn picture passes on its way to a file; its outcome goes into the picture's metadata.
+    """The check of every generated image; metadata `safety` is the mode, `flagged` the result (None if unchecked).
 
-    `safety` is the mode, `flagged` true or false, or None where nothing was checked. Made with settings that are `checked`; call `ready`
-    before the model is loaded, so that a checker which cannot run is known before anything is drawn.
+    The settings must be `checked`. Call `ready` before loading the model, so that a missing checker is reported first.
     """
 
     def __init__(self, settings: SafetySettings) -> None:
-        self.settings, self._checker = settings, None
+        self.settings = settings
+        self._checker: SafetyChecker | None = None
 
     def ready(self) -> Safety:
-        """Load the checker, unless the mode is off. Raises ImportError, ValueError or OSError, in one line with the next step."""
+        """Load the checker unless the mode is off; raise ImportError, ValueError or OSError with the next step."""
         if self.settings.mode != "off" and self._checker is None:
-            self._checker = self._loaded()
+            self._checker = self._load()
         return self
 
-    def __call__(self, picture: GeneratedImage) -> GeneratedImage:
-        """The picture as it may be written. ValueError where the checker fails on it: then it must not be written at all."""
+    def __call__(self, image: GeneratedImage) -> GeneratedImage:
+        """The image as it may be saved; raise ValueError if the checker fails: then it must not be saved."""
         mode = self.settings.mode
-        flagged = None if mode == "off" else self._flags(picture)
-        picture = picture._replace(info={**picture.info, "safety": mode, "flagged": flagged}, checked=True)
+        flagged = None if mode == "off" else self._flags(image.image)
+        image = image._replace(info={**image.info, "safety": mode, "flagged": flagged}, checked=True)
         if not flagged:
-            return picture
-        which = f"picture {picture.info['image_index']}" if "image_index" in picture.info else "the picture"
+            return image
+        name = f"image {image.info['image_index']}" if "image_index" in image.info else "the image"
         if mode == "report":
-            logger.warning("the safety checker flags %s; it is kept, with flagged: true in its metadata", which)
-            return picture
-        logger.warning("the safety checker flags %s; a black one is written in its place", which)
-        return picture._replace(
-            image=Image.new("RGB", picture.image.size), drawn=Image.new("1", picture.image.size)
-        )  # nothing is drawn
+            logger.warning("the safety checker flagged %s; it is saved with flagged: true in its metadata", name)
+            return image
+        logger.warning("the safety checker flagged %s; a black image is saved instead", name)
+        black, nothing = Image.new("RGB", image.image.size), Image.new("1", image.image.size)
+        return image._replace(image=black, generated=nothing)
 
-    def _flags(self, picture: GeneratedImage) -> bool:
+    def _flags(self, image: Image.Image) -> bool:
         checker = self.ready()._checker
+        assert checker is not None
         try:
-            return checker.flags(picture.image)
+            return checker.flags(image)
         except Exception as error:
             raise ValueError(
-                f"the safety checker failed, so that this picture and those after it are not saved: {error}"
+                f"the safety checker failed, so this and all further images are not saved: {error}"
             ) from error
 
-    def _loaded(self) -> SafetyChecker:
+    def _load(self) -> SafetyChecker:
         flag = f"--safety {self.settings.mode}"
         missing = [name for name in PACKAGES if find_spec(name) is None]
         if missing:
             raise ImportError(
-                f'{flag}: the safety checker needs {" and ".join(missing)}: pip install -e ".[safety]" brings them; '
-                "nothing was drawn (--safety off draws without a check)"
+                f'{flag}: the safety checker requires {" and ".join(missing)}: pip install -e ".[safety]" '
+                "(--safety off skips the check)"
             )
-        from ldm.output.safety_checker import SafetyChecker, find_checker
-
-        files = find_checker(self.settings.checker, flag)
+        module = importlib.import_module("ldm.output.safety_checker")
+        files = module.find_checker(self.settings.checker, flag)
         try:
-            return SafetyChecker(files)
+            return module.SafetyChecker(files)
         except Exception as error:
             reason = " ".join(str(error).split()) or type(error).__name__
             raise ValueError(
-                f"{flag}: the safety checker in {files.config.parent} cannot run: {reason}; nothing was drawn "
-                "(--safety_checker FOLDER names another, --safety off draws without a check)"
+                f"{flag}: the safety checker in {files.config.parent} cannot be loaded: {reason} "
+                "(--safety_checker FOLDER chooses another, --safety off skips the check)"
             ) from error

@@ -10,9 +10,9 @@ from safetensors.torch import load_file
 from ldm.checkpoint import load_weights, read_weights
 from ldm.checkpoint.diffusers.read import read_folder
 from ldm.checkpoint.diffusers.rules import ConversionError
+from ldm.config.model_info import read_config
 from ldm.convert.convert import to_file, to_folder
 from ldm.inference import load_model
-from ldm.inference.settings import read_config
 from ldm.util import instantiate_from_config
 from tests.convert.models import MODELS, exactly, published_weights
 

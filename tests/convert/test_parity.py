@@ -5,8 +5,8 @@ import torch
 
 from ldm.checkpoint.diffusers import first_stage, rules, text, unet
 from ldm.checkpoint.diffusers.rules import ConversionError, Form, Rule
+from ldm.config.model_info import read_config
 from ldm.convert.convert import to_folder
-from ldm.inference.settings import read_config
 
 
 def swapped(table: list[Rule], one: str, other: str) -> list[Rule]:

@@ -6,8 +6,9 @@ import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from ldm.config.model_info import ModelInfo, read_model_info
 from ldm.inference import load_model, text_to_image
-from ldm.inference.settings import ModelInfo, TextToImageRequest, model_info, read_config
+from ldm.inference.requests import RetrievalRequest, TextToImageRequest
 from ldm.paths import ROOT
 from tests.tiny import save_text_model
 
@@ -23,7 +24,8 @@ def run(parts: Iterable[str] = ("refusals", "images", "prompts")) -> Iterator[st
     """Yield one line per part."""
     if "refusals" in parts:
         for name in CONFIGS:
-            accepted, refused = count(model_info(read_config(ROOT / f"configs/{name}.yaml")))
+            cls = RetrievalRequest if name.startswith("retrieval") else TextToImageRequest
+            accepted, refused = count(read_model_info(ROOT / f"configs/{name}.yaml"), cls)
             yield f"{name}: {accepted} sizes accepted, {refused} refused with the nearest valid size"
     with tempfile.TemporaryDirectory() as folder:
         saved = save_text_model(Path(folder))
@@ -31,36 +33,32 @@ def run(parts: Iterable[str] = ("refusals", "images", "prompts")) -> Iterator[st
         done = 0
         for height in SIDES if "images" in parts else ():
             for width in SIDES:
-                settings = TextToImageRequest(height=height, width=width, steps=1, n_samples=1, n_iter=1, scale=1.0)
-                (generated,) = text_to_image(pipeline, "a cat", settings, progress=False)
+                size = {"height": height, "width": width, "steps": 1, "n_samples": 1, "n_iter": 1, "scale": 1.0}
+                (generated,) = text_to_image(pipeline, TextToImageRequest(prompt="a cat", **size), progress=False)
                 assert generated.image.size == (width, height)
                 done += 1
         if done:
             yield f"a model for multiples of 8: {done} of {len(SIDES) ** 2} sizes generated"
         for n_prompts in range(1, 8) if "prompts" in parts else ():
             for n_iter in (1, 2, 3):
-                settings = TextToImageRequest(height=8, width=8, steps=1, n_samples=3, n_iter=n_iter)
-                images = list(
-                    text_to_image(pipeline, [f"prompt {k}" for k in range(n_prompts)], settings, progress=False)
-                )
-                assert len(images) == n_prompts * n_iter
-                assert [generated.info["prompt"] for generated in images] == [
-                    f"prompt {k}" for k in range(n_prompts)
-                ] * n_iter
+                prompts = [f"prompt {k}" for k in range(n_prompts)]
+                request = TextToImageRequest(prompt=prompts, height=8, width=8, steps=1, n_samples=3, n_iter=n_iter)
+                images = list(text_to_image(pipeline, request, progress=False))
+                assert [generated.info["prompt"] for generated in images] == prompts * n_iter
         if "prompts" in parts:
             yield "1 to 7 prompts, batches of 3, 1 to 3 iterations: prompts x iterations images"
 
 
-def count(info: ModelInfo) -> tuple[int, int]:
+def count(info: ModelInfo, cls: type[TextToImageRequest]) -> tuple[int, int]:
     """Return the numbers of accepted and refused sizes; AssertionError if the size advised by a refusal is refused."""
     accepted = refused = 0
     for height in SIDES:
         for width in SIDES:
             try:
-                TextToImageRequest(height=height, width=width).checked(info)
+                cls(height=height, width=width).checked(info)
             except ValueError as error:
                 words = str(error).split("nearest are ")[1].split()
-                TextToImageRequest(height=int(words[1]), width=int(words[3])).checked(info)
+                cls(height=int(words[1]), width=int(words[3])).checked(info)
                 refused += 1
             else:
                 accepted += 1

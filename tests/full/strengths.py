@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from ldm.inference import Pipeline, image_to_image, load_model
-from ldm.inference.task_settings import ImageToImageRequest
+from ldm.inference.requests import ImageToImageRequest
 from ldm.models.diffusion.samplers.registry import SAMPLERS
 from tests.tiny import save_text_model
 
@@ -36,8 +36,9 @@ def check(pipeline: Pipeline, name: str, steps: int) -> int:
     image, other = Image.fromarray(pixels), Image.fromarray(255 - pixels)
 
     def generate(image: Image.Image, strength: float, sampler: str = name) -> np.ndarray:
-        settings = ImageToImageRequest(height=8, width=16, steps=steps, n_samples=1, strength=strength, sampler=sampler)
-        return np.asarray(next(image_to_image(pipeline, image, "a cat", settings, progress=False)).image)
+        size = {"height": 8, "width": 16, "n_samples": 1}
+        request = ImageToImageRequest(prompt="a cat", steps=steps, strength=strength, sampler=sampler, **size)
+        return np.asarray(next(image_to_image(pipeline, image, request, progress=False)).image)
 
     round_trip = generate(image, 0.0, "ddim")
     for strength in STRENGTHS:

@@ -9,15 +9,16 @@ from PIL import Image
 
 from ldm.checkpoint.source import DiffusersFolder
 from ldm.cli import run_command
+from ldm.config.model_info import model_info
 from ldm.inference import Pipeline, generate_samples, image_to_image, load_model, text_to_image
 from ldm.inference import from_metadata as redraw
-from ldm.inference.settings import MAX_SEED, TextToImageRequest
-from ldm.inference.task_settings import ClassConditionalRequest, ImageToImageRequest
+from ldm.inference.requests import ClassConditionalRequest, ImageToImageRequest, TextToImageRequest
+from ldm.inference.settings import MAX_SEED
 from ldm.models.diffusion.samplers.registry import SAMPLERS, make_sampler
 from ldm.output.images import read_metadata
 from scripts import img2img, txt2img
 from tests.scripts.refusals import refused
-from tests.tiny import SavedModel, save_model
+from tests.tiny import SavedModel, save_model, text_model_config
 
 TINY = {"height": 16, "width": 24, "steps": 3, "n_iter": 1, "scale": 3.0, "seed": 5}
 PROMPTS = ["a cat", "a dog", "", "a red bird", "a cat"]
@@ -32,13 +33,15 @@ NOISY = [
 
 
 def text(pipeline: Pipeline, prompts=PROMPTS, only: int | None = None, **changes) -> list[np.ndarray]:
-    drawn = text_to_image(pipeline, prompts, TextToImageRequest(**{**TINY, **changes}), progress=False, only=only)
+    drawn = text_to_image(
+        pipeline, TextToImageRequest(prompt=prompts, **{**TINY, **changes}), progress=False, only=only
+    )
     return [np.asarray(p.image) for p in drawn]
 
 
 def from_image(pipeline: Pipeline, image: Image.Image, only: int | None = None, **changes) -> list[np.ndarray]:
     drawn = image_to_image(
-        pipeline, image, PROMPTS, ImageToImageRequest(**{**TINY, **changes}), progress=False, only=only
+        pipeline, image, ImageToImageRequest(prompt=PROMPTS, **{**TINY, **changes}), progress=False, only=only
     )
     return [np.asarray(p.image) for p in drawn]
 
@@ -51,7 +54,7 @@ def within_a_step(a: list[np.ndarray], b: list[np.ndarray]) -> bool:
     return len(a) == len(b) and np.abs(np.stack(a).astype(int) - np.stack(b)).max() <= 1
 
 
-# ---------------------------------------------------------------------------------------------------------- a seed of its own
+# ------------------------------------------------------------------------------ a seed of its own
 
 
 @pytest.mark.parametrize("sampler, eta", NOISY)
@@ -92,7 +95,7 @@ def test_the_last_seed_is_followed_by_the_first(pipeline):
     assert within_a_step([second], text(pipeline, "a cat", n_samples=1, seed_mode="image", seed=0))
 
 
-# ------------------------------------------------------------------------------------------------------ its place in the run
+# ------------------------------------------------------------------------------ its place in the run
 
 
 @pytest.mark.parametrize("sampler, eta", NOISY)
@@ -117,10 +120,10 @@ def test_the_network_is_not_asked_about_the_pictures_before_it(pipeline, monkeyp
 
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_random_numbers_are_used_up_alike_whatever_the_network_says(pipeline, name):
-    from ldm.inference.randomness import Silent
+    from ldm.inference.randomness import SilentModel
 
     states = []
-    for model, cond in ((pipeline.model, pipeline.encode_prompts(["a"])[0]), (Silent(pipeline.model), None)):
+    for model, cond in ((pipeline.model, pipeline.encode_prompts(["a"])[0]), (SilentModel(pipeline.model), None)):
         torch.manual_seed(0)
         make_sampler(name, model).sample(S=4, batch_size=1, shape=(4, 4, 4), conditioning=cond, verbose=False)
         states.append(torch.get_rng_state())
@@ -128,11 +131,11 @@ def test_random_numbers_are_used_up_alike_whatever_the_network_says(pipeline, na
 
 
 def test_a_place_that_the_run_has_not_is_refused(pipeline):
-    with pytest.raises(ValueError, match="picture 5: this run has 0 to 4"):
+    with pytest.raises(ValueError, match="image 5: this run has images 0 to 4"):
         text(pipeline, only=5)
 
 
-# ----------------------------------------------------------------------------------------------------------- its file alone
+# ------------------------------------------------------------------------------ its file alone
 
 
 def arguments(saved: SavedModel, outdir, *flags: str) -> list[str]:
@@ -320,7 +323,7 @@ def test_files_that_have_changed_are_told_and_refused_unless_they_are_named(save
     with caplog.at_level("WARNING"):
         assert run_command(img2img.main, [*command, "--init-img", str(tmp_path / "a.png")]) == 0
     capsys.readouterr()
-    assert sum("the picture will be another" in record.message for record in caplog.records) == 1
+    assert sum("the image will differ" in record.message for record in caplog.records) == 1
     ckpt.unlink()
     assert "m.ckpt: no such file" in refused(img2img.main, [*command, "--init-img", str(tmp_path / "a.png")], capsys)
 
@@ -328,24 +331,25 @@ def test_files_that_have_changed_are_told_and_refused_unless_they_are_named(save
 def test_folders_of_a_depth_estimator_and_of_weights_are_compared_too(tmp_path):
     recorded = redraw.Recorded("x.png", {"depth_fingerprint": "then"}, frozenset())
     opt = Namespace(recorded=recorded, device="cpu", seed_mode="batch", depth=str(tmp_path))
-    with pytest.raises(ValueError, match=f"--depth {tmp_path}: not the file that x.png was drawn with"):
-        redraw.check_unchanged(opt, tmp_path / "none.yaml", DiffusersFolder(tmp_path / "none"))
+    info = model_info(text_model_config(), tmp_path / "none.yaml")
+    with pytest.raises(ValueError, match=f"--depth {tmp_path}: not the file that x.png was generated with"):
+        redraw.check_unchanged(opt, info, DiffusersFolder(tmp_path / "none"))
     opt.recorded = redraw.Recorded("x.png", {"ckpt_fingerprint": "then"}, frozenset())
     source = DiffusersFolder(tmp_path)
-    said = f"--ckpt {tmp_path}: not the file that x.png was drawn with .fingerprint {source.fingerprint}, then then"
+    said = f"--ckpt {tmp_path}: not the file that x.png was generated with .fingerprint {source.fingerprint}, then then"
     with pytest.raises(ValueError, match=said):
-        redraw.check_unchanged(opt, tmp_path / "none.yaml", source)
+        redraw.check_unchanged(opt, info, source)
 
 
 def test_what_cannot_be_drawn_again_is_refused_in_one_line(saved, tmp_path, capsys):
     run_command(txt2img.main, arguments(saved, tmp_path, "--H", "16", "--W", "16", "--n_samples", "1", "--n_iter", "1"))
     capsys.readouterr()
     file = str(tmp_path / "samples" / "00000.png")
-    assert "this picture was drawn by txt2img, not by img2img" in refused(
+    assert "this image was generated by txt2img, not by img2img" in refused(
         img2img.main, ["--from-metadata", file], capsys
     )
     Image.new("RGB", (8, 8)).save(tmp_path / "plain.png")
-    assert "no settings in this file's metadata" in refused(
+    assert "no settings in the metadata" in refused(
         txt2img.main, ["--from-metadata", str(tmp_path / "plain.png")], capsys
     )
     assert "nowhere.png" in refused(txt2img.main, ["--from-metadata", str(tmp_path / "nowhere.png")], capsys)
@@ -356,7 +360,9 @@ def test_what_cannot_be_drawn_again_is_refused_in_one_line(saved, tmp_path, caps
 
 def test_a_device_that_is_not_here_is_replaced_with_a_warning(saved, tmp_path, caplog, monkeypatch):
     run_command(txt2img.main, arguments(saved, tmp_path, "--H", "16", "--W", "16", "--n_samples", "1", "--n_iter", "1"))
-    monkeypatch.setattr("ldm.output.images.read_metadata", lambda path: {**read_metadata(path), "device": "cuda"})
+    monkeypatch.setattr(
+        "ldm.inference.from_metadata.read_metadata", lambda path: {**read_metadata(path), "device": "cuda"}
+    )
     if not torch.cuda.is_available():
         with caplog.at_level("WARNING"):
             assert (
@@ -366,4 +372,4 @@ def test_a_device_that_is_not_here_is_replaced_with_a_warning(saved, tmp_path, c
                 )
                 == 0
             )
-        assert "was drawn on cuda, which is not here" in caplog.text
+        assert "was generated on cuda, which is not available" in caplog.text

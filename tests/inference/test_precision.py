@@ -10,20 +10,17 @@ from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ldm.checkpoint import load_weights, weights_on_meta, write_weights
-from ldm.inference import (
-    Pipeline,
-    generate_samples,
-    image_to_image,
-    inpaint,
-    load_model,
-    precision,
-    resolve_precision,
-    text_to_image,
-    upscale,
+from ldm.inference import Pipeline, generate_samples, image_to_image, inpaint, load_model, text_to_image, upscale
+from ldm.inference import precision
+from ldm.inference.precision import Precision, cast_weights, has_bfloat16, resolve_precision
+from ldm.inference.requests import (
+    ClassConditionalRequest,
+    ImageToImageRequest,
+    InpaintRequest,
+    TextToImageRequest,
+    UpscaleRequest,
 )
-from ldm.inference.precision import Precision, cast_weights, has_bfloat16
-from ldm.inference.settings import PRECISIONS, TextToImageRequest
-from ldm.inference.task_settings import ClassConditionalRequest, ImageToImageRequest, InpaintRequest, UpscaleRequest
+from ldm.inference.settings import PRECISIONS
 from ldm.models.autoencoder import VQModelInterface
 from ldm.models.diffusion.samplers.registry import SAMPLERS, make_sampler
 from ldm.modules.dtype import weights_dtype
@@ -64,13 +61,15 @@ def draw(kind: str, pipeline: Pipeline) -> Image.Image:
         return upscale(pipeline, PICTURE, UpscaleRequest(steps=3, eta=0.0, **prompt), progress=False).image
     size = {"height": 16, "width": 24, "steps": 4, "n_samples": 1, "n_iter": 1, "scale": 2.0}
     if kind == "img2img":
-        drawn = image_to_image(pipeline, PICTURE, "a cat", ImageToImageRequest(**size, strength=0.5), progress=False)
+        drawn = image_to_image(
+            pipeline, PICTURE, ImageToImageRequest(prompt="a cat", **size, strength=0.5), progress=False
+        )
     else:
-        drawn = text_to_image(pipeline, "a cat", TextToImageRequest(**size), progress=False)
+        drawn = text_to_image(pipeline, TextToImageRequest(prompt="a cat", **size), progress=False)
     return next(iter(drawn)).image
 
 
-# ------------------------------------------------------------------------------------------------------ what a name means
+# ------------------------------------------------------------------------------ what a name means
 
 
 @pytest.mark.parametrize("bfloat16", [True, False])
@@ -90,7 +89,7 @@ def test_auto_is_bf16_where_the_device_has_instructions_for_it_and_full_elsewher
 def test_a_gpu_computes_in_bf16_from_ampere_on(monkeypatch, capability, name):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
-    monkeypatch.setattr(precision, "_check_computes", lambda numbers, device: None)
+    monkeypatch.setattr(precision, "_try_layers", lambda numbers, device: None)
     assert resolve_precision("auto", CUDA).name == name and resolve_precision("autocast", CUDA) == Precision(
         "autocast", FP32, FP16
     )
@@ -124,7 +123,7 @@ def test_what_was_chosen_is_printed_and_recorded(tmp_path, caplog, monkeypatch):
     assert str(resolve_precision("autocast", CPU)) == "autocast: weights in float32, computed in bfloat16"
 
 
-# --------------------------------------------------------------------------------------------------------- the weights
+# ------------------------------------------------------------------------------ the weights
 
 
 @pytest.mark.parametrize("suffix", ["ckpt", "safetensors"])
@@ -184,7 +183,7 @@ def test_a_networks_feature_maps_keep_the_channels_innermost(tmp_path):
     assert not lost
 
 
-# --------------------------------------------------------------------------------------------------------- the pictures
+# ------------------------------------------------------------------------------ the pictures
 
 
 TASKS = ("text", "img2img", "unconditional", "class", "inpaint", "upscale")
@@ -251,7 +250,7 @@ def test_a_first_stage_that_overflows_in_fp16_is_decoded_with_float32_weights(tm
     torch.save(large, saved.ckpt)
     pipeline = load_model(saved.config, saved.ckpt, "cpu", "fp16")
     z = 100 * randn(1, 1, 4, 4, 6)
-    with pipeline.drawing():
+    with pipeline.sampling():
         assert not pipeline.model.decode_first_stage(z).isfinite().all()
         x = pipeline.decode(z)
         expected = load_model(saved.config, saved.ckpt, "cpu", "full").decode(z)

@@ -5,9 +5,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from ldm.config.model_info import model_info
 from ldm.inference import Pipeline, load_model, text_to_image
-from ldm.inference.prompt_weights import Part, PromptEncoder, check_emphasis, parse_emphasis, weighted
-from ldm.inference.settings import TextToImageRequest, model_info
+from ldm.inference.emphasis import Part, parse_emphasis
+from ldm.inference.prompt_weights import PromptEncoder, weighted
+from ldm.inference.requests import TextToImageRequest
 from ldm.modules.encoders.modules import CaptionEmbedder, FrozenCLIPEmbedder, FrozenOpenCLIPEmbedder
 from ldm.modules.encoders.tokenizers import clip_tokenizer
 from tests.reference import seed_weights
@@ -31,7 +33,7 @@ class Echo(nn.Module):
         return tokens[..., None].float()
 
 
-# ------------------------------------------------------------------------------------------------------------------- reading
+# ------------------------------------------------------------------------------ reading
 
 
 @pytest.mark.parametrize(
@@ -63,18 +65,18 @@ def test_brackets_become_weights(prompt, parts):
     [
         ("a (red cat", r"\( at character 3 is never closed"),
         ("a [red (cat)", r"\[ at character 3 is never closed"),
-        ("a red) cat", r"nothing is open that \) at character 6 could close"),
-        ("(red]", r"that \] at character 5 could close"),
-        ("(red:)", "':' is no weight from 0 to 10"),
-        ("(red:1.2.3)", "':1.2.3' is no weight"),
-        ("(red:-1)", "':-1' is no weight"),
-        ("(red:11)", "':11' is no weight"),
-        ("(meet at 10:30)", "':30' is no weight"),
+        ("a red) cat", r"\) at character 6 closes no bracket"),
+        ("(red]", r"\] at character 5 closes no bracket"),
+        ("(red:)", "':' is not a weight from 0 to 10"),
+        ("(red:1.2.3)", "':1.2.3' is not a weight"),
+        ("(red:-1)", "':-1' is not a weight"),
+        ("(red:11)", "':11' is not a weight"),
+        ("(meet at 10:30)", "':30' is not a weight"),
     ],
 )
 def test_what_cannot_be_meant_is_refused_in_one_line_with_the_way_out(prompt, words):
     with pytest.raises(ValueError, match=f"--emphasis: .*{words}") as error:
-        check_emphasis(["a cat", prompt])
+        TextToImageRequest(prompt=["a cat", prompt], emphasis=True).checked(model_info(text_model_config()))
     assert repr(prompt) in str(error.value) and r"write (words:1.3), and \( \)" in str(error.value)
 
 
@@ -85,7 +87,7 @@ def test_a_prompt_whose_signs_are_escaped_is_read_as_it_stands(seed):
     assert parse_emphasis(escaped) == [Part(signs, 1.0)]
 
 
-# ------------------------------------------------------------------------------------------------------------------ encoding
+# ------------------------------------------------------------------------------ encoding
 
 
 def test_without_weights_and_within_a_chunk_the_embeddings_are_the_published_ones(clip):
@@ -159,17 +161,17 @@ def test_without_chunks_the_end_is_dropped_and_told_once(clip, caplog):
 
 
 def test_an_encoder_of_other_tokens_is_refused():
-    with pytest.raises(ValueError, match="text encoder over CLIP's tokens; Linear is none"):
+    with pytest.raises(ValueError, match="text encoder of CLIP's tokens, not Linear"):
         PromptEncoder(nn.Linear(1, 1))
     bert = {"target": "ldm.modules.encoders.modules.BERTEmbedder"}
     for asked in ("emphasis", "long_prompts"):
-        with pytest.raises(ValueError, match=f"--{asked}: works with FrozenCLIPEmbedder, .* with BERTEmbedder"):
+        with pytest.raises(ValueError, match=f"--{asked}: requires one of FrozenCLIPEmbedder, .* is BERTEmbedder"):
             TextToImageRequest(height=16, width=16, **{asked: True}).checked(
                 model_info(text_model_config(cond_stage_config=bert))
             )
 
 
-# ------------------------------------------------------------------------------------------------------------------- drawing
+# ------------------------------------------------------------------------------ drawing
 
 
 @pytest.fixture(scope="module")
@@ -179,10 +181,10 @@ def pipeline(tmp_path_factory) -> Pipeline:
 
 
 def draw(pipeline: Pipeline, prompts="a cat", **changes) -> tuple[np.ndarray, list[dict]]:
-    settings = TextToImageRequest(
-        **{"height": 16, "width": 16, "steps": 2, "n_samples": 2, "n_iter": 1, "scale": 3.0, **changes}
+    request = TextToImageRequest(
+        prompt=prompts, **{"height": 16, "width": 16, "steps": 2, "n_samples": 2, "n_iter": 1, "scale": 3.0, **changes}
     )
-    pictures = list(text_to_image(pipeline, prompts, settings, progress=False))
+    pictures = list(text_to_image(pipeline, request, progress=False))
     return np.stack([np.asarray(picture.image) for picture in pictures]), [picture.info for picture in pictures]
 
 

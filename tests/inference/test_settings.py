@@ -5,14 +5,9 @@ import sys
 
 import pytest
 
-from ldm.inference.settings import (
-    TextToImageRequest,
-    batches_of,
-    model_info,
-    read_config,
-    read_prompts,
-    require_text_model,
-)
+from ldm.config.model_info import model_info, read_config
+from ldm.inference.inputs import read_prompts
+from ldm.inference.requests import Batch, TextToImageRequest, require_text_model
 from ldm.paths import ROOT
 
 AUTOENCODER = {"target": "ldm.models.autoencoder.AutoencoderKL", "params": {"ddconfig": {"ch_mult": [1, 2, 4, 4]}}}
@@ -122,19 +117,19 @@ def test_an_unknown_first_stage_needs_f():
         ({"eta": -0.1}, "--ddim_eta -0.1"),
         ({"eta": 0.5, "sampler": "plms"}, "--ddim_eta 0.5: plms is deterministic"),
         ({"eta": 0.5, "sampler": "dpm_solver"}, "dpm_solver is deterministic"),
-        ({"eta": 0.5, "sampler": "ancestral"}, "ancestral has a noise of its own, eta 1; .* any: ddim, "),
+        ({"eta": 0.5, "sampler": "ancestral"}, "ancestral has a fixed eta of 1; .* adjustable eta: ddim, "),
         ({"scale": float("nan")}, "--scale nan"),
         ({"scale": 1.0, "negative_prompt": "blurry"}, "--negative_prompt with --scale 1"),
         ({"seed": -1}, "--seed -1"),
         ({"seed": 2**32}, "--seed 4294967296"),
         ({"seed_mode": "picture"}, "--seed_mode picture: choose one of batch, image"),
         ({"seed_mode": "image", "fixed_code": True}, "--fixed_code with --seed_mode image"),
-        ({"spacing": "karras"}, "--spacing karras: ddim takes uniform, quad, trailing"),
-        ({"spacing": "quad", "sampler": "heun"}, "--spacing quad: heun takes uniform, logsnr, karras, trailing"),
+        ({"spacing": "karras"}, "--spacing karras: ddim supports uniform, quad, trailing"),
+        ({"spacing": "quad", "sampler": "heun"}, "--spacing quad: heun supports uniform, logsnr, karras, trailing"),
         ({"guidance_rescale": 1.5}, "--guidance_rescale 1.5: choose 0"),
         ({"guidance_rescale": 0.7, "scale": 1.0}, "--guidance_rescale 0.7 with --scale 1"),
-        ({"dynamic_threshold": 0.0}, "--dynamic_threshold 0.0: choose a share above 0"),
-        ({"tiled": 20}, "--tiled 20: choose a multiple of 8 pixels from 32 on; 512 is usual"),
+        ({"dynamic_threshold": 0.0}, "--dynamic_threshold 0.0: choose a quantile above 0"),
+        ({"tiled": 20}, "--tiled 20: choose a multiple of 8 pixels, at least 32; 512 is usual"),
         ({"emphasis": True, "negative_prompt": "a (b"}, "--emphasis: .* never closed"),
         ({"chunks": 2}, "chunks 2: choose 1 or more, with long_prompts"),
     ],
@@ -160,7 +155,7 @@ def test_without_eta_every_sampler_has_its_own(sampler, eta):
 def test_where_no_signal_is_left_solvers_in_continuous_time_take_trailing_steps_alone():
     info = model_info(config(parameterization="v", zero_terminal_snr=True))
     with pytest.raises(
-        ValueError, match=r"--spacing uniform: heun cannot start where no signal is left, .* choose trailing"
+        ValueError, match=r"--spacing uniform: heun cannot start at zero terminal SNR, .* choose trailing"
     ):
         TextToImageRequest(sampler="heun").checked(info)
     assert (
@@ -179,20 +174,20 @@ BOXES = {"target": "ldm.modules.encoders.modules.BERTEmbedder", "params": {"use_
     "condition", ["__is_unconditional__", "__is_first_stage__", CLASSES, BOXES, {"target": "torch.nn.Identity"}]
 )
 def test_a_model_without_a_text_condition_is_refused(condition):
-    with pytest.raises(ValueError, match="is no text"):
+    with pytest.raises(ValueError, match="not text-conditional"):
         require_text_model(model_info(config(cond_stage_config=condition)))
 
 
 @pytest.mark.parametrize("n_prompts", range(1, 8))
 def test_every_prompt_is_in_one_batch_and_the_last_one_may_be_smaller(n_prompts):
     prompts = [f"p{k}" for k in range(n_prompts)]
-    batches = batches_of(prompts, 3)
+    batches = [b.prompts for b in TextToImageRequest(prompt=prompts, n_samples=3, n_iter=1).batches]
     assert [p for batch in batches for p in batch] == prompts
     assert all(len(batch) == 3 for batch in batches[:-1]) and 1 <= len(batches[-1]) <= 3
 
 
 def test_a_single_prompt_is_repeated_n_samples_times():
-    assert batches_of("a cat", 3) == [["a cat"] * 3]
+    assert TextToImageRequest(prompt="a cat", n_samples=3, n_iter=1).batches == [Batch(0, range(3), ["a cat"] * 3)]
 
 
 def test_prompt_files_are_lines_of_utf8_with_or_without_a_mark(tmp_path):
@@ -236,8 +231,9 @@ def test_a_config_that_is_none_is_refused_in_one_line_by_name(tmp_path, text):
 
 def test_checks_need_neither_torch_nor_lightning():
     code = (
-        "import sys; from ldm import inference; from ldm.output import images; from ldm.inference import settings; from ldm.paths import ROOT;"
-        "settings.model_info(settings.read_config(ROOT / 'configs/stable-diffusion/v1-inference.yaml'));"
+        "import sys; from ldm import inference; from ldm.inference import cli; from ldm.paths import ROOT;"
+        "info = inference.read_model_info(ROOT / 'configs/stable-diffusion/v1-inference.yaml');"
+        "inference.TextToImageRequest(prompt='a cat', emphasis=True).checked(info);"
         "print([m for m in ('torch', 'pytorch_lightning', 'numpy', 'transformers') if m in sys.modules])"
     )
     out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)

@@ -7,8 +7,13 @@ import pytest
 from PIL import Image
 
 from ldm.inference import generate_samples, image_to_image, inpaint, load_model, text_to_image, upscale
-from ldm.inference.settings import TextToImageRequest
-from ldm.inference.task_settings import ClassConditionalRequest, ImageToImageRequest, InpaintRequest, UpscaleRequest
+from ldm.inference.requests import (
+    ClassConditionalRequest,
+    ImageToImageRequest,
+    InpaintRequest,
+    TextToImageRequest,
+    UpscaleRequest,
+)
 from tests.tiny import FIRST_STAGE, save_model
 
 VQ = copy.deepcopy(FIRST_STAGE)
@@ -55,8 +60,8 @@ def test_what_is_asked_of_the_sampler_changes_the_pictures(tmp_path, kind):
             )
         else:
             drawn = [
-                *text_to_image(pipeline, "a cat", TextToImageRequest(**size, **some), progress=False),
-                *image_to_image(pipeline, image, "a cat", ImageToImageRequest(**size, **some), progress=False),
+                *text_to_image(pipeline, TextToImageRequest(prompt="a cat", **size, **some), progress=False),
+                *image_to_image(pipeline, image, ImageToImageRequest(prompt="a cat", **size, **some), progress=False),
             ]
         return [np.asarray(picture.image) for picture in drawn]
 

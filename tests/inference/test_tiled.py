@@ -6,9 +6,8 @@ import torch
 from PIL import Image
 
 from ldm.inference import Pipeline, image_to_image, load_model, text_to_image
-from ldm.inference.settings import TextToImageRequest
-from ldm.inference.task_settings import ImageToImageRequest
-from ldm.inference.text_to_image import in_tiles
+from ldm.inference.requests import ImageToImageRequest, TextToImageRequest
+from ldm.inference.tasks.text_to_image import in_tiles
 from tests.tiny import save_text_model
 
 WIDE = {"height": 64, "width": 96, "steps": 2, "n_samples": 1, "n_iter": 1, "scale": 2.0}
@@ -21,13 +20,15 @@ def pipeline(tmp_path_factory) -> Pipeline:
 
 
 def draw(pipeline: Pipeline, **changes) -> np.ndarray:
-    (picture,) = text_to_image(pipeline, "a cat", TextToImageRequest(**{**WIDE, **changes}), progress=False)
+    (picture,) = text_to_image(pipeline, TextToImageRequest(prompt="a cat", **{**WIDE, **changes}), progress=False)
     assert picture.info["tiled"] == changes.get("tiled", 0)
     return np.asarray(picture.image)
 
 
 def from_image(pipeline: Pipeline, image: Image.Image, **changes) -> np.ndarray:
-    (picture,) = image_to_image(pipeline, image, "a cat", ImageToImageRequest(**{**WIDE, **changes}), progress=False)
+    (picture,) = image_to_image(
+        pipeline, image, ImageToImageRequest(prompt="a cat", **{**WIDE, **changes}), progress=False
+    )
     return np.asarray(picture.image)
 
 
@@ -61,7 +62,7 @@ def test_any_size_that_the_network_takes_is_decoded(pipeline, height, width):
 
 @pytest.mark.parametrize("side", [4, 12, 18, -16])
 def test_tiles_that_are_too_small_or_cut_cells_are_refused(pipeline, side):
-    with pytest.raises(ValueError, match=f"--tiled {side}: choose a multiple of 4 pixels from 16 on; 512 is usual"):
+    with pytest.raises(ValueError, match=f"--tiled {side}: choose a multiple of 4 pixels, at least 16; 512 is usual"):
         draw(pipeline, tiled=side)
 
 
@@ -70,7 +71,7 @@ def test_seams_do_not_show(pipeline):
     than 5 % of the range on average, and between neighbors across a tile's edge that difference changes no more than elsewhere."""
     z = torch.randn(1, 4, 24, 40, generator=torch.Generator().manual_seed(0))
     tiled = in_tiles(pipeline, TextToImageRequest(height=96, width=160, tiled=64, factor=4))
-    with pipeline.drawing():
+    with pipeline.sampling():
         difference = (tiled.decode(z) - pipeline.decode(z)) / 2  # of the range
     assert 0 < difference.abs().mean() < 0.05
     change = difference.diff(dim=-1).abs().mean(dim=(0, 1, 2))  # (159,)

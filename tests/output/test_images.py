@@ -4,15 +4,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ldm.output.images import (
-    METADATA_KEY,
-    GeneratedImage,
-    NamedOutput,
-    NumberedFiles,
-    Output,
-    SampleArray,
-    read_metadata,
-)
+from ldm.output.images import GeneratedImage, METADATA_KEY, NamedOutput, NumberedFiles, Output, read_metadata
+from ldm.output.sample_array import SampleArray
 
 
 def noise(side: int, seed: int = 0) -> Image.Image:
@@ -85,7 +78,7 @@ def test_the_text_chunk_is_plain_json_under_one_keyword(tmp_path):
 def test_results_have_the_name_of_their_original_and_replace_none(tmp_path):
     output = NamedOutput(tmp_path / "a" / "b")
     assert [output.save(picture(), "x").name for _ in range(3)] == ["x.png", "x-1.png", "x-2.png"]
-    with pytest.raises(ValueError, match="is a file or lies in one"):
+    with pytest.raises(ValueError, match="is a file or inside one"):
         NamedOutput(tmp_path / "a" / "b" / "x.png" / "c")
 
 
@@ -109,7 +102,7 @@ def test_the_array_of_samples_is_what_numpy_writes(tmp_path, classes):
 def test_an_array_that_lacks_samples_is_never_written(tmp_path):
     array = SampleArray(tmp_path, 3)
     array.append(noise(8))
-    with pytest.raises(ValueError, match="1 samples of 3"):
+    with pytest.raises(ValueError, match="expected 3 samples, got 1"):
         array.finish()
     array.close()
     assert list(tmp_path.iterdir()) == []

@@ -58,11 +58,11 @@ def test_small_pictures_are_left_as_they_are_with_one_notice(tmp_path, caplog):
     output = Output(tmp_path, Watermark())
     with caplog.at_level("INFO"):
         paths = [output.save_sample(GeneratedImage(noise(side), {})) for side in (32, 255)]
-    assert [r.message for r in caplog.records] == ["no watermark on pictures under 256x256 pixels"]
+    assert [r.message for r in caplog.records] == ["no watermark in images under 256x256 pixels"]
     assert read_metadata(paths[0])["watermark"] is None and np.array_equal(
         np.asarray(Image.open(paths[1])), np.asarray(noise(255))
     )
-    with pytest.raises(ValueError, match="64x64 pixels hold no watermark"):
+    with pytest.raises(ValueError, match="64x64 pixels: a watermark needs"):
         Watermark().read(noise(64))
 
 

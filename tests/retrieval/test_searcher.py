@@ -10,8 +10,9 @@ import torch
 from PIL import Image
 
 from ldm.retrieval import searcher as retrieval
-from ldm.retrieval.database import DATABASES, Database, embed_folder, find_database, read_array, searcher_folder, unit
-from ldm.retrieval.searcher import RetrievalCondition, Searcher
+from ldm.retrieval.clip import RetrievalCondition, embed_folder
+from ldm.retrieval.database import DATABASES, Database, find_database, read_array, searcher_folder, unit
+from ldm.retrieval.searcher import Searcher
 from tests.reference import randn
 
 pytest.importorskip("faiss")
@@ -74,7 +75,7 @@ def test_what_is_no_database_is_refused_in_one_line(tmp_path):
     with pytest.raises(ValueError, match=r"z.npz: .*expected \(N, 16\)"):
         Database(tmp_path / "two")
     nan = Database(broken(tmp_path / "nan", embedding=np.full((2, 3), np.nan)))
-    with pytest.raises(ValueError, match="not finite"):
+    with pytest.raises(ValueError, match="non-finite"):
         Searcher.train(nan, 1)
 
 
@@ -149,7 +150,7 @@ def test_what_cannot_be_searched_is_refused(tmp_path, monkeypatch):
     for knn in (0, 6):
         with pytest.raises(ValueError, match=f"--knn {knn}: choose 1 to 5"):
             searcher.search(vectors(1), knn)
-    with pytest.raises(ValueError, match="16 numbers"):
+    with pytest.raises(ValueError, match="16 values"):
         searcher.search(vectors(1, 8), 1)
     monkeypatch.setitem(__import__("sys").modules, "faiss", None)
     with pytest.raises(ImportError, match="pip install faiss-cpu"):
@@ -189,7 +190,7 @@ def test_guidance_leads_away_from_the_negative_prompt_and_is_not_there_at_scale_
     )
     assert RetrievalCondition(Clip(), searcher, 4, scale=1.0)(["a"])[1] is None
     assert RetrievalCondition(Clip(), None)(["a"])[0].shape == (1, 2, 16)
-    with pytest.raises(ValueError, match="CLIP toy makes 8"):
+    with pytest.raises(ValueError, match="those of CLIP toy 8"):
         RetrievalCondition(SimpleNamespace(width=8, version="toy"), searcher, 4)
 
 
@@ -212,15 +213,15 @@ def test_a_folder_of_pictures_becomes_a_database(tmp_path):
     assert database.img_id(np.arange(3)) == ["a.png", "sub/b.jpg", "sub/c.png"]
     assert np.allclose(read_array(part, "patch_coords"), [5 / 30, 0, 25 / 30, 1])
     assert [file.name for file in (tmp_path / "out").iterdir()] == ["part-000.npz"] and zipfile.is_zipfile(part)
-    with pytest.raises(ValueError, match="there already"):
+    with pytest.raises(ValueError, match="exists already"):
         embed_folder(tmp_path / "in", tmp_path / "out", Mean())
-    with pytest.raises(ValueError, match="no pictures"):
+    with pytest.raises(ValueError, match="no images"):
         embed_folder(tmp_path / "out", tmp_path / "new", Mean())
 
 
 def test_databases_have_the_published_names_and_places(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(FileNotFoundError, match="retrieval_databases/artbench-surrealism is no folder; unpack"):
+    with pytest.raises(FileNotFoundError, match=r"no folder .*retrieval_databases/artbench-surrealism; unpack"):
         find_database("artbench-surrealism")
     with pytest.raises(FileNotFoundError, match="artbench-ukiyo_e"):
         find_database("artbench")

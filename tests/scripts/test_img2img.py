@@ -8,7 +8,7 @@ from PIL import Image
 from ldm.cli import run_command
 from ldm.data.image import from_tensor, to_array
 from ldm.inference import Pipeline, image_to_image
-from ldm.inference.task_settings import ImageToImageRequest
+from ldm.inference.requests import ImageToImageRequest
 from ldm.models.diffusion.ddim import DDIMSampler
 from ldm.models.diffusion.samplers.base import Sampler
 from ldm.models.diffusion.samplers.registry import SAMPLERS
@@ -22,7 +22,7 @@ TINY = {"height": 16, "width": 24, "steps": 5, "n_samples": 2, "scale": 3.0}
 
 
 def draw(pipeline: Pipeline, image: Image.Image, prompts="a cat", **changes) -> list[np.ndarray]:
-    drawn = image_to_image(pipeline, image, prompts, ImageToImageRequest(**{**TINY, **changes}), progress=False)
+    drawn = image_to_image(pipeline, image, ImageToImageRequest(prompt=prompts, **{**TINY, **changes}), progress=False)
     return [np.asarray(p.image) for p in drawn]
 
 
@@ -67,7 +67,7 @@ def test_strength_0_gives_back_the_picture_as_the_first_stage_sees_it(saved, pip
         expected = [np.asarray(from_tensor(x)) for x in saved.model.decode_first_stage(z)]
     assert same(draw(pipeline, image, strength=0.0), expected)
     assert same(draw(pipeline, image, strength=0.19), expected)  # int(0.19 * 5) is 0
-    assert len(list(image_to_image(pipeline, image, "", ImageToImageRequest(**{**TINY, "strength": 0.0})))) == 2
+    assert len(list(image_to_image(pipeline, image, ImageToImageRequest(prompt="", **{**TINY, "strength": 0.0})))) == 2
 
 
 def test_strength_1_draws_from_noise_alone(pipeline, image):
@@ -138,7 +138,7 @@ def test_a_picture_of_any_size_is_resized_to_the_nearest_that_the_model_takes_in
         "height": 16,
         "width": 40,
     }
-    assert {key: info[key] for key in expected} == expected and "4 pictures in" in capsys.readouterr().out
+    assert {key: info[key] for key in expected} == expected and "4 images in" in capsys.readouterr().out
     run_command(main, arguments(saved, tmp_path / "a.jpg", tmp_path))
     assert len(list((tmp_path / "samples").iterdir())) == 6
 
@@ -172,8 +172,8 @@ def test_flags_have_the_published_defaults():
 @pytest.mark.parametrize(
     "flags, words",
     [
-        (["--plms"], "--plms: img2img refuses this flag"),
-        (["--init-img", ""], "--init-img: give the picture"),
+        (["--plms"], "--plms: not supported by img2img"),
+        (["--init-img", ""], "--init-img: pass the image"),
         (["--init-img", "nowhere.png"], "nowhere.png: no such file"),
         (["--strength", "1.5"], "--strength 1.5: choose 0"),
         (["--strength", "nan"], "--strength nan"),
@@ -186,7 +186,7 @@ def test_flags_have_the_published_defaults():
     ],
 )
 def test_a_mistake_is_one_line_before_the_model_is_loaded(saved, tmp_path, flags, words, capsys, monkeypatch):
-    monkeypatch.setattr("scripts.img2img.load_model", None)
+    monkeypatch.setattr("ldm.inference.load_model", None)
     Image.new("RGB", (16, 16)).save(tmp_path / "a.png")
     assert words in refused(main, arguments(saved, tmp_path / "a.png", tmp_path / "out", *flags), capsys)
     assert not (tmp_path / "out").exists()

@@ -8,12 +8,12 @@ import torch
 from PIL import Image
 
 from ldm.cli import run_command
-from ldm.inference import Pipeline, fingerprint, inpaint, load_model
-from ldm.inference.task_settings import InpaintRequest
+from ldm.inference import Pipeline, inpaint, load_model
+from ldm.inference.requests import InpaintRequest
 from ldm.models.diffusion.ddim import DDIMSampler
 from ldm.output.images import read_metadata
 from ldm.output.watermark import Watermark
-from ldm.paths import ROOT
+from ldm.paths import ROOT, fingerprint
 from scripts.inpaint import main, parser
 from tests.scripts.refusals import help_without_heavy_imports, refused
 from tests.tiny import SavedModel, save_model, save_text_model
@@ -97,7 +97,7 @@ def test_the_mark_is_in_the_drawn_pixels_alone(saved, tmp_path):
     pair(tmp_path / "in", width=264, height=264)
     run_command(main, arguments(saved, tmp_path / "in", tmp_path / "out", "--steps", "1"))
     info = read_metadata(tmp_path / "out" / "x.png")
-    assert info["watermark"] == f"{Watermark()}, in the drawn pixels alone"
+    assert info["watermark"] == f"{Watermark()}, in the generated pixels only"
     mask, result = hole(264, 264), np.asarray(Image.open(tmp_path / "out" / "x.png"))
     kept = np.asarray(mask) < 128
     assert np.array_equal(result[kept], np.asarray(picture(264, 264))[kept])
@@ -114,7 +114,7 @@ def test_every_pair_gives_a_file_of_its_name_and_none_is_overwritten(saved, tmp_
     names = sorted(path.name for path in (tmp_path / "out").iterdir())
     assert names == sorted(f"{stem}{k}.png" for stem in ("a", "b_mask_c", "photo") for k in ("", "-1"))
     one, two = (np.asarray(Image.open(tmp_path / "out" / name)) for name in ("a.png", "a-1.png"))
-    assert np.array_equal(one, two) and "3 pictures in" in capsys.readouterr().out
+    assert np.array_equal(one, two) and "3 images in" in capsys.readouterr().out
     info = read_metadata(tmp_path / "out" / "a.png")
     expected = {
         "task": "inpaint",
@@ -170,7 +170,7 @@ def test_flags_have_the_published_defaults():
 @pytest.mark.parametrize(
     "flags, words",
     [
-        (["--indir", ""], "--indir: give a folder"),
+        (["--indir", ""], "--indir: pass a folder"),
         (["--indir", "nowhere"], "--indir nowhere: no such folder"),
         (["--steps", "0"], "--steps 0: choose 1 to 100"),
         (["--ddim_eta", "-1"], "--ddim_eta -1.0"),
@@ -179,27 +179,27 @@ def test_flags_have_the_published_defaults():
     ],
 )
 def test_a_mistake_is_one_line_before_the_model_is_loaded(saved, tmp_path, flags, words, capsys, monkeypatch):
-    monkeypatch.setattr("scripts.inpaint.load_model", None)
+    monkeypatch.setattr("ldm.inference.load_model", None)
     pair(tmp_path / "in")
     assert words in refused(main, arguments(saved, tmp_path / "in", tmp_path / "out", *flags), capsys)
     assert not (tmp_path / "out").exists()
 
 
 def test_pictures_and_masks_that_do_not_belong_together_are_refused_by_name(saved, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("scripts.inpaint.load_model", None)
+    monkeypatch.setattr("ldm.inference.load_model", None)
     command = arguments(saved, tmp_path, tmp_path / "out")
-    assert "holds no x_mask.png" in refused(main, command, capsys)
+    assert "no x_mask.png found" in refused(main, command, capsys)
     hole().save(tmp_path / "x_mask.png")
-    assert "there is no" in refused(main, command, capsys)
+    assert "is missing" in refused(main, command, capsys)
     picture(25).save(tmp_path / "x.png")
-    assert "x_mask.png is 24x16 pixels" in refused(main, command, capsys)
+    assert "x_mask.png has 24x16 pixels" in refused(main, command, capsys)
     (tmp_path / "x.png").write_bytes(b"")
     assert "x.png: empty file" in refused(main, command, capsys)
 
 
 def test_a_model_of_another_kind_is_refused(tmp_path, capsys):
     text = save_text_model(tmp_path)
-    assert "fills no masks" in refused(main, arguments(text, tmp_path, tmp_path / "out"), capsys)
+    assert "not an inpainting model" in refused(main, arguments(text, tmp_path, tmp_path / "out"), capsys)
 
 
 def test_help_is_quick_and_works_anywhere(tmp_path):

@@ -9,11 +9,12 @@ from PIL import Image
 
 from ldm.checkpoint import write_weights
 from ldm.cli import run_command
-from ldm.inference.settings import model_info, read_config
+from ldm.config.model_info import read_model_info
 from ldm.modules.encoders import modules
 from ldm.modules.encoders.modules import FrozenClipImageEmbedder, FrozenCLIPTextEmbedder
 from ldm.output.images import read_metadata
 from ldm.paths import ROOT
+from ldm.retrieval import clip as clip_side
 from ldm.retrieval.database import Database
 from scripts import knn2img, train_searcher
 from tests.reference import seed_weights
@@ -50,7 +51,9 @@ def clip_weights(tmp_path_factory):
 def small_clip(monkeypatch):
     """The scripts name a CLIP by its published name alone; here it has a smaller shape."""
     for name in ("FrozenCLIPTextEmbedder", "FrozenClipImageEmbedder"):
-        monkeypatch.setattr(modules, name, partial(getattr(modules, name), clip_config=CLIP))
+        small = partial(getattr(modules, name), clip_config=CLIP)
+        for module in (modules, clip_side):
+            monkeypatch.setattr(module, name, small, raising=False)
 
 
 @pytest.fixture
@@ -118,12 +121,11 @@ def test_flags_have_the_published_defaults():
 
 
 def test_the_published_model_takes_the_vectors_of_the_published_clip():
-    config = read_config(ROOT / knn2img.CONFIG)
-    knn2img.check_takes_vectors(config)
-    settings = knn2img.settings_of(knn2img.parser().parse_args([])).checked(model_info(config))
-    assert settings.latent_shape == (16, 48, 48)
+    info = read_model_info(ROOT / knn2img.CONFIG)
+    request = knn2img.request_of(knn2img.parser().parse_args([])).checked(info)
+    assert request.latent_shape == (16, 48, 48)
     with torch.device("meta"):
-        assert modules.FrozenCLIPTextEmbedder.func().width == config.model.params.unet_config.params.context_dim
+        assert modules.FrozenCLIPTextEmbedder.func().width == info.context_dim
 
 
 def test_neighbors_of_a_searcher_that_was_saved_or_made_on_the_spot_lead_to_the_same_pictures(
@@ -228,7 +230,7 @@ def test_what_is_wrong_is_said_in_one_line(saved, clip_weights, database, tmp_pa
     assert "CLIP version 'ViT-H'" in line("--clip_type", "ViT-H")
     assert "models/rdm" in refused(knn2img.main, ["--device", "cpu"], capsys)
     sd = ["--config", "configs/stable-diffusion/v1-inference.yaml", "--H", "512", "--W", "512"]
-    assert "does not attend to vectors" in refused(knn2img.main, sd, capsys)
+    assert "not conditioned on CLIP vectors" in refused(knn2img.main, sd, capsys)
     assert "--knn 0" in refused(train_searcher.main, ["-k", "0"], capsys)
     assert "no such folder" in refused(train_searcher.main, ["-d", str(tmp_path / "none")], capsys)
     assert not (tmp_path / "out").exists()
@@ -238,8 +240,8 @@ def test_a_clip_of_another_width_is_refused_before_the_model_is_loaded(
     saved, clip_weights, tmp_path, monkeypatch, capsys
 ):
     wide = {**CLIP, "embed_dim": 32}
-    monkeypatch.setattr(modules, "FrozenCLIPTextEmbedder", partial(FrozenCLIPTextEmbedder, clip_config=wide))
-    assert "makes vectors of 32 numbers, and this model takes 16" in refused(
+    monkeypatch.setattr(clip_side, "FrozenCLIPTextEmbedder", partial(FrozenCLIPTextEmbedder, clip_config=wide))
+    assert "its vectors have 32 values, this model takes 16" in refused(
         knn2img.main, arguments(saved, clip_weights, tmp_path), capsys
     )
 

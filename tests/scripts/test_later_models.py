@@ -8,11 +8,10 @@ from PIL import Image
 from ldm import inference
 from ldm.cli import run_command
 from ldm.data.image import from_tensor, load_depth, to_array
-from ldm.inference import depth_parts, image_to_image, load_model, text_to_image
-from ldm.inference.concat import feathered
+from ldm.inference import image_to_image, load_model, text_to_image
 from ldm.inference.prompt_weights import PromptEncoder
-from ldm.inference.settings import TextToImageRequest
-from ldm.inference.task_settings import ImageToImageRequest, InpaintRequest, UpscaleRequest
+from ldm.inference.requests import ImageToImageRequest, InpaintRequest, TextToImageRequest, UpscaleRequest
+from ldm.inference.tasks.inpaint import feathered
 from ldm.models.diffusion.ddim import DDIMSampler
 from ldm.output.images import read_metadata
 from scripts import img2img, inpaint, txt2img, upscale
@@ -54,7 +53,7 @@ def command(model: SavedModel, *flags: str) -> list[str]:
     return ["--config", str(model.config), "--ckpt", str(model.ckpt), "--device", "cpu", "--safety", "off", *flags]
 
 
-# ------------------------------------------------------------------------------------------------------------ prompts
+# ------------------------------------------------------------------------------ prompts
 
 
 @pytest.mark.parametrize("kind", ["v2", "v2-v"])
@@ -74,7 +73,9 @@ def test_a_prompt_draws_what_the_model_itself_draws_and_the_negative_one_counts(
     def draw(**changes) -> np.ndarray:
         return pixels(
             next(
-                text_to_image(pipelines[kind], "a horse", TextToImageRequest(**{**settings, **changes}), progress=False)
+                text_to_image(
+                    pipelines[kind], TextToImageRequest(prompt="a horse", **{**settings, **changes}), progress=False
+                )
             ).image
         )
 
@@ -118,7 +119,7 @@ def test_a_model_that_sees_more_than_a_prompt_is_sent_to_its_script(saved, tmp_p
     assert script in refused(txt2img.main, command(saved[kind], "--outdir", str(tmp_path)), capsys)
 
 
-# ---------------------------------------------------------------------------------------------------------- inpainting
+# ------------------------------------------------------------------------------ inpainting
 
 
 def test_a_hole_is_filled_after_a_prompt_as_the_network_was_trained(saved, pipelines):
@@ -182,7 +183,7 @@ def test_one_pair_is_filled_by_the_script(saved, tmp_path, capsys):
     assert "--indir with --init-img" in refused(
         inpaint.main, command(saved["sd-inpaint"], *pair, "--indir", str(tmp_path)), capsys
     )
-    assert "--mask: give both" in refused(inpaint.main, command(saved["sd-inpaint"], *pair[:2], *pair[4:]), capsys)
+    assert "--mask: pass both" in refused(inpaint.main, command(saved["sd-inpaint"], *pair[:2], *pair[4:]), capsys)
     assert "--feather -1" in refused(inpaint.main, command(saved["sd-inpaint"], *pair, "--feather", "-1"), capsys)
 
 
@@ -192,12 +193,12 @@ def test_what_leads_no_model_is_refused(tmp_path, capsys):
     hole().save(tmp_path / "m.png")
     pair = ["--init-img", str(tmp_path / "a.png"), "--mask", str(tmp_path / "m.png"), "--outdir", str(tmp_path / "out")]
     for flag, value in (("--prompt", "a bench"), ("--negative_prompt", "rain"), ("--scale", "3")):
-        assert f"{flag}: no prompt leads this model" in refused(
+        assert f"{flag}: this model is not text-conditional" in refused(
             inpaint.main, command(without, *pair, flag, value), capsys
         )
 
 
-# --------------------------------------------------------------------------------------------------------------- depth
+# ------------------------------------------------------------------------------ depth
 
 
 def test_a_picture_is_drawn_anew_in_the_depth_of_a_map(saved, pipelines, tmp_path):
@@ -207,15 +208,14 @@ def test_a_picture_is_drawn_anew_in_the_depth_of_a_map(saved, pipelines, tmp_pat
     assert depth.dtype == np.float32 and np.array_equal(depth, ramp)
     pipeline, settings = (
         pipelines["depth"],
-        ImageToImageRequest(steps=4, height=16, width=24, n_samples=2, strength=1.0, scale=3.0),
+        ImageToImageRequest(
+            prompt="a horse", steps=4, height=16, width=24, n_samples=2, strength=1.0, scale=3.0, depth=True
+        ),
     )
 
     def draw(of: np.ndarray) -> list[np.ndarray]:
-        parts = depth_parts(pipeline, (4, 6), picture(), of)
-        return [
-            pixels(drawn.image)
-            for drawn in image_to_image(pipeline, picture(), "a horse", settings, progress=False, beside=parts)
-        ]
+        images = image_to_image(pipeline, picture(), settings, depth=of, progress=False)
+        return [pixels(generated.image) for generated in images]
 
     (first, second), (turned, _) = draw(depth), draw(depth[:, ::-1].copy())
     assert first.shape == (16, 24, 3) and np.abs(first - second).max() > 1 and np.abs(first - turned).max() > 1
@@ -243,7 +243,7 @@ def test_depth_is_a_flag_of_img2img(saved, tmp_path, capsys):
     assert np.array_equal(pixels(Image.open(tmp_path / "again" / "samples" / "00000.png")), pixels(Image.open(first)))
     capsys.readouterr()
     assert "--depth" in refused(img2img.main, command(saved["depth"], *flags), capsys)
-    assert "sees no depth map" in refused(
+    assert "not conditioned on depth" in refused(
         img2img.main, command(saved["v2"], *flags, "--depth", str(tmp_path / "d.png")), capsys
     )
     assert "nowhere.png: no such file" in refused(
@@ -251,10 +251,10 @@ def test_depth_is_a_flag_of_img2img(saved, tmp_path, capsys):
     )
     (tmp_path / "empty").mkdir()
     empty = command(saved["depth"], *flags, "--depth", str(tmp_path / "empty"))
-    assert "empty: holds no config.json; give a depth map" in refused(img2img.main, empty, capsys)
+    assert "empty: no config.json in it; pass a depth map" in refused(img2img.main, empty, capsys)
 
 
-# ------------------------------------------------------------------------------------------------------------ upscaling
+# ------------------------------------------------------------------------------ upscaling
 
 
 def test_a_small_picture_is_enlarged_after_a_prompt_with_the_noise_that_is_told(saved, pipelines):
@@ -293,6 +293,6 @@ def test_a_small_picture_is_enlarged_by_the_script(saved, tmp_path, capsys):
     too_much = command(saved["x4"], *flags, "--noise_level", "351")
     assert "--noise_level 351: choose 0 (none) to 350" in refused(upscale.main, too_much, capsys)
     plain = save_model(tmp_path, "upscale")
-    assert "--noise_level: this model knows no noise" in refused(
+    assert "--noise_level: this model has no noise-level conditioning" in refused(
         upscale.main, command(plain, *flags, "--noise_level", "5"), capsys
     )

@@ -131,7 +131,7 @@ def test_the_grid_is_saved_with_metadata_and_never_overwrites(tmp_path):
 
 
 def test_metrics_have_a_value_and_a_target():
-    report = DigitReport(drawn=600, recognized=0.985, accuracy=0.989, variety={0: 0.8, 1: 1.0}, novelty=1.1)
+    report = DigitReport(count=600, recognized=0.985, accuracy=0.989, variety={0: 0.8, 1: 1.0}, novelty=1.1)
     text = quickstart.table(quickstart.metric_rows(36.04, report))
     for value in ("36.0 dB", "98.5 % of 600", "98.9 %", "0.90 (0.80 to 1.00)", "1.10", "at least 97 %", "0.7 to 1.3"):
         assert value in text

@@ -99,7 +99,7 @@ def test_report_and_what_is_not_flagged_change_no_pixel(models, checkers, tmp_pa
         drawn.append(written(folder))
     for other in drawn[1:]:
         assert other.keys() == drawn[0].keys() and all(np.array_equal(other[name], drawn[0][name]) for name in other)
-    assert "it is kept, with flagged: true" in caplog.text
+    assert "it is saved with flagged: true" in caplog.text
 
 
 def seed_of(script: str) -> list[str]:
@@ -135,9 +135,9 @@ def test_a_checker_that_cannot_run_stops_every_script_before_it_loads_anything(
     models, tmp_path, script, capsys, monkeypatch
 ):
     module = importlib.import_module(f"scripts.{script}")
-    monkeypatch.setattr(module, "load_model", None)
+    monkeypatch.setattr("ldm.inference.load_model", None)
     if script == "knn2img":
-        monkeypatch.setattr(module, "check_takes_vectors", lambda config: None)
+        monkeypatch.setattr("ldm.inference.requests.RetrievalRequest._require_model", lambda self, info: None)
         words = command("txt2img", models, tmp_path)
     else:
         words = command(script, models, tmp_path)
@@ -158,7 +158,7 @@ def test_the_configs_word_is_the_default(models, checkers, tmp_path, capsys):
     assert read_metadata(tmp_path / "out" / "samples" / "00002.png")["safety"] == "off"
     capsys.readouterr()
     words += ["--safety", "off", "--safety_checker", "x"]
-    assert "--safety_checker x with --safety off: nothing is checked" in refused(main_of("txt2img"), words, capsys)
+    assert "--safety_checker x with --safety off: add --safety on" in refused(main_of("txt2img"), words, capsys)
 
 
 @pytest.mark.parametrize(

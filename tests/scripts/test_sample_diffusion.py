@@ -11,11 +11,11 @@ from PIL import Image
 
 from ldm.cli import run_command
 from ldm.data.image import from_tensor
-from ldm.inference import fingerprint, generate_samples, load_model
-from ldm.inference.task_settings import ClassConditionalRequest
+from ldm.inference import generate_samples, load_model
+from ldm.inference.requests import ClassConditionalRequest
 from ldm.models.diffusion.ddim import DDIMSampler
 from ldm.output.images import read_metadata
-from ldm.paths import ROOT
+from ldm.paths import ROOT, fingerprint
 from ldm.util import instantiate_from_config
 from scripts.sample_diffusion import main, parser
 from tests.reference import seed_weights
@@ -107,7 +107,7 @@ def test_vanilla_walks_every_timestep_and_says_what_it_does_not_use(released, tm
         expected = np.stack([np.asarray(from_tensor(x)) for x in released.model.decode_first_stage(z)])
     with caplog.at_level("INFO"):
         run_command(main, arguments(released.ckpt, tmp_path, "-n", "2", "-v"))
-    assert np.abs(result(tmp_path)[1]["arr_0"].astype(int) - expected).max() <= 1 and "have no meaning" in caplog.text
+    assert np.abs(result(tmp_path)[1]["arr_0"].astype(int) - expected).max() <= 1 and "have no effect" in caplog.text
 
 
 def test_any_sampler_draws_with_a_stream_of_noise_for_each_sample(released, tmp_path):
@@ -229,11 +229,11 @@ def test_flags_have_the_published_defaults():
         (["--batch_size", "0"], "--batch_size 0"),
         (["-c", "21"], "--custom_steps 21: choose 1 to 20"),
         (["-e", "-1"], "--eta -1.0"),
-        (["--classes", "1"], "--classes: this model knows no classes"),
+        (["--classes", "1"], "--classes: this model is not class-conditional"),
         (["--classes", "cat"], "--classes 'cat': expected class numbers"),
-        (["--scale", "2"], "--scale 2: this model has no condition"),
+        (["--scale", "2"], "--scale 2: this model is unconditional"),
         (["model.params.imagesize=3"], "model.params has no imagesize; did you mean model.params.image_size"),
-        (["data.params.batch_size=3"], "data.params.batch_size=3: only the model"),
+        (["data.params.batch_size=3"], "data.params.batch_size=3: only model. paths can be overridden"),
         (["--custom_step", "3"], "did you mean --custom_steps?"),
         (["-v", "--sampler", "heun"], "not allowed with"),
         (["--sampler", "huen"], "--sampler huen: choose one of ddim, plms"),
@@ -242,7 +242,7 @@ def test_flags_have_the_published_defaults():
     ],
 )
 def test_a_mistake_is_one_line_before_the_model_is_loaded(released, tmp_path, flags, words, capsys, monkeypatch):
-    monkeypatch.setattr("scripts.sample_diffusion.load_model", None)
+    monkeypatch.setattr("ldm.inference.load_model", None)
     assert words in refused(main, arguments(released.ckpt, tmp_path / "out", *flags), capsys)
     assert not (tmp_path / "out").exists()
 
@@ -250,7 +250,7 @@ def test_a_mistake_is_one_line_before_the_model_is_loaded(released, tmp_path, fl
 @pytest.mark.parametrize(
     "flags, words",
     [
-        (["--classes", "6"], "class 6: this model knows 0 to 5"),
+        (["--classes", "6"], "class 6: this model's classes are 0 to 5"),
         (["--null_class", "9"], "class 9"),
         (["--scale", "nan"], "--scale nan"),
     ],
@@ -263,17 +263,17 @@ def test_guidance_without_a_known_no_class_asks_for_it(tmp_path, capsys):
     saved = save_model(tmp_path, "class", cond_dropout=0.0)
     saved.config.rename(tmp_path / "config.yaml")
     command = arguments(saved.ckpt, tmp_path / "out", "-n", "2", "--scale", "2")
-    assert "give --null_class N" in refused(main, command, capsys)
+    assert "pass --null_class" in refused(main, command, capsys)
     assert run_command(main, [*command, "--null_class", "5"]) == 0
 
 
 def test_models_that_need_more_than_a_class_are_sent_to_their_script(tmp_path, capsys):
     saved = save_text_model(tmp_path)
-    assert "neither config.yaml nor" in refused(main, arguments(saved.ckpt, tmp_path / "out"), capsys)
+    assert "config is missing (config.yaml or" in refused(main, arguments(saved.ckpt, tmp_path / "out"), capsys)
     saved.config.rename(tmp_path / "config.yaml")
     assert "use scripts/txt2img.py" in refused(main, arguments(saved.ckpt, tmp_path / "out"), capsys)
     (tmp_path / "empty").mkdir()
-    assert "holds neither model.ckpt nor" in refused(main, arguments(tmp_path / "empty", tmp_path / "out"), capsys)
+    assert "no model.ckpt or" in refused(main, arguments(tmp_path / "empty", tmp_path / "out"), capsys)
 
 
 def test_a_released_models_folder_without_its_weights_names_the_download(tmp_path, capsys):
@@ -286,7 +286,7 @@ def test_an_interrupted_run_leaves_its_pictures_and_no_half_array(released, tmp_
         yield from list(generate_samples(pipeline, settings, progress=False))[:1]
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("scripts.sample_diffusion.generate_samples", stopped)
+    monkeypatch.setattr("ldm.inference.generate_samples", stopped)
     assert run_command(main, arguments(released.ckpt, tmp_path, "-n", "2")) == 130
     (folder,) = tmp_path.rglob("numpy")
     assert list(folder.iterdir()) == [] and len(list(tmp_path.rglob("*.png"))) == 1

@@ -29,12 +29,12 @@ def test_a_picture_without_mark_says_how_little_of_it_is_there(tmp_path, capsys)
     out = capsys.readouterr().out
     assert all(line.isprintable() for line in out.splitlines())
     last = out.splitlines()[-1]
-    assert int(last.split()[0]) < 110 and "of 136 bits" in last
+    assert int(last.split()[0]) < 110 and "of 136 bits match" in last
 
 
 def test_pictures_too_small_for_a_mark_and_missing_files_are_refused(tmp_path, capsys):
     noise(64).save(tmp_path / "a.png")
-    assert "64x64 pixels hold no watermark" in refused(main, [str(tmp_path / "a.png")], capsys)
+    assert "64x64 pixels: a watermark needs" in refused(main, [str(tmp_path / "a.png")], capsys)
     assert "nowhere.png: no such file" in refused(main, ["nowhere.png"], capsys)
 
 

@@ -9,10 +9,10 @@ import pytest
 from PIL import Image
 
 from ldm.cli import run_command
-from ldm.inference.settings import model_info, read_config
+from ldm.config.model_info import model_info, read_config
 from ldm.output.images import read_metadata
 from ldm.paths import ROOT
-from scripts.txt2img import main, parser, settings_of
+from scripts.txt2img import main, parser, request_of
 from tests.tiny import SavedModel
 
 SCRIPT = ROOT / "scripts" / "txt2img.py"
@@ -54,7 +54,7 @@ def refused(argv: list[str], capsys) -> str:
 def test_flags_have_the_published_defaults():
     """Figures of cli.md, the list of the published command lines; C and f come from the model, which for Stable Diffusion is 4 and 8."""
     opt = vars(parser().parse_args([]))
-    assert settings_of(parser().parse_args([])).checked(INFO).eta == 0.0
+    assert request_of(parser().parse_args([])).checked(INFO).eta == 0.0
     published = {"prompt": "a painting of a virus monster playing guitar", "ddim_steps": 50, "n_iter": 2}
     published |= {
         "H": 512,
@@ -80,7 +80,7 @@ def test_samples_and_grid_are_written_as_published(saved, tmp_path, solver, scal
     info = read_metadata(tmp_path / "samples" / "00003.png")
     assert info["sampler"] == (solver[-1].strip("-") if solver else "ddim") and info["scale"] == float(scale)
     out = capsys.readouterr().out
-    assert "4 pictures in" in out and str(tmp_path / "samples" / "00000.png") in out
+    assert "4 images in" in out and str(tmp_path / "samples" / "00000.png") in out
 
 
 def test_the_same_command_draws_the_same_pictures_under_new_numbers(saved, tmp_path):
@@ -190,7 +190,7 @@ def test_laion400m_changes_what_is_not_given(saved, tmp_path, capsys, monkeypatc
         (["--from-file", "nowhere.txt"], "--from-file nowhere.txt: No such file"),
         (["--ckpt", "nowhere.ckpt"], "checkpoint nowhere.ckpt: no such file"),
         (["--config", "nowhere.yaml"], "config nowhere.yaml: no such file"),
-        (["--device", "cuda:77"], "--device cuda:77: not on this machine; choose auto"),
+        (["--device", "cuda:77"], "--device cuda:77: not available on this machine; choose auto"),
         (["--precision", "half"], "invalid choice: 'half'"),
         (["--n_sample", "3"], "unknown flag --n_sample; did you mean --n_samples?"),
         (["stray"], "unexpected argument 'stray'"),
@@ -200,7 +200,7 @@ def test_a_mistake_is_one_line_before_the_model_is_loaded(saved, tmp_path, flags
     def loaded(*args, **kwargs):
         raise AssertionError("the model was loaded")
 
-    monkeypatch.setattr("scripts.txt2img.load_model", loaded)
+    monkeypatch.setattr("ldm.inference.load_model", loaded)
     assert words in refused(arguments(saved, tmp_path / "out", *flags), capsys)
     assert not (tmp_path / "out").exists()
 

@@ -7,11 +7,11 @@ from PIL import Image
 
 from ldm.cli import run_command
 from ldm.data.image import from_tensor, to_array
-from ldm.inference import Pipeline, fingerprint, load_model, upscale
-from ldm.inference.task_settings import UpscaleRequest
+from ldm.inference import Pipeline, load_model, upscale
+from ldm.inference.requests import UpscaleRequest
 from ldm.models.diffusion.ddim import DDIMSampler
 from ldm.output.images import read_metadata
-from ldm.paths import ROOT
+from ldm.paths import ROOT, fingerprint
 from scripts.upscale import main, parser
 from tests.scripts.refusals import help_without_heavy_imports, refused
 from tests.tiny import SavedModel, save_model, save_text_model
@@ -77,7 +77,7 @@ def test_a_picture_does_not_depend_on_those_before_it_and_none_is_overwritten(sa
         str(tmp_path / "0.png"),
         str(tmp_path / "1.png"),
     ]
-    assert run_command(main, command) == 0 and "2 pictures in" in capsys.readouterr().out
+    assert run_command(main, command) == 0 and "2 images in" in capsys.readouterr().out
     assert run_command(main, arguments(saved, tmp_path / "1.png", tmp_path / "out")) == 0
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["0.png", "1-1.png", "1.png"]
     assert np.array_equal(*(np.asarray(Image.open(tmp_path / "out" / name)) for name in ("1.png", "1-1.png")))
@@ -110,21 +110,21 @@ def test_the_defaults_are_the_released_models():
         (["--steps", "101"], "--steps 101: choose 1 to 100"),
         (["--ckpt", "nowhere.ckpt"], "checkpoint nowhere.ckpt: no such file"),
         (["--sampler", "plms", "--ddim_eta", "1"], "--ddim_eta 1: plms is deterministic"),
-        (["--tile", "3"], "--tile 3: choose a multiple of 2 from 4 on, or 0"),
+        (["--tile", "3"], "--tile 3: choose a multiple of 2 pixels, at least 4, or 0"),
         (["--tiles"], "unknown flag --tiles; did you mean --tile?"),
     ],
 )
 def test_a_mistake_is_one_line_before_the_model_is_loaded(saved, tmp_path, flags, words, capsys, monkeypatch):
-    monkeypatch.setattr("scripts.upscale.load_model", None)
+    monkeypatch.setattr("ldm.inference.load_model", None)
     picture().save(tmp_path / "x.png")
     assert words in refused(main, arguments(saved, tmp_path / "x.png", tmp_path / "out", *flags), capsys)
     assert not (tmp_path / "out").exists()
-    assert "--init-img: give the pictures" in refused(main, [], capsys)
+    assert "--init-img: pass the images" in refused(main, [], capsys)
 
 
 def test_a_model_of_another_kind_is_refused(tmp_path, capsys):
     text = save_text_model(tmp_path)
-    assert "enlarges nothing" in refused(main, arguments(text, "x.png", tmp_path / "out"), capsys)
+    assert "not an upscaling model" in refused(main, arguments(text, "x.png", tmp_path / "out"), capsys)
 
 
 def test_help_is_quick_and_works_anywhere(tmp_path):

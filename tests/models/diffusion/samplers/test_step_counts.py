@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from ldm.inference.settings import TextToImageRequest, check_steps, model_info
+from ldm.config.model_info import model_info
+from ldm.inference.requests import TextToImageRequest
+from ldm.inference.settings import check_steps
 from ldm.models.diffusion.samplers.registry import SAMPLERS, make_sampler
 from tests.full.step_counts import MORE_CALLS, Clock, check, check_refused
 from tests.models.diffusion.samplers.toy import ToyModel, sample

@@ -1,0 +1,132 @@
+"""Files that the flags of the sampling scripts name: prompts, images, masks, depth maps, runs. Imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from ldm.data.image import EXTENSIONS, load_depth
+from ldm.data.image import load_image as load_image
+
+
+def read_prompts(path: str | Path) -> list[str]:
+    """The lines of a UTF-8 text file, one prompt each (empty lines included); raise ValueError if it has none."""
+    try:
+        prompts = Path(path).read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"--from-file {path}: not UTF-8 text (byte {error.start}); save it as UTF-8, one prompt per line"
+        ) from error
+    except OSError as error:
+        raise ValueError(
+            f"--from-file {path}: {error.strerror or error}; pass a text file with one prompt per line"
+        ) from error
+    if not prompts:
+        raise ValueError(f"--from-file {path}: the file is empty; write one prompt per line")
+    return prompts
+
+
+def find_pairs(folder: str | Path) -> list[tuple[Path, Path]]:
+    """(image, mask) for every `x_mask.png` of a folder, sorted; the image is `x.png` or has another extension."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"--indir {folder}: no such folder; it must hold pairs x.png, x_mask.png")
+    pairs = []
+    for mask in sorted(folder.glob("*_mask.png")):
+        stem = mask.name.removesuffix("_mask.png")
+        names = [f"{stem}{extension}" for extension in (".png", *sorted(EXTENSIONS - {".png"}))]
+        image = next((folder / name for name in names if (folder / name).is_file()), None)
+        if image is None:
+            raise FileNotFoundError(f"{mask}: its image {folder / names[0]} is missing")
+        pairs.append((image, mask))
+    if not pairs:
+        raise FileNotFoundError(f"--indir {folder}: no x_mask.png found; a mask is white where x.png is inpainted")
+    return pairs
+
+
+def one_pair(image: str | None, mask: str | None) -> list[tuple[Path, Path]]:
+    """(image, mask) of the flags that name one pair."""
+    for flag, given in (("--init-img", image), ("--mask", mask)):
+        if not given:
+            raise ValueError(
+                f"{flag}: pass both, e.g. --init-img photo.png --mask mask.png, or a folder of pairs with --indir"
+            )
+        if not Path(given).is_file():
+            raise FileNotFoundError(f"{flag} {given}: no such file")
+    return [(Path(image or ""), Path(mask or ""))]
+
+
+def check_pairs(pairs: Sequence[tuple[Path, Path]]) -> None:
+    """Raise ValueError for files that are not images, and for a mask of another size than its image."""
+    for image, mask in pairs:
+        size, mask_size = load_image(image).size, load_image(mask).size
+        if size != mask_size:
+            raise ValueError(
+                "{} has {}x{} pixels, {} has {}x{}: sizes must match".format(mask, *mask_size, image, *size)
+            )
+
+
+def find_depth(path: str) -> np.ndarray | Path:
+    """The depth map in a file, float32 (H, W), or the folder of a depth estimator."""
+    folder = Path(path)
+    if not folder.is_dir():
+        return load_depth(path)
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(
+            f"--depth {path}: no config.json in it; pass a depth map or a folder with transformers' DPT"
+        )
+    return folder
+
+
+class SavedRun(NamedTuple):
+    """A trained model: its directory, the configs to merge, its weights."""
+
+    folder: Path
+    configs: list[Path]
+    ckpt: Path
+
+
+def find_run(resume: str | Path) -> SavedRun:
+    """Find the run of a `--resume` path: a run directory, or a checkpoint in one or in its `checkpoints`.
+
+    The config is `config.yaml`, as in the directories of released models, or the run's `configs/*-project.yaml`.
+    Raises FileNotFoundError if one is missing.
+    """
+    given = Path(resume).expanduser()
+    if not given.exists():
+        raise FileNotFoundError(f"--resume {given}: no such file or folder; pass a run directory or a checkpoint")
+    folder, ckpt = (given, _checkpoint_in(given)) if given.is_dir() else (given.parent, given)
+    for place in (folder, folder.parent) if folder.resolve().name == "checkpoints" else (folder,):
+        released = place / "config.yaml"
+        configs = [released] if released.is_file() else sorted((place / "configs").glob("*-project.yaml"))
+        if configs:
+            return SavedRun(place, configs, ckpt)
+    raise FileNotFoundError(f"--resume {given}: the model's config is missing (config.yaml or configs/*-project.yaml)")
+
+
+def _checkpoint_in(folder: Path) -> Path:
+    for name in ("model.ckpt", "checkpoints/last.ckpt", "last.ckpt", "model.safetensors"):
+        if (folder / name).is_file():
+            return folder / name
+    if (folder / "unet" / "config.json").is_file():  # diffusers' layout
+        return folder
+    hint = "; bash scripts/download_models.sh downloads released ones" if (folder / "config.yaml").is_file() else ""
+    raise FileNotFoundError(
+        f"--resume {folder}: no model.ckpt or checkpoints/last.ckpt in it; pass the file itself{hint}"
+    )
+
+
+def parse_classes(words: Sequence[str]) -> tuple[int, ...]:
+    """Class numbers on the command line: `207`, `1,2,3` and `10-19` (both ends included), in the order given."""
+    classes: list[int] = []
+    for word in ",".join(words).split(","):
+        first, dash, last = word.strip().partition("-")
+        if not first.isdecimal() or (dash and not last.isdecimal()):
+            raise ValueError(f"--classes {word!r}: expected class numbers and ranges, e.g. 207 or 1,2,10-19")
+        if dash and int(last) < int(first):
+            raise ValueError(f"--classes {word}: the range is reversed")
+        classes.extend(range(int(first), int(last or first) + 1))
+    return tuple(classes)

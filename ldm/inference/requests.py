@@ -1,0 +1,350 @@
+"""Requests of all tasks: what a task is asked for, checked once against the model's info. Imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar, NamedTuple, Self
+
+from ldm.config.model_info import ModelInfo
+from ldm.inference.emphasis import parse_emphasis
+from ldm.inference.settings import (
+    TILE,
+    Request,
+    check_positive,
+    check_seed_mode,
+    check_size,
+    round_to_multiple,
+)
+
+MAX_FEATHER = 512  # pixels
+CLIP_ENCODERS = ("FrozenCLIPEmbedder", "FrozenOpenCLIPEmbedder", "CaptionEmbedder")  # of CLIP's tokens
+OTHER_ENCODERS = ("BERTEmbedder",)
+
+
+class Batch(NamedTuple):
+    """Images that are generated together: the batch's number, their indices in the run, their prompts."""
+
+    number: int
+    indices: range
+    prompts: list[str]
+
+
+@dataclass(frozen=True)
+class TextToImageRequest(Request):
+    """Images from prompts; the defaults are the published txt2img's."""
+
+    task: ClassVar[str] = "txt2img"
+    steps_flag: ClassVar[str] = "--ddim_steps"
+
+    prompt: str | Sequence[str] = ""  # one for `n_samples` images, or a list with one image each
+    scale: float | None = 7.5
+    height: int = 512  # in pixels
+    width: int = 512
+    channels: int | None = None  # of the latent; None: the model's
+    factor: int | None = None  # pixels per latent cell; None: the model's
+    n_samples: int = 3  # images per batch
+    n_iter: int = 2  # repetitions of all prompts
+    fixed_code: bool = False  # every batch starts from the same noise
+    # "batch": one noise stream for the run, as published. "image": image k has the noise of seed + k in any batch.
+    seed_mode: str = "batch"
+    tiled: int = 0  # side in pixels of the overlapping tiles of the first stage; 0: untiled
+    emphasis: bool = False  # prompts may weight words, (word:1.3)
+    long_prompts: bool = False  # prompts longer than the encoder's context are encoded in chunks
+    chunks: int | None = None  # chunks per prompt; None: as many as the longest prompt needs
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """(C, h, w) of one latent of a checked request."""
+        assert self.channels is not None and self.factor is not None
+        return self.channels, self.height // self.factor, self.width // self.factor
+
+    @property
+    def prompts(self) -> list[str]:
+        return [self.prompt] if isinstance(self.prompt, str) else list(self.prompt)
+
+    @property
+    def batches(self) -> list[Batch]:
+        """All batches of the run; the last one of a list of prompts may be smaller."""
+        size, prompts = self.n_samples, self.prompts
+        groups = (
+            [prompts * size]
+            if isinstance(self.prompt, str)
+            else [prompts[k : k + size] for k in range(0, len(prompts), size)]
+        )
+        batches, first = [], 0
+        for number, group in enumerate(groups * self.n_iter):
+            batches.append(Batch(number, range(first, first + len(group)), group))
+            first += len(group)
+        return batches
+
+    def _require_model(self, info: ModelInfo) -> None:
+        require_text_model(info)
+
+    def _resolved(self, info: ModelInfo) -> Self:
+        self._require_model(info)
+        check_positive(
+            {"--n_samples": self.n_samples, "--n_iter": self.n_iter, "--f": self.factor, "--C": self.channels}
+        )
+        check_seed_mode(self.seed_mode)
+        if self.fixed_code and self.seed_mode == "image":
+            raise ValueError(
+                "--fixed_code with --seed_mode image: each image then has its own noise; remove one of them"
+            )
+        if self.channels not in (None, info.channels):
+            raise ValueError(f"--C {self.channels}: this model's latents have {info.channels} channels; remove --C")
+        factor = self.factor or info.factor
+        if factor is None:
+            raise ValueError(
+                "--f: the config does not state the first stage's downsampling factor; pass it, e.g. --f 8"
+            )
+        check_size(self.height, self.width, factor * info.latent_multiple)
+        cell = info.factor or factor
+        if self.tiled and (self.tiled < 4 * cell or self.tiled % cell):
+            raise ValueError(
+                f"--tiled {self.tiled}: choose a multiple of {cell} pixels, at least {4 * cell}; {TILE} is usual"
+            )
+        self._check_prompts(info)
+        return super(TextToImageRequest, replace(self, channels=info.channels, factor=factor))._resolved(info)
+
+    def _check_prompts(self, info: ModelInfo) -> None:
+        if self.chunks is not None and (self.chunks < 1 or not self.long_prompts):
+            raise ValueError(f"chunks {self.chunks}: choose 1 or more, with long_prompts")
+        for flag, given in (("--emphasis", self.emphasis), ("--long_prompts", self.long_prompts)):
+            if given and info.condition_name in OTHER_ENCODERS:
+                raise ValueError(
+                    f"{flag}: requires one of {', '.join(CLIP_ENCODERS)}; this model's text encoder is "
+                    f"{info.condition_name}"
+                )
+        for prompt in (self.negative_prompt, *self.prompts) if self.emphasis else ():
+            parse_emphasis(prompt)
+
+
+@dataclass(frozen=True)
+class RetrievalRequest(TextToImageRequest):
+    """Images from CLIP vectors of prompts and of nearest neighbors; the defaults are the published knn2img's."""
+
+    task: ClassVar[str] = "knn2img"
+
+    scale: float | None = 5.0
+    height: int = 768
+    width: int = 768
+    n_iter: int = 1
+
+    def _require_model(self, info: ModelInfo) -> None:
+        if info.conditioning_key != "crossattn" or info.condition != "torch.nn.Identity":
+            raise ValueError(
+                f"this model is not conditioned on CLIP vectors (cond_stage_config {info.condition}, conditioning_key "
+                f"{info.conditioning_key}); configs/retrieval-augmented-diffusion/768x768.yaml is"
+            )
+
+
+@dataclass(frozen=True)
+class ImageToImageRequest(TextToImageRequest):
+    """Images from an image and prompts; the defaults are the published img2img's. `fitted` sets height and width."""
+
+    task: ClassVar[str] = "img2img"
+    unrecorded: ClassVar[tuple[str, ...]] = ("depth",)
+
+    scale: float | None = 5.0
+    n_samples: int = 2
+    n_iter: int = 1
+    strength: float = 0.75  # share of the noise schedule: 0 keeps the image, 1 ignores it
+    depth: bool = False  # conditioned on a depth map
+
+    @property
+    def encode_steps(self) -> int:
+        """Number of denoising steps: strength * steps, rounded down as published."""
+        assert self.steps is not None
+        return int(self.strength * self.steps)
+
+    def fitted(self, height: int, width: int, info: ModelInfo) -> Self:
+        """The request for an image of this size, rounded to the nearest size that the model takes."""
+        multiple = (self.factor or info.factor or 1) * info.latent_multiple
+        return replace(self, height=round_to_multiple(height, multiple), width=round_to_multiple(width, multiple))
+
+    def _require_model(self, info: ModelInfo) -> None:
+        require_text_model(info, concat_channels=1 if self.depth else 0)
+        if not 0.0 <= self.strength <= 1.0:
+            raise ValueError(f"--strength {self.strength}: choose 0 (keep the image) to 1 (ignore it); 0.75 is usual")
+
+
+@dataclass(frozen=True)
+class ConcatRequest(Request):
+    """One image from one that the network sees concatenated with the latent: inpainting and upscaling.
+
+    Each image is generated from the seed itself, so it does not depend on the images before it.
+    """
+
+    prompt: str = ""  # for text-conditional models only
+
+    def _resolved(self, info: ModelInfo) -> Self:
+        if info.factor is None:
+            raise ValueError("first_stage_config: ddconfig.ch_mult is missing, so the downsampling factor is unknown")
+        scale = (self.usual_scale if info.takes_text else 1.0) if self.scale is None else self.scale
+        given = {"--prompt": self.prompt, "--negative_prompt": self.negative_prompt, "--scale": scale != 1.0}
+        for flag in (flag for flag, value in given.items() if value and not info.takes_text):
+            raise ValueError(
+                f"{flag}: this model is not text-conditional; remove the flag, or choose a text-conditional model with "
+                "--config and --ckpt"
+            )
+        return super(ConcatRequest, replace(self, scale=scale))._resolved(info)
+
+
+@dataclass(frozen=True)
+class InpaintRequest(ConcatRequest):
+    """Inpainting; the defaults are those of the published models."""
+
+    task: ClassVar[str] = "inpaint"
+
+    feather: int = 0  # pixels over which the generated image fades in from the mask's edge
+
+    def _resolved(self, info: ModelInfo) -> Self:
+        require_inpainting_model(info)
+        if not 0 <= self.feather <= MAX_FEATHER:
+            raise ValueError(f"--feather {self.feather}: choose 0 (a hard edge) to {MAX_FEATHER} pixels")
+        return super()._resolved(info)
+
+
+@dataclass(frozen=True)
+class UpscaleRequest(ConcatRequest):
+    """Upscaling; the defaults are those of the published models."""
+
+    task: ClassVar[str] = "upscale"
+    usual_scale: ClassVar[float] = 9.0
+
+    steps: int | None = None  # None: 100, or 50 with a text-conditional model
+    tile: int = 128  # side of a tile in input pixels; larger images are processed in overlapping tiles; 0: never
+    noise_level: int | None = None  # noise added to the input, for models with noise-level conditioning; None: 20
+
+    def _resolved(self, info: ModelInfo) -> Self:
+        require_upscaler(info)
+        unit, most, level = info.latent_multiple, info.max_noise_level, self.noise_level
+        if self.tile != 0 and (self.tile < 2 * unit or self.tile % unit):
+            raise ValueError(
+                f"--tile {self.tile}: choose a multiple of {unit} pixels, at least {2 * unit}, or 0 to disable tiling; "
+                "128 is usual"
+            )
+        if most is None and level is not None:
+            raise ValueError("--noise_level: this model has no noise-level conditioning; remove the flag")
+        if most is not None:
+            level = min(20, most) if level is None else level
+            if not 0 <= level <= most:
+                raise ValueError(
+                    f"--noise_level {level}: choose 0 (none) to {most}, the maximum in training; 20 is usual"
+                )
+        steps = self.steps if self.steps is not None else 50 if info.takes_text else 100
+        # The published super-resolution script runs DDIM at eta 1.
+        eta = 1.0 if self.eta is None and self.sampler == "ddim" and not info.takes_text else self.eta
+        return super(UpscaleRequest, replace(self, steps=steps, eta=eta, noise_level=level))._resolved(info)
+
+
+@dataclass(frozen=True)
+class ClassConditionalRequest(Request):
+    """Samples of an unconditional or class-conditional model; the defaults are the published sample_diffusion's."""
+
+    task: ClassVar[str] = "sample_diffusion"
+    unrecorded: ClassVar[tuple[str, ...]] = ("classes", "negative_prompt")  # thousands of numbers in every file
+    steps_flag: ClassVar[str] = "--custom_steps"
+    eta_flag: ClassVar[str] = "--eta"
+
+    scale: float | None = 1.0
+    n_samples: int = 50000  # in total, over all classes
+    batch_size: int = 10
+    vanilla: bool = False  # ancestral sampling over every timestep
+    seed_mode: str = "batch"  # as in TextToImageRequest
+    classes: tuple[int, ...] | None = None  # used in turn; None: all classes, shuffled by the seed
+    null_class: int | None = None  # class of the unconditional prediction; None: the model's
+
+    def _resolved(self, info: ModelInfo) -> Self:
+        require_unconditional_or_class(info)
+        check_positive({"--n_samples": self.n_samples, "--batch_size": self.batch_size})
+        check_seed_mode(self.seed_mode)
+        if self.vanilla and (self.sampler, self.spacing) != ("ddim", "uniform"):
+            given = f"--sampler {self.sampler}" if self.sampler != "ddim" else f"--spacing {self.spacing}"
+            raise ValueError(f"-v with {given}: -v is ancestral sampling over every timestep; remove one of them")
+        eta = 1.0 if self.eta is None and self.sampler == "ddim" else self.eta  # as published
+        null_class = self._resolved_null_class(info)
+        return super(ClassConditionalRequest, replace(self, null_class=null_class, eta=eta))._resolved(info)
+
+    def _resolved_null_class(self, info: ModelInfo) -> int | None:
+        if info.n_classes is None:
+            for flag, value in (("--classes", self.classes), ("--null_class", self.null_class)):
+                if value is not None:
+                    raise ValueError(f"{flag}: this model is not class-conditional; remove the flag")
+            if self.scale != 1.0:
+                raise ValueError(f"--scale {self.scale:g}: this model is unconditional; remove the flag")
+            return None
+        for label in (*(self.classes or ()), self.null_class):
+            if label is not None and not 0 <= label < info.n_classes:
+                raise ValueError(f"class {label}: this model's classes are 0 to {info.n_classes - 1}")
+        null_class = info.null_class if self.null_class is None else self.null_class
+        if self.scale != 1.0 and null_class is None:
+            raise ValueError(
+                f"--scale {self.scale:g}: guidance needs a class that means 'no class', and the config states none "
+                "(1001 classes or cond_dropout); pass --null_class if the model was trained with one, e.g. "
+                f"{info.n_classes - 1}, or remove --scale"
+            )
+        return null_class
+
+
+def require_text_model(info: ModelInfo, concat_channels: int = 0) -> None:
+    """Raise ValueError unless the model is text-conditional and takes this many channels of concat conditioning."""
+    if not info.takes_text:
+        raise ValueError(
+            f"this model is not text-conditional (cond_stage_config: {info.condition_name}), so prompts have no use"
+        )
+    needs = info.concat_channels
+    if concat_channels and not needs:
+        raise ValueError(
+            "--depth: this model is not conditioned on depth; remove the flag, or choose a depth model with --config "
+            "and --ckpt"
+        )
+    if needs != concat_channels:
+        raise ValueError(
+            f"this model needs more than a prompt: its network has {needs} channels of concat conditioning; "
+            f"use {_script_for(info)}"
+        )
+
+
+def require_inpainting_model(info: ModelInfo) -> None:
+    """Raise ValueError unless the network sees the masked image's latent and the mask, as in the published models."""
+    needs = 2 * info.channels + 1
+    if not (info.condition_name == "__is_first_stage__" or info.takes_text) or info.unet_channels != needs:
+        raise ValueError(
+            "not an inpainting model: expected cond_stage_config __is_first_stage__ or a text encoder, and a UNet with "
+            f"{needs} input channels (latent, masked image, mask); got {info.condition_name} and {info.unet_channels}; "
+            "see models/ldm/inpainting_big/config.yaml and configs/stable-diffusion/v1-inpainting-inference.yaml"
+        )
+
+
+def require_upscaler(info: ModelInfo) -> None:
+    """Raise ValueError unless the network sees a low-resolution image, as in the published models."""
+    needs, by_text = info.channels + 3, info.takes_text and info.max_noise_level is not None
+    if not (info.condition_name == "Identity" or by_text) or info.unet_channels != needs:
+        raise ValueError(
+            "not an upscaling model: expected cond_stage_config torch.nn.Identity, or a text encoder and "
+            f"low_scale_config, and a UNet with {needs} input channels (latent, low-resolution image); got "
+            f"{info.condition_name} and {info.unet_channels}; see models/ldm/bsr_sr/config.yaml and "
+            "configs/stable-diffusion/x4-upscaling.yaml"
+        )
+
+
+def require_unconditional_or_class(info: ModelInfo) -> None:
+    """Raise ValueError, with the script to use, unless the model is unconditional or class-conditional."""
+    name = info.condition_name
+    if name == "__is_unconditional__" or info.n_classes is not None:
+        return
+    hint = {"__is_first_stage__": "use scripts/inpaint.py", "Identity": "use scripts/upscale.py"}.get(name)
+    if hint is None:
+        hint = (
+            f"use {_script_for(info)}" if info.takes_text else "no script samples it; use the classes of ldm.inference"
+        )
+    raise ValueError(f"this model needs more conditioning than a class (cond_stage_config: {name}); {hint}")
+
+
+def _script_for(info: ModelInfo) -> str:
+    """The script for a text-conditional model, by its channels of concat conditioning."""
+    scripts = {0: "scripts/txt2img.py", 1: "scripts/img2img.py with --depth", 3: "scripts/upscale.py"}
+    scripts[info.channels + 1] = "scripts/inpaint.py"
+    return scripts.get(info.concat_channels, "ldm.inference in Python; no script samples it")

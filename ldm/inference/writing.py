@@ -1,0 +1,73 @@
+"""Save images as they are generated, and report: the end of every sampling script."""
+
+from __future__ import annotations
+
+import time
+from argparse import Namespace
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from ldm.output.images import GeneratedImage, NamedOutput, Output
+from ldm.output.sample_array import SampleArray
+from ldm.visualize import grid
+
+
+def write_images(images: Iterable[GeneratedImage], output: Output, opt: Namespace) -> None:
+    """Save images as they are generated, then their grid, and report."""
+    start, files, kept, count = time.perf_counter(), [], [], 0
+    for image in map(output.checked, images):
+        count += 1
+        if not opt.skip_save:
+            files.append(output.save_sample(image))
+        if not opt.skip_grid:
+            kept.append(image)
+    seconds = time.perf_counter() - start
+    if kept:
+        files.append(output.save_grid(grid_of(kept, opt.n_rows or opt.n_samples, opt.captions)))
+    report(count, seconds, files)
+
+
+def write_named(images: Iterable[tuple[Path, GeneratedImage]], count: int, output: NamedOutput) -> None:
+    """Save each image under the name of its source, and report."""
+    start, files = time.perf_counter(), []
+    with tqdm(total=count, desc="images", unit="image") as bar:
+        for source, image in images:
+            files.append(output.save(image, source.stem))
+            bar.update()
+    report(count, time.perf_counter() - start, files)
+
+
+def write_samples(images: Iterable[GeneratedImage], count: int, output: Output, folder: Path) -> None:
+    """Save samples as numbered files and, without watermark, in one array in `folder`, and report."""
+    start, files, array = time.perf_counter(), [], SampleArray(folder, count)
+    try:
+        for image in map(output.checked, images):
+            array.append(image.image, image.info["class"])
+            files.append(output.save_sample(image))
+        files.append(array.finish())
+    finally:
+        array.close()
+    report(count, time.perf_counter() - start, files)
+
+
+def report(count: int, seconds: float, files: Sequence[Path]) -> None:
+    """Print the number of images, the time and the files."""
+    each = "" if count == 1 else f", {seconds / count:.2f} s each"
+    print(f"{count} image{'s' * (count != 1)} in {seconds:.1f} s{each}")
+    names = [str(file) for file in files]
+    print("\n".join(names if len(names) <= 8 else [*names[:3], f"... {len(names) - 5} more", *names[-2:]]))
+
+
+def grid_of(images: list[GeneratedImage], columns: int, captions: bool) -> GeneratedImage:
+    """All images in the published grid or, with captions, in a wider one on white."""
+    prompts = [image.info["prompt"] for image in images]
+    layout: dict[str, Any] = {"captions": prompts, "padding": 12} if captions else {"background": "black"}
+    shared = {name: x for name, x in images[0].info.items() if all(image.info[name] == x for image in images)}
+    flagged = [image.info.get("flagged") for image in images]
+    info = {**shared, "prompts": prompts, "flagged": None if None in flagged else any(flagged)}
+    return GeneratedImage(
+        grid([image.image for image in images], columns=columns, **layout), info, checked=all(i.checked for i in images)
+    )
