@@ -22,10 +22,9 @@ def test_the_package_reads_the_published_mark_out_of_a_sample(tmp_path, method, 
     from imwatermark import WatermarkDecoder
 
     path = Output(tmp_path, Watermark(method)).save_sample(GeneratedImage(noise(512).crop((0, 0, *size)), {}))
-    assert WatermarkDecoder("bytes", 136).decode(as_bgr(Image.open(path)), method) == CONTENT == b"StableDiffusionV1"
-    assert (
-        read_metadata(path)["watermark"] == f"StableDiffusionV1, {method}, 136 bits" and Image.open(path).size == size
-    )
+    with Image.open(path) as image:
+        assert WatermarkDecoder("bytes", 136).decode(as_bgr(image), method) == CONTENT == b"StableDiffusionV1"
+        assert image.size == size and read_metadata(path)["watermark"] == f"StableDiffusionV1, {method}, 136 bits"
 
 
 def test_the_coefficients_that_carry_the_bits_are_the_packages_own():
