@@ -80,7 +80,7 @@ def architecture() -> str:
 
     d.text(24, 324, "Sampling: python scripts/txt2img.py", size=17, text_anchor="start", font_weight="700")
     d.box(24, 358, "flags", "inference/cli", "data", width=110)
-    d.box(190, 358, "request, checked", "inference/settings.py", "data", width=172)
+    d.box(190, 358, "request, checked", "inference/requests.py", "data", width=172)
     d.box(430, 358, "pipeline", "inference/pipeline.py", "frozen", width=176)
     d.box(682, 358, "sampler loop", "diffusion/samplers", "trained", width=150)
     d.box(908, 358, "first stage, decoder", "models/autoencoder.py", "frozen", width=172)

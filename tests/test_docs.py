@@ -75,6 +75,22 @@ def test_the_python_example_generates_images(tmp_path, monkeypatch):
     assert namespace["images"].shape == (4, 3, 32, 32) and namespace["images"].isfinite().all()
 
 
+def test_the_readmes_python_example_generates_images(tmp_path, monkeypatch):
+    config = OmegaConf.load(ROOT / "configs" / "quickstart" / "text2image.yaml")
+    torch.save({"state_dict": instantiate_from_config(config.model).state_dict()}, tmp_path / "quickstart.ckpt")
+    (example,) = re.findall(r"```python\n(.*?)```", README, re.S)
+    for published, here in (
+        ("configs/stable-diffusion/v1-inference.yaml", str(ROOT / "configs" / "quickstart" / "text2image.yaml")),
+        ("sd-v1-4.ckpt", "quickstart.ckpt"),
+        ("steps=25, ", "steps=2, height=32, width=32, "),
+    ):
+        assert published in example
+        example = example.replace(published, here)
+    monkeypatch.chdir(tmp_path)
+    exec(example, {})
+    assert [Image.open(path).size for path in sorted(tmp_path.glob("kite-*.png"))] == [(32, 32)] * 3
+
+
 def test_the_tables_of_samplers_match_the_code():
     rows = [
         [cell.strip() for cell in line.strip("|").split("|")]
