@@ -1,4 +1,4 @@
-"""Variances of the forward process by the names that configs give them."""
+"""The beta schedules that configs can name."""
 
 import math
 
@@ -10,10 +10,10 @@ BETA_SCHEDULES = ("linear", "cosine", "sqrt_linear", "sqrt")
 def make_beta_schedule(
     schedule: str, n_timestep: int, linear_start: float = 1e-4, linear_end: float = 2e-2, cosine_s: float = 8e-3
 ) -> np.ndarray:
-    """Variances beta_1..beta_T of the forward process, (n_timestep,) float64.
+    """Return the variances beta_1..beta_T of the forward process, (n_timestep,) float64.
 
-    The published name `linear` is linear in sqrt(beta), and `sqrt_linear` is the plain linear one of DDPM
-    (arXiv 2006.11239, section 4); `cosine` is eq. 17 of arXiv 2102.09672. Raises ValueError for another name.
+    The published `linear` is linear in sqrt(beta); `sqrt_linear` is linear in beta, as in DDPM (arXiv 2006.11239,
+    section 4); `cosine` is eq. 17 of arXiv 2102.09672. Raises ValueError for an unknown name.
     """
     if n_timestep < 1:
         raise ValueError(f"timesteps {n_timestep}: a noise schedule needs at least 1")

@@ -1,4 +1,4 @@
-"""Configs from untrusted YAML and JSON files: plain data or one clear error line."""
+"""Load untrusted YAML and JSON files: the result is plain data, or the error is one line."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ MAX_NODES = 100_000  # entries of a config after alias expansion; the largest pu
 def load_yaml(path: str | os.PathLike) -> DictConfig | ListConfig:
     """Load a YAML file as a config.
 
-    Raises ConfigError for invalid YAML, tags that would build Python objects and alias bombs; OSError if unreadable.
+    Raises ConfigError for invalid YAML, for tags that would build Python objects and for alias bombs; OSError if the
+    file cannot be read.
     """
-    path = Path(path)
     try:
-        text = path.read_text(encoding="utf-8")
+        text = Path(path).read_text(encoding="utf-8")
         nodes = _count_nodes(yaml.compose(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)), {})
         if nodes <= MAX_NODES:
             return OmegaConf.load(io.StringIO(text))
@@ -34,7 +34,7 @@ def load_yaml(path: str | os.PathLike) -> DictConfig | ListConfig:
 
 
 def load_json(path: str | os.PathLike) -> dict[str, Any]:
-    """Load the JSON object in a file; raises ValueError for anything else, OSError if unreadable."""
+    """Load the JSON object in a file; raise ValueError for other content, OSError if the file cannot be read."""
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:

@@ -1,4 +1,4 @@
-"""Objects from configs: `instantiate_from_config` behind an allow-list of packages (`target:` and `params:`)."""
+"""`instantiate_from_config`: build objects from `target:` and `params:`, behind an allow-list of packages."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ldm.config.suggest import closest, did_you_mean
 FIRST_STAGE_AS_CONDITION = "__is_first_stage__"
 UNCONDITIONAL = "__is_unconditional__"
 
-# Published targets whose home is elsewhere. `main` is never imported: a main.py in the working directory must not run.
+# Published targets that live elsewhere. `main` is never imported: a main.py in the working directory must not run.
 ALIASES = {
     "main.DataModuleFromConfig": "ldm.data.datamodule.DataModuleFromConfig",
     "main.WrappedDataset": "ldm.data.datamodule.WrappedDataset",
@@ -53,9 +53,9 @@ class ConfigError(ValueError):
 
 
 def allow_targets(*prefixes: str) -> None:
-    """Let `target:` name classes and functions of these packages too, e.g. `allow_targets("my_project")`.
+    """Allow `target:` to name classes and functions of more packages, e.g. `allow_targets("my_project")`.
 
-    A config can never call this: what may be imported is decided in Python or on the command line.
+    A config cannot call this: only Python code and the command line decide what may be imported.
     """
     for prefix in prefixes:
         if not all(part.isidentifier() for part in prefix.split(".")):
@@ -65,7 +65,7 @@ def allow_targets(*prefixes: str) -> None:
 
 
 def resolve_alias(target: str) -> str:
-    """Return the home of a published target; other names come back unchanged."""
+    """Return the current name of a published target; return other names unchanged."""
     if target in ALIASES:
         return ALIASES[target]
     module, _, name = target.rpartition(".")
@@ -73,7 +73,7 @@ def resolve_alias(target: str) -> str:
 
 
 def check_allowed(target: Any) -> str:
-    """Return a target's home without importing anything; raise ConfigError unless it is under an allowed prefix."""
+    """Return a target's current name; raise ConfigError unless it is under an allowed prefix. Imports nothing."""
     if not isinstance(target, str) or not all(part.isidentifier() for part in target.split(".")) or "." not in target:
         raise ConfigError(f"target {target!r}: expected a dotted name such as 'ldm.models.autoencoder.AutoencoderKL'")
     resolved = resolve_alias(target)
@@ -97,10 +97,9 @@ def get_obj_from_str(string: str, reload: bool = False) -> Any:
     """Return the class that a dotted name refers to.
 
     Raises ConfigError if the name is not under an allowed prefix (checked before anything is imported), does not exist,
-    or is something that an allowed module merely imported.
+    or was imported by an allowed module from elsewhere.
     """
-    resolved = check_allowed(string)
-    module_name, name = resolved.rsplit(".", 1)
+    module_name, name = check_allowed(string).rsplit(".", 1)
     module = _import_module(module_name, string)
     if reload:
         module = importlib.reload(module)
@@ -114,14 +113,15 @@ def get_obj_from_str(string: str, reload: bool = False) -> Any:
 
 
 def instantiate_from_config(config: Any, **extra: Any) -> Any:
-    """Build the object that `{"target": ..., "params": {...}}` describes; `extra` arguments join the params.
+    """Build the object that `{"target": ..., "params": {...}}` describes; `extra` arguments are added to the params.
 
     Returns None for `__is_first_stage__` and `__is_unconditional__`, which the model interprets itself.
-    Raises ConfigError with the YAML path and the nearest valid name for an unknown parameter.
+    Raises ConfigError, with the YAML path and the nearest valid name, for an invalid target or parameter.
     """
     if isinstance(config, str) and config in (FIRST_STAGE_AS_CONDITION, UNCONDITIONAL):
         return None
-    path = _yaml_path(config)
+    full_key = getattr(config, "_get_full_key", None)  # an OmegaConf node knows its path, model.params.unet_config
+    path = full_key(None) if full_key is not None else ""
     if not isinstance(config, Mapping) or "target" not in config:
         shown = sorted(map(str, config)) if isinstance(config, Mapping) else repr(config)
         raise ConfigError(f"{path or 'config'}: expected a mapping with the key 'target', got {shown}")
@@ -158,7 +158,7 @@ def accepted_params(cls: Any) -> tuple[set[str], set[str]] | None:
         for p in parameters:
             if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY):
                 accepted.add(p.name)
-                # A subclass may supply its bases' required arguments itself, so only the class's own are certain.
+                # Only the class's own: it may itself supply what its bases require.
                 if p.default is p.empty and position == 0:
                     required.add(p.name)
         if not any(p.kind is p.VAR_KEYWORD for p in parameters):
@@ -208,7 +208,7 @@ def _home(obj: Any) -> str:
 
 
 def _is_target(obj: Any) -> bool:
-    """True for classes of allowed packages, and for functions of the user's own."""
+    """True for classes of allowed packages, and for functions of packages that the user allowed."""
     home = _home(obj)
     return _is_allowed(home) and (inspect.isclass(obj) or (_under(home, _user_prefixes) and callable(obj)))
 
@@ -219,9 +219,3 @@ def _is_allowed(name: str) -> bool:
 
 def _under(name: str, prefixes: Iterable[str]) -> bool:
     return any(name == prefix or name.startswith(prefix + ".") for prefix in prefixes)
-
-
-def _yaml_path(config: Any) -> str:
-    """Return the path of an OmegaConf node in its YAML ('model.params.unet_config'); '' for other mappings."""
-    full_key = getattr(config, "_get_full_key", None)
-    return full_key(None) if full_key is not None else ""

@@ -1,4 +1,4 @@
-"""One config from YAML files and dotted overrides, whose paths are checked."""
+"""Merge YAML files and dotted overrides into one config; the paths of overrides are checked."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ldm.config.trainer_keys import trainer_keys
 from ldm.config.validate import SECTIONS, check_sections, error_line
 from ldm.paths import ROOT, find_file
 
-# The callbacks of every run; `lightning.callbacks` of a YAML is merged over them, and `NAME: null` removes one.
+# Callbacks of every run; a YAML's `lightning.callbacks` is merged over them, and `NAME: null` removes one.
 DEFAULT_CALLBACKS: dict[str, dict[str, Any]] = {
     "setup_callback": {"target": "ldm.callbacks.SetupCallback"},
     "image_logger": {
@@ -35,7 +35,7 @@ DEFAULT_CHECKPOINT: dict[str, Any] = {
     "target": "ldm.callbacks.CheckpointPolicy",
     "params": {"filename": "{epoch:06}", "save_last": True},
 }
-# Weights every 10,000 steps, all kept: only if `lightning.callbacks` names it.
+# Weights of every 10,000th step, all kept; used only if `lightning.callbacks` names it.
 STEP_CHECKPOINTS = "metrics_over_trainsteps_checkpoint"
 DEFAULT_STEP_CHECKPOINTS: dict[str, Any] = {
     "target": "pytorch_lightning.callbacks.ModelCheckpoint",
@@ -54,28 +54,23 @@ def find_config(path: str | Path) -> Path:
     if found.is_file():
         return found
     folder = Path(path).parent
-    siblings = {folder / file.name for each in (folder, ROOT / folder) for file in sorted(each.glob("*.y*ml"))}
+    siblings = {folder / file.name for each in (folder, ROOT / folder) for file in each.glob("*.y*ml")}
     near = closest(str(path), map(str, siblings), cutoff=0.6)
     raise ConfigError(f"--base {path}: no such file here or in {ROOT}{f'; did you mean {near}?' if near else ''}")
-
-
-def load(path: Path) -> DictConfig:
-    """Load a YAML file as a config; raise ConfigError if it is not a mapping with known sections."""
-    config = load_yaml(path)
-    if not isinstance(config, DictConfig):
-        raise ConfigError(f"{path}: expected a mapping with the keys {', '.join(SECTIONS)}, got a list")
-    check_sections(config, str(path))
-    return config
 
 
 def merge(files: Iterable[Path], overrides: Iterable[str] = (), onto: DictConfig | None = None) -> DictConfig:
     """Merge files, left to right, then overrides; `onto` comes before the files.
 
-    The path of an override must exist already or be a constructor's argument. Raises ConfigError with the nearest path.
+    Raises ConfigError for a file that is not a mapping of known sections, and, with the nearest path, for an override
+    whose path neither exists nor is a constructor argument.
     """
     config = OmegaConf.create({}) if onto is None else onto
     for path in files:
-        part = load(path)
+        part = load_yaml(path)
+        if not isinstance(part, DictConfig):
+            raise ConfigError(f"{path}: expected a mapping with the keys {', '.join(SECTIONS)}, got a list")
+        check_sections(part, str(path))
         try:
             config = _merge(config, part)
         except (OmegaConfBaseException, ValueError, TypeError) as error:
@@ -86,7 +81,10 @@ def merge(files: Iterable[Path], overrides: Iterable[str] = (), onto: DictConfig
 
 
 def read_model(files: list[Path], overrides: list[str]) -> DictConfig:
-    """Return the section `model` of merged files, interpolations resolved, and the key `safety` if present."""
+    """Return the section `model` of merged files, interpolations resolved, and the key `safety` if present.
+
+    Raises ValueError (or FileNotFoundError) in one line.
+    """
     path = files[-1]
     for override in overrides:
         if not override.startswith(("model.", "+model.")):
@@ -108,8 +106,8 @@ def read_model(files: list[Path], overrides: list[str]) -> DictConfig:
         raise ValueError(f"config {path}: cannot be read: {error_line(error)}") from error
 
 
-def _merge(*configs: DictConfig) -> DictConfig:
-    merged = OmegaConf.merge(*configs)
+def _merge(base: DictConfig, part: DictConfig) -> DictConfig:
+    merged = OmegaConf.merge(base, part)
     assert isinstance(merged, DictConfig)
     return merged
 
@@ -123,13 +121,12 @@ def _apply(config: DictConfig, override: str) -> DictConfig:
         _check_path(config, keys)
     try:
         part = OmegaConf.from_dotlist([f"{path}={value}"])
-        if adds:
-            check_sections(part, override)
-        return _merge(config, part)
-    except ConfigError:
-        raise
+        merged = _merge(config, part)
     except (OmegaConfBaseException, yaml.YAMLError, ValueError, TypeError) as error:
         raise ConfigError(f"{override}: cannot be applied: {error_line(error)}") from error
+    if adds:
+        check_sections(part, override)
+    return merged
 
 
 def _check_path(config: DictConfig, keys: list[str]) -> None:
@@ -147,7 +144,7 @@ def _check_path(config: DictConfig, keys: list[str]) -> None:
         if key == "params" and "target" in node:
             parent, node = node, OmegaConf.create({})
             continue
-        allowed = _new_keys(above, node, parent)
+        allowed, is_open = _new_keys(above, node, parent)
         if allowed is None or key in allowed:
             return
         choices = [str(name) for name in node] + sorted(allowed)
@@ -156,7 +153,7 @@ def _check_path(config: DictConfig, keys: list[str]) -> None:
         hint = f"did you mean {meant}?" if near else f"choices: {', '.join(choices)}"
         if depth == 0:
             raise ConfigError(f"{path}: unknown section {key}; {hint} (the sections are {', '.join(SECTIONS)})")
-        new = f" (to add a new key: +{path}=...)" if _is_open(above, node, parent) else ""
+        new = f" (to add a new key: +{path}=...)" if is_open else ""
         raise ConfigError(f"{path}: {above} has no {key}; {hint}{new}")
 
 
@@ -182,25 +179,18 @@ def _schema() -> DictConfig:
     return OmegaConf.create({"model": {"base_learning_rate": None}, "lightning": lightning})
 
 
-def _new_keys(above: str, node: DictConfig, parent: Any) -> set[str] | None:
-    """Keys that may be new in the mapping `node` at the path `above`; None if any may be."""
+def _new_keys(above: str, node: DictConfig, parent: Any) -> tuple[set[str] | None, bool]:
+    """Return the keys that may be new in the mapping `node` at the path `above`, and whether `+` may add any other.
+
+    None stands for any key.
+    """
     if above == "lightning.trainer":
-        return trainer_keys()
+        return trainer_keys(), False
     if above == "lightning.callbacks":
-        return {STEP_CHECKPOINTS}
+        return {STEP_CHECKPOINTS}, True
     if above == "lightning.logger" and "target" not in node:
-        return None
-    if _are_params(above, parent):
+        return None, True
+    if above.endswith(".params") and isinstance(parent, DictConfig) and "target" in parent:
         arguments = constructor_arguments(str(parent["target"]))
-        return None if arguments is None else set(arguments)
-    return set()
-
-
-def _is_open(above: str, node: DictConfig, parent: Any) -> bool:
-    """True if `+` may add an unknown key to the mapping `node` at `above`: neither a section nor class parameters."""
-    of_class = "target" in node or _are_params(above, parent)
-    return above == "lightning.callbacks" or (".params." in above and not of_class)
-
-
-def _are_params(above: str, parent: Any) -> bool:
-    return above.endswith(".params") and isinstance(parent, DictConfig) and "target" in parent
+        return (None if arguments is None else set(arguments)), False
+    return set(), ".params." in above and "target" not in node

@@ -17,17 +17,8 @@ from ldm.config.instantiate import ALIASES, resolve_alias
 _EMPTY_BASES = ("torch.nn.Module", "object", "torch.utils.data.Dataset")
 
 
-class Argument(NamedTuple):
-    """A constructor argument: its name, its annotation as written ('' if none) and whether it is required."""
-
-    name: str
-    annotation: str
-    required: bool
-
-
 class _Module(NamedTuple):
     name: str
-    is_package: bool
     tree: ast.Module
     imports: dict[str, str]  # local name -> full dotted name, of the imports at the top
 
@@ -37,13 +28,18 @@ class _Class(NamedTuple):
     node: ast.ClassDef
 
 
-def constructor_arguments(target: str) -> dict[str, Argument] | None:
-    """Return the arguments of `target`'s constructor, following **kwargs to its bases.
+def constructor_arguments(target: str) -> dict[str, str] | None:
+    """Return {argument: annotation, or ''} of `target`'s constructor, following **kwargs to its bases.
 
-    None if the source does not tell: the class is not found, is built at run time, or takes anything.
+    None if the source does not show it: the class is not found, is built at run time, or takes anything.
     """
     found = _find_class(resolve_alias(target))
     return None if found is None else _accepted(found)
+
+
+def class_exists(target: str) -> bool:
+    """True if the source of `target`'s module defines or imports the class."""
+    return _find_class(target) is not None
 
 
 def argument_help(target: str) -> dict[str, str]:
@@ -80,36 +76,14 @@ def class_attributes(target: str) -> dict[str, Any]:
 
 
 def classes_of_module(module: str) -> list[str] | None:
-    """Return the public classes that a module's source defines or re-exports; None if there is no such module."""
+    """Return the public classes of this package that a module defines or imports; None if there is no such module."""
     found = _module(module)
     if found is None:
         return None
     names = [node.name for node in found.tree.body if isinstance(node, ast.ClassDef)]
-    for node in found.tree.body:
-        if isinstance(node, ast.Assign) and any(ast.unparse(target) == "__all__" for target in node.targets):
-            names += [str(item.value) for item in ast.walk(node.value) if isinstance(item, ast.Constant)]
-        elif isinstance(node, ast.ImportFrom):
-            names += [alias.name for alias in node.names if alias.asname == alias.name]
-    if found.is_package:
-        names += [name for name, home in found.imports.items() if home.startswith(f"{module}.")]
+    names += [name for name, home in found.imports.items() if home.startswith("ldm.") and class_exists(home)]
     names += [alias.rpartition(".")[2] for alias in ALIASES if alias.startswith(f"{module}.")]
     return [name for name in dict.fromkeys(names) if name[:1].isupper()]
-
-
-def may_hold(module: str, name: str) -> bool:
-    """True if a module's source mentions `name` as something of its own, or could create it at run time."""
-    found = _module(module)
-    if found is None:
-        return False
-    names: set[str] = set()
-    for node in ast.walk(found.tree):
-        if isinstance(node, ast.ClassDef | ast.FunctionDef):
-            names.add(node.name)
-        elif isinstance(node, ast.Name):
-            names.add(node.id)
-        elif isinstance(node, ast.alias):
-            names.add(node.asname or node.name)
-    return bool(names & {name, "*"})
 
 
 def _first_sentence(text: str) -> str:
@@ -117,17 +91,17 @@ def _first_sentence(text: str) -> str:
     return re.split(r"(?<=[.?])\s", text, maxsplit=1)[0]
 
 
-def _accepted(found: _Class, depth: int = 0) -> dict[str, Argument] | None:
+def _accepted(found: _Class, depth: int = 0) -> dict[str, str] | None:
     """Arguments of the class's own constructor, and those of its bases if that takes **kwargs or if it has none."""
     init = _constructor(found.node)
-    if depth > 20 or (
-        init is None and any(_name(d).rpartition(".")[2] == "dataclass" for d in found.node.decorator_list)
-    ):
+    generated = any(_name(decorator).endswith("dataclass") for decorator in found.node.decorator_list)
+    if depth > 20 or (init is None and generated):
         return None
-    own = {} if init is None else _own_arguments(init.args)
+    after_self = [] if init is None else [*init.args.posonlyargs, *init.args.args, *init.args.kwonlyargs][1:]
+    own = {each.arg: ast.unparse(each.annotation) if each.annotation else "" for each in after_self}
     if init is not None and init.args.kwarg is None:
         return own
-    inherited: dict[str, Argument] = {}
+    inherited: dict[str, str] = {}
     known = init is None  # **kwargs that go to no base may be read by the body
     for base in found.node.bases:
         target = _resolve(found.module, base)
@@ -139,15 +113,6 @@ def _accepted(found: _Class, depth: int = 0) -> dict[str, Argument] | None:
             return None
         inherited, known = {**arguments, **inherited}, True
     return {**inherited, **own} if known else None
-
-
-def _own_arguments(args: ast.arguments) -> dict[str, Argument]:
-    positional = [*args.posonlyargs, *args.args]
-    required = [index < len(positional) - len(args.defaults) for index in range(len(positional))]
-    pairs = [*zip(positional, required)][1:] + [
-        (a, value is None) for a, value in zip(args.kwonlyargs, args.kw_defaults)
-    ]
-    return {a.arg: Argument(a.arg, ast.unparse(a.annotation) if a.annotation else "", need) for a, need in pairs}
 
 
 def _constructor(node: ast.ClassDef) -> ast.FunctionDef | None:
@@ -185,15 +150,14 @@ def _name(node: ast.expr) -> str:
 @functools.cache
 def _module(name: str) -> _Module | None:
     source = _source(name)
+    if source is None:
+        return None
     try:
-        tree = ast.parse(source.read_text(encoding="utf-8")) if source else None
+        tree = ast.parse(source.read_text(encoding="utf-8"))
     except (OSError, SyntaxError, UnicodeDecodeError):
         return None
-    if source is None or tree is None:
-        return None
-    is_package = source.name == "__init__.py"
-    package = name if is_package else name.rpartition(".")[0]
-    return _Module(name, is_package, tree, _imports(tree, package))
+    package = name if source.name == "__init__.py" else name.rpartition(".")[0]
+    return _Module(name, tree, _imports(tree, package))
 
 
 def _imports(tree: ast.Module, package: str) -> dict[str, str]:
@@ -204,9 +168,7 @@ def _imports(tree: ast.Module, package: str) -> dict[str, str]:
                 head = alias.name.partition(".")[0]
                 names[alias.asname or head] = alias.name if alias.asname else head
         elif isinstance(node, ast.ImportFrom):
-            parts = package.split(".")
-            origin = ".".join(parts[: len(parts) - node.level + 1]) if node.level else ""
-            origin = ".".join(part for part in (origin, node.module or "") if part)
+            origin = importlib.util.resolve_name("." * node.level + (node.module or ""), package)
             names |= {alias.asname or alias.name: f"{origin}.{alias.name}" for alias in node.names}
     return names
 

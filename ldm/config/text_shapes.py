@@ -22,24 +22,18 @@ VIT_L_14: dict[str, Any] = {  # openai/clip-vit-large-patch14, config.json, text
     "layer_norm_eps": 1e-5,
 }
 CLIP_SHAPES: dict[str, dict[str, Any]] = {CLIP_VERSION: VIT_L_14}
+# open_clip's model config: text_cfg and embed_dim
 VIT_H_14 = {"context_length": 77, "vocab_size": 49408, "width": 1024, "heads": 16, "layers": 24, "embed_dim": 1024}
-OPEN_CLIP_SHAPES: dict[str, dict[str, int]] = {
-    OPEN_CLIP_ARCH: VIT_H_14
-}  # open_clip's model configs: text_cfg, embed_dim
+OPEN_CLIP_SHAPES: dict[str, dict[str, int]] = {OPEN_CLIP_ARCH: VIT_H_14}
 
 
 def clip_shape(version: str = CLIP_VERSION, overrides: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """Shape of the text model of a hub name or of a local folder (from its config.json), with some values replaced.
+    """Return the shape of the text model of a hub name or local folder (its config.json), with some values replaced.
 
     Raises ValueError for an unknown hub name, since building a model never downloads, and for an unknown override.
     """
-    _check_overrides(overrides, VIT_L_14)
-    return {**_clip_shape(version), **(overrides or {})}
-
-
-def _clip_shape(version: str) -> dict[str, Any]:
     if version in CLIP_SHAPES:
-        return CLIP_SHAPES[version]
+        return _replaced(CLIP_SHAPES[version], overrides)
     path = Path(version) / "config.json"
     if not path.is_file():
         raise ValueError(
@@ -50,18 +44,17 @@ def _clip_shape(version: str) -> dict[str, Any]:
     text = config.get("text_config") or config
     if not isinstance(text, dict):
         raise ValueError(f"{path}: text_config is {text!r}; expected an object")
-    return {key: text.get(key, value) for key, value in VIT_L_14.items()}
+    return _replaced({key: text.get(key, value) for key, value in VIT_L_14.items()}, overrides)
 
 
 def open_clip_shape(arch: str = OPEN_CLIP_ARCH, overrides: Mapping[str, int] | None = None) -> dict[str, int]:
     """Return the shape of an open_clip text tower, with some values replaced; ValueError for an unknown name."""
     if arch not in OPEN_CLIP_SHAPES:
         raise ValueError(f"arch {arch!r}: choose one of {', '.join(OPEN_CLIP_SHAPES)}")
-    _check_overrides(overrides, OPEN_CLIP_SHAPES[arch])
-    return {**OPEN_CLIP_SHAPES[arch], **(overrides or {})}
+    return _replaced(OPEN_CLIP_SHAPES[arch], overrides)
 
 
-def _check_overrides(overrides: Mapping[str, Any] | None, shape: Mapping[str, Any]) -> None:
-    unknown = sorted(set(overrides or {}) - set(shape))
-    if unknown:
+def _replaced(shape: Mapping[str, Any], overrides: Mapping[str, Any] | None) -> dict[str, Any]:
+    if unknown := sorted(set(overrides or {}) - set(shape)):
         raise ValueError(f"text_config: {', '.join(unknown)}: not one of {', '.join(shape)}")
+    return {**shape, **(overrides or {})}

@@ -1,14 +1,15 @@
-"""Keys of `lightning.trainer`, also flags of main.py: those of the installed Trainer and those of Lightning 1.4."""
+"""Keys of `lightning.trainer`, which are also flags: those of the installed Trainer and those of Lightning 1.4."""
 
 from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+from ldm.config.instantiate import ConfigError
 from ldm.config.signature import constructor_arguments
 
 TRAINER = "pytorch_lightning.trainer.trainer.Trainer"
 
-# Trainer arguments that are objects, or that the run directory decides.
+# Trainer arguments that cannot be set: they are objects, or follow from the run directory.
 UNSUPPORTED = {
     "callbacks": "set callbacks in the YAML under lightning.callbacks",
     "plugins": "not supported; see --precision and --strategy",
@@ -19,10 +20,10 @@ DEVICE_KEYS = ("gpus", "num_processes", "accelerator", "devices")
 
 
 class RemovedSetting(NamedTuple):
-    """A Trainer setting that existed in Lightning 1.4: values without effect, and the advice for any other value."""
+    """A setting of Lightning 1.4 that no longer exists."""
 
-    harmless: tuple[Any, ...]
-    advice: str
+    ignored: tuple[Any, ...]  # values that ask for nothing
+    advice: str  # for any other value
 
 
 _OFF = (None, False, 0, "none")
@@ -79,40 +80,40 @@ _SHORT_PRECISIONS = {
 
 
 def trainer_keys() -> set[str]:
-    """Return the keys that may stand under `lightning.trainer` and as flags, those of Lightning 1.4 included."""
+    """Return the keys that are valid under `lightning.trainer` and as flags, those of Lightning 1.4 included."""
     keys = set(constructor_arguments(TRAINER) or ()) - set(UNSUPPORTED)
     return keys | set(TRANSLATED) | set(REMOVED_SETTINGS)
 
 
 def modernize(settings: dict[str, Any], where: str = "lightning.trainer.") -> dict[str, Any]:
-    """Translate Trainer settings of any age to the installed Trainer's; `gpus` and `resume_from_checkpoint` stay.
+    """Translate Trainer settings of Lightning 1.4 to the installed version's; `gpus` and `resume_from_checkpoint` stay.
 
-    where: prefix of a setting's name in messages ('--' for flags). Raises ValueError for settings without equivalent.
+    where: prefix of a setting's name in messages ('--' for flags). Raises ConfigError for a setting without equivalent.
     """
     out = dict(settings)
     for name in [name for name in out if name in REMOVED_SETTINGS]:
-        harmless, advice = REMOVED_SETTINGS[name]
         value = out.pop(name)
-        if value not in harmless:
-            raise ValueError(f"{where}{name} {value}: {advice}")
+        if value not in REMOVED_SETTINGS[name].ignored:
+            raise ConfigError(f"{where}{name} {value}: {REMOVED_SETTINGS[name].advice}")
     for name in ("distributed_backend", "accelerator"):
         backend = out.get(name)
         if backend in _REMOVED_STRATEGIES:
-            raise ValueError(f"{where}{name} {backend}: {_REMOVED_STRATEGIES[backend]}")
-        if backend in STRATEGIES or name == "distributed_backend":
-            out.pop(name, None)
+            raise ConfigError(f"{where}{name} {backend}: {_REMOVED_STRATEGIES[backend]}")
         if backend in STRATEGIES:
-            out.setdefault("strategy", backend)
-        elif name == "distributed_backend" and backend is not None:
-            raise ValueError(f"{where}{name} {backend}: expected one of {', '.join(STRATEGIES)}")
+            out.setdefault("strategy", out.pop(name))
+        elif name == "distributed_backend" and out.pop(name, None) is not None:
+            raise ConfigError(f"{where}{name} {backend}: expected one of {', '.join(STRATEGIES)}")
     if (count := out.pop("num_processes", None)) not in (None, 1):
         if out.setdefault("accelerator", "cpu") != "cpu" or "gpus" in out or "devices" in out:
-            raise ValueError(
+            raise ConfigError(
                 f"{where}num_processes {count}: it counts CPU processes; choose the devices by one setting only"
             )
         out["devices"] = count
-    if out.get("precision") is not None:
-        out["precision"] = _precision(out["precision"], where)
+    if (value := out.get("precision")) is not None:
+        out["precision"] = _SHORT_PRECISIONS.get(str(value), str(value))
+        if out["precision"] not in PRECISIONS:
+            choices = ", ".join((*_SHORT_PRECISIONS, *PRECISIONS))
+            raise ConfigError(f"{where}precision {value}: expected one of {choices}")
     for old, new in (
         ("replace_sampler_ddp", "use_distributed_sampler"),
         ("checkpoint_callback", "enable_checkpointing"),
@@ -121,15 +122,8 @@ def modernize(settings: dict[str, Any], where: str = "lightning.trainer.") -> di
             out.setdefault(new, out.pop(old))
     if "weights_summary" in out:
         out.setdefault("enable_model_summary", out.pop("weights_summary") not in (None, "none"))
-    if "progress_bar_refresh_rate" in out and out.pop("progress_bar_refresh_rate") == 0:
+    if out.pop("progress_bar_refresh_rate", None) == 0:
         out.setdefault("enable_progress_bar", False)
     if out.get("max_steps", -1) is None:
         out["max_steps"] = -1
     return out
-
-
-def _precision(value: Any, where: str) -> str:
-    precision = _SHORT_PRECISIONS.get(str(value), str(value))
-    if precision not in PRECISIONS:
-        raise ValueError(f"{where}precision {value}: expected one of {', '.join((*_SHORT_PRECISIONS, *PRECISIONS))}")
-    return precision

@@ -13,7 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from ldm.config.instantiate import ConfigError, check_allowed, check_keys, check_params, join_path, resolve_alias
-from ldm.config.signature import classes_of_module, constructor_arguments, may_hold
+from ldm.config.signature import class_exists, classes_of_module, constructor_arguments
 from ldm.config.suggest import did_you_mean
 from ldm.config.trainer_keys import UNSUPPORTED, trainer_keys
 from ldm.paths import ROOT
@@ -30,7 +30,7 @@ WEIGHTS = ("ckpt_path", "diffusion_ckpt_path")  # parameters of our classes that
 
 
 class _Node(NamedTuple):
-    path: str
+    path: str  # in the YAML
     target: str
     params: dict[str, Any]
     keys: list[str]
@@ -59,7 +59,7 @@ def check_sections(config: Mapping, where: str) -> None:
 
 
 def check_config(config: DictConfig, weights: bool = True) -> None:
-    """Raise ConfigError if a merged training config lacks a section, or names something forbidden, unknown or misspelt.
+    """Raise ConfigError if a merged training config lacks a section or has an invalid target or parameter.
 
     weights: also check that the files of weights exist.
     """
@@ -70,8 +70,7 @@ def check_config(config: DictConfig, weights: bool = True) -> None:
     check_targets(_plain(config))
     if weights:
         for place, file in _missing_weights(config):
-            advice = f"{_source(file)}, or choose another with {place}=FILE"
-            raise ConfigError(f"{place}: no such file: {file}; {advice}")
+            raise ConfigError(f"{place}: no such file: {file}; {_source(file)}, or choose another with {place}=FILE")
 
 
 def check_targets(config: Mapping[str, Any]) -> None:
@@ -87,23 +86,21 @@ def check_targets(config: Mapping[str, Any]) -> None:
 
 
 def forget_missing_weights(config: DictConfig, typed: Collection[str] = ()) -> list[str]:
-    """Set each `ckpt_path` of a resumed run's model whose file is missing to null; return "path FILE" of each.
+    """Set to null each `ckpt_path` of a resumed run's model whose file is missing; return "path FILE" of each.
 
     The run's own checkpoint holds these weights. Paths in `typed` (given on the command line) are left alone.
     """
-    missing = [
-        (place, file) for place, file in _missing_weights(config) if place.endswith(".ckpt_path") and place not in typed
-    ]
-    for place, _ in missing:
+    missing = {place: file for place, file in _missing_weights(config) if place.endswith(".ckpt_path")}
+    forgotten = [place for place in missing if place not in typed]
+    for place in forgotten:
         OmegaConf.update(config, place, None)
-    return [f"{place} {file}" for place, file in missing]
+    return [f"{place} {missing[place]}" for place in forgotten]
 
 
 def check_class_count(config: DictConfig, datasets: Mapping[str, Any]) -> None:
     """Raise ConfigError if a ClassEmbedder has fewer classes than a dataset's `class_names`.
 
-    `cond_dropout` needs one more class, which means "no class": without it the last class of the data would silently be
-    trained as unconditional.
+    `cond_dropout` needs one more class, "no class": without it the data's last class is trained as unconditional.
     """
     params = config.model.get("params") or {}
     stage = params.get("cond_stage_config")
@@ -141,7 +138,7 @@ def error_line(error: Exception) -> str:
 
 
 def _missing_weights(config: DictConfig) -> Iterator[tuple[str, str]]:
-    """(path, file) of each parameter of the model's own classes that names a file of weights which does not exist."""
+    """Yield (path, file) of each parameter of our classes in the model that names a missing file of weights."""
     for path, target, params, _ in _nodes(_plain(config).get("model"), "model"):
         for name in WEIGHTS:
             file = params.get(name)
@@ -150,9 +147,9 @@ def _missing_weights(config: DictConfig) -> Iterator[tuple[str, str]]:
 
 
 def _nodes(node: Any, path: str) -> Iterator[_Node]:
-    """Every node with a target, outer ones first.
+    """Yield every node with a target, outer ones first.
 
-    A target without a dot, {target: eps}, is an ordinary argument unless it stands where a class has to.
+    A target without a dot, as in {target: eps}, is an ordinary argument, except at `model` and `data`.
     """
     if isinstance(node, list):
         for position, item in enumerate(node):
@@ -172,19 +169,19 @@ def _nodes(node: Any, path: str) -> Iterator[_Node]:
 
 
 def _check_exists(target: str, resolved: str) -> None:
-    module, _, name = resolved.rpartition(".")
-    if not resolved.startswith("ldm."):  # only of this package is the source sure to tell
+    if not resolved.startswith("ldm.") or class_exists(resolved):  # other packages may build classes at run time
         return
-    if (classes := classes_of_module(module)) is None:
+    module, _, name = resolved.rpartition(".")
+    classes = classes_of_module(module)
+    if classes is None:
         files = [file.relative_to(ROOT).with_suffix("") for file in (ROOT / "ldm").rglob("*.py")]
         modules = [".".join(file.parts).removesuffix(".__init__") for file in files]
         raise ConfigError(f"target {target!r}: no module named {module}{did_you_mean(module, modules)}")
-    if not may_hold(module, name):
-        raise ConfigError(f"target {target!r}: module {module} has no {name!r}{did_you_mean(name, classes)}")
+    raise ConfigError(f"target {target!r}: {module} has no class {name!r}{did_you_mean(name, classes)}")
 
 
 def _source(file: str) -> str:
-    """Advice on where to get a missing file of weights."""
+    """Return advice on where to get a missing file of weights."""
     inside = Path(file)
     if inside.is_absolute() and inside.is_relative_to(ROOT):
         inside = inside.relative_to(ROOT)

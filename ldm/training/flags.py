@@ -27,7 +27,7 @@ SIGUSR1 saves last.ckpt and training continues; SIGUSR2 opens a debugger.
 
 @dataclass(frozen=True)
 class RunOptions:
-    """The command line; `trainer` holds the Trainer flags that were given, and no others."""
+    """A parsed command line; `trainer` holds only the Trainer flags that were given."""
 
     name: str = ""
     resume: str | None = None
@@ -48,15 +48,13 @@ class RunOptions:
 def parse(argv: Sequence[str] | None = None) -> RunOptions:
     """Parse a command line; exit with code 2 and one line on stderr if it is invalid."""
     parser = _parser()
-    given: dict[str, Any] = {
-        key: tuple(value) if isinstance(value, list) else value for key, value in vars(parser.parse_args(argv)).items()
-    }
-    own = {each.name for each in fields(RunOptions)}
-    trainer = {key: value for key, value in given.items() if key not in own}
-    options = RunOptions(**{key: value for key, value in given.items() if key in own}, trainer=trainer)
-    for flag, value in (("--name", options.name), ("--postfix", options.postfix)):
-        if value and options.resume:
-            parser.error(f"{flag} and --resume: a resumed run stays in its own directory, so give only one of them")
+    given: dict[str, Any] = vars(parser.parse_args(argv))
+    own: dict[str, Any] = {each.name: given.pop(each.name) for each in fields(RunOptions) if each.name in given}
+    lists = {name: tuple(value) for name, value in own.items() if isinstance(value, list)}
+    options = RunOptions(**own | lists, trainer=given)
+    for name in ("name", "postfix"):
+        if options.resume and own.get(name):
+            parser.error(f"--{name} and --resume: a resumed run stays in its own directory, so give only one of them")
     if not (options.base or options.resume):
         parser.error("nothing to build: give --base CONFIG.yaml (and -t to train), or --resume RUN_DIRECTORY")
     return options
@@ -69,18 +67,14 @@ def _parser() -> Parser:
         prog="main.py",
         description="Train a model described by YAML files.",
         epilog=EPILOG,
-        argument_default=argparse.SUPPRESS,  # only the flags that were given are passed on
+        argument_default=argparse.SUPPRESS,  # RunOptions has the defaults
         usage="main.py --base CONFIG.yaml [CONFIG.yaml ...] [-t] [--gpus 0,1] [flags] [model.params.key=value ...]",
     )
     boolean: dict[str, Any] = {"nargs": "?", "const": True, "type": _reader(("bool",)), "metavar": "BOOL"}
     add = parser.add_argument
     add("-n", "--name", nargs="?", const="", help="follows the time in the name of the run directory")
-    add(
-        "-r",
-        "--resume",
-        metavar="PATH",
-        help="continue a run: its directory (checkpoints/last.ckpt) or a checkpoint in it",
-    )
+    text = "continue a run: its directory (checkpoints/last.ckpt) or a checkpoint in it"
+    add("-r", "--resume", metavar="PATH", help=text)
     add("-b", "--base", nargs="*", action="extend", metavar="YAML", help="configs, merged left to right")
     add("-t", "--train", **boolean, help="train")
     add("--no-test", **boolean, help="skip the test set after training")
@@ -89,20 +83,16 @@ def _parser() -> Parser:
     add("-s", "--seed", type=int, metavar="N", help=f"seed of weights, noise and data order (default: {DEFAULT_SEED})")
     add("-f", "--postfix", metavar="TEXT", help="end of the name of the run directory")
     add("-l", "--logdir", metavar="DIR", help=f"folder of the run directories (default: {RunOptions.logdir})")
-    scale = "multiply the base learning rate by accumulation x devices x batch size (default: true)"
-    add("--scale_lr", **boolean, help=scale)
-    packages = "let configs name classes of this package too; may be repeated"
-    add("--allow-targets", action="append", metavar="PACKAGE", help=packages)
-    _add_trainer_flags(parser)
-    return parser
+    text = "multiply the base learning rate by accumulation x devices x batch size (default: true)"
+    add("--scale_lr", **boolean, help=text)
+    text = "let configs name classes of this package too; may be repeated"
+    add("--allow-targets", action="append", metavar="PACKAGE", help=text)
 
-
-def _add_trainer_flags(parser: Parser) -> None:
     texts = argument_help(TRAINER)
     group = parser.add_argument_group("flags of Lightning's Trainer")
-    for name, argument in (constructor_arguments(TRAINER) or {}).items():
+    for name, annotation in (constructor_arguments(TRAINER) or {}).items():
         if name not in UNSUPPORTED:
-            kinds = _kinds(argument.annotation)
+            kinds = _kinds(annotation)
             bare: dict[str, Any] = {"nargs": "?", "const": True} if "bool" in kinds else {}
             text = texts.get(name, "").replace("%", "%%")
             group.add_argument(f"--{name}", type=_reader(kinds), metavar="|".join(kinds).upper(), help=text, **bare)
@@ -112,9 +102,11 @@ def _add_trainer_flags(parser: Parser) -> None:
         group.add_argument(f"--{name}", type=scalar if name != "gpus" else str, metavar="VALUE", help=text)
     for name in REMOVED_SETTINGS:
         group.add_argument(f"--{name}", nargs="?", const=True, type=scalar, help=argparse.SUPPRESS)
+    return parser
 
 
 def _kinds(annotation: str) -> tuple[str, ...]:
+    """Return the types of a flag whose Trainer argument has this annotation: bool, int, float, str."""
     words = re.findall(r"\w+", re.sub(r"dict\[.*?\]", "", annotation))
     kinds = [kind for kind in ("bool", "int", "float") if kind in words and f"list[{kind}]" not in annotation]
     textual = {"str", "_PRECISION_INPUT", "_LITERAL_WARN", "Strategy", "Accelerator"}
@@ -122,14 +114,13 @@ def _kinds(annotation: str) -> tuple[str, ...]:
 
 
 def _reader(kinds: tuple[str, ...]) -> Callable[[str], Any]:
-    """Return an argparse type: the first kind that fits the text, None for 'none'. Only a pure bool takes 'yes'."""
-    booleans = dict.fromkeys(("true", "yes", "t", "y", "1"), True) | dict.fromkeys(
-        ("false", "no", "f", "n", "0"), False
-    )
-    if "bool" not in kinds:
-        booleans = {}
-    elif kinds != ("bool",):
-        booleans = {"true": True, "false": False}
+    """Return an argparse type: the first of `kinds` that fits the text, None for 'none'.
+
+    Other words for booleans, such as 'yes' and '1', are read only if bool is the only kind.
+    """
+    booleans = {"true": True, "false": False} if "bool" in kinds else {}
+    if kinds == ("bool",):
+        booleans |= dict.fromkeys(("yes", "t", "y", "1"), True) | dict.fromkeys(("no", "f", "n", "0"), False)
 
     def read(text: str) -> Any:
         word = text.lower()

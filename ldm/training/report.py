@@ -16,7 +16,7 @@ from ldm.cli import EXIT_USAGE, TerminalHandler, one_line
 
 EXIT_FAILED = 1
 
-# Lightning's warnings about what is intended here, or handled by this package.
+# Lightning's warnings about what this package intends or handles itself.
 _NOISE = (
     ".*does not have many workers.*",
     ".*but have no `val_dataloader`.*",
@@ -33,11 +33,9 @@ _NOISE = (
     ".*Please use the new API settings to control TF32.*",
     ".*The `srun` command.*",
     ".*AMP with fp16 is not supported on CPU.*",
-    ".*lr_scheduler.step\\(\\)` before `optimizer.step\\(\\)`.*",  # a false alarm when the first steps follow a resume
+    ".*lr_scheduler.step\\(\\)` before `optimizer.step\\(\\)`.*",  # a false alarm after a resume
     ".*val_dataloader.*has `shuffle=True`.*",
 )
-# Loggers of Lightning whose INFO lines repeat this package's.
-_CHATTY = ("pytorch_lightning", "lightning", "lightning_fabric", "lightning.pytorch", "lightning.fabric")
 
 
 class TrainingFailed(Exception):
@@ -45,23 +43,19 @@ class TrainingFailed(Exception):
 
 
 def is_main_process() -> bool:
-    """True in a single process and in the first of several ranks, as their launcher says before Lightning knows."""
+    """True in a single process and in the first of several ranks, from the launcher's environment variables."""
     return all(os.environ.get(name, "0") == "0" for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID"))
 
 
 @contextmanager
 def console(debug: bool = False) -> Iterator[None]:
-    """Send this package's log to stderr and print warnings as one line each; undo both afterwards."""
+    """Log this package's events, and warnings as one line each, to stderr; restore the logging state afterwards."""
     handler = TerminalHandler(logging.DEBUG if is_main_process() else logging.WARNING)
     handler.setFormatter(logging.Formatter("%(asctime)s  %(message)s", datefmt="%H:%M:%S"))
-    ours = [logging.getLogger(name) for name in ("ldm", "__main__")]
-    chatty = [logging.getLogger(name) for name in _CHATTY]
-    levels = {each: each.level for each in (*ours, *chatty)}
-    for each in ours:
-        each.addHandler(handler)
-        each.setLevel(logging.DEBUG if debug else logging.INFO)
-    for each in chatty:
-        each.setLevel(logging.INFO if debug else logging.WARNING)
+    package = logging.getLogger("ldm")
+    level = package.level
+    package.addHandler(handler)
+    package.setLevel(logging.DEBUG if debug else logging.INFO)
     with warnings.catch_warnings():
         if not debug:
             for message in _NOISE:
@@ -72,10 +66,8 @@ def console(debug: bool = False) -> Iterator[None]:
         try:
             yield
         finally:
-            for each in ours:
-                each.removeHandler(handler)
-            for each, level in levels.items():
-                each.setLevel(level)
+            package.removeHandler(handler)
+            package.setLevel(level)
 
 
 def report_error(error: Exception, debug: bool) -> int:
@@ -85,7 +77,7 @@ def report_error(error: Exception, debug: bool) -> int:
     """
     failed = isinstance(error, TrainingFailed)
     cause = error.__cause__ if failed and error.__cause__ is not None else error
-    ours = type(cause).__module__.startswith("ldm.")  # the messages of this package's own errors are complete
+    ours = type(cause).__module__.startswith("ldm.")  # errors of this package, whose messages are complete
     plain = ours if failed else isinstance(cause, ValueError | OSError | ImportError)
     if debug or not plain:
         traceback.print_exception(cause)

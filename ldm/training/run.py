@@ -1,4 +1,4 @@
-"""The part of a run that needs torch: devices, data, model and Trainer, then training and test."""
+"""The part of a run that needs torch: build data, model and Trainer, then train and test."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from pytorch_lightning.utilities.model_helpers import is_overridden
 from ldm.callbacks import SignalCallback, StepSeed, Stopped
 from ldm.checkpoint import verify_checkpoint
 from ldm.checkpoint.resume import find_checkpoint
-from ldm.cli import EXIT_INTERRUPTED
+from ldm.cli import EXIT_INTERRUPTED, one_line
 from ldm.config.instantiate import ConfigError, instantiate_from_config
 from ldm.config.validate import check_class_count
 from ldm.data.datamodule import DataModuleFromConfig
@@ -32,11 +32,16 @@ logger = logging.getLogger(__name__)
 
 
 def execute(options: RunOptions, directory: RunDirectory, config: DictConfig, settings: RunSettings) -> int:
-    """Build data, model and Trainer, train if asked to, evaluate the test set if there is one; return the exit code."""
+    """Build data, model and Trainer, train if `options.train`, evaluate the test set if any; return the exit code."""
     directory = replace(directory, checkpoint=_checkpoint(directory, settings))
-    devices = choose_devices(settings.devices, _this_machine(), settings.devices_where)
+    if torch.backends.mps.is_available():
+        machine = Machine(1, "mps")
+    else:
+        machine = Machine(torch.cuda.device_count() if torch.cuda.is_available() else 0)
+    devices = choose_devices(settings.devices, machine, settings.devices_where)
     rate = learning_rate(config, settings, devices.processes * settings.num_nodes) if options.train else None
-    logging.getLogger("pytorch_lightning").setLevel(logging.DEBUG if options.debug else logging.WARNING)
+    for name in ("pytorch_lightning", "lightning_fabric"):  # their INFO lines repeat ours; their import enabled them
+        logging.getLogger(name).setLevel(logging.INFO if options.debug else logging.WARNING)
     pl.seed_everything(settings.seed, verbose=False)
     data = _build_data(config, settings)
     check_class_count(config, getattr(data, "datasets", {}))
@@ -67,12 +72,12 @@ def fit(trainer: pl.Trainer, model: pl.LightningModule, data: Any, directory: Ru
         how = f"continue with --resume {directory.path}" if stop.checkpoint else "nothing was saved"
         logger.info("%-11s by %s at step %d; %s", "stopped", stop.reason, trainer.global_step, how)
         return stop.exit_code
-    except SystemExit:  # Lightning's answer to a KeyboardInterrupt
+    except SystemExit:  # Lightning turns a KeyboardInterrupt into it
         return EXIT_INTERRUPTED
-    except MisconfigurationException as error:
-        raise ConfigError(" ".join(str(error).split())) from error
     except ConfigError:
         raise
+    except MisconfigurationException as error:
+        raise ConfigError(one_line(error)) from error
     except Exception as error:
         if isinstance(error, KeyError) and checkpoint and "checkpoint contains only the model" in str(error):
             raise ConfigError(
@@ -107,7 +112,7 @@ def test(trainer: pl.Trainer, model: pl.LightningModule, data: Any, config: Dict
 def _checkpoint(directory: RunDirectory, settings: RunSettings) -> Path | None:
     """Return the checkpoint that training starts from, after checking that it is complete.
 
-    For a damaged or missing `last.ckpt` of a resumed run, it is the newest complete checkpoint (the log names both).
+    If `last.ckpt` of a resumed run is damaged or missing: the newest complete checkpoint (the log names both).
     Raises CheckpointError for any other damaged or missing file.
     """
     if directory.resumed and (directory.checkpoint is None or directory.checkpoint.name == "last.ckpt"):
@@ -120,15 +125,11 @@ def _checkpoint(directory: RunDirectory, settings: RunSettings) -> Path | None:
     return file
 
 
-def _this_machine() -> Machine:
-    return Machine(torch.cuda.device_count() if torch.cuda.is_available() else 0, torch.backends.mps.is_available())
-
-
 def _build_data(config: DictConfig, settings: RunSettings) -> Any:
-    """Build the data module, with its datasets if it keeps them: a missing folder shows before the model is built."""
+    """Build the data module and its datasets, so that a missing folder is found before the model is built."""
     data = instantiate_from_config(config.data)
     data.seed = settings.seed
-    # Under a launcher each rank would prepare the data; there Lightning lets only one do so.
+    # Not under a launcher: there every rank would prepare the data, while Lightning lets one rank do it.
     if isinstance(data, DataModuleFromConfig) and is_main_process() and "WORLD_SIZE" not in os.environ:
         data.prepare_data()
         data.setup("fit")

@@ -14,10 +14,10 @@ from ldm.training.flags import RunOptions
 
 @dataclass(frozen=True)
 class RunDirectory:
-    """`logs/<time>_<name><postfix>`; `now` is the time of this start, which names the configs that it saves."""
+    """A run's directory, `logs/<time>_<name><postfix>`."""
 
     path: Path
-    now: str
+    now: str  # time of this start, in the names of the configs that it saves
     checkpoint: Path | None = None  # the full state that training starts from
     resumed: bool = False
 
@@ -35,7 +35,7 @@ def timestamp() -> str:
 
 
 def new_run(options: RunOptions, now: str | None = None) -> RunDirectory:
-    """Return the directory of a new run, not made yet; a taken name gets a number (two starts in one second)."""
+    """Return the directory of a new run without creating it; an existing name gets a number appended."""
     now = now or timestamp()
     name = options.name or (Path(options.base[0]).stem if options.base else "")
     stem = now + (f"_{_file_name(name, '--name')}" if name else "") + _file_name(options.postfix, "--postfix")
@@ -47,21 +47,21 @@ def new_run(options: RunOptions, now: str | None = None) -> RunDirectory:
 
 
 def _file_name(text: str, flag: str) -> str:
-    """Return `text` if it may be part of a file name: runs never write outside of the log folder."""
+    """Return `text` if it is valid within a file name, so that runs never write outside the log folder."""
     if len(os.fsencode(text)) > 100 or text in (".", "..") or re.search(r'[/\\\x00-\x1f:*?"<>|]', text):
         limits = 'up to 100 bytes, without / \\ : * ? " < > |'
         raise ConfigError(f"{flag} {text[:60]!r}: expected part of a file name: {limits}")
     return text
 
 
-def resumed_run(path: str, now: str | None = None) -> RunDirectory:
-    """Return the run that `--resume` names, by its directory or by a checkpoint two levels below it.
+def resumed_run(path: str) -> RunDirectory:
+    """Return the run that `--resume` names by its directory or by a checkpoint in its checkpoints/ folder.
 
-    Raises ConfigError if there is no such run; the checkpoint is not read yet.
+    Raises ConfigError if there is no such run; does not read the checkpoint.
     """
     given = Path(path).expanduser()
     if given.is_dir():
-        return RunDirectory(given.resolve(), now or timestamp(), resumed=True)
+        return RunDirectory(given.resolve(), timestamp(), resumed=True)
     if not given.is_file():
         raise ConfigError(f"--resume {path}: no such file or directory{_newest_run(given)}")
     file = given.resolve()
@@ -71,11 +71,11 @@ def resumed_run(path: str, now: str | None = None) -> RunDirectory:
             f"--resume {path}: {directory} is not a run directory (it has no configs/). To start a new run from the "
             "file's full state give --base and --resume_from_checkpoint; for its weights alone, model.params.ckpt_path"
         )
-    return RunDirectory(directory, now or timestamp(), file, resumed=True)
+    return RunDirectory(directory, timestamp(), file, resumed=True)
 
 
 def saved_configs(directory: RunDirectory) -> list[Path]:
-    """Return the configs that earlier starts of a run saved, in the order in which they are merged."""
+    """Return the configs that earlier starts of a run saved, in the order of merging."""
     files = sorted(directory.configs.glob("*.yaml"))
     if not files:
         raise ConfigError(f"--resume {directory.path}: no saved configs (configs/*.yaml)")

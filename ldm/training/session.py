@@ -1,4 +1,4 @@
-"""A training run from command line to exit code: parse, merge, check, then import torch, build, train and test."""
+"""A training run from command line to exit code: parse, merge and check, then import torch and execute."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def _run(options: RunOptions) -> int:
     sources = [*([f"{directory.path}/configs"] if directory.resumed else []), *options.base, *options.overrides]
     logger.info("%-11s %s", "config", ", ".join(sources))
 
-    import_lightning()  # the door: all checks that need neither torch nor Lightning have passed
+    import_lightning()  # imported here, after all checks that need neither torch nor Lightning
     from ldm.training.run import execute
 
     return execute(options, directory, config, settings)

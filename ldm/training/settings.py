@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from omegaconf import DictConfig, OmegaConf
 
@@ -14,19 +14,15 @@ from ldm.training.flags import DEFAULT_SEED, RunOptions
 
 @dataclass(frozen=True)
 class RunSettings:
-    """Settings of a run; `lightning` is the section that the run directory keeps, in the user's words."""
+    """Settings of a run; `lightning` is the section as the run directory keeps it, in the user's words."""
 
     trainer: dict[str, Any]  # arguments of the installed Trainer, without the devices
     devices: dict[str, Any]  # the settings that choose devices
-    devices_where: str  # "--" or "lightning.trainer.": where the devices were chosen
+    devices_where: str  # prefix of these settings in messages: "--" or "lightning.trainer."
     seed: int
     scale_lr: bool
     start_from: str | None  # a checkpoint whose full state a new run starts from
     lightning: DictConfig
-
-    @property
-    def accumulation(self) -> int:
-        return self.trainer.get("accumulate_grad_batches", 1)
 
     @property
     def num_nodes(self) -> int:
@@ -36,43 +32,32 @@ class RunSettings:
 def resolve_settings(options: RunOptions, lightning: DictConfig) -> RunSettings:
     """Merge flags over the YAML's `lightning` section; raise ConfigError for an invalid or removed setting."""
     saved: Any = OmegaConf.to_container(lightning, resolve=True)
-    from_yaml, from_flags = dict(saved.get("trainer") or {}), dict(options.trainer)
-    devices_where, device_keys = "lightning.trainer.", (*DEVICE_KEYS, "distributed_backend")
-    if any(name in from_flags for name in device_keys):
-        # One place chooses the devices: a saved `gpus` must not contradict a new `--devices`.
+    from_yaml, from_flags = saved.get("trainer") or {}, options.trainer
+    devices_where, device_keys = "lightning.trainer.", {*DEVICE_KEYS, "distributed_backend"}
+    if device_keys & set(from_flags):
+        # The devices are chosen in one place: a saved `gpus` must not contradict a new `--devices`.
         from_yaml = {name: value for name, value in from_yaml.items() if name not in device_keys}
         devices_where = "--"
-    try:
-        trainer = modernize(from_yaml) | modernize(from_flags, "--")
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
+    trainer = modernize(from_yaml) | modernize(from_flags, "--")
     start_from = trainer.pop("resume_from_checkpoint", None)
     if start_from and options.resume:
         raise ConfigError(
             "--resume continues in the old run directory, --resume_from_checkpoint starts a new run; give only one"
         )
-    seed = _first(options.seed, saved.get("seed"), DEFAULT_SEED)
-    scale_lr = _first(options.scale_lr, saved.get("scale_lr"), True)
+    seed = next(value for value in (options.seed, saved.get("seed"), DEFAULT_SEED) if value is not None)
     if not isinstance(seed, int) or isinstance(seed, bool) or seed < 0:
         raise ConfigError(f"lightning.seed {seed!r}: expected a non-negative integer")
+    scale_lr = next(value for value in (options.scale_lr, saved.get("scale_lr"), True) if value is not None)
     if not isinstance(scale_lr, bool):
         raise ConfigError(f"lightning.scale_lr {scale_lr!r}: expected true or false")
-    accumulation = trainer.get("accumulate_grad_batches", 1)
-    if not isinstance(accumulation, int) or accumulation < 1:
-        raise ConfigError(f"accumulate_grad_batches {accumulation!r}: expected an integer of at least 1")
     kept = {name: value for name, value in (from_yaml | from_flags).items() if name != "resume_from_checkpoint"}
     kept_lightning = OmegaConf.create({**lightning, "seed": seed, "scale_lr": scale_lr, "trainer": kept})
     devices = {name: trainer.pop(name) for name in DEVICE_KEYS if name in trainer}
     return RunSettings(trainer, devices, devices_where, seed, scale_lr, start_from, kept_lightning)
 
 
-def _first(*values: Any) -> Any:
-    return next(value for value in values if value is not None)
-
-
-@dataclass(frozen=True)
-class LearningRate:
-    """A learning rate and the arithmetic behind it."""
+class LearningRate(NamedTuple):
+    """A learning rate, and the arithmetic behind it for the log."""
 
     value: float
     rule: str
@@ -81,19 +66,24 @@ class LearningRate:
 def learning_rate(config: DictConfig, settings: RunSettings, devices: int) -> LearningRate:
     """Return `accumulation * devices * batch_size * base_learning_rate`, or `base_learning_rate` without `--scale_lr`.
 
-    Raises ConfigError if the base rate or the batch size is not a number.
+    Raises ConfigError if one of these is not a number.
     """
     base = OmegaConf.select(config, "model.base_learning_rate")
     if not isinstance(base, int | float) or isinstance(base, bool):
         example = "e.g. model.base_learning_rate=1.0e-4"
         raise ConfigError(f"model.base_learning_rate {base!r}: training needs a number here, {example}")
-    batch_size = OmegaConf.select(config, "data.params.batch_size")
-    if not isinstance(batch_size, int) or isinstance(batch_size, bool) or batch_size < 1:
-        raise ConfigError(f"data.params.batch_size {batch_size!r}: expected an integer of at least 1")
-    effective = settings.accumulation * devices * batch_size
-    product = f"{batch_size} x {devices} device{'s' if devices > 1 else ''} x {settings.accumulation} accumulated"
+    batch_size = _count("data.params.batch_size", OmegaConf.select(config, "data.params.batch_size"))
+    accumulation = _count("accumulate_grad_batches", settings.trainer.get("accumulate_grad_batches", 1))
+    effective = accumulation * devices * batch_size
+    product = f"{batch_size} x {devices} device{'s' if devices > 1 else ''} x {accumulation} accumulated"
     rule = f"effective batch {effective} = {product}; learning rate "
     if settings.scale_lr:
         rate = effective * base
         return LearningRate(rate, f"{rule}{rate:.3e} = {effective} x {base:.3e} (--scale_lr)")
     return LearningRate(float(base), f"{rule}{base:.3e}, not scaled (--scale_lr false)")
+
+
+def _count(name: str, value: Any) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ConfigError(f"{name} {value!r}: expected an integer of at least 1")
+    return value

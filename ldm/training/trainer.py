@@ -25,6 +25,7 @@ from ldm.callbacks import (
     StopOnNonFinite,
 )
 from ldm.checkpoint.resume import AtomicCheckpointIO
+from ldm.cli import one_line
 from ldm.config.instantiate import ConfigError, accepted_params, get_obj_from_str, instantiate_from_config
 from ldm.config.merge import DEFAULT_CALLBACKS, DEFAULT_CHECKPOINT, DEFAULT_STEP_CHECKPOINTS, STEP_CHECKPOINTS
 from ldm.training.devices import Devices
@@ -49,11 +50,11 @@ def build_trainer(
     if not automatic:
         _move_to_module(arguments, model)
     if devices.processes * settings.num_nodes > 1:
-        # Each step of a GAN leaves out the parameters of one of its networks.
+        # Each step of a GAN uses only one of its networks.
         arguments.setdefault("strategy", "ddp" if automatic else "ddp_find_unused_parameters_true")
     arguments.setdefault("enable_checkpointing", True)
     arguments.setdefault("enable_model_summary", False)
-    # Tensors that a module keeps from validation must stay usable in training.
+    # Inference tensors that a module keeps from validation would not be usable in training.
     arguments.setdefault("inference_mode", False)
     loggers = _loggers(settings.lightning, directory) if arguments.pop("logger", True) not in (False, None) else []
 
@@ -78,7 +79,7 @@ def build_trainer(
             **arguments,
         )
     except (MisconfigurationException, TypeError) as error:
-        raise ConfigError(f"Trainer: {' '.join(str(error).split())}") from error
+        raise ConfigError(f"Trainer: {one_line(error)}") from error
 
 
 def _move_to_module(arguments: dict[str, Any], model: pl.LightningModule) -> None:
@@ -95,21 +96,20 @@ def _move_to_module(arguments: dict[str, Any], model: pl.LightningModule) -> Non
 
 
 def _loggers(lightning: DictConfig, directory: RunDirectory) -> list[Logger]:
-    """Build `lightning.logger`, else TensorBoard's if installed; and CSV, a file for each start of a run."""
-    node = lightning.get("logger")
-    csv = CSVLogger(save_dir=str(directory.path), name="csv", version=directory.now)
+    """Build `lightning.logger`, or else TensorBoard's if installed, and a CSV logger with one file per start."""
+    node, folder = lightning.get("logger"), str(directory.path)
+    csv = CSVLogger(save_dir=folder, name="csv", version=directory.now)
     if node:
         cls = get_obj_from_str(node["target"])
         if not issubclass(cls, Logger):
             raise ConfigError(f"lightning.logger.target: {node['target']} is not a Lightning logger")
         names, given = accepted_params(cls), node.get("params") or {}
-        places = {"save_dir": str(directory.path), "name": "logger"}
+        places = {"save_dir": folder, "name": "logger"}
         places = {key: place for key, place in places.items() if key not in given and (not names or key in names[0])}
         return [instantiate_from_config(node, **places), csv]
     if importlib.util.find_spec("tensorboard") is None:
         return [csv]
-    place = str(directory.path)
-    return [TensorBoardLogger(save_dir=place, name="tensorboard", version="", default_hp_metric=False), csv]
+    return [TensorBoardLogger(save_dir=folder, name="tensorboard", version="", default_hp_metric=False), csv]
 
 
 def _configured_callbacks(
@@ -120,16 +120,40 @@ def _configured_callbacks(
     saves: bool,
     logs: bool,
 ) -> list[Callback]:
-    callbacks = []
-    for name, node in callback_nodes(settings.lightning, directory, getattr(model, "monitor", None), saves).items():
+    """Build the default callbacks with `lightning.callbacks` and `modelcheckpoint` merged over them.
+
+    null removes a callback. Without `saves` no checkpoint callbacks are built, without `logs` no LearningRateMonitor.
+    """
+    lightning = settings.lightning
+    own = lightning.get("callbacks") or OmegaConf.create({})
+    defaults, checkpoint = OmegaConf.create(DEFAULT_CALLBACKS), OmegaConf.create(DEFAULT_CHECKPOINT)
+    if own.get(STEP_CHECKPOINTS) is not None:
+        defaults[STEP_CHECKPOINTS] = OmegaConf.create(DEFAULT_STEP_CHECKPOINTS)
+        defaults[STEP_CHECKPOINTS].params.dirpath = str(directory.checkpoints / "trainstep_checkpoints")
+    checkpoint.params.dirpath = str(directory.checkpoints)
+    if monitor := getattr(model, "monitor", None):
+        checkpoint.params.update(monitor=monitor, save_top_k=3)  # the best three by this metric
+    merged = {
+        "callbacks": OmegaConf.merge(defaults, own),
+        "modelcheckpoint": OmegaConf.merge(checkpoint, lightning.get("modelcheckpoint") or {}),
+    }
+    tree = OmegaConf.create({"lightning": merged}).lightning  # so that a node knows its path for error messages
+    nodes = {f"lightning.callbacks.{name}": node for name, node in tree.callbacks.items() if node is not None}
+    if saves:
+        nodes["lightning.modelcheckpoint"] = tree.modelcheckpoint
+
+    callbacks: list[Callback] = []
+    for place, node in nodes.items():
+        if not isinstance(node, DictConfig) or "target" not in node:
+            raise ConfigError(f"{place}: expected a mapping with target and params, or null to remove it")
+        if "Checkpoint" in str(node["target"]) and not saves:
+            continue
         cls, params = get_obj_from_str(node["target"]), node.get("params") or {}
         if not (inspect.isclass(cls) and issubclass(cls, Callback)):
-            raise ConfigError(f"lightning.callbacks.{name}.target: {node['target']} is not a Lightning callback")
+            raise ConfigError(f"{place}.target: {node['target']} is not a Lightning callback")
         if issubclass(cls, Checkpoint):
-            _check_filename(f"lightning.callbacks.{name}.params.filename", params.get("filename"))
-        if issubclass(cls, LearningRateMonitor) and not logs:
-            continue
-        if name == "setup_callback":
+            _check_filename(f"{place}.params.filename", params.get("filename"))
+        if place == "lightning.callbacks.setup_callback":
             about_run = {
                 "resume": str(directory.checkpoint) if directory.resumed else None,
                 "now": directory.now,
@@ -137,16 +161,16 @@ def _configured_callbacks(
                 "ckptdir": str(directory.checkpoints),
                 "cfgdir": str(directory.configs),
                 "config": OmegaConf.create({key: value for key, value in config.items() if key != "lightning"}),
-                "lightning_config": settings.lightning,
+                "lightning_config": lightning,
             }
             callbacks.append(cls(**{**about_run, **params}))
-        else:
+        elif logs or not issubclass(cls, LearningRateMonitor):
             callbacks.append(instantiate_from_config(node))
     return callbacks
 
 
 def _check_filename(place: str, filename: str | None) -> None:
-    """Raise ConfigError for a checkpoint name that would lead out of its folder, as `{../figure}` does."""
+    """Raise ConfigError for a checkpoint name that would lead out of its folder, as `{../metric}` does."""
     if filename is None:
         return
     name = str(filename)
@@ -155,38 +179,3 @@ def _check_filename(place: str, filename: str | None) -> None:
         raise ConfigError(
             f"{place}: {name[:60]!r} is not the name of a file inside the checkpoint folder, of at most 200 bytes"
         )
-
-
-def callback_nodes(
-    lightning: DictConfig, directory: RunDirectory, monitor: str | None, saves: bool
-) -> dict[str, DictConfig]:
-    """Return the configs of a run's callbacks: `lightning.callbacks` and `modelcheckpoint` over the defaults.
-
-    null removes a callback. monitor: the metric whose best three checkpoints are kept. saves: with checkpoints.
-    """
-    own = lightning.get("callbacks") or OmegaConf.create({})
-    defaults = OmegaConf.create(DEFAULT_CALLBACKS)
-    if own.get(STEP_CHECKPOINTS) is not None:
-        defaults[STEP_CHECKPOINTS] = OmegaConf.create(DEFAULT_STEP_CHECKPOINTS)
-        defaults[STEP_CHECKPOINTS].params.dirpath = str(directory.checkpoints / "trainstep_checkpoints")
-    checkpoint = OmegaConf.create(DEFAULT_CHECKPOINT)
-    checkpoint.params.dirpath = str(directory.checkpoints)
-    if monitor:
-        checkpoint.params.update(monitor=monitor, save_top_k=3)
-    # One tree, so that each node knows its path for error messages.
-    merged = OmegaConf.create(
-        {
-            "callbacks": OmegaConf.merge(defaults, own),
-            "modelcheckpoint": OmegaConf.merge(checkpoint, lightning.get("modelcheckpoint") or {}),
-        }
-    )
-    root = OmegaConf.create({"lightning": merged}).lightning
-    nodes = {str(name): node for name, node in root.callbacks.items() if node is not None}
-    for name, node in nodes.items():
-        if not isinstance(node, DictConfig) or "target" not in node:
-            raise ConfigError(
-                f"lightning.callbacks.{name}: expected a mapping with target and params, or null to remove it"
-            )
-    if not saves:
-        return {name: node for name, node in nodes.items() if "Checkpoint" not in str(node["target"])}
-    return {**nodes, "checkpoint_callback": root.modelcheckpoint}

@@ -43,7 +43,7 @@ ROOT = Path(__file__).parents[2]
         ({"model": {"target": "Toy"}}, r"model.target: target 'Toy': expected a dotted name"),
         (
             {"model": {"target": "ldm.models.autoencoder.AutoencoderLK"}},
-            r"has no 'AutoencoderLK'; did you mean 'AutoencoderKL'\?",
+            r"has no class 'AutoencoderLK'; did you mean 'AutoencoderKL'\?",
         ),
         (
             {"model": {"target": "ldm.models.autoencodr.AutoencoderKL"}},

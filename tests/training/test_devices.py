@@ -5,7 +5,7 @@ import pytest
 from ldm.config.instantiate import ConfigError
 from ldm.training.devices import Machine, choose_devices
 
-NO_GPU, TWO_GPUS = Machine(), Machine(cuda=2)
+NO_GPU, TWO_GPUS = Machine(), Machine(2)
 
 
 @pytest.mark.parametrize(
@@ -18,10 +18,10 @@ NO_GPU, TWO_GPUS = Machine(), Machine(cuda=2)
         ({"gpus": [1]}, TWO_GPUS, "cuda", [1], 1),
         ({"gpus": -1}, TWO_GPUS, "cuda", [0, 1], 2),
         ({"gpus": "0"}, TWO_GPUS, "cpu", 1, 1),
-        ({"gpus": "0,"}, Machine(mps=True), "mps", [0], 1),
+        ({"gpus": "0,"}, Machine(1, "mps"), "mps", [0], 1),
         ({}, NO_GPU, "cpu", 1, 1),
         ({}, TWO_GPUS, "cuda", [0], 1),
-        ({"accelerator": "auto"}, Machine(mps=True), "mps", [0], 1),
+        ({"accelerator": "auto"}, Machine(1, "mps"), "mps", [0], 1),
         ({"accelerator": "gpu", "devices": 2}, TWO_GPUS, "cuda", [0, 1], 2),
         ({"accelerator": "gpu", "devices": "auto"}, TWO_GPUS, "cuda", [0, 1], 2),
         ({"accelerator": "gpu", "devices": "1,"}, TWO_GPUS, "cuda", [1], 1),
