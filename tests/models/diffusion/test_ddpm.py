@@ -13,7 +13,7 @@ from ldm.models.diffusion import ddpm
 from ldm.models.diffusion.ddim import DDIMSampler
 from ldm.util import get_obj_from_str, instantiate_from_config
 from tests.models.diffusion.modes import IDENTITY
-from tests.models.diffusion.tiny import ATTEND, CAPTIONS, CLASSES, batch, fit, latent_diffusion, unet
+from tests.models.diffusion.tiny import ATTEND, AUTOENCODER, CAPTIONS, CLASSES, batch, fit, latent_diffusion, unet
 from tests.reference import GOLDEN, TOLERANCE, randn, rel_error, seed_weights
 
 CLASS = {"cond_stage_key": "class_label"}
@@ -143,6 +143,17 @@ def test_the_first_stage_trains_nothing_and_stays_in_eval_mode(model):
         assert not any(module.training for module in stage.modules())
     assert all(name.startswith("model.") for name, p in model.named_parameters() if p.requires_grad)
     model.eval()
+
+
+def test_a_first_stage_is_random_until_its_own_weights_are_loaded():
+    stage = instantiate_from_config(AUTOENCODER)
+    parent = torch.nn.ModuleDict({"first_stage_model": stage, "other": torch.nn.Linear(2, 2)})
+    assert ddpm.has_random_weights(stage) and not ddpm.has_random_weights(torch.nn.Identity())
+    state = parent.state_dict()
+    parent.load_state_dict({name: state[name] for name in state if name.startswith("other.")}, strict=False)
+    assert ddpm.has_random_weights(stage)
+    parent.load_state_dict(state)
+    assert not ddpm.has_random_weights(stage)
 
 
 def test_a_trained_encoder_is_an_optimizers_too():
