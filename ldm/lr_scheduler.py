@@ -11,10 +11,10 @@ logger = logging.getLogger(__name__)
 
 
 class CyclicSchedule:
-    """Per cycle: linear warm-up from f_start to f_max, then a decay to f_min, whose shape is the subclass's `decay`.
+    """Cycles of a linear warm-up from f_start to f_max and a decay to f_min, with the subclass's `decay` as its shape.
 
-    All arguments are lists with one entry per cycle; warm_up_steps and cycle_lengths are in optimizer steps. After the
-    last cycle the multiplier stays at its f_min. verbosity_interval: log every so many steps; 0 disables it.
+    The lists have one entry per cycle; warm_up_steps and cycle_lengths are in optimizer steps. After the last cycle the
+    multiplier stays at its f_min. verbosity_interval: number of steps between log lines; 0 disables them.
     """
 
     def __init__(
@@ -42,13 +42,13 @@ class CyclicSchedule:
         self.last_f = 0.0
 
     def decay(self, progress: float) -> float:
-        """Return 1 at progress 0 (f_max) to 0 at progress 1 (f_min)."""
+        """Return a factor from 1 at progress 0 (f_max) to 0 at progress 1 (f_min)."""
         raise NotImplementedError
 
     def schedule(self, n: int) -> float:
         """Return the multiplier at optimizer step n >= 0."""
         cycle, start = 0, 0
-        # As published, step n = start + length still belongs to the cycle that it ends.
+        # As published, step n = start + length still belongs to the earlier cycle.
         while cycle < len(self.cycle_lengths) - 1 and n > start + self.cycle_lengths[cycle]:
             start += self.cycle_lengths[cycle]
             cycle += 1
@@ -77,7 +77,7 @@ class LambdaWarmUpCosineScheduler2(CyclicSchedule):
 
 
 class LambdaLinearScheduler(CyclicSchedule):
-    """Warm-up, then a straight line. As published, it is measured from the cycle's start and falls short of f_max."""
+    """Warm-up, then a linear decay. As published, the decay counts from the cycle's start, so it begins below f_max."""
 
     def decay(self, progress: float) -> float:
         return 1.0 - progress
@@ -87,7 +87,7 @@ class LambdaLinearScheduler(CyclicSchedule):
 
 
 class LambdaWarmUpCosineScheduler(LambdaWarmUpCosineScheduler2):
-    """One cycle: lr_start to lr_max in warm_up_steps, then half a cosine to lr_min at max_decay_steps."""
+    """One cycle: linear from lr_start to lr_max in warm_up_steps, then half a cosine to lr_min at max_decay_steps."""
 
     def __init__(
         self,

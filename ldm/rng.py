@@ -1,4 +1,4 @@
-"""State of the global random generators: Python's, NumPy's and torch's."""
+"""Save and restore the states of the global random generators of Python, NumPy and torch."""
 
 import random
 from collections.abc import Iterator, Sequence
@@ -12,7 +12,7 @@ CPU = torch.device("cpu")
 
 
 def torch_states(device: torch.device = CPU) -> list[Tensor]:
-    """Return the states of torch's generators on the CPU and, if it is another, on `device`."""
+    """Return the states of torch's generators on the CPU and, if it differs, on `device`."""
     states = [torch.get_rng_state()]
     if device.type != "cpu":
         states.append(torch.get_device_module(device).get_rng_state(device))
@@ -20,7 +20,7 @@ def torch_states(device: torch.device = CPU) -> list[Tensor]:
 
 
 def set_torch_states(states: Sequence[Tensor], device: torch.device = CPU) -> None:
-    """Restore what `torch_states(device)` returned."""
+    """Restore the states returned by `torch_states(device)`."""
     torch.set_rng_state(states[0])
     if device.type != "cpu":
         torch.get_device_module(device).set_rng_state(states[1], device)
@@ -29,11 +29,8 @@ def set_torch_states(states: Sequence[Tensor], device: torch.device = CPU) -> No
 @contextmanager
 def torch_generators_kept(device: torch.device = CPU) -> Iterator[None]:
     """Restore torch's generators on the CPU and on `device` at the end of the block."""
-    states = torch_states(device)
-    try:
+    with torch.random.fork_rng([] if device.type == "cpu" else [device], device_type=device.type):
         yield
-    finally:
-        set_torch_states(states, device)
 
 
 @contextmanager

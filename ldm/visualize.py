@@ -1,4 +1,4 @@
-"""Captions, grids and segmentation maps as PIL images, with the font that Pillow contains."""
+"""Captions, grids and segmentation maps as PIL images, in Pillow's built-in font."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image, ImageColor, ImageDraw, ImageFont
 
-if TYPE_CHECKING:  # torch takes seconds to import, and captions and grids of PIL images do not need it
+if TYPE_CHECKING:  # torch takes seconds to import and is not needed for captions and grids of PIL images
     from torch import Tensor
 
     ImageLike = Image.Image | np.ndarray | Tensor
@@ -22,11 +22,11 @@ Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 DARK, LIGHT = "#20242b", "#f2f3f5"  # text on light and on dark backgrounds
 FRAME, WHITE = "#d5d9e0", "#ffffff"
 ASCII = str.maketrans("\u2018\u2019\u201c\u201d\u2013\u2014\xd7", "''\"\"--x")  # typographic signs
-GOLDEN_ANGLE = 0.618033988749895  # of hue between successive labels, so that the first dozens differ
+GOLDEN_RATIO = 0.618033988749895  # step of hue between successive labels, so that dozens of labels differ
 
 
 def text_image(size: tuple[int, int], lines: str | Sequence[str], font_size: int = 10) -> Image.Image:
-    """Return a white image of `size` (width, height) pixels with black text, wrapped, and ending in "..." if too long.
+    """Return a white image of `size` (width, height) pixels with black text; the text is wrapped, and cut with "...".
 
     lines: a string that may contain line breaks, or one string per line.
     """
@@ -50,9 +50,9 @@ def grid(
 ) -> Image.Image:
     """Return one image with all `images` in reading order, each centered in a cell of the largest one's size.
 
-    images: see `to_image`. captions: one per image, below it, of at most two lines. columns: None for a square grid.
-    padding: pixels around each cell. Without captions the layout is that of torchvision's make_grid, as published, but
-    a single image is returned as it is.
+    images: see `to_image`. captions: one per image, written below it in at most two rows. columns: None for a square
+    grid. padding: pixels around each cell. Without captions the layout is that of torchvision's make_grid; a
+    single image is returned unchanged.
     """
     cells = [to_image(image) for image in images]
     if not cells:
@@ -76,7 +76,8 @@ def grid(
     size = (columns * step_x + padding, -(-len(cells) // columns) * step_y + padding)
 
     sheet = Image.new("RGB", size, background)
-    draw, color = ImageDraw.Draw(sheet), _text_color(background)
+    red, green, blue = ImageColor.getrgb(background)[:3]
+    draw, color = ImageDraw.Draw(sheet), DARK if 0.299 * red + 0.587 * green + 0.114 * blue > 127 else LIGHT
     for k, image in enumerate(cells):
         x, y = padding + k % columns * step_x, padding + k // columns * step_y
         sheet.paste(image, (x + (width - image.width) // 2, y + (height - image.height) // 2))
@@ -113,15 +114,15 @@ def palette(n_labels: int) -> np.ndarray:
         raise ValueError(f"n_labels {n_labels}: must be 1 or more")
     colors = [(0.07, 0.07, 0.09)]
     for k in range(1, n_labels):
-        ring = k // 12 % 3  # a dozen hues look distinct; then change saturation and value
-        colors.append(colorsys.hsv_to_rgb(k * GOLDEN_ANGLE % 1.0, (0.75, 0.45, 0.9)[ring], (0.95, 0.85, 0.6)[ring]))
+        ring = k // 12 % 3  # a dozen hues look distinct; after them, saturation and value change
+        colors.append(colorsys.hsv_to_rgb(k * GOLDEN_RATIO % 1.0, (0.75, 0.45, 0.9)[ring], (0.95, 0.85, 0.6)[ring]))
     return np.round(255 * np.array(colors)).astype(np.uint8)
 
 
 def labels_to_rgb(labels: Tensor, n_labels: int | None = None) -> Tensor:
     """Return segmentation maps in the colors of `palette`, (B, 3, H, W) float in [-1, 1].
 
-    labels: (B, H, W) integers, or (B, C, H, W) scores or one-hot, whose argmax is shown.
+    labels: (B, H, W) integers, or (B, C, H, W) scores or one-hot maps, of which the argmax is shown.
     """
     if labels.ndim == 4:
         n_labels, labels = labels.shape[1], labels.argmax(1)
@@ -137,11 +138,11 @@ def labels_to_rgb(labels: Tensor, n_labels: int | None = None) -> Tensor:
 
 
 def _line_height(font: Font) -> int:
-    return round(1.3 * getattr(font, "size", 10))  # Pillow without FreeType has one font, without a size
+    return round(1.3 * getattr(font, "size", 10))
 
 
 def _wrap(text: str, font: Font, width: int, max_rows: int) -> list[str]:
-    """Return `text` in at most `max_rows` rows of at most `width` pixels; the last ends in "..." if text is left."""
+    """Return `text` in at most `max_rows` rows of at most `width` pixels; a cut text ends in "..."."""
     text = text[: (max_rows + 1) * max(10, width)]  # more cannot fit
     rows: list[str] = []
     for paragraph in _to_ascii(text).splitlines() or [""]:
@@ -154,9 +155,8 @@ def _wrap(text: str, font: Font, width: int, max_rows: int) -> list[str]:
             if row:
                 rows.append(row)
             while len(word) > 1 and font.getlength(word) > width:  # split a word that is wider than a row
-                cut = max(
-                    1, bisect_right(range(1, len(word)), width, key=lambda n: math.ceil(font.getlength(word[:n])))
-                )
+                lengths = range(1, len(word))
+                cut = max(1, bisect_right(lengths, width, key=lambda n: math.ceil(font.getlength(word[:n]))))
                 rows.append(word[:cut])
                 word = word[cut:]
             row = word
@@ -170,7 +170,7 @@ def _wrap(text: str, font: Font, width: int, max_rows: int) -> list[str]:
 
 
 def _to_ascii(text: str) -> str:
-    """Return `text` in the characters of Pillow's font: accents are dropped, other letters become "?"."""
+    """Return `text` in ASCII, which the font covers: accents are dropped, other letters become "?"."""
     plain = "".join(c for c in unicodedata.normalize("NFKD", text) if not unicodedata.combining(c))
     return plain.translate(ASCII).encode("ascii", "replace").decode("ascii")
 
@@ -183,13 +183,8 @@ def _write_rows(
     color: str,
     width: int | None = None,
 ) -> None:
-    """Write rows of text from the corner `at` down, centered in `width` if given."""
+    """Write rows of text downwards from the corner `at`, centered in `width` if given."""
     x, y = at
     for k, row in enumerate(rows):
         indent = 0 if width is None else max(0, round((width - font.getlength(row)) / 2))
         draw.text((x + indent, y + k * _line_height(font)), row, fill=color, font=font)
-
-
-def _text_color(background: str) -> str:
-    red, green, blue = ImageColor.getrgb(background)[:3]
-    return DARK if 0.299 * red + 0.587 * green + 0.114 * blue > 127 else LIGHT

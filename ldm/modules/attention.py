@@ -1,4 +1,4 @@
-"""Attention layers of the latent diffusion UNet: cross-attention, the spatial transformer and two light alternatives.
+"""Attention layers: cross-attention and the spatial transformer of the UNet, linear and single-head self-attention.
 
 Every softmax attention goes through `attend`: torch's scaled dot-product attention keeps logits and softmax in float32
 for 16-bit inputs (the published code upcasts by hand), and its fused kernels never store the (N, L) matrix.
@@ -18,19 +18,17 @@ from ldm.modules.diffusionmodules.util import GroupNorm32, checkpoint, normaliza
 from ldm.util import default
 
 T = TypeVar("T")
-NORM_EPS = 1e-6  # of the spatial norms in this file; the UNet's own norms have 1e-5
 
 
 class ContextBlock(nn.Module):
-    """Base of the UNet layers that attend to the context: `forward(x, context)`.
-
-    `TimestepEmbedSequential` passes the context to no other layer. A `TimestepBlock` too gets (x, emb, context).
+    """Base of the UNet layers that take the context: `forward(x, context)`, or `forward(x, emb, context)` of a layer
+    that is also a `TimestepBlock`. `TimestepEmbedSequential` passes the context to no other layer.
     """
 
 
 def Normalize(in_channels: int) -> GroupNorm32:
-    """GroupNorm of the spatial layers: 32 groups, eps 1e-6."""
-    return normalization(in_channels, eps=NORM_EPS)
+    """GroupNorm of the spatial layers: 32 groups, eps 1e-6 (the UNet's own norms have 1e-5)."""
+    return normalization(in_channels, eps=1e-6)
 
 
 def attend(
@@ -38,19 +36,17 @@ def attend(
 ) -> Tensor:
     """softmax(q k^T / sqrt(D)) v.
 
-    q: (B, H, N, D), k and v: (B, H, L, D), mask: bool (B, L), True for the keys that take part -> (B, H, N, D).
-    causal: a query sees no later key.
-
-    As published, a masked logit is the dtype's lowest value: a query without a visible key averages all values.
+    q: (B, H, N, D), k and v: (B, H, L, D), mask: bool (B, L), True for visible keys -> (B, H, N, D).
+    causal: later keys are not visible to a query. As published, a query without a visible key averages all values.
     """
     visible = None
     if mask is not None:
         visible = mask[:, None, None, :]  # (B, 1, 1, L)
         if causal:
             visible = visible & torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril()
-        # Equal logits for a query that sees nothing; a lowest value added to its logits could overflow.
-        blind = ~visible.any(dim=-1, keepdim=True)
-        q, visible = q.masked_fill(blind, 0.0), visible | blind
+        # Equal logits average all values; the dtype's lowest value, as published, could overflow when added to logits.
+        sees_none = ~visible.any(dim=-1, keepdim=True)  # (B, 1, 1 or N, 1)
+        q, visible = q.masked_fill(sees_none, 0.0), visible | sees_none
     return F.scaled_dot_product_attention(
         q, k, v, attn_mask=visible, dropout_p=dropout, is_causal=causal and mask is None
     )
@@ -64,7 +60,7 @@ class GEGLU(nn.Module):
         self.proj = nn.Linear(dim_in, dim_out * 2)
 
     def forward(self, x: Tensor) -> Tensor:
-        x, gate = self.proj(x).chunk(2, dim=-1)
+        x, gate = self.proj(x).chunk(2, dim=-1)  # (..., dim_out) each
         return x * F.gelu(gate)
 
 
@@ -84,7 +80,7 @@ class FeedForward(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Multi-head attention of a sequence to a context, or to itself without a context."""
+    """Multi-head attention of a sequence to a context; without a context, self-attention."""
 
     def __init__(
         self, query_dim: int, context_dim: int | None = None, heads: int = 8, dim_head: int = 64, dropout: float = 0.0
@@ -101,27 +97,27 @@ class CrossAttention(nn.Module):
     def forward(self, x: Tensor, context: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
         """x: (B, N, query_dim), context: (B, L, context_dim) -> (B, N, query_dim).
 
-        mask: bool (B, L), or (B, ...) with L elements per sample; True for the keys that take part.
+        mask: bool (B, L), or (B, ...) with L elements per sample; True for visible keys.
         """
         context = x if context is None else context
         if mask is not None:
             if mask.dtype != torch.bool or mask.flatten(1).shape != context.shape[:2]:
                 raise ValueError(
                     f"attention mask {tuple(mask.shape)} {mask.dtype}: expected torch.bool with one element per key, "
-                    f"(batch, length) = {tuple(context.shape[:2])}, True for the keys that take part"
+                    f"(batch, length) = {tuple(context.shape[:2])}, True for visible keys"
                 )
             mask = mask.flatten(1)
         q, k, v = (
             rearrange(y, "b n (h d) -> b h n d", h=self.heads)
             for y in (self.to_q(x), self.to_k(context), self.to_v(context))
-        )
+        )  # (B, heads, N or L, dim_head)
         return self.to_out(rearrange(attend(q, k, v, mask), "b h n d -> b n (h d)"))
 
 
 class BasicTransformerBlock(nn.Module):
     """Self-attention, cross-attention and a gated feed-forward layer, each with a LayerNorm and a residual connection.
 
-    With `disable_self_attn` both attentions attend to the context. Without a context both attend to the sequence.
+    With `disable_self_attn` both attend to the context. Without a context both are self-attention.
     """
 
     def __init__(
@@ -136,8 +132,7 @@ class BasicTransformerBlock(nn.Module):
         disable_self_attn: bool = False,
     ) -> None:
         super().__init__()
-        self.disable_self_attn = disable_self_attn
-        self.checkpoint = checkpoint
+        self.disable_self_attn, self.checkpoint = disable_self_attn, checkpoint
         first_context = context_dim if disable_self_attn else None
         self.attn1 = CrossAttention(dim, first_context, heads=n_heads, dim_head=d_head, dropout=dropout)
         self.ff = FeedForward(dim, dropout=dropout, glu=gated_ff)
@@ -177,8 +172,7 @@ class SpatialTransformer(ContextBlock):
     ) -> None:
         super().__init__()
         inner_dim = n_heads * d_head
-        self.in_channels = in_channels
-        self.use_linear = use_linear
+        self.in_channels, self.use_linear = in_channels, use_linear
         self.norm = Normalize(in_channels)
         self.proj_in = nn.Linear(in_channels, inner_dim) if use_linear else nn.Conv2d(in_channels, inner_dim, 1)
         widths = [context_dim] if context_dim is None or isinstance(context_dim, int) else context_dim
@@ -202,28 +196,26 @@ class SpatialTransformer(ContextBlock):
         """x: (B, C, H, W), context: (B, L, context_dim), or one tensor for each block -> (B, C, H, W)."""
         given = [context] if context is None or isinstance(context, Tensor) else context
         contexts = _one_per_block(given, len(self.transformer_blocks), "context")
-        height = x.shape[2]
         h = self.norm(x)  # (B, C, H, W)
         if not self.use_linear:
             h = self.proj_in(h)
-        h = rearrange(h, "b c h w -> b (h w) c").contiguous()  # (B, HW, C); a view if x is channels_last
+        h = rearrange(h, "b c h w -> b (h w) c").contiguous()  # (B, HW, C or inner_dim)
         if self.use_linear:
             h = self.proj_in(h)
         for block, block_context in zip(self.transformer_blocks, contexts, strict=True):
-            h = block(h, block_context)
+            h = block(h, block_context)  # (B, HW, inner_dim)
         if self.use_linear:
             h = self.proj_out(h)
-        h = rearrange(h, "b (h w) c -> b c h w", h=height)
+        h = rearrange(h, "b (h w) c -> b c h w", h=x.shape[2])
         if not self.use_linear:
             h = self.proj_out(h)
         return x + h  # x first: the sum has its memory format
 
 
 def _one_per_block(values: Sequence[T], blocks: int, name: str) -> list[T]:
-    """One value for each transformer block, from one value or one for each."""
     if len(values) not in (1, blocks):
         raise ValueError(
-            f"{name}: {len(values)} values for {blocks} transformer blocks (transformer_depth): give 1 or {blocks}"
+            f"{name}: {len(values)} values for {blocks} transformer blocks (transformer_depth): pass 1 or {blocks}"
         )
     return list(values) * (blocks // len(values))
 
@@ -247,7 +239,7 @@ class LinearAttention(nn.Module):
 
 
 class SpatialSelfAttention(nn.Module):
-    """Single-head self-attention over the pixels of a feature map, with a residual connection; also AttnBlock."""
+    """Single-head self-attention over the pixels of a feature map, with a residual connection."""
 
     def __init__(self, in_channels: int) -> None:
         super().__init__()
@@ -261,6 +253,6 @@ class SpatialSelfAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x: (B, C, H, W) -> (B, C, H, W)."""
         h = self.norm(x)
-        q, k, v = (rearrange(project(h), "b c h w -> b 1 (h w) c") for project in (self.q, self.k, self.v))
+        q, k, v = (rearrange(project(h), "b c h w -> b 1 (h w) c") for project in (self.q, self.k, self.v))  # 1 head
         h = rearrange(attend(q, k, v), "b 1 (h w) c -> b c h w", h=x.shape[2])
         return x + self.proj_out(h)

@@ -1,4 +1,4 @@
-"""Calls of networks with 16-bit weights: the input is cast to their dtype, the output back to the input's."""
+"""Calls of networks with 16-bit weights: cast the input to their dtype, and the output back."""
 
 from collections.abc import Callable
 
@@ -12,9 +12,9 @@ def weights_dtype(module: nn.Module) -> torch.dtype | None:
 
 
 def in_dtype(dtype: torch.dtype | None, f: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """f(x) computed in `dtype` and returned in the dtype of x, contiguous; plain f(x) if they agree or `dtype` is None.
+    """f(x) computed in `dtype` and returned in the dtype of x; plain f(x) if these are equal or `dtype` is None.
 
-    Contiguous, because noise sampled in the layout of a tensor would differ in another layout.
+    A cast output is contiguous: noise sampled like a tensor depends on its memory layout.
     """
     if dtype is None or x.dtype == dtype:
         return f(x)

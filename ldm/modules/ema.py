@@ -7,15 +7,15 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor, nn
 
-CHUNK = 64  # parameters per fused call: fast, and temporaries stay far below the model's size
+CHUNK = 64  # parameters per fused call: enough for speed, and temporaries are far smaller than the model
 
 
 class LitEma(nn.Module):
-    """Shadow copies s of the trainable parameters p; a call, one per optimizer step, sets s <- d s + (1 - d) p.
+    """Averages s ("shadows") of the trainable parameters p: a call after each optimizer step sets s <- d s + (1 - d) p.
 
-    d is `decay`, or less in the first n calls: min(decay, (1 + n) / (10 + n)); constant if `use_num_upates` (published
-    spelling) is false. A shadow is a buffer with the name of its parameter without dots (`input_blocks.0.0.weight` ->
-    `input_blocks00weight`). It stays in float32 whatever the model's dtype: steps of 1 - d = 1e-4 vanish in bfloat16.
+    d is min(decay, (1 + n) / (10 + n)) in call n, or `decay` if `use_num_upates` (published spelling) is false. The
+    shadow of `input_blocks.0.0.weight` is the buffer `input_blocks00weight`. Shadows of 16-bit models are float32:
+    steps of 1 - d = 1e-4 vanish in bfloat16.
     """
 
     decay: Tensor
@@ -34,11 +34,12 @@ class LitEma(nn.Module):
                 if hasattr(self, shadow_name):
                     raise ValueError(f"parameter {name!r}: its EMA name without dots, {shadow_name!r}, is already used")
                 self.m_name2s_name[name] = shadow_name
-                self.register_buffer(shadow_name, _keep_float32(parameter.detach().clone()))
+                dtype = torch.promote_types(parameter.dtype, torch.float32)
+                self.register_buffer(shadow_name, parameter.detach().to(dtype, copy=True))
         self._stored: list[list[Tensor]] = []
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LitEma:
-        """Move to the model's device, but keep float32 (see the class)."""
+        """Move to another device, but keep the dtype (see the class)."""
 
         def move(tensor: Tensor) -> Tensor:
             moved = fn(tensor)
@@ -47,19 +48,18 @@ class LitEma(nn.Module):
         return super()._apply(move, recurse)
 
     def _pairs(self, model: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
-        """(shadows, parameters) in one order."""
         parameters = dict(model.named_parameters())
         missing = [name for name in self.m_name2s_name if name not in parameters]
         if missing:
             raise ValueError(
-                f"EMA: the model has no parameter {missing[0]!r} ({len(missing)} missing); is this another model's EMA?"
+                f"EMA: the model has no parameter {missing[0]!r} ({len(missing)} missing): built from another model?"
             )
         shadows = dict(self.named_buffers())
         return [shadows[s] for s in self.m_name2s_name.values()], [parameters[m].detach() for m in self.m_name2s_name]
 
     @torch.no_grad()
     def forward(self, model: nn.Module) -> None:
-        """Move the averages one step towards the parameters of `model`, without reading anything back to the CPU."""
+        """Move the averages one step towards the parameters of `model`, without synchronizing with the CPU."""
         self.num_updates += (self.num_updates >= 0).to(self.num_updates.dtype)
         n = self.num_updates.float()
         warm_up = torch.where(self.num_updates >= 0, (1.0 + n) / (10.0 + n), torch.ones_like(n))
@@ -89,7 +89,3 @@ class LitEma(nn.Module):
             raise RuntimeError("EMA: restore() without a store() before it")
         for stored, parameter in zip(self._stored.pop(), parameters, strict=True):
             parameter.copy_(stored)
-
-
-def _keep_float32(tensor: Tensor) -> Tensor:
-    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor

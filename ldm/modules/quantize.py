@@ -13,20 +13,20 @@ from torch import Tensor
 
 logger = logging.getLogger(__name__)
 
-DISTANCES_AT_ONCE = 2**25  # 128 MiB of float32; a batch of 256x256 images against 16,384 codes would take gigabytes
+DISTANCES_AT_ONCE = 2**25  # 128 MiB of float32; a batch of 256x256 images and 16,384 codes would need gigabytes
 
 
 class VectorQuantizer2(TamingVectorQuantizer2):
     """Nearest codebook entry per position, with a straight-through gradient (VQ-VAE, arXiv 1711.00937, section 3.2).
 
     n_e, e_dim: number and width of the entries; beta: factor of the commitment term.
-    legacy: as in the published models, beta weighs the codebook's term instead of the commitment's.
+    legacy: multiply the codebook term by beta instead of the commitment term, as the published models do.
     sane_index_shape: codes as (B, H, W) instead of (B * H * W,).
-    remap: .npy file with the k codes in use, int (k,); they are renumbered 0 to k - 1, and the others become
-        unknown_index: 'random' (any of them), 'extra' (k) or a number.
+    remap: .npy file of the k codes in use, int (k,), which are renumbered 0 to k - 1.
+    unknown_index: number of all other codes then: 'random' (0 to k - 1), 'extra' (k) or an integer.
     """
 
-    keeps_float32 = True  # if weights are loaded in 16 bits: the nearest of rounded entries may be another one
+    keeps_float32 = True  # when weights are loaded in 16 bits: rounded entries may have another nearest neighbor
 
     def __init__(
         self,
@@ -67,22 +67,21 @@ class VectorQuantizer2(TamingVectorQuantizer2):
     def forward(
         self, z: Tensor, temp: float | None = None, rescale_logits: bool = False, return_logits: bool = False
     ) -> tuple[Tensor, Tensor, tuple[None, None, Tensor]]:
-        """(z_q in the dtype of z, codebook loss, (None, None, codes)) of latents z (B, e_dim, H, W).
+        """z: (B, e_dim, H, W) -> (z_q in the shape and dtype of z, loss, (None, None, codes)).
 
-        The other arguments belong to quantizers that sample; here they must keep their defaults.
+        The other arguments are part of the published signature; only their defaults are supported.
         """
         if temp not in (None, 1.0) or rescale_logits or return_logits:
             raise ValueError("temp, rescale_logits and return_logits are options of Gumbel quantizers, not of this one")
         batch, _, height, width = z.shape
-        with torch.autocast(z.device.type, enabled=False):  # distances rounded to 16 bits would choose other codes
+        with torch.autocast(z.device.type, enabled=False):  # distances rounded to 16 bits would select other codes
             latents = rearrange(z, "b c h w -> (b h w) c").float()
-            codebook = self.embedding.weight.float()
-            codes = self.nearest(latents, codebook)
-            entries = codebook[codes]
+            codebook = self.embedding.weight.float()  # (n_e, e_dim)
+            codes = self.nearest(latents, codebook)  # (B * H * W,)
+            entries = codebook[codes]  # (B * H * W, e_dim)
             commitment = (latents - entries.detach()).square().mean()
             codebook_loss = (entries - latents.detach()).square().mean()
-            weights = (1.0, self.beta) if self.legacy else (self.beta, 1.0)
-            loss = weights[0] * commitment + weights[1] * codebook_loss
+            loss = commitment + self.beta * codebook_loss if self.legacy else self.beta * commitment + codebook_loss
             entries = latents + (entries - latents).detach()  # straight-through gradient
         z_q = rearrange(entries, "(b h w) c -> b c h w", h=height, w=width).contiguous().to(z.dtype)
         if self.remap is not None:
@@ -101,5 +100,5 @@ class VectorQuantizer2(TamingVectorQuantizer2):
         return torch.cat([torch.addmm(lengths, part, codebook.T, alpha=-2).argmin(dim=1) for part in parts])
 
     def unmap_to_all(self, inds: Tensor) -> Tensor:
-        """Codes in the codebook's numbering, from remapped ones (B, ...); 'extra' becomes the first used code."""
-        return super().unmap_to_all(inds.clone())  # taming's writes into its argument
+        """Remapped codes (B, ...) in the codebook's numbering; 'extra' becomes the first code in use."""
+        return super().unmap_to_all(inds.clone())  # taming's method modifies its argument

@@ -1,4 +1,4 @@
-"""Token transformers in the shapes and names of the published text encoders (after lucidrains' x-transformers)."""
+"""Token transformers with the shapes and keys of the published text encoders (after lucidrains' x-transformers)."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class AbsolutePositionalEmbedding(nn.Module):
         self.emb = _normal_embedding(max_seq_len, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: (B, L, ...) -> the vectors of positions 0..L-1, (1, L, dim)."""
+        """x: (B, L, ...) -> (1, L, dim), the vectors of positions 0 to L - 1."""
         return self.emb(torch.arange(x.shape[1], device=x.device))[None]
 
 
@@ -43,14 +43,14 @@ class Attention(nn.Module):
 
 
 class Residual(nn.Module):
-    """Sum around a layer: a module without weights, because the published names count it."""
+    """Residual sum; a module because the published keys count it."""
 
     def forward(self, x: Tensor, residual: Tensor) -> Tensor:
         return x + residual
 
 
 class AttentionLayers(nn.Module):
-    """`depth` times attention and feed-forward, each with LayerNorm and residual: (B, L, dim) -> the same.
+    """`depth` times attention and feed-forward, each after a LayerNorm and with a residual connection.
 
     `layers.2i` is the i-th attention, `layers.2i+1` the i-th feed-forward; each holds (norm, layer, residual).
     """
@@ -75,7 +75,7 @@ class AttentionLayers(nn.Module):
                 self.layers.append(nn.ModuleList([nn.LayerNorm(dim), layer, Residual()]))
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """x: (B, L, dim), mask: bool (B, L), True for visible tokens."""
+        """x: (B, L, dim), mask: bool (B, L), True for visible tokens -> (B, L, dim)."""
         for block in self.layers:
             norm, layer, add = block.children()
             x = add(layer(norm(x), mask) if isinstance(layer, Attention) else layer(norm(x)), x)
@@ -83,17 +83,20 @@ class AttentionLayers(nn.Module):
 
 
 class Encoder(AttentionLayers):
-    """Layers in which every token sees every other."""
+    """Layers with full attention."""
 
 
 class Decoder(AttentionLayers):
-    """Layers in which a token sees itself and earlier tokens."""
+    """Layers with causal attention: a token sees itself and earlier tokens."""
 
     causal = True
 
 
 class TransformerWrapper(nn.Module):
-    """Tokens -> embeddings plus positions -> layers -> LayerNorm -> logits, or the normalized embeddings."""
+    """Token and position embeddings, transformer layers, LayerNorm and the projection to logits.
+
+    token_emb: module for (B, L) int64 -> (B, L, dim), instead of a table of `num_tokens` rows.
+    """
 
     def __init__(
         self,
@@ -105,7 +108,6 @@ class TransformerWrapper(nn.Module):
         token_emb: nn.Module | None = None,
         logits: bool = True,
     ) -> None:
-        """token_emb: (B, L) int64 -> (B, L, dim), instead of a table of `num_tokens` rows."""
         super().__init__()
         dim = attn_layers.dim
         self.max_seq_len, self.num_tokens = max_seq_len, num_tokens
@@ -120,10 +122,10 @@ class TransformerWrapper(nn.Module):
         """x: (B, L) int64, L <= max_seq_len -> logits (B, L, num_tokens), or (B, L, dim) with `return_embeddings`."""
         if x.shape[1] > self.max_seq_len:
             raise ValueError(
-                f"{x.shape[1]} tokens per sequence: at most {self.max_seq_len} (max_seq_len) are supported"
+                f"{x.shape[1]} tokens per sequence: at most {self.max_seq_len} are supported (max_seq_len)"
             )
         h = self.token_emb(x) + self.pos_emb(x)  # (B, L, dim)
-        h = self.norm(self.attn_layers(self.emb_dropout(h), mask=mask))
+        h = self.norm(self.attn_layers(self.emb_dropout(h), mask=mask))  # (B, L, dim)
         if return_embeddings:
             return h
         if self.to_logits is None:

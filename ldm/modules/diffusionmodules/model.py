@@ -1,10 +1,8 @@
-"""Convolutional networks of the first stage, `Encoder` and `Decoder`, and the UNet of DDPM they descend from, `Model`.
+"""Networks of the first stages, `Encoder` and `Decoder` (VQGAN, arXiv 2012.09841), and the UNet of DDPM, `Model`.
 
-Widths are `ch * ch_mult[level]`; every level but the lowest halves the image. Norms are GroupNorm(32, eps=1e-6), not
-the 1e-5 of `openaimodel`, and the timestep embedding is sin|cos with divisor half - 1, not cos|sin with divisor half:
-checkpoints depend on both.
-
-DDPM (Ho et al. 2020, arXiv 2006.11239, appendix B); without timesteps in the autoencoders (VQGAN, arXiv 2012.09841).
+A level has `ch * ch_mult[level]` channels; every level but the lowest halves the image. Checkpoints depend on two
+differences from `openaimodel`: GroupNorm has eps 1e-6, not 1e-5, and the timestep embedding is sin|cos with divisor
+half - 1, not cos|sin with divisor half.
 """
 
 from __future__ import annotations
@@ -25,9 +23,9 @@ NORM_GROUPS = 32
 
 
 def get_timestep_embedding(timesteps: Tensor, embedding_dim: int) -> Tensor:
-    """Sinusoidal embedding of DDPM, sines first: timesteps (B,) -> (B, embedding_dim) float32; an odd last column is 0.
+    """Sinusoidal embedding of DDPM, sines first: timesteps (B,) -> (B, embedding_dim) float32.
 
-    Frequencies fall from 1 to 1/10000 inclusive (divisor half - 1).
+    Frequencies fall from 1 to 1/10000 inclusive (divisor half - 1). The last column of an odd `embedding_dim` is 0.
     """
     if timesteps.ndim != 1:
         raise ValueError(f"timesteps: expected shape (B,), got {tuple(timesteps.shape)}")
@@ -39,11 +37,6 @@ def get_timestep_embedding(timesteps: Tensor, embedding_dim: int) -> Tensor:
     angles = timesteps.float()[:, None] * frequencies[None, :]  # (B, half)
     embedding = torch.cat([angles.sin(), angles.cos()], dim=1)  # (B, 2 * half)
     return F.pad(embedding, (0, embedding_dim % 2))
-
-
-def nonlinearity(x: Tensor) -> Tensor:
-    """SiLU (swish)."""
-    return F.silu(x)
 
 
 def Normalize(in_channels: int, num_groups: int = NORM_GROUPS) -> nn.GroupNorm:
@@ -99,9 +92,7 @@ class ResnetBlock(nn.Module):
     ) -> None:
         super().__init__()
         out_channels = in_channels if out_channels is None else out_channels
-        self.in_channels = in_channels
-        self.out_channels = out_channels
-        self.use_conv_shortcut = conv_shortcut
+        self.in_channels, self.out_channels, self.use_conv_shortcut = in_channels, out_channels, conv_shortcut
         self.norm1 = Normalize(in_channels)
         self.conv1 = nn.Conv2d(in_channels, out_channels, kernel_size=3, padding=1)
         if temb_channels > 0:
@@ -116,10 +107,10 @@ class ResnetBlock(nn.Module):
                 self.nin_shortcut = nn.Conv2d(in_channels, out_channels, kernel_size=1)
 
     def forward(self, x: Tensor, temb: Tensor | None = None) -> Tensor:
-        h = self.conv1(nonlinearity(self.norm1(x)))  # (B, out, H, W)
+        h = self.conv1(F.silu(self.norm1(x)))  # (B, out, H, W)
         if temb is not None:
-            h = h + self.temb_proj(nonlinearity(temb))[:, :, None, None]
-        h = self.conv2(self.dropout(nonlinearity(self.norm2(h))))
+            h = h + self.temb_proj(F.silu(temb))[:, :, None, None]  # (B, out, 1, 1)
+        h = self.conv2(self.dropout(F.silu(self.norm2(h))))
         if self.in_channels != self.out_channels:
             x = self.conv_shortcut(x) if self.use_conv_shortcut else self.nin_shortcut(x)
         return x + h
@@ -149,29 +140,28 @@ class _Level(nn.Module):
 
     def __init__(self, block: nn.ModuleList, attn: nn.ModuleList) -> None:
         super().__init__()
-        self.block = block
-        self.attn = attn
+        self.block, self.attn = block, attn
 
     def forward(
         self,
         h: Tensor,
         temb: Tensor | None = None,
-        read: list[Tensor] | None = None,
-        written: list[Tensor] | None = None,
+        skips: list[Tensor] | None = None,
+        outputs: list[Tensor] | None = None,
     ) -> Tensor:
-        """read: skip connections, the last one for the first block. written: takes the output of every block."""
+        """skips: each block concatenates the last one and removes it. outputs: receives every layer's output."""
         for i, block in enumerate(self.block):
-            h = block(h if read is None else torch.cat((h, read.pop()), dim=1), temb)
+            h = block(h if skips is None else torch.cat((h, skips.pop()), dim=1), temb)  # (B, out, H, W)
             if len(self.attn):
                 h = self.attn[i](h)
-            if written is not None:
-                written.append(h)
+            if outputs is not None:
+                outputs.append(h)
         if hasattr(self, "upsample"):
-            return self.upsample(h)
+            h = self.upsample(h)
         if hasattr(self, "downsample"):
             h = self.downsample(h)
-            if written is not None:
-                written.append(h)
+            if outputs is not None:
+                outputs.append(h)
         return h
 
 
@@ -212,15 +202,11 @@ class _Network(nn.Module):
         factor = 2 ** (len(ch_mult) - 1)
         if resolution % factor:
             raise ValueError(
-                f"resolution={resolution}: the {len(ch_mult)} levels of ch_mult need a multiple of {factor}"
+                f"resolution={resolution}: must be a multiple of {factor} for the {len(ch_mult)} levels of ch_mult"
             )
-        self.ch = ch
-        self.out_ch = out_ch
+        self.ch, self.in_channels, self.out_ch = ch, in_channels, out_ch
+        self.resolution, self.num_resolutions, self.num_res_blocks = resolution, len(ch_mult), num_res_blocks
         self.temb_ch = 4 * ch if self.takes_timesteps else 0
-        self.num_resolutions = len(ch_mult)
-        self.num_res_blocks = num_res_blocks
-        self.resolution = resolution
-        self.in_channels = in_channels
         self._widths = [ch * mult for mult in ch_mult]
         self._lowest_size = resolution // factor
         self._attn_resolutions = tuple(attn_resolutions)
@@ -261,7 +247,7 @@ class _Network(nn.Module):
     def _up(self, with_skips: bool) -> nn.ModuleList:
         """Expanding half, stored under the index of the resolution: `up.0` is the full size and runs last.
 
-        With skips, every block reads one feature map of the contracting half, a level's last block the level's input.
+        With skips, every block also takes an output of the contracting half, a level's last block the level's input.
         """
         levels: list[_Level] = []
         width, size = self._widths[-1], self._lowest_size
@@ -278,82 +264,58 @@ class _Network(nn.Module):
         return nn.ModuleList(levels)
 
 
-class _AutoencoderNetwork(_Network):
-    """Constructor of Encoder and Decoder, which are built from one `ddconfig`: each accepts the other's options."""
+class Encoder(_Network):
+    """Image to moments or latent: (B, in_channels, H, W) -> (B, 2 * z_channels, H / f, W / f), f = 2 ** (levels - 1).
+
+    Without `double_z` the output has z_channels. `out_ch`, `give_pre_end` and `tanh_out` are options of the Decoder,
+    which is built from the same `ddconfig`.
+    """
 
     def __init__(
         self,
         *,
-        ch: int,
-        out_ch: int,
-        ch_mult: Sequence[int] = (1, 2, 4, 8),
-        num_res_blocks: int,
-        attn_resolutions: Sequence[int],
-        dropout: float = 0.0,
-        resamp_with_conv: bool = True,
-        in_channels: int,
-        resolution: int,
         z_channels: int,
         double_z: bool = True,
-        use_linear_attn: bool = False,
-        attn_type: str = "vanilla",
         give_pre_end: bool = False,
         tanh_out: bool = False,
+        **options: Any,
     ) -> None:
-        super().__init__(
-            ch=ch,
-            out_ch=out_ch,
-            ch_mult=ch_mult,
-            num_res_blocks=num_res_blocks,
-            attn_resolutions=attn_resolutions,
-            dropout=dropout,
-            resamp_with_conv=resamp_with_conv,
-            in_channels=in_channels,
-            resolution=resolution,
-            use_linear_attn=use_linear_attn,
-            attn_type=attn_type,
-        )
-        self.z_channels = z_channels
-        self.double_z = double_z
-        self.give_pre_end = give_pre_end
-        self.tanh_out = tanh_out
-        self._build()
-
-    def _build(self) -> None:
-        raise NotImplementedError
-
-
-class Encoder(_AutoencoderNetwork):
-    """Image to moments or latent: (B, in_channels, H, W) -> (B, 2 * z_channels, H / f, W / f), f = 2 ** (levels - 1).
-
-    Without `double_z` it returns z_channels. `out_ch`, `give_pre_end` and `tanh_out` are options of the Decoder.
-    """
-
-    def _build(self) -> None:
-        z_channels = 2 * self.z_channels if self.double_z else self.z_channels
+        super().__init__(**options)
         self.conv_in = nn.Conv2d(self.in_channels, self.ch, kernel_size=3, padding=1)
         self.down = self._down()
         self.mid = self._middle()
         self.norm_out = Normalize(self._widths[-1])
-        self.conv_out = nn.Conv2d(self._widths[-1], z_channels, kernel_size=3, padding=1)
+        self.conv_out = nn.Conv2d(
+            self._widths[-1], 2 * z_channels if double_z else z_channels, kernel_size=3, padding=1
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.conv_in(x)  # (B, ch, H, W)
         for level in self.down:
             h = level(h)
         h = self.mid(h)  # (B, ch * ch_mult[-1], H/f, W/f)
-        return self.conv_out(nonlinearity(self.norm_out(h)))
+        return self.conv_out(F.silu(self.norm_out(h)))  # (B, 2 * z_channels, H/f, W/f)
 
 
-class Decoder(_AutoencoderNetwork):
+class Decoder(_Network):
     """Latent to image: (B, z_channels, h, w) -> (B, out_ch, h * f, w * f), about [-1, 1].
 
-    `give_pre_end` stops before the last norm; `tanh_out` bounds the output. `in_channels`, `double_z`: see Encoder.
+    `give_pre_end` stops before the last norm; `tanh_out` bounds the output. `in_channels` and `double_z` are options of
+    the Encoder.
     """
 
-    def _build(self) -> None:
-        self.z_shape = (1, self.z_channels, self._lowest_size, self._lowest_size)
-        self.conv_in = nn.Conv2d(self.z_channels, self._widths[-1], kernel_size=3, padding=1)
+    def __init__(
+        self,
+        *,
+        z_channels: int,
+        double_z: bool = True,
+        give_pre_end: bool = False,
+        tanh_out: bool = False,
+        **options: Any,
+    ) -> None:
+        super().__init__(**options)
+        self.give_pre_end, self.tanh_out = give_pre_end, tanh_out
+        self.conv_in = nn.Conv2d(z_channels, self._widths[-1], kernel_size=3, padding=1)
         self.mid = self._middle()
         self.up = self._up(with_skips=False)
         self.norm_out = Normalize(self._widths[0])
@@ -362,17 +324,17 @@ class Decoder(_AutoencoderNetwork):
     def forward(self, z: Tensor) -> Tensor:
         h = self.mid(self.conv_in(z))  # (B, ch * ch_mult[-1], h, w)
         for level in reversed(self.up):
-            h = level(h)
+            h = level(h)  # at last (B, ch * ch_mult[0], H, W)
         if self.give_pre_end:
             return h
-        h = self.conv_out(nonlinearity(self.norm_out(h)))  # (B, out_ch, H, W)
+        h = self.conv_out(F.silu(self.norm_out(h)))  # (B, out_ch, H, W), H = h * f
         return torch.tanh(h) if self.tanh_out else h
 
 
 class Model(_Network):
-    """UNet of DDPM: x (B, in_channels, H, W), t (B,) -> (B, out_ch, H, W).
+    """UNet of DDPM (arXiv 2006.11239, appendix B): x (B, in_channels, H, W), t (B,) -> (B, out_ch, H, W).
 
-    `context` (B, C', H, W) is joined to x along the channels; `in_channels` counts both. Options: see _Network.
+    `context` (B, C', H, W) is concatenated to x along the channels; `in_channels` counts both. Options: see _Network.
     """
 
     takes_timesteps = True  # as published, the blocks hold their projection even without `use_timestep`
@@ -397,21 +359,14 @@ class Model(_Network):
         if self.use_timestep:
             if t is None:
                 raise ValueError("t: this network was built with use_timestep=True and needs timesteps of shape (B,)")
-            temb = self._embed(t)  # (B, 4 * ch)
-        h = self.conv_in(x)
+            first, second = self.temb.get_submodule("dense").children()
+            temb = get_timestep_embedding(t, self.ch).to(self.conv_in.weight.dtype)  # (B, ch)
+            temb = second(F.silu(first(temb)))  # (B, 4 * ch)
+        h = self.conv_in(x)  # (B, ch, H, W)
         skips = [h]
         for level in self.down:
-            h = level(h, temb, written=skips)
-        h = self.mid(h, temb)
+            h = level(h, temb, outputs=skips)
+        h = self.mid(h, temb)  # (B, ch * ch_mult[-1], H/f, W/f)
         for level in reversed(self.up):
-            h = level(h, temb, read=skips)
-        return self.conv_out(nonlinearity(self.norm_out(h)))
-
-    def _embed(self, t: Tensor) -> Tensor:
-        first, second = self.temb.get_submodule("dense").children()
-        temb = get_timestep_embedding(t, self.ch).to(next(first.parameters()).dtype)  # (B, ch)
-        return second(nonlinearity(first(temb)))
-
-    def get_last_layer(self) -> Tensor:
-        """Weight of the last convolution."""
-        return self.conv_out.weight
+            h = level(h, temb, skips=skips)
+        return self.conv_out(F.silu(self.norm_out(h)))  # (B, out_ch, H, W)

@@ -25,7 +25,6 @@ from ldm.modules.diffusionmodules.util import (
 
 T = TypeVar("T", int, bool)
 Context = Tensor | Sequence[Tensor] | None
-
 POOLS = ("adaptive", "attention", "spatial", "spatial_v2")
 
 
@@ -54,12 +53,10 @@ class Upsample(nn.Module):
         self, channels: int, use_conv: bool, dims: int = 2, out_channels: int | None = None, padding: int = 1
     ) -> None:
         super().__init__()
-        self.channels = channels
-        self.out_channels = out_channels or channels
-        self.use_conv = use_conv
-        self.dims = dims
+        self.channels, self.out_channels = channels, out_channels or channels
+        self.use_conv, self.dims = use_conv, dims
         if use_conv:
-            self.conv = conv_nd(dims, self.channels, self.out_channels, 3, padding=padding)
+            self.conv = conv_nd(dims, channels, self.out_channels, 3, padding=padding)
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (B, C, ..., H, W) -> (B, C', ..., 2H, 2W)."""
@@ -74,18 +71,16 @@ class Downsample(nn.Module):
         self, channels: int, use_conv: bool, dims: int = 2, out_channels: int | None = None, padding: int = 1
     ) -> None:
         super().__init__()
-        self.channels = channels
-        self.out_channels = out_channels or channels
-        self.use_conv = use_conv
-        self.dims = dims
+        self.channels, self.out_channels = channels, out_channels or channels
+        self.use_conv, self.dims = use_conv, dims
         stride = (1, 2, 2) if dims == 3 else 2
         if use_conv:
-            self.op = conv_nd(dims, self.channels, self.out_channels, 3, stride=stride, padding=padding)
+            self.op = conv_nd(dims, channels, self.out_channels, 3, stride=stride, padding=padding)
         elif self.out_channels == channels:
             self.op = avg_pool_nd(dims, kernel_size=stride, stride=stride)
         else:
             raise ValueError(
-                f"Downsample without a convolution keeps its {channels} channels; got out_channels={out_channels}"
+                f"Downsample: out_channels={out_channels} needs use_conv=True; a pool keeps {channels} channels"
             )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -94,9 +89,10 @@ class Downsample(nn.Module):
 
 
 class ResBlock(TimestepBlock):
-    """Residual block that the timestep embedding shifts, or scales and shifts; it may resample by two (`up`, `down`).
+    """Residual block with the timestep embedding as a shift, or as a scale and shift (`use_scale_shift_norm`).
 
-    If the number of channels changes, the skip connection is a 1x1 convolution, or 3x3 with `use_conv`.
+    `up` and `down` resample by two. If the number of channels changes, the skip connection is a 1x1 convolution, or a
+    3x3 one with `use_conv`.
     """
 
     def __init__(
@@ -115,15 +111,9 @@ class ResBlock(TimestepBlock):
         super().__init__()
         if up and down:
             raise ValueError("ResBlock: up=True and down=True exclude each other")
-        self.channels = channels
-        self.emb_channels = emb_channels
-        self.dropout = dropout
-        self.out_channels = out_channels or channels
-        self.use_conv = use_conv
-        self.use_checkpoint = use_checkpoint
-        self.use_scale_shift_norm = use_scale_shift_norm
-        self.updown = up or down
-
+        self.channels, self.emb_channels, self.out_channels = channels, emb_channels, out_channels or channels
+        self.dropout, self.use_conv, self.use_checkpoint = dropout, use_conv, use_checkpoint
+        self.use_scale_shift_norm, self.updown = use_scale_shift_norm, up or down
         self.in_layers = nn.Sequential(
             normalization(channels), nn.SiLU(), conv_nd(dims, channels, self.out_channels, 3, padding=1)
         )
@@ -155,12 +145,10 @@ class ResBlock(TimestepBlock):
             h, x = self.h_upd(h), self.x_upd(x)
         h = conv(h)  # (B, C', ...)
         emb = self.emb_layers(emb)  # (B, C') or (B, 2C')
-        emb = emb.view(*emb.shape, *[1] * (h.ndim - 2))
+        emb = emb.view(*emb.shape, *[1] * (h.ndim - 2))  # (B, C' or 2C', 1, ...)
         if self.use_scale_shift_norm:
             scale, shift = emb.chunk(2, dim=1)
-            h = self.out_layers[0](h) * (1 + scale) + shift
-            for layer in self.out_layers[1:]:
-                h = layer(h)
+            h = self.out_layers[1:](self.out_layers[0](h) * (1 + scale) + shift)
         else:
             h = self.out_layers(h + emb)
         return self.skip_connection(x) + h
@@ -169,8 +157,8 @@ class ResBlock(TimestepBlock):
 class AttentionBlock(nn.Module):
     """Self-attention over all positions of a feature map, with a residual connection and a zero-initialised projection.
 
-    `num_head_channels` decides the number of heads unless it is -1. The 3C channels of `qkv` are grouped by head first
-    (head, then q, k, v), as in the released models; `use_new_attention_order` groups them by q, k, v first.
+    `num_head_channels` determines the number of heads unless it is -1. The 3C channels of `qkv` are ordered (head, qkv,
+    channel), as in the released models, or (qkv, head, channel) with `use_new_attention_order`.
     """
 
     def __init__(
@@ -214,7 +202,7 @@ class AttentionPool2d(nn.Module):
         super().__init__()
         if num_heads_channels < 1 or embed_dim % num_heads_channels:
             raise ValueError(
-                f"AttentionPool2d: {embed_dim} channels are no multiple of num_head_channels={num_heads_channels}"
+                f"AttentionPool2d: {embed_dim} channels are not a multiple of num_head_channels={num_heads_channels}"
             )
         self.positional_embedding = nn.Parameter(torch.randn(embed_dim, spacial_dim**2 + 1) / embed_dim**0.5)
         self.qkv_proj = conv_nd(1, embed_dim, 3 * embed_dim, 1)
@@ -230,7 +218,7 @@ class AttentionPool2d(nn.Module):
                 f"attention pool: got {x.shape[2]} positions, expected {expected} (inputs of image_size x image_size)"
             )
         x = torch.cat([x.mean(dim=-1, keepdim=True), x], dim=-1) + self.positional_embedding.to(x.dtype)
-        x = qkv_attention(self.qkv_proj(x), self.num_heads, by_head=False)
+        x = qkv_attention(self.qkv_proj(x), self.num_heads, by_head=False)  # (B, C, 1 + S*S)
         return self.c_proj(x)[:, :, 0]
 
 
@@ -250,19 +238,19 @@ def qkv_attention(qkv: Tensor, num_heads: int, by_head: bool) -> Tensor:
 class UNetTrunk(nn.Module):
     """Contracting half of the UNets: embeddings of timestep and class, `input_blocks` and `middle_block`.
 
-    image_size: latent size of the training; any multiple of `size_multiple` works.
+    image_size: latent size in training; any multiple of `size_multiple` works.
     num_res_blocks: residual blocks per level, one number or one for each level.
-    attention_resolutions: downsampling factors (1, 2, 4, ...) of the levels with attention (the middle has it).
-    channel_mult: width of each level in units of `model_channels`.
+    attention_resolutions: downsampling factors (1, 2, 4, ...) of the levels with attention; the middle always has it.
+    channel_mult: channels of each level in units of `model_channels`.
     conv_resample: resample by learned convolutions; resblock_updown: by residual blocks instead.
     num_classes: size of a table of class embeddings, added to the timestep's (input `y`).
     use_checkpoint: recompute activations in the backward pass instead of storing them. use_fp16: the blocks in float16.
     num_heads, num_head_channels: set one of them; the second has precedence.
-    num_heads_upsample: heads in the expanding half; only for plain attention, `legacy` and no `num_head_channels`.
+    num_heads_upsample: heads in the expanding half; used by plain attention with `legacy`, without `num_head_channels`.
     use_spatial_transformer, transformer_depth: attention to a context, by that many blocks.
     context_dim: width of the context, or of each block's context.
-    n_embed: predict the ids of a codebook of that size; the output then has `n_embed` channels of scores.
-    legacy: how the heads are chosen (`_heads`); false in Stable Diffusion.
+    n_embed: size of a codebook; the output then is the scores of its ids, `n_embed` channels.
+    legacy: choice of the attention heads, see `_heads`; false in Stable Diffusion.
     disable_self_attentions, num_attention_blocks (for each level), disable_middle_self_attn, use_linear_in_transformer:
     options of Stable Diffusion v2.
     """
@@ -326,12 +314,12 @@ class UNetTrunk(nn.Module):
         self.legacy = legacy
         self.use_linear_in_transformer = use_linear_in_transformer
         self._res_blocks = per_level("num_res_blocks", num_res_blocks, levels)
-        self._attention_blocks = [num + 1 for num in self._res_blocks]
-        if num_attention_blocks is not None:
-            self._attention_blocks = per_level("num_attention_blocks", num_attention_blocks, levels)
-        self._no_self_attention = [False] * levels
-        if disable_self_attentions is not None:
-            self._no_self_attention = per_level("disable_self_attentions", disable_self_attentions, levels)
+        if num_attention_blocks is None:
+            num_attention_blocks = [blocks + 1 for blocks in self._res_blocks]
+        self._attention_blocks = per_level("num_attention_blocks", num_attention_blocks, levels)
+        if disable_self_attentions is None:
+            disable_self_attentions = [False] * levels
+        self._no_self_attention = per_level("disable_self_attentions", disable_self_attentions, levels)
         self._check_options(any(self._no_self_attention) or disable_middle_self_attn or use_linear_in_transformer)
         self._build_contracting_half(disable_middle_self_attn)
         self._build_rest()
@@ -367,7 +355,7 @@ class UNetTrunk(nn.Module):
         self.input_blocks = nn.ModuleList(
             [TimestepEmbedSequential(conv_nd(self.dims, self.in_channels, ch, 3, padding=1))]
         )
-        self._skip_channels = [ch]  # of every input block's output; the expanding half takes them in reverse
+        self._skip_channels = [ch]  # channels of every input block's output
         self._downsampling = 1
         for level, mult in enumerate(self.channel_mult):
             for block in range(self._res_blocks[level]):
@@ -387,7 +375,7 @@ class UNetTrunk(nn.Module):
         self._middle_channels = ch
 
     def _build_rest(self) -> None:
-        """Build what follows the middle block."""
+        """Build the layers after the middle block, before the conversion to float16."""
 
     def _res(self, channels: int, out_channels: int, up: bool = False, down: bool = False) -> ResBlock:
         return ResBlock(
@@ -410,7 +398,7 @@ class UNetTrunk(nn.Module):
     def _attention(
         self, channels: int, disable_self_attn: bool, num_heads: int | None = None
     ) -> AttentionBlock | SpatialTransformer:
-        """num_heads: other number of heads of an AttentionBlock, used unless `num_head_channels` is set."""
+        """num_heads: replaces the number of heads of an AttentionBlock unless `num_head_channels` is set."""
         heads, dim_head = self._heads(channels)
         if self.use_spatial_transformer:
             return SpatialTransformer(
@@ -434,15 +422,16 @@ class UNetTrunk(nn.Module):
     def _heads(self, channels: int) -> tuple[int, int]:
         """(number of heads, channels per head or -1) of an attention layer, as published.
 
-        `num_head_channels` decides if it is set. With `legacy`, a transformer's channels are then divided among its
-        heads (another width if they do not divide evenly), and an AttentionBlock without it keeps its number of heads.
+        `num_head_channels`, if set, determines the number of heads. With `legacy`, a spatial transformer then divides
+        its channels among them, rounding down, and an AttentionBlock keeps `num_head_channels` even if it is -1.
         """
         heads, dim_head = self.num_heads, self.num_head_channels
         if dim_head != -1:
             heads = channels // dim_head
         if heads < 1 or heads > channels:
             raise ValueError(
-                f"num_heads={self.num_heads}, num_head_channels={dim_head}: {heads} heads for {channels} channels"
+                f"num_heads={self.num_heads}, num_head_channels={dim_head}: {heads} heads for {channels} channels; "
+                "choose at least one head and at most one per channel"
             )
         divide = self.use_spatial_transformer if self.legacy else dim_head == -1
         return heads, channels // heads if divide else dim_head
@@ -454,7 +443,7 @@ class UNetTrunk(nn.Module):
 
     @property
     def size_multiple(self) -> int:
-        """Height and width of the UNet's input must be multiples of this number, 2 ** (number of levels - 1)."""
+        """Divisor of every valid input height and width: 2 ** (number of levels - 1)."""
         return self._downsampling
 
     def convert_to_fp16(self) -> None:
@@ -496,9 +485,7 @@ class UNetTrunk(nn.Module):
     def _check_context(self, context: Context, batch: int) -> Context:
         if context is None:
             if self.context_dim is not None:
-                raise ValueError(
-                    f"context is missing: this UNet attends to one of shape ({batch}, L, {self.context_dim})"
-                )
+                raise ValueError(f"context is missing: this UNet needs one of shape ({batch}, L, {self.context_dim})")
             return None
         contexts = [context] if isinstance(context, Tensor) else context
         if self.context_dim is not None:
@@ -564,18 +551,18 @@ class UNetModel(UNetTrunk):
 
         x: (B, C, H, W), timesteps: (B,), integer or fractional (never rounded), context: (B, L, context_dim), y: (B,)
         class labels -> (B, out_channels, H, W), or (B, n_embed, H, W) scores of codebook ids.
-        Raises ValueError for a size that is no multiple of `size_multiple`, and for missing or unsupported inputs.
+        Raises ValueError for a size that is not a multiple of `size_multiple`, and for missing or unsupported inputs.
         """
         emb, context = self.prepare(x, timesteps, context, y)  # (B, 4 * model_channels), (B, L, context_dim)
-        skips = self.encode(x, emb, context)
-        h = self.middle(skips[-1], emb, context)
-        h = self.decode(h, skips, emb, context)
+        skips = self.encode(x, emb, context)  # (B, C_i, H_i, W_i) each
+        h = self.middle(skips[-1], emb, context)  # (B, C, H/f, W/f), f = size_multiple
+        h = self.decode(h, skips, emb, context)  # (B, C, H, W)
         head = self.id_predictor if self.predict_codebook_ids else self.out
         return head(h.to(_dtype_of(head))).to(x.dtype)
 
     def _check_input(self, x: Tensor) -> None:
         super()._check_input(x)
-        # An odd feature map comes back one larger from the expanding half and does not fit its skip connection.
+        # The expanding half returns an odd feature map one larger than its skip connection.
         multiple, size = self.size_multiple, x.shape[-min(self.dims, 2) :]
         if any(n % multiple for n in size):
             near = (max(multiple, round(n / multiple) * multiple) for n in size)
@@ -587,7 +574,7 @@ class UNetModel(UNetTrunk):
     def decode(
         self, h: Tensor, skips: list[Tensor], emb: Tensor, context: Context = None, blocks: slice = slice(None)
     ) -> Tensor:
-        """Output of the `output_blocks`, or of a range of them; each takes the last of `skips` off the list."""
+        """Output of the `output_blocks`, or of a range of them; each removes the last of `skips` from the list."""
         for block in list(self.output_blocks)[blocks]:
             h = block(torch.cat([h, skips.pop()], dim=1), emb, context)
         return h
@@ -596,9 +583,9 @@ class UNetModel(UNetTrunk):
 class EncoderUNetModel(UNetTrunk):
     """Contracting half of the UNet with a head: the noisy classifier of ADM (arXiv 2105.05233, section 4).
 
-    pool: `adaptive` averages the middle block's output, `attention` pools it by attention (`image_size` only),
-    `spatial` and `spatial_v2` average the outputs of all blocks and run a small network on them.
-    num_heads_upsample: part of the published signature; no effect without an expanding half.
+    pool: `adaptive` averages the middle block's output, `attention` pools it by attention (only for `image_size`),
+    `spatial` and `spatial_v2` average the outputs of all blocks and apply a small network to them.
+    num_heads_upsample: part of the published signature; unused, because there is no expanding half.
     """
 
     def __init__(
@@ -653,8 +640,8 @@ class EncoderUNetModel(UNetTrunk):
     def forward(self, x: Tensor, timesteps: Tensor) -> Tensor:
         """x: (B, C, H, W), timesteps: (B,) -> (B, out_channels), in the dtype of `x`."""
         emb, _ = self.prepare(x, timesteps)
-        outputs = self.encode(x, emb)
-        h = self.middle(outputs[-1], emb)
+        outputs = self.encode(x, emb)  # (B, C_i, H_i, W_i) each
+        h = self.middle(outputs[-1], emb)  # (B, C, H/f, W/f)
         if self.pool.startswith("spatial"):
             h = torch.cat([out.flatten(2).mean(dim=2) for out in (*outputs, h)], dim=1)  # (B, sum of all channels)
         return self.out(h.to(_dtype_of(self.out))).to(x.dtype)
@@ -672,11 +659,11 @@ class EncoderUNetModel(UNetTrunk):
 
 
 def per_level(name: str, value: T | Sequence[T], levels: int) -> list[T]:
-    """One value for each level, from one value or a sequence; `name` is the argument's, for the error."""
+    """One value for each level, from one value or a sequence; `name` is the argument named in the error."""
     values = [value] * levels if isinstance(value, int) else list(value)
     if len(values) != levels:
         raise ValueError(
-            f"{name}={values} has {len(values)} values for the {levels} levels of channel_mult: give 1 or {levels}"
+            f"{name}={values} has {len(values)} values for the {levels} levels of channel_mult: pass 1 or {levels}"
         )
     return values
 

@@ -14,32 +14,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as _checkpoint
 
-from ldm.modules.diffusionmodules.schedule import (
-    extract_into_tensor,
-    make_beta_schedule,
-    make_ddim_sampling_parameters,
-    make_ddim_timesteps,
-    noise_like,
-)
-from ldm.util import mean_flat
-
-__all__ = [
-    "GroupNorm32",
-    "avg_pool_nd",
-    "checkpoint",
-    "conv_nd",
-    "extract_into_tensor",
-    "linear",
-    "make_beta_schedule",
-    "make_ddim_sampling_parameters",
-    "make_ddim_timesteps",
-    "mean_flat",
-    "noise_like",
-    "normalization",
-    "scale_module",
-    "timestep_embedding",
-    "zero_module",
-]
+from ldm.modules.diffusionmodules.schedule import extract_into_tensor as extract_into_tensor
+from ldm.modules.diffusionmodules.schedule import make_beta_schedule as make_beta_schedule
+from ldm.modules.diffusionmodules.schedule import make_ddim_sampling_parameters as make_ddim_sampling_parameters
+from ldm.modules.diffusionmodules.schedule import make_ddim_timesteps as make_ddim_timesteps
+from ldm.modules.diffusionmodules.schedule import noise_like as noise_like
+from ldm.util import mean_flat as mean_flat
 
 M = TypeVar("M", bound=nn.Module)
 

@@ -8,8 +8,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-LOGVAR_RANGE = (-30.0, 20.0)  # keeps the variance finite in float32
-
 
 class DiagonalGaussianDistribution:
     """N(mean, diag(exp(logvar))) over latents, from the encoder's moments.
@@ -23,7 +21,7 @@ class DiagonalGaussianDistribution:
             raise ValueError(f"parameters: expected (B, 2C, ...), got {tuple(parameters.shape)}; set double_z: true")
         self.parameters = parameters
         self.mean, logvar = torch.chunk(parameters, 2, dim=1)  # (B, C, h, w) each
-        self.logvar = logvar.clamp(*LOGVAR_RANGE)
+        self.logvar = logvar.clamp(-30.0, 20.0)  # keeps the variance finite in float32
         self.deterministic = deterministic
         self.std = torch.zeros_like(self.mean) if deterministic else torch.exp(0.5 * self.logvar)
         self.var = torch.zeros_like(self.mean) if deterministic else torch.exp(self.logvar)
@@ -31,7 +29,7 @@ class DiagonalGaussianDistribution:
     def sample(self, generator: torch.Generator | None = None) -> Tensor:
         """mean + std * noise, (B, C, h, w).
 
-        The noise is sampled on the CPU and moved, as published, so that a seed gives the same latent on every device.
+        The noise is sampled on the CPU, as published, so that a seed gives the same latent on every device.
         """
         noise = torch.randn(self.mean.shape, generator=generator, device="cpu")
         return self.mean + self.std * noise.to(self.mean)
@@ -70,5 +68,5 @@ def normal_kl(mean1: Tensor | float, logvar1: Tensor | float, mean2: Tensor | fl
 
 
 def _at_least_float32(*tensors: Tensor) -> list[Tensor]:
-    """The tensors, in float32 if they have 16 bits: sums over thousands of latent elements need the precision."""
-    return [x.float() if x.dtype in (torch.float16, torch.bfloat16) else x for x in tensors]
+    """The tensors, those of 16 bits in float32: sums over thousands of latent elements need the precision."""
+    return [x.to(torch.promote_types(x.dtype, torch.float32)) for x in tensors]

@@ -1,4 +1,4 @@
-"""Base classes of the condition encoders, and how pretrained ones get their weights."""
+"""Base classes of the condition encoders, and the loading of pretrained weights."""
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
@@ -16,16 +16,16 @@ logger = logging.getLogger(__name__)
 
 
 class AbstractEncoder(nn.Module):
-    """Encoder of a condition, as LatentDiffusion calls it."""
+    """Encoder of a condition; LatentDiffusion calls `encode`."""
 
     def encode(self, inputs: Any) -> Tensor:
-        """Encode the batch's inputs -> (B, L, D), or (B, C, h, w) for a spatial condition."""
+        """Encode a batch of inputs -> (B, L, D), or (B, C, h, w) for a spatial condition."""
         return self(inputs)
 
     def unconditional_input(self, batch_size: int) -> Any:
-        """Return the input that means "unconditional", for condition dropout and guidance."""
+        """Return inputs that mean "unconditional", for condition dropout and guidance."""
         raise ValueError(
-            f"{type(self).__name__} has no unconditional input: set cond_dropout 0 and sample with scale 1"
+            f"{type(self).__name__} has no unconditional input: set cond_dropout to 0 and sample with guidance scale 1"
         )
 
     @property
@@ -35,19 +35,19 @@ class AbstractEncoder(nn.Module):
 
     @device.setter
     def device(self, device: Any) -> None:
-        """Accepted because research code sets the attribute; move the module with `.to` as any other."""
+        """Do nothing: research code sets this attribute. Move the module with `.to`."""
 
     def _start_on(self, device: str | None) -> None:
-        """Move a new encoder to the `device` of its config, unless it is built on meta."""
+        """Move a new encoder to the `device` of its config, unless it was built on meta."""
         if device is not None and self.device.type != "meta":
             self.to(device)
 
 
 class CLIPTokensEncoder(AbstractEncoder):
-    """Encoder of a text's CLIP tokens to one vector per token; prompt weighting and long prompts work with these."""
+    """Text encoder with CLIP's tokens and one vector per token, as prompt weighting and long prompts need."""
 
     max_length: int  # tokens, begin and end included
-    pad_id: int | None = None  # id after the end token; None repeats the end token
+    pad_id: int | None = None  # token id of the padding; None is the end token
 
     def forward(self, text: str | Sequence[str] | Tensor) -> Tensor:
         """text: B texts, or their token ids -> (B, max_length, D)."""
@@ -63,7 +63,7 @@ class CLIPTokensEncoder(AbstractEncoder):
 
 
 class PretrainedEncoder(AbstractEncoder):
-    """Encoder whose weights come with the checkpoint, else from `load_pretrained`."""
+    """Encoder with weights from the checkpoint, else from `load_pretrained`."""
 
     finds_own_weights = True  # a checkpoint may omit them
 
@@ -73,16 +73,16 @@ class PretrainedEncoder(AbstractEncoder):
         self.register_load_state_dict_pre_hook(_note_weights)
 
     def load_pretrained(self) -> None:
-        """Load the weights from a local path, else from the hub (its cache first). Raises CheckpointError."""
+        """Load the weights from a local path, or from the hub or its cache. Raises CheckpointError."""
         raise NotImplementedError
 
     def ensure_weights(self) -> None:
-        """Load the pretrained weights if no checkpoint has brought them. Call it before the first use."""
+        """Load the pretrained weights unless a checkpoint held them. Call it before the first use."""
         if not self.has_weights:
             self.load_pretrained()
 
     def freeze(self) -> None:
-        """Disable gradients, and stay in evaluation mode whatever the parent does."""
+        """Disable gradients, and stay in evaluation mode whatever the mode of the parent."""
         self.requires_grad_(False)
         self.frozen = True
         self.eval()
@@ -90,8 +90,21 @@ class PretrainedEncoder(AbstractEncoder):
     def train(self, mode: bool = True) -> "PretrainedEncoder":
         return super().train(mode and not self.frozen)
 
-    def _load(self, module: nn.Module, path: Path, inner_name: Callable[[str], str]) -> None:
-        load_all_weights(module, path, inner_name)
+    def _load(self, module: nn.Module, path: Path, rename_key: Callable[[str], str]) -> None:
+        """Load every parameter of `module` from a file; `rename_key` maps the file's keys to the module's.
+
+        Keeps the module's dtype. Raises CheckpointError, before loading, for a missing parameter or another shape.
+        """
+        found = {rename_key(key): tensor for key, tensor in read_weights(path).items()}
+        wanted = dict(module.named_parameters())
+        missing = [name for name, tensor in wanted.items() if name not in found or found[name].shape != tensor.shape]
+        if missing:
+            raise CheckpointError(
+                f"{path}: {len(missing)} of {len(wanted)} weights of the encoder are missing or differ in shape: "
+                f"{missing[0]}"
+            )
+        state = {name: found[name].to(tensor.dtype) for name, tensor in wanted.items()}
+        module.load_state_dict(state, strict=False, assign=any(tensor.is_meta for tensor in wanted.values()))
         self.has_weights = True
         logger.info("%s: loaded the weights of %s", type(self).__name__, path)
 
@@ -100,26 +113,8 @@ def _note_weights(module: PretrainedEncoder, state: Mapping[str, Any], prefix: s
     module.has_weights |= any(key.startswith(prefix) and key.endswith(".weight") for key in state)
 
 
-def load_all_weights(module: nn.Module, path: Path, inner_name: Callable[[str], str]) -> None:
-    """Load every parameter of `module` from a file, whose keys `inner_name` maps to the module's; skip other keys.
-
-    Parameters on meta are replaced, others overwritten, both in the module's dtype. Raises CheckpointError, before
-    anything is loaded, if a parameter is missing or differs in shape.
-    """
-    found = {inner_name(key): tensor for key, tensor in read_weights(path).items()}
-    wanted = dict(module.named_parameters())
-    missing = [name for name, tensor in wanted.items() if name not in found or found[name].shape != tensor.shape]
-    if missing:
-        raise CheckpointError(
-            f"{path}: {len(missing)} of {len(wanted)} weights of the encoder are missing or differ in shape: "
-            f"{missing[0]}"
-        )
-    state = {name: found[name].to(tensor.dtype) for name, tensor in wanted.items()}
-    module.load_state_dict(state, strict=False, assign=any(tensor.is_meta for tensor in wanted.values()))
-
-
 def file_in_folder(folder: Path, files: Sequence[str]) -> Path:
-    """Return the first of `files` that the folder holds. Raises CheckpointError if it holds none."""
+    """Return the path of the first of `files` in the folder. Raises CheckpointError if all are missing."""
     for name in files:
         if (folder / name).is_file():
             return folder / name
@@ -127,7 +122,10 @@ def file_in_folder(folder: Path, files: Sequence[str]) -> Path:
 
 
 def file_from_hub(repository: str, file: str, advice: str) -> Path:
-    """Return a file of the Hugging Face hub, its cache first. Raises CheckpointError, which ends in `advice`."""
+    """Return the path of a file of the Hugging Face hub, downloaded if not cached.
+
+    Raises CheckpointError, which ends in `advice`.
+    """
     try:
         return Path(huggingface_hub.hf_hub_download(repository, file))
     except Exception as error:  # many types: no network, no such repository, a broken cache

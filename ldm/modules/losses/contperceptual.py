@@ -1,4 +1,4 @@
-"""Loss of a KL autoencoder: likelihood under a learned scale, KL to the standard normal, and the adversarial term."""
+"""Loss of a KL autoencoder: negative log-likelihood, KL divergence to the standard normal and adversarial term."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class DummyLoss(nn.Module):
 
 
 class LPIPSWithDiscriminator(AdversarialLoss):
-    """nll + kl_weight * KL + d_weight * disc_factor * g_loss; sums over pixels divided by the batch (LDM eq. 25).
+    """nll + kl_weight * KL + d_weight * disc_factor * g_loss; nll and KL are sums divided by the batch (LDM eq. 25).
 
     nll is (pixels + LPIPS) / exp(logvar) + logvar for every pixel; logvar is one number, fixed unless `learn_logvar`.
     The other options are those of AdversarialLoss.
@@ -48,8 +48,8 @@ class LPIPSWithDiscriminator(AdversarialLoss):
     ) -> tuple[Tensor, Logs]:
         """(loss, named logs) of the generator (optimizer_idx 0) or the discriminator (1).
 
-        inputs, reconstructions: (B, C, H, W) in [-1, 1]; weights: factors of the nll, broadcast to that shape;
-        global_step: generator updates so far; last_layer: the weight of the decoder's last convolution.
+        inputs, reconstructions: (B, C, H, W) in [-1, 1]; weights: factors of the nll that broadcast to this shape;
+        global_step: generator updates so far; last_layer: weight of the decoder's last convolution.
         """
         inputs, reconstructions = inputs.float(), reconstructions.float()
         if is_discriminator_turn(optimizer_idx):

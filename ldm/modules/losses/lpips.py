@@ -1,12 +1,13 @@
 """LPIPS, the perceptual distance of VGG16 features (Zhang et al. 2018, arXiv 1801.03924, eq. 1, VGG "lin" version 0.1).
 
-Building it never downloads. Its weights come from a checkpoint that holds them, or from `load_pretrained()`: the
-linear layers from torchmetrics, VGG16 from a local file or torchvision's published one, whose hash is checked.
+Building it never downloads. Its weights come from a checkpoint or from `load_pretrained()`: the linear layers from
+torchmetrics, VGG16 from a local file or from torchvision's download, whose hash is checked.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import logging
 import os
 from collections.abc import Mapping
@@ -24,21 +25,15 @@ VGG16_URL = "https://download.pytorch.org/models/vgg16-397923af.pth"
 VGG16_SHA256_PREFIX = "397923af"  # torchvision publishes the first eight digits in the file's name
 VGG16_VARIABLE = "LDM_VGG16"  # environment variable: path of a local copy
 
-# Layers of torchvision's vgg16().features up to relu5_3: widths of 3x3 convolutions, each with a ReLU, and max pools
-# (None). A slice ends where features are compared; layers keep their torchvision index (net.slice2.5.weight).
-VGG16_SLICES: tuple[tuple[int | None, ...], ...] = (
-    (64, 64),
-    (None, 128, 128),
-    (None, 256, 256, 256),
-    (None, 512, 512, 512),
-    (None, 512, 512, 512),
-)
+# torchvision's vgg16().features up to relu5_3: widths of the 3x3 convolutions, each with a ReLU; None is a max pool.
+VGG16_LAYERS = (64, 64, None, 128, 128, None, 256, 256, 256, None, 512, 512, 512, None, 512, 512, 512)
+VGG16_SLICES = (0, 4, 9, 16, 23, 30)  # limits of the slices; features are compared at the end of each
 FEATURE_WIDTHS = (64, 128, 256, 512, 512)
 SMALLEST_SIDE = 16  # four max pools
 
 
 class PerceptualWeightsError(ValueError):
-    """LPIPS has no weights and cannot get them; the message is one line that says what to do."""
+    """The weights of LPIPS cannot be loaded; the message is one line that says what to do."""
 
 
 class _Vgg16(nn.Module):
@@ -46,26 +41,25 @@ class _Vgg16(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        index, width = 0, 3
-        for number, layers in enumerate(VGG16_SLICES, start=1):
-            part = nn.Sequential()
-            for layer in layers:
-                if layer is None:
-                    part.add_module(str(index), nn.MaxPool2d(kernel_size=2, stride=2))
-                    index += 1
-                else:
-                    convolution = nn.Conv2d(width, layer, kernel_size=3, padding=1)
-                    for p in convolution.parameters():  # for weights that stay random
-                        nn.init.kaiming_normal_(p, nonlinearity="relu") if p.ndim > 1 else nn.init.zeros_(p)
-                    part.add_module(str(index), convolution)
-                    part.add_module(str(index + 1), nn.ReLU(inplace=True))
-                    index, width = index + 2, layer
-            self.add_module(f"slice{number}", part)
+        layers: list[nn.Module] = []
+        channels = 3
+        for width in VGG16_LAYERS:
+            if width is None:
+                layers.append(nn.MaxPool2d(kernel_size=2, stride=2))
+                continue
+            convolution = nn.Conv2d(channels, width, kernel_size=3, padding=1)
+            for p in convolution.parameters():  # for `perceptual_init: random`
+                nn.init.kaiming_normal_(p, nonlinearity="relu") if p.ndim > 1 else nn.init.zeros_(p)
+            layers += [convolution, nn.ReLU(inplace=True)]
+            channels = width
+        features = nn.Sequential(*layers)
+        for number, (start, end) in enumerate(itertools.pairwise(VGG16_SLICES), start=1):
+            self.add_module(f"slice{number}", features[start:end])  # keeps torchvision's indices: slice2.5.weight
 
     def forward(self, x: Tensor) -> list[Tensor]:
         features = []
         for part in self.children():
-            x = part(x)
+            x = part(x)  # (B, C_i, H / 2^i, W / 2^i)
             features.append(x)
         return features
 
@@ -91,8 +85,8 @@ class _LinearLayer(nn.Module):
     def __init__(self, channels: int) -> None:
         super().__init__()
         convolution = nn.Conv2d(channels, 1, kernel_size=1, bias=False)
-        nn.init.uniform_(convolution.weight, 0.0, 2.0 / channels)  # positive: a random LPIPS is a distance too
-        # Index 0 of the published module is a dropout that only the training of LPIPS itself needs.
+        nn.init.uniform_(convolution.weight, 0.0, 2.0 / channels)  # positive, so that a random LPIPS is a distance too
+        # Index 0 of the published module is a dropout, needed only to train LPIPS itself.
         self.model = nn.Sequential(nn.Identity(), convolution)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -102,14 +96,14 @@ class _LinearLayer(nn.Module):
 class LPIPS(nn.Module):
     """Distance of two batches of images in [-1, 1]: (B, 3, H, W) twice -> (B, 1, 1, 1), >= 0 with trained weights.
 
-    Frozen, always in eval mode, and in float32 under autocast. `weights_file` is a local file with VGG16 as in
-    torchvision (`features.0.weight`) or a whole LPIPS (`net.slice1.0.weight`, any prefix).
+    Frozen, always in eval mode, and in float32 under autocast. `weights_file`: local file with torchvision's VGG16
+    (`features.0.weight`) or a whole LPIPS (`net.slice1.0.weight`, with any prefix).
     """
 
     def __init__(self, weights_file: str | os.PathLike | None = None) -> None:
         super().__init__()
         self.weights_file = weights_file
-        self.has_weights = False  # true once a state_dict with all of them is loaded
+        self.has_weights = False  # True once a state_dict with all weights is loaded
         self.scaling_layer = _ScalingLayer()
         self.net = _Vgg16()
         for number, width in enumerate(FEATURE_WIDTHS):
@@ -124,7 +118,7 @@ class LPIPS(nn.Module):
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         if input.shape[1] not in (1, 3) or min(input.shape[-2:]) < SMALLEST_SIDE:
             raise ValueError(
-                f"LPIPS compares images of 1 or 3 channels and at least {SMALLEST_SIDE}x{SMALLEST_SIDE} pixels, got "
+                f"LPIPS needs images of 1 or 3 channels and at least {SMALLEST_SIDE}x{SMALLEST_SIDE} pixels, got shape "
                 f"{tuple(input.shape)}; set perceptual_weight: 0 to train without it"
             )
         with torch.autocast(device_type=input.device.type, enabled=False):
@@ -138,10 +132,10 @@ class LPIPS(nn.Module):
         return distance
 
     def load_pretrained(self) -> None:
-        """Load the trained weights unless a checkpoint has loaded them.
+        """Load the trained weights unless they are loaded already, e.g. from a checkpoint.
 
-        VGG16 is searched for in `weights_file`, at $LDM_VGG16 and among torch.hub's downloads; then it is downloaded.
-        Raises PerceptualWeightsError if none of these works.
+        VGG16 comes from `weights_file`, else $LDM_VGG16, else torch.hub's cache, else the download.
+        Raises PerceptualWeightsError if the file is missing or invalid, or if the download fails.
         """
         if self.has_weights:
             return
@@ -157,7 +151,7 @@ class LPIPS(nn.Module):
         logger.info("LPIPS: loaded VGG16 from %s", path)
 
     def _local_file(self) -> Path | None:
-        """File that the config or the environment names; a missing one is an error even if another source would do."""
+        """File named by the config or the environment. If it is missing, the other sources are not tried."""
         sources = {"perceptual_weights": self.weights_file, VGG16_VARIABLE: os.environ.get(VGG16_VARIABLE)}
         for source, value in sources.items():
             if value:
@@ -168,7 +162,7 @@ class LPIPS(nn.Module):
         return None
 
     def _from_file(self, path: Path) -> dict[str, Tensor]:
-        """All weights under LPIPS' own names, from a file of either kind."""
+        """Return all weights under LPIPS' keys, from a file of either kind."""
         weights = read_weights(path)
         marker = "net.slice1.0.weight"
         prefix = next((name.removesuffix(marker) for name in weights if name.endswith(marker)), None)
@@ -186,29 +180,29 @@ class LPIPS(nn.Module):
 
 
 def _unit_length(features: Tensor, eps: float = 1e-10) -> Tensor:
-    """Features scaled to length 1 across channels: (B, C, H, W) -> the same.
+    """Scale features (B, C, H, W) to length 1 across channels.
 
-    The square root's infinite gradient at 0 would make a black region train NaN: lengths below 1e-10 are clamped.
+    Lengths below 1e-10 are clamped: the square root's gradient is infinite at 0 and would become NaN in black regions.
     """
     length = features.square().sum(dim=1, keepdim=True).clamp_min(eps * eps).sqrt()
     return features / (length + eps)
 
 
 def _linear_layers() -> dict[str, Tensor]:
-    """Trained linear layers from torchmetrics' folder, without importing the package, which is slow."""
+    """Load the trained linear layers from torchmetrics' folder, without the slow import of the package."""
     spec = importlib.util.find_spec("torchmetrics")
     for folder in (spec.submodule_search_locations or []) if spec else []:
         path = Path(folder) / "functional" / "image" / "lpips_models" / "vgg.pth"
         if path.is_file():
             return read_weights(path)
     raise PerceptualWeightsError(
-        "LPIPS' linear layers are a file of torchmetrics (functional/image/lpips_models/vgg.pth), which was not found: "
-        "pip install torchmetrics, or set perceptual_weights to a whole LPIPS"
+        "LPIPS needs functional/image/lpips_models/vgg.pth of torchmetrics, which was not found: "
+        "pip install torchmetrics, or set perceptual_weights to a file with a whole LPIPS"
     )
 
 
 def _download_vgg16() -> Path:
-    """torch.hub's copy of torchvision's VGG16, downloaded if missing and checked against its published hash."""
+    """Return torch.hub's copy of torchvision's VGG16; download it if missing, and check its published hash."""
     path = Path(torch.hub.get_dir()) / "checkpoints" / VGG16_URL.rsplit("/", 1)[1]
     if path.is_file():
         return path
@@ -219,8 +213,8 @@ def _download_vgg16() -> Path:
     except (OSError, RuntimeError) as error:  # no network, disk full, wrong hash
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise PerceptualWeightsError(
-            f"LPIPS needs VGG16: no checkpoint holds it and {VGG16_URL} could not be downloaded ({reason}). "
-            f"Put the file at {path}, or set ${VGG16_VARIABLE} or lossconfig.params.perceptual_weights to its path; "
+            f"LPIPS needs VGG16: no checkpoint holds it, and the download of {VGG16_URL} failed ({reason}). "
+            f"Save the file as {path}, or set ${VGG16_VARIABLE} or lossconfig.params.perceptual_weights to its path; "
             f"or set perceptual_weight: 0 (trains without LPIPS) or perceptual_init: random (for tests)"
         ) from error
     return path

@@ -1,4 +1,4 @@
-"""Common part of the autoencoders' losses: pixels plus LPIPS, and a patch discriminator with an adaptive weight.
+"""Base of the autoencoders' losses: pixels plus LPIPS, and a patch discriminator with an adaptive weight.
 
 VQGAN (Esser et al. 2021, arXiv 2012.09841, eqs. 5-7); LDM (Rombach et al. 2022, arXiv 2112.10752, eq. 25).
 """
@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from ldm.modules.losses.lpips import LPIPS
 
-PERCEPTUAL_INITS = ("pretrained", "random")
 GENERATOR, DISCRIMINATOR = 0, 1  # the published `optimizer_idx`
 
 Logs = dict[str, Tensor]
@@ -42,8 +41,8 @@ class AdversarialLoss(nn.Module):
     """Base of `LPIPSWithDiscriminator` (KL) and `VQLPIPSWithDiscriminator` (VQ).
 
     disc_start: number of generator updates before the discriminator takes part.
-    disc_factor, disc_weight: factors of the adversarial terms. If one is 0, a step does no adversarial work, and the
-        discriminator's weights stay in the state_dict unchanged. `use_discriminator: false` does not build it.
+    disc_factor, disc_weight: factors of the adversarial terms. If one is 0, the discriminator is kept in the state_dict
+        but never runs; `use_discriminator: false` does not build it.
     perceptual_weight: factor of LPIPS; 0 builds no perceptual network.
     perceptual_init: 'pretrained' (`load_pretrained` must run before the first step) or 'random' (tests).
     perceptual_weights: local file with VGG16 or a whole LPIPS.
@@ -70,11 +69,11 @@ class AdversarialLoss(nn.Module):
         super().__init__()
         if disc_loss not in DISC_LOSSES:
             raise ValueError(f"disc_loss={disc_loss!r}: choose one of {', '.join(DISC_LOSSES)}")
-        if perceptual_init not in PERCEPTUAL_INITS:
-            raise ValueError(f"perceptual_init={perceptual_init!r}: choose one of {', '.join(PERCEPTUAL_INITS)}")
+        if perceptual_init not in ("pretrained", "random"):
+            raise ValueError(f"perceptual_init={perceptual_init!r}: choose one of pretrained, random")
         if use_discriminator and disc_start is None:
             raise ValueError(
-                "disc_start is missing: set the generator update at which the discriminator starts, or "
+                "disc_start is missing: set the generator update at which the discriminator starts, or set "
                 "use_discriminator: false"
             )
         factors = {"perceptual_weight": perceptual_weight, "disc_factor": disc_factor, "disc_weight": disc_weight}
@@ -132,12 +131,12 @@ class AdversarialLoss(nn.Module):
     ) -> tuple[Tensor, Logs]:
         """`loss` + d_weight * disc_factor * -E[D(x_rec)], and the logs of its parts.
 
-        As published, d_weight and g_loss are computed and logged before `disc_start` too, but added only from then on.
+        As published, d_weight and g_loss are also computed and logged before `disc_start`, but not added to the loss.
         """
         d_weight = g_loss = nll_loss.new_zeros(())
         if self.adversarial:
             g_loss = -self.logits(reconstructions, cond).mean()
-            if reconstructions.requires_grad:  # without a graph (validation) the weight is 0, as published
+            if reconstructions.requires_grad:  # in validation d_weight is 0, as published
                 d_weight = self.calculate_adaptive_weight(nll_loss, g_loss, last_layer)
         disc_factor = self.disc_factor_at(global_step)
         if disc_factor > 0:  # a factor of 0 would not stop a NaN
@@ -148,7 +147,7 @@ class AdversarialLoss(nn.Module):
     def calculate_adaptive_weight(self, nll_loss: Tensor, g_loss: Tensor, last_layer: Tensor | None) -> Tensor:
         """disc_weight * |d nll / d w| / (|d g / d w| + 1e-4), w being the decoder's last layer (VQGAN eq. 7).
 
-        The ratio is at most 1e4. A scalar in float32 without gradient.
+        A float32 scalar without gradient; the ratio is at most 1e4.
         """
         if last_layer is None:
             raise ValueError("last_layer is missing: the adaptive weight needs the decoder's last layer")
@@ -160,7 +159,7 @@ class AdversarialLoss(nn.Module):
     def discriminator_loss(
         self, inputs: Tensor, reconstructions: Tensor, cond: Tensor | None, global_step: int, split: str
     ) -> tuple[Tensor, Logs]:
-        """Loss of the discriminator on detached images, and its logs; 0 without a graph before `disc_start`."""
+        """Loss of the discriminator on detached images, and its logs; before `disc_start` a 0 without gradient."""
         disc_factor = self.disc_factor_at(global_step)
         with torch.set_grad_enabled(torch.is_grad_enabled() and disc_factor > 0):
             real, fake = self.logits(inputs.detach(), cond), self.logits(reconstructions.detach(), cond)
@@ -168,7 +167,7 @@ class AdversarialLoss(nn.Module):
         return loss, named_logs(split, {"disc_loss": loss, "logits_real": real.mean(), "logits_fake": fake.mean()})
 
     def logits(self, images: Tensor, cond: Tensor | None) -> Tensor:
-        """Logits of the discriminator per patch, (B, 1, h, w) in float32; `cond` is added to the images' channels."""
+        """Discriminator logits per patch, (B, 1, h, w) float32; `cond` is concatenated to the images' channels."""
         if self.discriminator is None:
             raise ValueError("this loss was built with use_discriminator: false")
         if (cond is not None) != self.disc_conditional:
@@ -179,12 +178,12 @@ class AdversarialLoss(nn.Module):
 
 
 def is_discriminator_turn(optimizer_idx: int) -> bool:
-    """True for the discriminator's index, False for the generator's; ValueError for others."""
+    """True for the discriminator's index, False for the generator's; ValueError for any other."""
     if optimizer_idx not in (GENERATOR, DISCRIMINATOR):
         raise ValueError(f"optimizer_idx={optimizer_idx}: 0 is the generator, 1 the discriminator")
     return optimizer_idx == DISCRIMINATOR
 
 
 def named_logs(split: str, values: Logs) -> Logs:
-    """Detached copies under the names that loggers show, 'train/total_loss'."""
+    """Detached copies, named '{split}/{name}'."""
     return {f"{split}/{name}": value.detach().clone() for name, value in values.items()}

@@ -1,7 +1,4 @@
-"""Loss of a VQ autoencoder: pixels, LPIPS, codebook loss and adversarial term (VQGAN, arXiv 2012.09841, eqs. 4-7).
-
-Its published target, `taming.modules.losses.vqperceptual.VQLPIPSWithDiscriminator`, is accepted in configs too.
-"""
+"""Loss of a VQ autoencoder: pixels, LPIPS, codebook loss and adversarial term (VQGAN, arXiv 2012.09841, eqs. 4-7)."""
 
 from __future__ import annotations
 
@@ -10,30 +7,25 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ldm.modules.losses.contperceptual import DummyLoss
+from ldm.modules.losses.contperceptual import DummyLoss as DummyLoss
 from ldm.modules.losses.reconstruction import AdversarialLoss, Logs, is_discriminator_turn, named_logs
-
-__all__ = ["CodebookUse", "DummyLoss", "VQLPIPSWithDiscriminator", "codebook_use", "measure_perplexity"]
-
-PIXEL_LOSSES = ("l1", "l2")
-PERCEPTUAL_LOSSES = ("lpips",)  # the published code also lists clips and dists, which were never released
 
 
 class CodebookUse(NamedTuple):
-    """Use of a codebook, as float32 scalars."""
+    """Usage of a codebook, as float32 scalars."""
 
     perplexity: Tensor  # exp of the entropy of the codes' frequencies, in nats: from 1 to the number of entries
     cluster_usage: Tensor  # number of codes that occur
 
 
 def codebook_use(counts: Tensor) -> CodebookUse:
-    """Use of a codebook from the number of occurrences of each code: counts (n_embed,)."""
+    """Usage of a codebook from the number of occurrences of each code, counts: (n_embed,)."""
     frequencies = counts.float() / counts.sum().clamp(min=1)
     return CodebookUse(torch.special.entr(frequencies).sum().exp(), (counts > 0).sum().float())
 
 
 def measure_perplexity(predicted_indices: Tensor, n_embed: int) -> CodebookUse:
-    """Use of a codebook of `n_embed` entries by a batch of codes (any shape, int64)."""
+    """Usage of a codebook of `n_embed` entries by a batch of codes (any shape, int64)."""
     return codebook_use(torch.bincount(predicted_indices.flatten(), minlength=n_embed))
 
 
@@ -41,7 +33,7 @@ class VQLPIPSWithDiscriminator(AdversarialLoss):
     """nll + codebook_weight * codebook loss + d_weight * disc_factor * g_loss; averages, not sums as for KL.
 
     nll is the mean of pixelloss_weight * pixels + perceptual_weight * LPIPS; pixel_loss: 'l1' or 'l2'.
-    n_classes: size of the codebook, for its usage in the log; None takes the model's.
+    n_classes: size of the codebook, for the log of its usage; VQModel sets its own.
     The other options are those of AdversarialLoss.
     """
 
@@ -54,12 +46,10 @@ class VQLPIPSWithDiscriminator(AdversarialLoss):
         pixel_loss: str = "l1",
         **options: Any,
     ) -> None:
-        if perceptual_loss not in PERCEPTUAL_LOSSES:
-            raise ValueError(
-                f"perceptual_loss={perceptual_loss!r}: choose {', '.join(PERCEPTUAL_LOSSES)} (or perceptual_weight: 0)"
-            )
-        if pixel_loss not in PIXEL_LOSSES:
-            raise ValueError(f"pixel_loss={pixel_loss!r}: choose one of {', '.join(PIXEL_LOSSES)}")
+        if perceptual_loss != "lpips":  # the published code also lists clips and dists, which were never released
+            raise ValueError(f"perceptual_loss={perceptual_loss!r}: choose lpips (or perceptual_weight: 0)")
+        if pixel_loss not in ("l1", "l2"):
+            raise ValueError(f"pixel_loss={pixel_loss!r}: choose one of l1, l2")
         super().__init__(disc_start=disc_start, **options)
         self.codebook_weight = codebook_weight
         self.n_classes = n_classes
@@ -83,9 +73,9 @@ class VQLPIPSWithDiscriminator(AdversarialLoss):
     ) -> tuple[Tensor, Logs]:
         """(loss, named logs) of the generator (optimizer_idx 0) or the discriminator (1).
 
-        codebook_loss: of the quantizer, averaged here, or None; inputs, reconstructions: (B, C, H, W) in [-1, 1];
-        global_step: generator updates so far; last_layer: the weight of the decoder's last convolution;
-        predicted_indices: the batch's codes, int64 of any shape; adds `perplexity` and `cluster_usage` to the logs.
+        codebook_loss: the quantizer's, averaged here, or None; inputs, reconstructions: (B, C, H, W) in [-1, 1];
+        global_step: generator updates so far; last_layer: weight of the decoder's last convolution;
+        predicted_indices: codes of the batch, int64 of any shape; adds `perplexity` and `cluster_usage` to the logs.
         """
         inputs, reconstructions = inputs.float(), reconstructions.float()
         if is_discriminator_turn(optimizer_idx):
@@ -96,7 +86,7 @@ class VQLPIPSWithDiscriminator(AdversarialLoss):
         loss, log = self.generator_loss(
             nll_loss + self.codebook_weight * quant_loss, nll_loss, reconstructions, cond, global_step, last_layer
         )
-        # The same value is published under two names.
+        # nll_loss and rec_loss are the same value, as published.
         log |= {"quant_loss": quant_loss, "nll_loss": nll_loss, "rec_loss": nll_loss, "p_loss": p_loss.mean()}
         if predicted_indices is not None:
             log |= measure_perplexity(predicted_indices, self.n_classes or 0)._asdict()
