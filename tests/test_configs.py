@@ -99,9 +99,7 @@ def leaves(tree, path=""):
 
 
 def digest(state):
-    """Return [tensors, numbers, hash of sorted names and shapes] of each block, as in zoo.json.gz, without
-    position_ids.
-    """
+    """Return [tensors, numbers, hash of names and shapes] of each block as in zoo.json.gz, without position_ids."""
     blocks = {}
     for name, tensor in state.items():
         if not name.endswith("position_ids"):

@@ -82,9 +82,7 @@ def unpack(archive: Path, folder: Path, nested: bool = False, rename: Callable[[
 
 
 def fetch(remote: Remote, folder: Path) -> Path:
-    """Download a file into `folder` unless it exists, and return its path. Raises ArchiveError; a failed download
-    leaves nothing.
-    """
+    """Download a file into `folder` unless it exists; return its path. Raises ArchiveError if it fails."""
     path = folder / remote.name
     if path.is_file():
         return path

@@ -39,9 +39,7 @@ class Row(NamedTuple):
 
 @dataclass
 class CaptionPolicy:
-    """What to do with a missing caption (raise, skip, empty) and with one longer than `max_chars` (truncate, raise,
-    skip).
-    """
+    """Policies for missing captions (raise, skip, empty) and for those over `max_chars` (truncate, raise, skip)."""
 
     missing: str = "raise"
     max_chars: int = 4000

@@ -93,8 +93,7 @@ class DataModuleFromConfig(pl.LightningDataModule):
         self._default_workers = num_workers is None
         self._shuffle = {"train": True, "validation": shuffle_val_dataloader, "test": shuffle_test_loader}
         self._origin = START
-        # Lightning detects a hook by its function being another than the base's: only splits with a config get a
-        # loader.
+        # Lightning uses a hook if it is overridden: only splits with a config override theirs.
         for split in self.dataset_configs:
             hook = "val_dataloader" if split == "validation" else f"{split}_dataloader"
             setattr(self, hook, partial(self._loader, split))
@@ -171,8 +170,7 @@ class DataModuleFromConfig(pl.LightningDataModule):
             raise ConfigError(f"data.params.{split}: {type(dataset).__name__} is empty")
         shuffle = self._shuffle.get(split, False)
         sampler = EpochSampler(len(dataset), self.batch_size, self.seed, shuffle, rank, world_size, position)
-        # With its own generator the loader does not take the workers' seeds from the global one, which the training
-        # uses.
+        # Its own generator: the seeds of the workers must not come from the global one, which the training uses.
         options["generator"] = torch.Generator().manual_seed(self.seed)
         return DataLoader(SeededDataset(dataset, self.seed, repeat=split != "train"), sampler=sampler, **options)
 
@@ -216,9 +214,7 @@ def _processed(tracker: object) -> int:
 
 
 def _preparation(config: Any) -> Callable[..., None] | None:
-    """Return the `prepare_data` of a dataset's class; None if there is none, or if the config is invalid, which `setup`
-    reports.
-    """
+    """Return the `prepare_data` of a dataset's class, or None; `setup` reports an invalid config."""
     try:
         return getattr(get_obj_from_str(config["target"]), "prepare_data", None)
     except (ConfigError, KeyError, TypeError):

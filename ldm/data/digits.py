@@ -106,8 +106,6 @@ def split_indices(labels: np.ndarray, split: str) -> np.ndarray:
 
 
 def upscale_scan(scan: np.ndarray, size: int) -> np.ndarray:
-    """Convert ink 0..16 (8, 8) to float32 (size, size, 3) in [-1, 1], bicubic, dark on white, with a margin of one scan
-    pixel.
-    """
+    """Convert ink 0..16 (8, 8) to float32 (size, size, 3) in [-1, 1], dark on white, with a margin; bicubic."""
     paper = Image.fromarray(np.round(255 * (1 - np.pad(scan, MARGIN) / 16)).astype(np.uint8))  # (10, 10)
     return to_array(paper.resize((size, size), Image.Resampling.BICUBIC).convert("RGB"))

@@ -65,9 +65,7 @@ class Inpainting(ImageFolder):
 
 
 def random_hole(height: int, width: int, share: float) -> np.ndarray:
-    """Return strokes and boxes that cover about `share` of the image, by Python's global generator -> bool (height,
-    width).
-    """
+    """Return random strokes and boxes that cover about `share` of the image -> bool (height, width)."""
     canvas = Image.new("1", (width, height))
     draw = ImageDraw.Draw(canvas)
     side = min(height, width)

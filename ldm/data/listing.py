@@ -14,9 +14,7 @@ SPLIT_FOLDERS = {"train": ("train",), "validation": ("validation", "val", "valid
 
 
 def existing_folder(param: str, value: str | None, content: str) -> Path:
-    """Return `value` as the path of an existing folder; raise DataConfigError otherwise. content: what the folder must
-    hold.
-    """
+    """Return `value` as the path of an existing folder of `content`; raise DataConfigError otherwise."""
     advice = f"set {{param}} to a folder of {content}"
     if value is None:
         raise DataConfigError(param, value, "not set", advice)
@@ -28,9 +26,7 @@ def existing_folder(param: str, value: str | None, content: str) -> Path:
 
 
 def scan(root: Path, suffixes: Collection[str] = EXTENSIONS) -> list[str]:
-    """Return the images below `root`, by suffix, as sorted relative names with forward slashes; skip hidden files and
-    folders.
-    """
+    """Return the sorted relative names (with forward slashes) of the images below `root`, without hidden ones."""
     names, seen = [], set()
     for folder, subfolders, files in os.walk(root, followlinks=True):
         real = os.path.realpath(folder)
@@ -90,9 +86,7 @@ def class_of(name: str) -> str:
 
 
 def class_order(names: Sequence[str], classes: str | Sequence[str] | None) -> list[str]:
-    """Return the class names by number: those of the images, sorted, or as in `classes` (a list, or a folder of class
-    folders).
-    """
+    """Return the class names by number: sorted, or in the order of `classes` (a list, or a folder of class folders)."""
     if classes is None:
         order = sorted({class_of(name) for name in names} - {""})
     elif isinstance(classes, str):
