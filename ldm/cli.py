@@ -1,4 +1,4 @@
-"""Shared by all command lines: exact flags, one-line errors, log lines that do not break a progress bar."""
+"""Shared by all command lines: exact flags, one-line errors, log lines that keep a progress bar intact."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ _NO_MEMORY = ("OutOfMemoryError", "DefaultCPUAllocator: ")  # of a GPU, by its c
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse without abbreviations: an error is one line, which suggests the nearest flag for an unknown one.
+    """argparse without abbreviations and with one-line errors; for an unknown flag they suggest the nearest one.
 
-    takes_overrides: words such as model.params.key=value, anywhere among the flags, become the list `overrides`.
+    takes_overrides: collect words such as model.params.key=value, anywhere among the flags, in the list `overrides`.
     advice: {flag without dashes: what to do instead} for flags that do not exist on purpose.
     """
 
@@ -80,7 +80,7 @@ class Parser(argparse.ArgumentParser):
 
 
 class _HelpFormatter(argparse.HelpFormatter):
-    """Help with the default of every flag that has one; texts with line breaks stay as they are."""
+    """Help that shows the default of every flag that has one, and keeps the line breaks of texts."""
 
     def _get_help_string(self, action: argparse.Action) -> str:
         text = action.help or ""
@@ -96,12 +96,12 @@ class TerminalHandler(logging.Handler):
     """Log lines on stderr, above a progress bar if there is one."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        tqdm = sys.modules.get("tqdm")  # not imported for its own sake
+        tqdm = sys.modules.get("tqdm")  # without it there is no bar
         write = print if tqdm is None else tqdm.tqdm.write
         write(self.format(record), file=sys.stderr)
 
 
-# Advice when memory runs out, by flag. `--n_samples` is a batch size only in scripts without `--batch_size`.
+# Advice for too little memory, by flag. `--n_samples` is a batch size only in scripts without `--batch_size`.
 _LESS_MEMORY = {
     "--batch_size": "a smaller batch (--batch_size 1)",
     "--n_samples": "a smaller batch (--n_samples 1)",
@@ -119,8 +119,8 @@ def run_command(
 ) -> int:
     """Call `main(argv)`, log to the terminal, and print errors that the user can fix as one line; return the exit code.
 
-    0 done; 2 for such an error (ValueError, OSError, a missing package, out of memory); 130 after Ctrl-C.
-    `--debug` on the command line shows the traceback instead. parser: returns main's parser, for advice on flags.
+    0: done; 2: such an error (ValueError, OSError, a missing package, out of memory); 130: Ctrl-C.
+    With `--debug` on the command line, errors show their traceback. parser: returns main's parser, for advice on flags.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     if not logging.getLogger().handlers:
@@ -143,7 +143,7 @@ def run_command(
 
 
 def less_memory(flags: Sequence[str]) -> str:
-    """Return advice against too little memory that names only flags of the script; '' if it has none of them."""
+    """Return advice for too little memory that names only the script's own `flags`; '' if none of them helps."""
     known = [flag for flag in _LESS_MEMORY if flag in flags and not (flag == "--n_samples" and "--batch_size" in flags)]
     return f"; try: {', '.join(_LESS_MEMORY[flag] for flag in known)}" if known else ""
 
@@ -161,7 +161,7 @@ def import_lightning() -> ModuleType:
     Lightning imports torchvision, if installed, through torchmetrics.
     """
     try:
-        import pytorch_lightning  # heavy: kept from --help and from the checks of flags
+        import pytorch_lightning  # heavy: kept out of --help and of the checks of flags
     except Exception as error:
         if "torchvision" not in "".join(traceback.format_exception(error)):
             raise

@@ -1,4 +1,4 @@
-"""Paths that work from any folder: files of the checkout are found wherever a command is run."""
+"""Find files of the checkout from any working directory; fingerprints of files."""
 
 from __future__ import annotations
 
@@ -11,27 +11,27 @@ ROOT = Path(__file__).resolve().parents[1]  # the checkout, which holds configs/
 
 
 def find_file(path: str | Path) -> Path:
-    """Return `path`, or its place in the checkout if it is relative and exists only there."""
+    """Return `path`, or the same path in the checkout if it is relative and exists only there."""
     path = Path(path).expanduser()
     return ROOT / path if not path.is_absolute() and not path.exists() and (ROOT / path).exists() else path
 
 
 def in_checkout(path: str | Path) -> str:
-    """Return `path` for messages and metadata: relative to the checkout if it is inside."""
+    """Return `path` as shown in messages and metadata: relative to the checkout if inside it."""
     path = Path(path)
     return path.relative_to(ROOT).as_posix() if path.is_relative_to(ROOT) else str(path)
 
 
 def files_in(folder: Path) -> list[Path]:
-    """Configs and weights at any depth of a model's folder, sorted."""
+    """Return the configs and weights at any depth of a model's folder, sorted."""
     endings = (".json", ".safetensors", ".bin")
     return sorted(path for path in folder.rglob("*") if path.suffix in endings and path.is_file())
 
 
 def fingerprint(path: str | os.PathLike, files: Sequence[Path] | None = None) -> str:
-    """16 hex digits of the SHA-256 of 64 pieces spread over a file (all of a small one): under a second for 4 GB.
+    """Return 16 hex digits of the SHA-256 of 64 pieces spread over a file (all of a small file).
 
-    Of several `files` (default: those in the folder `path`): their pieces and their names relative to `path`.
+    It takes under a second for 4 GB. For a folder it covers each of `files` (default: `files_in(path)`) and its name.
     """
     path = Path(path)
     root, piece, pieces, digest = path if path.is_dir() else path.parent, 16384, 64, hashlib.sha256()

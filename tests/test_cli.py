@@ -42,6 +42,13 @@ def test_an_unknown_flag_is_one_line_with_the_nearest(argv, words, capsys):
     )
 
 
+def test_typed_flags_come_without_defaults():
+    some = parser()
+    some.add_argument("--allow-targets", action="append", default=[])
+    assert some.typed(["--H", "3", "--allow-targets", "a"]) == {"H": 3, "allow_targets": ["a"]}
+    assert some.parse_args([]).ddim_steps == 50
+
+
 def test_help_shows_defaults(capsys):
     with pytest.raises(SystemExit) as stop:
         parser().parse_args(["--help"])

@@ -1,8 +1,7 @@
-"""Checkpoints of a run: `last.ckpt` is always the newest, the best few of a metric, `crash.ckpt` after an error."""
+"""Checkpoints of a run: `last.ckpt` (always the newest), the best few of a metric, and `crash.ckpt` after an error."""
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 import time
@@ -23,15 +22,15 @@ logger = logging.getLogger(__name__)
 class CheckpointPolicy(ModelCheckpoint):
     """Lightning's ModelCheckpoint, with a `last.ckpt` that is always the newest state.
 
-    Lightning updates `last.ckpt` only together with a best-of checkpoint, stops the run if the monitored metric is not
-    logged, writes the same state twice, and may save between accumulated gradients. Here `last.ckpt` is updated after
-    every validation (without one, every epoch) and every `every_n_train_steps`, as a hard link to the best-of file of
-    its step if there is one.
+    Lightning updates `last.ckpt` only with a best-of checkpoint, stops the run if the monitored metric is not logged,
+    writes the same state twice, and may save between accumulated gradients. Here `last.ckpt` is updated after every
+    validation (or epoch, without validation) and every `every_n_train_steps`, and is a hard link to the best-of file
+    of the same step if there is one.
     """
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
-        self._last_global_step_saved = trainer.global_step  # loaded and initial weights need no saving
+        self._last_global_step_saved = trainer.global_step  # do not save loaded or initial weights again
         self._step_before = trainer.global_step
         self._warned = False
 
@@ -49,17 +48,17 @@ class CheckpointPolicy(ModelCheckpoint):
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self._should_save_on_train_epoch_end(trainer):
-            self._save(trainer, best=self._is_epoch_due(trainer))
+            self._save_epoch(trainer)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if not self._should_save_on_train_epoch_end(trainer):
-            self._save(trainer, best=self._is_epoch_due(trainer))
+            self._save_epoch(trainer)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._save(trainer, best=False)
 
-    def _is_epoch_due(self, trainer: pl.Trainer) -> bool:
-        return self._every_n_epochs >= 1 and (trainer.current_epoch + 1) % self._every_n_epochs == 0
+    def _save_epoch(self, trainer: pl.Trainer) -> None:
+        self._save(trainer, self._every_n_epochs >= 1 and (trainer.current_epoch + 1) % self._every_n_epochs == 0)
 
     def _save(self, trainer: pl.Trainer, best: bool = True) -> None:
         if self._should_skip_saving_checkpoint(trainer):
@@ -90,8 +89,10 @@ class CheckpointPolicy(ModelCheckpoint):
         start = time.monotonic()
         super()._save_checkpoint(trainer, filepath)
         if trainer.is_global_zero:
-            seconds = time.monotonic() - start
-            logger.info("%-11s step %d -> %s", "checkpoint", trainer.global_step, _describe(Path(filepath), seconds))
+            path, seconds = Path(filepath), time.monotonic() - start
+            size = f"{path.stat().st_size / 2**20:.1f} MiB" if path.is_file() else "a folder"
+            shown = path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+            logger.info("%-11s step %d -> %s (%s in %.1f s)", "checkpoint", trainer.global_step, shown, size, seconds)
 
 
 def share_file(source: str | Path, target: str | Path) -> bool:
@@ -106,15 +107,8 @@ def share_file(source: str | Path, target: str | Path) -> bool:
     return True
 
 
-def _describe(path: Path, seconds: float) -> str:
-    size = path.stat().st_size if path.is_file() else 0
-    with contextlib.suppress(ValueError):
-        path = path.relative_to(Path.cwd())
-    return f"{path} ({size / 2**20:.1f} MiB in {seconds:.1f} s)"
-
-
 class CrashCheckpoint(pl.Callback):
-    """Save `crash.ckpt` if an exception ends training; `last.ckpt` and the exception are left alone."""
+    """Save `crash.ckpt` if an exception ends training; `last.ckpt` and the exception do not change."""
 
     def __init__(self, path: str | Path) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Image logs of training, as PNG files and in TensorBoard; they never stop or change training."""
+"""Image logs of training as PNG files and in TensorBoard; logging never stops or changes training."""
 
 from __future__ import annotations
 
@@ -9,19 +9,20 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytorch_lightning as pl
 import torch
+from PIL import Image
 from pytorch_lightning.loggers import TensorBoardLogger
 from torch import Tensor, nn
 
 from ldm.callbacks.seeding import seed_generators
-from ldm.data.image import from_tensor
 from ldm.rng import generators_kept
+from ldm.visualize import grid
 
 logger = logging.getLogger(__name__)
 
 GRID_COLUMNS = 4
-GRID_PADDING = 2
 SEED = 23  # every log samples from the same noise, so that successive images show what training changed
 
 
@@ -115,10 +116,12 @@ class ImageLogger(pl.Callback):
             grids = {key: self._grid(value) for key, value in images.items()}
             folder = Path(trainer.default_root_dir) / "images" / split
             folder.mkdir(parents=True, exist_ok=True)
-            for key, grid in grids.items():
+            for key, image in grids.items():
                 name = f"{key.replace('/', '_')}_gs-{step:06}_e-{trainer.current_epoch:06}_b-{batch_idx:06}.png"
-                from_tensor(grid).save(folder / name)
-            self._to_tensorboard(trainer, grids, split, step)
+                image.save(folder / name)
+                for board in trainer.loggers:
+                    if isinstance(board, TensorBoardLogger):
+                        board.experiment.add_image(f"{split}/{key}", np.asarray(image), step, dataformats="HWC")
         except Exception as error:
             reason = f"{type(error).__name__}: {error}"
             logger.warning("%-11s %s, step %d: failed, training continues: %s", "images", split, step, reason)
@@ -126,21 +129,17 @@ class ImageLogger(pl.Callback):
             return
         logger.info("%-11s %s, step %d: %s", "images", split, step, ", ".join(grids))
 
-    def _grid(self, images: Tensor) -> Tensor:
-        """The first `max_images` of (B, C, H, W), or a finished (C, H, W), as one image (3, H', W') in [-1, 1]."""
+    def _grid(self, images: Tensor) -> Image.Image:
+        """Return the first `max_images` of (B, C, H, W), or a finished (C, H, W), as one image on black."""
         images = images.detach().float().cpu()
         images = images[None] if images.ndim == 3 else images[: self.max_images]
         if self.clamp:
             images = images.clamp(-1.0, 1.0)
         if not self.rescale:
             images = images * 2 - 1
-        return make_grid(_three_channels(images))
-
-    def _to_tensorboard(self, trainer: pl.Trainer, grids: Mapping[str, Tensor], split: str, step: int) -> None:
-        for logger in trainer.loggers:
-            if isinstance(logger, TensorBoardLogger):
-                for key, grid in grids.items():
-                    logger.experiment.add_image(f"{split}/{key}", (grid.clamp(-1, 1) + 1) / 2, global_step=step)
+        if images.shape[1] == 2:  # as red and green
+            images = torch.cat([images, torch.full_like(images[:, :1], -1.0)], dim=1)
+        return grid(list(images[:, :3]), columns=GRID_COLUMNS, background="black")
 
 
 def training_step_index(trainer: pl.Trainer, pl_module: pl.LightningModule) -> int:
@@ -148,31 +147,9 @@ def training_step_index(trainer: pl.Trainer, pl_module: pl.LightningModule) -> i
     return int(getattr(pl_module, "logging_step", trainer.global_step)) - 1
 
 
-def make_grid(images: Tensor, columns: int = GRID_COLUMNS, padding: int = GRID_PADDING) -> Tensor:
-    """Tile (B, C, H, W) into one image (C, H', W') with up to `columns` per row, on black (-1)."""
-    count, channels, height, width = images.shape
-    columns = min(columns, count)
-    rows = math.ceil(count / columns)
-    grid = images.new_full((channels, rows * (height + padding) + padding, columns * (width + padding) + padding), -1.0)
-    for position, image in enumerate(images):
-        row, column = divmod(position, columns)
-        top, left = padding + row * (height + padding), padding + column * (width + padding)
-        grid[:, top : top + height, left : left + width] = image
-    return grid if count > 1 else images[0]
-
-
-def _three_channels(images: Tensor) -> Tensor:
-    """(B, C, H, W) -> (B, 3, H, W): grey as grey, latents and maps by their first three channels."""
-    if images.shape[1] == 1:
-        return images.expand(-1, 3, -1, -1)
-    if images.shape[1] == 2:
-        return torch.cat([images, torch.full_like(images[:, :1], -1.0)], dim=1)
-    return images[:, :3]
-
-
 @contextmanager
 def _unchanged(module: nn.Module, device: torch.device) -> Iterator[None]:
-    """Put the module into evaluation mode; restore its modes and the random generators afterwards."""
+    """Put the module into eval mode; restore its modes and the random generators afterwards."""
     modes = {part: part.training for part in module.modules()}
     with generators_kept(device):
         module.eval()

@@ -6,11 +6,11 @@ import logging
 import math
 import sys
 import time
+from datetime import timedelta
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.callbacks import ProgressBar as LightningProgressBar
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -25,57 +25,42 @@ SECONDS_BETWEEN_LINES = 15.0
 MIB = 2**20
 
 
-class ProgressBar(LightningProgressBar):
-    """One bar over the whole run on a terminal, elsewhere a log line every few seconds; both show the loss.
+class ProgressBar(pl.Callback):
+    """One bar over the whole run on a terminal, elsewhere a log line every few seconds.
 
-    They show the metrics that a model logs with `prog_bar=True`, else the loss that its training step returns.
+    Both show the metrics that a model logs with `prog_bar=True`, or else the loss that its training step returns.
     """
 
     def __init__(self, seconds_between_lines: float = SECONDS_BETWEEN_LINES) -> None:
         super().__init__()
         self.seconds_between_lines = seconds_between_lines
         self._bar: tqdm | None = None
-        self._enabled = True
-        self._loss: Tensor | None = None
         self._line_time = 0.0
         self._line_batch = 0
-
-    def disable(self) -> None:
-        self._enabled = False
-
-    def enable(self) -> None:
-        self._enabled = True
-
-    def print(self, *args: Any, **kwargs: Any) -> None:
-        tqdm.write(" ".join(map(str, args)), file=sys.stderr)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._total = total_batches(trainer)
         self._line_time, self._line_batch = time.monotonic(), trainer.fit_loop.epoch_loop.total_batch_idx + 1
-        if self._enabled and trainer.is_global_zero and sys.stderr.isatty():
-            initial = self._line_batch
-            self._bar = tqdm(
-                total=self._total, initial=initial, unit="batch", dynamic_ncols=True, mininterval=0.3, smoothing=0.05
-            )
+        if trainer.is_global_zero and sys.stderr.isatty():
+            options: dict[str, Any] = {"unit": "batch", "dynamic_ncols": True, "mininterval": 0.3, "smoothing": 0.05}
+            self._bar = tqdm(total=self._total, initial=self._line_batch, **options)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        loss = outputs.get("loss") if isinstance(outputs, dict) else outputs
-        self._loss = loss if isinstance(loss, Tensor) else None
-        if not self._enabled or not trainer.is_global_zero:
+        if not trainer.is_global_zero:
             return
         done = trainer.fit_loop.epoch_loop.total_batch_idx + 1
         if self._bar is not None:
             # Metrics are read only when the bar is redrawn: reading them waits for the device.
             if self._bar.update(done - self._bar.n):
                 self._bar.set_description(f"epoch {trainer.current_epoch}", refresh=False)
-                self._bar.set_postfix(self._metrics(trainer, pl_module), refresh=False)
+                self._bar.set_postfix(_metrics(trainer, outputs), refresh=False)
             return
         now = time.monotonic()
         if now - self._line_time >= self.seconds_between_lines:
             rate = (done - self._line_batch) / (now - self._line_time)
-            metrics = "  ".join(f"{name} {value}" for name, value in self._metrics(trainer, pl_module).items())
+            metrics = "  ".join(f"{name} {value}" for name, value in _metrics(trainer, outputs).items())
             of, left = (f"/{self._total}", f"  {_clock((self._total - done) / rate)} left") if self._total else ("", "")
             place = f"epoch {trainer.current_epoch}, batch {done}{of}"
             logger.info("%-11s %s  %s  %.2f batches/s%s", "training", place, metrics, rate, left)
@@ -100,24 +85,26 @@ class ProgressBar(LightningProgressBar):
         seconds = time.monotonic() - self._validation_time
         logger.info("%-11s step %d: %s (%.1f s)", "validation", trainer.global_step, text or "nothing logged", seconds)
 
-    def _metrics(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, str]:
-        logged: dict[str, Any] = {
-            name: value
-            for name, value in self.get_metrics(trainer, pl_module).items()
-            if name != "v_num" and not name.startswith("val") and not name.endswith("_epoch")
-        }
-        if self._loss is not None and not any("loss" in name for name in logged):
-            logged = {"loss": self._loss.item(), **logged}
-        return {name.removesuffix("_step"): f"{float(value):.4g}" for name, value in logged.items()}
-
     def _close(self) -> None:
         if self._bar is not None:
             self._bar.close()
             self._bar = None
 
 
+def _metrics(trainer: pl.Trainer, outputs: Any) -> dict[str, str]:
+    logged: dict[str, Any] = {
+        name: value
+        for name, value in trainer.progress_bar_metrics.items()
+        if not name.startswith("val") and not name.endswith("_epoch")
+    }
+    loss = outputs.get("loss") if isinstance(outputs, dict) else outputs
+    if isinstance(loss, Tensor) and not any("loss" in name for name in logged):
+        logged = {"loss": loss.item(), **logged}
+    return {name.removesuffix("_step"): f"{float(value):.4g}" for name, value in logged.items()}
+
+
 def total_batches(trainer: pl.Trainer) -> int | None:
-    """Return the number of training batches of the whole run, None if it has no end."""
+    """Return the number of training batches of the whole run, None if unlimited."""
     per_epoch = trainer.num_training_batches
     totals = []
     if trainer.max_epochs not in (None, -1) and math.isfinite(per_epoch):
@@ -129,15 +116,14 @@ def total_batches(trainer: pl.Trainer) -> int | None:
 
 
 def _clock(seconds: float) -> str:
-    minutes, seconds = divmod(max(0, round(seconds)), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+    return str(timedelta(seconds=max(0, round(seconds))))
 
 
 class RunReport(pl.Callback):
-    """Log what training starts with and how it ended, read from the objects: data, parameters, batch, learning rate.
+    """Log data, parameters, batch size and learning rate at the start of training, and steps and time at its end.
 
     expected_rate: the learning rate of the command line and configs; a resumed optimizer may have another.
+    rule: the text that explains it.
     """
 
     def __init__(self, expected_rate: float | None = None, rule: str = "") -> None:
@@ -152,21 +138,25 @@ class RunReport(pl.Callback):
         per_epoch = f"{batches} batches per epoch" if math.isfinite(batches) else "a stream"
         validation = sum(count for count in trainer.num_val_batches if math.isfinite(count))
         logger.info("%-11s %s, %d of validation", "data", per_epoch, validation)
-        logger.info("%-11s %s", "model", _parameters_line(pl_module))
+        parameters = list(pl_module.parameters())
+        sizes = _count(parameters), _count([p for p in parameters if p.requires_grad])
+        dtypes = "/".join(sorted({str(p.dtype).removeprefix("torch.") for p in parameters if p.is_floating_point()}))
+        name = type(pl_module).__name__
+        logger.info("%-11s %s, %s parameters, %s trainable, %s", "model", name, *sizes, dtypes)
         if self.rule:
             logger.info("%-11s %s", "batch", self.rule)
-        for position, optimizer in enumerate(trainer.optimizers):
-            self._log_optimizer(trainer, optimizer, position)
+        for number, optimizer in enumerate(trainer.optimizers, 1):
+            self._log_optimizer(trainer, optimizer, number)
         if trainer.ckpt_path:
             place = f"step {trainer.global_step}, epoch {trainer.current_epoch}"
             logger.info("%-11s %s, from %s", "resumed", place, trainer.ckpt_path)
 
-    def _log_optimizer(self, trainer: pl.Trainer, optimizer: torch.optim.Optimizer, position: int) -> None:
+    def _log_optimizer(self, trainer: pl.Trainer, optimizer: torch.optim.Optimizer, number: int) -> None:
         now, tensors = optimizer.param_groups[0]["lr"], sum(len(group["params"]) for group in optimizer.param_groups)
         rate = float(optimizer.param_groups[0].get("initial_lr", now))
         scheduled = "" if now == rate else f", scheduled: {now:.3e} at step {trainer.global_step}"
-        several = len(trainer.optimizers) > 1
-        name = type(optimizer).__name__ + (f" ({position + 1} of {len(trainer.optimizers)})" if several else "")
+        total = len(trainer.optimizers)
+        name = type(optimizer).__name__ + (f" ({number} of {total})" if total > 1 else "")
         logger.info("%-11s %s, learning rate %.3e%s, %d tensors", "optimizer", name, rate, scheduled, tensors)
         expected = self.expected_rate
         if expected is not None and trainer.ckpt_path and not math.isclose(rate, expected, rel_tol=1e-6):
@@ -181,19 +171,13 @@ class RunReport(pl.Callback):
             logger.info("%-11s %d steps in %s%s; %s", "trained", steps, _clock(seconds), rate, place)
 
 
-def _parameters_line(module: nn.Module) -> str:
-    total = sum(p.numel() for p in module.parameters())
-    trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
-    dtypes = sorted({str(p.dtype).removeprefix("torch.") for p in module.parameters() if torch.is_floating_point(p)})
-    return f"{type(module).__name__}, {_count(total)} parameters, {_count(trained)} trainable, {'/'.join(dtypes)}"
-
-
-def _count(number: int) -> str:
+def _count(parameters: list[nn.Parameter]) -> str:
+    number = sum(p.numel() for p in parameters)
     return f"{number / 1e6:.2f} M" if number >= 10_000 else f"{number:,}"
 
 
 class CUDACallback(pl.Callback):
-    """Log the seconds and peak memory of every epoch: of the GPU if there is one, else of the process."""
+    """Log the duration of every epoch and its peak memory, of the GPU or else of the process."""
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._device = trainer.strategy.root_device

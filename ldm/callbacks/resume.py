@@ -1,4 +1,4 @@
-"""Two corrections to how Lightning 2.6 resumes; without them the second resume of a run may repeat or skip an epoch."""
+"""Two corrections of Lightning 2.6's resume, without which a run that resumes twice may repeat or skip an epoch."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from pytorch_lightning.loops.fit_loop import _FitLoop
 class ExactResume(pl.Callback):
     """Let a run stop and resume at any step, any number of times.
 
-    A state saved at the last batch of an epoch is written as one saved at the end of that epoch: from the former,
-    Lightning's loops resume with counters that are one off. Either way such a resume skips that epoch's validation.
-    With `max_steps`, Lightning also takes a finished epoch for one in progress, which `_ExactFitLoop` corrects.
+    A state saved at the last batch of an epoch is written as one saved at the end of that epoch, because Lightning's
+    loops resume from the former with counters that are one off. In both cases that epoch's validation is skipped.
+    With `max_steps`, Lightning also takes a finished epoch for an unfinished one, which `_ExactFitLoop` corrects.
     """
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -39,7 +39,7 @@ class ExactResume(pl.Callback):
 
 
 class _ExactFitLoop(_FitLoop):
-    """Lightning's loop, but an epoch is restarted only if it was left unfinished, with or without `max_steps`."""
+    """Lightning's loop, but only an unfinished epoch is restarted, with or without `max_steps`."""
 
     @property
     def restarting(self) -> bool:

@@ -1,4 +1,4 @@
-"""The published `SetupCallback`: it makes the run directory and saves the configs."""
+"""The published `SetupCallback`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from omegaconf import DictConfig, OmegaConf
 
 
 class SetupCallback(pl.Callback):
-    """Make the run directory when training begins, and save the configs that it was started with."""
+    """Create the run directory when training begins, and save the configs of this start."""
 
     def __init__(
         self,

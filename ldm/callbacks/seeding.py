@@ -1,4 +1,4 @@
-"""Random numbers of a training step that depend only on its place in the run."""
+"""Seed every step from its place in the run."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ TRAIN, EVALUATE = 11, 12  # purposes of random numbers, distinct from those of l
 class StepSeed(pl.Callback):
     """Seed Python, NumPy and PyTorch at every batch from (seed, rank, epoch, batch).
 
-    So a resumed run samples what an uninterrupted one would have sampled, validation and image logs change nothing,
-    ranks differ, and every validation sees the same noise, which makes its metrics comparable.
+    So a resumed run uses the random numbers of an uninterrupted one, validation and image logs do not change training,
+    ranks differ, and every validation uses the same noise, which makes its metrics comparable.
     """
 
     def __init__(self, seed: int) -> None:
         super().__init__()
         self.seed = seed
-        self.began = False  # a training batch has begun: an earlier error comes from the configuration
+        self.began = False  # True once a training batch has begun; errors before that come from the config
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int

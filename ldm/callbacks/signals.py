@@ -1,4 +1,4 @@
-"""Signals set a flag; the save or stop happens at the end of a step, on all ranks."""
+"""Save or stop a run on a signal, at the end of a step and on all ranks."""
 
 from __future__ import annotations
 
@@ -19,15 +19,14 @@ from torch.utils.data import DataLoader
 logger = logging.getLogger(__name__)
 
 SAVE, TERMINATE, INTERRUPT = 1, 2, 3  # requests; the ranks agree on the largest
-_EXIT_CODES = {TERMINATE: 143, INTERRUPT: 130}  # 128 + the signal's number
-_NAMES = {TERMINATE: "SIGTERM", INTERRUPT: "Ctrl-C"}
+_EXITS = {TERMINATE: ("SIGTERM", 143), INTERRUPT: ("Ctrl-C", 130)}  # exit codes are 128 + the signal's number
 _WORKER_SECONDS = 60  # for which a data worker continues after SIGTERM, so that the step can finish
 
 
 class Stopped(BaseException):
-    """Raised when a signal stops training, after its state was saved; `exit_code` is the process's.
+    """Raised when a signal stops training, after its state was saved; `exit_code` is that of the process.
 
-    A BaseException, so that no handler of failures catches it.
+    A BaseException, so that handlers of errors do not catch it.
     """
 
     def __init__(self, reason: str, exit_code: int, checkpoint: Path | None) -> None:
@@ -78,25 +77,23 @@ class SignalCallback(pl.Callback):
         stepped = trainer.global_step != self._step_before
         self._step_before = trainer.global_step
         if stepped:
-            self._act(trainer, self._agreed())
+            self._act(trainer)
 
     def on_validation_batch_end(self, trainer: pl.Trainer, *args: Any, **kwargs: Any) -> None:
         if trainer.state.fn == "fit":
-            self._act(trainer, self._agreed())
+            self._act(trainer)
 
-    def _agreed(self) -> int:
-        if self._group is None:
-            return self._wanted
-        wanted = torch.tensor([self._wanted])
-        torch.distributed.all_reduce(wanted, torch.distributed.ReduceOp.MAX, group=self._group)
-        return int(wanted)
-
-    def _act(self, trainer: pl.Trainer, wanted: int) -> None:
+    def _act(self, trainer: pl.Trainer) -> None:
+        wanted = self._wanted
+        if self._group is not None:
+            largest = torch.tensor([wanted])
+            torch.distributed.all_reduce(largest, torch.distributed.ReduceOp.MAX, group=self._group)
+            wanted = int(largest)
         if not wanted:
             return
-        saved = self._save(trainer)  # the flag stays set meanwhile: a second Ctrl-C during a long save ends the process
-        if wanted in _EXIT_CODES:
-            raise Stopped(_NAMES[wanted], _EXIT_CODES[wanted], saved)
+        saved = self._save(trainer)  # the flag stays set, so that a second Ctrl-C during a long save ends the process
+        if wanted in _EXITS:
+            raise Stopped(*_EXITS[wanted], saved)
         if self._wanted == SAVE:
             self._wanted = 0
 
@@ -129,7 +126,7 @@ class SignalCallback(pl.Callback):
             return  # a forked child
         if self._wanted == INTERRUPT:
             os.write(2, b"\nstopped immediately; nothing was saved since the last checkpoint\n")
-            os._exit(_EXIT_CODES[INTERRUPT])
+            os._exit(_EXITS[INTERRUPT][1])
         self._wanted = INTERRUPT
         os.write(2, b"\nCtrl-C: saving at the end of this step; press again to stop immediately\n")
 

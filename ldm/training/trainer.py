@@ -60,7 +60,7 @@ def build_trainer(
 
     saves = bool(arguments["enable_checkpointing"])
     callbacks: list[Callback] = [StepSeed(settings.seed), ExactResume(), StopOnNonFinite()]
-    if arguments.get("enable_progress_bar", True) not in (False, None):
+    if arguments.pop("enable_progress_bar", True) not in (False, None):
         callbacks.append(ProgressBar())
     callbacks.append(RunReport(rate.value, rate.rule) if rate else RunReport())
     callbacks += _configured_callbacks(config, settings, directory, model, saves, logs=bool(loggers))
@@ -74,6 +74,7 @@ def build_trainer(
             devices=devices.devices,
             logger=loggers or False,
             callbacks=callbacks,
+            enable_progress_bar=False,  # ours spans the whole run
             plugins=[AtomicCheckpointIO()],
             default_root_dir=str(directory.path),
             **arguments,

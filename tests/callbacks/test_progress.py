@@ -28,9 +28,9 @@ def test_the_report_reads_the_objects_themselves(tmp_path, caplog):
 def test_without_a_terminal_progress_is_log_lines_with_the_loss(tmp_path, caplog):
     caplog.set_level("INFO", logger="ldm")
     bar = ProgressBar(seconds_between_lines=0.0)
-    fit(tmp_path, [bar], batches=4, max_epochs=2, enable_progress_bar=True)
+    fit(tmp_path, [bar], batches=4, max_epochs=2)
     lines = [record.message for record in caplog.records if record.message.startswith("training")]
-    assert len(lines) == 8 and re.search(r"epoch 1, batch 6/8  train/loss \d.*batches/s  0:0\d left", lines[5])
+    assert len(lines) == 8 and re.search(r"epoch 1, batch 6/8  train/loss \d.*batches/s  0:00:0\d left", lines[5])
     assert sum("val/loss" in record.message for record in caplog.records) == 2
 
 
