@@ -54,11 +54,12 @@ def main(argv: Sequence[str]) -> int:
     opt = parser.parse_args(argv)
     if opt.seed < 0:
         raise ValueError(f"--seed {opt.seed}: expected an integer of at least 0")
-    from ldm.data.digits import load_scans
+    from ldm.data.digits import captions, load_scans
 
     load_scans()  # reports a missing scikit-learn before anything else
     opt.outdir.mkdir(parents=True, exist_ok=True)
-    prompts = prompts_for(4 if opt.fast else SHOWN, 0 if opt.fast else PER_DIGIT - SHOWN)
+    every = [captions(digit) for digit in range(10)]
+    prompts = prompts_for(every, *((4, 0) if opt.fast else (SHOWN, PER_DIGIT - SHOWN)))
     prompt_file = opt.outdir / "prompts.txt"
     prompt_file.write_text("\n".join(prompt for _, prompt in prompts) + "\n", encoding="utf-8")
 
@@ -99,13 +100,10 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def prompts_for(plain: int, varied: int) -> list[tuple[int, str]]:
-    """Return (digit, prompt) pairs: per digit `plain` times "a handwritten seven", then `varied` other captions."""
-    from ldm.data.digits import captions
-
+def prompts_for(captions: Sequence[Sequence[str]], plain: int, varied: int) -> list[tuple[int, str]]:
+    """Return (digit, prompt) pairs: per digit `plain` times the first of its captions, then `varied` others."""
     pairs = []
-    for digit in range(10):
-        every = captions(digit)
+    for digit, every in enumerate(captions):
         others = np.linspace(1, len(every) - 1, varied).astype(int)
         pairs += [(digit, every[0])] * plain + [(digit, every[k]) for k in others]
     return pairs
@@ -115,20 +113,11 @@ def train(config: str, outdir: Path, seed: int, fast: bool, stages: list[Row], *
     """Run main.py on a config, add its seconds to `stages`, and return its run directory."""
     name, logs = Path(config).stem, outdir / "runs"
     steps = load_yaml(ROOT / config).lightning.trainer.max_steps // (FAST if fast else 1)
-    command = ["main.py", "--base", config, "-t", "-n", name, "-l", str(logs), "-s", str(seed), *accelerator()]
+    command = ["main.py", "--base", config, "-t", "-n", name, "-l", str(logs), "-s", str(seed)]
     command += ["--max_steps", str(steps)] if fast else []
     seconds = stage(f"train {name}: {steps} steps", command + list(overrides))
     stages.append((f"training, {name}", f"{seconds:.0f} s", ""))
     return max(logs.glob(f"*_{name}*"))  # their names begin with the time
-
-
-def accelerator() -> list[str]:
-    """Return main.py's flags for the first GPU; empty if there is none."""
-    import torch
-
-    if torch.cuda.is_available():
-        return ["--gpus", "0,"]
-    return ["--accelerator", "mps"] if torch.backends.mps.is_available() else []
 
 
 def stage(title: str, command: Sequence[str]) -> float:
