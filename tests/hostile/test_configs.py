@@ -13,6 +13,7 @@ from ldm.config import merge as training_config
 from ldm.config.instantiate import ConfigError, check_allowed
 from ldm.config.model_info import read_config
 from ldm.config.validate import check_config, check_targets
+from ldm.models import autoencoder  # noqa: F401  # imports the real taming, before `evil` puts another on the path
 from ldm.training.run_directory import RunDirectory
 from ldm.training.session import run_training as train
 from ldm.training.trainer import _check_filename, _loggers
