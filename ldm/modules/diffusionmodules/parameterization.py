@@ -1,4 +1,4 @@
-"""What the network predicts: eps, x0 or v, each as conversions between its output, the noise and the clean signal."""
+"""Parameterizations of the network output, eps, x0 or v, as conversions to and from noise and clean signal."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class Parameterization:
     alpha and sigma broadcast against x (B, C, H, W); `out` is the network's output at x.
     """
 
-    target: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]  # (x0, eps, alpha, sigma) -> what the network learns
+    target: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]  # (x0, eps, alpha, sigma) -> training target
     to_x0: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]  # (x, out, alpha, sigma) -> clean signal
     to_eps: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]  # (x, out, alpha, sigma) -> noise
 
@@ -40,7 +40,7 @@ PARAMETERIZATIONS = {
 
 
 def get_parameterization(name: str) -> Parameterization:
-    """Return the parameterization of that name; ValueError for an unknown one."""
+    """Return a parameterization by name; ValueError for an unknown one."""
     if name not in PARAMETERIZATIONS:
         raise ValueError(f"parameterization {name!r}: choose one of {', '.join(PARAMETERIZATIONS)}")
     return PARAMETERIZATIONS[name]

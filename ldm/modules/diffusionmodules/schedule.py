@@ -1,4 +1,4 @@
-"""Noise schedules: the tables that follow from the betas, and the timesteps of samplers."""
+"""Noise schedules: tables derived from the betas, and the timesteps of samplers."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ SPACINGS = ("uniform", "quad", "trailing")
 
 
 def rescale_zero_terminal_snr(betas: np.ndarray) -> np.ndarray:
-    """Shift and scale the betas (T,) so that no signal is left at the last timestep (arXiv 2305.08891, algorithm 1).
+    """Rescale the betas (T,) so that no signal is left at the last timestep (arXiv 2305.08891, algorithm 1).
 
-    The first timestep's noise stays; the last beta is 1. ValueError for fewer than 2 timesteps.
+    The first beta stays; the last becomes 1. ValueError for fewer than 2 timesteps.
     """
     if len(betas) < 2:
         raise ValueError(f"zero_terminal_snr needs at least 2 timesteps, got {len(betas)}")
@@ -34,8 +34,8 @@ def rescale_zero_terminal_snr(betas: np.ndarray) -> np.ndarray:
 class Schedule:
     """Tables of the Gaussian diffusion, each (T,) float64 (DDPM, arXiv 2006.11239, section 2).
 
-    `v_posterior` mixes two reverse variances: 0 is the true posterior's, 1 is beta. With `zero_terminal_snr` the last
-    beta may be 1; the tables that divide by alphas_cumprod are infinite there.
+    `v_posterior` interpolates the reverse variance between the true posterior's (0) and beta (1). With
+    `zero_terminal_snr` the last beta may be 1; tables that divide by alphas_cumprod are infinite there.
     """
 
     betas: np.ndarray
@@ -88,7 +88,7 @@ class Schedule:
                 "sqrt_recip_alphas_cumprod": np.sqrt(1 / acp),
                 "sqrt_recipm1_alphas_cumprod": np.sqrt(1 / acp - 1),
                 "posterior_variance": self.posterior_variance,
-                # The variance is 0 at the first timestep, hence the minimum of the logarithm's argument.
+                # Clipped, because the variance is 0 at the first timestep.
                 "posterior_log_variance_clipped": np.log(np.maximum(self.posterior_variance, 1e-20)),
                 "posterior_mean_coef1": self.betas * np.sqrt(acp_prev) / (1 - acp),
                 "posterior_mean_coef2": (1 - acp_prev) * np.sqrt(alphas) / (1 - acp),
@@ -107,8 +107,8 @@ def make_ddim_timesteps(
     """Return the timesteps of a sampler, increasing, (S,) int64 in [0, T).
 
     `uniform` is the published spacing 1, 1 + T/S, ... if S divides T and S < T, else exactly S strictly increasing
-    timesteps. `quad` is as published and repeats small timesteps. `trailing` ends at T - 1, as zero terminal SNR needs
-    (arXiv 2305.08891, table 2). ValueError for an unknown spacing or an S outside [1, T].
+    timesteps. `quad`, as published, repeats small timesteps. `trailing` ends at T - 1, as zero terminal SNR needs
+    (arXiv 2305.08891, table 2). ValueError for an unknown spacing, or S outside [1, T].
     """
     S, T = int(num_ddim_timesteps), int(num_ddpm_timesteps)
     check_steps(S, T)
@@ -129,7 +129,7 @@ def make_ddim_timesteps(
 
 
 class DDIMParameters(NamedTuple):
-    """DDIM's tables, each (S,) float64, from the smallest timestep up."""
+    """DDIM's tables, each (S,) float64, in order of increasing timesteps."""
 
     sigmas: np.ndarray
     alphas: np.ndarray  # products of (1 - beta)
@@ -141,7 +141,7 @@ def make_ddim_sampling_parameters(
 ) -> DDIMParameters:
     """Return the tables of DDIM's steps; `eta` 0 is deterministic, 1 is DDPM's variance (arXiv 2010.02502, eq. 16).
 
-    As published, the last step leads to alphas_cumprod[0], not to 1.
+    As published, alphas_prev[0] is alphas_cumprod[0], not 1.
     """
     alphacums = np.asarray(alphacums.cpu() if torch.is_tensor(alphacums) else alphacums, dtype=np.float64)
     alphas = alphacums[ddim_timesteps]

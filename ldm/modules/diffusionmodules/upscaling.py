@@ -16,8 +16,8 @@ OPTIONS = ("beta_schedule", "timesteps", "linear_start", "linear_end", "cosine_s
 class ImageConcatWithNoiseAugmentation(nn.Module):
     """Adds noise to low-resolution images: q(x_s | x_0) at a level s of its own noise schedule.
 
-    noise_schedule_config: any of OPTIONS, as for a model, by default 1000 levels. In training levels are sampled below
-    `max_noise_level`. `to_cuda` is part of the published signature; the module moves with its model.
+    noise_schedule_config: any of OPTIONS, as for a model, by default 1000 levels. max_noise_level: upper limit of the
+    random levels in training. `to_cuda` is part of the published signature and unused.
     """
 
     sqrt_alphas_cumprod: Tensor
@@ -46,11 +46,10 @@ class ImageConcatWithNoiseAugmentation(nn.Module):
             noise_level = torch.randint(0, self.max_noise_level, (x.shape[0],), device=x.device)
         alpha = extract_into_tensor(self.sqrt_alphas_cumprod, noise_level, x.shape)
         sigma = extract_into_tensor(self.sqrt_one_minus_alphas_cumprod, noise_level, x.shape)
-        noise = torch.randn_like(
-            x, memory_format=torch.contiguous_format
-        )  # the same noise for every memory layout of x
+        # Contiguous, so that the noise does not depend on the memory layout of x.
+        noise = torch.randn_like(x, memory_format=torch.contiguous_format)
         return alpha * x + sigma * noise, noise_level
 
     def decode(self, x: Tensor) -> Tensor:
-        """x itself, for image logs: low-resolution images are not encoded."""
+        """Return x, for image logs: low-resolution images are not encoded."""
         return x

@@ -1,6 +1,6 @@
 """Small parts of the UNets: n-dimensional convolutions, float32 GroupNorm, checkpointing, timestep embedding.
 
-Downstream code imports the schedule functions of `schedule.py` from here too.
+The functions of `schedule.py` are re-exported, as published.
 """
 
 from __future__ import annotations
@@ -60,8 +60,8 @@ def normalization(channels: int, eps: float = 1e-5) -> GroupNorm32:
     """GroupNorm over 32 groups; eps is 1e-5 in the UNet's blocks and 1e-6 in spatial transformers and first stages."""
     if channels % NORM_GROUPS:
         raise ValueError(
-            f"GroupNorm has {NORM_GROUPS} groups and cannot split {channels} channels: choose model_channels and "
-            f"channel_mult (or in_channels of the block) so that every level has a multiple of {NORM_GROUPS}"
+            f"GroupNorm: {channels} channels are not a multiple of {NORM_GROUPS} groups; change model_channels or "
+            "channel_mult (or in_channels of the block)"
         )
     return GroupNorm32(NORM_GROUPS, channels, eps=eps)
 
@@ -83,9 +83,9 @@ def scale_module(module: M, scale: float) -> M:
 def checkpoint(
     func: Callable[..., Any], inputs: Sequence[Any], params: Iterable[nn.Parameter] | None = None, flag: bool = True
 ) -> Any:
-    """`func(*inputs)`; with `flag`, its activations are recomputed in the backward pass instead of stored.
+    """Return func(*inputs); with `flag`, recompute its activations in the backward pass instead of storing them.
 
-    Frozen parameters and inputs without gradient are supported. `params` is part of the published signature and unused.
+    Parameters and inputs without gradient are supported. `params` is part of the published signature and unused.
     """
     if flag and torch.is_grad_enabled():
         return _checkpoint(func, *inputs, use_reentrant=False)
@@ -93,7 +93,7 @@ def checkpoint(
 
 
 def timestep_embedding(timesteps: Tensor, dim: int, max_period: float = 10000, repeat_only: bool = False) -> Tensor:
-    """Sinusoidal embedding, cosines first (DDPM, arXiv 2006.11239, section B; `model.py` has the other order).
+    """Sinusoidal embedding, cosines first (DDPM, arXiv 2006.11239, appendix B; `model.py` has sines first).
 
     timesteps: (B,), integer or fractional -> (B, dim) float32; with `repeat_only` the timestep itself, `dim` times.
     """

@@ -19,7 +19,7 @@ _FILES = ("model.safetensors", "pytorch_model.bin")
 
 
 class PublishedCLIPText(nn.Module):
-    """transformers' CLIPTextModel as `text_model`, the name that its weights have in published files."""
+    """transformers' CLIPTextModel as `text_model`, as in the published keys."""
 
     def __init__(self, text_model: CLIPTextModel) -> None:
         super().__init__()
@@ -38,7 +38,7 @@ def clip_text_model(shape: Mapping[str, Any]) -> nn.Module:
     if shape["hidden_act"] not in ACT2FN:
         raise ValueError(f"hidden_act {shape['hidden_act']!r}: choose one of quick_gelu, gelu")
     model = CLIPTextModel(CLIPTextConfig(**shape, bos_token_id=49406, eos_token_id=49407))
-    # Until transformers 5.5 the model itself has the published names, later its names lack `text_model`.
+    # The model's keys begin with `text_model` up to transformers 5.5 only.
     module = model if hasattr(model, "text_model") else PublishedCLIPText(model)
     module.register_state_dict_post_hook(_write_position_ids)
     module.register_load_state_dict_pre_hook(_drop_position_ids)
@@ -50,7 +50,7 @@ def _write_position_ids(module: Any, state: dict[str, Any], prefix: str, *_: Any
 
 
 def _drop_position_ids(module: Any, state: dict[str, Any], prefix: str, *_: Any) -> None:
-    """Skip those of the file, which may be rounded to half precision; make those of a model built on meta."""
+    """Ignore the file's, which may be rounded to half precision; create those of a model built on meta."""
     state.pop(prefix + POSITION_IDS, None)
     embeddings = module.text_model.embeddings
     if embeddings.position_ids.is_meta:
@@ -60,7 +60,7 @@ def _drop_position_ids(module: Any, state: dict[str, Any], prefix: str, *_: Any)
 class FrozenCLIPEmbedder(CLIPTokensEncoder, PretrainedEncoder):
     """CLIP's text encoder as in Stable Diffusion v1: 77 tokens, the last layer after the final LayerNorm, frozen.
 
-    Building it needs no network. Its weights come with the checkpoint; if they do not, `ensure_weights` loads them from
+    Building it needs no network. If the checkpoint does not hold its weights, `ensure_weights` loads them from
     `version`, a local folder or a repository of the hub.
     """
 
@@ -71,8 +71,7 @@ class FrozenCLIPEmbedder(CLIPTokensEncoder, PretrainedEncoder):
         max_length: int = 77,
         text_config: Mapping[str, Any] | None = None,
     ) -> None:
-        """text_config: overrides of the shape (hidden_size, num_hidden_layers, ...), for tiny models, which have no
-        pretrained weights: a checkpoint must hold them."""
+        """text_config: overrides of the shape, for tiny models; a checkpoint must hold their weights."""
         super().__init__()
         shape = clip_shape(version, text_config)
         positions = shape["max_position_embeddings"]

@@ -30,7 +30,7 @@ class Box(NamedTuple):
 
 
 class Layout(NamedTuple):
-    """A decoded token sequence; boxes are relative to the whole image, of which `crop` is visible."""
+    """A decoded token sequence: boxes relative to the whole image, and the visible crop of it."""
 
     boxes: list[Box]
     crop: Region
@@ -40,9 +40,9 @@ class Layout(NamedTuple):
 class LayoutTokens:
     """Encoder of boxes to tokens, and decoder.
 
-    num_classes: object classes. max_objects: objects per sequence. vocab_size: tokens; the last one means "no object".
-    encode_crop: boxes are relative to the whole image and two more tokens are its crop; else relative to the crop.
-    group_flag: a box with a group of objects has the class token category + num_classes.
+    max_objects: objects per sequence. vocab_size: number of tokens; the last one means "no object".
+    encode_crop: boxes are relative to the whole image, and two more tokens hold the crop; else they are relative to it.
+    group_flag: the class token of a group of objects is category + num_classes.
     """
 
     num_classes: int
@@ -55,8 +55,8 @@ class LayoutTokens:
         needed = self.num_classes * (2 if self.group_flag else 1)
         if not 0 < needed < self.vocab_size:
             raise ValueError(
-                f"num_classes {self.num_classes}: needs {needed} class tokens, with groups; "
-                f"vocab_size {self.vocab_size} has room for 1 to {self.vocab_size - 1}"
+                f"num_classes {self.num_classes}: needs {needed} class tokens, groups included; "
+                f"vocab_size {self.vocab_size} allows 1 to {self.vocab_size - 1}"
             )
         if self.max_objects < 1:
             raise ValueError(f"max_objects {self.max_objects}: must be 1 or more")
@@ -77,10 +77,9 @@ class LayoutTokens:
         return math.isqrt(self.vocab_size)
 
     def encode(self, boxes: Sequence[Box], crop: Region = FULL, mirrored: bool = False) -> np.ndarray:
-        """Return the tokens of the boxes that are visible in the crop, in their order, (length,) int64.
+        """Return the tokens of the boxes that overlap the crop, in their order, (length,) int64.
 
-        crop: the visible part of the image. mirrored: the crop is flipped left to right.
-        Raises ValueError for an unknown class and for more than max_objects boxes.
+        mirrored: the crop is flipped left to right. Raises ValueError for an unknown class or too many boxes.
         """
         visible = [box for box in boxes if _overlap(box.region, crop)]
         if len(visible) > self.max_objects:
@@ -88,14 +87,17 @@ class LayoutTokens:
         frame = FULL if self.encode_crop else crop
         tokens: list[int] = []
         for box in visible:
-            tokens += [self._class_token(box), *self._corners(_relative(box.region, frame, mirrored))]
+            if not 0 <= box.category < self.num_classes:
+                raise ValueError(f"class {box.category}: expected 0 .. {self.num_classes - 1}")
+            class_token = box.category + self.num_classes * (box.is_group and self.group_flag)
+            tokens += [class_token, *self._corners(_relative(box.region, frame, mirrored))]
         tokens += [self.none] * (OBJECT_TOKENS * (self.max_objects - len(visible)))
         if self.encode_crop:
             tokens += self._corners(_relative(crop, FULL, mirrored))
         return np.array(tokens, dtype=np.int64)
 
     def decode(self, tokens: Iterable[int]) -> Layout:
-        """Return the layout of a sequence, its corners rounded to the grid; objects with invalid tokens are skipped."""
+        """Return the layout of a sequence, with corners on the grid; objects with invalid tokens are skipped."""
         tokens = [int(token) for token in tokens]
         if len(tokens) != self.length:
             raise ValueError(f"{len(tokens)} tokens: expected {self.length}")
@@ -106,11 +108,6 @@ class LayoutTokens:
             if group <= int(self.group_flag) and max(first, last) < self.side**2:
                 boxes.append(Box(number, self._region(first, last), bool(group)))
         return Layout(boxes, self._region(*tokens[end:]) if self.encode_crop else FULL)
-
-    def _class_token(self, box: Box) -> int:
-        if not 0 <= box.category < self.num_classes:
-            raise ValueError(f"class {box.category}: expected 0 .. {self.num_classes - 1}")
-        return box.category + self.num_classes * (box.is_group and self.group_flag)
 
     def _corners(self, region: Region) -> tuple[int, int]:
         x, y, width, height = region

@@ -18,7 +18,7 @@ from ldm.modules.x_transformer import Encoder, TransformerWrapper
 
 
 def __getattr__(name: str) -> Any:
-    # Imported on first use: transformers' and open_clip's models take about a second each, and few models need them.
+    # Imported on first use: the models of transformers and open_clip take about a second each, and few runs need them.
     home = ALIASES.get(f"{__name__}.{name}")
     if home is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
@@ -34,7 +34,7 @@ class ClassEmbedder(AbstractEncoder):
         self.embedding = nn.Embedding(n_classes, embed_dim)
 
     def forward(self, batch: Mapping[str, Tensor], key: str | None = None) -> Tensor:
-        """batch[key]: (B,) int64 in 0..n_classes-1 -> (B, 1, embed_dim). key: None is the embedder's own key."""
+        """batch[key]: (B,) int64 in 0..n_classes-1 -> (B, 1, embed_dim); `key` defaults to the embedder's own."""
         key = key or self.key
         if key not in batch:
             raise ValueError(
@@ -80,9 +80,7 @@ class TransformerEmbedder(AbstractEncoder):
             token_emb=token_emb,
             logits=logits,
         )
-        if (
-            self.transformer.to_logits is not None
-        ):  # in the published files, but unused: DDP would wait for its gradient
+        if self.transformer.to_logits is not None:  # published but unused: DDP would wait for its gradient
             self.transformer.to_logits.requires_grad_(False)
         self._start_on(device)
 
@@ -108,7 +106,7 @@ class BERTEmbedder(TransformerEmbedder):
         embedding_dropout: float = 0.0,
         tokenizer_path: str | Path | None = None,
     ) -> None:
-        """tokenizer_path: a vocab.txt or a folder with one; None: bert-base-uncased of the hub, at the first text."""
+        """tokenizer_path: a vocab.txt or a folder with one; None: bert-base-uncased of the hub, at the first call."""
         super().__init__(n_embed, n_layer, vocab_size, max_seq_len, device, embedding_dropout=embedding_dropout)
         self.use_tknz_fn = use_tokenizer
         if use_tokenizer:
@@ -119,17 +117,16 @@ class BERTEmbedder(TransformerEmbedder):
         return super().forward(text if isinstance(text, Tensor) else self.tknz_fn(text))
 
     def unconditional_input(self, batch_size: int) -> list[str] | Tensor:
-        """Return empty texts; without a tokenizer an empty layout, the last token alone."""
+        """Return empty texts, or without a tokenizer empty layouts: sequences of the last token."""
         if self.use_tknz_fn:
             return [""] * batch_size
         return torch.full((batch_size, self.max_seq_len), self.vocab_size - 1, device=self.device)
 
 
 class HashedEmbedding(nn.Module):
-    """Vectors for many tokens from a table of few rows: the sum of two rows chosen by hashes (arXiv 1709.03933).
+    """Embedding of many tokens by a table of few rows: the sum of two rows selected by hashes (arXiv 1709.03933).
 
-    Two tokens share both rows with probability about 2 / rows**2, which is negligible; the cost does not grow with the
-    vocabulary.
+    Two tokens share both rows with a negligible probability of about 2 / rows**2.
     """
 
     def __init__(self, rows: int, dim: int) -> None:
@@ -161,8 +158,8 @@ class CaptionEmbedder(CLIPTokensEncoder, TransformerEmbedder):
     ) -> None:
         """max_seq_len: tokens, begin and end included; fewer make cross-attention cheaper.
 
-        vocab_rows: None for one row per token; an integer, e.g. 4096, hashes the 49,408 tokens into that many rows. In
-        small models the optimizer would spend most of a step on rows of words that never occur.
+        vocab_rows: None for one row per token; an integer, e.g. 4096, hashes the 49,408 tokens into that many rows:
+        in small models the optimizer would spend most of a step on rows of words that never occur.
         """
         token_emb = HashedEmbedding(vocab_rows, n_embed) if vocab_rows is not None else None
         super().__init__(

@@ -28,7 +28,7 @@ VERSIONS = {"ViT-B/32": "ViT-B-32", "ViT-B/16": "ViT-B-16", "ViT-L/14": "ViT-L-1
 MEAN = (0.48145466, 0.4578275, 0.40821073)  # of CLIP's training images in [0, 1]; red, green, blue
 STD = (0.26862954, 0.26130258, 0.27577711)
 _PAD_ID = 0
-_SMALL_VISION = {"image_size": 8, "layers": 1, "width": 64, "patch_size": 8}  # of a tower that is deleted at once
+_SMALL_VISION = {"image_size": 8, "layers": 1, "width": 64, "patch_size": 8}  # of the tower that is deleted at once
 _SMALL_TEXT = {"context_length": 2, "vocab_size": 2, "width": 64, "heads": 1, "layers": 1}
 _TEXT_PARTS = ("transformer", "token_embedding", "ln_final", "positional_embedding", "text_projection")
 
@@ -66,7 +66,7 @@ def hidden_states(model: CLIP, tokens: Tensor, skip_last: int = 0) -> Tensor:
 class FrozenOpenCLIPEmbedder(CLIPTokensEncoder, PretrainedEncoder):
     """OpenCLIP's text encoder as in Stable Diffusion v2: 77 tokens padded with 0, the last or the penultimate layer.
 
-    Building it needs no network. Its weights come with the checkpoint; if they do not, `ensure_weights` loads them from
+    Building it needs no network. If the checkpoint does not hold its weights, `ensure_weights` loads them from
     `version`, a local file or folder or open_clip's tag of weights on the hub.
     """
 
@@ -82,8 +82,10 @@ class FrozenOpenCLIPEmbedder(CLIPTokensEncoder, PretrainedEncoder):
         layer: str = "last",
         text_config: Mapping[str, int] | None = None,
     ) -> None:
-        """layer: "last", or "penultimate" as Stable Diffusion v2 was trained with. text_config: overrides of the shape
-        (width, heads, layers, ...), for tiny models, which have no pretrained weights: a checkpoint must hold them."""
+        """layer: "last", or "penultimate" as in Stable Diffusion v2.
+
+        text_config: overrides of the shape (width, heads, ...), for tiny models whose weights a checkpoint must hold.
+        """
         super().__init__()
         if layer not in LAYERS:
             raise ValueError(f"layer {layer!r}: choose one of {', '.join(LAYERS)}")
@@ -120,7 +122,7 @@ class FrozenOpenCLIPEmbedder(CLIPTokensEncoder, PretrainedEncoder):
         self.model.load_state_dict(zeros, strict=False, assign=True)
 
     def load_pretrained(self) -> None:
-        self._load(self.model, self._find_weights(), _inner_name)
+        self._load(self.model, self._find_weights(), _published_name)
 
     def _find_weights(self) -> Path:
         path = Path(self.version)
@@ -131,21 +133,21 @@ class FrozenOpenCLIPEmbedder(CLIPTokensEncoder, PretrainedEncoder):
         if (self.arch, self.version) not in HUB:
             tags = ", ".join(tag for arch, tag in HUB if arch == self.arch)
             raise CheckpointError(
-                f"version {self.version!r}: not a file or folder, and not one of "
-                f"open_clip's weights of {self.arch}: {tags}"
+                f"version {self.version!r}: not a file or folder, nor one of open_clip's tags of {self.arch}: {tags}"
             )
         advice = "use a checkpoint that holds them, or set cond_stage_config.params.version to a local file"
         return file_from_hub(HUB[self.arch, self.version], FILES[0], advice)
 
 
-def _inner_name(key: str) -> str:
+def _published_name(key: str) -> str:
+    """Return a key of a CLIP file without the `model.` of a checkpoint."""
     return key.removeprefix("model.")
 
 
 class _JointEmbedder(PretrainedEncoder):
     """A frozen tower of OpenAI's CLIP.
 
-    version: one of VERSIONS. weights: a local file of pretrained weights; None: those of the hub. clip_config: another
+    version: one of VERSIONS. weights: local file of pretrained weights; None loads those of the hub. clip_config: other
     shape (embed_dim, text_cfg, vision_cfg), for tiny models.
     """
 
@@ -167,7 +169,7 @@ class _JointEmbedder(PretrainedEncoder):
             advice = f"download {FILES[0]} and pass its path as `weights` (--clip_weights of the scripts)"
             repository = get_pretrained_cfg(VERSIONS[self.version], "openai")["hf_hub"].rstrip("/")
             path = file_from_hub(repository, FILES[0], advice)
-        self._load(self.model, path, _inner_name)
+        self._load(self.model, path, _published_name)
 
 
 class FrozenCLIPTextEmbedder(_JointEmbedder):
@@ -196,7 +198,7 @@ class FrozenCLIPTextEmbedder(_JointEmbedder):
 
     def forward(self, text: str | Sequence[str]) -> Tensor:
         """text: B texts -> (B, D)."""
-        # Padded with 0, because the vector is that of the largest id, the end token.
+        # Padded with 0, because open_clip returns the vector at the largest id, the end token.
         tokens = clip_tokenizer()(text, self.max_length, _PAD_ID).to(self.device)
         return self.model.encode_text(tokens, normalize=self.normalize)
 

@@ -25,16 +25,16 @@ _BERT_REPOSITORIES = ("google-bert/bert-base-uncased", "bert-base-uncased")  # t
 
 
 class TruncationWarnings:
-    """Log one warning per truncated text, so that a caption seen in every epoch is reported once."""
+    """Log one warning per truncated text: a caption seen in every epoch is reported once."""
 
     SHOWN = 500  # characters of the dropped text
-    LIMIT = 10_000  # texts, then no more warnings
+    LIMIT = 10_000  # number of warnings
 
     def __init__(self) -> None:
         self._warned: set[str] = set()
 
     def warn(self, text: str, kept: int, dropped: Callable[[], str]) -> None:
-        """kept: number of tokens that fit. dropped: returns the lost end of the text; called for a new text only."""
+        """kept: number of tokens that fit. dropped: returns the cut end of the text; called for new texts only."""
         if text in self._warned or len(self._warned) >= self.LIMIT:
             return
         self._warned.add(text)
@@ -46,8 +46,7 @@ class TruncationWarnings:
 class CLIPTokenizer:
     """transformers' CLIPTokenizer with the vocabulary that open-clip-torch ships: begin 49406, end 49407, no download.
 
-    Text is cleaned as for the training of Stable Diffusion v1: Unicode and HTML entities are repaired, white space
-    becomes single spaces, everything is lower case. `tokenizer` is transformers' object.
+    Text is cleaned as in the training of Stable Diffusion v1, see `clean`. `tokenizer` is transformers' object.
     """
 
     def __init__(self) -> None:
@@ -58,7 +57,7 @@ class CLIPTokenizer:
         self.warn_truncated = TruncationWarnings().warn
 
     def encode(self, text: str) -> list[int]:
-        """Return the token ids of a text of any length, without begin and end; both may occur literally in the text."""
+        """Return the token ids of a text of any length; begin and end are not added, but recognized in the text."""
         return self.tokenizer.encode(clean(text), add_special_tokens=False)
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -93,7 +92,7 @@ def clip_tokenizer() -> CLIPTokenizer:
 
 
 def clean(text: str) -> str:
-    """Return the text as CLIP's tokenizer sees it: repaired Unicode, single spaces, lower case."""
+    """Return the text with repaired Unicode and HTML entities, single spaces and lower case."""
     if not (text.isascii() and text.isprintable()) or "&" in text:  # ftfy leaves plain ASCII as it is
         text = ftfy.fix_text(text)
     return " ".join(text.split()).lower()
@@ -121,7 +120,7 @@ def read_clip_vocabulary(path: Path) -> tuple[dict[str, int], list[tuple[str, st
 
 
 def _byte_symbols() -> str:
-    """Return a printable character per byte, in the vocabulary's order: printable bytes, then 256 on for the rest."""
+    """Return a printable character for each byte, in the vocabulary's order: printable bytes, then 256, 257, ..."""
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     return "".join(map(chr, [*printable, *range(256, 512 - len(printable))]))
 

@@ -1,9 +1,9 @@
 """Degradation model of BSRGAN: blur, downsampling and noise in random order (arXiv 2103.14006, section 3).
 
 An image is degraded by two blurs (isotropic or anisotropic Gaussians), downsampling in two parts, noise (gray, color or
-with correlated channels) and JPEG, in an order sampled for each image, and by a final JPEG. Camera noise, the paper's
-seventh step, needs a camera model and is left out, as in the published latent diffusion code. All random numbers come
-from the global generators of Python and NumPy, which the data module seeds for each sample.
+with correlated channels) and JPEG, in random order, and by a final JPEG. Camera noise, the paper's seventh step, is
+left out as in the published latent diffusion code. All random numbers come from the global generators of Python and NumPy,
+which the data module seeds for each sample.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ LEVELS = 255.0
 
 
 def load_cv2() -> ModuleType:
-    """OpenCV, imported on first use: its desktop build fails to load on servers without a display's libraries."""
+    """Import OpenCV on first use: its desktop build does not load on servers without display libraries."""
     try:
         import cv2
     except ImportError as error:
@@ -72,7 +72,7 @@ class Degradation:
         return to_levels(compress(x, random.randint(*self.jpeg_quality)))
 
     def _order(self) -> list[str]:
-        """Steps of one image; of the two parts of the downsampling, the final size comes last."""
+        """Return the steps of one image in random order, but "shrink" before "final size"."""
         steps = ["blur"] * self.blurs + ["shrink", "final size", "noise", "jpeg"]
         random.shuffle(steps)
         first, last = sorted((steps.index("shrink"), steps.index("final size")))
@@ -88,7 +88,7 @@ class Degradation:
         return blur(x, gaussian_kernel(_odd(self.round_kernel_sizes), (width, width)))
 
     def _shrink(self, x: np.ndarray, remaining: int) -> np.ndarray:
-        """First part of the downsampling: a resize, or a blur centered on the pixels that each kept one replaces."""
+        """First part of the downsampling: a resize, or a blur and one pixel of each block, centered on the block."""
         if random.random() < self.resized:
             factor = random.uniform(1, 2 * remaining)
             return resize(x, max(1, int(x.shape[0] / factor)), max(1, int(x.shape[1] / factor)))
@@ -108,8 +108,8 @@ BSRGAN = Degradation()
 def gaussian_kernel(size: int, widths: tuple[float, float], angle: float = 0.0, shift: float = 0.0) -> np.ndarray:
     """Kernel that sums to 1, (size, size) float32; `size` is odd.
 
-    widths: standard deviations along its two axes in pixels. angle: of the first axis against the x axis, in radians.
-    shift: of its center from the middle pixel to the right and down, in pixels.
+    widths: standard deviations along its two axes, in pixels. angle: between its first axis and the x axis, in radians.
+    shift: of its center to the right and down, in pixels.
     """
     if size < 1 or size % 2 == 0:
         raise ValueError(f"kernel size {size}: must be odd")
@@ -139,8 +139,8 @@ def resize(x: np.ndarray, height: int, width: int) -> np.ndarray:
 def add_noise(x: np.ndarray, level: float, largest: float) -> np.ndarray:
     """`x` with Gaussian noise -> (H, W, 3) in [0, 1].
 
-    Gray or color noise of standard deviation `level`, 40 % each, else noise with a random covariance of the channels of
-    up to `largest` squared (section 3.3).
+    40 % gray noise and 40 % color noise of standard deviation `level`, else noise with a random covariance of the
+    channels, whose largest variance is `largest` squared (section 3.3).
     """
     kind = random.random()
     if kind < 0.4:
@@ -167,5 +167,5 @@ def to_levels(x: np.ndarray) -> np.ndarray:
 
 
 def _odd(sizes: tuple[int, int]) -> int:
-    """Odd number from sizes[0] to sizes[1], each equally likely."""
+    """Random odd number from sizes[0] to sizes[1]."""
     return 2 * random.randint(sizes[0] // 2, sizes[1] // 2) + 1

@@ -18,11 +18,11 @@ MODEL_TYPES = ("dpt_large", "dpt_hybrid", "midas_v21", "midas_v21_small")  # the
 class MiDaSInference(nn.Module):
     """Inverse depth (near is large) by transformers' DPT, loaded from a local folder at the first call.
 
-    The network is not registered as a submodule: checkpoints are saved and loaded without it.
+    The network is not a submodule: checkpoints do not hold it.
     """
 
     def __init__(self, model_type: str = "dpt_hybrid", weights: str | None = None) -> None:
-        """model_type: as published, for error messages. weights: folder with config.json and model.safetensors."""
+        """model_type: published name, used in errors. weights: folder with config.json and model.safetensors."""
         super().__init__()
         if model_type not in MODEL_TYPES:
             raise ValueError(f"model_type {model_type!r}: choose one of {', '.join(MODEL_TYPES)}")
@@ -36,8 +36,8 @@ class MiDaSInference(nn.Module):
         nn.Module.to(network, x.device)
         side = network.config.image_size
         assert isinstance(side, int)
-        resized = F.interpolate(x.float(), (side, side), mode="bicubic", align_corners=False)
-        pixels = resized.clamp(-1.0, 1.0)  # the network's mean and std are 0.5
+        # The network was trained on images normalized with mean and std 0.5, which are in [-1, 1] too.
+        pixels = F.interpolate(x.float(), (side, side), mode="bicubic", align_corners=False).clamp(-1.0, 1.0)
         depth = network(pixel_values=pixels).predicted_depth[:, None]  # (B, 1, side, side)
         return F.interpolate(depth, x.shape[2:], mode="bicubic", align_corners=False)
 
