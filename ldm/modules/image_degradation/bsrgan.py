@@ -1,9 +1,9 @@
 """Degradation model of BSRGAN: blur, downsampling and noise in random order (arXiv 2103.14006, section 3).
 
 An image is degraded by two blurs (isotropic or anisotropic Gaussians), downsampling in two parts, noise (gray, color or
-with correlated channels) and JPEG, in random order, and by a final JPEG. Camera noise, the paper's seventh step, is
-left out as in the published latent diffusion code. All random numbers come from the global generators of Python and NumPy,
-which the data module seeds for each sample.
+with correlated channels) and JPEG, in random order, and by a final JPEG. As in the published latent diffusion code,
+camera noise, the paper's seventh step, is left out. All random numbers come from the global generators of Python and
+NumPy, which the data module seeds for each sample.
 """
 
 from __future__ import annotations
