@@ -2,7 +2,8 @@
 
 `unpack` writes into a temporary folder next to the target and renames it at the end, so an existing target is always
 complete. It refuses archives larger than the free disk space and members that are not plain files or folders (links,
-devices), that lie outside the target, or that appear twice.
+devices), that lie outside the target, or that appear twice. tarfile's own filter does not: it strips a leading "/" and
+keeps links.
 """
 
 from __future__ import annotations
@@ -12,12 +13,13 @@ import os
 import shutil
 import stat
 import tarfile
-import tempfile
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path, PureWindowsPath
+from tempfile import TemporaryDirectory
 from typing import IO, NamedTuple
 from urllib.request import urlopen
 
@@ -28,10 +30,8 @@ from ldm.config.instantiate import ConfigError
 logger = logging.getLogger(__name__)
 
 CHUNK = 1 << 20
-BOMB_BYTES, BOMB_RATIO = (
-    1 << 30,
-    200,
-)  # refuse archives that unpack to more than BOMB_BYTES and to BOMB_RATIO times their size
+# Refuse archives that unpack to more than BOMB_BYTES and to more than BOMB_RATIO times their size.
+BOMB_BYTES, BOMB_RATIO = 1 << 30, 200
 DAMAGED = (tarfile.TarError, zipfile.BadZipFile, EOFError, RuntimeError, NotImplementedError, UnicodeError, zlib.error)
 
 
@@ -47,10 +47,11 @@ class Remote(NamedTuple):
 
 
 class Member(NamedTuple):
-    """A file in an archive."""
+    """A member of an archive that is not a folder; `is_file` is false for links and devices."""
 
     name: str
     size: int
+    is_file: bool
     open: Callable[[], IO[bytes] | None]
 
 
@@ -62,22 +63,18 @@ def unpack(archive: Path, folder: Path, nested: bool = False, rename: Callable[[
     Raises ArchiveError and leaves nothing behind if the archive is unsafe or damaged.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}-unpacking-", dir=folder.parent))
     try:
-        _unpack_into(archive, staging, rename)
-        for inner in sorted(staging.rglob("*.tar")) if nested else ():
-            _unpack_into(inner, inner.with_suffix(""))
-            inner.unlink()
-        mask = os.umask(0)
-        os.umask(mask)
-        staging.chmod(0o777 & ~mask)  # mkdtemp allows only the owner
-        staging.rename(folder)
+        with TemporaryDirectory(prefix=f".{folder.name}-unpacking-", dir=folder.parent) as temporary:
+            staging = Path(temporary) / folder.name
+            _unpack_into(archive, staging, rename)
+            for inner in sorted(staging.rglob("*.tar")) if nested else ():
+                _unpack_into(inner, inner.with_suffix(""))
+                inner.unlink()
+            staging.rename(folder)
     except OSError as error:
         if folder.is_dir():  # another process was faster
             return
         raise ArchiveError(f"{archive}: cannot be unpacked into {folder} ({error.strerror or error})") from error
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
     logger.info("%s: unpacked into %s", archive, folder)
 
 
@@ -86,27 +83,26 @@ def fetch(remote: Remote, folder: Path) -> Path:
     path = folder / remote.name
     if path.is_file():
         return path
-    folder.mkdir(parents=True, exist_ok=True)
     if not remote.url.startswith("https://"):
         raise ArchiveError(f"{remote.url}: only https:// URLs are supported")
-    part = Path(tempfile.mkdtemp(prefix=f".{remote.name}-", dir=folder)) / remote.name
+    folder.mkdir(parents=True, exist_ok=True)
     logger.info("downloading %s", remote.url)
     try:
-        with urlopen(remote.url, timeout=60) as response, part.open("wb") as file:
-            total = int(response.headers.get("Content-Length") or 0)
-            with tqdm(total=total or None, unit="B", unit_scale=True, desc=remote.name, delay=3, disable=None) as bar:
-                while block := response.read(CHUNK):
-                    file.write(block)
-                    bar.update(len(block))
-        if total and part.stat().st_size != total:
-            raise ArchiveError(f"{remote.url}: received {part.stat().st_size:,} of {total:,} bytes; try again")
-        os.replace(part, path)
+        with TemporaryDirectory(prefix=f".{remote.name}-", dir=folder) as temporary:
+            part = Path(temporary) / remote.name
+            with urlopen(remote.url, timeout=60) as response, part.open("wb") as file:
+                total = int(response.headers.get("Content-Length") or 0)
+                bar = tqdm(total=total or None, unit="B", unit_scale=True, desc=remote.name, delay=3, disable=None)
+                with bar:
+                    while block := response.read(CHUNK):
+                        file.write(block)
+                        bar.update(len(block))
+            if total and part.stat().st_size != total:
+                raise ArchiveError(f"{remote.url}: received {part.stat().st_size:,} of {total:,} bytes; try again")
+            part.replace(path)
     except OSError as error:
-        raise ArchiveError(
-            f"{remote.url}: download failed ({error}); download it by hand and save it as {path}"
-        ) from error
-    finally:
-        shutil.rmtree(part.parent, ignore_errors=True)
+        advice = f"download it by hand and save it as {path}"
+        raise ArchiveError(f"{remote.url}: download failed ({error}); {advice}") from error
     return path
 
 
@@ -114,64 +110,62 @@ def _unpack_into(archive: Path, folder: Path, rename: Callable[[str], str] = str
     folder.mkdir(exist_ok=True)
     try:
         with _members(archive) as found:
-            members = [member._replace(name=rename(member.name)) for member in _within_limits(archive, found, folder)]
-            _check_names(archive, members)
+            members = _checked(archive, found, folder, rename)
             for member in tqdm(members, f"unpacking {archive.name}", unit="file", delay=3, leave=False, disable=None):
                 target = folder / member.name
                 target.parent.mkdir(parents=True, exist_ok=True)
                 source = member.open()
                 assert source is not None  # a regular file
                 with source, target.open("xb") as file:
-                    shutil.copyfileobj(source, file, CHUNK)  # bounded by the declared size in both libraries
+                    shutil.copyfileobj(source, file, CHUNK)  # both libraries stop at the declared size
     except DAMAGED as error:
         raise ArchiveError(f"{archive}: damaged, or not an archive ({error})") from error
 
 
-def _within_limits(archive: Path, members: Iterable[Member], folder: Path) -> Iterator[Member]:
-    """Yield the members; raise ArchiveError once they exceed the limits, since listing a bomb already unpacks it."""
+@contextmanager
+def _members(archive: Path) -> Iterator[Iterator[Member]]:
+    """Open an archive and yield an iterator over its members, which lists them as it goes."""
+    if archive.name.lower().endswith(".zip"):
+        with zipfile.ZipFile(archive) as zipped:
+            yield (
+                Member(info.filename, info.file_size, _is_zip_file(info), partial(zipped.open, info))
+                for info in zipped.infolist()
+                if not info.is_dir()
+            )
+    else:
+        with tarfile.open(archive) as tar:
+            yield (
+                Member(info.name, info.size, info.isreg(), partial(tar.extractfile, info))
+                for info in tar
+                if not info.isdir()
+            )
+
+
+def _is_zip_file(info: zipfile.ZipInfo) -> bool:
+    return stat.S_IFMT(info.external_attr >> 16) in (0, stat.S_IFREG)  # 0: the archive was made without Unix modes
+
+
+def _checked(archive: Path, members: Iterable[Member], folder: Path, rename: Callable[[str], str]) -> list[Member]:
+    """Return the renamed members; raise ArchiveError at the first unsafe one: even listing a bomb unpacks it."""
     packed, free = archive.stat().st_size, shutil.disk_usage(folder).free
     needed = unpacked = 0
+    checked: dict[str, Member] = {}
     for member in members:
+        if not member.is_file:
+            raise ArchiveError(f"{archive}: member {member.name!r} is a link or a device")
         if member.size < 0:
             raise ArchiveError(f"{archive}: member {member.name!r} claims {member.size} bytes")
         needed, unpacked = needed + member.size, unpacked + member.size + 512  # with the header of a tar member
         if needed > free:
-            raise ArchiveError(f"{archive}: needs {needed:,} bytes or more, but {folder.parent} has {free:,} free")
+            raise ArchiveError(f"{archive}: needs {needed:,} bytes or more, but the disk has {free:,} free")
         if unpacked > max(BOMB_BYTES, BOMB_RATIO * packed):
             raise ArchiveError(f"{archive}: its {packed:,} bytes unpack to {unpacked:,} or more (an archive bomb?)")
-        yield member
-
-
-def _check_names(archive: Path, members: list[Member]) -> None:
-    seen: set[str] = set()
-    for member in members:
-        parts = Path(member.name).parts
-        outside = os.path.isabs(member.name) or PureWindowsPath(member.name).drive or ".." in parts
-        if outside or "\\" in member.name or "\0" in member.name or not parts:
-            raise ArchiveError(f"{archive}: member {member.name!r} lies outside the folder")
-        if member.name in seen:
-            raise ArchiveError(f"{archive}: member {member.name!r} appears twice")
-        seen.add(member.name)
-
-
-@contextmanager
-def _members(archive: Path) -> Iterator[Iterator[Member]]:
-    """Yield an iterator over the files of an archive, which raises ArchiveError at a link or a device."""
-    if archive.name.lower().endswith(".zip"):
-        with zipfile.ZipFile(archive) as opened:
-            yield (_zip_member(archive, opened, info) for info in opened.infolist() if not info.is_dir())
-    else:
-        with tarfile.open(archive) as opened:
-            yield (_tar_member(archive, opened, info) for info in opened if not info.isdir())
-
-
-def _zip_member(archive: Path, opened: zipfile.ZipFile, info: zipfile.ZipInfo) -> Member:
-    if stat.S_IFMT(info.external_attr >> 16) not in (0, stat.S_IFREG):
-        raise ArchiveError(f"{archive}: member {info.filename!r} is a link or a device")
-    return Member(info.filename, info.file_size, lambda: opened.open(info))
-
-
-def _tar_member(archive: Path, opened: tarfile.TarFile, info: tarfile.TarInfo) -> Member:
-    if not info.isreg():
-        raise ArchiveError(f"{archive}: member {info.name!r} is a link or a device")
-    return Member(info.name, info.size, lambda: opened.extractfile(info))
+        name = rename(member.name)
+        parts = Path(name).parts
+        outside = os.path.isabs(name) or PureWindowsPath(name).drive or ".." in parts
+        if outside or "\\" in name or "\0" in name or not parts:
+            raise ArchiveError(f"{archive}: member {name!r} lies outside the folder")
+        if name in checked:
+            raise ArchiveError(f"{archive}: member {name!r} appears twice")
+        checked[name] = member._replace(name=name)
+    return list(checked.values())

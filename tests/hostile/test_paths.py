@@ -62,8 +62,7 @@ def tree(folder):
     return {path for path in folder.rglob("*") if not path.is_relative_to(folder / "home")}
 
 
-# --- run
-# names
+# --- run names
 
 
 @pytest.mark.parametrize("word", WORDS, ids=ascii)
@@ -85,8 +84,7 @@ def test_a_run_folder_is_in_the_log_folder_or_its_name_is_refused(word, tmp_path
     assert not tree(tmp_path) - {home}
 
 
-# --- prompts, file
-# names
+# --- prompts, file names
 
 
 def test_prompts_are_never_names_of_files(tmp_path, monkeypatch):
