@@ -1,5 +1,4 @@
-"""Image files and arrays: the one place that turns files into float32 (H, W, 3) in [-1, 1], and arrays back into
-images.
+"""Conversion between image files, PIL images and float32 arrays (H, W, 3) in [-1, 1].
 
 `load_image` converts every file to 8-bit RGB:
 
@@ -40,7 +39,7 @@ PathType = str | PathLike[str]
 
 
 class View(NamedTuple):
-    """A scaling, a crop and perhaps a flip, applied in this order: maps of an image get the same view as the image."""
+    """A scaling, a crop and perhaps a flip, applied in this order to an image and to its segmentation map."""
 
     scaled: tuple[int, int]  # width, height
     box: tuple[int, int, int, int]  # left, top, right, bottom in the scaled image
@@ -48,7 +47,7 @@ class View(NamedTuple):
 
     def apply(self, image: Image.Image, interpolation: str = "bicubic") -> Image.Image:
         if image.size != self.scaled:
-            image = image.resize(self.scaled, resampling(interpolation))
+            image = image.resize(self.scaled, RESAMPLING[interpolation])
         if self.box != (0, 0, *image.size):
             image = image.crop(self.box)
         return ImageOps.mirror(image) if self.mirrored else image
@@ -93,8 +92,7 @@ def load_labels(path: PathType, max_pixels: int = MAX_PIXELS) -> Image.Image:
 
 
 def load_depth(path: PathType, max_pixels: int = MAX_PIXELS) -> np.ndarray:
-    """Load a depth map stored as grey levels (8, 16 or 32 bits, integer or float) -> float32 (H, W), unscaled; color
-    becomes grey.
+    """Load a depth map of grey levels (8 to 32 bits, integer or float) -> float32 (H, W), unscaled; color becomes grey.
 
     Raises BadImageError as `load_image` does, and for values that are not finite.
     """
@@ -166,17 +164,10 @@ def cover(image: Image.Image, size: Size) -> tuple[int, int]:
     return max(width, round(image.width * scale)), max(height, round(image.height * scale))
 
 
-def resize_to_cover(image: Image.Image, size: Size, interpolation: str = "bicubic") -> Image.Image:
-    """Scale `image` to the size that `cover` returns; antialiased when it shrinks."""
-    target = cover(image, size)
-    return image if target == image.size else image.resize(target, resampling(interpolation))
-
-
 def crop_box(image_size: tuple[int, int], size: Size, at_random: bool = False) -> tuple[int, int, int, int]:
-    """Return (left, top, right, bottom) of a (height, width) crop of an image of `image_size` (width, height).
+    """Return (left, top, right, bottom) of a crop of `size` from an image of `image_size` (width, height).
 
-    The crop is central, or at a uniformly random position by Python's global generator. Raises ValueError if it is
-    larger than the image.
+    The crop is central, or at a random position by Python's global generator. ValueError if it exceeds the image.
     """
     height, width = height_and_width(size)
     left, top = image_size[0] - width, image_size[1] - height
@@ -195,19 +186,11 @@ def height_and_width(size: Size) -> tuple[int, int]:
     return sides
 
 
-def resampling(name: str) -> Image.Resampling:
-    """Return PIL's filter of this name; raise ValueError for an unknown one."""
-    if name not in RESAMPLING:
-        raise ValueError(f"interpolation {name!r}: choose one of {', '.join(RESAMPLING)}")
-    return RESAMPLING[name]
-
-
 @contextmanager
 def _opened(path: PathType, max_pixels: int) -> Iterator[Image.Image]:
     """Open an image without decoding it; any error inside the block becomes a BadImageError with the path."""
     try:
-        # An open file, not its name: PIL 13.0 memory-maps uncompressed TIFFs given by name, and rotates orientations
-        # 5..8 wrongly.
+        # An open file, not its name: PIL 13.0 memory-maps uncompressed TIFFs by name and misrotates orientations 5..8.
         with Path(path).open("rb") as file, Image.open(file) as image:
             size, pixels = f"{image.width}x{image.height}", image.width * image.height
             if pixels > max_pixels:

@@ -10,7 +10,7 @@ from PIL import Image, ImageOps
 
 from ldm.data.base import DataConfigError, check_choice
 from ldm.data.folder import ImageFolder
-from ldm.data.image import crop_box, resize_to_cover, to_array
+from ldm.data.image import RESAMPLING, crop_box, to_array
 from ldm.modules.image_degradation import degradation_fn_bsr, degradation_fn_bsr_light
 from ldm.modules.image_degradation.bsrgan import load_cv2
 
@@ -29,14 +29,15 @@ DEGRADATIONS = ("bsrgan", "bsrgan_light", *CV_FILTERS, *PIL_FILTERS)
 
 
 class SuperResolution(ImageFolder):
-    """Square crops with a degraded copy: `image` float32 (size, size, 3) and `LR_image` float32 (size / downscale_f,
-    size / downscale_f, 3), both in [-1, 1]. Usable with any folder, and as a mixin of the published datasets.
+    """Square crops as `image` and degraded copies of side size / downscale_f as `LR_image`, both in [-1, 1].
+
+    Usable with any folder, and as a mixin of the published datasets.
 
     degradation: bsrgan, bsrgan_light, cv_{nearest,bilinear,bicubic,area,lanczos} (only area is antialiased) or
     pil_{nearest,bilinear,bicubic,box,hamming,lanczos} (all but nearest are antialiased).
     min_crop_f, max_crop_f: the side of the crop relative to the shorter side of the image, random for each sample.
-    random_crop: at a random position, else central. The crop is scaled to `size` by area averaging when it shrinks,
-    bilinearly when it grows. Other parameters as in ImageFolder.
+    random_crop: at a random position, else central. The crop is scaled to `size`, by area averaging if it shrinks and
+    bilinearly if it grows. Other parameters as in ImageFolder.
     """
 
     def __init__(
@@ -55,8 +56,8 @@ class SuperResolution(ImageFolder):
             advice = "set {param} to an integer that does"
             raise DataConfigError("downscale_f", downscale_f, f"does not divide size {size}", advice)
         if not 0 < min_crop_f <= max_crop_f <= 1:
-            problem = f"with max_crop_f {max_crop_f} not a range in (0, 1]"
-            raise DataConfigError("min_crop_f", min_crop_f, problem, "set {param} to a share")
+            problem = f"expected 0 < min_crop_f <= max_crop_f <= 1, and max_crop_f is {max_crop_f}"
+            raise DataConfigError("min_crop_f", min_crop_f, problem, "set {param} to a share of the shorter side")
         for param in ("crop_size", "interpolation"):
             if param in options:
                 raise DataConfigError(param, options[param], "has no effect on these pairs", "remove {param}")
@@ -73,7 +74,8 @@ class SuperResolution(ImageFolder):
     def _square(self, image: Image.Image) -> Image.Image:
         side = max(1, round(min(image.size) * np.random.uniform(self.min_crop_f, self.max_crop_f)))
         crop = image.crop(crop_box(image.size, side, self.random_crop))
-        crop = resize_to_cover(crop, self.crop_size, "box" if side >= self.crop_size[0] else "bilinear")
+        size = self.crop_size[0]
+        crop = crop.resize((size, size), RESAMPLING["box" if side >= size else "bilinear"])
         return ImageOps.mirror(crop) if self.flip_p and random.random() < self.flip_p else crop
 
 

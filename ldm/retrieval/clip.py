@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ldm.data.image import crop_box, load_image, resampling, to_array
+from ldm.data.image import RESAMPLING, crop_box, load_image, to_array
 from ldm.data.listing import scan
 from ldm.modules.encoders.open_clip import FrozenClipImageEmbedder, FrozenCLIPTextEmbedder
 from ldm.retrieval.database import unit
@@ -101,7 +101,7 @@ def embed_folder(images: str | Path, folder: str | Path, clip: FrozenClipImageEm
             for name in names[start : start + batch_size]:
                 image = load_image(root / name)
                 box = crop_box(image.size, min(image.size))
-                square = image.resize((clip.size, clip.size), resampling("bicubic"), box)
+                square = image.resize((clip.size, clip.size), RESAMPLING["bicubic"], box)
                 squares.append(torch.from_numpy(to_array(square)).permute(2, 0, 1))
                 places.append(np.divide(box, (*image.size, *image.size)))
             vectors.append(clip(torch.stack(squares).to(clip.device)).float().cpu().numpy())

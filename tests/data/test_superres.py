@@ -68,7 +68,7 @@ def test_nearest_degradations_take_pixels_and_area_their_mean():
         ),
         ({"size": 30}, "downscale_f 4: does not divide size 30"),
         ({"size": [32, 32]}, "size .* not the side of a square"),
-        ({"min_crop_f": 0.9, "max_crop_f": 0.5}, "min_crop_f 0.9: with max_crop_f 0.5"),
+        ({"min_crop_f": 0.9, "max_crop_f": 0.5}, "min_crop_f 0.9: expected 0 < .* max_crop_f is 0.5"),
         ({"crop_size": 16}, "crop_size 16: has no effect"),
     ],
 )

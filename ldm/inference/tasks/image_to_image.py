@@ -12,7 +12,6 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ldm.data.image import resampling
 from ldm.inference.concat import Parts
 from ldm.inference.pipeline import Conditioned, Pipeline
 from ldm.inference.randomness import Randomness
@@ -79,7 +78,7 @@ def fit(image: Image.Image, height: int, width: int) -> Image.Image:
     if image.size == (width, height):
         return image
     logger.info("resized from %dx%d to %dx%d pixels, the nearest size for this model", *image.size, width, height)
-    return image.resize((width, height), resampling("lanczos"))
+    return image.resize((width, height), Image.Resampling.LANCZOS)
 
 
 def depth_parts(pipeline: Pipeline, size: Sequence[int], image: Image.Image, depth: np.ndarray | str | Path) -> Parts:
