@@ -137,8 +137,7 @@ class ImageFolder(Dataset):
             names = list(texts) if texts is not None else scan(self.root, self.suffixes)
         self.class_names = class_order(names, classes) if class_labels else None
         if files is None and self.root == whole:
-            chosen = names_of_split(names, split, validation_fraction)
-            names = [name for name in names if name in chosen]
+            names = names_of_split(names, split, validation_fraction)
         items = [item for name in names if (item := self._item(name, texts)) is not None]
         self.items = self._readable(items) if on_error == "skip" else items
         numbers = {name: i for i, name in enumerate(self.class_names or ())}
@@ -287,12 +286,8 @@ class ListedImages(Defaults):
     """
 
     def __init__(self, size: Size = 256, files: str | None = None, split: str | None = None, **options: Any) -> None:
-        listed = str(self.list_file(files)) if split is None else None
+        listed = (files or self.defaults["files"]) if split is None else None
         super().__init__(size=size, files=listed, split=split, **options)
-
-    @classmethod
-    def list_file(cls, files: str | None = None) -> Path:
-        return Path(files or cls.defaults["files"]).expanduser()
 
 
 def _sizes(size: Size | None, crop_size: Size | None) -> tuple[tuple[int, int] | None, tuple[int, int]]:

@@ -27,8 +27,8 @@ from ldm.data.superres import SuperResolution
 HUMAN_LABELS = ("synset_human.txt", "LOC_synset_mapping.txt")
 
 
-class _ImageNet(ImageFolder):
-    """Images with `class_label` (0..999, the synsets sorted), `human_label` and `synset`.
+class ImageNetTrain(ImageFolder):
+    """Training images with `class_label` (0..999, the synsets sorted), `human_label` and `synset`.
 
     root: see above; None means the published folder, $XDG_CACHE_HOME/autoencoders/data (in ~/.cache by default).
     config: the published way to give parameters, e.g. {size: 256}.
@@ -80,24 +80,21 @@ class _ImageNet(ImageFolder):
     def _human_labels(self) -> dict[str, str]:
         files = (folder / name for folder in (self.root, *self.root.parents[:2]) for name in HUMAN_LABELS)
         file = next((path for path in files if path.is_file()), None)
-        lines = file.read_text(encoding="utf-8").splitlines() if file is not None else []
-        pairs = (line.split(maxsplit=1) for line in lines)
-        return {pair[0]: pair[1].strip() for pair in pairs if len(pair) == 2}
+        return _read_pairs(file) if file is not None else {}
 
 
-class _Validation(_ImageNet):
+class ImageNetValidation(ImageNetTrain):
+    """Validation images, as in ImageNetTrain."""
+
     part, short_name, archive = "ILSVRC2012_validation", "val", "ILSVRC2012_img_val.tar"
 
     @classmethod
     def _unpack(cls, archive: Path, folder: Path) -> None:
         table = archive.parent / "validation_synset.txt"
         if not table.is_file():
-            example = "'ILSVRC2012_val_00000001.JPEG n01751748'"
-            raise ArchiveError(
-                f"{archive}: unpacking needs validation_synset.txt next to it, with lines such as {example}"
-            )
-        rows = (line.split() for line in table.read_text(encoding="utf-8").splitlines())
-        synsets = {row[0]: row[1] for row in rows if len(row) >= 2}
+            lines = "lines such as 'ILSVRC2012_val_00000001.JPEG n01751748'"
+            raise ArchiveError(f"{archive}: unpacking needs validation_synset.txt next to it, with {lines}")
+        synsets = _read_pairs(table)
 
         def rename(name: str) -> str:
             if name not in synsets:
@@ -107,24 +104,21 @@ class _Validation(_ImageNet):
         unpack(archive, folder, rename=rename)
 
 
-class ImageNetTrain(_ImageNet):
-    """Training images."""
-
-
-class ImageNetValidation(_Validation):
-    """Validation images."""
-
-
-class ImageNetSRTrain(SuperResolution, _ImageNet):
+class ImageNetSRTrain(SuperResolution, ImageNetTrain):
     """Training pairs `image`, `LR_image`. Parameters as in SuperResolution, and root.
 
-    The published runs used a list of the large images only: pass one as `files`, or set `min_size` and `on_error:
-    skip`.
+    The published runs used only the large images: list them in `files`, or set `min_size` and `on_error: skip`.
     """
 
 
-class ImageNetSRValidation(SuperResolution, _Validation):
+class ImageNetSRValidation(SuperResolution, ImageNetValidation):
     """Validation pairs `image`, `LR_image`. Parameters as in SuperResolution, and root."""
+
+
+def _read_pairs(file: Path) -> dict[str, str]:
+    """Return {first word: rest} of each line of two words or more."""
+    pairs = (line.split(maxsplit=1) for line in file.read_text(encoding="utf-8").splitlines())
+    return {pair[0]: pair[1].strip() for pair in pairs if len(pair) == 2}
 
 
 def _root(root: str | None) -> Path:

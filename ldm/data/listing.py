@@ -14,7 +14,7 @@ SPLIT_FOLDERS = {"train": ("train",), "validation": ("validation", "val", "valid
 
 
 def existing_folder(param: str, value: str | None, content: str) -> Path:
-    """Return `value` as the path of an existing folder of `content`; raise DataConfigError otherwise."""
+    """Return the path of a folder that exists, or raise DataConfigError; `content` is what it must hold."""
     advice = f"set {{param}} to a folder of {content}"
     if value is None:
         raise DataConfigError(param, value, "not set", advice)
@@ -26,7 +26,7 @@ def existing_folder(param: str, value: str | None, content: str) -> Path:
 
 
 def scan(root: Path, suffixes: Collection[str] = EXTENSIONS) -> list[str]:
-    """Return the sorted relative names (with forward slashes) of the images below `root`, without hidden ones."""
+    """Return the images below `root`, hidden ones excepted, as sorted relative names with forward slashes."""
     names, seen = [], set()
     for folder, subfolders, files in os.walk(root, followlinks=True):
         real = os.path.realpath(folder)
@@ -52,9 +52,7 @@ def read_list(file: str, root: Path, suffixes: Collection[str] = EXTENSIONS) -> 
     except UnicodeError as error:
         raise DataConfigError("files", str(file), f"not UTF-8 text ({error})", "set {param} to a text file") from error
     for name in names:
-        if (
-            os.path.isabs(name) or ".." in Path(name).parts
-        ):  # lists are untrusted: they only choose among the files below root
+        if os.path.isabs(name) or ".." in Path(name).parts:  # an untrusted list may not reach other files
             problem = f"the path {name!r} leaves {root}"
             raise DataConfigError("files", str(file), problem, "set {param} to a list of paths below it")
         if Path(name).suffix.lower() not in suffixes:
@@ -68,25 +66,26 @@ def split_root(root: Path, split: str | None) -> Path:
     return found[split][0] if split is not None and all(found.values()) else root
 
 
-def names_of_split(names: Sequence[str], split: str | None, fraction: float) -> set[str]:
+def names_of_split(names: list[str], split: str | None, fraction: float) -> list[str]:
     """Return the names of a split; the `fraction` with the smallest hashes (at least one name) is for validation."""
     if split is None or (split == "train" and fraction == 0):
-        return set(names)
+        return names
     if not 0 < fraction < 1:
         raise DataConfigError("validation_fraction", fraction, "leaves a split empty", "set {param} between 0 and 1")
     # By hash, not by position: when images are added, the others keep their split, but for a few at the border.
     ranked = sorted(names, key=lambda name: hashlib.blake2b(name.encode(errors="surrogateescape")).digest())
     count = min(len(ranked), max(1, round(fraction * len(ranked))))
-    return set(ranked[:count] if split == "validation" else ranked[count:])
+    held_out = set(ranked[:count])
+    return [name for name in names if (name in held_out) == (split == "validation")]
 
 
 def class_of(name: str) -> str:
     """Return the folder directly below the root that holds an image; "" if there is none."""
-    return name.partition("/")[0] if "/" in name else ""
+    return name.rpartition("/")[0].partition("/")[0]
 
 
 def class_order(names: Sequence[str], classes: str | Sequence[str] | None) -> list[str]:
-    """Return the class names by number: sorted, or in the order of `classes` (a list, or a folder of class folders)."""
+    """Return the class names by number: those of the images, sorted, or `classes` (a list, or a folder of classes)."""
     if classes is None:
         order = sorted({class_of(name) for name in names} - {""})
     elif isinstance(classes, str):

@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from ldm.data.archives import ArchiveError, Remote, fetch, unpack
@@ -19,10 +20,7 @@ LISTS = Remote("https://ommer-lab.com/files/lsun.zip", "lsun.zip")
 
 
 class _LSUN(ListedImages):
-    """Central square crops, randomly flipped in training.
-
-    download: download the published lists if `files` is missing. Other parameters as in ListedImages.
-    """
+    """download: download the published lists if `files` is missing. Other parameters as in ListedImages."""
 
     def __init__(self, download: bool = False, **options: Any) -> None:
         super().__init__(**options)  # `prepare_data` downloads
@@ -30,14 +28,15 @@ class _LSUN(ListedImages):
     @classmethod
     def prepare_data(cls, files: str | None = None, split: str | None = None, download: bool = False, **_: Any) -> None:
         """Download the published lists if requested."""
-        wanted = cls.list_file(files)
+        published = cls.defaults["files"]
+        wanted = Path(files or published).expanduser()
         if not download or split is not None or wanted.is_file():
             return
         lists = wanted.parent / "published-lists"
         if not lists.is_dir():
             unpack(fetch(LISTS, wanted.parent), lists)
-        name = cls.list_file().name
-        found = next(iter(sorted(lists.rglob(name))), None)
+        name = Path(published).name
+        found = min(lists.rglob(name), default=None)
         if found is None:
             raise ArchiveError(f"{lists}: has no {name}; save a list as {wanted}")
         wanted.write_bytes(found.read_bytes())

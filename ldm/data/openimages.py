@@ -42,20 +42,12 @@ TABLES_ADVICE = "set {param} to a folder with Open Images' tables"
 
 @dataclass(frozen=True)
 class BoxTable:
-    """The boxes of N images; those of image i are rows starts[i] .. starts[i + 1] - 1.
+    """The boxes of N images; those of image i are rows starts[i] .. starts[i + 1] - 1."""
 
-    starts: (N + 1,) int64. categories: (M,) int64. regions: (M, 4) float32, relative x, y, width, height. groups: (M,)
-    bool.
-    """
-
-    starts: np.ndarray
-    categories: np.ndarray
-    regions: np.ndarray
-    groups: np.ndarray
-
-    def counts(self) -> np.ndarray:
-        """Return the number of boxes of each image -> (N,)."""
-        return np.diff(self.starts)
+    starts: np.ndarray  # (N + 1,) int64
+    categories: np.ndarray  # (M,) int64
+    regions: np.ndarray  # (M, 4) float32: x, y, width, height, relative to the image
+    groups: np.ndarray  # (M,) bool: the box holds a group of objects
 
     def of(self, image: int) -> list[Box]:
         """Return the boxes of one image."""
@@ -72,7 +64,7 @@ def read_classes(file: Path, chosen: Sequence[str] | None = None) -> dict[str, s
     with file.open(encoding="utf-8-sig", newline="") as lines:
         names = {row[0]: row[1] for row in csv.reader(lines) if len(row) >= 2 and row[0] != "LabelName"}
     if unknown := [name for name in chosen or () if name not in names]:
-        advice = "set {param} to ids in it such as /m/011k07"
+        advice = "set {param} to ids in that file, such as /m/011k07"
         raise DataConfigError("object_classes", list(chosen or ()), f"{file} has no {unknown[0]}", advice)
     ids = sorted(names if chosen is None else set(chosen), key=lambda name: (name == LAST_CLASS, name))
     if not ids:
@@ -81,7 +73,7 @@ def read_classes(file: Path, chosen: Sequence[str] | None = None) -> dict[str, s
 
 
 def read_boxes(file: Path, images: Mapping[str, int], classes: Sequence[str], min_area: float = 0.0) -> BoxTable:
-    """Return the boxes of `images` (id -> 0 .. N - 1) and `classes` with a relative area of at least `min_area`."""
+    """Return the boxes of `images` (id -> 0 .. N - 1) and `classes`, from a share of `min_area` of the image up."""
     number = {name: k for k, name in enumerate(classes)}
     owners, categories, regions, groups = array("q"), array("q"), array("f"), array("b")
     with file.open(encoding="utf-8-sig", newline="") as lines:
@@ -104,8 +96,9 @@ def read_boxes(file: Path, images: Mapping[str, int], classes: Sequence[str], mi
         except (ValueError, IndexError, csv.Error) as error:
             line = f"{file} line {reader.line_num}"
             raise DataConfigError("root", line, f"unreadable ({error})", "download it again") from error
-    order = np.argsort(np.array(owners, dtype=np.int64), kind="stable")
-    counts = np.bincount(np.array(owners, dtype=np.int64), minlength=max(images.values(), default=-1) + 1)
+    owned = np.array(owners, dtype=np.int64)
+    order = np.argsort(owned, kind="stable")
+    counts = np.bincount(owned, minlength=max(images.values(), default=-1) + 1)
     return BoxTable(
         np.concatenate([[0], np.cumsum(counts)]),
         np.array(categories, dtype=np.int64)[order],
@@ -150,15 +143,13 @@ class SuperresOpenImagesAdvancedValidation(SuperResolution, _Validation):
 
 
 class Layouts(ImageFolder):
-    """Mixin: images with `coordinates_bbox`, their objects' boxes as 92 int64 tokens (see
-    ldm.modules.encoders.layout_tokens).
+    """Mixin: images with `coordinates_bbox`, their boxes as 92 int64 tokens (ldm.modules.encoders.layout_tokens).
 
-    object_classes: class ids ("/m/011k07") as a list or as a text file with one per line; None means all 601 boxable
-    ones.
-    min_object_area: minimum area of a box, relative to the image. min_objects, max_objects: images with fewer or more
-    boxes are left out.
-    vocab_size: number of tokens. download: download the tables if they are missing. Other parameters as in ImageFolder;
-    images are scaled to cover size, so that the crop moves along the longer side.
+    object_classes: class ids ("/m/011k07"), a list or a text file with one on each line; None: all 601 boxable ones.
+    min_object_area: minimum area of a box, relative to the image.
+    min_objects, max_objects: images with fewer or more boxes are left out.
+    vocab_size: number of tokens. download: download missing tables.
+    Other parameters as in ImageFolder; images are scaled to cover `size`, so the crop moves along the longer side.
 
     `conditional_builders` decodes the tokens, `get_textual_label_for_category_no` names a class.
     """
@@ -186,7 +177,7 @@ class Layouts(ImageFolder):
         self.conditional_builders = {"coordinates_bbox": tokens}
         numbers = {Path(item.name).stem: k for k, item in enumerate(self.items)}
         self.boxes = read_boxes(_table(root, self.table), numbers, list(self.object_names), min_object_area)
-        counts, bounds = self.boxes.counts(), f"{min_objects} to {max_objects} boxes"
+        counts, bounds = np.diff(self.boxes.starts), f"{min_objects} to {max_objects} boxes"
         self.rows = np.flatnonzero((counts >= min_objects) & (counts <= max_objects))  # in `boxes`, of each kept image
         if not len(self.rows):
             raise DataConfigError("min_objects", min_objects, f"no image has {bounds}", "lower {param}")
