@@ -17,8 +17,7 @@ logger = logging.getLogger(__name__)
 class DataConfigError(ConfigError):
     """An invalid dataset parameter, in one line: the parameter, its value, the problem and the fix.
 
-    `DataModuleFromConfig` adds `where`, the YAML path of the dataset. `{param}` in `advice` becomes the full path of
-    the parameter.
+    where: YAML path of the dataset; `DataModuleFromConfig` adds it. `{param}` in `advice` becomes the parameter's path.
     """
 
     def __init__(self, param: str, value: object, problem: str, advice: str, where: str = "") -> None:
@@ -37,8 +36,7 @@ class DataConfigError(ConfigError):
 
 def check_choice(param: str, value: object, choices: Iterable[str | None]) -> None:
     """Raise DataConfigError unless `value` is one of `choices`."""
-    choices = list(choices)
-    if value not in choices:
+    if value not in (choices := list(choices)):
         names = ", ".join(choice or "null" for choice in choices)
         raise DataConfigError(param, value, "unknown", f"set {{param}} to one of {names}")
 
@@ -56,10 +54,10 @@ class Txt2ImgIterableBaseDataset(IterableDataset):
     valid_ids: ids of all samples, in order; None means 0 .. num_records - 1.
     size: side of the images in pixels, for the subclass.
 
-    `sample_ids` holds all ids. `valid_ids` is the share of the process that reads it: ids go to the ranks in turn
-    (padded with the first ids so that every rank gets equally many), and the ids of a rank to its data workers in turn.
-    The data module sets `seed` and `epoch` before each pass, for subclasses that shuffle. Each worker fills its own
-    batches, so the batches depend on the number of workers.
+    `sample_ids` holds all ids, `valid_ids` those of the process that reads it: ids go to the ranks in turn (padded with
+    the first ids, so that every rank gets equally many), and the ids of a rank to its data workers in turn. Each worker
+    fills its own batches, so the batches depend on the number of workers. The data module sets `seed` and `epoch`
+    before each pass, for subclasses that shuffle.
     """
 
     def __init__(self, num_records: int | None = None, valid_ids: Sequence[Any] | None = None, size: int = 256) -> None:

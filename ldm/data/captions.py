@@ -1,5 +1,4 @@
-"""Captions from files (a .txt next to each image, a CSV or TSV table, JSON lines), and the policies for missing and
-long captions.
+"""Captions from a .txt file next to each image or from a table, and policies for missing and long captions.
 
 Text is UTF-8, with or without a byte order mark, unless another encoding is given; UTF-16 is recognized by its mark.
 """
@@ -80,9 +79,9 @@ def read_sidecar(path: Path, encoding: str = "utf-8") -> list[str]:
 def read_table(
     path: Path, image_column: str | None, caption_column: str | None, encoding: str = "utf-8"
 ) -> Iterator[Row]:
-    """Yield the records of a CSV, TSV or JSONL table; an image may have several records, and a JSON caption may be a
-    list.
+    """Yield the records of a CSV, TSV or JSONL table.
 
+    An image may have several records, and a JSON caption may be a list of texts.
     Raises DataConfigError for a missing column, ValueError for a file that is not text.
     """
     text = _decode(path.read_bytes(), encoding)

@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytorch_lightning as pl
 import torch
@@ -23,16 +23,6 @@ from ldm.data.order import EpochSampler, Position, SeededDataset, StreamLoader, 
 logger = logging.getLogger(__name__)
 
 SPLITS = ("train", "validation", "test", "predict")
-
-
-class Origin(NamedTuple):
-    """The start of a fit: its position in the data, and the number of batches that the run had trained on before."""
-
-    position: Position
-    trained: int
-
-
-START = Origin(Position(0, 0), 0)
 
 
 class WrappedDataset(Dataset):
@@ -54,10 +44,8 @@ class DataModuleFromConfig(pl.LightningDataModule):
     batch_size: samples per batch and rank; the last batch of an epoch may be smaller.
     train, validation, test, predict: configs of the datasets; each is built once.
     wrap: wrap each dataset in WrappedDataset.
-    num_workers: data workers per loader and rank; None is the published 2 * batch_size, limited by the CPUs of the
-    rank.
-    shuffle_test_loader, shuffle_val_dataloader: shuffle these too (training data is always shuffled, unless it
-    streams).
+    num_workers: data workers per loader and rank; None is the published 2 * batch_size, at most the rank's CPUs.
+    shuffle_test_loader, shuffle_val_dataloader: shuffle these too; training data is always shuffled, except a stream.
     use_worker_init_fn: published, without effect: workers are always seeded, and streams always split among them.
 
     `seed` is set before `fit`. The order of the samples and the random numbers of each are functions of (seed, epoch,
@@ -92,16 +80,16 @@ class DataModuleFromConfig(pl.LightningDataModule):
         self.datasets: dict[str, Any] = {}
         self._default_workers = num_workers is None
         self._shuffle = {"train": True, "validation": shuffle_val_dataloader, "test": shuffle_test_loader}
-        self._origin = START
+        self._start, self._trained_before = Position(0, 0), 0  # of this fit: its position, batches trained on before
         # Lightning uses a hook if it is overridden: only splits with a config override theirs.
         for split in self.dataset_configs:
             hook = "val_dataloader" if split == "validation" else f"{split}_dataloader"
             setattr(self, hook, partial(self._loader, split))
 
     def prepare_data(self) -> None:
-        """Call `prepare_data` (unpacking, downloading) of the datasets that have it, before they are built.
+        """Call `prepare_data` (unpack, download) of the datasets that have it, before they are built.
 
-        main calls it, and Lightning in one process per machine; it must skip what is done already.
+        main and Lightning both call it, in one process per machine; datasets skip what is done already.
         """
         for split, config in self.dataset_configs.items():
             if split not in self.datasets and (prepare := _preparation(config)) is not None:
@@ -110,7 +98,7 @@ class DataModuleFromConfig(pl.LightningDataModule):
 
     def setup(self, stage: str | None = None) -> None:
         """Build the datasets that are not built yet; main and Lightning both call it."""
-        self._origin = START  # unless load_state_dict sets another
+        self._start, self._trained_before = Position(0, 0), 0  # unless load_state_dict sets others
         for split, config in self.dataset_configs.items():
             if split not in self.datasets:
                 with _located(split):
@@ -137,18 +125,14 @@ class DataModuleFromConfig(pl.LightningDataModule):
             return
         saved_size, size, seed = state_dict["global_batch_size"], self._global_batch_size(), state_dict["seed"]
         if saved_size != size:
-            logger.warning(
-                "%-11s batch size %d, previously %d: the epoch continues after the used samples",
-                "data",
-                size,
-                saved_size,
-            )
+            problem = f"batch size {size}, previously {saved_size}: the epoch continues after the used samples"
+            logger.warning("%-11s %s", "data", problem)
         if seed != self.seed:
             logger.warning("%-11s the order keeps the checkpoint's seed %d, not %d", "data", seed, self.seed)
             self.seed = seed
-        position = Position(state_dict["epoch"], state_dict["batch"] * saved_size // size)
-        self._origin = Origin(position, state_dict["trained"])
-        logger.info("%-11s continuing in epoch %d after %d batches", "data", *position)
+        self._start = Position(state_dict["epoch"], state_dict["batch"] * saved_size // size)
+        self._trained_before = state_dict["trained"]
+        logger.info("%-11s continuing in epoch %d after %d batches", "data", *self._start)
         # Lightning expects the loader to support resuming; here the data module does.
         warnings.filterwarnings("ignore", message=".*your dataloader is not resumable.*")
 
@@ -169,8 +153,8 @@ class DataModuleFromConfig(pl.LightningDataModule):
         if not len(dataset):
             raise ConfigError(f"data.params.{split}: {type(dataset).__name__} is empty")
         shuffle = self._shuffle.get(split, False)
-        sampler = EpochSampler(len(dataset), self.batch_size, self.seed, shuffle, rank, world_size, position)
-        # Its own generator: the seeds of the workers must not come from the global one, which the training uses.
+        sampler = EpochSampler(dataset, self.batch_size, self.seed, shuffle, rank, world_size, position)
+        # Its own generator seeds the workers: the global one belongs to the training.
         options["generator"] = torch.Generator().manual_seed(self.seed)
         return DataLoader(SeededDataset(dataset, self.seed, repeat=split != "train"), sampler=sampler, **options)
 
@@ -183,15 +167,12 @@ class DataModuleFromConfig(pl.LightningDataModule):
         if self.trainer is None:
             return None
         loop = self.trainer.fit_loop
-        (epoch, batch), since = (
-            self._origin.position,
-            _processed(loop.epoch_loop.batch_progress.total) - self._origin.trained,
-        )
+        since = _processed(loop.epoch_loop.batch_progress.total) - self._trained_before
         if since == 0:
-            return self._origin.position
+            return self._start
         if math.isfinite(loop.max_batches):
-            passes, batch = divmod(batch + since, int(loop.max_batches))
-            return Position(epoch + passes, batch)
+            passes, batch = divmod(self._start.batch + since, int(loop.max_batches))
+            return Position(self._start.epoch + passes, batch)
         epochs = loop.epoch_progress.current  # a stream of unknown length: only Lightning knows when it ended
         epoch = _processed(epochs)
         return Position(epoch, _processed(loop.epoch_loop.batch_progress.current) if epochs.ready > epoch else 0)
@@ -244,8 +225,8 @@ def _check_classes(datasets: Mapping[str, Any]) -> None:
         if names[split] != names[first]:
             odd = sorted(set(names[split]) ^ set(names[first]))
             raise ConfigError(
-                f"data.params.{split}: its {len(names[split])} classes are not the {len(names[first])} of {first} "
-                f"(differing: {', '.join(odd[:5]) or 'their order'}); "
+                f"data.params.{split} has {len(names[split])} classes and {first} {len(names[first])}, which differ "
+                f"in {', '.join(odd[:5]) or 'their order'}; "
                 f"set data.params.{split}.params.classes to the folder of {first}, or to a list of names"
             )
 
@@ -254,10 +235,5 @@ def _shard_stream(dataset: IterableDataset, rank: int, world_size: int, num_work
     if isinstance(dataset, Txt2ImgIterableBaseDataset):
         dataset.set_shard(rank, world_size)
     elif world_size > 1 or num_workers > 1:
-        logger.warning(
-            "%s streams but is not a Txt2ImgIterableBaseDataset: unless it splits itself, "
-            "each of %d ranks and %d workers gets every sample",
-            type(dataset).__name__,
-            world_size,
-            num_workers,
-        )
+        problem = f"unless it splits itself, each of {world_size} ranks and {num_workers} workers gets every sample"
+        logger.warning("%s streams but is not a Txt2ImgIterableBaseDataset: %s", type(dataset).__name__, problem)

@@ -8,11 +8,11 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
+from ldm.data.base import DataConfigError, check_choice
 from ldm.data.image import to_array
 
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
-# A caption is one of each. Many irrelevant words teach a model to look for the digit, even among words that it has
-# never seen.
+# A caption is one of each. Many irrelevant words teach a model to find the digit even among words that it never saw.
 OPENINGS = (
     "", "draw ", "please write ", "a photo of ", "a scan of ", "a picture of ", "a drawing of ", "this is ", "show me ",
     "someone wrote ",
@@ -26,7 +26,6 @@ ENDINGS = (
     " in an old letter",
 )  # fmt: skip
 PLAIN = 2 * len(SUBJECTS)
-SPLITS = ("train", "held_out", "all")
 MARGIN = 1  # pixels of white paper around a scan, whose ink often touches its edge
 HELD_OUT_EVERY = 5  # every fifth scan of each digit, in the order of the file, is held out
 
@@ -35,8 +34,8 @@ class Digits(Dataset):
     """The 1,797 digits in scikit-learn, upscaled, dark on white: 8x8 scans in 17 grey levels from the UCI dataset
     "Optical Recognition of Handwritten Digits" (Alpaydin and Kaynak 1998, https://doi.org/10.24432/C50P49).
 
-    split: "train" (1,442 scans), "held_out" (355: every fifth scan of each digit) or "all". size: side of the square
-    image in pixels.
+    split: "train" (1,442 scans), "held_out" (355: every fifth scan of each digit) or "all".
+    size: side of the square image in pixels.
 
     An item holds `image` float32 (size, size, 3) in [-1, 1], `class_label` 0..9, `human_label` ("seven") and `caption`.
     In the training split, torch's generator chooses the caption ("the digit 7", "a handwritten seven", ...) anew for
@@ -46,10 +45,9 @@ class Digits(Dataset):
     class_names = WORDS
 
     def __init__(self, split: str = "train", size: int = 32) -> None:
-        if split not in SPLITS:
-            raise ValueError(f"split {split!r}: choose one of {', '.join(SPLITS)}")
+        check_choice("split", split, ("train", "held_out", "all"))
         if size < 16:
-            raise ValueError(f"size {size}: the scans are 8x8, choose 16 or more")
+            raise DataConfigError("size", size, "too small for the scans of 8x8 pixels", "set {param} to 16 or more")
         self.split, self.size = split, size
         scans, labels = load_scans()
         chosen = split_indices(labels, split)
@@ -62,14 +60,15 @@ class Digits(Dataset):
     def __getitem__(self, index: int) -> dict:
         digit = int(self.labels[index])
         every = captions(digit)
-        caption = random_caption(every) if self.split == "train" else every[index % len(every)]
-        return {"image": self.images[index], "caption": caption, "class_label": digit, "human_label": WORDS[digit]}
-
-
-def random_caption(captions: list[str]) -> str:
-    """Choose one of the captions of a digit by torch's generator, every second time one without opening and ending."""
-    plain = int(torch.randint(2, ()))
-    return captions[int(torch.randint(PLAIN if plain else len(captions), ()))]
+        choice = index % len(every)
+        if self.split == "train":  # every second caption has neither opening nor ending
+            choice = int(torch.randint(PLAIN if torch.randint(2, ()) else len(every), ()))
+        return {
+            "image": self.images[index],
+            "caption": every[choice],
+            "class_label": digit,
+            "human_label": WORDS[digit],
+        }
 
 
 @cache
@@ -108,4 +107,4 @@ def split_indices(labels: np.ndarray, split: str) -> np.ndarray:
 def upscale_scan(scan: np.ndarray, size: int) -> np.ndarray:
     """Convert ink 0..16 (8, 8) to float32 (size, size, 3) in [-1, 1], dark on white, with a margin; bicubic."""
     paper = Image.fromarray(np.round(255 * (1 - np.pad(scan, MARGIN) / 16)).astype(np.uint8))  # (10, 10)
-    return to_array(paper.resize((size, size), Image.Resampling.BICUBIC).convert("RGB"))
+    return to_array(paper.resize((size, size), Image.Resampling.BICUBIC))

@@ -25,12 +25,13 @@ CONVENTIONS = {"ldm": Convention(outside=-1, hole=-1), "stable-diffusion": Conve
 
 
 class Inpainting(ImageFolder):
-    """Images as `image`, with `mask` float32 (H, W, 1), 1 in the hole and -1 elsewhere, and `masked_image` float32 (H,
-    W, 3) with a black (-1) hole. Usable with any folder, and as a mixin of the published datasets.
+    """Images as `image`, with `mask` (H, W, 1), 1 in the hole and -1 elsewhere, and `masked_image` with a black hole.
 
-    min_masked, max_masked: share of the image that the hole covers; it consists of random strokes and boxes, wide as in
-    LaMa (Suvorov et al. 2022, arXiv 2109.07161, section 2.3). whole_p: probability of masking the whole image instead.
-    convention: "ldm" as above; "stable-diffusion" has 0 instead of -1 in the mask and in the hole, which is grey then.
+    Usable with any folder, and as a mixin of the published datasets.
+    min_masked, max_masked: share of the image that the hole covers; it consists of random strokes and boxes, as wide as
+    those of LaMa (Suvorov et al. 2022, arXiv 2109.07161, section 2.3).
+    whole_p: probability of masking the whole image instead.
+    convention: "ldm" as above; "stable-diffusion" has 0 instead of -1 in the mask, and a grey hole (0).
     Other parameters as in ImageFolder.
     """
 
@@ -44,8 +45,8 @@ class Inpainting(ImageFolder):
         **options: Any,
     ) -> None:
         if not 0 < min_masked <= max_masked < 1:
-            problem = f"with max_masked {max_masked} not a range in (0, 1)"
-            raise DataConfigError("min_masked", min_masked, problem, "set {param} to a share")
+            problem = f"expected 0 < min_masked <= max_masked < 1, and max_masked is {max_masked}"
+            raise DataConfigError("min_masked", min_masked, problem, "set {param} to a share of the image")
         check_probability("whole_p", whole_p)
         check_choice("convention", convention, CONVENTIONS)
         self.min_masked, self.max_masked, self.whole_p = min_masked, max_masked, whole_p

@@ -1,11 +1,11 @@
 """Images with segmentation maps; landscapes from Flickr in this layout:
 
-    data/rfw/images/            images, at any depth data/rfw/segmentations/     for images/a/b.jpg a map a/b.png: grey
-    levels (or palette indices) 0..181 are COCO-Stuff's classes,
-                                255 is a pixel without a class
+    data/rfw/images/    images, at any depth
+    data/rfw/segmentations/    for images/a/b.jpg a map a/b.png; its grey levels or palette indices are COCO-Stuff's
+                               classes 0..181, or 255 for a pixel without a class
 
 The split is by images/train/ and images/validation/ if both exist, else by a hash of the names. The dataset of the
-published model was never released; maps for other images can be made with a segmentation network trained on COCO-Stuff.
+published model was never released; a segmentation network trained on COCO-Stuff can make maps for other images.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ class SegmentedImages(ImageFolder):
     """Images as `image`, and `segmentation` (H, W, n_labels): one-hot classes with the crop of the image.
 
     root: the images. segmentation_root: the maps, .png files with the names of the images. n_labels: number of classes.
-    shift_segmentation: class k becomes k + 1, and pixels without a class become class 0; otherwise they are all zeros.
-    segmentation_to_float32: float32, as in the published configs; otherwise uint8, a quarter of the memory, which
-    models convert themselves. Other parameters as in ImageFolder.
+    shift_segmentation: class k becomes k + 1, and pixels without a class become class 0; otherwise these are all zeros.
+    segmentation_to_float32: float32, as in the published configs; otherwise uint8, in a quarter of the memory, which
+    models convert. Other parameters as in ImageFolder.
     """
 
     def __init__(

@@ -14,7 +14,7 @@ SPLIT_FOLDERS = {"train": ("train",), "validation": ("validation", "val", "valid
 
 
 def existing_folder(param: str, value: str | None, content: str) -> Path:
-    """Return the path of a folder that exists, or raise DataConfigError; `content` is what it must hold."""
+    """Return `value` as the path of an existing folder of `content`; raise DataConfigError otherwise."""
     advice = f"set {{param}} to a folder of {content}"
     if value is None:
         raise DataConfigError(param, value, "not set", advice)

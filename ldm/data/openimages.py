@@ -73,7 +73,7 @@ def read_classes(file: Path, chosen: Sequence[str] | None = None) -> dict[str, s
 
 
 def read_boxes(file: Path, images: Mapping[str, int], classes: Sequence[str], min_area: float = 0.0) -> BoxTable:
-    """Return the boxes of `images` (id -> 0 .. N - 1) and `classes`, from a share of `min_area` of the image up."""
+    """Return the boxes of `images` (id -> 0 .. N - 1) and `classes` with a relative area of at least `min_area`."""
     number = {name: k for k, name in enumerate(classes)}
     owners, categories, regions, groups = array("q"), array("q"), array("f"), array("b")
     with file.open(encoding="utf-8-sig", newline="") as lines:

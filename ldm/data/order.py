@@ -1,7 +1,7 @@
 """Order and random numbers of the samples, as functions of (seed, epoch, index) alone.
 
-They depend neither on the number of data workers nor on interruptions: the order of an epoch is computed from (seed,
-epoch), and the generators of Python, NumPy and PyTorch are seeded for every sample, so a dataset may use any of them.
+They depend neither on the number of data workers nor on interruptions: (seed, epoch) gives the order of an epoch, and
+the generators of Python, NumPy and PyTorch are seeded for every sample, so a dataset may use any of them.
 """
 
 from __future__ import annotations
@@ -52,15 +52,14 @@ class EpochSampler(DistributedSampler):
     """(epoch, index) pairs of one rank in the order of the epoch, starting from a position.
 
     Rank r takes every world_size-th index from r on, so batch b of all ranks together is the b-th slice of the order.
-    The last round is filled from the front of the order. It is a DistributedSampler so that Lightning does not replace
-    it.
+    The last round is filled from the front of the order. Lightning does not replace a DistributedSampler.
 
-    position: called when a pass begins; if None or if it returns None, a pass is the whole epoch given by `set_epoch`.
+    position: called when a pass begins; without one, a pass is the whole epoch given by `set_epoch`.
     """
 
     def __init__(
         self,
-        length: int,
+        dataset: Any,
         batch_size: int,
         seed: int,
         shuffle: bool,
@@ -68,14 +67,8 @@ class EpochSampler(DistributedSampler):
         world_size: int = 1,
         position: Callable[[], Position | None] | None = None,
     ) -> None:
-        # The parent's constructor is not called: it needs the dataset, and all its attributes are set here.
-        self.length, self.batch_size, self.position = length, batch_size, position
-        self.seed, self.shuffle = seed, shuffle
-        self.rank, self.num_replicas = rank, world_size
-        self.num_samples = math.ceil(length / world_size)
-        self.total_size = self.num_samples * world_size
-        self.drop_last = False
-        self.epoch = 0
+        super().__init__(dataset, num_replicas=world_size, rank=rank, shuffle=shuffle, seed=seed)
+        self.length, self.batch_size, self.position = len(dataset), batch_size, position
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
         epoch, batch = (self.position() if self.position is not None else None) or Position(self.epoch, 0)
@@ -88,9 +81,9 @@ class EpochSampler(DistributedSampler):
 
 
 class SeededDataset(Dataset):
-    """A map-style dataset whose samples take their random numbers from (seed, epoch, index) alone; a plain index means
-    epoch 0.
+    """A map-style dataset, read by (epoch, index), whose random numbers follow from (seed, epoch, index) alone.
 
+    A plain index means epoch 0.
     repeat: use the random numbers of epoch 0 in every epoch (validation).
     """
 

@@ -137,7 +137,7 @@ def test_splits_must_number_their_classes_alike():
     data(train=config, validation={"target": TARGET}).setup()
     for wrap in (False, True):
         with pytest.raises(
-            ConfigError, match=r"data.params.validation: its 1 classes are not the 2 of train \(differing: ape\)"
+            ConfigError, match=r"data.params.validation has 1 classes and train 2, which differ in ape; set"
         ):
             data(train=config, validation={"target": TARGET, "params": {"class_names": ["tench"]}}, wrap=wrap).setup()
 

@@ -45,7 +45,7 @@ def test_holes_are_seeded_and_differ(dataset):
 
 
 def test_shares_that_are_none_are_refused(tmp_path):
-    with pytest.raises(DataConfigError, match=r"min_masked 0.6: with max_masked 0.5 not a range"):
+    with pytest.raises(DataConfigError, match=r"min_masked 0.6: expected 0 < .* max_masked is 0.5"):
         Inpainting(root=str(tmp_path), min_masked=0.6)
 
 

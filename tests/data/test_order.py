@@ -48,7 +48,7 @@ def test_epochs_and_seeds_have_different_orders_of_the_same_samples():
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])
 @pytest.mark.parametrize("length", [1, 7, 12])
 def test_ranks_share_an_epoch_evenly_and_completely(length, world_size):
-    shares = [list(EpochSampler(length, 2, 0, True, rank, world_size)) for rank in range(world_size)]
+    shares = [list(EpochSampler(range(length), 2, 0, True, rank, world_size)) for rank in range(world_size)]
     assert (
         len({len(share) for share in shares}) == 1
     )  # ranks that make unequal numbers of steps wait for each other forever
@@ -58,7 +58,7 @@ def test_ranks_share_an_epoch_evenly_and_completely(length, world_size):
 
 def test_the_batches_of_all_ranks_are_slices_of_one_order():
     order = epoch_order(12, 5, 2, True).tolist()
-    samplers = [EpochSampler(12, 2, 5, True, rank, 3) for rank in range(3)]
+    samplers = [EpochSampler(range(12), 2, 5, True, rank, 3) for rank in range(3)]
     for sampler in samplers:
         sampler.set_epoch(2)
     shares = [[index for _, index in sampler] for sampler in samplers]
@@ -68,15 +68,15 @@ def test_the_batches_of_all_ranks_are_slices_of_one_order():
 
 
 def test_a_position_leaves_out_what_was_used():
-    whole = EpochSampler(10, 3, 7, True)
+    whole = EpochSampler(range(10), 3, 7, True)
     whole.set_epoch(4)
-    rest = EpochSampler(10, 3, 7, True, position=lambda: Position(4, 2))
+    rest = EpochSampler(range(10), 3, 7, True, position=lambda: Position(4, 2))
     assert list(rest) == list(whole)[6:] and len(rest) == 10
     assert [epoch for epoch, _ in rest] == [4] * 4
 
 
 def batches(workers, epoch, repeat=False, seed=3):
-    sampler = EpochSampler(10, 3, seed, True)
+    sampler = EpochSampler(range(10), 3, seed, True)
     sampler.set_epoch(epoch)
     loader = DataLoader(SeededDataset(Draws(), seed, repeat), batch_size=3, sampler=sampler, num_workers=workers)
     return [[column.tolist() for column in batch] for batch in loader]

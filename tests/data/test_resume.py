@@ -160,7 +160,7 @@ def test_another_batch_size_resumes_after_the_used_samples(caplog):
         module.load_state_dict({"seed": 5, "epoch": 2, "batch": 3, "trained": 11, "global_batch_size": 3})
     messages = [record.getMessage() for record in caplog.records if record.name == "ldm.data.datamodule"]
     assert len(messages) == 2 and all(line.startswith("data        ") for line in messages)  # aligned
-    assert module._position() is None and module._origin.position == (2, 1)
+    assert module._position() is None and module._start == (2, 1)
     assert "batch size 5, previously 3" in caplog.text
     # Without a checkpoint a fit begins at the start.
     assert fit(module, **EPOCHS)[0].seen == fit(data(batch_size=5), **EPOCHS)[0].seen
