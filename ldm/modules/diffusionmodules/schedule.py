@@ -15,8 +15,6 @@ from ldm.config.beta_schedule import make_beta_schedule as make_beta_schedule
 
 logger = logging.getLogger(__name__)
 
-SPACINGS = ("uniform", "quad", "trailing")
-
 
 def rescale_zero_terminal_snr(betas: np.ndarray) -> np.ndarray:
     """Rescale the betas (T,) so that no signal is left at the last timestep (arXiv 2305.08891, algorithm 1).
@@ -122,7 +120,7 @@ def make_ddim_timesteps(
     elif ddim_discr_method == "trailing":
         timesteps = np.round(np.arange(1, S + 1) * (T / S)).astype(np.int64) - 1
     else:
-        raise ValueError(f"ddim_discretize {ddim_discr_method!r}: choose one of {', '.join(SPACINGS)}")
+        raise ValueError(f"ddim_discretize {ddim_discr_method!r}: choose one of uniform, quad, trailing")
     if verbose:
         logger.info("%d sampling steps, timesteps %d to %d", S, timesteps[-1], timesteps[0])
     return timesteps

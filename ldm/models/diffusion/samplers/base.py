@@ -1,4 +1,4 @@
-"""The one sampling loop: noise, masks, guidance, callbacks, img2img. A sampler is its `make_steps` and `step`."""
+"""The sampling loop that all samplers share; a subclass has its `make_steps` and `step`."""
 
 from __future__ import annotations
 
@@ -59,9 +59,8 @@ class Sampler(ABC):
         name = type(self).__name__
         check_steps(S, self.model.num_timesteps)
         if spacing not in self.spacings:
-            raise ValueError(
-                f"ddim_discretize {spacing!r} is not supported by {name}: choose one of {', '.join(self.spacings)}"
-            )
+            choices = ", ".join(self.spacings)
+            raise ValueError(f"ddim_discretize {spacing!r} is not supported by {name}: choose one of {choices}")
         eta = self.default_eta if eta is None else eta
         if not self.takes_eta and eta != self.default_eta:
             raise ValueError(f"eta {eta:g}: {name} supports only {self.default_eta:g}; DDIM supports any eta")
@@ -218,43 +217,37 @@ class Sampler(ABC):
 
     @property
     def ddim_timesteps(self) -> np.ndarray:
-        """(S,) the schedule's timesteps, increasing; int64 except for continuous-time samplers."""
+        """Timesteps of the schedule, (S,) increasing, int64 except for continuous-time samplers."""
         return self._steps_of().t
 
     @property
     def ddim_alphas(self) -> Tensor:
-        """(S,) products of (1 - beta) at each step."""
+        """Products of (1 - beta) at each step, (S,)."""
         return torch.as_tensor(self._steps_of().alphas, dtype=torch.float32, device=self.model.device)
 
     @property
     def ddim_alphas_prev(self) -> np.ndarray:
-        """(S,) products of (1 - beta) at the end of each step."""
+        """Products of (1 - beta) at the end of each step, (S,)."""
         return self._steps_of().alphas_prev
 
     @property
     def ddim_sigmas(self) -> Tensor:
-        """(S,) noise scale of each step."""
+        """Noise scale of each step, (S,)."""
         return torch.as_tensor(self._steps_of().sigmas, dtype=torch.float32, device=self.model.device)
 
     def _encoding_alphas(self, steps: Steps) -> np.ndarray:
-        """(S + 1,) products of (1 - beta) from which the last 0 to S steps start."""
+        """Products of (1 - beta) from which the last 0 to S steps start, (S + 1,)."""
         return np.concatenate([[1.0], steps.alphas[:-1], [0.0]])
 
     def _steps_of(self, use_original_steps: bool = False) -> Steps:
         if use_original_steps:
-            raise ValueError(f"use_original_steps: {type(self).__name__} has only the steps of make_schedule; use DDIM")
+            raise ValueError(f"use_original_steps: not supported by {type(self).__name__}; use DDIM")
         if self._scheduled is None:
             raise ValueError("call make_schedule(ddim_num_steps=...) first")
         return self._scheduled
 
     def _start(
-        self,
-        steps: Steps,
-        x: Tensor,
-        cond: Conditioning,
-        scale: float,
-        uncond: Conditioning,
-        options: SamplingOptions,
+        self, steps: Steps, x: Tensor, cond: Conditioning, scale: float, uncond: Conditioning, options: SamplingOptions
     ) -> SamplingRun:
         for name, condition in (("conditioning", cond), ("unconditional_conditioning", uncond)):
             size = condition_batch_size(condition)
@@ -264,9 +257,8 @@ class Sampler(ABC):
             raise ValueError(f"unconditional_guidance_scale {scale:g} needs unconditional_conditioning; 1 does not")
         changes_noise = options.temperature != 1.0 or options.noise_dropout > 0.0 or options.repeat_noise
         if changes_noise and not self.adds_noise:
-            raise ValueError(
-                f"{type(self).__name__} adds no noise: temperature, noise_dropout, repeat_noise do nothing"
-            )
+            name = type(self).__name__
+            raise ValueError(f"{name} adds no noise: temperature, noise_dropout and repeat_noise have no effect")
         return SamplingRun(self.model, steps, x, cond, uncond, scale, options)
 
 

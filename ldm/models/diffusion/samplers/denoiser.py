@@ -18,7 +18,7 @@ from ldm.modules.diffusionmodules.parameterization import get_parameterization
 
 
 class DiffusionModel(Protocol):
-    """What samplers and pipelines use of a model; anything that has these can be sampled.
+    """The members of a model that samplers and pipelines use.
 
     `alphas_cumprod`, `alphas_cumprod_prev` and `betas` are (T,) tables, `parameterization` is `eps`, `x0` or `v`.
     `quantize_x0` also needs `first_stage_model.quantize`; the ancestral sampler reads `v_posterior` if present.
@@ -39,7 +39,7 @@ class DiffusionModel(Protocol):
 
 
 class ScoreCorrector(Protocol):
-    """Changes the predicted noise at each step, e.g. classifier guidance."""
+    """Correction of the predicted noise at each step, e.g. classifier guidance."""
 
     def modify_score(self, *args: Any, **kwargs: Any) -> Tensor:
         """Return the noise to use instead of eps in modify_score(model, eps, x, t, cond, **corrector_kwargs)."""
@@ -153,5 +153,5 @@ class SamplingRun:
         return noised * mask + (1.0 - mask) * x
 
     def starts_from_noise(self, k: int) -> bool:
-        """True if step k starts from pure noise, as in a schedule with zero terminal SNR."""
+        """Return whether step k starts from pure noise, as in a schedule with zero terminal SNR."""
         return self.steps.alphas[k] == 0.0  # the host's table, so that no step waits for the device

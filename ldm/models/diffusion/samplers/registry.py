@@ -1,6 +1,6 @@
-"""The samplers by name. A sampler is one line here; its class says what it supports.
+"""The samplers by name, and what each supports.
 
-The classes' literal attributes are read from their source, so that `--help` and flag checks do not import torch.
+The literal attributes of the classes are read from their source: `--help` and flag checks do not import torch.
 """
 
 from __future__ import annotations
