@@ -115,3 +115,18 @@ def test_files_are_found_here_or_in_the_checkout(tmp_path, monkeypatch):
     (tmp_path / "setup.py").touch()
     assert str(find_file("setup.py")) == "setup.py" and str(find_file("nowhere.ckpt")) == "nowhere.ckpt"
     assert in_checkout(ROOT / "configs" / "a.yaml") == "configs/a.yaml" and in_checkout("b/c.ckpt") == "b/c.ckpt"
+
+
+def test_overrides_stand_anywhere_among_the_flags(capsys):
+    parser = Parser(takes_overrides=True)
+    parser.add_argument("-n", type=int)
+    opt = parser.parse_args(["a.b=1", "-n", "3", "+a.c=x y"])
+    assert (opt.n, opt.overrides) == (3, ["a.b=1", "+a.c=x y"])
+    for words, message in (
+        (["a=1"], "unexpected argument 'a=1'"),
+        (["--m", "a.b=1"], "unknown flag --m"),
+        (["-n=1.5"], "invalid int"),
+    ):
+        with pytest.raises(SystemExit):
+            parser.parse_args(words)
+        assert message in capsys.readouterr().err

@@ -4,10 +4,13 @@ import logging
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 from torch import nn
 
-from ldm.checkpoint import CheckpointError, load_weights, read_weights
+from ldm.checkpoint import CheckpointError, load_weights, read_weights, weights_on_meta
+from ldm.util import instantiate_from_config
 from tests.checkpoint.models import Model, Stage, same, save
+from tests.tiny import text_model_config
 
 
 def test_loading_fills_the_module_and_logs_one_line(tmp_path, caplog):
@@ -130,3 +133,11 @@ def test_only_changes_the_part_asked_for(tmp_path, bare):
     load_weights(model, save(tmp_path / "a.ckpt", (source.model if bare else source).state_dict()), only="model.")
     for name, value in model.state_dict().items():
         assert torch.equal(value, source.state_dict()[name] if name.startswith("model.") else before[name])
+
+
+def test_weights_on_meta_keeps_buffers_and_ends_with_the_context():
+    with weights_on_meta():
+        model = instantiate_from_config(OmegaConf.create(text_model_config(use_ema=False))["model"])
+    assert all(p.is_meta for p in model.parameters())
+    assert not any(b.is_meta for b in model.buffers()) and model.betas.shape == (100,)
+    assert not torch.nn.Linear(2, 2).weight.is_meta

@@ -1,4 +1,4 @@
-"""Figures about drawn pictures: each is checked on sets whose figure is known."""
+"""Metrics of generated images, on sets whose metric is known."""
 
 import numpy as np
 import pytest
@@ -6,37 +6,37 @@ import pytest
 from ldm.evaluation import metrics as evaluation
 
 
-def pictures(n: int, seed: int = 0, spread: float = 0.3) -> np.ndarray:
+def saved_images(n: int, seed: int = 0, spread: float = 0.3) -> np.ndarray:
     return np.random.default_rng(seed).normal(0, spread, (n, 8, 8, 1)).astype(np.float32)
 
 
 def test_psnr_of_a_constant_error_is_its_closed_form():
-    x = pictures(3)
+    x = saved_images(3)
     assert evaluation.psnr(x + 0.02, x) == pytest.approx(20 * np.log10(2 / 0.02), abs=1e-3)  # 40 dB
     assert evaluation.psnr(x, x) == float("inf")
     with pytest.raises(ValueError, match="shapes"):
         evaluation.psnr(x, x[:2])
 
 
-def test_pairwise_distance_counts_each_pair_of_different_pictures_once():
+def test_pairwise_distance_counts_each_pair_of_different_images_once():
     x = np.array([0.0, 3.0, 4.0]).reshape(3, 1, 1, 1)
     assert evaluation.pairwise_distance(x) == pytest.approx((3 + 4 + 1) / 3)
     with pytest.raises(ValueError, match="at least 2"):
         evaluation.pairwise_distance(x[:1])
 
 
-def test_variety_is_one_for_real_pictures_half_for_half_the_spread_and_zero_for_one_repeated():
-    real, labels = pictures(60), np.repeat([3, 7], 30)
+def test_variety_is_one_for_real_images_half_for_half_the_spread_and_zero_for_one_repeated():
+    real, labels = saved_images(60), np.repeat([3, 7], 30)
     assert evaluation.variety(real, labels, real, labels) == pytest.approx({3: 1.0, 7: 1.0})
     assert evaluation.variety(0.5 * real, labels, real, labels) == pytest.approx({3: 0.5, 7: 0.5})
     repeated = np.repeat(real[:1], 30, axis=0)
     assert evaluation.variety(repeated, labels[:30], real, labels) == {3: 0.0}
 
 
-def test_novelty_is_zero_for_copies_and_near_one_for_pictures_from_the_same_source():
-    train, held_out = pictures(200, seed=1), pictures(200, seed=2)
+def test_novelty_is_zero_for_copies_and_near_one_for_images_from_the_same_source():
+    train, held_out = saved_images(200, seed=1), saved_images(200, seed=2)
     assert evaluation.novelty(train[:50], train, held_out) == 0.0
-    assert evaluation.novelty(pictures(200, seed=3), train, held_out) == pytest.approx(1.0, abs=0.03)
+    assert evaluation.novelty(saved_images(200, seed=3), train, held_out) == pytest.approx(1.0, abs=0.03)
 
 
 def test_digit_features_are_block_means_whatever_the_size():
@@ -61,10 +61,10 @@ def test_the_judge_reads_held_out_digits(real):
     assert evaluation.DigitClassifier(*train).accuracy(*held_out) > 0.975
 
 
-def test_held_out_digits_pass_as_good_drawings_and_copies_and_noise_do_not(real):
+def test_held_out_digits_pass_as_good_images_and_copies_and_noise_do_not(real):
     train, held_out = real
     good = evaluation.judge_digits(*held_out, train, held_out)
-    assert good.recognized == good.accuracy > 0.975 and good.novelty == 1.0 and good.drawn == len(held_out[1])
+    assert good.recognized == good.accuracy > 0.975 and good.novelty == 1.0 and good.count == len(held_out[1])
     assert all(0.8 < figure < 1.2 for figure in good.variety.values()) and set(good.variety) == set(range(10))
     copies = evaluation.judge_digits(train[0][:200], train[1][:200], train, held_out)
     assert copies.novelty == 0.0
@@ -79,4 +79,4 @@ def test_a_judge_without_scikit_learn_names_the_extra(monkeypatch):
 
     monkeypatch.setitem(sys.modules, "sklearn.svm", None)
     with pytest.raises(ImportError, match="quickstart"):
-        evaluation.DigitClassifier(pictures(4), np.arange(4))
+        evaluation.DigitClassifier(saved_images(4), np.arange(4))

@@ -1,4 +1,4 @@
-"""One picture of many can be drawn again: by its own seed, by its place in the run, and from its file alone."""
+"""One image of a run can be repeated: by its own seed, by its index in the run, and from its PNG alone."""
 
 from argparse import Namespace
 
@@ -33,17 +33,17 @@ NOISY = [
 
 
 def text(pipeline: Pipeline, prompts=PROMPTS, only: int | None = None, **changes) -> list[np.ndarray]:
-    drawn = text_to_image(
+    results = text_to_image(
         pipeline, TextToImageRequest(prompt=prompts, **{**TINY, **changes}), progress=False, only=only
     )
-    return [np.asarray(p.image) for p in drawn]
+    return [np.asarray(p.image) for p in results]
 
 
 def from_image(pipeline: Pipeline, image: Image.Image, only: int | None = None, **changes) -> list[np.ndarray]:
-    drawn = image_to_image(
+    results = image_to_image(
         pipeline, image, ImageToImageRequest(prompt=PROMPTS, **{**TINY, **changes}), progress=False, only=only
     )
-    return [np.asarray(p.image) for p in drawn]
+    return [np.asarray(p.image) for p in results]
 
 
 def same(a: list[np.ndarray], b: list[np.ndarray]) -> bool:
@@ -54,40 +54,42 @@ def within_a_step(a: list[np.ndarray], b: list[np.ndarray]) -> bool:
     return len(a) == len(b) and np.abs(np.stack(a).astype(int) - np.stack(b)).max() <= 1
 
 
-# ------------------------------------------------------------------------------ a seed of its own
+# --- a seed of its own
 
 
 @pytest.mark.parametrize("sampler, eta", NOISY)
-def test_with_seeds_of_their_own_pictures_are_the_same_in_batches_of_any_size(pipeline, sampler, eta):
-    some = {"sampler": sampler, "eta": eta, "seed_mode": "image"}
-    one, two, three = (text(pipeline, n_samples=n, **some) for n in (1, 2, 3))
+def test_images_with_their_own_seeds_are_the_same_in_batches_of_any_size(pipeline, sampler, eta):
+    options = {"sampler": sampler, "eta": eta, "seed_mode": "image"}
+    one, two, three = (text(pipeline, n_samples=n, **options) for n in (1, 2, 3))
     assert within_a_step(one, two) and within_a_step(one, three)
     assert not np.array_equal(one[0], one[4])  # the same prompt at another place
     for k in (0, 3):
-        alone = text(pipeline, PROMPTS[k], n_samples=1, **{**some, "seed": TINY["seed"] + k})
-        assert same(alone, [one[k]]) and same(text(pipeline, only=k, n_samples=3, **some), [one[k]])
+        alone = text(pipeline, PROMPTS[k], n_samples=1, **{**options, "seed": TINY["seed"] + k})
+        assert same(alone, [one[k]]) and same(text(pipeline, only=k, n_samples=3, **options), [one[k]])
 
 
 @pytest.mark.parametrize("sampler, eta", NOISY)
-def test_so_are_pictures_from_a_picture_its_posterior_included(pipeline, image, sampler, eta):
-    some = {"sampler": sampler, "eta": eta, "strength": 0.0 if sampler == "plms" else 0.7, "seed_mode": "image"}
-    one, two, three = (from_image(pipeline, image, n_samples=n, **some) for n in (1, 2, 3))
+def test_images_from_an_image_with_their_own_seeds_are_the_same_in_batches_of_any_size(pipeline, image, sampler, eta):
+    options = {"sampler": sampler, "eta": eta, "strength": 0.0 if sampler == "plms" else 0.7, "seed_mode": "image"}
+    one, two, three = (from_image(pipeline, image, n_samples=n, **options) for n in (1, 2, 3))
     assert within_a_step(one, two) and within_a_step(one, three) and not np.array_equal(one[0], one[4])
-    assert same(from_image(pipeline, image, only=3, n_samples=2, **some), [one[3]])
+    assert same(from_image(pipeline, image, only=3, n_samples=2, **options), [one[3]])
 
 
-def test_so_are_samples(tmp_path):
+def test_class_samples_with_their_own_seeds_are_the_same_in_batches_of_any_size(tmp_path):
     saved = save_model(tmp_path, "class", timesteps=10)
     classes = load_model(saved.config, saved.ckpt, "cpu", "full")
 
-    def draw(batch_size: int, **changes) -> list[np.ndarray]:
+    def generate(batch_size: int, **changes) -> list[np.ndarray]:
         settings = ClassConditionalRequest(
             n_samples=4, batch_size=batch_size, steps=3, seed_mode="image", scale=2.0, **changes
         )
         return [np.asarray(p.image) for p in generate_samples(classes, settings, progress=False)]
 
     for changes in ({}, {"sampler": "euler_ancestral"}, {"vanilla": True}):
-        assert within_a_step(draw(1, **changes), draw(3, **changes)) and not np.array_equal(*draw(2, **changes)[:2])
+        assert within_a_step(generate(1, **changes), generate(3, **changes)) and not np.array_equal(
+            *generate(2, **changes)[:2]
+        )
 
 
 def test_the_last_seed_is_followed_by_the_first(pipeline):
@@ -95,23 +97,23 @@ def test_the_last_seed_is_followed_by_the_first(pipeline):
     assert within_a_step([second], text(pipeline, "a cat", n_samples=1, seed_mode="image", seed=0))
 
 
-# ------------------------------------------------------------------------------ its place in the run
+# --- its place in the run
 
 
 @pytest.mark.parametrize("sampler, eta", NOISY)
 @pytest.mark.parametrize("prompts, place", [("a cat", 3), (PROMPTS, 4), (PROMPTS, 7)])
-def test_a_picture_is_drawn_alone_as_the_whole_run_draws_it(pipeline, sampler, eta, prompts, place):
-    some = {"sampler": sampler, "eta": eta, "n_samples": 2, "n_iter": 2}
-    assert same(text(pipeline, prompts, only=place, **some), [text(pipeline, prompts, **some)[place]])
+def test_an_image_alone_equals_that_of_the_whole_run(pipeline, sampler, eta, prompts, place):
+    options = {"sampler": sampler, "eta": eta, "n_samples": 2, "n_iter": 2}
+    assert same(text(pipeline, prompts, only=place, **options), [text(pipeline, prompts, **options)[place]])
 
 
 @pytest.mark.parametrize("changes", [{}, {"fixed_code": True}, {"strength": 0.0}, {"sampler": "euler_ancestral"}])
-def test_so_is_a_picture_from_a_picture(pipeline, image, changes):
-    some = {"n_samples": 2, "eta": None, **changes}
-    assert same(from_image(pipeline, image, only=4, **some), [from_image(pipeline, image, **some)[4]])
+def test_an_image_from_an_image_alone_equals_that_of_the_whole_run(pipeline, image, changes):
+    options = {"n_samples": 2, "eta": None, **changes}
+    assert same(from_image(pipeline, image, only=4, **options), [from_image(pipeline, image, **options)[4]])
 
 
-def test_the_network_is_not_asked_about_the_pictures_before_it(pipeline, monkeypatch):
+def test_the_network_does_not_run_for_skipped_images(pipeline, monkeypatch):
     calls, inner = [], pipeline.model.apply_model
     monkeypatch.setattr(pipeline.model, "apply_model", lambda *args: calls.append(1) or inner(*args))
     text(pipeline, "a cat", only=8, n_samples=2, n_iter=5, eta=1.0)
@@ -119,7 +121,7 @@ def test_the_network_is_not_asked_about_the_pictures_before_it(pipeline, monkeyp
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
-def test_random_numbers_are_used_up_alike_whatever_the_network_says(pipeline, name):
+def test_the_silent_model_uses_the_same_random_numbers(pipeline, name):
     from ldm.inference.randomness import SilentModel
 
     states = []
@@ -130,12 +132,12 @@ def test_random_numbers_are_used_up_alike_whatever_the_network_says(pipeline, na
     assert torch.equal(*states)
 
 
-def test_a_place_that_the_run_has_not_is_refused(pipeline):
+def test_an_index_outside_the_run_is_refused(pipeline):
     with pytest.raises(ValueError, match="image 5: this run has images 0 to 4"):
         text(pipeline, only=5)
 
 
-# ------------------------------------------------------------------------------ its file alone
+# --- its file alone
 
 
 def arguments(saved: SavedModel, outdir, *flags: str) -> list[str]:
@@ -154,7 +156,7 @@ def arguments(saved: SavedModel, outdir, *flags: str) -> list[str]:
     return [*model, "--ddim_steps", "3", *flags]
 
 
-def pictures(outdir) -> list[tuple[np.ndarray, dict]]:
+def saved_images(outdir) -> list[tuple[np.ndarray, dict]]:
     return [(np.asarray(Image.open(path)), read_metadata(path)) for path in sorted((outdir / "samples").glob("*.png"))]
 
 
@@ -186,23 +188,23 @@ EVERYTHING += ["--tiled", "16", "--no-use_ema"]
 @pytest.mark.parametrize(
     "mode, flags", [("batch", ["--plms", "--fixed_code"]), ("batch", EVERYTHING), ("image", EVERYTHING)]
 )
-def test_txt2img_draws_a_picture_again_from_its_metadata(saved, tmp_path, mode, flags):
+def test_txt2img_repeats_an_image_from_its_metadata(saved, tmp_path, mode, flags):
     (tmp_path / "prompts.txt").write_text("a (cat:1.4)\n" + "many words " * 20 + "\nbirds\n", encoding="utf-8")
     many = ["--from-file", str(tmp_path / "prompts.txt"), "--n_samples", "2", "--n_iter", "2", "--H", "24", "--W", "16"]
     assert run_command(txt2img.main, arguments(saved, tmp_path / "a", "--seed_mode", mode, *many, *flags)) == 0
-    before = pictures(tmp_path / "a")
+    before = saved_images(tmp_path / "a")
     assert len(before) == 6
     for k in (2, 4):
         file = tmp_path / "a" / "samples" / f"{k:05}.png"
         assert run_command(txt2img.main, ["--from-metadata", str(file), "--outdir", str(tmp_path / f"b{k}")]) == 0
-        ((pixels, info),) = pictures(tmp_path / f"b{k}")
+        ((pixels, info),) = saved_images(tmp_path / f"b{k}")
         assert info == before[k][1]
         assert np.array_equal(pixels, before[k][0]) or (mode == "image" and within_a_step([pixels], [before[k][0]]))
         assert not list((tmp_path / f"b{k}").glob("grid*"))
 
 
 @pytest.mark.parametrize("mode", ["batch", "image"])
-def test_img2img_does_so_too(saved, tmp_path, image, mode):
+def test_img2img_repeats_an_image_from_its_metadata(saved, tmp_path, image, mode):
     image.save(tmp_path / "a.png")
     flags = [
         "--init-img",
@@ -217,15 +219,15 @@ def test_img2img_does_so_too(saved, tmp_path, image, mode):
         mode,
     ]
     assert run_command(img2img.main, arguments(saved, tmp_path / "a", *flags, "--tiled", "16", "--n_iter", "2")) == 0
-    before = pictures(tmp_path / "a")
+    before = saved_images(tmp_path / "a")
     again = ["--from-metadata", str(tmp_path / "a" / "samples" / "00004.png"), "--outdir", str(tmp_path / "b")]
     assert run_command(img2img.main, again) == 0
-    ((pixels, info),) = pictures(tmp_path / "b")
+    ((pixels, info),) = saved_images(tmp_path / "b")
     assert info == before[4][1] and within_a_step([pixels], [before[4][0]])
     assert mode == "image" or np.array_equal(pixels, before[4][0])
 
 
-def test_a_picture_that_was_drawn_again_can_be_drawn_again(saved, tmp_path):
+def test_an_image_that_was_repeated_can_be_repeated(saved, tmp_path):
     run_command(
         txt2img.main,
         arguments(saved, tmp_path / "a", "--H", "16", "--W", "16", "--seed_mode", "image", "--n_samples", "2"),
@@ -233,12 +235,12 @@ def test_a_picture_that_was_drawn_again_can_be_drawn_again(saved, tmp_path):
     for before, after in ("ab", "bc"):
         file = sorted((tmp_path / before / "samples").iterdir())[-1]
         assert run_command(txt2img.main, ["--from-metadata", str(file), "--outdir", str(tmp_path / after)]) == 0
-    (_, _, _, a), (b,), (c,) = (pictures(tmp_path / name) for name in "abc")
+    (_, _, _, a), (b,), (c,) = (saved_images(tmp_path / name) for name in "abc")
     assert np.array_equal(b[0], c[0]) and within_a_step([a[0]], [b[0]]) and a[1] == b[1] == c[1]
 
 
 @pytest.mark.parametrize("mark", ["dwtDctSvd", "off"])
-def test_the_mark_is_drawn_again_and_the_safety_check_is_not_the_pictures_to_choose(saved, tmp_path, mark):
+def test_the_watermark_is_repeated_but_the_safety_check_is_the_users_choice(saved, tmp_path, mark):
     pytest.importorskip("imwatermark")
     flags = [
         "--H",
@@ -258,7 +260,7 @@ def test_the_mark_is_drawn_again_and_the_safety_check_is_not_the_pictures_to_cho
     assert run_command(txt2img.main, arguments(saved, tmp_path / "a", *flags, "--ddim_steps", "1")) == 0
     command = ["--from-metadata", str(tmp_path / "a" / "samples" / "00000.png"), "--outdir", str(tmp_path / "b")]
     assert run_command(txt2img.main, command) == 0
-    ((a, before),), ((b, after),) = pictures(tmp_path / "a"), pictures(tmp_path / "b")
+    ((a, before),), ((b, after),) = saved_images(tmp_path / "a"), saved_images(tmp_path / "b")
     assert (
         np.array_equal(a, b)
         and before["watermark"] == after["watermark"]
@@ -268,7 +270,7 @@ def test_the_mark_is_drawn_again_and_the_safety_check_is_not_the_pictures_to_cho
     assert opt.watermark == mark and opt.safety is None
 
 
-def test_a_grid_is_drawn_again_whole(saved, tmp_path):
+def test_a_grid_is_repeated_whole(saved, tmp_path):
     (tmp_path / "prompts.txt").write_text("a cat\na dog\nbirds\n", encoding="utf-8")
     small = ["--H", "16", "--W", "16", "--n_samples", "2"]
     for name, flags in (("list", ["--from-file", str(tmp_path / "prompts.txt")]), ("one", ["--prompt", "a cat"])):
@@ -284,7 +286,7 @@ def test_a_grid_is_drawn_again_whole(saved, tmp_path):
         assert np.array_equal(before, after)
 
 
-def test_flags_replace_what_the_metadata_says(saved, tmp_path):
+def test_flags_replace_metadata(saved, tmp_path):
     run_command(
         txt2img.main,
         arguments(
@@ -298,14 +300,14 @@ def test_flags_replace_what_the_metadata_says(saved, tmp_path):
         )
         == 0
     )
-    ((pixels, info),) = pictures(tmp_path / "b")
+    ((pixels, info),) = saved_images(tmp_path / "b")
     said = {"seed": 7, "prompt": "a dog", "sampler": "plms", "eta": 0.0, "steps": 3, "image_index": 1, "width": 24}
     assert {key: info[key] for key in said} == said and pixels.shape == (16, 24, 3)
     assert run_command(txt2img.main, [*command, str(tmp_path / "c"), "--n_samples", "3"]) == 0
-    assert [info["prompt"] for _, info in pictures(tmp_path / "c")] == [txt2img.parser().parse_args([]).prompt] * 3
+    assert [info["prompt"] for _, info in saved_images(tmp_path / "c")] == [txt2img.parser().parse_args([]).prompt] * 3
 
 
-def test_files_that_have_changed_are_told_and_refused_unless_they_are_named(saved, tmp_path, image, capsys, caplog):
+def test_changed_files_are_refused_unless_a_flag_names_them(saved, tmp_path, image, capsys, caplog):
     image.save(tmp_path / "a.png")
     ckpt, config = tmp_path / "m.ckpt", tmp_path / "m.yaml"
     ckpt.write_bytes(saved.ckpt.read_bytes()), config.write_bytes(saved.config.read_bytes())
@@ -328,7 +330,7 @@ def test_files_that_have_changed_are_told_and_refused_unless_they_are_named(save
     assert "m.ckpt: no such file" in refused(img2img.main, [*command, "--init-img", str(tmp_path / "a.png")], capsys)
 
 
-def test_folders_of_a_depth_estimator_and_of_weights_are_compared_too(tmp_path):
+def test_folders_are_compared_by_fingerprint_too(tmp_path):
     recorded = redraw.Recorded("x.png", {"depth_fingerprint": "then"}, frozenset())
     opt = Namespace(recorded=recorded, device="cpu", seed_mode="batch", depth=str(tmp_path))
     info = model_info(text_model_config(), tmp_path / "none.yaml")
@@ -341,7 +343,7 @@ def test_folders_of_a_depth_estimator_and_of_weights_are_compared_too(tmp_path):
         redraw.check_unchanged(opt, info, source)
 
 
-def test_what_cannot_be_drawn_again_is_refused_in_one_line(saved, tmp_path, capsys):
+def test_images_that_cannot_be_repeated_are_refused_in_one_line(saved, tmp_path, capsys):
     run_command(txt2img.main, arguments(saved, tmp_path, "--H", "16", "--W", "16", "--n_samples", "1", "--n_iter", "1"))
     capsys.readouterr()
     file = str(tmp_path / "samples" / "00000.png")
@@ -358,7 +360,7 @@ def test_what_cannot_be_drawn_again_is_refused_in_one_line(saved, tmp_path, caps
     )
 
 
-def test_a_device_that_is_not_here_is_replaced_with_a_warning(saved, tmp_path, caplog, monkeypatch):
+def test_an_unavailable_device_is_replaced_with_a_warning(saved, tmp_path, caplog, monkeypatch):
     run_command(txt2img.main, arguments(saved, tmp_path, "--H", "16", "--W", "16", "--n_samples", "1", "--n_iter", "1"))
     monkeypatch.setattr(
         "ldm.inference.from_metadata.read_metadata", lambda path: {**read_metadata(path), "device": "cuda"}

@@ -1,4 +1,4 @@
-"""Precision: what a name means on a device, and that pictures drawn with 16-bit weights are those of float32, to a bound."""
+"""Precision: the meaning of each name, and images from 16-bit weights close to those of float32."""
 
 import logging
 from pathlib import Path
@@ -10,8 +10,17 @@ from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ldm.checkpoint import load_weights, weights_on_meta, write_weights
-from ldm.inference import Pipeline, generate_samples, image_to_image, inpaint, load_model, text_to_image, upscale
-from ldm.inference import precision
+from ldm.inference import (
+    Pipeline,
+    choose_device,
+    generate_samples,
+    image_to_image,
+    inpaint,
+    load_model,
+    precision,
+    text_to_image,
+    upscale,
+)
 from ldm.inference.precision import Precision, cast_weights, has_bfloat16, resolve_precision
 from ldm.inference.requests import (
     ClassConditionalRequest,
@@ -25,16 +34,16 @@ from ldm.models.autoencoder import VQModelInterface
 from ldm.models.diffusion.samplers.registry import SAMPLERS, make_sampler
 from ldm.modules.dtype import weights_dtype
 from ldm.modules.encoders.modules import BERTEmbedder, FrozenCLIPEmbedder
-from tests.inference.test_tasks import VQ
-from tests.models.diffusion.samplers.toy import ToyModel
+from tests.inference.tasks.test_every_task import VQ
 from tests.models.diffusion.modes import MODES
+from tests.models.diffusion.samplers.toy import ToyModel
 from tests.models.diffusion.tiny import batch, latent_diffusion
 from tests.reference import randn, seed_weights
 from tests.tiny import FIRST_STAGE, save_model
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
-PICTURE = Image.fromarray(np.add.outer(np.arange(16), 5 * np.arange(24)).astype(np.uint8)).convert("RGB")
+IMAGE = Image.fromarray(np.add.outer(np.arange(16), 5 * np.arange(24)).astype(np.uint8)).convert("RGB")
 
 
 def psnr(one: Image.Image, other: Image.Image) -> float:
@@ -43,8 +52,8 @@ def psnr(one: Image.Image, other: Image.Image) -> float:
     return 20 * np.log10(255) - 10 * np.log10(max(np.square(a - b).mean(), 1e-9))
 
 
-def draw(kind: str, pipeline: Pipeline) -> Image.Image:
-    """A picture of the task that a kind of model is for."""
+def generate(kind: str, pipeline: Pipeline) -> Image.Image:
+    """An image of the task that a kind of model is for."""
     if kind in ("unconditional", "class"):
         classes = None if kind == "unconditional" else (1,)
         settings = ClassConditionalRequest(
@@ -52,24 +61,24 @@ def draw(kind: str, pipeline: Pipeline) -> Image.Image:
         )
         return next(iter(generate_samples(pipeline, settings, progress=False))).image
     if kind in ("inpaint", "sd-inpaint"):
-        mask = Image.new("L", PICTURE.size)
+        mask = Image.new("L", IMAGE.size)
         mask.paste(255, (4, 4, 20, 12))
         prompt = {"prompt": "a cat", "scale": 2.0} if kind == "sd-inpaint" else {}
-        return inpaint(pipeline, PICTURE, mask, InpaintRequest(steps=3, **prompt), progress=False).image
+        return inpaint(pipeline, IMAGE, mask, InpaintRequest(steps=3, **prompt), progress=False).image
     if kind in ("upscale", "x4"):
         prompt = {"prompt": "a cat", "scale": 2.0, "noise_level": 20} if kind == "x4" else {}
-        return upscale(pipeline, PICTURE, UpscaleRequest(steps=3, eta=0.0, **prompt), progress=False).image
+        return upscale(pipeline, IMAGE, UpscaleRequest(steps=3, eta=0.0, **prompt), progress=False).image
     size = {"height": 16, "width": 24, "steps": 4, "n_samples": 1, "n_iter": 1, "scale": 2.0}
     if kind == "img2img":
-        drawn = image_to_image(
-            pipeline, PICTURE, ImageToImageRequest(prompt="a cat", **size, strength=0.5), progress=False
+        results = image_to_image(
+            pipeline, IMAGE, ImageToImageRequest(prompt="a cat", **size, strength=0.5), progress=False
         )
     else:
-        drawn = text_to_image(pipeline, TextToImageRequest(prompt="a cat", **size), progress=False)
-    return next(iter(drawn)).image
+        results = text_to_image(pipeline, TextToImageRequest(prompt="a cat", **size), progress=False)
+    return next(iter(results)).image
 
 
-# ------------------------------------------------------------------------------ what a name means
+# --- what a name means
 
 
 @pytest.mark.parametrize("bfloat16", [True, False])
@@ -98,7 +107,7 @@ def test_a_gpu_computes_in_bf16_from_ampere_on(monkeypatch, capability, name):
     )
 
 
-def test_unknown_names_and_16_bits_that_the_device_cannot_compute_with_are_refused_in_one_line(monkeypatch):
+def test_unknown_and_unsupported_precisions_are_refused_in_one_line(monkeypatch):
     with pytest.raises(ValueError, match=f"--precision half: choose one of {', '.join(PRECISIONS)}"):
         resolve_precision("half", CPU)
 
@@ -113,7 +122,7 @@ def test_unknown_names_and_16_bits_that_the_device_cannot_compute_with_are_refus
     assert "\n" not in str(error.value)
 
 
-def test_what_was_chosen_is_printed_and_recorded(tmp_path, caplog, monkeypatch):
+def test_the_resolved_precision_is_logged_and_recorded(tmp_path, caplog, monkeypatch):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True}, raising=False)
     saved = save_model(tmp_path, "text")
     with caplog.at_level(logging.INFO):
@@ -123,11 +132,11 @@ def test_what_was_chosen_is_printed_and_recorded(tmp_path, caplog, monkeypatch):
     assert str(resolve_precision("autocast", CPU)) == "autocast: weights in float32, computed in bfloat16"
 
 
-# ------------------------------------------------------------------------------ the weights
+# --- the weights
 
 
 @pytest.mark.parametrize("suffix", ["ckpt", "safetensors"])
-def test_weights_are_read_in_their_dtype_with_the_channels_innermost_and_tables_stay_float32(tmp_path, suffix):
+def test_weights_are_read_in_their_dtype_and_channels_last_and_buffers_stay_float32(tmp_path, suffix):
     saved = save_model(tmp_path, "text", first_stage_config=VQ)
     write_weights(saved.model.state_dict(), tmp_path / f"model.{suffix}")
     model = load_model(saved.config, tmp_path / f"model.{suffix}", "cpu", "bf16").model
@@ -158,8 +167,8 @@ def test_weights_that_need_no_cast_stay_in_the_file(tmp_path, suffix):
     assert mapped and not elsewhere
 
 
-def test_a_networks_feature_maps_keep_the_channels_innermost(tmp_path):
-    """Where a layer loses the layout every convolution after it pays for finding it again."""
+def test_feature_maps_stay_channels_last(tmp_path):
+    """If a layer loses the layout, every convolution after it has to restore it."""
     saved = save_model(tmp_path, "text")
     pipeline = load_model(saved.config, saved.ckpt, "cpu", "bf16")
     lost = []
@@ -178,12 +187,12 @@ def test_a_networks_feature_maps_keep_the_channels_innermost(tmp_path):
 
     for name, module in pipeline.model.named_modules():
         module.register_forward_hook(check(name))
-    draw("text", pipeline)
-    draw("img2img", pipeline)
+    generate("text", pipeline)
+    generate("img2img", pipeline)
     assert not lost
 
 
-# ------------------------------------------------------------------------------ the pictures
+# --- the images
 
 
 TASKS = ("text", "img2img", "unconditional", "class", "inpaint", "upscale")
@@ -192,12 +201,12 @@ TASKS = ("text", "img2img", "unconditional", "class", "inpaint", "upscale")
 @pytest.mark.parametrize(
     "kind, stage", [*((kind, "kl") for kind in (*TASKS, "v2-v", "sd-inpaint", "x4")), *((kind, "vq") for kind in TASKS)]
 )
-def test_every_task_draws_in_bf16_what_it_draws_in_float32(tmp_path, kind, stage, monkeypatch):
-    """With a codebook latents are decoded as they are: a rounded one between two codes may become the other one, in every pixel seen."""
+def test_every_task_gives_nearly_the_same_image_in_bf16(tmp_path, kind, stage, monkeypatch):
+    """With a codebook, latents are decoded unquantized: rounding may switch to another code."""
     monkeypatch.setattr(VQModelInterface, "decode", VQModelInterface.decode_latent)
     first_stage = FIRST_STAGE if stage == "kl" else VQ
     saved = save_model(tmp_path, "text" if kind == "img2img" else kind, first_stage_config=first_stage)
-    full, half = (draw(kind, load_model(saved.config, saved.ckpt, "cpu", name)) for name in ("full", "bf16"))
+    full, half = (generate(kind, load_model(saved.config, saved.ckpt, "cpu", name)) for name in ("full", "bf16"))
     assert psnr(full, half) > 35
 
 
@@ -273,7 +282,7 @@ def test_the_noise_and_the_samplers_state_are_float32_in_every_precision(tmp_pat
             return out
 
         pipeline.model.apply_model = apply_model
-        draw("text", pipeline)
+        generate("text", pipeline)
     assert torch.equal(noise["full"], noise[name]) and set(seen) == {FP32}
 
 
@@ -305,3 +314,10 @@ def test_no_step_of_a_sampler_waits_for_the_device(sampler, monkeypatch):
     assert walker.sample(5, 1, (4, 2, 2), cond, **options).samples.isfinite().all()
     with pytest.raises(AssertionError, match="read back"), NoReadingBack():
         float(torch.ones(()))
+
+
+def test_an_unavailable_device_is_refused_with_the_choices():
+    assert choose_device("cpu") == torch.device("cpu") and choose_device("auto").type in ("cpu", "cuda", "mps")
+    for name in ("tpu", "cuda:99", "gpu", ""):
+        with pytest.raises(ValueError, match=r"choose auto, .*cpu"):
+            choose_device(name)

@@ -1,49 +1,51 @@
-"""The way out of every script: numbers that are never used twice, metadata that comes back."""
+"""Output files: numbers are never reused, and metadata can be read back."""
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from ldm.output.images import GeneratedImage, METADATA_KEY, NamedOutput, NumberedFiles, Output, read_metadata
-from ldm.output.sample_array import SampleArray
+from ldm.output.images import METADATA_KEY, GeneratedImage, NamedOutput, NumberedFiles, Output, read_metadata
 
 
 def noise(side: int, seed: int = 0) -> Image.Image:
     return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (side, side, 3), dtype=np.uint8))
 
 
-def picture(**info) -> GeneratedImage:
+def make_image(**info) -> GeneratedImage:
     return GeneratedImage(noise(8), info)
 
 
 def test_files_are_numbered_as_published(tmp_path):
     output = Output(tmp_path)
-    assert output.save_sample(picture()) == tmp_path / "samples" / "00000.png"
-    assert output.save_sample(picture()).name == "00001.png"
-    assert output.save_grid(picture()) == tmp_path / "grid-0000.png"
+    assert output.save_sample(make_image()) == tmp_path / "samples" / "00000.png"
+    assert output.save_sample(make_image()).name == "00001.png"
+    assert output.save_grid(make_image()) == tmp_path / "grid-0000.png"
 
 
 def test_no_file_is_overwritten_even_after_deletions_and_by_two_runs_at_once(tmp_path):
     first = NumberedFiles(tmp_path)
-    paths = [first.save(picture()) for _ in range(4)]
+    paths = [first.save(make_image()) for _ in range(4)]
     paths[1].unlink()
     second = NumberedFiles(tmp_path)
-    assert second.save(picture()).name == "00004.png"
-    assert first.save(picture()).name == "00005.png"  # it meant to write 00004 itself
-    assert second.save(picture()).name == "00006.png"
+    assert second.save(make_image()).name == "00004.png"
+    assert first.save(make_image()).name == "00005.png"  # it meant to write 00004 itself
+    assert second.save(make_image()).name == "00006.png"
 
 
 def test_other_files_in_the_folder_do_not_count(tmp_path):
     for name in ("grid-0007.png", "notes.txt", "12.jpg", "x00009.png"):
         (tmp_path / name).touch()
-    assert NumberedFiles(tmp_path).save(picture()).name == "00000.png"
-    assert NumberedFiles(tmp_path, "grid-{:04}.png").save(picture()).name == "grid-0008.png"
+    assert NumberedFiles(tmp_path).save(make_image()).name == "00000.png"
+    assert NumberedFiles(tmp_path, "grid-{:04}.png").save(make_image()).name == "grid-0008.png"
 
 
-def test_more_pictures_than_digits(tmp_path):
+def test_more_images_than_digits(tmp_path):
     (tmp_path / "99999.png").touch()
     folder = NumberedFiles(tmp_path)
-    assert folder.save(picture()).name == "100000.png" and NumberedFiles(tmp_path).save(picture()).name == "100001.png"
+    assert (
+        folder.save(make_image()).name == "100000.png"
+        and NumberedFiles(tmp_path).save(make_image()).name == "100001.png"
+    )
 
 
 def test_a_file_where_the_folder_should_be_is_refused(tmp_path):
@@ -71,38 +73,12 @@ def test_a_file_without_settings_says_so(tmp_path):
 
 
 def test_the_text_chunk_is_plain_json_under_one_keyword(tmp_path):
-    path = NumberedFiles(tmp_path).save(picture(prompt="é"))
+    path = NumberedFiles(tmp_path).save(make_image(prompt="é"))
     assert Image.open(path).text == {METADATA_KEY: '{"prompt": "\\u00e9"}'}
 
 
 def test_results_have_the_name_of_their_original_and_replace_none(tmp_path):
     output = NamedOutput(tmp_path / "a" / "b")
-    assert [output.save(picture(), "x").name for _ in range(3)] == ["x.png", "x-1.png", "x-2.png"]
+    assert [output.save(make_image(), "x").name for _ in range(3)] == ["x.png", "x-1.png", "x-2.png"]
     with pytest.raises(ValueError, match="is a file or inside one"):
         NamedOutput(tmp_path / "a" / "b" / "x.png" / "c")
-
-
-@pytest.mark.parametrize("classes", [None, [3, 1, 2]])
-def test_the_array_of_samples_is_what_numpy_writes(tmp_path, classes):
-    images = [noise(8, seed) for seed in range(3)]
-    array = SampleArray(tmp_path / "numpy", 3)
-    for k, image in enumerate(images):
-        array.append(image, classes[k] if classes else None)
-    path = array.finish()
-    array.close()
-    loaded = np.load(path)
-    assert path.name == "3x8x8x3-samples.npz" and [p.name for p in path.parent.iterdir()] == [path.name]
-    assert (
-        np.array_equal(loaded["arr_0"], np.stack([np.asarray(image) for image in images]))
-        and loaded["arr_0"].dtype == np.uint8
-    )
-    assert (loaded["arr_1"].tolist() == classes) if classes else loaded.files == ["arr_0"]
-
-
-def test_an_array_that_lacks_samples_is_never_written(tmp_path):
-    array = SampleArray(tmp_path, 3)
-    array.append(noise(8))
-    with pytest.raises(ValueError, match="expected 3 samples, got 1"):
-        array.finish()
-    array.close()
-    assert list(tmp_path.iterdir()) == []

@@ -1,4 +1,4 @@
-"""The invisible mark: the published one, read by the published reader, and no more of the picture changed than that takes."""
+"""The invisible watermark: readable by the published reader, with minimal change of the image."""
 
 import numpy as np
 import pytest
@@ -53,7 +53,7 @@ def test_edges_of_saturated_color_show_no_specks(method):
         assert np.abs(marked - np.asarray(image)).max() <= 40
 
 
-def test_small_pictures_are_left_as_they_are_with_one_notice(tmp_path, caplog):
+def test_small_images_are_left_as_they_are_with_one_notice(tmp_path, caplog):
     output = Output(tmp_path, Watermark())
     with caplog.at_level("INFO"):
         paths = [output.save_sample(GeneratedImage(noise(side), {})) for side in (32, 255)]
@@ -65,18 +65,18 @@ def test_small_pictures_are_left_as_they_are_with_one_notice(tmp_path, caplog):
         Watermark().read(noise(64))
 
 
-def test_without_the_package_pictures_are_written_unmarked_and_say_so(tmp_path, caplog, monkeypatch):
+def test_without_the_package_images_are_written_unmarked_and_say_so(tmp_path, caplog, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "imwatermark", None)
     with caplog.at_level("INFO"):
         path = Output(tmp_path, Watermark()).save_sample(GeneratedImage(noise(256), {}))
     assert read_metadata(path)["watermark"] is None and "invisible-watermark" in caplog.text
 
 
-def test_only_drawn_pixels_are_marked_and_their_mark_can_still_be_read(tmp_path):
-    drawn = Image.new("1", (512, 512), 0)
-    drawn.paste(1, (0, 0, 512, 448))
-    path = Output(tmp_path, Watermark()).save_sample(GeneratedImage(noise(512), {}, drawn))
-    marked, plain, inside = np.asarray(Image.open(path)), np.asarray(noise(512)), np.asarray(drawn)
+def test_only_generated_pixels_are_marked_and_their_mark_can_still_be_read(tmp_path):
+    results = Image.new("1", (512, 512), 0)
+    results.paste(1, (0, 0, 512, 448))
+    path = Output(tmp_path, Watermark()).save_sample(GeneratedImage(noise(512), {}, results))
+    marked, plain, inside = np.asarray(Image.open(path)), np.asarray(noise(512)), np.asarray(results)
     assert np.array_equal(marked[~inside], plain[~inside]) and (marked[inside] != plain[inside]).any()
     assert Watermark().agreement(Watermark().read(Image.open(path))) == 136
 

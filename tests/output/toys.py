@@ -1,4 +1,4 @@
-"""A safety checker of a few numbers in a folder, laid out as the published one, that flags everything, nothing, or what a test wants."""
+"""A tiny safety checker in the published layout that flags everything, nothing, or what a test needs."""
 
 import json
 from pathlib import Path
@@ -12,9 +12,14 @@ CONFIG = {
     "model_type": "clip",
     "projection_dim": 8,
     "vision_config": {
-        "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 32, "patch_size": 16,
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "image_size": 32,
+        "patch_size": 16,
     },
-}  # fmt: skip
+}
 
 
 def make_checker():
@@ -28,7 +33,7 @@ def make_checker():
 def save_checker(
     folder: Path, threshold: float, file: str = "model.safetensors", **changes: torch.Tensor | None
 ) -> Path:
-    """Write a checker whose concepts lie nearer than any picture's (threshold 2: nothing is flagged) or farther (-2: everything).
+    """Write a checker that flags nothing (threshold 2) or everything (-2).
 
     changes: other tensors by name; None leaves one out. Names are the published ones, vision_model.vision_model.*.
     """

@@ -1,4 +1,4 @@
-"""How every script refuses: one line, exit code 2, before the model is loaded; and that its help is quick."""
+"""Helpers: a script refuses in one line with exit code 2, and its help imports nothing heavy."""
 
 import subprocess
 import sys
@@ -19,11 +19,12 @@ def refused(main, argv, capsys) -> str:
 
 
 def help_without_heavy_imports(script: Path, folder: Path) -> str:
-    """What `--help` prints in another folder and an isolated interpreter, where nothing heavy may have been imported."""
+    """Output of `--help` in another folder and an isolated interpreter, which must not import heavy modules."""
     code = (
         "import runpy, sys; sys.argv = [sys.orig_argv[-2], '--help']\n"
         "try: runpy.run_path(sys.orig_argv[-2], run_name='__main__')\n"
-        "except SystemExit as stop: print('code', stop.code, [m for m in ('torch', 'omegaconf', 'numpy') if m in sys.modules])"
+        "except SystemExit as stop:\n"
+        "    print('code', stop.code, [m for m in ('torch', 'omegaconf', 'numpy') if m in sys.modules])"
     )
     shown = subprocess.run(
         [sys.executable, "-I", "-c", code, str(script), ""], cwd=folder, capture_output=True, text=True

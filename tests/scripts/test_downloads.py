@@ -1,4 +1,4 @@
-"""scripts/download_*.sh against a mirror in a folder: resumed, tested, checked, unpacked beside what is there."""
+"""scripts/download_*.sh with a local mirror: resumed, verified, unpacked next to existing files."""
 
 import hashlib
 import subprocess
@@ -107,7 +107,7 @@ def test_a_damaged_archive_is_not_unpacked(mirror):
     assert done.returncode == 2 and "damaged" in done.stderr and here(mirror) == {"config.yaml"}
 
 
-def test_what_is_not_there_is_one_clear_line(mirror):
+def test_a_missing_archive_is_one_clear_line(mirror):
     done = download(mirror, "kl-f8")
     assert done.returncode == 2 and "kl-f8.zip: download incomplete" in done.stderr
     wrong = download(mirror, "kl-f5")

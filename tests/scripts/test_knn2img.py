@@ -128,7 +128,7 @@ def test_the_published_model_takes_the_vectors_of_the_published_clip():
         assert modules.FrozenCLIPTextEmbedder.func().width == info.context_dim
 
 
-def test_neighbors_of_a_searcher_that_was_saved_or_made_on_the_spot_lead_to_the_same_pictures(
+def test_neighbors_of_a_searcher_that_was_saved_or_made_on_the_spot_lead_to_the_same_images(
     saved, clip_weights, database, tmp_path, monkeypatch, capsys, caplog
 ):
     pytest.importorskip("faiss")
@@ -155,7 +155,7 @@ def test_neighbors_of_a_searcher_that_was_saved_or_made_on_the_spot_lead_to_the_
     }
     assert {key: info[key] for key in said} == said
     assert read_metadata(tmp_path / "c" / "samples" / "00000.png")["database"] is None
-    for before, drawn in (("b", b), ("c", c)):
+    for before, results in (("b", b), ("c", c)):
         again = [
             "--from-metadata",
             str(tmp_path / before / "samples" / "00001.png"),
@@ -163,11 +163,11 @@ def test_neighbors_of_a_searcher_that_was_saved_or_made_on_the_spot_lead_to_the_
             str(tmp_path / f"{before}2"),
         ]
         assert run_command(knn2img.main, again) == 0
-        assert np.array_equal(pixels(tmp_path / f"{before}2"), drawn[1:])
+        assert np.array_equal(pixels(tmp_path / f"{before}2"), results[1:])
 
 
-def test_pictures_are_those_of_the_context_alone(saved, clip_weights, database, tmp_path, monkeypatch):
-    """The network is given text and neighbors, and zeros to lead away from."""
+def test_images_are_those_of_the_context_alone(saved, clip_weights, database, tmp_path, monkeypatch):
+    """The network sees text and neighbors, and zeros as unconditional context."""
     pytest.importorskip("faiss")
     from ldm.models.diffusion.ddpm import LatentDiffusion
 
@@ -192,12 +192,12 @@ def test_pictures_are_those_of_the_context_alone(saved, clip_weights, database, 
     assert np.allclose(cond[1, 2:].numpy(), everything[order], atol=1e-6)
 
 
-def test_a_database_is_made_of_pictures_and_drawn_with(saved, clip_weights, tmp_path):
+def test_a_database_is_made_of_images_and_generated_with(saved, clip_weights, tmp_path):
     pytest.importorskip("faiss")
     (tmp_path / "in").mkdir()
     for k in range(5):
-        picture = np.random.default_rng(k).integers(0, 256, (20, 30, 3), dtype=np.uint8)
-        Image.fromarray(picture).save(tmp_path / "in" / f"{k}.png")
+        generated = np.random.default_rng(k).integers(0, 256, (20, 30, 3), dtype=np.uint8)
+        Image.fromarray(generated).save(tmp_path / "in" / f"{k}.png")
     made, index = tmp_path / "made", tmp_path / "index"
     flags = [
         "-d",
@@ -218,7 +218,7 @@ def test_a_database_is_made_of_pictures_and_drawn_with(saved, clip_weights, tmp_
     assert pixels(tmp_path / "out").shape == (2, 16, 16, 3)
 
 
-def test_what_is_wrong_is_said_in_one_line(saved, clip_weights, database, tmp_path, capsys):
+def test_mistakes_are_refused_in_one_line(saved, clip_weights, database, tmp_path, capsys):
     pytest.importorskip("faiss")
 
     def line(*flags: str) -> str:

@@ -1,4 +1,4 @@
-"""A misspelt flag of any script is refused in one line, with the flag that was meant, before anything heavy is imported or written."""
+"""A misspelt flag of any script is refused in one line with the right flag, before anything is imported or written."""
 
 import importlib
 from pathlib import Path
@@ -45,8 +45,9 @@ def test_every_misspelt_flag_is_refused_with_the_one_that_was_meant(script, caps
 
 
 def test_misspelt_flags_of_training_are_refused_likewise(capsys):
-    flags = "--base --name --resume --train --no-test --project --debug --seed --postfix --logdir --scale_lr --allow-targets"
-    flags += " --max_epochs --max_steps --accumulate_grad_batches --gradient_clip_val --precision --strategy --val_check_interval"
+    flags = "--base --name --resume --train --no-test --project --debug --seed --postfix --logdir --scale_lr"
+    flags += " --allow-targets --max_epochs --max_steps --accumulate_grad_batches --gradient_clip_val --precision"
+    flags += " --strategy --val_check_interval"
     for flag in flags.split():
         for wrong in misspelt(flag)[:3] if len(flag) > 6 else ():
             with pytest.raises(SystemExit):

@@ -1,4 +1,4 @@
-"""--safety and --watermark through every script that draws: what is flagged, what is written, and what is refused before loading."""
+"""--safety and --watermark in every sampling script: flagged images, saved images, refusals before loading."""
 
 import importlib
 
@@ -40,7 +40,7 @@ def models(tmp_path_factory) -> dict[str, SavedModel]:
 
 
 def command(script: str, models, folder, *flags: str) -> list[str]:
-    """A quick command line that writes one picture or more to folder/out."""
+    """A quick command line that writes images to folder/out."""
     model, out, given = models[KIND_OF[script]], str(folder / "out"), folder / "given"
     given.mkdir(exist_ok=True)
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)).save(given / "x.png")
@@ -66,7 +66,7 @@ def written(folder) -> dict[str, np.ndarray]:
 
 
 @pytest.mark.parametrize("script", KIND_OF)
-def test_on_writes_black_pictures_in_the_place_of_flagged_ones(models, checkers, tmp_path, script):
+def test_on_writes_black_images_in_the_place_of_flagged_ones(models, checkers, tmp_path, script):
     assert (
         run_command(
             main_of(script),
@@ -74,8 +74,8 @@ def test_on_writes_black_pictures_in_the_place_of_flagged_ones(models, checkers,
         )
         == 0
     )
-    pictures = written(tmp_path)
-    assert pictures and not any(pixels.any() for pixels in pictures.values())
+    generated_images = written(tmp_path)
+    assert generated_images and not any(pixels.any() for pixels in generated_images.values())
     for array in (tmp_path / "out").rglob("*.npz"):
         assert not np.load(array)["arr_0"].any()
     infos = [read_metadata(path) for path in (tmp_path / "out").rglob("*.png")]
@@ -86,7 +86,7 @@ def test_on_writes_black_pictures_in_the_place_of_flagged_ones(models, checkers,
 def test_report_and_what_is_not_flagged_change_no_pixel(models, checkers, tmp_path, script, caplog):
     states = [("off", None, []), ("report", True, ["--safety_checker", str(checkers[True])])]
     states.append(("on", False, ["--safety_checker", str(checkers[False])]))
-    drawn = []
+    results = []
     for mode, flagged, flags in states:
         folder = tmp_path / mode
         folder.mkdir()
@@ -96,9 +96,11 @@ def test_report_and_what_is_not_flagged_change_no_pixel(models, checkers, tmp_pa
         )
         infos = [read_metadata(path) for path in (folder / "out").rglob("*.png")]
         assert infos and all((info["safety"], info["flagged"]) == (mode, flagged) for info in infos)
-        drawn.append(written(folder))
-    for other in drawn[1:]:
-        assert other.keys() == drawn[0].keys() and all(np.array_equal(other[name], drawn[0][name]) for name in other)
+        results.append(written(folder))
+    for other in results[1:]:
+        assert other.keys() == results[0].keys() and all(
+            np.array_equal(other[name], results[0][name]) for name in other
+        )
     assert "it is saved with flagged: true" in caplog.text
 
 
@@ -106,8 +108,8 @@ def seed_of(script: str) -> list[str]:
     return ["--seed", "3"] if script == "sample_diffusion" else []  # its default is another one every time
 
 
-def test_a_grid_is_made_of_checked_pictures_and_is_not_checked_itself(models, checkers, tmp_path, monkeypatch):
-    """Of two pictures the second is flagged; the grid has a black square there, and a checker would have flagged the grid too."""
+def test_a_grid_is_made_of_checked_images_and_is_not_checked_itself(models, checkers, tmp_path, monkeypatch):
+    """Of two images the second is flagged: the grid has a black square there and is not checked itself."""
     from ldm.output.safety_checker import SafetyChecker
 
     seen = []
@@ -119,12 +121,12 @@ def test_a_grid_is_made_of_checked_pictures_and_is_not_checked_itself(models, ch
         str(checkers[False]),
     ]  # the first look is the checker's own, when it is made
     assert run_command(main_of("txt2img"), command("txt2img", models, tmp_path, *flags)) == 0
-    pictures = written(tmp_path)
-    grid = pictures["grid-0000.png"]
+    generated_images = written(tmp_path)
+    grid = generated_images["grid-0000.png"]
     assert (
-        np.array_equal(grid[2:18, 2:18], pictures["00000.png"])
+        np.array_equal(grid[2:18, 2:18], generated_images["00000.png"])
         and not grid[:, 19:].any()
-        and pictures["00000.png"].any()
+        and generated_images["00000.png"].any()
     )
     info = read_metadata(tmp_path / "out" / "grid-0000.png")
     assert (info["safety"], info["flagged"], len(seen)) == ("on", True, 3)
@@ -165,7 +167,7 @@ def test_the_configs_word_is_the_default(models, checkers, tmp_path, capsys):
     "method, text", [(None, "dwtDct, 136 bits"), ("dwtDctSvd", "dwtDctSvd, 136 bits"), ("off", None)]
 )
 def test_samples_and_grids_carry_the_watermark_that_is_asked_for(models, tmp_path, method, text, monkeypatch):
-    monkeypatch.setattr("ldm.output.watermark.MIN_PIXELS", 0)  # the pictures are tiny, and hold a part of it
+    monkeypatch.setattr("ldm.output.watermark.MIN_PIXELS", 0)  # the images are tiny
     assert (
         run_command(
             main_of("txt2img"),

@@ -1,4 +1,4 @@
-"""scripts/sample_diffusion.py as a user runs it: exactly so many samples, as pictures and as one array."""
+"""scripts/sample_diffusion.py as a user runs it: exactly N samples, as images and as one array."""
 
 import re
 import shutil
@@ -65,7 +65,7 @@ def arguments(resume, logdir, *flags: str) -> list[str]:
 
 
 def result(logdir) -> tuple[list, dict[str, np.ndarray], str]:
-    """(pictures, arrays, name of their file) of the one run in a folder."""
+    """(images, arrays, name of their file) of the one run in a folder."""
     (array,) = logdir.rglob("*.npz")
     assert not list(array.parent.glob(".*"))
     return sorted(logdir.rglob("img/*.png")), dict(np.load(array)), array.name
@@ -100,7 +100,7 @@ def test_samples_are_the_published_samplers(released, tmp_path):
     assert np.array_equal(result(tmp_path)[1]["arr_0"], np.stack(expected))
 
 
-def test_vanilla_walks_every_timestep_and_says_what_it_does_not_use(released, tmp_path, caplog):
+def test_vanilla_samples_every_timestep_and_logs_the_unused_flags(released, tmp_path, caplog):
     torch.manual_seed(1)
     with torch.no_grad(), released.model.ema_scope():
         z = released.model.sample(batch_size=2, shape=(2, 4, 8, 8))
@@ -110,7 +110,7 @@ def test_vanilla_walks_every_timestep_and_says_what_it_does_not_use(released, tm
     assert np.abs(result(tmp_path)[1]["arr_0"].astype(int) - expected).max() <= 1 and "have no effect" in caplog.text
 
 
-def test_any_sampler_draws_with_a_stream_of_noise_for_each_sample(released, tmp_path):
+def test_any_sampler_generates_with_a_stream_of_noise_for_each_sample(released, tmp_path):
     flags = ["-n", "3", "--sampler", "euler_ancestral", "--spacing", "karras", "--seed_mode", "image"]
     for size in ("1", "3"):
         assert run_command(main, arguments(released.ckpt, tmp_path / size, *flags, "--batch_size", size)) == 0
@@ -142,7 +142,7 @@ def test_a_run_of_our_own_is_found_by_its_folder_and_by_its_checkpoint(classes, 
     assert np.array_equal(one, two)
 
 
-def test_classes_are_drawn_in_turn_and_told_in_array_and_metadata(classes, tmp_path):
+def test_classes_are_generated_in_turn_and_recorded_in_array_and_metadata(classes, tmp_path):
     assert run_command(main, arguments(classes.ckpt, tmp_path, "-n", "5", "--classes", "3", "0-1")) == 0
     files, arrays, _ = result(tmp_path)
     assert arrays["arr_1"].tolist() == [3, 0, 1, 3, 0] == [read_metadata(path)["class"] for path in files]
@@ -160,29 +160,29 @@ def test_classes_are_drawn_in_turn_and_told_in_array_and_metadata(classes, tmp_p
     assert info["config_fingerprint"] == fingerprint(classes.config)
 
 
-def test_without_classes_every_one_but_no_class_is_drawn_equally_often(classes, tmp_path):
+def test_without_classes_all_but_the_null_class_are_sampled_equally_often(classes, tmp_path):
     run_command(main, arguments(classes.ckpt, tmp_path, "-n", "10"))
     labels = result(tmp_path)[1]["arr_1"].tolist()
     assert sorted(labels) == sorted([*range(5)] * 2) and labels[:5] == labels[5:] != [*range(5)]
 
 
 def test_the_class_and_guidance_matter(classes, tmp_path):
-    def draw(**changes) -> np.ndarray:
+    def generate(**changes) -> np.ndarray:
         settings = ClassConditionalRequest(**{"n_samples": 2, "batch_size": 2, "steps": 2, "classes": (1,), **changes})
         return np.stack([np.asarray(p.image) for p in generate_samples(pipeline, settings, progress=False)])
 
     pipeline = load_model(classes.config, classes.ckpt, "cpu", "full")
-    base = draw()
-    assert not np.array_equal(base, draw(classes=(2,))) and not np.array_equal(base, draw(scale=4.0))
-    guided = draw(scale=4.0)
-    assert np.array_equal(guided, draw(scale=4.0, null_class=5)) and not np.array_equal(
-        guided, draw(scale=4.0, null_class=0)
+    base = generate()
+    assert not np.array_equal(base, generate(classes=(2,))) and not np.array_equal(base, generate(scale=4.0))
+    guided = generate(scale=4.0)
+    assert np.array_equal(guided, generate(scale=4.0, null_class=5)) and not np.array_equal(
+        guided, generate(scale=4.0, null_class=0)
     )
-    assert not np.array_equal(draw(vanilla=True), draw(vanilla=True, scale=4.0))
+    assert not np.array_equal(generate(vanilla=True), generate(vanilla=True, scale=4.0))
 
 
 @pytest.mark.parametrize("flags", [["-c", "3"], ["-v"]])
-def test_a_model_of_pixels_draws_too(tmp_path, flags):
+def test_a_model_of_pixels_generates_too(tmp_path, flags):
     params = {"unet_config": KINDS["unconditional"]["unet_config"], "channels": 3, "image_size": 8, "timesteps": 10}
     params["unet_config"] = {
         **params["unet_config"],
@@ -259,7 +259,7 @@ def test_classes_that_the_model_does_not_know_are_refused(classes, tmp_path, fla
     assert words in refused(main, arguments(classes.ckpt, tmp_path / "out", *flags), capsys)
 
 
-def test_guidance_without_a_known_no_class_asks_for_it(tmp_path, capsys):
+def test_guidance_without_a_null_class_asks_for_it(tmp_path, capsys):
     saved = save_model(tmp_path, "class", cond_dropout=0.0)
     saved.config.rename(tmp_path / "config.yaml")
     command = arguments(saved.ckpt, tmp_path / "out", "-n", "2", "--scale", "2")
@@ -281,7 +281,7 @@ def test_a_released_models_folder_without_its_weights_names_the_download(tmp_pat
     assert "bash scripts/download_models.sh" in refused(main, arguments(tmp_path, tmp_path / "out"), capsys)
 
 
-def test_an_interrupted_run_leaves_its_pictures_and_no_half_array(released, tmp_path, monkeypatch):
+def test_an_interrupted_run_leaves_its_images_and_no_half_array(released, tmp_path, monkeypatch):
     def stopped(pipeline, settings):
         yield from list(generate_samples(pipeline, settings, progress=False))[:1]
         raise KeyboardInterrupt

@@ -23,7 +23,7 @@ def test_the_mark_of_a_sample_is_printed(tmp_path, method, capsys):
     assert capsys.readouterr().out == "StableDiffusionV1\n"
 
 
-def test_a_picture_without_mark_says_how_little_of_it_is_there(tmp_path, capsys):
+def test_an_image_without_mark_says_how_little_of_it_is_there(tmp_path, capsys):
     noise(512).save(tmp_path / "a.png")
     assert run_command(main, [str(tmp_path / "a.png")]) == 0
     out = capsys.readouterr().out
@@ -32,7 +32,7 @@ def test_a_picture_without_mark_says_how_little_of_it_is_there(tmp_path, capsys)
     assert int(last.split()[0]) < 110 and "of 136 bits match" in last
 
 
-def test_pictures_too_small_for_a_mark_and_missing_files_are_refused(tmp_path, capsys):
+def test_images_too_small_for_a_mark_and_missing_files_are_refused(tmp_path, capsys):
     noise(64).save(tmp_path / "a.png")
     assert "64x64 pixels: a watermark needs" in refused(main, [str(tmp_path / "a.png")], capsys)
     assert "nowhere.png: no such file" in refused(main, ["nowhere.png"], capsys)

@@ -52,7 +52,7 @@ def refused(argv: list[str], capsys) -> str:
 
 
 def test_flags_have_the_published_defaults():
-    """Figures of cli.md, the list of the published command lines; C and f come from the model, which for Stable Diffusion is 4 and 8."""
+    """Defaults of the published command lines; C and f come from the model."""
     opt = vars(parser().parse_args([]))
     assert request_of(parser().parse_args([])).checked(INFO).eta == 0.0
     published = {"prompt": "a painting of a virus monster playing guitar", "ddim_steps": 50, "n_iter": 2}
@@ -83,7 +83,7 @@ def test_samples_and_grid_are_written_as_published(saved, tmp_path, solver, scal
     assert "4 images in" in out and str(tmp_path / "samples" / "00000.png") in out
 
 
-def test_the_same_command_draws_the_same_pictures_under_new_numbers(saved, tmp_path):
+def test_the_same_command_generates_the_same_images_under_new_numbers(saved, tmp_path):
     for _ in range(2):
         run_command(main, arguments(saved, tmp_path, "--seed", "3"))
     a, b, c, d = pixels(tmp_path)
@@ -99,8 +99,8 @@ def test_the_same_command_draws_the_same_pictures_under_new_numbers(saved, tmp_p
 
 
 @pytest.mark.parametrize("n_prompts", [1, 2, 3, 4, 7])
-def test_a_file_of_prompts_gives_a_picture_of_each_whatever_their_number(saved, tmp_path, n_prompts):
-    prompts = [f"picture number {k}" for k in range(n_prompts)]
+def test_a_file_of_prompts_gives_an_image_of_each_whatever_their_number(saved, tmp_path, n_prompts):
+    prompts = [f"generated number {k}" for k in range(n_prompts)]
     (tmp_path / "prompts.txt").write_text("\n".join(prompts) + "\n", encoding="utf-8")
     flags = ["--from-file", str(tmp_path / "prompts.txt"), "--n_samples", "3", "--n_iter", "2", "--ddim_steps", "1"]
     assert run_command(main, arguments(saved, tmp_path / "out", *flags)) == 0
@@ -238,7 +238,8 @@ def test_it_runs_from_any_folder_without_being_installed_and_its_help_is_quick(t
     code = (
         "import runpy, sys; sys.argv = ['txt2img.py', sys.argv[2]]\n"
         "try: runpy.run_path(sys.orig_argv[-2], run_name='__main__')\n"
-        "except SystemExit as stop: print('code', stop.code, [m for m in ('torch', 'omegaconf', 'numpy') if m in sys.modules])"
+        "except SystemExit as stop:\n"
+        "    print('code', stop.code, [m for m in ('torch', 'omegaconf', 'numpy') if m in sys.modules])"
     )
     shown = subprocess.run(
         [sys.executable, "-I", "-c", code, str(SCRIPT), "--help"], cwd=tmp_path, capture_output=True, text=True

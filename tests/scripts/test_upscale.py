@@ -2,14 +2,9 @@
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from ldm.cli import run_command
-from ldm.data.image import from_tensor, to_array
-from ldm.inference import Pipeline, load_model, upscale
-from ldm.inference.requests import UpscaleRequest
-from ldm.models.diffusion.ddim import DDIMSampler
 from ldm.output.images import read_metadata
 from ldm.paths import ROOT, fingerprint
 from scripts.upscale import main, parser
@@ -22,12 +17,7 @@ def saved(tmp_path_factory) -> SavedModel:
     return save_model(tmp_path_factory.mktemp("tiny"), "upscale")
 
 
-@pytest.fixture(scope="module")
-def pipeline(saved) -> Pipeline:
-    return load_model(saved.config, saved.ckpt, device="cpu", precision="full")
-
-
-def picture(width: int = 6, height: int = 4, seed: int = 0) -> Image.Image:
+def make_image(width: int = 6, height: int = 4, seed: int = 0) -> Image.Image:
     return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
 
 
@@ -36,42 +26,9 @@ def arguments(saved: SavedModel, image, outdir, *flags: str) -> list[str]:
     return [*model, "--init-img", str(image), "--outdir", str(outdir), "--steps", "3", *flags]
 
 
-def test_the_network_sees_the_small_picture_beside_a_latent_of_its_size(saved, pipeline):
-    torch.manual_seed(7)
-    small = torch.from_numpy(to_array(picture())).permute(2, 0, 1)[None]
-    with torch.no_grad(), saved.model.ema_scope():
-        z, _ = DDIMSampler(saved.model).sample(
-            S=3, batch_size=1, shape=(4, 4, 6), conditioning=small, eta=1.0, verbose=False
-        )
-        expected = from_tensor(saved.model.decode_first_stage(z)[0])
-    result = upscale(pipeline, picture(), UpscaleRequest(steps=3, seed=7), progress=False).image
-    assert result.size == (24, 16) and np.array_equal(np.asarray(result), np.asarray(expected))
-
-
-@pytest.mark.parametrize("width, height", [(6, 4), (7, 5), (1, 3)])
-def test_any_size_becomes_four_times_that(pipeline, width, height):
-    result = upscale(pipeline, picture(width, height), UpscaleRequest(steps=1), progress=False)
-    assert result.image.size == (4 * width, 4 * height) == (result.info["width"], result.info["height"])
-
-
-def test_the_network_sees_no_more_than_a_tile_and_what_fits_is_drawn_in_one_piece(pipeline, monkeypatch):
-    def draw(**changes) -> np.ndarray:
-        return np.asarray(
-            upscale(pipeline, picture(22, 13), UpscaleRequest(**{"steps": 2, **changes}), progress=False).image
-        )
-
-    whole, seen, apply_model = draw(tile=0), set(), pipeline.model.apply_model
-    assert np.array_equal(draw(tile=22), whole) and whole.shape == (52, 88, 3)
-    monkeypatch.setattr(
-        pipeline.model, "apply_model", lambda x, *rest: seen.add(tuple(x.shape[-2:])) or apply_model(x, *rest)
-    )
-    tiled = draw(tile=8)
-    assert seen == {(8, 8)} and tiled.shape == whole.shape and not np.array_equal(tiled, whole)
-
-
-def test_a_picture_does_not_depend_on_those_before_it_and_none_is_overwritten(saved, tmp_path, capsys):
+def test_an_image_does_not_depend_on_those_before_it_and_none_is_overwritten(saved, tmp_path, capsys):
     for k in range(2):
-        picture(seed=k).save(tmp_path / f"{k}.png")
+        make_image(seed=k).save(tmp_path / f"{k}.png")
     command = arguments(saved, tmp_path / "0.png", tmp_path / "out")
     command[command.index("--init-img") + 1 : command.index("--outdir")] = [
         str(tmp_path / "0.png"),
@@ -116,7 +73,7 @@ def test_the_defaults_are_the_released_models():
 )
 def test_a_mistake_is_one_line_before_the_model_is_loaded(saved, tmp_path, flags, words, capsys, monkeypatch):
     monkeypatch.setattr("ldm.inference.load_model", None)
-    picture().save(tmp_path / "x.png")
+    make_image().save(tmp_path / "x.png")
     assert words in refused(main, arguments(saved, tmp_path / "x.png", tmp_path / "out", *flags), capsys)
     assert not (tmp_path / "out").exists()
     assert "--init-img: pass the images" in refused(main, [], capsys)

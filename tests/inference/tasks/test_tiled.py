@@ -1,4 +1,4 @@
-"""`--tiled`: the first stage sees no more than a tile, the network sees the whole, and the picture stays what it is within a tolerance."""
+"""`--tiled`: the first stage sees only tiles, the network the whole latent, and the image hardly changes."""
 
 import numpy as np
 import pytest
@@ -19,17 +19,17 @@ def pipeline(tmp_path_factory) -> Pipeline:
     return load_model(saved.config, saved.ckpt, device="cpu", precision="full")
 
 
-def draw(pipeline: Pipeline, **changes) -> np.ndarray:
-    (picture,) = text_to_image(pipeline, TextToImageRequest(prompt="a cat", **{**WIDE, **changes}), progress=False)
-    assert picture.info["tiled"] == changes.get("tiled", 0)
-    return np.asarray(picture.image)
+def generate(pipeline: Pipeline, **changes) -> np.ndarray:
+    (generated,) = text_to_image(pipeline, TextToImageRequest(prompt="a cat", **{**WIDE, **changes}), progress=False)
+    assert generated.info["tiled"] == changes.get("tiled", 0)
+    return np.asarray(generated.image)
 
 
 def from_image(pipeline: Pipeline, image: Image.Image, **changes) -> np.ndarray:
-    (picture,) = image_to_image(
+    (generated,) = image_to_image(
         pipeline, image, ImageToImageRequest(prompt="a cat", **{**WIDE, **changes}), progress=False
     )
-    return np.asarray(picture.image)
+    return np.asarray(generated.image)
 
 
 def watch(monkeypatch, model, name: str) -> set:
@@ -42,7 +42,7 @@ def watch(monkeypatch, model, name: str) -> set:
 def test_the_first_stage_sees_a_tile_and_the_network_the_whole(pipeline, monkeypatch):
     names = ("decode_first_stage", "encode_first_stage", "apply_model")
     decoded, encoded, denoised = (watch(monkeypatch, pipeline.model, name) for name in names)
-    assert draw(pipeline, tiled=32).shape == (64, 96, 3)
+    assert generate(pipeline, tiled=32).shape == (64, 96, 3)
     assert decoded == {(8, 8)} and denoised == {(16, 24)} and not encoded
     assert from_image(pipeline, Image.new("RGB", (96, 64), "red"), tiled=32).shape == (64, 96, 3)
     assert encoded == {(32, 32)} and decoded == {(8, 8)} and denoised == {(16, 24)}
@@ -50,25 +50,25 @@ def test_the_first_stage_sees_a_tile_and_the_network_the_whole(pipeline, monkeyp
 
 @pytest.mark.parametrize("tiled", [96, 128])
 def test_a_tile_that_holds_it_all_changes_nothing(pipeline, tiled):
-    assert np.array_equal(draw(pipeline, tiled=tiled), draw(pipeline))
+    assert np.array_equal(generate(pipeline, tiled=tiled), generate(pipeline))
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 96, 3), dtype=np.uint8))
     assert np.array_equal(from_image(pipeline, image, tiled=tiled), from_image(pipeline, image))
 
 
 @pytest.mark.parametrize("height, width", [(8, 8), (72, 8), (40, 104)])
 def test_any_size_that_the_network_takes_is_decoded(pipeline, height, width):
-    assert draw(pipeline, height=height, width=width, tiled=16).shape == (height, width, 3)
+    assert generate(pipeline, height=height, width=width, tiled=16).shape == (height, width, 3)
 
 
 @pytest.mark.parametrize("side", [4, 12, 18, -16])
 def test_tiles_that_are_too_small_or_cut_cells_are_refused(pipeline, side):
     with pytest.raises(ValueError, match=f"--tiled {side}: choose a multiple of 4 pixels, at least 16; 512 is usual"):
-        draw(pipeline, tiled=side)
+        generate(pipeline, tiled=side)
 
 
 def test_seams_do_not_show(pipeline):
-    """A first stage normalizes over what it sees, so that a tile's tone may differ: from the untiled picture the tiled one differs by less
-    than 5 % of the range on average, and between neighbors across a tile's edge that difference changes no more than elsewhere."""
+    """A first stage normalizes over its input, so tiles may differ in tone: by less than 5 % of the range on average,
+    and the difference changes no more across a tile's edge than elsewhere."""
     z = torch.randn(1, 4, 24, 40, generator=torch.Generator().manual_seed(0))
     tiled = in_tiles(pipeline, TextToImageRequest(height=96, width=160, tiled=64, factor=4))
     with pipeline.sampling():

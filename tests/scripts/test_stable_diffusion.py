@@ -1,4 +1,4 @@
-"""Stable Diffusion v2 and the fine-tunes through the scripts: prompts, filled masks, depth maps, enlarged pictures."""
+"""Stable Diffusion v2 and its fine-tunes through the scripts: prompts, inpainting, depth, upscaling."""
 
 import numpy as np
 import pytest
@@ -31,7 +31,7 @@ def pipelines(saved):
     return {kind: load_model(saved[kind].config, saved[kind].ckpt, device="cpu", precision="full") for kind in KINDS}
 
 
-def picture(width: int = 24, height: int = 16, seed: int = 0) -> Image.Image:
+def make_image(width: int = 24, height: int = 16, seed: int = 0) -> Image.Image:
     return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
 
 
@@ -53,11 +53,11 @@ def command(model: SavedModel, *flags: str) -> list[str]:
     return ["--config", str(model.config), "--ckpt", str(model.ckpt), "--device", "cpu", "--safety", "off", *flags]
 
 
-# ------------------------------------------------------------------------------ prompts
+# --- prompts
 
 
 @pytest.mark.parametrize("kind", ["v2", "v2-v"])
-def test_a_prompt_draws_what_the_model_itself_draws_and_the_negative_one_counts(saved, pipelines, kind):
+def test_a_prompt_generates_what_the_model_itself_generates_and_the_negative_one_counts(saved, pipelines, kind):
     model, settings = (
         saved[kind].model,
         {"steps": 3, "height": 16, "width": 24, "n_samples": 1, "n_iter": 1, "scale": 5.0, "seed": 7},
@@ -70,7 +70,7 @@ def test_a_prompt_draws_what_the_model_itself_draws_and_the_negative_one_counts(
             model.decode_first_stage(DDIMSampler(model).sample(3, 1, (4, 4, 6), cond, **guided).samples)[0]
         )
 
-    def draw(**changes) -> np.ndarray:
+    def generate(**changes) -> np.ndarray:
         return pixels(
             next(
                 text_to_image(
@@ -79,11 +79,11 @@ def test_a_prompt_draws_what_the_model_itself_draws_and_the_negative_one_counts(
             ).image
         )
 
-    assert np.abs(draw(negative_prompt="rain") - pixels(expected)).max() <= 1
-    assert np.abs(draw() - pixels(expected)).max() > 1
+    assert np.abs(generate(negative_prompt="rain") - pixels(expected)).max() <= 1
+    assert np.abs(generate() - pixels(expected)).max() > 1
 
 
-def test_a_prompt_is_drawn_by_the_script(saved, tmp_path):
+def test_a_prompt_is_generated_by_the_script(saved, tmp_path):
     flags = [
         "--prompt",
         "a horse",
@@ -119,12 +119,12 @@ def test_a_model_that_sees_more_than_a_prompt_is_sent_to_its_script(saved, tmp_p
     assert script in refused(txt2img.main, command(saved[kind], "--outdir", str(tmp_path)), capsys)
 
 
-# ------------------------------------------------------------------------------ inpainting
+# --- inpainting
 
 
-def test_a_hole_is_filled_after_a_prompt_as_the_network_was_trained(saved, pipelines):
-    """Mask 0 and 1, picture grey in the hole, in the order of concat_keys, on both sides of guidance."""
-    model, image, mask = saved["sd-inpaint"].model, picture(), hole()
+def test_a_mask_is_inpainted_after_a_prompt_as_the_network_was_trained(saved, pipelines):
+    """Mask 0 and 1, image grey in the hole, in the order of concat_keys, on both sides of guidance."""
+    model, image, mask = saved["sd-inpaint"].model, make_image(), hole()
     torch.manual_seed(7)
     with torch.no_grad():
         white = (as_batch(mask)[:, :1] > 0).float()
@@ -143,7 +143,7 @@ def test_a_hole_is_filled_after_a_prompt_as_the_network_was_trained(saved, pipel
 
 
 def test_feathering_fades_in_from_the_edge_and_leaves_every_other_pixel_alone(pipelines):
-    image, mask = picture(29, 21), hole(29, 21)
+    image, mask = make_image(29, 21), hole(29, 21)
     hard, soft = (
         inference.inpaint(
             pipelines["sd-inpaint"], image, mask, InpaintRequest(steps=1, feather=f), progress=False
@@ -159,7 +159,7 @@ def test_feathering_fades_in_from_the_edge_and_leaves_every_other_pixel_alone(pi
     assert np.abs(pixels(soft) - blend).max() <= 1
 
 
-def test_a_feathered_mask_rises_by_equal_steps_and_not_at_the_pictures_own_edge():
+def test_a_feathered_mask_rises_by_equal_steps_and_not_at_the_images_own_edge():
     mask = np.zeros((9, 12), dtype=np.uint8)
     mask[:, 4:] = 255
     rows = pixels(feathered(Image.fromarray(mask), 3))
@@ -170,8 +170,8 @@ def test_a_feathered_mask_rises_by_equal_steps_and_not_at_the_pictures_own_edge(
     assert not pixels(feathered(Image.new("L", (4, 4)), 2)).any()
 
 
-def test_one_pair_is_filled_by_the_script(saved, tmp_path, capsys):
-    picture().save(tmp_path / "a.png")
+def test_one_pair_is_inpainted_by_the_script(saved, tmp_path, capsys):
+    make_image().save(tmp_path / "a.png")
     hole().save(tmp_path / "m.png")
     pair = ["--init-img", str(tmp_path / "a.png"), "--mask", str(tmp_path / "m.png"), "--outdir", str(tmp_path / "out")]
     flags = ["--prompt", "a bench", "--steps", "2", "--sampler", "euler", "--feather", "2"]
@@ -187,9 +187,9 @@ def test_one_pair_is_filled_by_the_script(saved, tmp_path, capsys):
     assert "--feather -1" in refused(inpaint.main, command(saved["sd-inpaint"], *pair, "--feather", "-1"), capsys)
 
 
-def test_what_leads_no_model_is_refused(tmp_path, capsys):
+def test_text_flags_require_a_text_conditional_model(tmp_path, capsys):
     without = save_model(tmp_path, "inpaint")
-    picture().save(tmp_path / "a.png")
+    make_image().save(tmp_path / "a.png")
     hole().save(tmp_path / "m.png")
     pair = ["--init-img", str(tmp_path / "a.png"), "--mask", str(tmp_path / "m.png"), "--outdir", str(tmp_path / "out")]
     for flag, value in (("--prompt", "a bench"), ("--negative_prompt", "rain"), ("--scale", "3")):
@@ -198,10 +198,10 @@ def test_what_leads_no_model_is_refused(tmp_path, capsys):
         )
 
 
-# ------------------------------------------------------------------------------ depth
+# --- depth
 
 
-def test_a_picture_is_drawn_anew_in_the_depth_of_a_map(saved, pipelines, tmp_path):
+def test_a_depth_map_conditions_the_image(saved, pipelines, tmp_path):
     ramp = np.linspace(0, 65535, 24, dtype=np.uint16)[None].repeat(16, axis=0)
     Image.fromarray(ramp).save(tmp_path / "d.png")
     depth = load_depth(tmp_path / "d.png")
@@ -213,18 +213,18 @@ def test_a_picture_is_drawn_anew_in_the_depth_of_a_map(saved, pipelines, tmp_pat
         ),
     )
 
-    def draw(of: np.ndarray) -> list[np.ndarray]:
-        images = image_to_image(pipeline, picture(), settings, depth=of, progress=False)
+    def generate(of: np.ndarray) -> list[np.ndarray]:
+        images = image_to_image(pipeline, make_image(), settings, depth=of, progress=False)
         return [pixels(generated.image) for generated in images]
 
-    (first, second), (turned, _) = draw(depth), draw(depth[:, ::-1].copy())
+    (first, second), (turned, _) = generate(depth), generate(depth[:, ::-1].copy())
     assert first.shape == (16, 24, 3) and np.abs(first - second).max() > 1 and np.abs(first - turned).max() > 1
-    assert np.array_equal(draw(2 * depth)[0], first) or np.abs(draw(2 * depth)[0] - first).max() <= 1
+    assert np.array_equal(generate(2 * depth)[0], first) or np.abs(generate(2 * depth)[0] - first).max() <= 1
 
 
 def test_depth_is_a_flag_of_img2img(saved, tmp_path, capsys):
-    picture().save(tmp_path / "a.png")
-    picture(seed=1).convert("L").save(tmp_path / "d.png")
+    make_image().save(tmp_path / "a.png")
+    make_image(seed=1).convert("L").save(tmp_path / "d.png")
     flags = [
         "--init-img",
         str(tmp_path / "a.png"),
@@ -254,14 +254,14 @@ def test_depth_is_a_flag_of_img2img(saved, tmp_path, capsys):
     assert "empty: no config.json in it; pass a depth map" in refused(img2img.main, empty, capsys)
 
 
-# ------------------------------------------------------------------------------ upscaling
+# --- upscaling
 
 
-def test_a_small_picture_is_enlarged_after_a_prompt_with_the_noise_that_is_told(saved, pipelines):
+def test_a_small_image_is_upscaled_after_a_prompt_with_the_noise_that_is_logged(saved, pipelines):
     model = saved["x4"].model
     torch.manual_seed(7)
     with torch.no_grad():
-        noised, level = model.low_scale_model(as_batch(picture(6, 4)), torch.tensor([30]))
+        noised, level = model.low_scale_model(as_batch(make_image(6, 4)), torch.tensor([30]))
         texts = (model.get_learned_conditioning([text]) for text in ("a cat", "rain"))
         cond, uncond = ({"c_concat": [noised], "c_crossattn": [text], "c_adm": level} for text in texts)
         guided = {"unconditional_guidance_scale": 4.0, "unconditional_conditioning": uncond, "verbose": False}
@@ -269,16 +269,16 @@ def test_a_small_picture_is_enlarged_after_a_prompt_with_the_noise_that_is_told(
             model.decode_first_stage(DDIMSampler(model).sample(3, 1, (4, 4, 6), cond, **guided).samples)[0]
         )
     settings = UpscaleRequest(steps=3, seed=7, prompt="a cat", negative_prompt="rain", scale=4.0, noise_level=30)
-    result = inference.upscale(pipelines["x4"], picture(6, 4), settings, progress=False)
+    result = inference.upscale(pipelines["x4"], make_image(6, 4), settings, progress=False)
     assert result.image.size == (24, 16) and np.abs(pixels(result.image) - pixels(expected)).max() <= 1
     tiled = inference.upscale(
-        pipelines["x4"], picture(13, 9), UpscaleRequest(steps=2, tile=8, prompt="a cat"), progress=False
+        pipelines["x4"], make_image(13, 9), UpscaleRequest(steps=2, tile=8, prompt="a cat"), progress=False
     )
     assert tiled.image.size == (52, 36) and tiled.info["noise_level"] == 20
 
 
-def test_a_small_picture_is_enlarged_by_the_script(saved, tmp_path, capsys):
-    picture(6, 4).save(tmp_path / "a.png")
+def test_a_small_image_is_upscaled_by_the_script(saved, tmp_path, capsys):
+    make_image(6, 4).save(tmp_path / "a.png")
     flags = ["--init-img", str(tmp_path / "a.png"), "--outdir", str(tmp_path / "out"), "--steps", "2"]
     assert run_command(upscale.main, command(saved["x4"], *flags, "--prompt", "a cat", "--noise_level", "5")) == 0
     info = read_metadata(tmp_path / "out" / "a.png")

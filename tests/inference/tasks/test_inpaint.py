@@ -1,0 +1,74 @@
+"""Inpainting: the published results, unchanged pixels, feathering."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from ldm.inference import Pipeline, inpaint, load_model
+from ldm.inference.requests import InpaintRequest
+from ldm.models.diffusion.ddim import DDIMSampler
+from tests.tiny import SavedModel, save_model
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory) -> SavedModel:
+    return save_model(tmp_path_factory.mktemp("tiny"), "inpaint")
+
+
+@pytest.fixture(scope="module")
+def pipeline(saved) -> Pipeline:
+    return load_model(saved.config, saved.ckpt, device="cpu", precision="full")
+
+
+def make_image(width: int = 24, height: int = 16, seed: int = 0) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+def hole(width: int = 24, height: int = 16) -> Image.Image:
+    """White inside, with edges just under and just over half white."""
+    mask = np.zeros((height, width), dtype=np.uint8)
+    mask[3:10, 4:17] = 127
+    mask[3:10, 5:17] = 128
+    mask[3:10, 6:17] = 255
+    return Image.fromarray(mask)
+
+
+def test_the_result_is_the_published_one(saved, pipeline):
+    """Condition: the latent of the image with a black hole, and the mask as -1 and 1 at the latent's size."""
+    image, model = np.asarray(make_image()) / 255.0, saved.model
+    mask = (np.asarray(hole())[:, :, None] / 255.0 >= 0.5).astype(np.float64)
+
+    def batch(array) -> torch.Tensor:
+        return torch.from_numpy(2.0 * array - 1.0).float().permute(2, 0, 1)[None]
+
+    torch.manual_seed(7)
+    with torch.no_grad(), model.ema_scope():
+        c = model.cond_stage_model.encode(batch((1 - mask) * image)).mode()
+        cc = torch.nn.functional.interpolate(batch(mask), size=c.shape[-2:])
+        cond = torch.cat([c, cc], dim=1)
+        z, _ = DDIMSampler(model).sample(S=3, batch_size=1, shape=(4, *c.shape[-2:]), conditioning=cond, verbose=False)
+        predicted = ((model.decode_first_stage(z).clamp(-1, 1) + 1) / 2)[0].permute(1, 2, 0).numpy()
+    expected = (1 - mask) * image + mask * predicted
+    result = np.asarray(inpaint(pipeline, make_image(), hole(), InpaintRequest(steps=3, seed=7), progress=False).image)
+    assert np.abs(result - 255 * expected).max() <= 0.51
+    assert np.abs(result - np.asarray(make_image()).astype(int)).max() > 20
+
+
+@pytest.mark.parametrize("width, height", [(24, 16), (16, 9), (29, 17), (12, 3)])
+def test_unmasked_pixels_are_unchanged_at_any_size(pipeline, width, height):
+    image, mask = make_image(width, height), hole(width, height)
+    result = inpaint(pipeline, image, mask, InpaintRequest(steps=2), progress=False).image
+    kept = np.asarray(mask) < 128
+    assert result.size == (width, height) and np.array_equal(np.asarray(result)[kept], np.asarray(image)[kept])
+
+
+def test_the_masked_pixels_have_no_influence(pipeline):
+    image, mask = make_image(), hole()
+    other = np.asarray(image).copy()
+    other[np.asarray(mask) >= 128] = 77
+    results = [
+        inpaint(pipeline, x, mask, InpaintRequest(steps=2), progress=False).image
+        for x in (image, Image.fromarray(other))
+    ]
+    assert np.array_equal(*map(np.asarray, results))
