@@ -32,7 +32,7 @@ def parser() -> Parser:
     cli.add_sampler_flag(parser)
     cli.add_sampling_flags(parser)
     add_from_metadata_flag(parser)
-    cli.add_model_flags(parser, cli.STABLE_DIFFUSION["config"], cli.STABLE_DIFFUSION["ckpt"])
+    cli.add_model_flags(parser, cli.SD_CONFIG, cli.SD_CKPT)
     return parser
 
 

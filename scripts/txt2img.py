@@ -16,7 +16,7 @@ from ldm.inference.from_metadata import add_from_metadata_flag, parse
 from ldm.inference.requests import TextToImageRequest
 from ldm.output.images import Output
 
-DEFAULTS = {**cli.STABLE_DIFFUSION, "outdir": "outputs/txt2img-samples"}
+DEFAULTS = {"config": cli.SD_CONFIG, "ckpt": cli.SD_CKPT, "outdir": "outputs/txt2img-samples"}
 LAION400M = {
     "config": "configs/latent-diffusion/txt2img-1p4B-eval.yaml",
     "ckpt": "models/ldm/text2img-large/model.ckpt",

@@ -22,7 +22,7 @@ def parser() -> Parser:
     parser = Parser(prog="upscale.py", description=text)
     add = parser.add_argument
     add("--init-img", nargs="+", default=[], metavar="FILE", help="the images, of any size")
-    text = "folder for the results, which are named as the images"
+    text = "folder for the results, named after the images"
     add("--outdir", default="outputs/upscale-samples", metavar="DIR", help=text)
     text = "noise added to the input, for models with noise-level conditioning; more invents more detail (default: 20)"
     add("--noise_level", type=int, metavar="N", help=text)

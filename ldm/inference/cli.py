@@ -19,19 +19,13 @@ from ldm.output.safety import Safety, SafetySettings
 from ldm.output.watermark import METHODS, Watermark
 from ldm.paths import find_file, fingerprint
 
-STABLE_DIFFUSION = {
-    "config": "configs/stable-diffusion/v1-inference.yaml",
-    "ckpt": "models/ldm/stable-diffusion-v1/model.ckpt",
-}
+SD_CONFIG, SD_CKPT = "configs/stable-diffusion/v1-inference.yaml", "models/ldm/stable-diffusion-v1/model.ckpt"
 _RELEASED = ("models/ldm/inpainting_big/last.ckpt", "models/ldm/bsr_sr/model.ckpt")
+_OMMER = "put https://ommer-lab.com/files"
 _DOWNLOADS = {  # how to get the weights of the default models
-    STABLE_DIFFUSION[
-        "ckpt"
-    ]: "put sd-v1-4.ckpt of https://huggingface.co/CompVis/stable-diffusion-v-1-4-original there",
-    "models/ldm/text2img-large/model.ckpt": (
-        "put https://ommer-lab.com/files/latent-diffusion/nitro/txt2img-f8-large/model.ckpt there"
-    ),
-    "models/rdm/rdm768x768/model.ckpt": "put https://ommer-lab.com/files/rdm/model.ckpt there",
+    SD_CKPT: "put sd-v1-4.ckpt of https://huggingface.co/CompVis/stable-diffusion-v-1-4-original there",
+    "models/ldm/text2img-large/model.ckpt": f"{_OMMER}/latent-diffusion/nitro/txt2img-f8-large/model.ckpt there",
+    "models/rdm/rdm768x768/model.ckpt": f"{_OMMER}/rdm/model.ckpt there",
     _RELEASED[0]: "bash scripts/download_models.sh inpainting_big downloads it",
     _RELEASED[1]: "bash scripts/download_models.sh sr_bsr downloads it",
 }
@@ -44,10 +38,9 @@ def add_prompt_flags(parser: Parser, scale: float, n_iter: int, n_samples: int, 
     """Flags of the scripts that generate from prompts; text_encoder: the model's own, which can weight words."""
     add = parser.add_argument
     add("--prompt", nargs="?", default="a painting of a virus monster playing guitar", help="what the images show")
-    add("--negative_prompt", default="", metavar="TEXT", help="what they do not show (requires --scale other than 1)")
-    add(
-        "--from-file", metavar="FILE", help="one prompt per line, used instead of --prompt; --n_samples lines per batch"
-    )
+    add("--negative_prompt", default="", metavar="TEXT", help="negative prompt (requires --scale other than 1)")
+    text = "one prompt per line, used instead of --prompt; --n_samples lines per batch"
+    add("--from-file", metavar="FILE", help=text)
     add("--skip_grid", action="store_true", help="do not save the grid")
     add("--skip_save", action="store_true", help="do not save the single images")
     add("--captions", action="store_true", help="print the prompt below each image of the grid")
@@ -55,13 +48,8 @@ def add_prompt_flags(parser: Parser, scale: float, n_iter: int, n_samples: int, 
     add("--fixed_code", action="store_true", help="start every batch from the same noise")
     text = "noise per step, from 0 (deterministic) to 1 (as DDPM) (default: 0 for DDIM, else the sampler's own)"
     add("--ddim_eta", type=float, metavar="ETA", help=text)
-    add(
-        "--n_iter",
-        type=int,
-        default=n_iter,
-        metavar="N",
-        help="repetitions: N batches of --prompt, or N times every line of --from-file",
-    )
+    text = "repetitions: N batches of --prompt, or N times every line of --from-file"
+    add("--n_iter", type=int, default=n_iter, metavar="N", help=text)
     add("--C", type=int, help="channels of the latents (default: the model's)")
     add("--f", type=int, help="downsampling factor of the first stage (default: the model's)")
     add("--n_samples", type=int, default=n_samples, metavar="N", help="images per batch")
@@ -106,8 +94,7 @@ def add_single_image_flags(parser: Parser, steps: int | None, scale: float) -> N
     """Flags of the scripts that turn one image into one: inpainting and upscaling."""
     add = parser.add_argument
     add("--prompt", default="", metavar="TEXT", help="what the image shows (text-conditional models only)")
-    text = "what it does not show (text-conditional models only)"
-    add("--negative_prompt", default="", metavar="TEXT", help=text)
+    add("--negative_prompt", default="", metavar="TEXT", help="negative prompt (text-conditional models only)")
     text = f"classifier-free guidance scale; 1 disables it (default: {scale:g} for text-conditional models)"
     add("--scale", type=float, help=text)
     text = "number of sampling steps" + ("" if steps else " (default: 100; 50 for text-conditional models)")
@@ -139,14 +126,14 @@ def add_model_flags(parser: Parser, config: str | None, ckpt: str | None, fill_i
         add("--config", default=config if fill_in else None, metavar="YAML", help=text)
         text = f"weights of the model: .ckpt, .safetensors or a diffusers folder (default: {ckpt})"
         add("--ckpt", default=ckpt if fill_in else None, metavar="FILE", help=text)
-    add("--use_ema", action=BooleanOptionalAction, help="use the EMA weights (default: if the config keeps an EMA)")
+    add("--use_ema", action=BooleanOptionalAction, help="use the EMA weights, or not (default: as the config says)")
     text = (
         "auto: bf16 if the device supports it, else full. full: float32. autocast: float32 weights, computed in half "
         "precision. bf16, fp16: 16-bit weights (default: auto)"
     )
     add("--precision", choices=PRECISIONS, default="auto", help=text)
     add("--device", default="auto", metavar="NAME", help="auto, cpu, cuda, cuda:1 or mps")
-    text = "images that the safety checker flags: on: save a black image, report: save and flag it, off: do not check"
+    text = "on: replace images that the safety checker flags by black ones; report: keep and mark them; off: no check"
     add("--safety", choices=SAFETY_MODES, help=f"{text} (default: the config's)")
     text = (
         "folder with the checker's config.json and weights (default: models/safety_checker, else the Hugging Face hub)"
@@ -188,9 +175,8 @@ def prepare(opt: Namespace, info: ModelInfo, ckpt: Path | None = None) -> Prepar
     inference.choose_device(opt.device)
     inference.allow_targets(*opt.allow_targets)
     watermark = None if opt.watermark == "off" else Watermark(opt.watermark or METHODS[0])
-    return Prepared(
-        info, weights, watermark, Safety(SafetySettings(opt.safety, opt.safety_checker).checked(info)).ready()
-    )
+    safety = SafetySettings(opt.safety, opt.safety_checker).checked(info)
+    return Prepared(info, weights, watermark, Safety(safety).ready())
 
 
 def _open_weights(opt: Namespace, ckpt: Path | None) -> inference.WeightsSource:
@@ -200,9 +186,8 @@ def _open_weights(opt: Namespace, ckpt: Path | None) -> inference.WeightsSource:
         return inference.open_weights(ckpt)
     except inference.MissingWeightsError as error:
         hint = _DOWNLOADS.get(getattr(opt, "ckpt", ""), "a training run has <run directory>/checkpoints/last.ckpt")
-        raise FileNotFoundError(
-            f"checkpoint {ckpt}: no such file; {hint}, or pass --ckpt FILE with its --config"
-        ) from error
+        text = f"checkpoint {ckpt}: no such file; {hint}, or pass --ckpt FILE with its --config"
+        raise FileNotFoundError(text) from error
 
 
 def _find_released(path: str) -> Path:
@@ -213,13 +198,10 @@ def _find_released(path: str) -> Path:
 
 
 def request_fields(opt: Namespace, request: type[Request], **others: Any) -> dict[str, Any]:
-    """The flags' values as fields of a request; `others` are fields whose flags have another name."""
-    renamed = {"steps": "ddim_steps", "eta": "ddim_eta", "channels": "C", "factor": "f", "height": "H", "width": "W"}
-    flags = {
-        name: renamed[name] if hasattr(opt, renamed.get(name, "")) else name
-        for name in (field.name for field in fields(request))
-    }
-    found = {name: getattr(opt, flag) for name, flag in flags.items() if hasattr(opt, flag)}
+    """The flags' values as fields of a request; `others` are fields that are not the value of a flag."""
+    renamed = {"ddim_steps": "steps", "ddim_eta": "eta", "C": "channels", "f": "factor", "H": "height", "W": "width"}
+    given = {renamed.get(flag, flag): value for flag, value in vars(opt).items()}
+    found = {field.name: given[field.name] for field in fields(request) if field.name in given}
     return {**found, "sampler": opt.sampler or "ddim", **others}
 
 

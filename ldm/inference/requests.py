@@ -14,6 +14,7 @@ from ldm.inference.settings import (
     check_positive,
     check_seed_mode,
     check_size,
+    require,
     round_to_multiple,
 )
 
@@ -66,12 +67,8 @@ class TextToImageRequest(Request):
     @property
     def batches(self) -> list[Batch]:
         """All batches of the run; the last one of a list of prompts may be smaller."""
-        size, prompts = self.n_samples, self.prompts
-        groups = (
-            [prompts * size]
-            if isinstance(self.prompt, str)
-            else [prompts[k : k + size] for k in range(0, len(prompts), size)]
-        )
+        size, prompts = self.n_samples, self.prompts * (self.n_samples if isinstance(self.prompt, str) else 1)
+        groups = [prompts[k : k + size] for k in range(0, len(prompts), size)]
         batches, first = [], 0
         for number, group in enumerate(groups * self.n_iter):
             batches.append(Batch(number, range(first, first + len(group)), group))
@@ -87,35 +84,34 @@ class TextToImageRequest(Request):
             {"--n_samples": self.n_samples, "--n_iter": self.n_iter, "--f": self.factor, "--C": self.channels}
         )
         check_seed_mode(self.seed_mode)
-        if self.fixed_code and self.seed_mode == "image":
-            raise ValueError(
-                "--fixed_code with --seed_mode image: each image then has its own noise; remove one of them"
-            )
-        if self.channels not in (None, info.channels):
-            raise ValueError(f"--C {self.channels}: this model's latents have {info.channels} channels; remove --C")
+        require(
+            not self.fixed_code or self.seed_mode != "image",
+            "--fixed_code with --seed_mode image: each image then has its own noise; remove one of them",
+        )
+        require(
+            self.channels in (None, info.channels),
+            f"--C {self.channels}: this model's latents have {info.channels} channels; remove --C",
+        )
         factor = self.factor or info.factor
         if factor is None:
-            raise ValueError(
-                "--f: the config does not state the first stage's downsampling factor; pass it, e.g. --f 8"
-            )
+            raise ValueError("--f: the config does not state the downsampling factor; pass it, e.g. --f 8")
         check_size(self.height, self.width, factor * info.latent_multiple)
         cell = info.factor or factor
-        if self.tiled and (self.tiled < 4 * cell or self.tiled % cell):
-            raise ValueError(
-                f"--tiled {self.tiled}: choose a multiple of {cell} pixels, at least {4 * cell}; {TILE} is usual"
-            )
+        require(
+            not self.tiled or (self.tiled >= 4 * cell and self.tiled % cell == 0),
+            f"--tiled {self.tiled}: choose a multiple of {cell} pixels, at least {4 * cell}; {TILE} is usual",
+        )
         self._check_prompts(info)
         return super(TextToImageRequest, replace(self, channels=info.channels, factor=factor))._resolved(info)
 
     def _check_prompts(self, info: ModelInfo) -> None:
-        if self.chunks is not None and (self.chunks < 1 or not self.long_prompts):
-            raise ValueError(f"chunks {self.chunks}: choose 1 or more, with long_prompts")
+        valid = self.chunks is None or (self.chunks >= 1 and self.long_prompts)
+        require(valid, f"chunks {self.chunks}: choose 1 or more, with long_prompts")
         for flag, given in (("--emphasis", self.emphasis), ("--long_prompts", self.long_prompts)):
-            if given and info.condition_name in OTHER_ENCODERS:
-                raise ValueError(
-                    f"{flag}: requires one of {', '.join(CLIP_ENCODERS)}; this model's text encoder is "
-                    f"{info.condition_name}"
-                )
+            require(
+                not given or info.condition_name not in OTHER_ENCODERS,
+                f"{flag}: requires one of {', '.join(CLIP_ENCODERS)}; this model's encoder is {info.condition_name}",
+            )
         for prompt in (self.negative_prompt, *self.prompts) if self.emphasis else ():
             parse_emphasis(prompt)
 
@@ -132,11 +128,11 @@ class RetrievalRequest(TextToImageRequest):
     n_iter: int = 1
 
     def _require_model(self, info: ModelInfo) -> None:
-        if info.conditioning_key != "crossattn" or info.condition != "torch.nn.Identity":
-            raise ValueError(
-                f"this model is not conditioned on CLIP vectors (cond_stage_config {info.condition}, conditioning_key "
-                f"{info.conditioning_key}); configs/retrieval-augmented-diffusion/768x768.yaml is"
-            )
+        require(
+            info.conditioning_key == "crossattn" and info.condition == "torch.nn.Identity",
+            f"this model is not conditioned on CLIP vectors (cond_stage_config {info.condition}, conditioning_key "
+            f"{info.conditioning_key}); configs/retrieval-augmented-diffusion/768x768.yaml is",
+        )
 
 
 @dataclass(frozen=True)
@@ -165,8 +161,11 @@ class ImageToImageRequest(TextToImageRequest):
 
     def _require_model(self, info: ModelInfo) -> None:
         require_text_model(info, concat_channels=1 if self.depth else 0)
-        if not 0.0 <= self.strength <= 1.0:
-            raise ValueError(f"--strength {self.strength}: choose 0 (keep the image) to 1 (ignore it); 0.75 is usual")
+
+    def _resolved(self, info: ModelInfo) -> Self:
+        valid = 0.0 <= self.strength <= 1.0
+        require(valid, f"--strength {self.strength}: choose 0 (keep the image) to 1 (ignore it); 0.75 is usual")
+        return super()._resolved(info)
 
 
 @dataclass(frozen=True)
@@ -183,10 +182,11 @@ class ConcatRequest(Request):
             raise ValueError("first_stage_config: ddconfig.ch_mult is missing, so the downsampling factor is unknown")
         scale = (self.usual_scale if info.takes_text else 1.0) if self.scale is None else self.scale
         given = {"--prompt": self.prompt, "--negative_prompt": self.negative_prompt, "--scale": scale != 1.0}
-        for flag in (flag for flag, value in given.items() if value and not info.takes_text):
-            raise ValueError(
+        for flag, value in given.items():
+            require(
+                not value or info.takes_text,
                 f"{flag}: this model is not text-conditional; remove the flag, or choose a text-conditional model with "
-                "--config and --ckpt"
+                "--config and --ckpt",
             )
         return super(ConcatRequest, replace(self, scale=scale))._resolved(info)
 
@@ -201,8 +201,8 @@ class InpaintRequest(ConcatRequest):
 
     def _resolved(self, info: ModelInfo) -> Self:
         require_inpainting_model(info)
-        if not 0 <= self.feather <= MAX_FEATHER:
-            raise ValueError(f"--feather {self.feather}: choose 0 (a hard edge) to {MAX_FEATHER} pixels")
+        valid = 0 <= self.feather <= MAX_FEATHER
+        require(valid, f"--feather {self.feather}: choose 0 (a hard edge) to {MAX_FEATHER} pixels")
         return super()._resolved(info)
 
 
@@ -220,19 +220,17 @@ class UpscaleRequest(ConcatRequest):
     def _resolved(self, info: ModelInfo) -> Self:
         require_upscaler(info)
         unit, most, level = info.latent_multiple, info.max_noise_level, self.noise_level
-        if self.tile != 0 and (self.tile < 2 * unit or self.tile % unit):
-            raise ValueError(
-                f"--tile {self.tile}: choose a multiple of {unit} pixels, at least {2 * unit}, or 0 to disable tiling; "
-                "128 is usual"
-            )
-        if most is None and level is not None:
-            raise ValueError("--noise_level: this model has no noise-level conditioning; remove the flag")
-        if most is not None:
+        require(
+            self.tile == 0 or (self.tile >= 2 * unit and self.tile % unit == 0),
+            f"--tile {self.tile}: choose a multiple of {unit} pixels, at least {2 * unit}, or 0 to disable tiling; "
+            "128 is usual",
+        )
+        if most is None:
+            require(level is None, "--noise_level: this model has no noise-level conditioning; remove the flag")
+        else:
             level = min(20, most) if level is None else level
-            if not 0 <= level <= most:
-                raise ValueError(
-                    f"--noise_level {level}: choose 0 (none) to {most}, the maximum in training; 20 is usual"
-                )
+            valid = 0 <= level <= most
+            require(valid, f"--noise_level {level}: choose 0 (none) to {most}, the maximum in training; 20 is usual")
         steps = self.steps if self.steps is not None else 50 if info.takes_text else 100
         # The published super-resolution script runs DDIM at eta 1.
         eta = 1.0 if self.eta is None and self.sampler == "ddim" and not info.takes_text else self.eta
@@ -260,87 +258,79 @@ class ClassConditionalRequest(Request):
         require_unconditional_or_class(info)
         check_positive({"--n_samples": self.n_samples, "--batch_size": self.batch_size})
         check_seed_mode(self.seed_mode)
-        if self.vanilla and (self.sampler, self.spacing) != ("ddim", "uniform"):
-            given = f"--sampler {self.sampler}" if self.sampler != "ddim" else f"--spacing {self.spacing}"
-            raise ValueError(f"-v with {given}: -v is ancestral sampling over every timestep; remove one of them")
+        given = f"--sampler {self.sampler}" if self.sampler != "ddim" else f"--spacing {self.spacing}"
+        require(
+            not self.vanilla or (self.sampler, self.spacing) == ("ddim", "uniform"),
+            f"-v with {given}: -v is ancestral sampling over every timestep; remove one of them",
+        )
         eta = 1.0 if self.eta is None and self.sampler == "ddim" else self.eta  # as published
         null_class = self._resolved_null_class(info)
         return super(ClassConditionalRequest, replace(self, null_class=null_class, eta=eta))._resolved(info)
 
     def _resolved_null_class(self, info: ModelInfo) -> int | None:
-        if info.n_classes is None:
+        n = info.n_classes
+        if n is None:
             for flag, value in (("--classes", self.classes), ("--null_class", self.null_class)):
-                if value is not None:
-                    raise ValueError(f"{flag}: this model is not class-conditional; remove the flag")
-            if self.scale != 1.0:
-                raise ValueError(f"--scale {self.scale:g}: this model is unconditional; remove the flag")
+                require(value is None, f"{flag}: this model is not class-conditional; remove the flag")
+            require(self.scale == 1.0, f"--scale {self.scale:g}: this model is unconditional; remove the flag")
             return None
         for label in (*(self.classes or ()), self.null_class):
-            if label is not None and not 0 <= label < info.n_classes:
-                raise ValueError(f"class {label}: this model's classes are 0 to {info.n_classes - 1}")
+            require(label is None or 0 <= label < n, f"class {label}: this model's classes are 0 to {n - 1}")
         null_class = info.null_class if self.null_class is None else self.null_class
-        if self.scale != 1.0 and null_class is None:
-            raise ValueError(
-                f"--scale {self.scale:g}: guidance needs a class that means 'no class', and the config states none "
-                "(1001 classes or cond_dropout); pass --null_class if the model was trained with one, e.g. "
-                f"{info.n_classes - 1}, or remove --scale"
-            )
+        require(
+            self.scale == 1.0 or null_class is not None,
+            f"--scale {self.scale:g}: guidance needs a class that means 'no class', and the config states none (1001 "
+            f"classes or cond_dropout); pass --null_class if the model was trained with one, e.g. {n - 1}, or remove "
+            "--scale",
+        )
         return null_class
 
 
 def require_text_model(info: ModelInfo, concat_channels: int = 0) -> None:
     """Raise ValueError unless the model is text-conditional and takes this many channels of concat conditioning."""
-    if not info.takes_text:
-        raise ValueError(
-            f"this model is not text-conditional (cond_stage_config: {info.condition_name}), so prompts have no use"
-        )
-    needs = info.concat_channels
-    if concat_channels and not needs:
-        raise ValueError(
-            "--depth: this model is not conditioned on depth; remove the flag, or choose a depth model with --config "
-            "and --ckpt"
-        )
-    if needs != concat_channels:
-        raise ValueError(
-            f"this model needs more than a prompt: its network has {needs} channels of concat conditioning; "
-            f"use {_script_for(info)}"
-        )
+    name, has = info.condition_name, info.concat_channels
+    require(info.takes_text, f"this model is not text-conditional (cond_stage_config: {name}); it takes no prompts")
+    require(
+        not concat_channels or has > 0,
+        "--depth: this model is not conditioned on depth; remove the flag, or choose a depth model with --config",
+    )
+    require(
+        has == concat_channels,
+        f"this model needs more than a prompt ({has} channels of concat conditioning); use {_script_for(info)}",
+    )
 
 
 def require_inpainting_model(info: ModelInfo) -> None:
     """Raise ValueError unless the network sees the masked image's latent and the mask, as in the published models."""
     needs = 2 * info.channels + 1
-    if not (info.condition_name == "__is_first_stage__" or info.takes_text) or info.unet_channels != needs:
-        raise ValueError(
-            "not an inpainting model: expected cond_stage_config __is_first_stage__ or a text encoder, and a UNet with "
-            f"{needs} input channels (latent, masked image, mask); got {info.condition_name} and {info.unet_channels}; "
-            "see models/ldm/inpainting_big/config.yaml and configs/stable-diffusion/v1-inpainting-inference.yaml"
-        )
+    require(
+        (info.condition_name == "__is_first_stage__" or info.takes_text) and info.unet_channels == needs,
+        "not an inpainting model: expected cond_stage_config __is_first_stage__ or a text encoder, and a UNet with "
+        f"{needs} input channels (latent, masked image, mask); got {info.condition_name} and {info.unet_channels}; "
+        "see models/ldm/inpainting_big/config.yaml and configs/stable-diffusion/v1-inpainting-inference.yaml",
+    )
 
 
 def require_upscaler(info: ModelInfo) -> None:
     """Raise ValueError unless the network sees a low-resolution image, as in the published models."""
     needs, by_text = info.channels + 3, info.takes_text and info.max_noise_level is not None
-    if not (info.condition_name == "Identity" or by_text) or info.unet_channels != needs:
-        raise ValueError(
-            "not an upscaling model: expected cond_stage_config torch.nn.Identity, or a text encoder and "
-            f"low_scale_config, and a UNet with {needs} input channels (latent, low-resolution image); got "
-            f"{info.condition_name} and {info.unet_channels}; see models/ldm/bsr_sr/config.yaml and "
-            "configs/stable-diffusion/x4-upscaling.yaml"
-        )
+    require(
+        (info.condition_name == "Identity" or by_text) and info.unet_channels == needs,
+        "not an upscaling model: expected cond_stage_config torch.nn.Identity, or a text encoder and low_scale_config, "
+        f"and a UNet with {needs} input channels (latent, low-resolution image); got {info.condition_name} and "
+        f"{info.unet_channels}; see models/ldm/bsr_sr/config.yaml and configs/stable-diffusion/x4-upscaling.yaml",
+    )
 
 
 def require_unconditional_or_class(info: ModelInfo) -> None:
     """Raise ValueError, with the script to use, unless the model is unconditional or class-conditional."""
     name = info.condition_name
-    if name == "__is_unconditional__" or info.n_classes is not None:
-        return
-    hint = {"__is_first_stage__": "use scripts/inpaint.py", "Identity": "use scripts/upscale.py"}.get(name)
-    if hint is None:
-        hint = (
-            f"use {_script_for(info)}" if info.takes_text else "no script samples it; use the classes of ldm.inference"
-        )
-    raise ValueError(f"this model needs more conditioning than a class (cond_stage_config: {name}); {hint}")
+    other = _script_for(info) if info.takes_text else "ldm.inference in Python; no script samples it"
+    script = {"__is_first_stage__": "scripts/inpaint.py", "Identity": "scripts/upscale.py"}.get(name, other)
+    require(
+        name == "__is_unconditional__" or info.n_classes is not None,
+        f"this model needs more conditioning than a class (cond_stage_config: {name}); use {script}",
+    )
 
 
 def _script_for(info: ModelInfo) -> str:

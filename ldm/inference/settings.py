@@ -60,86 +60,84 @@ class Request:
     def _resolved(self, info: ModelInfo) -> Self:
         """Check what all requests have in common; subclasses fill in their own defaults first."""
         check_steps(self.steps_flag, self.steps, info)
-        if not 0 <= self.seed <= MAX_SEED:
-            raise ValueError(f"--seed {self.seed}: choose 0 to {MAX_SEED}")
+        require(0 <= self.seed <= MAX_SEED, f"--seed {self.seed}: choose 0 to {MAX_SEED}")
         eta = self._resolved_eta()
         self._check_spacing(info)
         self._check_guidance()
         return replace(self, eta=eta)
 
     def _resolved_eta(self) -> float:
-        if self.sampler not in SAMPLERS:
-            raise ValueError(f"--sampler {self.sampler}: choose one of {', '.join(SAMPLERS)}")
-        entry = SAMPLERS[self.sampler]
+        require(self.sampler in SAMPLERS, f"--sampler {self.sampler}: choose one of {', '.join(SAMPLERS)}")
+        default, adjustable = SAMPLERS[self.sampler].default_eta, SAMPLERS[self.sampler].takes_eta
         if self.eta is None:
-            return entry.default_eta
-        if not (math.isfinite(self.eta) and self.eta >= 0):
-            raise ValueError(f"{self.eta_flag} {self.eta}: choose 0 (deterministic) to 1 (the noise of DDPM)")
-        if self.eta != entry.default_eta and not entry.takes_eta:
-            fixed = "is deterministic (eta 0)" if entry.default_eta == 0 else "has a fixed eta of 1"
-            others = ", ".join(name for name, other in SAMPLERS.items() if other.takes_eta)
-            raise ValueError(
-                f"{self.eta_flag} {self.eta:g}: {self.sampler} {fixed}; "
-                f"remove the flag, or choose a sampler with an adjustable eta: {others}"
-            )
+            return default
+        valid = math.isfinite(self.eta) and self.eta >= 0
+        require(valid, f"{self.eta_flag} {self.eta}: choose 0 (deterministic) to 1 (the noise of DDPM)")
+        fixed = "has a fixed eta of 1" if default else "is deterministic (eta 0)"
+        others = ", ".join(name for name, entry in SAMPLERS.items() if entry.takes_eta)
+        require(
+            self.eta == default or adjustable,
+            f"{self.eta_flag} {self.eta:g}: {self.sampler} {fixed}; remove the flag, or choose a sampler with an "
+            f"adjustable eta: {others}",
+        )
         return self.eta
 
     def _check_spacing(self, info: ModelInfo) -> None:
-        entry = SAMPLERS[self.sampler]
-        if self.spacing not in entry.spacings:
-            raise ValueError(f"--spacing {self.spacing}: {self.sampler} supports {', '.join(entry.spacings)}")
-        if info.zero_terminal_snr and entry.continuous_time and self.spacing != "trailing":
-            raise ValueError(
-                f"--spacing {self.spacing}: {self.sampler} cannot start at zero terminal SNR, which this model's "
-                "schedule has; choose trailing"
-            )
+        entry, flag = SAMPLERS[self.sampler], f"--spacing {self.spacing}"
+        require(self.spacing in entry.spacings, f"{flag}: {self.sampler} supports {', '.join(entry.spacings)}")
+        require(
+            not (info.zero_terminal_snr and entry.continuous_time) or self.spacing == "trailing",
+            f"{flag}: {self.sampler} cannot start at zero terminal SNR, as this model's schedule has; choose trailing",
+        )
 
     def _check_guidance(self) -> None:
-        if self.scale is None or not math.isfinite(self.scale):
-            raise ValueError(f"--scale {self.scale}: choose a finite number; 1 disables guidance")
-        if self.negative_prompt and self.scale == 1.0:
-            raise ValueError(
-                "--negative_prompt with --scale 1: scale 1 disables guidance; "
-                f"choose another scale, {self.usual_scale:g} is usual"
-            )
-        if not 0.0 <= self.guidance_rescale <= 1.0:
-            raise ValueError(f"--guidance_rescale {self.guidance_rescale}: choose 0 (off) to 1; 0.7 is usual")
-        if self.guidance_rescale and self.scale == 1.0:
-            raise ValueError(
-                f"--guidance_rescale {self.guidance_rescale:g} with --scale 1: scale 1 disables guidance; "
-                "remove one of them"
-            )
-        if self.dynamic_threshold is not None and not 0.0 < self.dynamic_threshold <= 1.0:
-            raise ValueError(
-                f"--dynamic_threshold {self.dynamic_threshold}: choose a quantile above 0 and up to 1; 0.995 is usual"
-            )
+        valid = self.scale is not None and math.isfinite(self.scale)
+        require(valid, f"--scale {self.scale}: choose a finite number; 1 disables guidance")
+        require(
+            not self.negative_prompt or self.scale != 1.0,
+            "--negative_prompt with --scale 1: scale 1 disables guidance; choose another scale, "
+            f"{self.usual_scale:g} is usual",
+        )
+        rescale, threshold = self.guidance_rescale, self.dynamic_threshold
+        require(0.0 <= rescale <= 1.0, f"--guidance_rescale {rescale}: choose 0 (off) to 1; 0.7 is usual")
+        require(
+            not rescale or self.scale != 1.0,
+            f"--guidance_rescale {rescale:g} with --scale 1: scale 1 disables guidance; remove one of them",
+        )
+        require(
+            threshold is None or 0.0 < threshold <= 1.0,
+            f"--dynamic_threshold {threshold}: choose a quantile above 0 and up to 1; 0.995 is usual",
+        )
+
+
+def require(valid: bool, message: str) -> None:
+    if not valid:
+        raise ValueError(message)
 
 
 def check_steps(flag: str, steps: int | None, info: ModelInfo) -> None:
-    if steps is None or not 1 <= steps <= info.timesteps:
-        raise ValueError(f"{flag} {steps}: choose 1 to {info.timesteps}, the length of this model's noise schedule")
+    valid = steps is not None and 1 <= steps <= info.timesteps
+    require(valid, f"{flag} {steps}: choose 1 to {info.timesteps}, the length of this model's noise schedule")
 
 
 def check_positive(values: Mapping[str, int | None]) -> None:
     """Raise ValueError for the first flag whose value is below 1; None is not checked."""
     for flag, value in values.items():
-        if value is not None and value < 1:
-            raise ValueError(f"{flag} {value}: choose 1 or more")
+        require(value is None or value >= 1, f"{flag} {value}: choose 1 or more")
 
 
 def check_seed_mode(mode: str) -> None:
-    if mode not in SEED_MODES:
-        raise ValueError(f"--seed_mode {mode}: choose one of {', '.join(SEED_MODES)}")
+    require(mode in SEED_MODES, f"--seed_mode {mode}: choose one of {', '.join(SEED_MODES)}")
 
 
 def check_size(height: int, width: int, multiple: int) -> None:
     """Raise ValueError, with the nearest valid size, unless both sides are positive multiples of `multiple` pixels."""
-    if min(height, width) <= 0 or height % multiple or width % multiple:
-        near_height, near_width = (round_to_multiple(side, multiple) for side in (height, width))
-        raise ValueError(
-            f"--H {height} --W {width}: this model needs multiples of {multiple} pixels; "
-            f"nearest are --H {near_height} --W {near_width}"
-        )
+    near_height, near_width = (round_to_multiple(side, multiple) for side in (height, width))
+    require(
+        (near_height, near_width) == (height, width),
+        f"--H {height} --W {width}: this model needs multiples of {multiple} pixels; "
+        f"nearest are --H {near_height} --W {near_width}",
+    )
 
 
 def round_to_multiple(side: int, multiple: int) -> int:
