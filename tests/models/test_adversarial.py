@@ -307,9 +307,7 @@ def test_perceptual_weights_are_there_before_the_first_step_or_the_run_stops(sou
     before = state(model)
     if source == "checkpoint":
         model.load_state_dict(before)
-    with (
-        pytest.raises(PerceptualWeightsError, match="LPIPS needs VGG16") if source == "nowhere" else nullcontext()
-    ):
+    with pytest.raises(PerceptualWeightsError, match="LPIPS needs VGG16") if source == "nowhere" else nullcontext():
         fit(model, batches(1))
     moved = differing(state(model), before)
     assert bool(moved) == (source != "nowhere") and not any("perceptual" in name for name in moved)
