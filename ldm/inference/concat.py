@@ -13,7 +13,7 @@ from ldm.inference.requests import ConcatRequest
 from ldm.models.diffusion.conditioning import map_tensors
 
 Parts = Mapping[str, Any]
-"""Parts of a condition beside the text, e.g. {"c_concat": [x], "c_adm": y}, for one image."""
+"""Parts of a condition besides the text, e.g. {"c_concat": [x], "c_adm": y}, for one image."""
 
 
 def with_parts(cond: Any, parts: Parts | None) -> Any:

@@ -40,7 +40,7 @@ logger = logging.getLogger(__name__)
 
 
 class GenerativeModel(DiffusionModel, Protocol):
-    """What the tasks use of a model besides sampling. Models in pixel space have no first stage."""
+    """The members that tasks use of a model besides sampling. Models in pixel space have no first stage."""
 
     cond_stage_model: Any
 

@@ -18,7 +18,7 @@ TILE = 512  # usual side of a tile, in pixels
 
 @dataclass(frozen=True)
 class Request:
-    """What a task is asked for. `checked` resolves every None once; nothing downstream checks again."""
+    """The request of a task. `checked` resolves every None once; nothing downstream checks again."""
 
     task: ClassVar[str]  # in the metadata
     steps_flag: ClassVar[str] = "--steps"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import logging
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
@@ -23,7 +22,7 @@ PACKAGES = ("diffusers", "transformers")
 
 @dataclass(frozen=True)
 class SafetySettings:
-    """What happens to images that the safety checker flags, and where its weights are."""
+    """The treatment of images that the safety checker flags, and the path of its weights."""
 
     mode: str | None = None  # one of SAFETY_MODES; None: the config's default
     checker: str | None = None  # folder of the checker; None: models/safety_checker if present, else the hub
@@ -88,10 +87,11 @@ class Safety:
                 f'{flag}: the safety checker requires {" and ".join(missing)}: pip install -e ".[safety]" '
                 "(--safety off skips the check)"
             )
-        module = importlib.import_module("ldm.output.safety_checker")
-        files = module.find_checker(self.settings.checker, flag)
+        from ldm.output.safety_checker import SafetyChecker, find_checker  # optional packages, and torch
+
+        files = find_checker(self.settings.checker, flag)
         try:
-            return module.SafetyChecker(files)
+            return SafetyChecker(files)
         except Exception as error:
             reason = " ".join(str(error).split()) or type(error).__name__
             raise ValueError(
