@@ -19,7 +19,7 @@ from ldm.config.text_shapes import clip_shape
 from ldm.data import archives
 from ldm.data.archives import ArchiveError, unpack
 from ldm.inference.from_metadata import FLAGS
-from ldm.output.images import GeneratedImage, METADATA_KEY, NamedOutput, Output, png_info, read_metadata
+from ldm.output.images import METADATA_KEY, GeneratedImage, NamedOutput, Output, png_info, read_metadata
 from ldm.training.flags import RunOptions
 from ldm.training.run_directory import new_run
 from scripts.txt2img import main as txt2img
