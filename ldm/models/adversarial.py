@@ -18,7 +18,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from ldm.config.instantiate import ConfigError, accepted_params, instantiate_from_config
 from ldm.config.suggest import did_you_mean
 from ldm.models.training import Losses, NonFiniteError, TrainedModule
-from ldm.modules.diffusionmodules.model import Decoder, Encoder
+from ldm.modules.diffusionmodules.model import Decoder, Encoder, Network
 from ldm.modules.dtype import in_dtype, weights_dtype
 from ldm.modules.losses.contperceptual import DummyLoss
 from ldm.modules.losses.lpips import PerceptualWeightsError
@@ -326,9 +326,10 @@ class AdversarialAutoencoder(TrainedModule):
 def check_ddconfig(ddconfig: Mapping[str, Any]) -> None:
     """Raise ConfigError if a key of `ddconfig` is unknown to the networks, or a required one is missing."""
     accepted, required = accepted_params(Encoder) or (set(ddconfig), set())
+    _, shared = accepted_params(Network) or (set(), set())  # required by the base, to which Encoder passes them on
     for key in ddconfig:
         if key not in accepted:
             raise ConfigError(f"ddconfig.{key}: no such parameter{did_you_mean(key, accepted)}")
-    missing = sorted(required - set(ddconfig))
+    missing = sorted((required | shared) - set(ddconfig))
     if missing:
         raise ConfigError(f"ddconfig: needs {', '.join(missing)}")

@@ -178,7 +178,7 @@ class _Middle(nn.Module):
         return self.block_2(self.attn_1(self.block_1(h, temb)), temb)
 
 
-class _Network(nn.Module):
+class Network(nn.Module):
     """Options that Encoder, Decoder and Model share, and the parts built from them."""
 
     takes_timesteps = False
@@ -264,7 +264,7 @@ class _Network(nn.Module):
         return nn.ModuleList(levels)
 
 
-class Encoder(_Network):
+class Encoder(Network):
     """Image to moments or latent: (B, in_channels, H, W) -> (B, 2 * z_channels, H / f, W / f), f = 2 ** (levels - 1).
 
     Without `double_z` the output has z_channels. `out_ch`, `give_pre_end` and `tanh_out` are options of the Decoder,
@@ -297,7 +297,7 @@ class Encoder(_Network):
         return self.conv_out(F.silu(self.norm_out(h)))  # (B, 2 * z_channels, H/f, W/f)
 
 
-class Decoder(_Network):
+class Decoder(Network):
     """Latent to image: (B, z_channels, h, w) -> (B, out_ch, h * f, w * f), about [-1, 1].
 
     `give_pre_end` stops before the last norm; `tanh_out` bounds the output. `in_channels` and `double_z` are options of
@@ -331,10 +331,10 @@ class Decoder(_Network):
         return torch.tanh(h) if self.tanh_out else h
 
 
-class Model(_Network):
+class Model(Network):
     """UNet of DDPM (arXiv 2006.11239, appendix B): x (B, in_channels, H, W), t (B,) -> (B, out_ch, H, W).
 
-    `context` (B, C', H, W) is concatenated to x along the channels; `in_channels` counts both. Options: see _Network.
+    `context` (B, C', H, W) is concatenated to x along the channels; `in_channels` counts both. Options: see Network.
     """
 
     takes_timesteps = True  # as published, the blocks hold their projection even without `use_timestep`
