@@ -113,8 +113,7 @@ def vocabulary(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def narrow_perceptual_network(monkeypatch):
     """LPIPS on a VGG16 with a sixteenth of its channels."""
-    slices = tuple(tuple(width and width // 16 for width in layers) for layers in lpips.VGG16_SLICES)
-    monkeypatch.setattr(lpips, "VGG16_SLICES", slices)
+    monkeypatch.setattr(lpips, "VGG16_LAYERS", tuple(width and width // 16 for width in lpips.VGG16_LAYERS))
     monkeypatch.setattr(lpips, "FEATURE_WIDTHS", tuple(width // 16 for width in lpips.FEATURE_WIDTHS))
 
 
