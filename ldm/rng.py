@@ -27,17 +27,17 @@ def set_torch_states(states: Sequence[Tensor], device: torch.device = CPU) -> No
 
 
 @contextmanager
-def torch_generators_kept(device: torch.device = CPU) -> Iterator[None]:
+def preserve_torch_rng(device: torch.device = CPU) -> Iterator[None]:
     """Restore torch's generators on the CPU and on `device` at the end of the block."""
     with torch.random.fork_rng([] if device.type == "cpu" else [device], device_type=device.type):
         yield
 
 
 @contextmanager
-def generators_kept(device: torch.device = CPU) -> Iterator[None]:
+def preserve_rng(device: torch.device = CPU) -> Iterator[None]:
     """Restore the generators of torch, Python and NumPy at the end of the block."""
     python, numpy = random.getstate(), np.random.get_state()
-    with torch_generators_kept(device):
+    with preserve_torch_rng(device):
         try:
             yield
         finally:

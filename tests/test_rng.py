@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from ldm.rng import generators_kept, torch_generators_kept
+from ldm.rng import preserve_rng, preserve_torch_rng
 
 
 def numbers():
@@ -19,7 +19,7 @@ def test_all_generators_continue_as_if_unused(error):
     wanted = numbers()
     random.seed(1), np.random.seed(1), torch.manual_seed(1)
     try:
-        with generators_kept():
+        with preserve_rng():
             assert numbers() == wanted
             random.seed(7), np.random.seed(7), torch.manual_seed(7)
             if error:
@@ -29,7 +29,7 @@ def test_all_generators_continue_as_if_unused(error):
     assert numbers() == wanted
 
 
-@pytest.mark.parametrize("kept", [generators_kept, torch_generators_kept])
+@pytest.mark.parametrize("kept", [preserve_rng, preserve_torch_rng])
 @pytest.mark.parametrize("kind", ["cuda", "mps"])
 def test_the_generator_of_the_models_device_continues_as_if_unused(monkeypatch, kept, kind):
     states = {torch.device(kind, 0): torch.tensor([5])}

@@ -17,7 +17,7 @@ from pytorch_lightning.loggers import TensorBoardLogger
 from torch import Tensor, nn
 
 from ldm.callbacks.seeding import seed_generators
-from ldm.rng import generators_kept
+from ldm.rng import preserve_rng
 from ldm.visualize import grid
 
 logger = logging.getLogger(__name__)
@@ -151,7 +151,7 @@ def training_step_index(trainer: pl.Trainer, pl_module: pl.LightningModule) -> i
 def _unchanged(module: nn.Module, device: torch.device) -> Iterator[None]:
     """Put the module into eval mode; restore its modes and the random generators afterwards."""
     modes = {part: part.training for part in module.modules()}
-    with generators_kept(device):
+    with preserve_rng(device):
         module.eval()
         try:
             yield

@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler, get_worker
 from torch.utils.data.dataloader import _BaseDataLoaderIter
 
 from ldm.data.base import Txt2ImgIterableBaseDataset
-from ldm.rng import generators_kept
+from ldm.rng import preserve_rng
 
 ORDER, SAMPLE, WORKERS = 1, 2, 3  # purposes of random numbers
 
@@ -98,7 +98,7 @@ class SeededDataset(Dataset):
 
     def __getitems__(self, keys: list[int | tuple[int, int]]) -> list[Any]:
         # In a data worker the global generators belong to the samples alone.
-        with generators_kept() if get_worker_info() is None else nullcontext():
+        with preserve_rng() if get_worker_info() is None else nullcontext():
             return [self._sample(*key) if isinstance(key, tuple) else self._sample(0, key) for key in keys]
 
     def _sample(self, epoch: int, index: int) -> Any:

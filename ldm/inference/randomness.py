@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ldm.inference.settings import MAX_SEED
 from ldm.models.diffusion.samplers.noise import PUBLISHED_NOISE, NoisePerSample, NoiseSource
-from ldm.rng import set_torch_states, torch_generators_kept, torch_states
+from ldm.rng import preserve_torch_rng, set_torch_states, torch_states
 
 
 class Randomness:
@@ -24,7 +24,7 @@ class Randomness:
     @contextmanager
     def __call__(self) -> Iterator[None]:
         """Set torch's generators to the run's state; restore the caller's afterwards."""
-        with torch_generators_kept(self.device):
+        with preserve_torch_rng(self.device):
             if self._states is None:
                 torch.manual_seed(self.seed)  # of every device, as seed_everything does
             else:

@@ -16,7 +16,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from ldm import checkpoint
 from ldm.config.instantiate import instantiate_from_config
 from ldm.modules.ema import LitEma
-from ldm.rng import torch_generators_kept
+from ldm.rng import preserve_torch_rng
 
 Module = TypeVar("Module", bound=nn.Module)
 Losses = tuple[Tensor, dict[str, Tensor]]
@@ -212,6 +212,6 @@ def freeze(module: Module) -> Module:
 @contextmanager
 def fixed_noise(seed: int, device: torch.device) -> Iterator[None]:
     """Seed the random generators within the scope and restore their states afterwards."""
-    with torch_generators_kept(device):
+    with preserve_torch_rng(device):
         torch.manual_seed(seed)
         yield

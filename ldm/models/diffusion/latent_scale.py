@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ldm.rng import torch_generators_kept
+from ldm.rng import preserve_torch_rng
 
 logger = logging.getLogger(__name__)
 
@@ -24,7 +24,7 @@ def measure_latent_std(encode: Callable[[Any], Tensor], batches: Iterable[Any], 
     (LDM, arXiv 2112.10752, appendix G: latents of KL-regularised first stages are divided by it.)
     """
     sums = torch.zeros(3, dtype=torch.float64, device="cpu")  # count, sum, sum of squares
-    with torch_generators_kept(device):  # the measurement does not change the random numbers of training
+    with preserve_torch_rng(device):  # the measurement does not change the random numbers of training
         for batch in islice(batches, BATCHES):
             z = encode(batch).cpu().double()
             sums += torch.tensor([z.numel(), float(z.sum()), float(z.square().sum())], dtype=torch.float64)
