@@ -70,10 +70,9 @@ def last(folder):
 
 def training_state(checkpoint):
     """Everything that decides how training continues, and nothing else."""
-    return {
-        key: checkpoint[key]
-        for key in ("state_dict", "optimizer_states", "lr_schedulers", "global_step", "DataModuleFromConfig")
-    }
+    data = {key: value for key, value in checkpoint["DataModuleFromConfig"].items() if key != "datasets"}
+    keys = ("state_dict", "optimizer_states", "lr_schedulers", "global_step")
+    return {"data": data, **{key: checkpoint[key] for key in keys}}
 
 
 def differences(a, b, path=""):

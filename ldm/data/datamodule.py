@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -19,10 +19,12 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 from ldm.config.instantiate import ConfigError, get_obj_from_str, instantiate_from_config
 from ldm.data.base import DataConfigError, Txt2ImgIterableBaseDataset
 from ldm.data.order import EpochSampler, Position, SeededDataset, StreamLoader, usable_cpus
+from ldm.data.workers import Loader, Traced
 
 logger = logging.getLogger(__name__)
 
 SPLITS = ("train", "validation", "test", "predict")
+_CLASSES_SHOWN = 20  # in the log
 
 
 class WrappedDataset(Dataset):
@@ -51,6 +53,9 @@ class DataModuleFromConfig(pl.LightningDataModule):
     `seed` is set before `fit`. The order of the samples and the random numbers of each are functions of (seed, epoch,
     index); validation, test and predict use the same ones in every epoch. Checkpoints hold the position, counted in
     batches trained on, so a resumed run gets the same batches as an uninterrupted one.
+
+    Checkpoints also hold the class names and a fingerprint of each dataset. At resume, a change of the data is logged,
+    and refused if `strict` is set; class numbers that changed are always refused.
     """
 
     def __init__(
@@ -75,6 +80,7 @@ class DataModuleFromConfig(pl.LightningDataModule):
         self.wrap = wrap
         self.use_worker_init_fn = use_worker_init_fn
         self.seed = 23
+        self.strict = False
         configs = zip(SPLITS, (train, validation, test, predict))
         self.dataset_configs = {split: config for split, config in configs if config is not None}
         self.datasets: dict[str, Any] = {}
@@ -99,15 +105,24 @@ class DataModuleFromConfig(pl.LightningDataModule):
     def setup(self, stage: str | None = None) -> None:
         """Build the datasets that are not built yet; main and Lightning both call it."""
         self._start, self._trained_before = Position(0, 0), 0  # unless load_state_dict sets others
-        for split, config in self.dataset_configs.items():
-            if split not in self.datasets:
-                with _located(split):
-                    dataset = instantiate_from_config(config)
-                self.datasets[split] = WrappedDataset(dataset) if self.wrap else dataset
+        new = {split: config for split, config in self.dataset_configs.items() if split not in self.datasets}
+        for split, config in new.items():
+            with _located(split):
+                dataset = instantiate_from_config(config)
+            self.datasets[split] = WrappedDataset(dataset) if self.wrap else dataset
         _check_classes(self.datasets)
+        if new and self.class_names:
+            shown = ", ".join(f"{number} {name}" for number, name in enumerate(self.class_names[:_CLASSES_SHOWN]))
+            more = f", ... {len(self.class_names)} in all" if len(self.class_names) > _CLASSES_SHOWN else ""
+            logger.info("%-11s %s%s", "classes", shown, more)
 
-    def state_dict(self) -> dict[str, int]:
-        """Return the seed and the position, counted in batches trained on; empty outside of `fit`."""
+    @property
+    def class_names(self) -> list[str]:
+        """The names of the classes by number, from the first dataset that has them; empty without classes."""
+        return next((list(names) for data in self.datasets.values() if (names := _class_names(data))), [])
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the seed, the position counted in batches trained on, and the data; empty outside of `fit`."""
         trainer = self.trainer
         if trainer is None or trainer.state.fn != "fit" or (position := self._position()) is None:
             return {}
@@ -117,12 +132,16 @@ class DataModuleFromConfig(pl.LightningDataModule):
             "batch": position.batch,
             "trained": _processed(trainer.fit_loop.epoch_loop.batch_progress.total),
             "global_batch_size": self._global_batch_size(),
+            "class_names": self.class_names,
+            "datasets": {split: _fingerprint(dataset) for split, dataset in self.datasets.items()},
         }
 
-    def load_state_dict(self, state_dict: Mapping[str, int]) -> None:
-        """Continue from a saved position with its seed."""
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Continue from a saved position with its seed; raise ConfigError for data that may not have changed."""
         if not state_dict:
             return
+        _check_class_numbers(state_dict.get("class_names", []), self.class_names)
+        self._compare_data(state_dict.get("datasets", {}))
         saved_size, size, seed = state_dict["global_batch_size"], self._global_batch_size(), state_dict["seed"]
         if saved_size != size:
             problem = f"batch size {size}, previously {saved_size}: the epoch continues after the used samples"
@@ -135,6 +154,19 @@ class DataModuleFromConfig(pl.LightningDataModule):
         logger.info("%-11s continuing in epoch %d after %d batches", "data", *self._start)
         # Lightning expects the loader to support resuming; here the data module does.
         warnings.filterwarnings("ignore", message=".*your dataloader is not resumable.*")
+
+    def _compare_data(self, saved: Mapping[str, Mapping[str, int | str]]) -> None:
+        """Log datasets that differ from their saved fingerprints; raise ConfigError if `strict`."""
+        for split in saved.keys() & self.datasets.keys():
+            before, now = saved[split], _fingerprint(self.datasets[split])
+            if changed := [key for key in before if before[key] != now.get(key)]:
+                change = f"other {' and '.join(changed)} than when the checkpoint was saved"
+                problem = f"data.params.{split}: {change} ({now['samples']} samples, previously {before['samples']})"
+                if self.strict:
+                    raise ConfigError(f"{problem}; restore them, or resume without --strict-data")
+                if split == "train" and changed != ["labels"]:
+                    problem += "; the rest of this epoch may repeat or miss samples"
+                logger.warning("%-11s %s", "data", problem)
 
     def _loader(self, split: str) -> DataLoader:
         if split not in self.datasets:
@@ -156,7 +188,8 @@ class DataModuleFromConfig(pl.LightningDataModule):
         sampler = EpochSampler(dataset, self.batch_size, self.seed, shuffle, rank, world_size, position)
         # Its own generator seeds the workers: the global one belongs to the training.
         options["generator"] = torch.Generator().manual_seed(self.seed)
-        return DataLoader(SeededDataset(dataset, self.seed, repeat=split != "train"), sampler=sampler, **options)
+        seeded: Dataset = SeededDataset(dataset, self.seed, repeat=split != "train")
+        return Loader(Traced(seeded, workers) if workers else seeded, sampler=sampler, **options)
 
     def _position(self) -> Position | None:
         """Return the position of the next training batch; None without a trainer.
@@ -216,9 +249,38 @@ def _check_count(name: str, value: object, minimum: int) -> None:
         raise ConfigError(f"data.params.{name} {value!r}: expected an integer of at least {minimum}")
 
 
+def _unwrapped(dataset: Any) -> Any:
+    return dataset.data if isinstance(dataset, WrappedDataset) else dataset
+
+
+def _class_names(dataset: Any) -> Sequence[str] | None:
+    return getattr(_unwrapped(dataset), "class_names", None)
+
+
+def _fingerprint(dataset: Any) -> dict[str, int | str]:
+    """Return the number of `samples` of a dataset, and what its own `fingerprint` tells apart."""
+    dataset = _unwrapped(dataset)
+    count = getattr(dataset, "num_records", None)  # of a stream, over all ranks
+    if count is None:
+        count = len(dataset) if hasattr(dataset, "__len__") else -1
+    return {"samples": count, **getattr(dataset, "fingerprint", {})}
+
+
+def _check_class_numbers(before: Sequence[str], now: Sequence[str]) -> None:
+    """Raise ConfigError if classes of a resumed run have other numbers; new ones at the end are allowed."""
+    if not before or not now or list(now[: len(before)]) == list(before):
+        return
+    number = next((k for k, pair in enumerate(zip(before, now)) if pair[0] != pair[1]), len(now))
+    present = repr(now[number]) if number < len(now) else "missing"
+    raise ConfigError(
+        f"data: class {number} is {present}, but was {before[number]!r} when the checkpoint was saved; "
+        "set data.params.train.params.classes, and that of validation, to the run's configs/classes.txt"
+    )
+
+
 def _check_classes(datasets: Mapping[str, Any]) -> None:
     """Raise ConfigError unless all datasets with `class_names` number their classes alike."""
-    found = {split: getattr(getattr(data, "data", data), "class_names", None) for split, data in datasets.items()}
+    found = {split: _class_names(data) for split, data in datasets.items()}
     names = {split: list(classes) for split, classes in found.items() if classes is not None}
     first = next(iter(names), "")
     for split in names:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 import random
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -167,6 +170,16 @@ class ImageFolder(Dataset):
             sample |= {"class_label": self.labels[index], "human_label": self.class_names[self.labels[index]]}
         return sample
 
+    @cached_property
+    def fingerprint(self) -> dict[str, int | str]:
+        """Hashes of the images' names in their order, and of their captions and class names."""
+        labels = [[item.captions for item in self.items], self.labels, self.class_names]
+        return {"files": _digest([item.name for item in self.items]), "labels": _digest(labels)}
+
+    def file_of(self, index: int) -> Path:
+        """Return the file of a sample."""
+        return self.root / self.items[index].name
+
     def _read(self, name: str) -> Image.Image:
         path = self.root / name
         image = load_image(path, self.max_pixels)
@@ -288,6 +301,10 @@ class ListedImages(Defaults):
     def __init__(self, size: Size = 256, files: str | None = None, split: str | None = None, **options: Any) -> None:
         listed = (files or self.defaults["files"]) if split is None else None
         super().__init__(size=size, files=listed, split=split, **options)
+
+
+def _digest(content: object) -> str:
+    return hashlib.blake2b(json.dumps(content).encode(), digest_size=16).hexdigest()
 
 
 def _sizes(size: Size | None, crop_size: Size | None) -> tuple[tuple[int, int] | None, tuple[int, int]]:

@@ -17,10 +17,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, DistributedSampler, get_worker_info
+from torch.utils.data import Dataset, DistributedSampler, get_worker_info
 from torch.utils.data.dataloader import _BaseDataLoaderIter
 
 from ldm.data.base import Txt2ImgIterableBaseDataset
+from ldm.data.workers import Loader
 from ldm.rng import preserve_rng
 
 ORDER, SAMPLE, WORKERS = 1, 2, 3  # purposes of random numbers
@@ -109,7 +110,7 @@ class SeededDataset(Dataset):
         return self.dataset[index]
 
 
-class StreamLoader(DataLoader):
+class StreamLoader(Loader):
     """A DataLoader of a stream that reads it from the start of the epoch and skips the batches already used."""
 
     position: Callable[[], Position | None] | None = None

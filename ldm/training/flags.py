@@ -40,6 +40,7 @@ class RunOptions:
     postfix: str = ""
     logdir: str = "logs"
     scale_lr: bool | None = None
+    strict_data: bool = False
     allow_targets: tuple[str, ...] = ()
     trainer: dict[str, Any] = field(default_factory=dict)
     overrides: tuple[str, ...] = ()
@@ -85,6 +86,7 @@ def _parser() -> Parser:
     add("-l", "--logdir", metavar="DIR", help=f"folder of the run directories (default: {RunOptions.logdir})")
     text = "multiply the base learning rate by accumulation x devices x batch size (default: true)"
     add("--scale_lr", **boolean, help=text)
+    add("--strict-data", **boolean, help="refuse to resume if the files, captions or classes of a dataset changed")
     text = "let configs name classes of this package too; may be repeated"
     add("--allow-targets", action="append", metavar="PACKAGE", help=text)
 

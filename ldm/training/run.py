@@ -43,7 +43,7 @@ def execute(options: RunOptions, directory: RunDirectory, config: DictConfig, se
     for name in ("pytorch_lightning", "lightning_fabric"):  # their INFO lines repeat ours; their import enabled them
         logging.getLogger(name).setLevel(logging.INFO if options.debug else logging.WARNING)
     pl.seed_everything(settings.seed, verbose=False)
-    data = _build_data(config, settings)
+    data = _build_data(config, settings, options.strict_data)
     check_class_count(config, getattr(data, "datasets", {}))
     model = instantiate_from_config(config.model)
     if rate is not None:
@@ -125,10 +125,10 @@ def _checkpoint(directory: RunDirectory, settings: RunSettings) -> Path | None:
     return file
 
 
-def _build_data(config: DictConfig, settings: RunSettings) -> Any:
+def _build_data(config: DictConfig, settings: RunSettings, strict: bool) -> Any:
     """Build the data module and its datasets, so that a missing folder is found before the model is built."""
     data = instantiate_from_config(config.data)
-    data.seed = settings.seed
+    data.seed, data.strict = settings.seed, strict
     # Not under a launcher: there every rank would prepare the data, while Lightning lets one rank do it.
     if isinstance(data, DataModuleFromConfig) and is_main_process() and "WORLD_SIZE" not in os.environ:
         data.prepare_data()

@@ -9,7 +9,9 @@ import logging
 import pytest
 import pytorch_lightning as pl
 
-from ldm.data.datamodule import DataModuleFromConfig
+from ldm.config.instantiate import ConfigError
+from ldm.data.datamodule import DataModuleFromConfig, _fingerprint
+from tests.data.layouts import save_image
 from tests.data.toys import LENGTH, Numbers, NumberStream, Recorder
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -144,6 +146,7 @@ def test_validation_uses_the_same_random_numbers_every_time():
 def test_the_position_is_plain_numbers(tmp_path):
     _, trainer = fit(data(), max_steps=6, max_epochs=-1)
     expected = {"seed": 5, "epoch": 1, "batch": 2, "trained": 6, "global_batch_size": 3}
+    expected |= {"class_names": [], "datasets": {"train": {"samples": LENGTH}, "validation": {"samples": 4}}}
     assert trainer.datamodule.state_dict() == expected
 
 
@@ -172,3 +175,62 @@ def test_a_fresh_fit_with_the_same_module_begins_at_the_start(tmp_path):
     fit(data(), callbacks=[SaveAndStop("on_train_batch_end", 5, tmp_path / "x.ckpt")], **EPOCHS)
     fit(module, tmp_path / "x.ckpt", **EPOCHS)
     assert fit(module, **EPOCHS)[0].seen == whole
+
+
+def folder_data(root):
+    config = {"target": "ldm.data.folder.ImageFolder", "params": {"root": str(root), "size": 4, "class_labels": True}}
+    module = DataModuleFromConfig(2, train=config, num_workers=0)
+    module.setup()
+    return module
+
+
+@pytest.fixture
+def resumed(tmp_path):
+    """A folder of two classes, and the state of a run on it."""
+    for i, name in enumerate(("ape/0.png", "ape/1.png", "tench/2.png")):
+        save_image(tmp_path / name, i, 4, 4)
+    module = folder_data(tmp_path)
+    position = {"seed": 23, "epoch": 0, "batch": 1, "trained": 1, "global_batch_size": 2}
+    data = {split: _fingerprint(dataset) for split, dataset in module.datasets.items()}
+    return tmp_path, {**position, "class_names": module.class_names, "datasets": data}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda root: (root / "ape/0.png").unlink(), "(2 samples, previously 3)"),
+        (lambda root: save_image(root / "ape/new.png"), "other samples and files and labels than when"),
+        (
+            lambda root: (root / "ape/0.png").rename(root / "ape/7.png"),
+            "other files than when the",
+        ),
+    ],
+)
+def test_data_that_changed_between_stop_and_resume_is_logged_or_refused(resumed, caplog, change, message):
+    root, state = resumed
+    folder_data(root).load_state_dict(state)
+    assert "data.params" not in caplog.text
+    change(root)
+    module = folder_data(root)
+    module.load_state_dict(state)
+    assert message in caplog.text and "the rest of this epoch may repeat or miss samples" in caplog.text
+    module.strict = True
+    with pytest.raises(ConfigError, match="restore them, or resume without --strict-data"):
+        module.load_state_dict(state)
+
+
+def test_class_numbers_that_changed_are_refused_and_new_classes_at_the_end_are_not(resumed):
+    root, state = resumed
+    save_image(root / "zebra/0.png")
+    folder_data(root).load_state_dict(state)
+    save_image(root / "bee/0.png")
+    with pytest.raises(
+        ConfigError, match=r"class 1 is 'bee', but was 'tench' .*; set data.params.train.params.classes"
+    ):
+        folder_data(root).load_state_dict(state)
+
+
+def test_a_checkpoint_without_a_fingerprint_resumes(resumed):
+    root, state = resumed
+    del state["class_names"], state["datasets"]
+    folder_data(root).load_state_dict(state)
