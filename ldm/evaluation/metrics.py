@@ -6,6 +6,7 @@ Images are float arrays (N, H, W, C) in [-1, 1]; distances are Euclidean over pi
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 
 Labeled = tuple[np.ndarray, np.ndarray]  # images (N, H, W, C), labels (N,)
 DIGIT_SIDE = 8  # of scikit-learn's digits; a classifier needs no more
@@ -50,8 +51,8 @@ def nearest_distance(images: np.ndarray, references: np.ndarray) -> np.ndarray:
 
 def distances(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """Euclidean distances between all pairs, (N, ...) and (M, ...) -> (N, M) float64, exactly 0 for equal images."""
-    flat_a, flat_b = (x.reshape(len(x), -1).astype(np.float64) for x in (a, b))
-    return np.stack([np.sqrt(((flat_b - row) ** 2).sum(axis=1)) for row in flat_a])
+    flat_a, flat_b = (torch.as_tensor(x.reshape(len(x), -1), dtype=torch.float64) for x in (a, b))
+    return torch.cdist(flat_a, flat_b, compute_mode="donot_use_mm_for_euclid_dist").numpy()
 
 
 class DigitClassifier:

@@ -52,7 +52,7 @@ def real() -> tuple[tuple, tuple]:
     pytest.importorskip("sklearn")
     from ldm.data.digits import Digits
 
-    train, held_out = Digits("train"), Digits("held_out")
+    train, held_out = Digits("train", size=16), Digits("held_out", size=16)
     return (train.images, train.labels), (held_out.images, held_out.labels)
 
 
@@ -68,7 +68,7 @@ def test_held_out_digits_pass_as_good_images_and_copies_and_noise_do_not(real):
     assert all(0.8 < figure < 1.2 for figure in good.variety.values()) and set(good.variety) == set(range(10))
     copies = evaluation.judge_digits(train[0][:200], train[1][:200], train, held_out)
     assert copies.novelty == 0.0
-    noise = np.random.default_rng(0).uniform(-1, 1, (100, 32, 32, 3)).astype(np.float32)
+    noise = np.random.default_rng(0).uniform(-1, 1, (100, 16, 16, 3)).astype(np.float32)
     assert evaluation.judge_digits(noise, np.arange(100) % 10, train, held_out).recognized < 0.3
     wrong = evaluation.judge_digits(held_out[0], (held_out[1] + 1) % 10, train, held_out)
     assert wrong.recognized < 0.05
