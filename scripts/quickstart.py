@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout, i
 import numpy as np
 from PIL import Image
 
+from ldm.atomic import save_text
 from ldm.cli import Parser, run_command
 from ldm.config.files import load_yaml
 from ldm.data.image import load_image, to_array
@@ -57,11 +58,10 @@ def main(argv: Sequence[str]) -> int:
     from ldm.data.digits import captions, load_scans
 
     load_scans()  # reports a missing scikit-learn before anything else
-    opt.outdir.mkdir(parents=True, exist_ok=True)
     every = [captions(digit) for digit in range(10)]
     prompts = prompts_for(every, *((4, 0) if opt.fast else (SHOWN, PER_DIGIT - SHOWN)))
     prompt_file = opt.outdir / "prompts.txt"
-    prompt_file.write_text("\n".join(prompt for _, prompt in prompts) + "\n", encoding="utf-8")
+    save_text(prompt_file, "\n".join(prompt for _, prompt in prompts) + "\n")
 
     stages: list[Row] = []
     autoencoder = train(AUTOENCODER, opt.outdir, opt.seed, opt.fast, stages)
@@ -90,7 +90,7 @@ def main(argv: Sequence[str]) -> int:
     minutes = sum(float(seconds.split()[0]) for _, seconds, _ in stages) / 60
     stages.append(("all stages", f"{minutes:.1f} min", "" if opt.fast else "at most 15 min on two cores"))
     text = table([*rows, *stages])
-    (opt.outdir / "metrics.txt").write_text(text + "\n", encoding="utf-8")
+    save_text(opt.outdir / "metrics.txt", text + "\n")
     print(f"\n{text}\n\ngrid         {grid_file}")
     if opt.fast:
         print(f"             blots, not digits, after 1/{FAST} of the training; run without --fast to train fully")

@@ -15,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this script's ch
 import yaml
 
 from ldm import inference
+from ldm.atomic import save_text
 from ldm.cli import Parser, run_command
 from ldm.inference import cli
 from ldm.inference.requests import ClassConditionalRequest
@@ -92,9 +93,8 @@ def new_folder(saved: inference.SavedRun, step: int, opt: Namespace) -> Path:
             (above / name).mkdir()
         except FileExistsError:
             continue
-        (above / name / "sampling_config.yaml").write_text(
-            yaml.safe_dump(vars(opt), sort_keys=False, allow_unicode=True)
-        )
+        text = yaml.safe_dump(vars(opt), sort_keys=False, allow_unicode=True)
+        save_text(above / name / "sampling_config.yaml", text)
         return above / name
     raise OSError(f"{above}: 1000 runs were started in this second")
 

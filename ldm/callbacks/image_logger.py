@@ -16,7 +16,9 @@ from PIL import Image
 from pytorch_lightning.loggers import TensorBoardLogger
 from torch import Tensor, nn
 
+from ldm.atomic import save_bytes
 from ldm.callbacks.seeding import seed_generators
+from ldm.output.images import png_bytes
 from ldm.rng import preserve_rng
 from ldm.visualize import grid
 
@@ -115,10 +117,9 @@ class ImageLogger(pl.Callback):
                 images = log_images(batch, split=split, **self.log_images_kwargs)
             grids = {key: self._grid(value) for key, value in images.items()}
             folder = Path(trainer.default_root_dir) / "images" / split
-            folder.mkdir(parents=True, exist_ok=True)
             for key, image in grids.items():
                 name = f"{key.replace('/', '_')}_gs-{step:06}_e-{trainer.current_epoch:06}_b-{batch_idx:06}.png"
-                image.save(folder / name)
+                save_bytes(folder / name, png_bytes(image))
                 for board in trainer.loggers:
                     if isinstance(board, TensorBoardLogger):
                         board.experiment.add_image(f"{split}/{key}", np.asarray(image), step, dataformats="HWC")

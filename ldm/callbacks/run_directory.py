@@ -7,6 +7,8 @@ from pathlib import Path
 import pytorch_lightning as pl
 from omegaconf import DictConfig, OmegaConf
 
+from ldm.atomic import save_text
+
 
 class SetupCallback(pl.Callback):
     """Create the run directory when training begins, and save the configs of this start."""
@@ -32,5 +34,5 @@ class SetupCallback(pl.Callback):
         for folder in (self.logdir, self.ckptdir, self.cfgdir):
             folder.mkdir(parents=True, exist_ok=True)
         lightning = OmegaConf.create({"lightning": self.lightning_config})
-        OmegaConf.save(self.config, self.cfgdir / f"{self.now}-project.yaml")
-        OmegaConf.save(lightning, self.cfgdir / f"{self.now}-lightning.yaml")
+        save_text(self.cfgdir / f"{self.now}-project.yaml", OmegaConf.to_yaml(self.config))
+        save_text(self.cfgdir / f"{self.now}-lightning.yaml", OmegaConf.to_yaml(lightning))

@@ -4,6 +4,7 @@
 atomically. `ldm.checkpoint.resume`, which needs Lightning, holds what training adds.
 """
 
+from ldm.atomic import sweep_temporaries
 from ldm.checkpoint.formats import (
     CheckpointError,
     MissingWeightsError,
@@ -20,7 +21,7 @@ from ldm.checkpoint.load import (
     weights_on_meta,
 )
 from ldm.checkpoint.source import WeightsSource, open_weights
-from ldm.checkpoint.write import CheckpointWriteError, sweep_temporaries, write_checkpoint, write_weights
+from ldm.checkpoint.write import CheckpointWriteError, write_checkpoint, write_weights
 
 __all__ = [
     "CheckpointError",

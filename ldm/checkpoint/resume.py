@@ -8,8 +8,9 @@ from typing import Any
 
 from pytorch_lightning.plugins.io import CheckpointIO
 
+from ldm.atomic import sweep_temporaries
 from ldm.checkpoint.formats import CheckpointError, read_checkpoint, verify_checkpoint
-from ldm.checkpoint.write import sweep_temporaries, write_checkpoint
+from ldm.checkpoint.write import write_checkpoint
 
 logger = logging.getLogger(__name__)
 

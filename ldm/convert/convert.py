@@ -10,6 +10,7 @@ import torch
 from omegaconf import OmegaConf
 from torch import Tensor
 
+from ldm.atomic import save_text
 from ldm.checkpoint import WeightsSource, open_weights, read_weights, write_weights
 from ldm.checkpoint.diffusers import plan as plans
 from ldm.checkpoint.diffusers import text
@@ -72,9 +73,9 @@ def to_folder(
             size = sum(tensor.nbytes for tensor in tensors.values())
             logger.info("%s: %d tensors, %.2f GB", path, len(tensors), size / 1e9)
         for name, content in _configs(plan).items():
-            (folder / name).parent.mkdir(exist_ok=True)
-            (folder / name).write_text(content, encoding="utf-8")
-        OmegaConf.save(OmegaConf.create({"model": config["model"]}), folder / "config.yaml")  # for loading it here
+            save_text(folder / name, content)
+        own = OmegaConf.to_yaml(OmegaConf.create({"model": config["model"]}))
+        save_text(folder / "config.yaml", own)  # for loading it here
     return Conversion(target, sum(map(len, files.values())), worst, time.perf_counter() - start)
 
 

@@ -19,12 +19,12 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path, PureWindowsPath
-from tempfile import TemporaryDirectory
 from typing import IO, NamedTuple
 from urllib.request import urlopen
 
 from tqdm import tqdm
 
+from ldm.atomic import atomic_folder, publish, temporary_next_to, write_errors
 from ldm.config.instantiate import ConfigError
 
 logger = logging.getLogger(__name__)
@@ -62,19 +62,16 @@ def unpack(archive: Path, folder: Path, nested: bool = False, rename: Callable[[
     rename: maps the name of a member to its path below `folder`.
     Raises ArchiveError and leaves nothing behind if the archive is unsafe or damaged.
     """
-    folder.parent.mkdir(parents=True, exist_ok=True)
     try:
-        with TemporaryDirectory(prefix=f".{folder.name}-unpacking-", dir=folder.parent) as temporary:
-            staging = Path(temporary) / folder.name
+        with atomic_folder(folder) as staging:
             _unpack_into(archive, staging, rename)
             for inner in sorted(staging.rglob("*.tar")) if nested else ():
                 _unpack_into(inner, inner.with_suffix(""))
                 inner.unlink()
-            staging.rename(folder)
     except OSError as error:
-        if folder.is_dir():  # another process was faster
+        if folder.is_dir() and isinstance(error, FileExistsError):  # another process was faster
             return
-        raise ArchiveError(f"{archive}: cannot be unpacked into {folder} ({error.strerror or error})") from error
+        raise ArchiveError(f"{archive}: cannot be unpacked: {error}") from error
     logger.info("%s: unpacked into %s", archive, folder)
 
 
@@ -85,21 +82,21 @@ def fetch(remote: Remote, folder: Path) -> Path:
         return path
     if not remote.url.startswith("https://"):
         raise ArchiveError(f"{remote.url}: only https:// URLs are supported")
-    folder.mkdir(parents=True, exist_ok=True)
     logger.info("downloading %s", remote.url)
     try:
-        with TemporaryDirectory(prefix=f".{remote.name}-", dir=folder) as temporary:
-            part = Path(temporary) / remote.name
-            with urlopen(remote.url, timeout=60) as response, part.open("wb") as file:
-                total = int(response.headers.get("Content-Length") or 0)
-                bar = tqdm(total=total or None, unit="B", unit_scale=True, desc=remote.name, delay=3, disable=None)
-                with bar:
+        with urlopen(remote.url, timeout=60) as response:
+            total = int(response.headers.get("Content-Length") or 0)
+            bar = tqdm(total=total or None, unit="B", unit_scale=True, desc=remote.name, delay=3, disable=None)
+            with temporary_next_to(path) as part, bar:
+                with part.open("wb") as file:
                     while block := response.read(CHUNK):
-                        file.write(block)
+                        with write_errors(path, total):
+                            file.write(block)
+                            file.flush()
                         bar.update(len(block))
-            if total and part.stat().st_size != total:
-                raise ArchiveError(f"{remote.url}: received {part.stat().st_size:,} of {total:,} bytes; try again")
-            part.replace(path)
+                if total and part.stat().st_size != total:
+                    raise ArchiveError(f"{remote.url}: received {part.stat().st_size:,} of {total:,} bytes; try again")
+                publish(part, path)
     except OSError as error:
         advice = f"download it by hand and save it as {path}"
         raise ArchiveError(f"{remote.url}: download failed ({error}); {advice}") from error

@@ -13,6 +13,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from ldm.atomic import save_bytes
 from ldm.data.archives import ArchiveError, Remote, fetch, unpack
 from ldm.data.folder import ListedImages
 
@@ -39,7 +40,7 @@ class _LSUN(ListedImages):
         found = min(lists.rglob(name), default=None)
         if found is None:
             raise ArchiveError(f"{lists}: has no {name}; save a list as {wanted}")
-        wanted.write_bytes(found.read_bytes())
+        save_bytes(wanted, found.read_bytes())
 
 
 class LSUNChurchesTrain(_LSUN, root="data/lsun/churches", files="data/lsun/church_outdoor_train.txt", flip_p=0.5):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import itertools
 import json
@@ -13,6 +14,7 @@ from typing import Any, NamedTuple
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from ldm.atomic import save_bytes, temporary_next_to
 from ldm.output.watermark import Watermark
 
 METADATA_KEY = "ldm"  # keyword of the PNG's text chunk, which holds one JSON object
@@ -52,24 +54,30 @@ class NumberedFiles:
 
 
 def make_folder(folder: Path) -> None:
+    """Create a folder and check that files can be written into it; raise ValueError if not."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError) as error:
+        with temporary_next_to(folder / "image.png"):
+            pass
+    except NotADirectoryError as error:
         raise ValueError(f"{folder} is a file or inside one; choose a folder for the images") from error
+    except OSError as error:
+        raise ValueError(f"{folder}: no file can be written here: {error.strerror}; choose another folder") from error
 
 
 def write_new(names: Iterator[Path], image: GeneratedImage) -> Path:
     """Write an image with its metadata under the first name that is free -> that name."""
-    data = io.BytesIO()
-    image.image.save(data, "PNG", pnginfo=png_info(image.info))
+    content = png_bytes(image.image, png_info(image.info))
     for path in names:
-        try:
-            with path.open("xb") as file:  # fails if the name is taken, even by another run in this moment
-                file.write(data.getbuffer())
-            return path
-        except FileExistsError:
-            continue
+        with contextlib.suppress(FileExistsError):
+            return save_bytes(path, content, replace=False)
     raise AssertionError("names are unlimited")
+
+
+def png_bytes(image: Image.Image, info: PngInfo | None = None) -> bytes:
+    """The content of a PNG file."""
+    data = io.BytesIO()
+    image.save(data, "PNG", pnginfo=info)
+    return data.getvalue()
 
 
 def png_info(info: Mapping[str, Any]) -> PngInfo:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import zipfile
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 from PIL import Image
 
+from ldm.atomic import publish, temporary_next_to, write_errors
 from ldm.output.images import make_folder
 
 
@@ -19,35 +22,47 @@ class SampleArray:
 
     def __init__(self, folder: str | Path, count: int) -> None:
         self.folder, self.count, self.classes = Path(folder), count, list[int]()
-        self._part, self._filled = self.folder / ".samples.npy.part", 0
-        self._array: np.memmap | None = None
+        self._open, self._filled = contextlib.ExitStack(), 0
+        self._array: IO[bytes] | None = None
         make_folder(self.folder)
 
     def append(self, image: Image.Image, label: int | None = None) -> None:
         pixels = np.asarray(image)
-        if self._array is None:
-            self._array = np.lib.format.open_memmap(self._part, "w+", np.uint8, (self.count, *pixels.shape))
-        self._array[self._filled] = pixels
+        array = self._array or self._start((self.count, *pixels.shape))
+        with write_errors(self.path, self.count * pixels.nbytes):
+            array.write(pixels.tobytes())
         self._filled += 1
         if label is not None:
             self.classes.append(label)
+
+    def _start(self, shape: tuple[int, ...]) -> IO[bytes]:
+        """Begin the file in the layout of np.savez, without the array in memory."""
+        self.path = self.folder / f"{'x'.join(map(str, shape))}-samples.npz"
+        with write_errors(self.path):
+            self._temporary = self._open.enter_context(temporary_next_to(self.path))
+            self._archive = self._open.enter_context(zipfile.ZipFile(self._temporary, "w", zipfile.ZIP_STORED))
+            self._array = self._archive.open("arr_0.npy", "w", force_zip64=True)
+            header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+            np.lib.format.write_array_header_1_0(self._array, header)
+        return self._array
 
     def finish(self) -> Path:
         """Write the file -> its path; raise ValueError unless exactly N samples were appended."""
         if self._array is None or self._filled != self.count:
             raise ValueError(f"expected {self.count} samples, got {self._filled}")
-        path = self.folder / f"{'x'.join(map(str, self._array.shape))}-samples.npz"
-        self._array.flush()
-        self._array = None
-        # The layout of np.savez, without the array in memory.
-        with zipfile.ZipFile(path, "x", zipfile.ZIP_STORED) as archive:
-            archive.write(self._part, "arr_0.npy")
+        with write_errors(self.path):
+            self._array.close()
             if self.classes:
-                with archive.open("arr_1.npy", "w") as file:
+                with self._archive.open("arr_1.npy", "w") as file:
                     np.lib.format.write_array(file, np.asarray(self.classes, dtype=np.int64))
-        return path
+            self._archive.close()
+            publish(self._temporary, self.path, replace=False)
+        self.close()
+        return self.path
 
     def close(self) -> None:
         """Remove the temporary file."""
-        self._array = None
-        self._part.unlink(missing_ok=True)
+        with contextlib.suppress(OSError, ValueError):  # the file is not needed, whole or not
+            if self._array is not None:
+                self._array.close()
+            self._open.close()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from ldm.atomic import atomic_file
 from ldm.data.image import RESAMPLING, crop_box, load_image, to_array
 from ldm.data.listing import scan
 from ldm.modules.encoders.open_clip import FrozenClipImageEmbedder, FrozenCLIPTextEmbedder
@@ -106,9 +106,8 @@ def embed_folder(images: str | Path, folder: str | Path, clip: FrozenClipImageEm
                 places.append(np.divide(box, (*image.size, *image.size)))
             vectors.append(clip(torch.stack(squares).to(clip.device)).float().cpu().numpy())
             bar.update(len(squares))
-    part.parent.mkdir(parents=True, exist_ok=True)
-    new = part.with_name(f".{part.name}.{os.getpid()}")
     coords = np.array(places, dtype=np.float32)
-    with new.open("wb") as file:
-        np.savez(file, embedding=np.concatenate(vectors), img_id=np.array(names), patch_coords=coords)
-    return new.replace(part)
+    embedding = np.concatenate(vectors)
+    with atomic_file(part, embedding.nbytes) as new, new.open("wb") as file:
+        np.savez(file, embedding=embedding, img_id=np.array(names), patch_coords=coords)
+    return part

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from tqdm import tqdm
 
+from ldm.atomic import atomic_file, save_text
 from ldm.config.files import load_json
 from ldm.retrieval.database import Database, unit
 
@@ -111,13 +111,11 @@ class Searcher:
         return Neighbors(ids, cosine, np.take_along_axis(vectors, order[..., None], 1))
 
     def save(self, folder: str | Path) -> list[Path]:
-        """Write `index.faiss` and `searcher.json` -> their paths. Old files are replaced once both are complete."""
+        """Write `index.faiss` and `searcher.json` -> their paths."""
         folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        new = [folder / f".{name}.{os.getpid()}" for name in (INDEX, RECORD)]
-        import_faiss().write_index(self.index, str(new[0]))
-        new[1].write_text(json.dumps(self.record, indent=1) + "\n", encoding="utf-8")
-        return [path.replace(folder / name) for path, name in zip(new, (INDEX, RECORD), strict=True)]
+        with atomic_file(folder / INDEX) as new:
+            import_faiss().write_index(self.index, str(new))
+        return [folder / INDEX, save_text(folder / RECORD, json.dumps(self.record, indent=1) + "\n")]
 
     @classmethod
     def load(cls, database: Database, folder: str | Path) -> Searcher:
