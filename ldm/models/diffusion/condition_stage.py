@@ -23,6 +23,7 @@ class ConditionStage(TrainedModule):
         a main condition of channels. They are resized to the latent (nearest), except `masked_image_key`, which the
         first stage encodes.
     adm_key: labels of the batch that are added to the timestep embedding, for crossattn-adm and hybrid-adm.
+    A subclass adds parts of other names in `further_parts`.
 
     Further parts are never dropped and are the same in both halves of guidance: only the main condition is.
     """
@@ -49,10 +50,6 @@ class ConditionStage(TrainedModule):
             )
         self.concat_keys, self.masked_image_key, self.adm_key = tuple(concat_keys), masked_image_key, adm_key
 
-    @property
-    def has_further_parts(self) -> bool:
-        return bool(self.concat_keys) or self.adm_key is not None
-
     def get_learned_conditioning(self, c: Any) -> Any:
         """Encode a raw condition, e.g. a list of B texts -> (B, L, D)."""
         stage = self.cond_stage_model
@@ -62,8 +59,9 @@ class ConditionStage(TrainedModule):
         return c.mode() if isinstance(c, DiagonalGaussianDistribution) else c
 
     def map_main_condition(self, f: Callable[[Any], Any], c: Any) -> Any:
-        """Apply `f` to the main condition of `c`; further parts stay."""
-        return map_main(f, c, self.model.conditioning_key) if self.has_further_parts else f(c)
+        """Apply `f` to the main condition of `c`, composed or alone; further parts stay."""
+        key = self.model.conditioning_key
+        return map_main(f, dict(c), key) if isinstance(c, Mapping) and main_part(key) in c else f(c)
 
     def further_parts(self, batch: Mapping[str, Any], size: Sequence[int], bs: int | None = None) -> dict[str, Any]:
         """Return the further parts for latents of `size` (h, w): {"c_concat": [...], "c_adm": ...}, or {}."""

@@ -23,6 +23,8 @@ Parts = dict[str, Any]
 
 Parts of other names reach the call of a route unchanged."""
 
+LISTS = ("c_concat", "c_crossattn")  # parts that are lists of tensors
+
 
 class Route(NamedTuple):
     """One conditioning key: the parts it needs, the part of a bare tensor (None: a dict is required), and the call."""
@@ -82,7 +84,7 @@ def normalize_condition(cond: Conditioning, conditioning_key: str | None) -> Par
         )
     else:
         parts = {bare: cond}
-    for name in ("c_concat", "c_crossattn"):
+    for name in LISTS:
         if torch.is_tensor(parts.get(name)):
             parts[name] = [parts[name]]
     if conditioning_key == "adm" and "c_adm" not in parts and parts.get("c_crossattn"):
@@ -107,7 +109,7 @@ def compose_condition(main: Any, conditioning_key: str | None, further: Mapping[
     part = main_part(conditioning_key)
     if not further or part is None:
         return main
-    return {**further, part: main if part == "c_adm" else [main, *further.get(part, ())]}
+    return {**further, part: [main, *further.get(part, ())] if part in LISTS else main}
 
 
 def map_main(f: Callable[[Any], Any], cond: Parts, conditioning_key: str | None) -> Parts:
@@ -115,7 +117,7 @@ def map_main(f: Callable[[Any], Any], cond: Parts, conditioning_key: str | None)
     part = main_part(conditioning_key)
     if part is None:
         return cond
-    return {**cond, part: f(cond[part]) if part == "c_adm" else [f(cond[part][0]), *cond[part][1:]]}
+    return {**cond, part: [f(cond[part][0]), *cond[part][1:]] if part in LISTS else f(cond[part])}
 
 
 class DiffusionWrapper(nn.Module):

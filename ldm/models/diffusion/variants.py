@@ -150,8 +150,6 @@ class LatentUpscaleDiffusion(LatentDiffusion):
     noise_level_key: levels of the batch, (B,) int64, instead of random ones.
     """
 
-    has_further_parts = True
-
     def __init__(
         self,
         *,

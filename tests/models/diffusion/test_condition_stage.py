@@ -4,8 +4,16 @@ import pytest
 import torch
 
 from ldm.models.diffusion.condition_stage import drop_condition
-from ldm.models.diffusion.conditioning import main_part, normalize_condition
+from ldm.models.diffusion.conditioning import (
+    ROUTES,
+    Route,
+    compose_condition,
+    main_part,
+    map_main,
+    normalize_condition,
+)
 from ldm.models.diffusion.ddim import DDIMSampler
+from ldm.models.diffusion.ddpm import LatentDiffusion
 from tests.models.diffusion.modes import MODES, build
 from tests.models.diffusion.tiny import ATTEND, CAPTIONS, CLASSES, batch, fit, latent_diffusion
 from tests.reference import randn
@@ -131,6 +139,38 @@ def test_the_last_class_of_the_networks_table_means_none():
     assert build("adm").get_unconditional_conditioning(3).tolist() == [10, 10, 10]
     with pytest.raises(ValueError, match="no unconditional input"):
         build("low resolution").get_unconditional_conditioning(3)
+
+
+class WithStrength(LatentDiffusion):
+    """A model of another package: `further_parts` is all that it changes."""
+
+    def further_parts(self, batch, size, bs=None):
+        return {**super().further_parts(batch, size, bs), "c_strength": self.batch_value(batch, "class_label")[:bs]}
+
+
+def test_a_part_of_another_name_needs_only_further_parts(monkeypatch):
+    def call(net, x, t, c):
+        return net(x, t, context=c["c_crossattn"][0]) * c["c_strength"].reshape(-1, 1, 1, 1)
+
+    monkeypatch.setitem(ROUTES, "with-strength", Route(("c_crossattn", "c_strength"), None, call))
+    model = latent_diffusion(
+        "with-strength", ATTEND, CAPTIONS, cond_stage_key="caption", cond_stage_trainable=True, cond_dropout=0.5
+    )
+    model.__class__ = WithStrength
+    assert fit(model).global_step == 2
+    z, c, raw = model.eval().get_input(batch(), "image", force_c_encode=True, return_original_cond=True)
+    uncond = model.unconditional_like(c, raw, len(z))
+    assert torch.equal(uncond["c_strength"], c["c_strength"]) and c["c_strength"].tolist() == [0, 1]
+    assert not torch.equal(uncond["c_crossattn"][0], c["c_crossattn"][0])
+    options = {"unconditional_guidance_scale": 4.0, "unconditional_conditioning": uncond, "verbose": False}
+    assert DDIMSampler(model).sample(2, 2, (4, 8, 8), c, **options).samples.isfinite().all()
+
+
+def test_a_main_part_of_another_name_keeps_its_form(monkeypatch):
+    monkeypatch.setitem(ROUTES, "own", Route(("c_own", "c_adm"), None, lambda net, x, t, c: net(x, t)))
+    composed = compose_condition("a", "own", {"c_adm": "label"})
+    assert composed == {"c_own": "a", "c_adm": "label"}
+    assert map_main(str.upper, composed, "own") == {"c_own": "A", "c_adm": "label"}
 
 
 def test_the_condition_stage_can_be_the_first_stage():
