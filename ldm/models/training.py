@@ -86,7 +86,10 @@ class TrainedModule(pl.LightningModule, metaclass=_WeightsAfterConstruction):
         """Return `batch[key]`. Raises ValueError with the keys of the batch if it is missing."""
         if key not in batch:
             keys = ", ".join(sorted(batch))
-            raise ValueError(f"the batch has no {key!r}, it has {keys}: set {self.key_settings} to one of these")
+            raise ValueError(
+                f"the batch has no {key!r}, it has {keys}: set {self.key_settings} to one of these, "
+                f"or let the dataset return {key!r}"
+            )
         return batch[key]
 
     def get_images(self, batch: Mapping[str, Any], key: str, bs: int | None = None) -> Tensor:
