@@ -196,7 +196,8 @@ def _import_module(module_name: str, target: str) -> Any:
     except ModuleNotFoundError as error:
         missing = error.name or module_name
         if f"{module_name}.".startswith(f"{missing}.") or missing in module_name.split("."):
-            raise ConfigError(f"target {target!r}: no module named {missing}") from error
+            advice = "" if "." in missing else "; is the folder that holds it on PYTHONPATH?"
+            raise ConfigError(f"target {target!r}: no module named {missing}{advice}") from error
         package = missing.split(".")[0]
         raise ConfigError(
             f"target {target!r} needs the package {missing!r}, which is not installed: pip install {package}"

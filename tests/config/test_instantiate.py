@@ -91,6 +91,12 @@ def test_an_allowed_package_of_the_user_resolves(tmp_path, monkeypatch):
         get_obj_from_str("users_own_project.system")
 
 
+def test_a_package_that_is_not_on_the_path_is_named(monkeypatch):
+    monkeypatch.setattr(util, "_user_prefixes", ["not_on_the_path"])
+    with pytest.raises(ConfigError, match="no module named not_on_the_path; is the folder that holds it on PYTHONPATH"):
+        get_obj_from_str("not_on_the_path.keys.Network")
+
+
 def test_published_targets_have_a_home_here():
     assert util.resolve_alias("main.ImageLogger") == "ldm.callbacks.ImageLogger"
     assert util.resolve_alias("taming.modules.losses.vqperceptual.X") == "ldm.modules.losses.vqperceptual.X"
