@@ -6,6 +6,7 @@ import runpy
 import sys
 
 import pytest
+import pytorch_lightning as pl
 import torch
 from omegaconf import OmegaConf
 from PIL import Image
@@ -13,9 +14,12 @@ from PIL import Image
 import main
 from ldm.inference.settings import PRECISIONS, SEED_MODES
 from ldm.models.diffusion.conditioning import ROUTES
+from ldm.models.diffusion.ddim import DDIMSampler
 from ldm.models.diffusion.samplers.registry import SAMPLERS
 from ldm.paths import ROOT
 from ldm.util import instantiate_from_config
+from tests.models.first_stages import QUIET
+from tests.reference import randn, seed_weights
 
 SAMPLING = (ROOT / "docs" / "sampling.md").read_text(encoding="utf-8")
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -66,12 +70,42 @@ def test_the_example_of_a_conditioning_key_trains(tmp_path, monkeypatch):
     assert (run / "checkpoints" / "last.ckpt").is_file() and list((run / "images").rglob("samples_gs-*.png"))
 
 
+@pytest.mark.usefixtures("unload_example")
+def test_the_example_of_a_part_of_another_name_trains_and_samples(tmp_path, monkeypatch):
+    (tmp_path / "my_project").mkdir()
+    (tmp_path / "my_project" / "style.py").write_text(blocks("python")[1])
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr("ldm.config.instantiate._user_prefixes", ["my_project"])
+    monkeypatch.setattr("ldm.models.diffusion.conditioning.ROUTES", dict(ROUTES))
+    params = OmegaConf.load(ROOT / "configs" / "quickstart" / "text2image.yaml").model.params
+    params.conditioning_key, params.timesteps, params.scale_by_std = "crossattn-style", 8, False
+    params.unet_config.target, params.unet_config.params.style_dim = "my_project.style.StyledUNet", 6
+    model = instantiate_from_config({"target": "my_project.style.StyledDiffusion", "params": params})
+    seed_weights(model)
+    samples = [{"image": randn(i, 32, 32, 3), "caption": str(i), "style": randn(i, 6)} for i in range(4)]
+    loader = torch.utils.data.DataLoader(samples, batch_size=2)
+    before = model.model.diffusion_model.style_embed.weight.detach().clone()
+    model.learning_rate = 1e-3
+    pl.Trainer(**QUIET, max_steps=2).fit(model, loader, loader)
+    assert not torch.equal(model.eval().model.diffusion_model.style_embed.weight, before)
+
+    def sample(style: torch.Tensor) -> torch.Tensor:
+        cond, uncond = (
+            {"c_crossattn": [model.get_learned_conditioning([text] * 2)], "c_style": style} for text in ("seven", "")
+        )
+        options = {"unconditional_guidance_scale": 3.0, "unconditional_conditioning": uncond, "verbose": False}
+        return DDIMSampler(model).sample(2, 2, (4, 8, 8), cond, x_T=randn(7, 2, 4, 8, 8), **options).samples
+
+    assert sample(randn(1, 2, 6)).isfinite().all()
+    assert not torch.allclose(sample(randn(1, 2, 6)), sample(randn(2, 2, 6)), atol=1e-4)
+
+
 def test_the_python_example_generates_images(tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     config = OmegaConf.load("configs/quickstart/text2image.yaml")
     torch.save({"state_dict": instantiate_from_config(config.model).state_dict()}, tmp_path / "last.ckpt")
     namespace: dict = {}
-    exec(blocks("python")[1].replace("last.ckpt", str(tmp_path / "last.ckpt")).replace("S=25", "S=2"), namespace)
+    exec(blocks("python")[2].replace("last.ckpt", str(tmp_path / "last.ckpt")).replace("S=25", "S=2"), namespace)
     assert namespace["images"].shape == (4, 3, 32, 32) and namespace["images"].isfinite().all()
 
 
