@@ -6,12 +6,14 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
 from ldm.models.diffusion.samplers.ancestral import AncestralSampler
 from ldm.models.diffusion.samplers.base import Samples
 from ldm.models.diffusion.samplers.ddim import DDIMSampler
+from ldm.modules.encoders.modules import SpatialRescaler
 from ldm.util import isimage, ismap, log_txt_as_img
 from ldm.visualize import labels_to_rgb
 
@@ -77,7 +79,7 @@ def log_latent_images(
         return_original_cond=True,
         bs=N,
     )
-    log = {"inputs": x, "reconstruction": reconstruction, **_condition_images(model, batch, raw_c, x)}
+    log = {"inputs": x, "reconstruction": reconstruction, **condition_images(model, batch, raw_c, x, z.shape[2:])}
 
     def decoded_rows(frames: Sequence[Tensor]) -> Tensor:
         return tile_frames([model.decode_first_stage(frame[:n_row]) for frame in frames])
@@ -145,14 +147,24 @@ def _noised(model: DDPM, x: Tensor) -> list[Tensor]:
     return [model.q_sample(x, torch.full((len(x),), t, device=x.device, dtype=torch.long), noise) for t in times]
 
 
-def _condition_images(model: LatentDiffusion, batch: Mapping[str, Any], raw_c: Any, x: Tensor) -> dict[str, Tensor]:
+def condition_images(
+    model: LatentDiffusion, batch: Mapping[str, Any], raw_c: Any, x: Tensor, size: Sequence[int]
+) -> dict[str, Tensor]:
+    """Return the conditions of images x (B, C, H, W) as the network sees them: as small as what it gets.
+
+    raw_c: the raw main condition, None without one; size: (h, w) of the latents.
+    """
     log: dict[str, Tensor] = {}
+    if torch.is_tensor(raw_c) and isinstance(model.cond_stage_model, SpatialRescaler):
+        raw_c = model.cond_stage_model.rescale(raw_c.float())
     shown = None if raw_c is None else _shown(batch, raw_c, x)
     if shown is not None:
         log["conditioning"] = shown
     for key in model.concat_keys:
         if key in batch:  # a depth map may replace it
             image = model.get_images(batch, key, len(x))
+            if key != model.masked_image_key:  # which the first stage encodes whole
+                image = F.interpolate(image, size=tuple(size))
             if isimage(image):
                 log[f"conditioning_{key}"] = image
     return log

@@ -193,8 +193,13 @@ class SpatialRescaler(AbstractEncoder):
         self.n_stages, self.method, self.multiplier = n_stages, method, multiplier
         self.channel_mapper = nn.Conv2d(in_channels, out_channels, 1, bias=bias) if out_channels is not None else None
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x: (B, in_channels, H, W) -> (B, out_channels or in_channels, H * s, W * s), s = multiplier**n_stages."""
+    def rescale(self, x: Tensor) -> Tensor:
+        """x: (B, in_channels, H, W) -> (B, in_channels, H * s, W * s), s = multiplier**n_stages."""
         for _ in range(self.n_stages):
             x = F.interpolate(x, scale_factor=self.multiplier, mode=self.method)
+        return x
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (B, in_channels, H, W) -> (B, out_channels or in_channels, H * s, W * s), s = multiplier**n_stages."""
+        x = self.rescale(x)
         return in_dtype(weights_dtype(self), self.channel_mapper, x) if self.channel_mapper is not None else x

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from ldm.models.diffusion.image_log import tile_frames
+from ldm.visualize import labels_to_rgb
 from tests.models.diffusion.tiny import ATTEND, CLASSES, batch, latent_diffusion, unet
 
 PIXELS = {"target": "ldm.models.autoencoder.IdentityFirstStage"}
@@ -61,3 +62,24 @@ def test_frames_are_tiled_with_a_row_for_each_sample():
     image = tile_frames(frames)
     assert image.shape == (1, 3, 8, 20) and (image[0, :, :4, :4] == 0).all() and (image[0, :, 4:, :4] == 7).all()
     assert (image[..., 16:] == 4).all()
+
+
+def test_conditions_are_shown_as_the_network_sees_them():
+    """A SpatialRescaler's input and a concatenated image are shown at the latent's size, not in full."""
+    rescaler = {"target": "ldm.modules.encoders.modules.SpatialRescaler", "params": {"n_stages": 2}}
+    small = latent_diffusion("concat", {"in_channels": 10}, rescaler, cond_stage_key="image", concat_keys=["image"])
+    log = small.eval().log_images(batch(), N=2, sample=False)
+    seen = torch.nn.functional.interpolate(log["inputs"], scale_factor=0.25)
+    assert torch.equal(log["conditioning"], small.cond_stage_model(log["inputs"]))
+    assert torch.equal(log["conditioning_image"], seen) and log["inputs"].shape[2:] == (32, 32)
+
+
+def test_a_segmentation_map_is_shown_in_colors_at_the_size_that_the_network_sees():
+    params = {"n_stages": 2, "in_channels": 5, "out_channels": 3}
+    rescaler = {"target": "ldm.modules.encoders.modules.SpatialRescaler", "params": params}
+    model = latent_diffusion("concat", {"in_channels": 7}, rescaler, cond_stage_key="map").eval()
+    maps = torch.nn.functional.one_hot(torch.arange(2 * 32 * 32).reshape(2, 32, 32) // 300 % 5, 5).float()
+    shown = model.log_images({**batch(), "map": maps}, N=2, sample=False)["conditioning"]
+    assert shown.shape == (2, 3, 8, 8) and torch.equal(
+        shown, labels_to_rgb(model.cond_stage_model.rescale(maps.permute(0, 3, 1, 2)))
+    )
