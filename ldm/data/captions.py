@@ -6,25 +6,24 @@ Text is UTF-8, with or without a byte order mark, unless another encoding is giv
 from __future__ import annotations
 
 import codecs
-import csv
-import io
-import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
 from ldm.data.base import DataConfigError
+from ldm.data.image import EXTENSIONS
+from ldm.data.listing import relative_name
+from ldm.data.tables import DELIMITERS, lines_of, read_records
 
 logger = logging.getLogger(__name__)
 
 SIDECAR = "sidecar"
-TABLES = {".csv": ",", ".tsv": "\t", ".jsonl": ""}  # suffix -> delimiter
+TABLES = tuple(DELIMITERS)
 # Default column names, tried in this order; the first of each are those of Hugging Face's image folders.
 IMAGE_COLUMNS = ("file_name", "filename", "file", "image", "image_path", "path")
 CAPTION_COLUMNS = ("text", "caption", "captions", "prompt", "txt")
-CSV_FIELD_LIMIT = 1 << 24  # the csv module's 128 KiB would reject long captions before the policy sees them
 
 
 class Row(NamedTuple):
@@ -73,85 +72,61 @@ def read_sidecar(path: Path, encoding: str = "utf-8") -> list[str]:
     text = _decode(path.read_bytes(), encoding)
     if problem := _undecodable(text, encoding):
         raise ValueError(problem)
-    return [line.strip() for line in text.splitlines() if line.strip()]
+    return [line.strip() for line in lines_of(text) if line.strip()]
 
 
 def read_table(
-    path: Path, image_column: str | None, caption_column: str | None, encoding: str = "utf-8"
+    path: Path,
+    image_column: str | None,
+    caption_column: str | None,
+    encoding: str = "utf-8",
+    suffixes: Collection[str] = EXTENSIONS,
 ) -> Iterator[Row]:
-    """Yield the records of a CSV, TSV or JSONL table.
+    """Yield the records of a CSV, TSV or JSONL table, with the paths of the images in normal form.
 
     An image may have several records, and a JSON caption may be a list of texts.
-    Raises DataConfigError for a missing column, ValueError for a file that is not text.
+    Raises DataConfigError for missing and ambiguous columns, ValueError for a file that is not text.
     """
-    text = _decode(path.read_bytes(), encoding)
-    delimiter = TABLES[path.suffix.lower()]
     columns: tuple[str, str] | None = None
-    for line, record, problem in _csv_records(text, delimiter) if delimiter else _json_records(text):
+    for line, values, problem in read_records(path, _decode(path.read_bytes(), encoding), suffixes):
         if problem:
             yield Row(line, "", [], problem)
             continue
         if columns is None:
-            image = _column("image_column", image_column, IMAGE_COLUMNS, record, path)
-            columns = image, _column("caption_column", caption_column, CAPTION_COLUMNS, record, path)
-        yield _row(line, record, *columns, encoding)
+            image = _column("image_column", image_column, IMAGE_COLUMNS, values, path)
+            columns = image, _column("caption_column", caption_column, CAPTION_COLUMNS, values, path)
+        yield _row(line, values, *columns, encoding)
 
 
-def _row(line: int, record: dict, image_column: str, caption_column: str, encoding: str) -> Row:
-    image, caption = record.get(image_column), record.get(caption_column)
+def _row(line: int, values: dict, image_column: str, caption_column: str, encoding: str) -> Row:
+    image, caption = values.get(image_column), values.get(caption_column)
     if not isinstance(image, str) or not image.strip():
         return Row(line, "", [], f"column {image_column!r} has no file name")
     captions = [caption] if isinstance(caption, str) else [] if caption is None else caption
     if not isinstance(captions, list) or not all(isinstance(text, str) for text in captions):
         kind = type(caption).__name__
         return Row(line, image, [], f"column {caption_column!r} holds {kind}, expected text or a list of texts")
-    problem = next((p for text in (image, *captions) if (p := _undecodable(text, encoding))), "")
-    return Row(line, image.strip(), [text.strip() for text in captions if text.strip()], problem)
+    if problem := next((p for text in (image, *captions) if (p := _undecodable(text, encoding))), ""):
+        return Row(line, image, [], problem)
+    try:
+        name = relative_name(image.strip())
+    except ValueError as error:
+        return Row(line, image, [], str(error))
+    return Row(line, name, [text.strip() for text in captions if text.strip()])
 
 
-def _csv_records(text: str, delimiter: str) -> Iterator[tuple[int, dict, str]]:
-    csv.field_size_limit(max(csv.field_size_limit(), CSV_FIELD_LIMIT))
-    # Strict: a stray quote in a caption must not silently swallow the records after it.
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
-    header: list[str] = []
-    while True:
-        line = reader.line_num + 1
-        try:
-            cells = next(reader)
-        except StopIteration:
-            return
-        except csv.Error as error:
-            yield line, {}, str(error)
-            continue
-        if not any(cell.strip() for cell in cells):
-            continue
-        if not header:
-            header = [cell.strip() for cell in cells]
-        elif len(cells) != len(header):
-            yield line, {}, f"{len(cells)} columns, but the header has {len(header)} (an unquoted comma?)"
-        else:
-            yield line, dict(zip(header, cells)), ""
-
-
-def _json_records(text: str) -> Iterator[tuple[int, dict, str]]:
-    for line, content in enumerate(text.split("\n"), start=1):
-        if not content.strip():
-            continue
-        try:
-            record = json.loads(content)
-        except (ValueError, RecursionError) as error:
-            yield line, {}, f"invalid JSON ({error})"
-            continue
-        is_object = isinstance(record, dict)
-        yield (line, record, "") if is_object else (line, {}, f"holds {type(record).__name__}, expected an object")
-
-
-def _column(param: str, name: str | None, defaults: tuple[str, ...], record: dict, path: Path) -> str:
-    column = name if name is not None else next((default for default in defaults if default in record), None)
-    if column is None or column not in record:
-        problem = f"{path} has only the columns {', '.join(map(repr, record))}"
-        raise DataConfigError(param, name, problem, "set {param} to one of them")
-    return column
+def _column(param: str, name: str | None, defaults: tuple[str, ...], values: dict, path: Path) -> str:
+    """Return the key of a named column, or of the first default; its case counts only if several keys match."""
+    for wanted in (name,) if name is not None else defaults:
+        alike = [key for key in values if key.casefold() == wanted.casefold()]
+        found = [wanted] if wanted in alike else alike
+        if len(found) > 1:
+            problem = f"{path} has the columns {', '.join(map(repr, found))}"
+            raise DataConfigError(param, name, problem, "set {param} to one of them")
+        if found:
+            return found[0]
+    problem = f"{path} has only the columns {', '.join(map(repr, values))}"
+    raise DataConfigError(param, name, problem, "set {param} to one of them")
 
 
 def _decode(data: bytes, encoding: str) -> str:
@@ -168,5 +143,9 @@ def _decode(data: bytes, encoding: str) -> str:
 
 
 def _undecodable(text: str, encoding: str) -> str:
-    bad = next((char for char in text if "\udc80" <= char <= "\udcff"), None)
-    return f"not {encoding} (byte 0x{ord(bad) - 0xDC00:02x}); set caption_encoding" if bad else ""
+    bad = next((char for char in text if "\ud800" <= char <= "\udfff"), None)
+    if bad is None:
+        return ""
+    if "\udc80" <= bad <= "\udcff":  # `_decode` makes them of bytes
+        return f"not {encoding} (byte 0x{ord(bad) - 0xDC00:02x}); set caption_encoding"
+    return f"not text (a lone surrogate, U+{ord(bad):X})"

@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
@@ -18,7 +19,9 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from ldm.config.instantiate import ConfigError, get_obj_from_str, instantiate_from_config
 from ldm.data.base import DataConfigError, Txt2ImgIterableBaseDataset
+from ldm.data.folder import ImageFolder
 from ldm.data.order import EpochSampler, Position, SeededDataset, StreamLoader, usable_cpus
+from ldm.data.splits import split_of
 from ldm.data.workers import Loader, Traced
 
 logger = logging.getLogger(__name__)
@@ -111,6 +114,7 @@ class DataModuleFromConfig(pl.LightningDataModule):
                 dataset = instantiate_from_config(config)
             self.datasets[split] = WrappedDataset(dataset) if self.wrap else dataset
         _check_classes(self.datasets)
+        _check_training_data(self.datasets)
         if new and self.class_names:
             shown = ", ".join(f"{number} {name}" for number, name in enumerate(self.class_names[:_CLASSES_SHOWN]))
             more = f", ... {len(self.class_names)} in all" if len(self.class_names) > _CLASSES_SHOWN else ""
@@ -291,6 +295,30 @@ def _check_classes(datasets: Mapping[str, Any]) -> None:
                 f"in {', '.join(odd[:5]) or 'their order'}; "
                 f"set data.params.{split}.params.classes to the folder of {first}, or to a list of names"
             )
+
+
+def _check_training_data(datasets: Mapping[str, Any]) -> None:
+    """Raise ConfigError for training on a validation or test split; log images that are also in another split."""
+    train = _unwrapped(datasets.get("train"))
+    if not isinstance(train, ImageFolder):
+        return
+    root = train.root.resolve()
+    split = train.split or split_of(root.name)
+    if split in ("validation", "test") and (train.split or _has_training_sibling(root)):
+        advice = "set data.params.train.params.split to train, and root to the folder with the splits"
+        raise ConfigError(f"data.params.train: {train.root} holds the {split} split; {advice}")
+    trained = {root / item.name for item in train.items}
+    for name, other in datasets.items():
+        other = _unwrapped(other)
+        if name in ("validation", "test") and isinstance(other, ImageFolder):
+            folder = other.root.resolve()
+            if common := sum(folder / item.name in trained for item in other.items):
+                problem = f"{common} of {len(other)} images of {name} are trained on too; set split in both"
+                logger.warning("%-11s %s", "data", problem)
+
+
+def _has_training_sibling(root: Path) -> bool:
+    return any(split_of(folder.name) == "train" for folder in root.parent.iterdir() if folder.is_dir())
 
 
 def _shard_stream(dataset: IterableDataset, rank: int, world_size: int, num_workers: int) -> None:

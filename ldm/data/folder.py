@@ -8,6 +8,7 @@ import logging
 import random
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
@@ -31,19 +32,23 @@ from ldm.data.image import (
     load_image,
     to_array,
 )
-from ldm.data.listing import (
-    SPLIT_FOLDERS,
+from ldm.data.listing import FileNames, existing_folder, read_list, scan
+from ldm.data.order import usable_cpus
+from ldm.data.splits import (
+    FORCE,
+    SPLITS,
+    SplitFolder,
+    check_folders,
     class_of,
     class_order,
-    existing_folder,
+    listed_classes,
     names_of_split,
-    read_list,
-    scan,
-    split_root,
+    split_folder,
 )
-from ldm.data.order import usable_cpus
 
 logger = logging.getLogger(__name__)
+
+_REPLACEMENTS = 20  # images that are tried in the place of one that became unusable
 
 
 class Item(NamedTuple):
@@ -67,23 +72,24 @@ class ImageFolder(Dataset):
     when shrinking.
 
     captions: None; "sidecar" (cat.txt next to cat.jpg, one caption per line); or a .csv, .tsv or .jsonl table, which
-    then also selects the images (paths relative to root). image_column, caption_column: its columns; None takes the
-    first match of file_name, filename, file, image, image_path, path, and of text, caption, captions, prompt, txt. An
-    image may have several captions (lines, records, a JSON list): each sample takes a random one. caption_encoding: if
-    not UTF-8. missing_caption (blank counts as missing): raise, skip the image, or use an empty caption. long_caption,
-    for more than max_caption_chars: truncate (with one warning), raise or skip.
+    then also selects the images (paths relative to root, or to the folder of the split). image_column, caption_column:
+    its columns; None takes the first match of file_name, filename, file, image, image_path, path, and of text, caption,
+    captions, prompt, txt. An image may have several captions (lines, records, a JSON list): each sample takes a random
+    one. caption_encoding: if not UTF-8. missing_caption (blank counts as missing): raise, skip the image, or use an
+    empty caption. long_caption, for more than max_caption_chars: truncate (with one warning), raise or skip.
 
-    class_labels: number the folders directly below root, sorted by name. classes: another order, as a list of names or
-    as the folder that holds the class folders (for a validation folder that may lack some).
+    class_labels: number the folders directly below root, or below the folder of the training split, sorted by name.
+    classes: another order, as a list of names, as a .txt file with one on each line, or as a folder of class folders.
 
-    split: None uses all of root. "train" and "validation" are the sub-folders of root with these names if both exist;
-    otherwise a validation_fraction of the images, chosen by a hash of their names, is for validation and the rest for
-    training.
+    split: "train", "validation" or "test" is the sub-folder of root that is named like it (ldm.data.splits.SPLITS). If
+    there is none for validation, a validation_fraction of the training images, chosen by a hash of their names, is for
+    validation. None uses all of root, which then has no such sub-folders. No class is made of a folder that is named
+    like a split, unless `classes` lists it.
 
     on_error: raise stops at the first unusable file. skip decodes every image once when the dataset is built, leaves
-    out the unusable ones and logs their number; `skipped` lists the reasons. min_size: images with a shorter side below
-    this are unusable (1x1 placeholders), and those above max_pixels. image_key, caption_key: names in the batch (Stable
-    Diffusion's YAML uses jpg and txt).
+    out the unusable ones and logs their number; `skipped` lists the reasons. An image that becomes unusable later is
+    replaced by the next one. min_size: images with a shorter side below this are unusable (1x1 placeholders), and those
+    above max_pixels. image_key, caption_key: names in the batch (Stable Diffusion's YAML uses jpg and txt).
     """
 
     content = "images"  # of the folder, for error messages
@@ -118,7 +124,7 @@ class ImageFolder(Dataset):
         check_choice("interpolation", interpolation, RESAMPLING)
         check_choice("missing_caption", missing_caption, ("raise", "skip", "empty"))
         check_choice("long_caption", long_caption, ("truncate", "raise", "skip"))
-        check_choice("split", split, (None, *SPLIT_FOLDERS))
+        check_choice("split", split, (None, *SPLITS))
         check_choice("on_error", on_error, ("raise", "skip"))
         check_probability("flip_p", flip_p)
         self.size, self.crop_size = _sizes(size, crop_size)
@@ -130,17 +136,30 @@ class ImageFolder(Dataset):
         self.skipped: dict[str, str] = {}  # name -> reason
 
         whole = existing_folder("root", root, self.content)
-        self.root = split_root(whole, split) if files is None else whole
+        declared = listed_classes(classes) or ()
+        place = split_folder(whole, split, declared) if files is None else SplitFolder(whole)
+        self.root, self.split = place.path, split
         table = _table(captions, (self.root, whole))
-        texts = self._table_captions(table, image_column, caption_column) if table is not None else None
+        texts = None
+        if table is not None:
+            texts = self._table_captions(table, whole, place, image_column, caption_column)
         if files is not None:
-            listed = dict.fromkeys(read_list(files, self.root, self.suffixes))
-            names = list(listed) if texts is None else [name for name in texts if name in listed]
+            listed = self._listed(files)  # {name: None}, ordered
+            names = [name for name in texts if name in listed] if texts is not None else list(listed)
         else:
             names = list(texts) if texts is not None else scan(self.root, self.suffixes)
-        self.class_names = class_order(names, classes) if class_labels else None
-        if files is None and self.root == whole:
-            names = names_of_split(names, split, validation_fraction)
+            check_folders(names, self.root, split, class_labels, declared)
+        self.class_names = None
+        if class_labels:
+            if place.unused and any(not class_of(name) for name in names):
+                beside = ", ".join(place.unused[:5])
+                problem = f"holds {self.root.name}/, which has no class folders, beside {beside}"
+                raise DataConfigError("root", str(whole), problem, FORCE)
+            self.class_names = class_order(names, classes, scan(place.train, self.suffixes) if place.train else None)
+            check_folders([f"{name}/" for name in self.class_names], self.root, None, True, declared)
+        found = len(names)
+        if place.shared:
+            names = names_of_split(names, split, validation_fraction, class_labels)
         items = [item for name in names if (item := self._item(name, texts)) is not None]
         self.items = self._readable(items) if on_error == "skip" else items
         numbers = {name: i for i, name in enumerate(self.class_names or ())}
@@ -151,18 +170,34 @@ class ImageFolder(Dataset):
                 first = ": ".join(next(iter(self.skipped.items())))
                 problem += f" can be used: {len(self.skipped)} skipped, first {first}"
             raise DataConfigError("root", str(self.root), problem, f"set {{param}} to a folder of {self.content}")
-        self._report()
+        self._report(place, table, found)
 
     def __len__(self) -> int:
         return len(self.items)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        name, captions = self.items[index]
         try:
-            image = self._read(name)
+            return self._sample(index)
         except BadImageError as error:
-            raise BadImageError(error.path, f"{error.reason}; repair or remove it, or set on_error to skip") from error
-        sample = {**self._values(image, index), "file_path_": str(self.root / name)}
+            if self.on_error == "raise":
+                advice = "repair or remove it, or set on_error to skip"
+                raise BadImageError(error.path, f"{error.reason}; {advice}") from error
+            return self._replacement(index, error)
+
+    def _replacement(self, index: int, error: BadImageError) -> dict[str, Any]:
+        """Return the next sample that can be read, for an image that became unusable after it was checked."""
+        if error.path not in self.skipped:
+            self.skipped[error.path] = error.reason or str(error)
+            logger.warning("%s; the next image takes its place (%d skipped)", error, len(self.skipped))
+        for step in range(1, min(len(self), _REPLACEMENTS + 1)):
+            with suppress(BadImageError):
+                return self._sample((index + step) % len(self))
+        tried = f"nor can the {min(len(self) - 1, _REPLACEMENTS)} images after it be read"
+        raise BadImageError(error.path, f"{error.reason}; {tried}: is {self.root} still there?") from error
+
+    def _sample(self, index: int) -> dict[str, Any]:
+        name, captions = self.items[index]
+        sample = {**self._values(self._read(name), index), "file_path_": str(self.root / name)}
         if self.captioned:
             caption = random.choice(captions) if len(captions) > 1 else captions[0]
             sample |= {"caption": caption, "txt": caption, self.caption_key: caption}
@@ -204,25 +239,52 @@ class ImageFolder(Dataset):
         box = crop_box(scaled, self.crop_size, self.random_crop)
         return View(scaled, box, bool(self.flip_p) and random.random() < self.flip_p)
 
+    def _listed(self, files: str) -> dict[str, None]:
+        """Return the existing images of a list, each once."""
+        on_disk, names = FileNames(self.root), dict.fromkeys(read_list(files, self.root, self.suffixes))
+        found = {name: on_disk.find(name) for name in names}
+        for name in (name for name, existing in found.items() if existing is None):
+            self._unusable(f"{files}: {name}", f"no such file: {self.root / name}")
+        return dict.fromkeys(name for name in found.values() if name is not None)
+
     def _table_captions(
-        self, table: Path, image_column: str | None, caption_column: str | None
+        self, table: Path, whole: Path, place: SplitFolder, image_column: str | None, caption_column: str | None
     ) -> dict[str, list[str]]:
-        """Return {image: captions} in the order of the table."""
+        """Return {image: captions} of this split in the order of the table.
+
+        A table names images relative to `whole`, or relative to the folder of the split.
+        """
         try:
-            rows = list(read_table(table, image_column, caption_column, self.caption_encoding))
+            rows = list(read_table(table, image_column, caption_column, self.caption_encoding, self.suffixes))
         except DataConfigError:
             raise
         except (OSError, ValueError) as error:
             raise DataConfigError("captions", str(table), str(error), "set {param} to a readable table") from error
-        texts: dict[str, list[str]] = {}
-        for row in rows:
-            if row.problem:
-                self._unusable(f"{table} line {row.line}", row.problem)
-            elif row.image not in texts and not (self.root / row.image).is_file():
-                self._unusable(f"{table} line {row.line}", f"no such file: {self.root / row.image}")
-            else:
-                texts.setdefault(row.image, []).extend(row.captions)
-        return texts
+        on_disk, prefix = FileNames(self.root), f"{self.root.name}/" if self.root != whole else ""
+        texts: dict[str, dict[str, None]] = {}
+        repeated = elsewhere = 0
+        for line, image, captions, problem in rows:
+            name = None
+            if not problem and Path(image).suffix.lower() not in self.suffixes:
+                problem = f"{image!r} is not an image"
+            if not problem and image.partition("/")[0] in place.others:
+                elsewhere += 1
+                continue
+            if not problem:
+                name = on_disk.find(image.removeprefix(prefix)) or on_disk.find(image)
+            if name is None and not problem and prefix and (whole / image).is_file():
+                elsewhere += 1  # beside the folders of the splits
+                continue
+            if name is None:
+                self._unusable(f"{table} line {line}", problem or f"no such file: {whole / image}")
+                continue
+            known = texts.setdefault(name, {})
+            repeated += sum(caption in known for caption in captions)
+            known.update(dict.fromkeys(captions))
+        for count, what in ((repeated, "repeat a caption of their image"), (elsewhere, "are not of this split")):
+            if count:
+                logger.info("%s: %d rows %s", table, count, what)
+        return {name: list(captions) for name, captions in texts.items()}
 
     def _item(self, name: str, texts: dict[str, list[str]] | None) -> Item | None:
         """Return an image with its captions; None if the policies skip it."""
@@ -266,10 +328,21 @@ class ImageFolder(Dataset):
         self.skipped |= {name: reason for name, reason in problems.items() if reason}
         return [item for item in items if not problems[item.name]]
 
-    def _report(self) -> None:
+    def _report(self, place: SplitFolder, table: Path | None, found: int) -> None:
+        """Log the split, its size, captions and classes."""
+        split = f", split {self.split}" + (f" of {found}" if place.shared else "") if self.split else ""
         captions = f", {sum(len(item.captions) for item in self.items)} captions" if self.captioned else ""
+        captions += f" of {table}" if table is not None else ""
         classes = f", {len(self.class_names)} classes" if self.class_names is not None else ""
-        logger.info("%s: %d images%s%s", self.root, len(self), captions, classes)
+        logger.info("%s: %d images%s%s%s", self.root, len(self), split, captions, classes)
+        if place.unused:
+            logger.info("%s: not used, of no split: %s", self.root.parent, ", ".join(place.unused))
+        if self.labels is not None and self.class_names is not None:
+            present = set(self.labels)
+            without = [name for number, name in enumerate(self.class_names) if number not in present]
+            if without:
+                some = ", ".join(without[:5])
+                logger.warning("%s: %d classes have no images%s (%s)", self.root, len(without), split, some)
         if self.skipped:
             first = "; ".join(f"{what}: {reason}" for what, reason in list(self.skipped.items())[:3])
             skipped = len(self.skipped)

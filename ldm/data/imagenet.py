@@ -22,6 +22,8 @@ from ldm.config.instantiate import accepted_params
 from ldm.data.archives import ArchiveError, unpack
 from ldm.data.base import DataConfigError
 from ldm.data.folder import ImageFolder
+from ldm.data.listing import read_lines
+from ldm.data.splits import split_of
 from ldm.data.superres import SuperResolution
 
 HUMAN_LABELS = ("synset_human.txt", "LOC_synset_mapping.txt")
@@ -38,7 +40,7 @@ class ImageNetTrain(ImageFolder):
     content = (
         "ImageNet (with ILSVRC2012_train/data/n01440764/*.JPEG etc., or ILSVRC2012_train/ILSVRC2012_img_train.tar)"
     )
-    part, short_name, archive = "ILSVRC2012_train", "train", "ILSVRC2012_img_train.tar"
+    part, own_split, archive = "ILSVRC2012_train", "train", "ILSVRC2012_img_train.tar"
 
     def __init__(self, config: Mapping[str, Any] | None = None, root: str | None = None, **options: Any) -> None:
         known, _ = accepted_params(type(self)) or (set(), set())
@@ -71,7 +73,9 @@ class ImageNetTrain(ImageFolder):
         unpack(archive, folder, nested=True)
 
     def _class_folders(self, root: Path) -> Path:
-        for folder in (root / self.part / "data", root / self.short_name, root):
+        inside = sorted(root.iterdir()) if root.is_dir() else []
+        named = [folder for folder in inside if split_of(folder.name) == self.own_split]
+        for folder in (root / self.part / "data", *named, root):
             if any(folder.glob("n[0-9]*/")):
                 return folder
         problem = "has no class folders" if root.is_dir() else "no such folder"
@@ -86,7 +90,7 @@ class ImageNetTrain(ImageFolder):
 class ImageNetValidation(ImageNetTrain):
     """Validation images, as in ImageNetTrain."""
 
-    part, short_name, archive = "ILSVRC2012_validation", "val", "ILSVRC2012_img_val.tar"
+    part, own_split, archive = "ILSVRC2012_validation", "validation", "ILSVRC2012_img_val.tar"
 
     @classmethod
     def _unpack(cls, archive: Path, folder: Path) -> None:
@@ -117,7 +121,7 @@ class ImageNetSRValidation(SuperResolution, ImageNetValidation):
 
 def _read_pairs(file: Path) -> dict[str, str]:
     """Return {first word: rest} of each line of two words or more."""
-    pairs = (line.split(maxsplit=1) for line in file.read_text(encoding="utf-8").splitlines())
+    pairs = (line.split(maxsplit=1) for line in read_lines("root", str(file), "a folder with a readable one"))
     return {pair[0]: pair[1].strip() for pair in pairs if len(pair) == 2}
 
 

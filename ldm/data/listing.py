@@ -1,16 +1,17 @@
-"""Files, splits and classes of an image folder."""
+"""Files of an image folder: found by a scan, or named by a list or a table."""
 
 from __future__ import annotations
 
-import hashlib
 import os
-from collections.abc import Collection, Sequence
+import posixpath
+import re
+import stat
+import unicodedata
+from collections.abc import Collection
 from pathlib import Path
 
 from ldm.data.base import DataConfigError
 from ldm.data.image import EXTENSIONS
-
-SPLIT_FOLDERS = {"train": ("train",), "validation": ("validation", "val", "valid")}
 
 
 def existing_folder(param: str, value: str | None, content: str) -> Path:
@@ -25,80 +26,113 @@ def existing_folder(param: str, value: str | None, content: str) -> Path:
     return folder
 
 
+def is_hidden(name: str) -> bool:
+    """True for hidden files and folders, and for those that macOS adds to archives."""
+    return name.startswith(".") or name == "__MACOSX"
+
+
 def scan(root: Path, suffixes: Collection[str] = EXTENSIONS) -> list[str]:
-    """Return the images below `root`, hidden ones excepted, as sorted relative names with forward slashes."""
-    names, seen = [], set()
-    for folder, subfolders, files in os.walk(root, followlinks=True):
-        real = os.path.realpath(folder)
-        if real in seen:  # a link to a parent folder
-            subfolders.clear()
+    """Return the images below `root`, hidden ones excepted, as sorted relative names with forward slashes.
+
+    Links are followed; a file or folder that several names lead to is listed once, under a name without links if any.
+    """
+    names: list[str] = []
+    links: list[str] = []
+    real_folders: dict[str, str] = {}  # prefix of the names -> folder
+    seen: set[str] = set()
+    folders = [""]
+    linked_folders: list[str] = []
+    while folders or linked_folders:
+        prefix = folders.pop() if folders else linked_folders.pop(0)
+        real = os.path.realpath(root / prefix)
+        if real in seen:  # a link to a folder that is listed already, such as a parent
             continue
         seen.add(real)
-        subfolders[:] = [name for name in subfolders if not name.startswith(".") and name != "__MACOSX"]
-        for name in files:
-            if not name.startswith(".") and Path(name).suffix.lower() in suffixes:
-                names.append((Path(folder).relative_to(root) / name).as_posix())
+        real_folders[prefix] = real
+        with os.scandir(root / prefix) as entries:
+            for entry in sorted(entries, key=lambda entry: entry.name):
+                if is_hidden(entry.name):
+                    continue
+                if entry.is_dir():
+                    (linked_folders if entry.is_symlink() else folders).append(f"{prefix}{entry.name}/")
+                elif Path(entry.name).suffix.lower() not in suffixes:
+                    continue
+                elif entry.is_symlink():
+                    links.append(prefix + entry.name)
+                elif entry.is_file():  # no pipe or device
+                    names.append(prefix + entry.name)
+    if links:
+        parts = (name.rpartition("/") for name in names)
+        listed = {os.path.join(real_folders[folder + slash], base) for folder, slash, base in parts}
+        for name in sorted(links):
+            real = os.path.realpath(root / name)
+            if real not in listed:
+                names.append(name)
+                listed.add(real)
     return sorted(names)
 
 
-def read_list(file: str, root: Path, suffixes: Collection[str] = EXTENSIONS) -> list[str]:
-    """Return the images listed in a text file, one path relative to `root` per line, in its order."""
+def relative_name(text: str) -> str:
+    """Return a path of a list or table in its normal form, with forward slashes: "a/b.png" for r".\\a\\b.png".
+
+    Raises ValueError for a path that may leave the root, since lists and tables are not trusted.
+    """
+    name = text.replace("\\", "/")
+    if name.startswith("/") or re.match(r"[A-Za-z]:", name):
+        raise ValueError(f"the path {text!r} leaves the root: expected a relative one")
+    if ".." in name.split("/"):
+        raise ValueError(f"the path {text!r} leaves the root")
+    return posixpath.normpath(name)
+
+
+class FileNames:
+    """Names of the files below `root`: all spellings and links that lead to one file have one name, the first found."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self._folders: dict[str, str] = {}  # folder -> its real path
+        self._names: dict[str, str] = {}  # real path -> name
+
+    def find(self, name: str) -> str | None:
+        """Return the name of an existing file whose path is `name` in any Unicode normal form; None without one."""
+        for form in dict.fromkeys((name, unicodedata.normalize("NFC", name), unicodedata.normalize("NFD", name))):
+            try:
+                mode = os.lstat(self.root / form).st_mode
+            except (OSError, ValueError):
+                continue
+            folder, _, base = form.rpartition("/")
+            if folder not in self._folders:
+                self._folders[folder] = os.path.realpath(self.root / folder)
+            real = os.path.realpath(self.root / form) if stat.S_ISLNK(mode) else f"{self._folders[folder]}/{base}"
+            if stat.S_ISREG(mode) or os.path.isfile(real):
+                return self._names.setdefault(real, form)
+        return None
+
+
+def read_lines(param: str, file: str, content: str) -> list[str]:
+    """Return the non-blank lines of a UTF-8 file, stripped; raise DataConfigError if it cannot be read.
+
+    Only \\n, \\r\\n and \\r end a line: `str.splitlines` would also split at U+2028, U+0085 and form feeds.
+    """
     path = Path(file).expanduser()
     if not path.is_file():
-        advice = f"set {{param}} to a text file with one path below {root} on each line"
-        raise DataConfigError("files", str(file), "no such file", advice)
+        raise DataConfigError(param, str(file), "no such file", f"set {{param}} to {content}")
     try:
-        names = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+        lines = path.read_text(encoding="utf-8-sig").split("\n")  # read_text translates the other line ends
     except UnicodeError as error:
-        raise DataConfigError("files", str(file), f"not UTF-8 text ({error})", "set {param} to a text file") from error
-    for name in names:
-        if os.path.isabs(name) or ".." in Path(name).parts:  # an untrusted list may not reach other files
-            problem = f"the path {name!r} leaves {root}"
-            raise DataConfigError("files", str(file), problem, "set {param} to a list of paths below it")
-        if Path(name).suffix.lower() not in suffixes:
-            raise DataConfigError("files", str(file), f"{name!r} is not an image", "set {param} to a list of images")
+        raise DataConfigError(param, str(file), f"not UTF-8 text ({error})", f"set {{param}} to {content}") from error
+    return [line.strip() for line in lines if line.strip()]
+
+
+def read_list(file: str, root: Path, suffixes: Collection[str] = EXTENSIONS) -> list[str]:
+    """Return the images listed in a text file, one path relative to `root` on each line, in its order."""
+    content = f"a text file with one path below {root} on each line"
+    names = []
+    for line in read_lines("files", file, content):
+        try:
+            names.append(relative_name(line))
+        except ValueError as error:
+            raise DataConfigError("files", str(file), str(error), f"set {{param}} to {content}") from error
+        if Path(line).suffix.lower() not in suffixes:
+            raise DataConfigError("files", str(file), f"{line!r} is not an image", "set {param} to a list of images")
     return names
-
-
-def split_root(root: Path, split: str | None) -> Path:
-    """Return the sub-folder of a split if `root` has sub-folders for both splits (SPLIT_FOLDERS), else `root`."""
-    found = {name: [root / f for f in folders if (root / f).is_dir()] for name, folders in SPLIT_FOLDERS.items()}
-    return found[split][0] if split is not None and all(found.values()) else root
-
-
-def names_of_split(names: list[str], split: str | None, fraction: float) -> list[str]:
-    """Return the names of a split; the `fraction` with the smallest hashes (at least one name) is for validation."""
-    if split is None or (split == "train" and fraction == 0):
-        return names
-    if not 0 < fraction < 1:
-        raise DataConfigError("validation_fraction", fraction, "leaves a split empty", "set {param} between 0 and 1")
-    # By hash, not by position: when images are added, the others keep their split, but for a few at the border.
-    ranked = sorted(names, key=lambda name: hashlib.blake2b(name.encode(errors="surrogateescape")).digest())
-    count = min(len(ranked), max(1, round(fraction * len(ranked))))
-    held_out = set(ranked[:count])
-    return [name for name in names if (name in held_out) == (split == "validation")]
-
-
-def class_of(name: str) -> str:
-    """Return the folder directly below the root that holds an image; "" if there is none."""
-    return name.rpartition("/")[0].partition("/")[0]
-
-
-def class_order(names: Sequence[str], classes: str | Sequence[str] | None) -> list[str]:
-    """Return the class names by number: those of the images, sorted, or `classes` (a list, or a folder of classes)."""
-    if classes is None:
-        order = sorted({class_of(name) for name in names} - {""})
-    elif isinstance(classes, str):
-        folder = existing_folder("classes", classes, "class folders, or to a list of names")
-        order = sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
-    else:
-        order = [str(name) for name in classes]
-    known = set(order)
-    stray = next((name for name in names if class_of(name) not in known), None)
-    if stray is None:
-        return order
-    if not class_of(stray):
-        problem = f"{stray} is not in a class folder"
-        raise DataConfigError("class_labels", True, problem, "move it into one, or set {param} to false")
-    problem = f"{stray} is in none of these {len(order)} classes"
-    raise DataConfigError("classes", order[:5], problem, "add its class to {param}, or remove it")

@@ -27,6 +27,7 @@ from ldm.data.archives import Remote, fetch
 from ldm.data.base import DataConfigError
 from ldm.data.folder import Defaults, ImageFolder
 from ldm.data.image import Size, View, to_array
+from ldm.data.listing import read_lines
 from ldm.data.superres import SuperResolution
 from ldm.modules.encoders.layout_tokens import Box, LayoutTokens, Region
 
@@ -62,7 +63,8 @@ def read_classes(file: Path, chosen: Sequence[str] | None = None) -> dict[str, s
     They are sorted, except for LAST_CLASS, as in taming-transformers' layouts of Open Images.
     """
     with file.open(encoding="utf-8-sig", newline="") as lines:
-        names = {row[0]: row[1] for row in csv.reader(lines) if len(row) >= 2 and row[0] != "LabelName"}
+        rows = csv.reader(lines, quoting=csv.QUOTE_NONE)  # a stray quote swallows no rows
+        names = {row[0]: ",".join(row[1:]).strip('"') for row in rows if len(row) >= 2 and row[0] != "LabelName"}
     if unknown := [name for name in chosen or () if name not in names]:
         advice = "set {param} to ids in that file, such as /m/011k07"
         raise DataConfigError("object_classes", list(chosen or ()), f"{file} has no {unknown[0]}", advice)
@@ -77,7 +79,7 @@ def read_boxes(file: Path, images: Mapping[str, int], classes: Sequence[str], mi
     number = {name: k for k, name in enumerate(classes)}
     owners, categories, regions, groups = array("q"), array("q"), array("f"), array("b")
     with file.open(encoding="utf-8-sig", newline="") as lines:
-        reader = csv.reader(lines)
+        reader = csv.reader(lines, quoting=csv.QUOTE_NONE)
         header = next(reader, [])
         if missing := [name for name in COLUMNS if name not in header]:
             raise DataConfigError("root", str(file), f"has no column {missing[0]}", TABLES_ADVICE)
@@ -233,8 +235,4 @@ def _table(root: str, remote: Remote) -> Path:
 def _chosen(object_classes: str | Sequence[str] | None) -> list[str] | None:
     if not isinstance(object_classes, str):
         return None if object_classes is None else list(object_classes)
-    path = Path(object_classes).expanduser()
-    if not path.is_file():
-        advice = "set {param} to a file with one class id on each line"
-        raise DataConfigError("object_classes", object_classes, "no such file", advice)
-    return path.read_text(encoding="utf-8").split()
+    return read_lines("object_classes", object_classes, "a file with one class id on each line")

@@ -15,7 +15,7 @@ from ldm.data.image import load_image as load_image
 def read_prompts(path: str | Path) -> list[str]:
     """The lines of a UTF-8 text file, one prompt each (empty lines included); raise ValueError if it has none."""
     try:
-        prompts = Path(path).read_text(encoding="utf-8-sig").splitlines()
+        text = Path(path).read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(
             f"--from-file {path}: not UTF-8 text (byte {error.start}); save it as UTF-8, one prompt per line"
@@ -24,9 +24,9 @@ def read_prompts(path: str | Path) -> list[str]:
         raise ValueError(
             f"--from-file {path}: {error.strerror or error}; pass a text file with one prompt per line"
         ) from error
-    if not prompts:
+    if not text:
         raise ValueError(f"--from-file {path}: the file is empty; write one prompt per line")
-    return prompts
+    return text.removesuffix("\n").split("\n")  # `splitlines` would also split at U+2028, U+0085 and form feeds
 
 
 def find_pairs(folder: str | Path) -> list[tuple[Path, Path]]:

@@ -84,6 +84,8 @@ def test_each_line_of_a_sidecar_is_a_caption(tmp_path):
     path = tmp_path / "a.txt"
     path.write_bytes("\ufeffa cat\r\n\r\n  the same 🐈 cat \n".encode())
     assert read_sidecar(path) == ["a cat", "the same 🐈 cat"]
+    path.write_bytes("a\u2028cat\ra\x85dog\r\n\x0ca\x0cbird\x0c".encode())
+    assert read_sidecar(path) == ["a\u2028cat", "a\x85dog", "a\x0cbird"]
     path.write_bytes(b"")
     assert read_sidecar(path) == []
     path.write_bytes(b"caf\xe9")

@@ -13,6 +13,7 @@ from ldm.data.base import DataConfigError
 from ldm.data.datamodule import SPLITS, DataModuleFromConfig, WrappedDataset
 from ldm.data.order import usable_cpus
 from ldm.util import allow_targets, instantiate_from_config
+from tests.data.layouts import save_image
 from tests.data.toys import LENGTH, Numbers
 
 TARGET = "tests.data.toys.Numbers"
@@ -228,3 +229,36 @@ def test_a_target_that_is_not_there_is_reported_with_its_place():
     module.prepare_data()
     with pytest.raises(ConfigError, match=r"train.target: target .*LSUNDogsTrain"):
         module.setup()
+
+
+def folders(train, validation, **options):
+    def config(params):
+        return {"target": "ldm.data.folder.ImageFolder", "params": {"size": 4, **options, **params}}
+
+    return data(train=config(train), validation=config(validation))
+
+
+def test_nothing_is_trained_on_another_split(tmp_path, caplog):
+    for i, name in enumerate(("train/0.png", "train/1.png", "val/2.png", "test/3.png")):
+        save_image(tmp_path / name, i, 4, 4)
+    root, part = {"root": str(tmp_path)}, [{"root": str(tmp_path / name)} for name in ("train", "test")]
+    folders({**root, "split": "train"}, {**root, "split": "validation"}).setup()
+    folders(part[0], part[1]).setup()
+    assert "trained on too" not in caplog.text
+    for wrong in ({**root, "split": "test"}, {**root, "split": "validation"}, part[1]):
+        with pytest.raises(ConfigError, match=r"holds the (test|validation) split; set data.params.train"):
+            folders(wrong, {**root, "split": "validation"}).setup()
+    folders(part[0], part[0]).setup()
+    assert "2 of 2 images of validation are trained on too; set split in both" in caplog.text
+
+
+def test_the_numbers_of_the_classes_are_logged_and_known(tmp_path, caplog):
+    caplog.set_level("INFO")
+    for i in range(25):
+        save_image(tmp_path / f"class {i:02}" / "x.png", i, 4, 4)
+    module = folders({"root": str(tmp_path)}, {"root": str(tmp_path)}, class_labels=True)
+    module.setup()
+    module.setup()
+    lines = [message for message in caplog.messages if message.startswith("classes")]
+    assert len(lines) == 1 and lines[0].endswith("18 class 18, 19 class 19, ... 25 in all")
+    assert "0 class 00, 1 class 01, " in lines[0] and module.class_names[24] == "class 24"

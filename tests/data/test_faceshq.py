@@ -35,6 +35,7 @@ def test_the_published_yamls_find_images_and_split(home, family, package):
 
 def test_arrays_that_are_no_images_or_need_pickle_are_refused(home):
     (home / "data/list.txt").write_text("bad.npy\n")
+    (home / "data/celebahq/bad.npy").touch()
     dataset = CelebAHQTrain(size=16, files="data/list.txt")
     for array, problem in (
         (np.zeros((1, 3, 8, 8), np.float32), r"float32 of shape \(8, 8, 3\)"),

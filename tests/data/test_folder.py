@@ -124,7 +124,8 @@ def test_records_that_name_nothing_follow_the_error_policy(captioned):
         ({"captions": "all.csv"}, "captions 'all.csv': no such file, here or in "),
         ({"captions": "all.xml"}, "captions 'all.xml': unknown; set captions to sidecar, null, or a file of type .csv"),
         ({"on_error": "ignore"}, "on_error 'ignore': unknown; set on_error to one of raise, skip"),
-        ({"split": "test"}, "split 'test': unknown; set split to one of null, train, validation"),
+        ({"split": "val"}, "split 'val': unknown; set split to one of null, train, validation, test"),
+        ({"split": "test"}, "has no folder test/; set root to the folder that holds test/"),
         ({"interpolation": "sinc"}, "interpolation 'sinc': unknown; set interpolation to one of nearest, box"),
         ({"size": 0}, "size 0: not a size; set size to a positive integer"),
         ({"size": 8, "crop_size": 9}, "crop_size 9: larger than size 8"),
@@ -218,14 +219,6 @@ def test_sub_folders_named_as_the_splits_are_the_splits(tmp_path):
     )
     assert names(train) == ["cat/0.png", "dog/1.png"] and names(held_out) == ["cat/2.png", "dog/3.png"]
     assert train.class_names == held_out.class_names == ["cat", "dog"]
-    (tmp_path / "val").rename(tmp_path / "other")  # one alone is no division: both splits come from all images
-    train, held_out = (ImageFolder(str(tmp_path), size=8, split=split) for split in ("train", "validation"))
-    assert sorted(names(train) + names(held_out)) == [
-        "other/cat/2.png",
-        "other/dog/3.png",
-        "train/cat/0.png",
-        "train/dog/1.png",
-    ]
 
 
 def test_previews_are_the_parts_of_a_captioned_folder(captioned):
@@ -291,15 +284,44 @@ def test_raising_names_the_file_and_the_way_out(damaged, workers):
         assert str(caught.value).endswith("repair or remove it, or set on_error to skip")
 
 
-def test_links_in_a_circle_end(tmp_path):
-    save_image(tmp_path / "a" / "x.png")
+def test_links_in_a_circle_end_and_a_file_counts_once(tmp_path):
+    save_image(tmp_path / "b" / "x.png")
+    (tmp_path / "a").mkdir()
     (tmp_path / "a" / "up").symlink_to(tmp_path)
-    assert names(ImageFolder(str(tmp_path), size=8)) == ["a/x.png"]
+    (tmp_path / "a" / "folder").symlink_to(tmp_path / "b")
+    (tmp_path / "a" / "link.png").symlink_to("../b/x.png")
+    assert names(ImageFolder(str(tmp_path), size=8)) == ["b/x.png"]
+    (tmp_path / "c.csv").write_text("image,text\na/link.png,one\nb/x.png,two\n")
+    assert ImageFolder(str(tmp_path), size=8, captions="c.csv").items == [("a/link.png", ("one", "two"))]
+
+
+def test_an_image_that_becomes_unusable_under_skip_is_replaced_and_counted(tmp_path, caplog):
+    for i in range(4):
+        save_image(tmp_path / f"{i}.png", i)
+    dataset, strict = (ImageFolder(str(tmp_path), size=8, on_error=on_error) for on_error in ("skip", "raise"))
+    (tmp_path / "1.png").write_bytes(b"")
+    for _ in range(2):
+        assert (dataset[1]["image"] == dataset[2]["image"]).all()
+    assert len(caplog.records) == 1 and "1.png: empty file; the next image takes its place (1 skipped)" in caplog.text
+    with pytest.raises(BadImageError, match="set on_error to skip"):
+        strict[1]
+    for i in range(4):
+        (tmp_path / f"{i}.png").unlink(missing_ok=True)
+    with pytest.raises(BadImageError, match=r"1.png: no such file; nor can the 3 images after it be read: is .* there"):
+        dataset[1]
 
 
 def test_a_list_names_the_images_of_a_dataset_in_its_order(captioned, tmp_path):
     (tmp_path / "list.txt").write_text("sub/c.webp\n\nb.png\nb.png\n")
     assert names(ImageFolder(str(captioned), size=8, files=str(tmp_path / "list.txt"))) == ["sub/c.webp", "b.png"]
+    save_image(captioned / "a\u2028b\x85c.png")
+    (tmp_path / "list.txt").write_bytes("./b.png\rsub\\c.webp\r\na\u2028b\x85c.png\nsub//c.webp".encode())
+    dataset = ImageFolder(str(captioned), size=8, files=str(tmp_path / "list.txt"))
+    assert names(dataset) == ["b.png", "sub/c.webp", "a\u2028b\x85c.png"]
+    (tmp_path / "list.txt").write_text("b.png\nnone.png\n")
+    with pytest.raises(DataConfigError, match=r"list.txt: none.png: no such file: .*; repair it, or set on_error to"):
+        ImageFolder(str(captioned), size=8, files=str(tmp_path / "list.txt"))
+    assert len(ImageFolder(str(captioned), size=8, files=str(tmp_path / "list.txt"), on_error="skip")) == 1
 
 
 @pytest.mark.parametrize(
