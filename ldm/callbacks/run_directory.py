@@ -33,6 +33,8 @@ class SetupCallback(pl.Callback):
             return
         for folder in (self.logdir, self.ckptdir, self.cfgdir):
             folder.mkdir(parents=True, exist_ok=True)
+        if names := getattr(getattr(trainer, "datamodule", None), "class_names", None):
+            save_text(self.cfgdir / "classes.txt", "".join(f"{name}\n" for name in names))
         lightning = OmegaConf.create({"lightning": self.lightning_config})
         save_text(self.cfgdir / f"{self.now}-project.yaml", OmegaConf.to_yaml(self.config))
         save_text(self.cfgdir / f"{self.now}-lightning.yaml", OmegaConf.to_yaml(lightning))
