@@ -17,6 +17,7 @@ from ldm.models.diffusion.conditioning import ROUTES
 from ldm.models.diffusion.ddim import DDIMSampler
 from ldm.models.diffusion.samplers.registry import SAMPLERS
 from ldm.paths import ROOT
+from ldm.training.flags import _parser as training_parser
 from ldm.util import instantiate_from_config
 from tests.models.first_stages import QUIET
 from tests.reference import randn, seed_weights
@@ -142,8 +143,7 @@ def test_the_tables_of_samplers_match_the_code():
 
 def test_every_flag_in_the_documents_exists():
     named = set(re.findall(r"(?<![\w-])--[a-zA-Z][\w-]+", DOCUMENTS))
-    training = "base gpus accumulate_grad_batches precision scale_lr allow-targets logdir accelerator devices resume"
-    known = {f"--{name}" for name in ("help", *training.split())}
+    known = {"--help", *training_parser().flags}
     scripts = "txt2img img2img inpaint upscale sample_diffusion knn2img train_searcher convert tests.test_watermark"
     for name in scripts.split():
         known |= set(importlib.import_module(f"scripts.{name}").parser().flags)
