@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
-from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageCms, ImageFile, ImageOps, UnidentifiedImageError
 
 if TYPE_CHECKING:  # scripts load images before torch, so that a bad file is reported at once
     from torch import Tensor
@@ -33,6 +33,7 @@ EXTENSIONS = frozenset(
 )
 MAX_PIXELS = 178_956_970  # 0.5 GiB as RGB; PIL itself refuses more
 WHITE = (255, 255, 255)
+_PHOTOMETRIC = 262  # TIFF tag; 0 means WhiteIsZero
 RESAMPLING = {name: Image.Resampling[name.upper()] for name in ("nearest", "box", "bilinear", "bicubic", "lanczos")}
 Size = int | tuple[int, int]  # the side of a square, or (height, width)
 PathType = str | PathLike[str]
@@ -72,8 +73,7 @@ def load_image(path: PathType, max_pixels: int = MAX_PIXELS, background: tuple[i
     `max_pixels`.
     """
     with _opened(path, max_pixels) as image:
-        image.load()
-        loaded = to_rgb(_upright(image), background)
+        loaded = to_rgb(_decoded(image), background)
     return loaded
 
 
@@ -85,7 +85,8 @@ def load_labels(path: PathType, max_pixels: int = MAX_PIXELS) -> Image.Image:
     with _opened(path, max_pixels) as image:
         if image.mode not in ("L", "P", "1") and not image.mode.startswith("I"):
             raise BadImageError(path, f"mode {image.mode} is not a map of class numbers (grey levels or a palette)")
-        labels = np.asarray(image)
+        step = _grey_step(image)
+        labels = np.asarray(image) // step
     if labels.min(initial=0) < 0 or labels.max(initial=0) > 255:
         raise BadImageError(path, f"class numbers from {labels.min()} to {labels.max()}, expected 0 .. 255")
     return Image.fromarray(labels.astype(np.uint8))
@@ -97,8 +98,7 @@ def load_depth(path: PathType, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     Raises BadImageError as `load_image` does, and for values that are not finite.
     """
     with _opened(path, max_pixels) as image:
-        image.load()
-        image = _upright(image)
+        image = _decoded(image)
         grey = image if image.mode.startswith(("I", "F")) else to_rgb(image).convert("L")
         depth = np.asarray(grey, dtype=np.float32)
     if not np.isfinite(depth).all():
@@ -200,6 +200,39 @@ def _opened(path: PathType, max_pixels: int) -> Iterator[Image.Image]:
         raise
     except Exception as error:  # PIL's decoders share no base class of errors: a broken file can raise nearly anything
         raise BadImageError(path, _why_broken(Path(path), error)) from error
+
+
+def _decoded(image: Image.Image) -> Image.Image:
+    """Decode an opened image: upright, and as its file means it where Pillow keeps the stored values."""
+    step, raw_mode = _grey_step(image), _raw_mode(image)
+    white_is_zero = image.format == "TIFF" and dict(getattr(image, "tag_v2", {})).get(_PHOTOMETRIC) == 0
+    image.load()
+    transparent = image.info.get("transparency")
+    if image.format == "PNG" and raw_mode == "RGB;16B" and isinstance(transparent, tuple):
+        image.info["transparency"] = tuple(
+            value >> 8 for value in transparent
+        )  # of 16 bits; Pillow decodes the upper 8
+    elif image.format == "PNG" and isinstance(transparent, int):
+        image.info["transparency"] = transparent * step
+    image = _upright(image)
+    if white_is_zero and image.mode == "I;16":  # Pillow inverts up to 8 bits
+        image = Image.fromarray(65535 - np.asarray(image))
+    elif white_is_zero and image.mode == "F":
+        values = np.asarray(image)
+        image = Image.fromarray((1 if values.max(initial=0) <= 1 else 255) - values)
+    return image
+
+
+def _raw_mode(image: Image.Image) -> str:
+    """Return the mode of the stored pixels of an opened image that is not decoded yet, such as "L;4"."""
+    arguments = image.tile[0].args if isinstance(image, ImageFile.ImageFile) and image.tile else ""
+    return str(arguments[0] if isinstance(arguments, tuple) and arguments else arguments)
+
+
+def _grey_step(image: Image.Image) -> int:
+    """Return the difference of neighbouring grey levels: Pillow scales 2- and 4-bit levels to 0 .. 255."""
+    raw_mode = _raw_mode(image)
+    return 85 if raw_mode.startswith("L;2") else 17 if raw_mode.startswith("L;4") else 1
 
 
 def _upright(image: Image.Image) -> Image.Image:

@@ -3,6 +3,8 @@
 import contextlib
 import pickle
 import random
+import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -328,3 +330,60 @@ def test_a_view_scales_cuts_and_mirrors():
     view = View((8, 6), (1, 2, 5, 6), mirrored=True)
     assert (np.asarray(view.apply(image)) == np.asarray(image)[2:6, 1:5][:, ::-1]).all()
     assert View((4, 3), (0, 0, 4, 3)).apply(image, "box").size == (4, 3)
+
+
+def write_png(path, samples, bits, transparent):
+    """Write grey (H, W) or RGB (H, W, 3) samples of 1 to 16 bits with a transparent color (a tRNS chunk)."""
+
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    height, width = samples.shape[:2]
+    rows = samples.reshape(height, -1)
+    if bits < 8:
+        planes = (rows[..., None] >> np.arange(bits - 1, -1, -1)) & 1  # the bits of each sample, the highest first
+        lines = [np.packbits(row.astype(np.uint8)).tobytes() for row in planes.reshape(height, -1)]
+    else:
+        lines = [row.astype(f">u{bits // 8}").tobytes() for row in rows]
+    header = struct.pack(">IIBBBBB", width, height, bits, 2 if samples.ndim == 3 else 0, 0, 0, 0)
+    chunks = {b"IHDR": header, b"tRNS": np.asarray(transparent, ">u2").tobytes()}
+    chunks |= {b"IDAT": zlib.compress(b"".join(b"\0" + line for line in lines)), b"IEND": b""}
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*item) for item in chunks.items()))
+    return path
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4, 8, 16])
+def test_a_transparent_grey_level_becomes_white_at_every_bit_depth(tmp_path, bits):
+    levels = np.arange(min(2**bits, 16)).reshape(1, -1) * (4097 if bits == 16 else 17 if bits == 8 else 1)
+    opaque = np.rint(levels * 255 / (2**bits - 1))
+    for k, transparent in enumerate(levels[0]):
+        expected = opaque.copy()
+        expected[0, k] = 255
+        loaded = np.asarray(load_image(write_png(tmp_path / "x.png", levels, bits, transparent)))
+        assert (loaded == rgb_of(expected)).all(), transparent
+
+
+@pytest.mark.parametrize("bits", [8, 16])
+def test_a_transparent_color_becomes_white_at_every_bit_depth(tmp_path, bits):
+    scale = 257 if bits == 16 else 1
+    path = write_png(tmp_path / "x.png", COLORS.astype(int) * scale, bits, COLORS[0, 0].astype(int) * scale)
+    expected = COLORS.copy()
+    expected[0, 0] = 255
+    assert (np.asarray(load_image(path)) == expected).all()
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "uint16", "float32"])
+def test_white_is_zero_tiffs_are_inverted(tmp_path, dtype):
+    grey = GREY.astype(dtype) * {"uint8": 1, "uint16": 257, "float32": 1 / np.float32(255)}[dtype]
+    path = tmp_path / "x.tif"
+    Image.fromarray(grey).save(path)
+    content, entry = path.read_bytes(), struct.pack("<HHI", 262, 3, 1)
+    assert content.count(entry + b"\1\0") == 1
+    path.write_bytes(content.replace(entry + b"\1\0", entry + b"\0\0"))
+    np.testing.assert_allclose(np.asarray(load_image(path)), 255 - rgb_of(GREY), atol=1)
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+def test_class_numbers_are_the_stored_levels_at_every_bit_depth(tmp_path, bits):
+    levels = np.arange(min(2**bits, 16)).reshape(1, -1)
+    assert (np.asarray(load_labels(write_png(tmp_path / "x.png", levels, bits, 0))) == levels).all()
