@@ -14,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this script's ch
 from ldm import inference
 from ldm.cli import Parser, run_command
 from ldm.inference import cli
+from ldm.inference.from_metadata import parse_given
 from ldm.inference.requests import InpaintRequest
 from ldm.output.images import GeneratedImage, NamedOutput
 
@@ -36,7 +37,7 @@ def parser() -> Parser:
 
 
 def main(argv: Sequence[str]) -> None:
-    opt = parser().parse_args(argv)
+    opt = parse_given(parser(), argv)
     single = opt.init_img is not None or opt.mask is not None
     if single and opt.indir:
         raise ValueError("--indir with --init-img or --mask: pass a folder of pairs or one pair")

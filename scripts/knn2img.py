@@ -27,8 +27,7 @@ def parser() -> Parser:
     cli.add_prompt_flags(parser, scale=5.0, n_iter=1, n_samples=3, text_encoder=False)
     add = parser.add_argument
     add("--outdir", default="outputs/txt2img-samples", metavar="DIR", help="folder for samples/ and grids")
-    add("--H", type=int, default=768, help="image height in pixels")
-    add("--W", type=int, default=768, help="image width in pixels")
+    cli.add_size_flags(parser, 768)
     solver = parser.add_mutually_exclusive_group()
     solver.add_argument("--plms", action="store_true", help="the same as --sampler plms")
     cli.add_sampler_flag(solver)

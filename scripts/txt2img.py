@@ -29,8 +29,7 @@ def parser() -> Parser:
     cli.add_prompt_flags(parser, scale=7.5, n_iter=2, n_samples=3)
     add = parser.add_argument
     add("--outdir", metavar="DIR", help=f"folder for samples/ and grids (default: {DEFAULTS['outdir']})")
-    add("--H", type=int, default=512, help="image height in pixels")
-    add("--W", type=int, default=512, help="image width in pixels")
+    cli.add_size_flags(parser, 512)
     solver = parser.add_mutually_exclusive_group()
     solver.add_argument("--plms", action="store_true", help="the same as --sampler plms")
     solver.add_argument("--dpm_solver", action="store_true", help="the same as --sampler dpm_solver (DPM-Solver++)")

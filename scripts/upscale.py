@@ -11,6 +11,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this script's ch
 from ldm import inference
 from ldm.cli import Parser, run_command
 from ldm.inference import cli
+from ldm.inference.from_metadata import parse_given
 from ldm.inference.requests import UpscaleRequest
 from ldm.output.images import GeneratedImage, NamedOutput
 
@@ -34,7 +35,7 @@ def parser() -> Parser:
 
 
 def main(argv: Sequence[str]) -> None:
-    opt = parser().parse_args(argv)
+    opt = parse_given(parser(), argv)
     if not opt.init_img:
         raise ValueError("--init-img: pass the images to upscale, e.g. --init-img small.png")
     info = cli.read_info(opt)

@@ -7,10 +7,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ldm.paths import in_checkout
+
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
 SAFETY_MODES = ("on", "off", "report")  # what happens to images that the safety checker flags, see ldm.output.safety
+_PUBLISHED = (  # configs of text-conditional models, which the published scripts sample at one size, not at their own
+    "configs/stable-diffusion/",
+    "configs/latent-diffusion/",
+    "configs/retrieval-augmented-diffusion/",
+    "models/ldm/text2img256/",
+)
 _NOT_TEXT = ("__is_unconditional__", "__is_first_stage__", "ClassEmbedder", "SpatialRescaler", "Identity")
 
 
@@ -50,6 +58,13 @@ class ModelInfo:
     def concat_channels(self) -> int:
         """Input channels of the network for concat conditioning."""
         return (self.unet_channels or self.channels) - self.channels
+
+    @property
+    def own_size(self) -> tuple[int, int] | None:
+        """Height and width of the training latents; None for published models and if the config does not state it."""
+        published = self.path is not None and in_checkout(self.path.resolve()).startswith(_PUBLISHED)
+        stated = value_at(self.config, "model", "params", "image_size") is not None
+        return self.image_size if stated and not published else None
 
     @property
     def multiple(self) -> int:
@@ -101,7 +116,7 @@ def model_info(config: Mapping[str, Any], path: Path | None = None) -> ModelInfo
         n_classes=n_classes,
         null_class=null_class,
         zero_terminal_snr=bool(params.get("zero_terminal_snr", False)),
-        safety=_safety(config),
+        safety=_safety(config, path),
         max_noise_level=None
         if low_scale is None
         else int((low_scale.get("params") or {}).get("max_noise_level", 1000)),
@@ -124,8 +139,11 @@ def _factor(first_stage: Any) -> int | None:
     return None if levels is None else 2 ** (len(levels) - 1)
 
 
-def _safety(config: Mapping[str, Any]) -> str:
-    """The config's `safety`; by default `on` for models with a CLIP text encoder, as Stable Diffusion's."""
+def _safety(config: Mapping[str, Any], path: Path | None) -> str:
+    """The config's `safety`; by default `on` for models with a CLIP text encoder, as Stable Diffusion's.
+
+    A run of main.py that started without other weights (`ckpt_path`) is no fine-tune of Stable Diffusion: `off`.
+    """
     if "safety" in config:
         mode = config["safety"]
         if isinstance(mode, bool):  # YAML reads on and off as booleans
@@ -133,5 +151,8 @@ def _safety(config: Mapping[str, Any]) -> str:
         if mode not in SAFETY_MODES:
             raise ValueError(f"config: safety: {mode}: choose one of {', '.join(SAFETY_MODES)}")
         return mode
-    target = str(value_at(config["model"], "params", "cond_stage_config", "target"))
+    params = config["model"].get("params") or {}
+    if path is not None and path.name.endswith("-project.yaml") and not params.get("ckpt_path"):
+        return "off"
+    target = str(value_at(params, "cond_stage_config", "target"))
     return "on" if target.endswith((".FrozenCLIPEmbedder", ".FrozenOpenCLIPEmbedder")) else "off"

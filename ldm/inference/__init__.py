@@ -20,11 +20,9 @@ if TYPE_CHECKING:
     from ldm.config.instantiate import allow_targets
     from ldm.config.model_info import ModelInfo, model_info, read_model_info
     from ldm.inference.inputs import (
-        SavedRun,
         check_pairs,
         find_depth,
         find_pairs,
-        find_run,
         load_image,
         one_pair,
         parse_classes,
@@ -40,6 +38,7 @@ if TYPE_CHECKING:
         TextToImageRequest,
         UpscaleRequest,
     )
+    from ldm.inference.runs import SavedRun, find_run, run_of
     from ldm.inference.tasks.class_conditional import generate_samples
     from ldm.inference.tasks.image_to_image import image_to_image
     from ldm.inference.tasks.inpaint import inpaint
@@ -50,12 +49,11 @@ if TYPE_CHECKING:
 _LIGHT = {
     "ldm.config.instantiate": "allow_targets",
     "ldm.config.model_info": "ModelInfo model_info read_model_info",
-    "ldm.inference.inputs": (
-        "SavedRun check_pairs find_depth find_pairs find_run load_image one_pair parse_classes read_prompts"
-    ),
+    "ldm.inference.inputs": ("check_pairs find_depth find_pairs load_image one_pair parse_classes read_prompts"),
     "ldm.inference.requests": (
         "ClassConditionalRequest ImageToImageRequest InpaintRequest RetrievalRequest TextToImageRequest UpscaleRequest"
     ),
+    "ldm.inference.runs": "SavedRun find_run run_of",
     "ldm.inference.writing": "write_images write_named write_samples",
 }
 _HEAVY = {  # these import torch and Lightning

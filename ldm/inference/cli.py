@@ -107,6 +107,13 @@ def add_single_image_flags(parser: Parser, steps: int | None, scale: float) -> N
     add_seed_flags(parser, modes=False)
 
 
+def add_size_flags(parser: Parser, default: int) -> None:
+    """Size of the images; the default is the published one, see `TextToImageRequest`."""
+    for flag, side in (("--H", "height"), ("--W", "width")):
+        text = f"image {side} in pixels (default: that of training; {default} for the published models)"
+        parser.add_argument(flag, type=int, default=default, help=text)
+
+
 def add_clip_flags(parser: Parser, what: str) -> None:
     """The CLIP of retrieval-augmented models."""
     add = parser.add_argument
@@ -122,10 +129,10 @@ def add_model_flags(parser: Parser, config: str | None, ckpt: str | None, fill_i
     """
     add = parser.add_argument
     if config is not None:
-        text = f"YAML of the model (default: {config})"
+        text = f"YAML of the model (default: that of the run in --ckpt, else {config})"
         add("--config", default=config if fill_in else None, metavar="YAML", help=text)
-        text = f"weights of the model: .ckpt, .safetensors or a diffusers folder (default: {ckpt})"
-        add("--ckpt", default=ckpt if fill_in else None, metavar="FILE", help=text)
+        text = f"weights of the model: a run directory, .ckpt, .safetensors or a diffusers folder (default: {ckpt})"
+        add("--ckpt", default=ckpt if fill_in else None, metavar="PATH", help=text)
     add("--use_ema", action=BooleanOptionalAction, help="use the EMA weights, or not (default: as the config says)")
     text = (
         "auto: bf16 if the device supports it, else full. full: float32. autocast: float32 weights, computed in half "
@@ -159,8 +166,12 @@ class Prepared(NamedTuple):
 
 
 def read_info(opt: Namespace) -> ModelInfo:
-    """The facts of the model in `--config`."""
-    return read_model_info(find_file(opt.config))
+    """The facts of the model in `--config`; without the flag, of the run in `--ckpt`, which becomes its checkpoint."""
+    run = inference.run_of(find_file(opt.ckpt))
+    if run is None:
+        return read_model_info(find_file(opt.config))
+    opt.ckpt = str(run.ckpt)
+    return read_model_info(find_file(opt.config) if "config" in opt.given else run.configs)
 
 
 def prepare(opt: Namespace, info: ModelInfo, ckpt: Path | None = None) -> Prepared:
@@ -200,7 +211,8 @@ def _find_released(path: str) -> Path:
 def request_fields(opt: Namespace, request: type[Request], **others: Any) -> dict[str, Any]:
     """The flags' values as fields of a request; `others` are fields that are not the value of a flag."""
     renamed = {"ddim_steps": "steps", "ddim_eta": "eta", "C": "channels", "f": "factor", "H": "height", "W": "width"}
-    given = {renamed.get(flag, flag): value for flag, value in vars(opt).items()}
+    by_model = {"H", "W"} - getattr(opt, "given", frozenset())  # not given: the model's size, or the published one
+    given = {renamed.get(flag, flag): value for flag, value in vars(opt).items() if flag not in by_model}
     found = {field.name: given[field.name] for field in fields(request) if field.name in given}
     return {**found, "sampler": opt.sampler or "ddim", **others}
 

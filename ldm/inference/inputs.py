@@ -1,10 +1,9 @@
-"""Files that the flags of the sampling scripts name: prompts, images, masks, depth maps, runs. Imports no torch."""
+"""Files that the flags of the sampling scripts name: prompts, images, masks, depth maps, classes. Imports no torch."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
@@ -79,44 +78,6 @@ def find_depth(path: str) -> np.ndarray | Path:
             f"--depth {path}: no config.json in it; pass a depth map or a folder with transformers' DPT"
         )
     return folder
-
-
-class SavedRun(NamedTuple):
-    """A trained model: its directory, the configs to merge, its weights."""
-
-    folder: Path
-    configs: list[Path]
-    ckpt: Path
-
-
-def find_run(resume: str | Path) -> SavedRun:
-    """Find the run of a `--resume` path: a run directory, or a checkpoint in one or in its `checkpoints`.
-
-    The config is `config.yaml`, as in the directories of released models, or the run's `configs/*-project.yaml`.
-    Raises FileNotFoundError if one is missing.
-    """
-    given = Path(resume).expanduser()
-    if not given.exists():
-        raise FileNotFoundError(f"--resume {given}: no such file or folder; pass a run directory or a checkpoint")
-    folder, ckpt = (given, _checkpoint_in(given)) if given.is_dir() else (given.parent, given)
-    for place in (folder, folder.parent) if folder.resolve().name == "checkpoints" else (folder,):
-        released = place / "config.yaml"
-        configs = [released] if released.is_file() else sorted((place / "configs").glob("*-project.yaml"))
-        if configs:
-            return SavedRun(place, configs, ckpt)
-    raise FileNotFoundError(f"--resume {given}: the model's config is missing (config.yaml or configs/*-project.yaml)")
-
-
-def _checkpoint_in(folder: Path) -> Path:
-    for name in ("model.ckpt", "checkpoints/last.ckpt", "last.ckpt", "model.safetensors"):
-        if (folder / name).is_file():
-            return folder / name
-    if (folder / "unet" / "config.json").is_file():  # diffusers' layout
-        return folder
-    hint = "; bash scripts/download_models.sh downloads released ones" if (folder / "config.yaml").is_file() else ""
-    raise FileNotFoundError(
-        f"--resume {folder}: no model.ckpt or checkpoints/last.ckpt in it; pass the file itself{hint}"
-    )
 
 
 def parse_classes(words: Sequence[str]) -> tuple[int, ...]:

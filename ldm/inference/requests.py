@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar, NamedTuple, Self
@@ -17,6 +19,8 @@ from ldm.inference.settings import (
     require,
     round_to_multiple,
 )
+
+logger = logging.getLogger(__name__)
 
 MAX_FEATHER = 512  # pixels
 CLIP_ENCODERS = ("FrozenCLIPEmbedder", "FrozenOpenCLIPEmbedder", "CaptionEmbedder")  # of CLIP's tokens
@@ -37,11 +41,12 @@ class TextToImageRequest(Request):
 
     task: ClassVar[str] = "txt2img"
     steps_flag: ClassVar[str] = "--ddim_steps"
+    published_side: ClassVar[int] = 512  # pixels
 
     prompt: str | Sequence[str] = ""  # one for `n_samples` images, or a list with one image each
     scale: float | None = 7.5
-    height: int = 512  # in pixels
-    width: int = 512
+    height: int | None = None  # in pixels; None: that of training, or the published one for the published models
+    width: int | None = None
     channels: int | None = None  # of the latent; None: the model's
     factor: int | None = None  # pixels per latent cell; None: the model's
     n_samples: int = 3  # images per batch
@@ -55,10 +60,17 @@ class TextToImageRequest(Request):
     chunks: int | None = None  # chunks per prompt; None: as many as the longest prompt needs
 
     @property
+    def size(self) -> tuple[int, int]:
+        """(height, width) in pixels of a checked request."""
+        assert self.height is not None and self.width is not None
+        return self.height, self.width
+
+    @property
     def latent_shape(self) -> tuple[int, int, int]:
         """(C, h, w) of one latent of a checked request."""
         assert self.channels is not None and self.factor is not None
-        return self.channels, self.height // self.factor, self.width // self.factor
+        height, width = self.size
+        return self.channels, height // self.factor, width // self.factor
 
     @property
     def prompts(self) -> list[str]:
@@ -95,14 +107,23 @@ class TextToImageRequest(Request):
         factor = self.factor or info.factor
         if factor is None:
             raise ValueError("--f: the config does not state the downsampling factor; pass it, e.g. --f 8")
-        check_size(self.height, self.width, factor * info.latent_multiple)
+        height, width = self._resolved_size(info, factor)
         cell = info.factor or factor
         require(
             not self.tiled or (self.tiled >= 4 * cell and self.tiled % cell == 0),
             f"--tiled {self.tiled}: choose a multiple of {cell} pixels, at least {4 * cell}; {TILE} is usual",
         )
         self._check_prompts(info)
-        return super(TextToImageRequest, replace(self, channels=info.channels, factor=factor))._resolved(info)
+        resolved = replace(self, channels=info.channels, factor=factor, height=height, width=width)
+        return super(TextToImageRequest, resolved)._resolved(info)
+
+    def _resolved_size(self, info: ModelInfo, factor: int) -> tuple[int, int]:
+        own = [side * factor for side in info.own_size] if info.own_size else [self.published_side] * 2
+        height, width = (side if given is None else given for given, side in zip((self.height, self.width), own))
+        check_size(height, width, factor * info.latent_multiple)
+        if info.own_size and self.height is None and self.width is None:
+            logger.info("%dx%d pixels, as in training (--H and --W choose another size)", width, height)
+        return height, width
 
     def _check_prompts(self, info: ModelInfo) -> None:
         valid = self.chunks is None or (self.chunks >= 1 and self.long_prompts)
@@ -122,9 +143,9 @@ class RetrievalRequest(TextToImageRequest):
 
     task: ClassVar[str] = "knn2img"
 
+    published_side: ClassVar[int] = 768
+
     scale: float | None = 5.0
-    height: int = 768
-    width: int = 768
     n_iter: int = 1
 
     def _require_model(self, info: ModelInfo) -> None:
@@ -155,9 +176,15 @@ class ImageToImageRequest(TextToImageRequest):
         return int(self.strength * self.steps)
 
     def fitted(self, height: int, width: int, info: ModelInfo) -> Self:
-        """The request for an image of this size, rounded to the nearest size that the model takes."""
-        multiple = (self.factor or info.factor or 1) * info.latent_multiple
-        return replace(self, height=round_to_multiple(height, multiple), width=round_to_multiple(width, multiple))
+        """The request for an image of this size, rounded to the nearest size that the model takes.
+
+        An image with more pixels than in training is scaled down to as many; the published models take any number.
+        """
+        factor = self.factor or info.factor or 1
+        area = factor**2 * math.prod(info.own_size) if info.own_size else math.inf
+        scale, multiple = min(1.0, math.sqrt(area / (height * width))), factor * info.latent_multiple
+        height, width = (round_to_multiple(round(side * scale), multiple) for side in (height, width))
+        return replace(self, height=height, width=width)
 
     def _require_model(self, info: ModelInfo) -> None:
         require_text_model(info, concat_channels=1 if self.depth else 0)

@@ -3,7 +3,7 @@
 import pytest
 from omegaconf import OmegaConf
 
-from ldm.config.model_info import model_info, read_config
+from ldm.config.model_info import model_info, read_config, read_model_info
 from ldm.inference.requests import (
     ClassConditionalRequest,
     require_text_model,
@@ -126,6 +126,15 @@ def test_a_clip_text_encoder_turns_the_safety_check_on_by_default(tmp_path):
     assert info_of().safety == "off"
     with pytest.raises(ValueError, match="safety: of: choose one of on, off, report"):
         info_of(safety="of")
+
+
+def test_a_run_that_started_without_other_weights_is_not_checked_for_safety_by_default(tmp_path):
+    """Its images are those of its own folder: sampling must not end in a download of the checker."""
+    clip = {"cond_stage_config": CLIP}
+    for ckpt_path, safety in (("sd-v1-4.ckpt", "on"), (None, "off")):
+        for name, expected in (("2026-01-01T00-00-00-project.yaml", safety), ("mine.yaml", "on")):
+            OmegaConf.save(OmegaConf.create(text_model_config(**clip, ckpt_path=ckpt_path)), tmp_path / name)
+            assert read_model_info(tmp_path / name).safety == expected
 
 
 def test_merged_files_keep_the_safety_mode(tmp_path):

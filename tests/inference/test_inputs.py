@@ -2,7 +2,7 @@
 
 import pytest
 
-from ldm.inference.inputs import find_pairs, find_run, parse_classes, read_prompts
+from ldm.inference.inputs import find_pairs, parse_classes, read_prompts
 
 
 def test_prompt_files_are_lines_of_utf8_with_or_without_a_mark(tmp_path):
@@ -43,23 +43,3 @@ def test_a_mask_finds_its_image_with_any_extension(tmp_path):
         ("a.png", "a_mask.png"),
         ("b.jpg", "b_mask.png"),
     ]
-
-
-def test_a_run_is_found_by_its_folder_and_by_every_checkpoint_in_it(tmp_path):
-    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
-    (tmp_path / "run" / "configs").mkdir()
-    for name in ("checkpoints/last.ckpt", "checkpoints/epoch=1.ckpt"):
-        (tmp_path / "run" / name).touch()
-    for name in ("2-project", "1-project", "1-lightning"):
-        (tmp_path / "run" / "configs" / f"{name}.yaml").touch()
-    for resume in ("run", "run/checkpoints", "run/checkpoints/epoch=1.ckpt"):
-        folder, configs, ckpt = find_run(tmp_path / resume)
-        assert folder == tmp_path / "run" and [path.name for path in configs] == ["1-project.yaml", "2-project.yaml"]
-        assert ckpt.name == ("epoch=1.ckpt" if resume.endswith("ckpt") else "last.ckpt")
-    (tmp_path / "run" / "model.ckpt").touch()
-    (tmp_path / "run" / "config.yaml").touch()
-    assert find_run(tmp_path / "run") == (
-        tmp_path / "run",
-        [tmp_path / "run" / "config.yaml"],
-        tmp_path / "run" / "model.ckpt",
-    )

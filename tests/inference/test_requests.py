@@ -1,13 +1,16 @@
 """Requests of every task: defaults, and refusals with the flag, the value and the choices."""
 
+from dataclasses import replace
+
 import pytest
 
-from ldm.config.model_info import model_info
+from ldm.config.model_info import model_info, read_model_info
 from ldm.inference.requests import (
     Batch,
     ClassConditionalRequest,
     ImageToImageRequest,
     InpaintRequest,
+    RetrievalRequest,
     TextToImageRequest,
     UpscaleRequest,
     require_inpainting_model,
@@ -16,6 +19,7 @@ from ldm.inference.requests import (
     require_upscaler,
 )
 from ldm.models.diffusion.samplers.registry import SAMPLERS
+from ldm.paths import ROOT
 from tests.tiny import KINDS, text_model_config
 
 AUTOENCODER = {"target": "ldm.models.autoencoder.AutoencoderKL", "params": {"ddconfig": {"ch_mult": [1, 2, 4, 4]}}}
@@ -67,6 +71,29 @@ def test_the_multiple_follows_from_first_stage_and_unet():
     assert TextToImageRequest(height=32, width=40).checked(model_info(small)).latent_shape == (4, 8, 10)
     with pytest.raises(ValueError, match="multiples of 8 pixels"):
         TextToImageRequest(height=32, width=36).checked(model_info(small))
+
+
+def test_the_default_size_is_that_of_training_but_the_published_one_for_published_models(caplog):
+    own = info("text")  # latents of 8x8 cells, 4 pixels each
+    with caplog.at_level("INFO"):
+        assert TextToImageRequest().checked(own).size == (32, 32)
+    assert "32x32 pixels, as in training (--H and --W choose another size)" in caplog.text
+    wide = info("text", image_size=[8, 16])
+    assert TextToImageRequest().checked(wide).size == (32, 64) == TextToImageRequest(height=32).checked(wide).size
+    for name, request, side in (
+        ("latent-diffusion/txt2img-1p4B-eval", TextToImageRequest(), 512),  # trained at 256
+        ("stable-diffusion/v2-inference-v", TextToImageRequest(), 512),
+        ("retrieval-augmented-diffusion/768x768", RetrievalRequest(), 768),
+    ):
+        assert request.checked(read_model_info(ROOT / "configs" / f"{name}.yaml")).size == (side, side), name
+
+
+def test_an_image_with_more_pixels_than_in_training_is_scaled_down_to_as_many():
+    assert [ImageToImageRequest().fitted(*size, info("text")).size for size in ((64, 64), (40, 90), (300, 75))] == [
+        (32, 32),
+        (24, 48),
+        (64, 16),
+    ]
 
 
 def test_f_replaces_the_models_factor_as_published():
@@ -208,11 +235,13 @@ def test_encode_steps_are_rounded_as_published(strength, steps, steps_run):
 
 
 @pytest.mark.parametrize(
-    "height, width, fits", [(16, 24, (16, 24)), (19, 21, (16, 24)), (1, 4000, (8, 4000)), (37, 4, (40, 8))]
+    "height, width, fits", [(16, 24, (16, 24)), (19, 21, (16, 24)), (1, 1000, (8, 1000)), (37, 4, (40, 8))]
 )
 def test_an_image_of_any_size_is_fitted_to_the_nearest_valid_size(height, width, fits):
     settings = ImageToImageRequest().fitted(height, width, info("text")).checked(info("text"))
     assert (settings.height, settings.width) == fits
+    published = replace(info("text"), path=ROOT / "configs" / "stable-diffusion" / "v1-inference.yaml")
+    assert ImageToImageRequest().fitted(40, 4000, published).width == 4000
     assert ImageToImageRequest(factor=8).fitted(16, 40, info("text")).width % 16 == 0
 
 

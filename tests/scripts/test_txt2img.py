@@ -205,6 +205,45 @@ def test_a_mistake_is_one_line_before_the_model_is_loaded(saved, tmp_path, flags
     assert not (tmp_path / "out").exists()
 
 
+@pytest.fixture
+def run(saved, tmp_path):
+    """A run directory of main.py, as training leaves it."""
+    folder = tmp_path / "logs" / "2026-01-01T00-00-00_tiny"
+    for part, file in (
+        ("checkpoints/last.ckpt", saved.ckpt),
+        ("configs/2026-01-01T00-00-00-project.yaml", saved.config),
+    ):
+        (folder / part).parent.mkdir(parents=True)
+        shutil.copy(file, folder / part)
+    return folder
+
+
+@pytest.mark.parametrize("place", ["", "checkpoints/last.ckpt"])
+def test_a_run_directory_is_enough_its_config_size_and_last_checkpoint_are_found(run, tmp_path, place, caplog):
+    quick = ["--outdir", str(tmp_path / "out"), "--ddim_steps", "1", "--n_samples", "1", "--n_iter", "1"]
+    with caplog.at_level("INFO"):
+        assert run_command(main, ["--ckpt", str(run / place), "--device", "cpu", *quick]) == 0
+    info = read_metadata(tmp_path / "out" / "samples" / "00000.png")
+    assert info["config"] == str(run / "configs" / "2026-01-01T00-00-00-project.yaml") and info["safety"] == "off"
+    assert info["ckpt"] == str(run / "checkpoints" / "last.ckpt") and info["use_ema"]
+    assert (info["width"], info["height"]) == (32, 32) and "32x32 pixels, as in training" in caplog.text
+
+
+def test_a_config_on_the_command_line_is_used_for_a_run_too(run, tmp_path, capsys):
+    (tmp_path / "other.yaml").write_text("model: {}")
+    assert "other.yaml" in refused(["--ckpt", str(run), "--config", str(tmp_path / "other.yaml")], capsys)
+
+
+def test_an_image_is_repeated_with_the_weights_and_the_config_of_another_run(run, saved, tmp_path, caplog):
+    assert run_command(main, arguments(saved, tmp_path / "a", "--n_samples", "1")) == 0
+    image = tmp_path / "a" / "samples" / "00000.png"
+    config = next((run / "configs").iterdir())
+    config.write_text(config.read_text() + "\n# another\n")
+    again = ["--from-metadata", str(image), "--ckpt", str(run), "--outdir", str(tmp_path / "b")]
+    assert run_command(main, again) == 0 and "the image will differ" in caplog.text
+    assert read_metadata(tmp_path / "b" / "samples" / "00000.png")["config"] == str(config)
+
+
 def test_weights_of_another_model_are_refused_in_one_line(saved, tmp_path, capsys):
     (tmp_path / "broken.ckpt").write_bytes(b"no weights")
     assert "broken.ckpt" in refused(arguments(saved, tmp_path / "out", "--ckpt", str(tmp_path / "broken.ckpt")), capsys)

@@ -50,7 +50,7 @@ def image_to_image(
     )
     per_image = request.seed_mode == "image"
     with randomness(), torch.no_grad():  # outside autocast, as published
-        x = pipeline.tensor(fit(image, request.height, request.width))
+        x = pipeline.tensor(fit(image, *request.size))
         posterior = model.encode_first_stage(x if per_image else x.expand(request.n_samples, -1, -1, -1))
         if not per_image:
             z0 = model.get_first_stage_encoding(posterior)  # (n_samples, c, h, w)

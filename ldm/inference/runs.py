@@ -1,0 +1,61 @@
+"""Find the config and the checkpoint of a trained model by its run directory. Imports neither torch nor NumPy."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+
+class SavedRun(NamedTuple):
+    """A trained model: its directory, the configs to merge, its weights."""
+
+    folder: Path
+    configs: list[Path]
+    ckpt: Path
+
+
+def find_run(resume: str | Path, flag: str = "--resume") -> SavedRun:
+    """Find the run of a path: a run directory, or a checkpoint in one or in its `checkpoints`.
+
+    The config is `config.yaml`, as in the directories of released models, or the run's `configs/*-project.yaml`.
+    Raises FileNotFoundError if one is missing.
+    """
+    given = Path(resume).expanduser()
+    if not given.exists():
+        raise FileNotFoundError(f"{flag} {given}: no such file or folder; pass a run directory or a checkpoint")
+    folder, ckpt = (given, _checkpoint_in(given, flag)) if given.is_dir() else (given.parent, given)
+    for place in (folder, folder.parent) if folder.resolve().name == "checkpoints" else (folder,):
+        if configs := _configs_in(place):
+            return SavedRun(place, configs, ckpt)
+    raise FileNotFoundError(f"{flag} {given}: the model's config is missing (config.yaml or configs/*-project.yaml)")
+
+
+def run_of(ckpt: str | Path) -> SavedRun | None:
+    """The run of a `--ckpt` path, as in `find_run`; None for weights that are not in a run.
+
+    A file counts only in the `checkpoints` of a run directory: other weights may lie beside a config of another model.
+    """
+    given = Path(ckpt).expanduser()
+    if given.is_file():
+        inside = given.resolve().parent.name == "checkpoints" and bool(_configs_in(given.parent.parent))
+    else:
+        places = (given, given.parent) if given.resolve().name == "checkpoints" else (given,)
+        inside = given.is_dir() and any(map(_configs_in, places))
+    return find_run(given, "--ckpt") if inside else None
+
+
+def _configs_in(folder: Path) -> list[Path]:
+    released = folder / "config.yaml"
+    return [released] if released.is_file() else sorted((folder / "configs").glob("*-project.yaml"))
+
+
+def _checkpoint_in(folder: Path, flag: str) -> Path:
+    for name in ("model.ckpt", "checkpoints/last.ckpt", "last.ckpt", "model.safetensors"):
+        if (folder / name).is_file():
+            return folder / name
+    if (folder / "unet" / "config.json").is_file():  # diffusers' layout
+        return folder
+    hint = "; bash scripts/download_models.sh downloads released ones" if (folder / "config.yaml").is_file() else ""
+    raise FileNotFoundError(
+        f"{flag} {folder}: no model.ckpt or checkpoints/last.ckpt in it; pass the file itself{hint}"
+    )
