@@ -57,7 +57,7 @@ def here(tmp_path, monkeypatch):
     first = deepcopy(FIRST_STAGE)
     first["params"]["ddconfig"]["resolution"] = 16
     diffusion = text_model_config(timesteps=8, image_size=4, cond_dropout=0.2, monitor="val/loss_simple_ema")["model"]
-    diffusion["params"]["first_stage_config"] = deepcopy(first)
+    diffusion["params"] |= {"first_stage_config": deepcopy(first), "untrained_first_stage": True}
     diffusion["params"]["unet_config"]["params"]["image_size"] = 4
     loss = {"disc_start": 1, "perceptual_weight": 0.0, "disc_num_layers": 1, "disc_ndf": 8}
     vq = deepcopy(first)

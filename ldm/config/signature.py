@@ -102,7 +102,7 @@ def _accepted(found: _Class, depth: int = 0) -> dict[str, str] | None:
     if init is not None and init.args.kwarg is None:
         return own
     inherited: dict[str, str] = {}
-    known = init is None  # **kwargs that go to no base may be read by the body
+    known = init is None  # **kwargs that go to no base's constructor may be read by the body
     for base in found.node.bases:
         target = _resolve(found.module, base)
         if target in _EMPTY_BASES or target.startswith(("typing.", "abc.")):
@@ -111,7 +111,7 @@ def _accepted(found: _Class, depth: int = 0) -> dict[str, str] | None:
         arguments = None if parent is None else _accepted(parent, depth + 1)
         if arguments is None:
             return None
-        inherited, known = {**arguments, **inherited}, True
+        inherited, known = {**arguments, **inherited}, known or bool(arguments)
     return {**inherited, **own} if known else None
 
 

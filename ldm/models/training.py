@@ -22,6 +22,8 @@ Module = TypeVar("Module", bound=nn.Module)
 Losses = tuple[Tensor, dict[str, Tensor]]
 """A scalar loss and its named logs."""
 
+FINGERPRINT = 8  # number of leading values of a weight that tell whether it still is as it was initialized
+
 
 class NonFiniteError(RuntimeError):
     """A loss or gradient is NaN or infinite; raised before the optimizer step, so the weights are still good."""
@@ -32,6 +34,11 @@ class _WeightsAfterConstruction(ABCMeta):
 
     def __call__(cls, *args: Any, **kwargs: Any) -> Any:
         module = super().__call__(*args, **kwargs)
+        module._initial = {
+            name: (parameter._version, _leading_values(parameter))
+            for name, parameter in module.named_parameters()
+            if parameter.ndim > 1 and not name.startswith("loss.") and not parameter.is_meta
+        }
         path, ignore_keys = module._initial_weights
         if path is not None:
             only = {"only_model": True} if module.load_only_unet else {}
@@ -56,7 +63,8 @@ class TrainedModule(pl.LightningModule, metaclass=_WeightsAfterConstruction):
         self.learning_rate: float | None = None  # main.py computes it from base_learning_rate
         self.scheduler_config: Mapping[str, Any] | None = None
         self.optimizer_options: dict[str, Any] = {}
-        self.weights_loaded = False
+        self._loaded: set[str] = set()
+        self._initial: dict[str, tuple[int, Tensor]] = {}  # version and leading values of each weight at first
         self.use_ema = False
         self._ema_depth = 0
 
@@ -75,7 +83,24 @@ class TrainedModule(pl.LightningModule, metaclass=_WeightsAfterConstruction):
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args)
-        self.weights_loaded |= any(name.startswith(prefix) for name in state_dict)
+        self._loaded |= {name.removeprefix(prefix) for name in state_dict if name.startswith(prefix)}
+
+    def untrained_weights(self) -> list[str]:
+        """Return the keys of the weights that were neither loaded nor trained, those of the loss and constants aside.
+
+        Decided by the weights themselves, however they came: a weight is untrained if nothing was written to it, or to
+        the one that it is a copy of.
+        """
+        now = dict(self.named_parameters())
+        return [
+            name
+            for name, (version, before) in self._initial.items()
+            if name in now
+            and name not in self._loaded
+            and now[name]._version <= version
+            and bool((before != before[0]).any())
+            and torch.allclose(_leading_values(now[name]), before, rtol=1e-2)
+        ]
 
     def on_fit_start(self) -> None:
         checkpoint.ensure_weights(self)
@@ -198,6 +223,10 @@ class TrainedModule(pl.LightningModule, metaclass=_WeightsAfterConstruction):
 
     def log_validation(self, logs: Mapping[str, Any], batch_size: int) -> None:
         self.log_dict(logs, on_step=False, on_epoch=True, batch_size=batch_size, sync_dist=True)
+
+
+def _leading_values(parameter: Tensor) -> Tensor:
+    return parameter.detach().reshape(-1)[:FINGERPRINT].cpu().float().clone()
 
 
 def disabled_train(self: Module, mode: bool = True) -> Module:

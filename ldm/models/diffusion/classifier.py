@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,15 +13,13 @@ from torch import Tensor, nn
 from ldm.checkpoint.resume import find_checkpoint
 from ldm.config.files import load_yaml
 from ldm.config.instantiate import accepted_params, instantiate_from_config
-from ldm.models.diffusion.ddpm import LatentDiffusion, has_random_weights
+from ldm.models.diffusion.ddpm import LatentDiffusion, require_weights
 from ldm.models.diffusion.gaussian_diffusion import GaussianDiffusion
 from ldm.models.diffusion.image_log import tile_frames
 from ldm.models.training import Losses, TrainedModule, fixed_noise, freeze
 from ldm.modules.diffusionmodules.openaimodel import EncoderUNetModel, UNetModel
 from ldm.util import log_txt_as_img
 from ldm.visualize import labels_to_rgb
-
-logger = logging.getLogger(__name__)
 
 SEGMENTATION = "segmentation"
 
@@ -88,13 +85,15 @@ class NoisyLatentImageClassifier(TrainedModule):
         }
         return network(**params) if whole else network(**params, pool=pool)
 
-    def on_fit_start(self) -> None:
-        super().on_fit_start()
-        stage = getattr(self.diffusion_model, "first_stage_model", None)
-        if self.trainer.ckpt_path is None and has_random_weights(stage):
-            logger.warning(
-                "the diffusion model has random weights, so its latents are meaningless: set "
-                "model.params.diffusion_path to the folder of its run, or diffusion_ckpt_path to its weights"
+    def setup(self, stage: str) -> None:
+        super().setup(stage)
+        on_purpose = getattr(self.diffusion_model, "untrained_first_stage", False)
+        if stage == "fit" and self.trainer.ckpt_path is None and not on_purpose:
+            require_weights(
+                getattr(self.diffusion_model, "first_stage_model", None),
+                "the diffusion model's first stage",
+                "set model.params.diffusion_path to the folder of its run, or model.params.diffusion_ckpt_path to its "
+                "weights",
             )
 
     def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:

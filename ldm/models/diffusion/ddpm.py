@@ -7,7 +7,6 @@ last two are in ldm.models.training. The published variants are attributes of th
 from __future__ import annotations
 
 import importlib
-import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -20,23 +19,17 @@ from ldm.models.diffusion.conditioning import (
     Conditioning,
     DiffusionWrapper,
     compose_condition,
-    condition_batch_size,
-    map_tensors,
     normalize_condition,
 )
-from ldm.models.diffusion.gaussian_diffusion import GaussianDiffusion
 from ldm.models.diffusion.image_log import log_latent_images, log_pixel_images
 from ldm.models.diffusion.latent_scale import measure_latent_std
 from ldm.models.diffusion.loss_weighting import make_loss_weighting
-from ldm.models.diffusion.samplers.ancestral import AncestralSampler
+from ldm.models.diffusion.published import PublishedDDPM, PublishedLatentDiffusion
 from ldm.models.diffusion.samplers.ddim import DDIMSampler
-from ldm.models.diffusion.samplers.denoiser import SamplingOptions, SamplingRun
 from ldm.models.training import Losses, TrainedModule, fixed_noise, freeze
 from ldm.models.training import disabled_train as disabled_train
 from ldm.modules.diffusionmodules.parameterization import get_parameterization
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
-
-logger = logging.getLogger(__name__)
 
 LOSSES = {"l1": nn.functional.l1_loss, "l2": nn.functional.mse_loss}
 
@@ -49,7 +42,7 @@ def __getattr__(name: str) -> Any:
     return getattr(importlib.import_module(home.rpartition(".")[0]), name)
 
 
-class DDPM(TrainedModule, GaussianDiffusion):
+class DDPM(TrainedModule, PublishedDDPM):
     """Diffusion in pixel space (arXiv 2006.11239), and everything that latent diffusion shares with it.
 
     Batches are dicts; `batch[first_stage_key]` holds images (B, H, W, C) in [-1, 1].
@@ -65,7 +58,8 @@ class DDPM(TrainedModule, GaussianDiffusion):
         timesteps: int = 1000,
         beta_schedule: str = "linear",
         loss_type: str = "l2",
-        *,
+        ckpt_path: str | None = None,
+        ignore_keys: Sequence[str] = (),
         load_only_unet: bool = False,
         monitor: str | None = "val/loss",
         use_ema: bool = True,
@@ -87,12 +81,12 @@ class DDPM(TrainedModule, GaussianDiffusion):
         use_positional_encodings: bool = False,
         learn_logvar: bool = False,
         logvar_init: float = 0.0,
+        *,
         loss_weighting_config: Mapping[str, Any] | None = None,
         ema_decay: float = 0.9999,
         zero_terminal_snr: bool = False,
-        **weights: Any,
     ) -> None:
-        super().__init__(**weights)
+        super().__init__(ckpt_path, ignore_keys)
         get_parameterization(parameterization)
         if loss_type not in LOSSES:
             raise ValueError(f"loss_type {loss_type!r}: choose one of {', '.join(LOSSES)}")
@@ -102,12 +96,21 @@ class DDPM(TrainedModule, GaussianDiffusion):
         self.first_stage_key, self.image_size, self.channels = first_stage_key, image_size, channels
         self.log_every_t, self.clip_denoised, self.monitor = log_every_t, clip_denoised, monitor
         self.scheduler_config, self.load_only_unet = scheduler_config, load_only_unet
+        self.use_scheduler = scheduler_config is not None
         self.cond_stage_model: Any = None
         self.model = DiffusionWrapper(unet_config, conditioning_key)
         if use_ema:
             self.add_ema(decay=ema_decay)
+        # Overrides in research code have the published arguments only.
+        further = {"zero_terminal_snr": True} if zero_terminal_snr else {}
         self.register_schedule(
-            given_betas, beta_schedule, timesteps, linear_start, linear_end, cosine_s, zero_terminal_snr
+            given_betas=given_betas,
+            beta_schedule=beta_schedule,
+            timesteps=timesteps,
+            linear_start=linear_start,
+            linear_end=linear_end,
+            cosine_s=cosine_s,
+            **further,
         )
         self.original_elbo_weight, self.l_simple_weight = original_elbo_weight, l_simple_weight
         self.learn_logvar = learn_logvar
@@ -122,6 +125,7 @@ class DDPM(TrainedModule, GaussianDiffusion):
             self.logvar = nn.Parameter(logvar)
         else:
             self.register_buffer("logvar", logvar, persistent=False)
+            self.register_load_state_dict_pre_hook(_take_logvar)
 
     # ------------------------------------------------------------------------------------------------- training step
 
@@ -191,41 +195,6 @@ class DDPM(TrainedModule, GaussianDiffusion):
 
     # ------------------------------------------------------------------------------------------------------ sampling
 
-    @torch.no_grad()
-    def sample(
-        self,
-        cond: Conditioning = None,
-        batch_size: int = 16,
-        return_intermediates: bool = False,
-        x_T: Tensor | None = None,
-        verbose: bool = False,
-        timesteps: int | None = None,
-        quantize_denoised: bool = False,
-        mask: Tensor | None = None,
-        x0: Tensor | None = None,
-        shape: Sequence[int] | None = None,
-        log_every_t: int | None = None,
-    ) -> Any:
-        """Sample (B, C, H, W) with the ancestral sampler, from timestep `timesteps` - 1 (default T - 1) down to 0.
-
-        `shape` is that of the whole batch; `return_intermediates` adds a list of the latents on the way.
-        """
-        shape = (batch_size, *self.latent_shape()) if shape is None else tuple(shape)
-        size = condition_batch_size(cond)
-        if size is not None and size < shape[0]:
-            raise ValueError(f"the condition is for {size} samples, batch_size is {shape[0]}")
-        if size is not None and size > shape[0]:  # as published: the conditions of the first samples
-            cond = map_tensors(lambda tensor: tensor[: shape[0]], cond)
-        x = torch.randn(shape, device=self.device) if x_T is None else x_T
-        start = self.num_timesteps if timesteps is None else timesteps
-        if not 0 <= start <= self.num_timesteps:
-            raise ValueError(f"timesteps {start}: choose 0 to {self.num_timesteps}")
-        sampler = AncestralSampler(self)
-        options = SamplingOptions(clip_denoised=self.clip_denoised, quantize_x0=quantize_denoised)
-        run = SamplingRun(self, sampler.checked_steps(self.num_timesteps), x, cond, None, 1.0, options)
-        out = sampler.loop(x, run, start, mask, x0, log_every_t=log_every_t or self.log_every_t, verbose=verbose)
-        return (out.samples, out.intermediates["x_inter"]) if return_intermediates else out.samples
-
     def latent_shape(self) -> tuple[int, int, int]:
         """(channels, height, width) of a sample."""
         height, width = (self.image_size,) * 2 if isinstance(self.image_size, int) else self.image_size
@@ -237,12 +206,14 @@ class DDPM(TrainedModule, GaussianDiffusion):
         return log_pixel_images(self, batch, N, n_row, **kwargs)
 
 
-class LatentDiffusion(ConditionStage, DDPM):
+class LatentDiffusion(ConditionStage, PublishedLatentDiffusion, DDPM):
     """Diffusion in the latent space of a frozen first stage, under a condition (arXiv 2112.10752, section 3).
 
+    Further positional arguments are those of DDPM, as published.
     concat_keys, masked_image_key, adm_key: parts that join the condition of `cond_stage_key`, see ConditionStage.
     cond_dropout: fraction of training samples that get the encoder's unconditional condition, which classifier-free
         guidance needs (Ho & Salimans 2022, algorithm 1); it is saved in the checkpoint.
+    untrained_first_stage: allow training in the latent space of a first stage without loaded weights.
     """
 
     cond_ids: Tensor
@@ -259,10 +230,12 @@ class LatentDiffusion(ConditionStage, DDPM):
         conditioning_key: str | None = None,
         scale_factor: float = 1.0,
         scale_by_std: bool = False,
+        *args: Any,
         cond_dropout: float = 0.0,
         concat_keys: Sequence[str] = (),
         masked_image_key: str | None = "masked_image",
         adm_key: str | None = None,
+        untrained_first_stage: bool = False,
         **kwargs: Any,
     ) -> None:
         if conditioning_key is None:
@@ -273,9 +246,11 @@ class LatentDiffusion(ConditionStage, DDPM):
             raise ValueError(f"cond_dropout {cond_dropout}: choose a fraction in [0, 1), 0.1 is usual")
         if scale_by_std and scale_factor != 1.0:
             raise ValueError(f"scale_factor {scale_factor}: remove it, scale_by_std measures it")
-        super().__init__(conditioning_key=conditioning_key, **kwargs)
+        kwargs["conditioning_key"] = conditioning_key
+        super().__init__(*args, **kwargs)
         self.set_further_parts(concat_keys, masked_image_key, adm_key)
         self.num_timesteps_cond = 1 if num_timesteps_cond is None else num_timesteps_cond
+        self.shorten_cond_schedule, self.untrained_first_stage = self.num_timesteps_cond > 1, untrained_first_stage
         if not 1 <= self.num_timesteps_cond <= self.num_timesteps:
             raise ValueError(f"num_timesteps_cond {num_timesteps_cond}: choose 1 to {self.num_timesteps}")
         self.cond_stage_key, self.cond_stage_trainable = cond_stage_key, cond_stage_trainable
@@ -287,19 +262,31 @@ class LatentDiffusion(ConditionStage, DDPM):
             self.register_buffer("scale_factor", torch.tensor(float(scale_factor), device="cpu"))
         else:
             self.scale_factor = scale_factor
-        self.first_stage_model: Any = freeze(instantiate_from_config(first_stage_config))
-        self.cond_stage_model = self._build_cond_stage(cond_stage_config)
-        if self.num_timesteps_cond > 1:
-            ids = _cond_timesteps(self.num_timesteps, self.num_timesteps_cond)
-            self.register_buffer("cond_ids", ids, persistent=False)
+        self.instantiate_first_stage(first_stage_config)
+        self.instantiate_cond_stage(cond_stage_config)
+        if self.shorten_cond_schedule:
+            self.make_cond_schedule()
 
-    def _build_cond_stage(self, config: Mapping[str, Any] | str) -> Any:
-        if config != FIRST_STAGE_AS_CONDITION:
+    def instantiate_first_stage(self, config: Mapping[str, Any]) -> None:
+        """Build `first_stage_model`, frozen."""
+        self.first_stage_model: Any = freeze(instantiate_from_config(config))
+
+    def instantiate_cond_stage(self, config: Mapping[str, Any] | str) -> None:
+        """Build `cond_stage_model`, frozen unless `cond_stage_trainable`; None for an unconditional model."""
+        if config == FIRST_STAGE_AS_CONDITION:
+            if self.cond_stage_trainable:
+                raise ValueError(
+                    f"cond_stage_config {config}: the first stage is frozen; set cond_stage_trainable false"
+                )
+            self.cond_stage_model = self.first_stage_model
+        else:
             stage = instantiate_from_config(config)
-            return stage if stage is None or self.cond_stage_trainable else freeze(stage)
-        if self.cond_stage_trainable:
-            raise ValueError(f"cond_stage_config {config}: the first stage is frozen; set cond_stage_trainable false")
-        return self.first_stage_model
+            self.cond_stage_model = stage if stage is None or self.cond_stage_trainable else freeze(stage)
+
+    def make_cond_schedule(self) -> None:
+        """Register `cond_ids`, the timestep of the condition's noise for each t."""
+        ids = _cond_timesteps(self.num_timesteps, self.num_timesteps_cond)
+        self.register_buffer("cond_ids", ids, persistent=False)
 
     # ------------------------------------------------------------------------------------------------- training step
 
@@ -316,10 +303,11 @@ class LatentDiffusion(ConditionStage, DDPM):
         cond_key: str | None = None,
         return_original_cond: bool = False,
         bs: int | None = None,
+        return_x: bool = False,
     ) -> list[Any]:
         """Return [latents z, condition] of a batch or its first `bs` samples, then what the flags ask for.
 
-        These are images and reconstructions, and the raw condition, None without an encoder. In training mode a
+        These are images and reconstructions, images, and the raw condition, None without an encoder. In training mode a
         fraction `cond_dropout` of the conditions is dropped here. The condition of a trained encoder stays raw, so that
         `forward` encodes it with gradients, unless `force_c_encode`.
         """
@@ -337,6 +325,8 @@ class LatentDiffusion(ConditionStage, DDPM):
         out = [z, c]
         if return_first_stage_outputs:
             out += [x, self.decode_first_stage(z)]
+        if return_x:
+            out.append(x)
         return [*out, raw] if return_original_cond else out
 
     def latents_of(self, x: Tensor) -> Tensor:
@@ -363,7 +353,7 @@ class LatentDiffusion(ConditionStage, DDPM):
         t = self.random_timesteps(x.shape[0])
         if self.model.conditioning_key is not None and self.cond_stage_trainable:
             c = self.map_main_condition(self.get_learned_conditioning, c)
-        if self.num_timesteps_cond > 1 and torch.is_tensor(c):
+        if self.shorten_cond_schedule and torch.is_tensor(c):
             c = self.q_sample(c, self.cond_ids[t], torch.randn_like(c))  # the condition has its own noise schedule
         return self.p_losses(x, c, t, *args, **kwargs)
 
@@ -386,10 +376,15 @@ class LatentDiffusion(ConditionStage, DDPM):
                 f"set model.params.scale_factor={float(given):.6g}, or add scale_factor to ignore_keys"
             )
 
-    def on_fit_start(self) -> None:
-        super().on_fit_start()
-        if self.trainer.ckpt_path is None and has_random_weights(self.first_stage_model):
-            logger.warning("the first stage has random weights: set model.params.first_stage_config.params.ckpt_path")
+    def setup(self, stage: str) -> None:
+        super().setup(stage)
+        if stage == "fit" and self.trainer.ckpt_path is None and not self.untrained_first_stage:
+            require_weights(
+                self.first_stage_model,
+                "the first stage",
+                "set model.params.first_stage_config.params.ckpt_path to its checkpoint, or "
+                "model.params.untrained_first_stage=true to train on it as it is",
+            )
 
     @torch.no_grad()
     def on_train_start(self) -> None:
@@ -439,9 +434,18 @@ class LatentDiffusion(ConditionStage, DDPM):
         return {}
 
 
-def has_random_weights(stage: Any) -> bool:
-    """Return True if no weights were loaded into a trainable first stage."""
-    return isinstance(stage, TrainedModule) and not stage.weights_loaded and any(True for _ in stage.parameters())
+def require_weights(module: Any, name: str, advice: str) -> None:
+    """Raise ValueError if a module of this package still has weights with their random initial values."""
+    random = module.untrained_weights() if isinstance(module, TrainedModule) else []
+    if random:
+        raise ValueError(f"{name} has random weights ({len(random)}, the first is {random[0]}): {advice}")
+
+
+def _take_logvar(model: DDPM, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    # Files of published models hold it or not; here it is saved only if it is trained.
+    logvar = state.pop(f"{prefix}logvar", None)
+    if logvar is not None and logvar.shape == model.logvar.shape and not model.logvar.is_meta:
+        model.logvar.copy_(logvar)
 
 
 def _cond_timesteps(num_timesteps: int, num_timesteps_cond: int) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Generic, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -126,22 +126,29 @@ def make_ddim_timesteps(
     return timesteps
 
 
-class DDIMParameters(NamedTuple):
-    """DDIM's tables, each (S,) float64, in order of increasing timesteps."""
+Table = TypeVar("Table", np.ndarray, Tensor)
 
-    sigmas: np.ndarray
-    alphas: np.ndarray  # products of (1 - beta)
-    alphas_prev: np.ndarray
+
+class DDIMParameters(NamedTuple, Generic[Table]):
+    """DDIM's tables, each (S,), in order of increasing timesteps."""
+
+    sigmas: Table
+    alphas: Table  # products of (1 - beta)
+    alphas_prev: Table
 
 
 def make_ddim_sampling_parameters(
-    alphacums: np.ndarray | Tensor, ddim_timesteps: np.ndarray, eta: float, verbose: bool = True
-) -> DDIMParameters:
+    alphacums: Table, ddim_timesteps: np.ndarray, eta: float, verbose: bool = True
+) -> DDIMParameters[Table]:
     """Return the tables of DDIM's steps; `eta` 0 is deterministic, 1 is DDPM's variance (arXiv 2010.02502, eq. 16).
 
-    As published, alphas_prev[0] is alphas_cumprod[0], not 1.
+    alphacums: (T,), an array -> arrays in float64, a tensor -> tensors of its dtype on its device. As published,
+    alphas_prev[0] is alphas_cumprod[0], not 1.
     """
-    alphacums = np.asarray(alphacums.cpu() if torch.is_tensor(alphacums) else alphacums, dtype=np.float64)
+    if isinstance(alphacums, Tensor):
+        tables = make_ddim_sampling_parameters(alphacums.detach().cpu().double().numpy(), ddim_timesteps, eta, verbose)
+        return DDIMParameters(*(torch.as_tensor(table).to(alphacums) for table in tables))
+    alphacums = np.asarray(alphacums, dtype=np.float64)
     alphas = alphacums[ddim_timesteps]
     alphas_prev = np.append(alphacums[0], alphas[:-1])
     sigmas = eta * np.sqrt((1 - alphas_prev) / (1 - alphas) * (1 - alphas / alphas_prev))

@@ -1,5 +1,6 @@
 """Laws of the classifier of noisy latents and of guidance by it."""
 
+import contextlib
 from types import SimpleNamespace
 
 import pytest
@@ -79,7 +80,7 @@ def test_a_run_folder_gives_the_weights_of_the_diffusion_model(diffusion):
 
 
 @pytest.mark.parametrize("place", ["a run's folder", "a file of weights", "its own file", "nowhere"])
-def test_a_random_first_stage_is_logged(diffusion, tmp_path, caplog, place):
+def test_a_random_first_stage_is_refused(diffusion, tmp_path, place):
     yaml, weights = next(diffusion.glob("configs/*.yaml")), diffusion / "checkpoints" / "last.ckpt"
     if place == "its own file":
         write_weights(classifier(diffusion).state_dict(), tmp_path / "classifier.ckpt")
@@ -90,8 +91,9 @@ def test_a_random_first_stage_is_logged(diffusion, tmp_path, caplog, place):
         "nowhere": lambda: classifier(yaml),
     }[place]()
     model._trainer = SimpleNamespace(ckpt_path=None)
-    model.on_fit_start()
-    assert ("its latents are meaningless: set model.params.diffusion_path" in caplog.text) == (place == "nowhere")
+    refused = pytest.raises(ValueError, match=r"random weights .*: set model.params.diffusion_path")
+    with refused if place == "nowhere" else contextlib.nullcontext():
+        model.setup("fit")
 
 
 def test_validation_encodes_a_batch_once_whatever_the_number_of_noise_levels(diffusion, monkeypatch):
@@ -127,7 +129,9 @@ def test_it_learns_what_it_is_shown(diffusion):
 
 
 def test_segmentation_maps_are_labels_of_every_latent_pixel(tmp_path):
-    OmegaConf.save(OmegaConf.create(diffusion_config("segmentation")), tmp_path / "model.yaml")
+    config = diffusion_config("segmentation")
+    config["model"]["params"]["untrained_first_stage"] = True
+    OmegaConf.save(OmegaConf.create(config), tmp_path / "model.yaml")
     model = classifier(tmp_path / "model.yaml", num_classes=5)
     data = batch(4)
     labels = model.get_labels(data, (8, 8))

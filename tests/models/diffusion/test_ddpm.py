@@ -1,5 +1,6 @@
 """Laws of DDPM and LatentDiffusion in training and sampling, and the published values."""
 
+import copy
 import gzip
 import json
 
@@ -145,15 +146,33 @@ def test_the_first_stage_trains_nothing_and_stays_in_eval_mode(model):
     model.eval()
 
 
-def test_a_first_stage_is_random_until_its_own_weights_are_loaded():
+def test_a_first_stage_is_untrained_until_its_own_weights_are_loaded_however_they_come():
     stage = instantiate_from_config(AUTOENCODER)
     parent = torch.nn.ModuleDict({"first_stage_model": stage, "other": torch.nn.Linear(2, 2)})
-    assert ddpm.has_random_weights(stage) and not ddpm.has_random_weights(torch.nn.Identity())
-    state = parent.state_dict()
-    parent.load_state_dict({name: state[name] for name in state if name.startswith("other.")}, strict=False)
-    assert ddpm.has_random_weights(stage)
-    parent.load_state_dict(state)
-    assert not ddpm.has_random_weights(stage)
+    every = stage.untrained_weights()
+    assert len(every) > 20 and copy.deepcopy(stage).double().untrained_weights() == every
+    parent.other.load_state_dict(parent.other.state_dict())
+    parent.load_state_dict({"other.weight": torch.ones(2, 2)}, strict=False)
+    assert stage.untrained_weights() == every
+    stage.encoder.load_state_dict(stage.encoder.state_dict())
+    assert stage.untrained_weights() == [name for name in every if not name.startswith("encoder.")]
+    stage.load_state_dict(instantiate_from_config(AUTOENCODER).state_dict(), assign=True)
+    assert stage.untrained_weights() == []
+
+
+def test_training_on_an_untrained_first_stage_is_refused_before_the_first_step_unless_meant():
+    model = latent_diffusion("crossattn", ATTEND, CLASSES, **CLASS)
+    model.first_stage_model = instantiate_from_config(AUTOENCODER)
+    with pytest.raises(ValueError, match=r"first stage has random weights .*first_stage_config.params.ckpt_path"):
+        fit(model)
+    assert model.global_step == 0
+    model.untrained_first_stage = True
+    fit(model, steps=1)
+    model = latent_diffusion("crossattn", ATTEND, CLASSES, **CLASS)
+    stage = instantiate_from_config(AUTOENCODER)
+    stage.load_state_dict(model.first_stage_model.state_dict())
+    model.first_stage_model = stage
+    fit(model, steps=1)
 
 
 def test_a_trained_encoder_is_an_optimizers_too():

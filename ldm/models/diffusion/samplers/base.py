@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from ldm.config.suggest import log_unused
 from ldm.models.diffusion.conditioning import Conditioning, condition_batch_size
+from ldm.models.diffusion.published import PublishedSampler, sampling_options
 from ldm.models.diffusion.samplers.denoiser import DiffusionModel, SamplingOptions, SamplingRun, ScoreCorrector, Steps
 from ldm.modules.diffusionmodules.schedule import check_steps
 
@@ -24,7 +26,7 @@ class Samples(NamedTuple):
     intermediates: dict[str, list[Tensor]]
 
 
-class Sampler(ABC):
+class Sampler(PublishedSampler, ABC):
     """Base of all samplers. It stores the model and its schedule's steps; a run's values live in its `SamplingRun`.
 
     The class attributes are literals, since the registry reads them from the source.
@@ -38,12 +40,23 @@ class Sampler(ABC):
     # A mask keeps x0 in the latent `before` or `after` a step, with new noise each time, as published for DDIM, PLMS
     # and DDPM. Other samplers extrapolate predictions and need them smooth: there x0 replaces the `prediction`.
     mask_blend: ClassVar[str] = "prediction"
+    published_loop: ClassVar[str] = ""  # the published name of `sampling_loop`, which research code overrides
     _scheduled: Steps | None = None
     _eta: float = 0.0
 
-    def __init__(self, model: DiffusionModel, schedule: str = "linear") -> None:
+    def __init__(
+        self,
+        model: DiffusionModel,
+        schedule: str = "linear",
+        device: torch.device | str | None = None,
+        **unused: Any,
+    ) -> None:
+        """`device` and other keywords of published samplers are accepted: the latents are on the model's device."""
         if schedule != "linear":
             raise ValueError(f"schedule {schedule!r}: only 'linear' is supported; the betas are the model's")
+        if device is not None and torch.device(device).type != torch.device(model.device).type:
+            unused |= {f"device={device} of a model on {model.device}": device}
+        log_unused(type(self).__name__, unused)
         self.model = model
 
     @abstractmethod
@@ -101,7 +114,8 @@ class Sampler(ABC):
 
         `x_T` (B, C, H, W) replaces the initial noise. Where `mask` (B, 1, H, W) is 1 the result keeps `x0`.
         `callback(i)` and `img_callback(pred_x0, i)` run after step i. `verbose` shows a progress bar. `eta` None is the
-        sampler's default, `ddim_discretize` its timestep spacing; `options` are the other fields of `SamplingOptions`.
+        sampler's default, `ddim_discretize` its timestep spacing; `options` are the other fields of `SamplingOptions`;
+        unknown ones are logged once as unused, since research code passes more.
         ValueError for an S, eta, shape, condition or option that is not supported.
         """
         if normals_sequence is not None:
@@ -109,7 +123,8 @@ class Sampler(ABC):
         if len(shape) != 3:
             raise ValueError(f"shape {tuple(shape)}: expected (channels, height, width) of one latent")
         steps = self.checked_steps(S, eta, ddim_discretize)
-        asked = SamplingOptions(
+        asked = sampling_options(
+            type(self).__name__,
             temperature=temperature,
             noise_dropout=noise_dropout,
             quantize_x0=quantize_x0,
@@ -122,6 +137,27 @@ class Sampler(ABC):
             raise ValueError(f"x_T has shape {tuple(x_T.shape)}, expected {expected}")
         self._scheduled = steps  # published: callbacks read the ddim_* tables
         self._eta = self.default_eta if eta is None else eta
+        if self.published_loop and self.overrides(self.published_loop, PublishedSampler.sampling_loop):
+            return Samples(
+                *getattr(self, self.published_loop)(
+                    conditioning,
+                    expected,
+                    x_T=x_T,
+                    callback=callback,
+                    quantize_denoised=quantize_x0,
+                    mask=mask,
+                    x0=x0,
+                    img_callback=img_callback,
+                    log_every_t=log_every_t,
+                    temperature=temperature,
+                    noise_dropout=noise_dropout,
+                    score_corrector=score_corrector,
+                    corrector_kwargs=corrector_kwargs,
+                    unconditional_guidance_scale=unconditional_guidance_scale,
+                    unconditional_conditioning=unconditional_conditioning,
+                    **options,
+                )
+            )
         x = asked.noise_source.normal(expected, self.model.device) if x_T is None else x_T
         run = self._start(steps, x, conditioning, unconditional_guidance_scale, unconditional_conditioning, asked)
         return self.loop(x, run, S, mask, x0, callback, img_callback, log_every_t, verbose)
@@ -211,29 +247,9 @@ class Sampler(ABC):
         steps = self._steps_of(use_original_steps)
         if not 0 <= t_start <= len(steps.t):
             raise ValueError(f"t_start {t_start}: choose 0 to {len(steps.t)}")
-        asked = SamplingOptions(**options)
+        asked = sampling_options(type(self).__name__, **options)
         run = self._start(steps, x_latent, cond, unconditional_guidance_scale, unconditional_conditioning, asked)
         return self.loop(x_latent, run, t_start, mask, x0, callback, img_callback, verbose=verbose).samples
-
-    @property
-    def ddim_timesteps(self) -> np.ndarray:
-        """Timesteps of the schedule, (S,) increasing, int64 except for continuous-time samplers."""
-        return self._steps_of().t
-
-    @property
-    def ddim_alphas(self) -> Tensor:
-        """Products of (1 - beta) at each step, (S,)."""
-        return torch.as_tensor(self._steps_of().alphas, dtype=torch.float32, device=self.model.device)
-
-    @property
-    def ddim_alphas_prev(self) -> np.ndarray:
-        """Products of (1 - beta) at the end of each step, (S,)."""
-        return self._steps_of().alphas_prev
-
-    @property
-    def ddim_sigmas(self) -> Tensor:
-        """Noise scale of each step, (S,)."""
-        return torch.as_tensor(self._steps_of().sigmas, dtype=torch.float32, device=self.model.device)
 
     def _encoding_alphas(self, steps: Steps) -> np.ndarray:
         """Products of (1 - beta) from which the last 0 to S steps start, (S + 1,)."""

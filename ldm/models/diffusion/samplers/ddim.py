@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ldm.models.diffusion.conditioning import Conditioning
+from ldm.models.diffusion.published import PublishedSampler, sampling_options
 from ldm.models.diffusion.samplers.base import Sampler
 from ldm.models.diffusion.samplers.denoiser import DiffusionModel, SamplingOptions, SamplingRun, ScoreCorrector, Steps
 from ldm.models.diffusion.samplers.spacing import model_alphas_cumprod
@@ -19,8 +20,23 @@ from ldm.modules.diffusionmodules.schedule import make_ddim_sampling_parameters,
 def ddim_steps(model: DiffusionModel, S: int, eta: float, spacing: str) -> Steps:
     """The S timesteps of that spacing, and DDIM's noise scales (eq. 16)."""
     t = make_ddim_timesteps(spacing, S, model.num_timesteps, verbose=False)
-    sigmas, alphas, alphas_prev = make_ddim_sampling_parameters(model.alphas_cumprod, t, eta, verbose=False)
+    alphas_cumprod = model_alphas_cumprod(model)
+    sigmas, alphas, alphas_prev = make_ddim_sampling_parameters(alphas_cumprod, t, eta, verbose=False)
     return Steps(t, alphas, alphas_prev, sigmas)
+
+
+def published_arguments(sampler: Sampler, run: SamplingRun) -> dict[str, Any]:
+    """Arguments of the published steps `p_sample_ddim` and `p_sample_plms` after x, c, t and index."""
+    return {
+        "use_original_steps": run.steps is not sampler._scheduled,
+        "quantize_denoised": run.options.quantize_x0,
+        "temperature": run.options.temperature,
+        "noise_dropout": run.options.noise_dropout,
+        "score_corrector": run.options.score_corrector,
+        "corrector_kwargs": run.options.corrector_kwargs,
+        "unconditional_guidance_scale": run.scale,
+        "unconditional_conditioning": run.uncond,
+    }
 
 
 class DDIMSampler(Sampler):
@@ -29,11 +45,18 @@ class DDIMSampler(Sampler):
     takes_eta = True
     adds_noise = True
     mask_blend = "before"
+    published_loop = "ddim_sampling"
+    ddim_sampling = PublishedSampler.sampling_loop
 
     def make_steps(self, S: int, eta: float, spacing: str) -> Steps:
         return ddim_steps(self.model, S, eta, spacing)
 
     def step(self, x: Tensor, k: int, run: SamplingRun) -> tuple[Tensor, Tensor]:
+        if self.overrides("p_sample_ddim", DDIMSampler.p_sample_ddim):  # research code replaces the published step
+            return self.p_sample_ddim(x, run.cond, run.t[k].expand(len(x)), index=k, **published_arguments(self, run))
+        return self.transfer(x, k, run)
+
+    def transfer(self, x: Tensor, k: int, run: SamplingRun) -> tuple[Tensor, Tensor]:
         alpha_prev, sigma = run.alpha_prev[k], run.sigma[k]
         eps, x0 = run.predict(x, k)  # eq. 12, "predicted x_0"
         # At eta 1, rounding can make the number under the root slightly negative.
@@ -64,7 +87,8 @@ class DDIMSampler(Sampler):
         `SamplingOptions`.
         """
         steps = self._steps_of(use_original_steps)
-        asked = SamplingOptions(
+        asked = sampling_options(
+            type(self).__name__,
             temperature=temperature,
             noise_dropout=noise_dropout,
             repeat_noise=repeat_noise,
@@ -75,7 +99,40 @@ class DDIMSampler(Sampler):
         )
         run = SamplingRun(self.model, steps, x, c, unconditional_conditioning, unconditional_guidance_scale, asked)
         run.t = t.expand(len(steps.t), len(x))  # (S, B): the timesteps may differ between samples
-        return self.step(x, index, run)
+        return self.transfer(x, index, run)
+
+    @torch.no_grad()
+    def encode(
+        self,
+        x0: Tensor,
+        c: Conditioning,
+        t_enc: int,
+        use_original_steps: bool = False,
+        return_intermediates: int | None = None,
+        unconditional_guidance_scale: float = 1.0,
+        unconditional_conditioning: Conditioning = None,
+        callback: Callable[[int], None] | None = None,
+    ) -> tuple[Tensor, dict[str, Any]]:
+        """DDIM inversion: the latent from which `decode` at eta 0 with t_start = `t_enc` returns to x0 (B, C, H, W).
+
+        Also returns {"x_encoded", "intermediate_steps", "intermediates"}, of about `return_intermediates` latents on
+        the way. (arXiv 2105.05233, appendix F: DDIM's step in reverse, with the noise at its start.)
+        """
+        steps = self._steps_of(use_original_steps)
+        if not 0 <= t_enc <= len(steps.t):
+            raise ValueError(f"t_enc {t_enc}: choose 0 to {len(steps.t)}")
+        run = self._start(steps, x0, c, unconditional_guidance_scale, unconditional_conditioning, SamplingOptions())
+        every, kept, x = max(1, t_enc // (return_intermediates or 1)), {}, x0
+        for k in range(t_enc):
+            alpha_prev, alpha = run.alpha_prev[k], run.alpha[k]
+            eps, _ = run.predict(x, k)
+            pred_x0 = (x - (1 - alpha_prev).sqrt() * eps) / alpha_prev.sqrt()
+            x = alpha.sqrt() * pred_x0 + (1 - alpha).sqrt() * eps
+            if return_intermediates and (k % every == 0 or k >= t_enc - 2):
+                kept[k] = x
+            if callback is not None:
+                callback(k)
+        return x, {"x_encoded": x, "intermediate_steps": list(kept), "intermediates": list(kept.values())}
 
     def _encoding_alphas(self, steps: Steps) -> np.ndarray:
         # As published, one level noisier than the first step of `decode`.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from ldm.models.diffusion.published import PublishedSampler
 from ldm.models.diffusion.samplers.base import Sampler
 from ldm.models.diffusion.samplers.ddim import ddim_steps
 from ldm.models.diffusion.samplers.denoiser import SamplingRun, Steps
@@ -13,6 +14,8 @@ class PLMSSampler(Sampler):
     """Pseudo linear multistep, https://arxiv.org/abs/2202.09778 (Algorithm 2, its first step a Heun step)."""
 
     mask_blend = "before"
+    published_loop = "plms_sampling"
+    plms_sampling = PublishedSampler.sampling_loop
 
     def make_steps(self, S: int, eta: float, spacing: str) -> Steps:
         return ddim_steps(self.model, S, eta, spacing)
