@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import logging
 import re
 import sys
@@ -127,9 +128,12 @@ def run_command(
         logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[TerminalHandler()])
         for chatty in ("httpx", "PIL", "fsspec", "huggingface_hub"):
             logging.getLogger(chatty).setLevel(logging.ERROR)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # file names that the terminal's encoding lacks
     try:
         return main(argv) or 0
     except KeyboardInterrupt:
+        _close_bars()
         print("stopped", file=sys.stderr)
         return EXIT_INTERRUPTED
     except Exception as error:
@@ -137,9 +141,17 @@ def run_command(
         out_of_memory = isinstance(error, MemoryError) or any(words in shown for words in _NO_MEMORY)
         if "--debug" in argv or not (out_of_memory or isinstance(error, (ValueError, OSError, ImportError))):
             raise
+        _close_bars()
         advice = less_memory(parser().flags) if out_of_memory and parser is not None else ""
         print(f"error: {one_line(error)}{advice}", file=sys.stderr)
         return EXIT_USAGE
+
+
+def _close_bars() -> None:
+    """End the lines of open progress bars, so that a message begins its own."""
+    if tqdm := sys.modules.get("tqdm"):
+        for bar in list(getattr(tqdm.tqdm, "_instances", ())):
+            bar.close()
 
 
 def less_memory(flags: Sequence[str]) -> str:

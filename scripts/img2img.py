@@ -46,9 +46,9 @@ def main(argv: Sequence[str]) -> None:
     request = ImageToImageRequest(
         **cli.request_fields(opt, ImageToImageRequest, prompt=cli.prompts_of(opt), depth=bool(opt.depth))
     )
-    image = inference.load_image(opt.init_img)
+    image = inference.check_image(opt.init_img, "--init-img", info.multiple)
     request = request.fitted(image.height, image.width, info).checked(info)
-    depth = inference.find_depth(opt.depth) if opt.depth else None
+    depth = inference.find_depth(opt.depth, image.size) if opt.depth else None
     prepared = cli.prepare(opt, info)
     output = Output(opt.outdir, prepared.watermark, prepared.safety)
 

@@ -47,7 +47,7 @@ def main(argv: Sequence[str]) -> None:
     info = cli.read_info(opt)
     request = InpaintRequest(**cli.request_fields(opt, InpaintRequest)).checked(info)
     pairs = inference.one_pair(opt.init_img, opt.mask) if single else inference.find_pairs(opt.indir)
-    inference.check_pairs(pairs)
+    inference.check_pairs(pairs, info.multiple)
     prepared = cli.prepare(opt, info)
     output = NamedOutput(opt.outdir, prepared.watermark, prepared.safety)
 
@@ -55,9 +55,7 @@ def main(argv: Sequence[str]) -> None:
 
     def results() -> Iterator[tuple[Path, GeneratedImage]]:
         for path, mask in pairs:
-            # Transparent parts of a mask are not inpainted, so its background is black.
-            images = inference.load_image(path), inference.load_image(mask, background=(0, 0, 0))
-            result = inference.inpaint(pipeline, *images, request)
+            result = inference.inpaint(pipeline, inference.load_image(path), inference.load_mask(mask), request)
             yield path, result._replace(info={**result.info, **cli.record_files(init_img=path, mask=mask)})
 
     inference.write_named(results(), len(pairs), output)

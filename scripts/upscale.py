@@ -41,7 +41,7 @@ def main(argv: Sequence[str]) -> None:
     info = cli.read_info(opt)
     request = UpscaleRequest(**cli.request_fields(opt, UpscaleRequest)).checked(info)
     for path in opt.init_img:
-        inference.load_image(path)
+        inference.check_image(path, "--init-img", info.latent_multiple)
     prepared = cli.prepare(opt, info)
     output = NamedOutput(opt.outdir, prepared.watermark, prepared.safety)
 

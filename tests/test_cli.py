@@ -2,8 +2,10 @@
 
 import importlib
 import re
+import sys
 
 import pytest
+from tqdm import tqdm
 
 from ldm.cli import EXIT_INTERRUPTED, EXIT_USAGE, Parser, less_memory, run_command
 from ldm.paths import ROOT, find_file, in_checkout
@@ -40,6 +42,16 @@ def test_an_unknown_flag_is_one_line_with_the_nearest(argv, words, capsys):
         and err.startswith("error: ")
         and err.count("\n") == 1
     )
+
+
+def test_an_open_progress_bar_is_closed_before_the_error(capsys):
+    def main(argv):
+        bar = tqdm(total=5, desc="sampling", file=sys.stderr)
+        bar.update()
+        raise ValueError("no more")
+
+    assert run_command(main, []) == EXIT_USAGE
+    assert capsys.readouterr().err.endswith("\nerror: no more\n")
 
 
 def test_typed_flags_come_without_defaults():

@@ -92,18 +92,18 @@ def load_labels(path: PathType, max_pixels: int = MAX_PIXELS) -> Image.Image:
     return Image.fromarray(labels.astype(np.uint8))
 
 
-def load_depth(path: PathType, max_pixels: int = MAX_PIXELS) -> np.ndarray:
-    """Load a depth map of grey levels (8 to 32 bits, integer or float) -> float32 (H, W), unscaled; color becomes grey.
+def load_levels(path: PathType, max_pixels: int = MAX_PIXELS, background: tuple[int, int, int] = WHITE) -> np.ndarray:
+    """Load grey levels (8 to 32 bits, integer or float) -> float32 (H, W), upright and unscaled; color becomes grey.
 
     Raises BadImageError as `load_image` does, and for values that are not finite.
     """
     with _opened(path, max_pixels) as image:
         image = _decoded(image)
-        grey = image if image.mode.startswith(("I", "F")) else to_rgb(image).convert("L")
-        depth = np.asarray(grey, dtype=np.float32)
-    if not np.isfinite(depth).all():
-        raise BadImageError(path, "not a depth map: some values are not finite")
-    return depth
+        grey = image if image.mode.startswith(("I", "F")) else to_rgb(image, background).convert("L")
+        levels = np.asarray(grey, dtype=np.float32)
+    if not np.isfinite(levels).all():
+        raise BadImageError(path, "some values are not finite")
+    return levels
 
 
 def to_rgb(image: Image.Image, background: tuple[int, int, int] = WHITE) -> Image.Image:

@@ -20,10 +20,12 @@ if TYPE_CHECKING:
     from ldm.config.instantiate import allow_targets
     from ldm.config.model_info import ModelInfo, model_info, read_model_info
     from ldm.inference.inputs import (
+        check_image,
         check_pairs,
         find_depth,
         find_pairs,
         load_image,
+        load_mask,
         one_pair,
         parse_classes,
         read_prompts,
@@ -49,7 +51,9 @@ if TYPE_CHECKING:
 _LIGHT = {
     "ldm.config.instantiate": "allow_targets",
     "ldm.config.model_info": "ModelInfo model_info read_model_info",
-    "ldm.inference.inputs": ("check_pairs find_depth find_pairs load_image one_pair parse_classes read_prompts"),
+    "ldm.inference.inputs": (
+        "check_image check_pairs find_depth find_pairs load_image load_mask one_pair parse_classes read_prompts"
+    ),
     "ldm.inference.requests": (
         "ClassConditionalRequest ImageToImageRequest InpaintRequest RetrievalRequest TextToImageRequest UpscaleRequest"
     ),

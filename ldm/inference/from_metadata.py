@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from ldm import inference
 from ldm.cli import Parser
 from ldm.config.model_info import ModelInfo
+from ldm.inference.settings import MAX_COUNT
 from ldm.output.images import read_metadata
 from ldm.output.watermark import METHODS
 from ldm.paths import find_file, fingerprint
@@ -40,7 +41,6 @@ REPLACES = {  # a flag on the command line -> the metadata that it makes invalid
     "config": ("channels", "factor"),
     "laion400m": ("config", "ckpt", "channels", "factor"),
 }
-MAX_COUNT = 1_000_000  # prompts and images in a run
 WHOLE_RUN = ("n_samples", "n_iter", "from_file")  # flags that ask for more than the one image
 
 

@@ -2,30 +2,46 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
-from ldm.data.image import EXTENSIONS, load_depth
-from ldm.data.image import load_image as load_image
+from ldm.data.image import EXTENSIONS, load_image, load_levels
+from ldm.inference.settings import round_to_multiple
+
+logger = logging.getLogger(__name__)
+
+BLACK = (0, 0, 0)
 
 
 def read_prompts(path: str | Path) -> list[str]:
-    """The lines of a UTF-8 text file, one prompt each (empty lines included); raise ValueError if it has none."""
+    """The lines of a text file, one prompt each (empty lines included): UTF-8, or UTF-16 with a byte order mark.
+
+    Only \\n, \\r\\n and \\r end a line. Raises ValueError if there are no prompts or another encoding.
+    """
+    flag = f"--from-file {path}"
     try:
-        text = Path(path).read_text(encoding="utf-8-sig")
+        content = Path(path).read_bytes()
+        text = content.decode("utf-16" if content.startswith((b"\xff\xfe", b"\xfe\xff")) else "utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ValueError(
-            f"--from-file {path}: not UTF-8 text (byte {error.start}); save it as UTF-8, one prompt per line"
-        ) from error
+        byte = f"byte {error.start}"
+        raise ValueError(f"{flag}: not UTF-8 text ({byte}); save it as UTF-8, one prompt per line") from error
     except OSError as error:
-        raise ValueError(
-            f"--from-file {path}: {error.strerror or error}; pass a text file with one prompt per line"
-        ) from error
-    if not text:
-        raise ValueError(f"--from-file {path}: the file is empty; write one prompt per line")
-    return text.removesuffix("\n").split("\n")  # `splitlines` would also split at U+2028, U+0085 and form feeds
+        raise ValueError(f"{flag}: {error.strerror or error}; pass a text file with one prompt per line") from error
+    if "\0" in text:
+        raise ValueError(f"{flag}: not UTF-8 text (it has zero bytes); save it as UTF-8, one prompt per line")
+    prompts = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")  # as ldm.data.tables, which imports torch
+    if not prompts[-1]:  # after the last line's end
+        prompts.pop()
+    if not any(map(str.strip, prompts)):
+        raise ValueError(f"{flag}: the file is empty; write one prompt per line")
+    blank = [number for number, prompt in enumerate(prompts, 1) if not prompt.strip()]
+    if blank:
+        logger.warning("%s: %d of %d prompts are empty, the first in line %d", flag, len(blank), len(prompts), blank[0])
+    return prompts
 
 
 def find_pairs(folder: str | Path) -> list[tuple[Path, Path]]:
@@ -58,26 +74,90 @@ def one_pair(image: str | None, mask: str | None) -> list[tuple[Path, Path]]:
     return [(Path(image or ""), Path(mask or ""))]
 
 
-def check_pairs(pairs: Sequence[tuple[Path, Path]]) -> None:
-    """Raise ValueError for files that are not images, and for a mask of another size than its image."""
-    for image, mask in pairs:
-        size, mask_size = load_image(image).size, load_image(mask).size
-        if size != mask_size:
-            raise ValueError(
-                "{} has {}x{} pixels, {} has {}x{}: sizes must match".format(mask, *mask_size, image, *size)
-            )
+def check_image(path: str | Path, flag: str, multiple: int = 1) -> Image.Image:
+    """Load an image that a model starts from; warn about animations and fully transparent images.
 
-
-def find_depth(path: str) -> np.ndarray | Path:
-    """The depth map in a file, float32 (H, W), or the folder of a depth estimator."""
-    folder = Path(path)
-    if not folder.is_dir():
-        return load_depth(path)
-    if not (folder / "config.json").is_file():
-        raise FileNotFoundError(
-            f"--depth {path}: no config.json in it; pass a depth map or a folder with transformers' DPT"
+    multiple: of pixels, that the model takes. Raises ValueError for a file that is not an image, or with a side below
+    half of it or 2, which padding or resizing would invent.
+    """
+    image, least = load_image(path), max(2, (multiple + 1) // 2)
+    if min(image.size) < least:
+        near = "x".join(str(round_to_multiple(max(side, least), multiple)) for side in image.size)
+        raise ValueError(
+            f"{flag} {path}: {image.width}x{image.height} pixels; this model needs at least {least}x{least}, and "
+            f"multiples of {multiple} are best: {near} is the nearest"
         )
-    return folder
+    with Image.open(path) as file:
+        if (frames := getattr(file, "n_frames", 1)) > 1 and file.format != "MPO":  # a camera's JPEG with a preview
+            logger.warning("%s %s: an animation of %d frames; the first one is used", flag, path, frames)
+    if image.getextrema() == ((255, 255),) * 3 and load_image(path, background=BLACK).getextrema() == ((0, 0),) * 3:
+        logger.warning("%s %s: fully transparent; it is taken as white", flag, path)
+    return image
+
+
+def load_mask(path: str | Path) -> Image.Image:
+    """Load an inpainting mask -> mode L, 255 where pixels are generated, else 0.
+
+    Generated is what is at least half white; white is 1 in a file whose largest value is 1, 255 up to 255, else 65535.
+    Transparent parts are not generated. Raises ValueError, with the largest value, if that leaves nothing.
+    """
+    levels = load_levels(path, background=BLACK)
+    highest = levels.max()
+    white = 1 if highest <= 1 else 255 if highest <= 255 else 65535
+    hole = levels >= white / 2
+    if not hole.any():
+        text = f"mask {path}: its largest value is {highest:g}, so nothing would be inpainted: make the hole white"
+        if load_levels(path).max() > highest:
+            text += " on black (transparent parts are kept)"
+        raise ValueError(text)
+    return Image.fromarray(np.where(hole, np.uint8(255), np.uint8(0)))
+
+
+def check_pairs(pairs: Sequence[tuple[Path, Path]], multiple: int = 1) -> None:
+    """Raise ValueError for files that are not images, images smaller than `multiple`, and unusable masks.
+
+    Warns about masks that look inverted, and about those of 0 and 1.
+    """
+    inverted: list[str] = []
+    binary: list[str] = []
+    for path, mask in pairs:
+        image, hole = check_image(path, "image", multiple), load_mask(mask)
+        if image.size != hole.size:
+            sizes = "{} has {}x{} pixels, {} has {}x{}: sizes must match".format(mask, *hole.size, path, *image.size)
+            turned = " (is only one of them rotated by EXIF?)" if image.size == hole.size[::-1] else ""
+            raise ValueError(sizes + turned)
+        if (share := np.asarray(hole).mean() / 255) > 0.5:
+            inverted.append(f"{share:.0%} of {mask}")
+        if set(np.unique(load_levels(mask, background=BLACK))) <= {0.0, 1.0}:
+            binary.append(str(mask))
+    if inverted:
+        text = "%d of %d masks are mostly white (%s); white is generated: if they are inverted, swap black and white"
+        logger.warning(text, len(inverted), len(pairs), inverted[0])
+    if binary:
+        text = "%d of %d masks have only the values 0 and 1 (%s); 1 is taken as white"
+        logger.warning(text, len(binary), len(pairs), binary[0])
+
+
+def find_depth(path: str, size: tuple[int, int]) -> np.ndarray | Path:
+    """The depth map in a file, float32 (H, W), or the folder of a depth estimator.
+
+    size: width and height of the image; warns if the map has other proportions, or is the same everywhere.
+    """
+    folder = Path(path)
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise FileNotFoundError(
+                f"--depth {path}: no config.json in it; pass a depth map or a folder with transformers' DPT"
+            )
+        return folder
+    depth = load_levels(path)
+    height, width = depth.shape
+    if abs(width / height - size[0] / size[1]) > 0.02 * size[0] / size[1]:
+        text = "--depth %s: %dx%d pixels, and the image has %dx%d: the map is stretched"
+        logger.warning(text, path, width, height, *size)
+    if depth.min() == depth.max():
+        logger.warning("--depth %s: the value is %g everywhere, so the map has no effect", path, depth.max())
+    return depth
 
 
 def parse_classes(words: Sequence[str]) -> tuple[int, ...]:

@@ -38,6 +38,8 @@ from ldm.paths import fingerprint, in_checkout
 
 logger = logging.getLogger(__name__)
 
+HALF = (torch.float16, torch.bfloat16)
+
 
 class GenerativeModel(DiffusionModel, Protocol):
     """The members that tasks use of a model besides sampling. Models in pixel space have no first stage."""
@@ -111,22 +113,31 @@ class Pipeline:
     ) -> Tensor:
         """Latents of `shape` (B, c, h, w) by the sampler of a checked request; `x_T` replaces the initial noise."""
         assert request.steps is not None
-        z, _ = make_sampler(request.sampler, self.model).sample(
-            S=request.steps,
-            batch_size=shape[0],
-            shape=shape[1:],
-            conditioning=given.cond,
-            eta=request.eta,
-            x_T=x_T,
-            unconditional_guidance_scale=given.scale,
-            unconditional_conditioning=given.uncond,
-            callback=given.callback,
-            log_every_t=request.steps + 1,
-            verbose=False,
-            noise_source=noise,
-            ddim_discretize=request.spacing,
-            **request.prediction_options,
-        )
+        try:
+            z, _ = make_sampler(request.sampler, self.model).sample(
+                S=request.steps,
+                batch_size=shape[0],
+                shape=shape[1:],
+                conditioning=given.cond,
+                eta=request.eta,
+                x_T=x_T,
+                unconditional_guidance_scale=given.scale,
+                unconditional_conditioning=given.uncond,
+                callback=given.callback,
+                log_every_t=request.steps + 1,
+                verbose=False,
+                noise_source=noise,
+                ddim_discretize=request.spacing,
+                **request.prediction_options,
+            )
+        except ValueError as error:
+            if "more than 1 value per channel" not in str(error):  # GroupNorm's, of one pixel and one channel
+                raise
+            height, width, factor, least = *shape[2:], self.info.factor or 1, self.info.latent_multiple
+            raise ValueError(
+                f"{width * factor}x{height * factor} pixels are too few for this model, whose deepest level would have "
+                f"one cell; the nearest size is {2 * least * factor}x{least * factor}"
+            ) from error
         return z
 
     def tensor(self, image: Image.Image) -> Tensor:
@@ -139,21 +150,31 @@ class Pipeline:
         If half precision overflows, the first stage is cast to float32 for good and decodes again.
         """
         if not torch.isfinite(z).all():
-            raise ValueError("sampling gave non-finite values; try --precision full, another sampler or more steps")
+            raise ValueError(f"sampling gave non-finite values; {self._why_not_finite()}")
         if not hasattr(self.model, "decode_first_stage"):  # diffusion in pixel space
             return z.float().clamp(-1.0, 1.0)
         x = self.model.decode_first_stage(z).float()
         stage: nn.Module | None = getattr(self.model, "first_stage_model", None)
         used = self.dtype or (weights_dtype(stage) if stage is not None else None)
-        if used in (torch.float16, torch.bfloat16) and not torch.isfinite(x).all():
+        if used in HALF and not torch.isfinite(x).all():
             logger.info("the first stage overflows in %s: decoding in float32", used)
             if stage is not None:
                 stage.float()
             with torch.autocast(self.device.type, enabled=False):
                 x = self.model.decode_first_stage(z.float())
         if not torch.isfinite(x).all():
-            raise ValueError("the first stage gave non-finite values: do these weights match the config?")
+            raise ValueError(f"the first stage gave non-finite values; {self._why_not_finite()}")
         return x.clamp(-1.0, 1.0)
+
+    def _why_not_finite(self) -> str:
+        """The first weight that is not finite, or advice. Checked only here: reading every weight takes seconds."""
+        state = cast(nn.Module, self.model).state_dict()
+        bad = [key for key, x in state.items() if x.is_floating_point() and not torch.isfinite(x).all()]
+        if bad:
+            more = f" and {len(bad) - 1} more keys" if len(bad) > 1 else ""
+            return f"the weights of {self.identity.get('ckpt')} are not finite: {bad[0]}{more}; use an undamaged file"
+        half = self.dtype in HALF or any(x.dtype in HALF for x in state.values())
+        return "try --precision full" if half else "try another sampler, more steps or a smaller --scale"
 
 
 def progress_bar(total: int, progress: bool = True, leave: bool = True) -> tqdm:

@@ -16,6 +16,7 @@ from ldm.inference.settings import (
     check_positive,
     check_seed_mode,
     check_size,
+    check_text,
     require,
     round_to_multiple,
 )
@@ -133,8 +134,13 @@ class TextToImageRequest(Request):
                 not given or info.condition_name not in OTHER_ENCODERS,
                 f"{flag}: requires one of {', '.join(CLIP_ENCODERS)}; this model's encoder is {info.condition_name}",
             )
+        for prompt in self.prompts:
+            check_text("--prompt", prompt)
         for prompt in (self.negative_prompt, *self.prompts) if self.emphasis else ():
             parse_emphasis(prompt)
+        if self.scale != 1.0 and {self.negative_prompt.strip()} == {prompt.strip() for prompt in self.prompts}:
+            same = "--negative_prompt is the prompt" if self.negative_prompt.strip() else "the prompt is empty"
+            logger.warning("%s: --scale has no effect", same)
 
 
 @dataclass(frozen=True)
@@ -192,7 +198,12 @@ class ImageToImageRequest(TextToImageRequest):
     def _resolved(self, info: ModelInfo) -> Self:
         valid = 0.0 <= self.strength <= 1.0
         require(valid, f"--strength {self.strength}: choose 0 (keep the image) to 1 (ignore it); 0.75 is usual")
-        return super()._resolved(info)
+        request = super()._resolved(info)
+        if request.strength > 0 and request.encode_steps == 0:
+            least = math.ceil(1 / request.strength)
+            text = "--strength %g of --ddim_steps %d is less than one step, so the image stays; choose %d steps or more"
+            logger.warning(text, request.strength, request.steps, least)
+        return request
 
 
 @dataclass(frozen=True)
@@ -205,6 +216,7 @@ class ConcatRequest(Request):
     prompt: str = ""  # for text-conditional models only
 
     def _resolved(self, info: ModelInfo) -> Self:
+        check_text("--prompt", self.prompt)
         if info.factor is None:
             raise ValueError("first_stage_config: ddconfig.ch_mult is missing, so the downsampling factor is unknown")
         scale = (self.usual_scale if info.takes_text else 1.0) if self.scale is None else self.scale

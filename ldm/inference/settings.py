@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any, ClassVar, Self
@@ -13,6 +12,9 @@ from ldm.models.diffusion.samplers.registry import SAMPLERS
 PRECISIONS = ("auto", "full", "autocast", "bf16", "fp16")
 MAX_SEED = 2**32 - 1
 SEED_MODES = ("batch", "image")
+MAX_SCALE = 1000  # far above every scale in use
+MAX_SIDE = 65536  # pixels
+MAX_COUNT = 1_000_000  # images in a run
 TILE = 512  # usual side of a tile, in pixels
 
 
@@ -61,6 +63,7 @@ class Request:
         """Check what all requests have in common; subclasses fill in their own defaults first."""
         check_steps(self.steps_flag, self.steps, info)
         require(0 <= self.seed <= MAX_SEED, f"--seed {self.seed}: choose 0 to {MAX_SEED}")
+        check_text("--negative_prompt", self.negative_prompt)
         eta = self._resolved_eta()
         self._check_spacing(info)
         self._check_guidance()
@@ -71,8 +74,7 @@ class Request:
         default, adjustable = SAMPLERS[self.sampler].default_eta, SAMPLERS[self.sampler].takes_eta
         if self.eta is None:
             return default
-        valid = math.isfinite(self.eta) and self.eta >= 0
-        require(valid, f"{self.eta_flag} {self.eta}: choose 0 (deterministic) to 1 (the noise of DDPM)")
+        require(0 <= self.eta <= 1, f"{self.eta_flag} {self.eta}: choose 0 (deterministic) to 1 (the noise of DDPM)")
         fixed = "has a fixed eta of 1" if default else "is deterministic (eta 0)"
         others = ", ".join(name for name, entry in SAMPLERS.items() if entry.takes_eta)
         require(
@@ -91,8 +93,8 @@ class Request:
         )
 
     def _check_guidance(self) -> None:
-        valid = self.scale is not None and math.isfinite(self.scale)
-        require(valid, f"--scale {self.scale}: choose a finite number; 1 disables guidance")
+        valid = self.scale is not None and abs(self.scale) <= MAX_SCALE
+        require(valid, f"--scale {self.scale}: choose -{MAX_SCALE} to {MAX_SCALE}; 1 disables guidance")
         require(
             not self.negative_prompt or self.scale != 1.0,
             "--negative_prompt with --scale 1: scale 1 disables guidance; choose another scale, "
@@ -121,9 +123,19 @@ def check_steps(flag: str, steps: int | None, info: ModelInfo) -> None:
 
 
 def check_positive(values: Mapping[str, int | None]) -> None:
-    """Raise ValueError for the first flag whose value is below 1; None is not checked."""
+    """Raise ValueError for the first flag whose value is below 1 or above MAX_COUNT; None is not checked."""
     for flag, value in values.items():
-        require(value is None or value >= 1, f"{flag} {value}: choose 1 or more")
+        require(value is None or 1 <= value <= MAX_COUNT, f"{flag} {value}: choose 1 to {MAX_COUNT:,}")
+
+
+def check_text(flag: str, text: str) -> None:
+    """Raise ValueError for text that was not valid UTF-8: Python keeps undecodable bytes as lone surrogates."""
+    bad = next((k for k, letter in enumerate(text) if "\ud800" <= letter <= "\udfff"), None)
+    if bad is not None:
+        raise ValueError(
+            f"{flag} {text[:40]!a}: not UTF-8 text (character {bad + 1}); use UTF-8 in the terminal and in the locale, "
+            "e.g. LC_ALL=C.UTF-8"
+        )
 
 
 def check_seed_mode(mode: str) -> None:
@@ -132,7 +144,8 @@ def check_seed_mode(mode: str) -> None:
 
 def check_size(height: int, width: int, multiple: int) -> None:
     """Raise ValueError, with the nearest valid size, unless both sides are positive multiples of `multiple` pixels."""
-    near_height, near_width = (round_to_multiple(side, multiple) for side in (height, width))
+    most = MAX_SIDE // multiple * multiple
+    near_height, near_width = (min(round_to_multiple(side, multiple), most) for side in (height, width))
     require(
         (near_height, near_width) == (height, width),
         f"--H {height} --W {width}: this model needs multiples of {multiple} pixels; "

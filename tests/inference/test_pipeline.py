@@ -132,10 +132,11 @@ def test_an_incompatible_torchvision_is_reported_with_the_fix(monkeypatch):
 # --- numbers, devices
 
 
-class Overflowing:
+class Overflowing(torch.nn.Module):
     """A model whose first stage overflows in half precision, or always."""
 
     def __init__(self, always: bool = False) -> None:
+        super().__init__()
         self.always = always
 
     def decode_first_stage(self, z):
@@ -153,6 +154,16 @@ def test_an_overflow_of_half_precision_in_the_first_stage_is_decoded_in_float32(
         Pipeline(Overflowing(always=True), info, torch.device("cpu"), None, {}).decode(torch.zeros(1, 4, 2, 2))
     with pytest.raises(ValueError, match="--precision full"):
         ok.decode(torch.full((1, 4, 2, 2), float("inf")))
+
+
+def test_weights_that_are_not_finite_are_named_with_their_file(saved, tmp_path):
+    content = torch.load(saved.ckpt, weights_only=True)
+    key = "first_stage_model.decoder.conv_in.weight"
+    content["state_dict"][key][0, 0, 0, 0] = float("nan")
+    torch.save(content, tmp_path / "nan.ckpt")
+    broken = load_model(saved.config, tmp_path / "nan.ckpt", "cpu", "full")
+    with pytest.raises(ValueError, match=rf"non-finite values; the weights of .*nan.ckpt are not finite: {key}; use"):
+        generate(broken)
 
 
 def test_autocast_gives_nearly_the_same_images(saved, pipeline):

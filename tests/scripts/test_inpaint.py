@@ -88,6 +88,20 @@ def test_results_in_the_folder_of_the_images_leave_them_alone(saved, tmp_path):
     assert (tmp_path / "x.png").read_bytes() == before and (tmp_path / "x-1.png").exists()
 
 
+def test_a_mask_of_0_and_1_gives_the_image_of_0_and_255_and_a_black_one_is_refused(saved, tmp_path, capsys):
+    pair(tmp_path / "in", "a")
+    pair(tmp_path / "in", "b")
+    binary = (np.asarray(hole()) >= 128).astype(np.uint8)
+    Image.fromarray(binary).save(tmp_path / "in" / "b_mask.png")
+    assert run_command(main, arguments(saved, tmp_path / "in", tmp_path / "out")) == 0
+    a, b = (np.asarray(Image.open(tmp_path / "out" / f"{name}.png")) for name in "ab")
+    assert np.array_equal(a, b) and not np.array_equal(a, np.asarray(make_image()))
+    capsys.readouterr()
+    Image.fromarray(0 * binary).save(tmp_path / "in" / "b_mask.png")
+    line = refused(main, arguments(saved, tmp_path / "in", tmp_path / "new"), capsys)
+    assert "b_mask.png: its largest value is 0" in line and not (tmp_path / "new").exists()
+
+
 @pytest.mark.parametrize("name", ["last.ckpt", "model.ckpt"])
 def test_the_released_model_is_found_under_either_name(saved, tmp_path, monkeypatch, name):
     folder = tmp_path / "models" / "ldm" / "inpainting_big"

@@ -7,7 +7,7 @@ from PIL import Image
 
 from ldm import inference
 from ldm.cli import run_command
-from ldm.data.image import from_tensor, load_depth, to_array
+from ldm.data.image import from_tensor, load_levels, to_array
 from ldm.inference import image_to_image, load_model, text_to_image
 from ldm.inference.prompt_weights import PromptEncoder
 from ldm.inference.requests import ImageToImageRequest, InpaintRequest, TextToImageRequest, UpscaleRequest
@@ -204,7 +204,7 @@ def test_text_flags_require_a_text_conditional_model(tmp_path, capsys):
 def test_a_depth_map_conditions_the_image(saved, pipelines, tmp_path):
     ramp = np.linspace(0, 65535, 24, dtype=np.uint16)[None].repeat(16, axis=0)
     Image.fromarray(ramp).save(tmp_path / "d.png")
-    depth = load_depth(tmp_path / "d.png")
+    depth = load_levels(tmp_path / "d.png")
     assert depth.dtype == np.float32 and np.array_equal(depth, ramp)
     pipeline, settings = (
         pipelines["depth"],

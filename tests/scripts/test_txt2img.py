@@ -1,5 +1,6 @@
 """scripts/txt2img.py as a user runs it, on a model of 0.1 M parameters."""
 
+import resource
 import shutil
 import subprocess
 import sys
@@ -49,6 +50,20 @@ def refused(argv: list[str], capsys) -> str:
     err = capsys.readouterr().err
     assert code == 2 and err.startswith("error: ") and err.count("\n") == 1
     return err
+
+
+def test_a_full_disk_leaves_whole_images_and_one_line_with_path_and_bytes(saved, tmp_path, capfd):
+    flags = ["--n_iter", "3", "--n_samples", "1", "--H", "80", "--W", "80", "--ddim_steps", "1"]
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (8000, limits[1]))  # an image takes about 20 kB
+    try:
+        assert run_command(main, arguments(saved, tmp_path / "out", *flags)) == 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    line = capfd.readouterr().err.splitlines()[-1]
+    image = tmp_path / "out" / "samples" / "00000.png"
+    assert line.startswith(f"error: {image}: could not be written: File too large") and "bytes are needed" in line
+    assert [path for path in (tmp_path / "out").rglob("*") if path.is_file()] == []
 
 
 def test_flags_have_the_published_defaults():
