@@ -7,7 +7,7 @@ import secrets
 import sys
 import time
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this script's checkout, installed or not
@@ -20,7 +20,7 @@ from ldm.cli import Parser, run_command
 from ldm.inference import cli
 from ldm.inference.requests import ClassConditionalRequest
 from ldm.inference.settings import MAX_SEED
-from ldm.output.images import Output
+from ldm.output.images import GeneratedImage, Output
 from ldm.paths import find_file
 
 logger = logging.getLogger(__name__)
@@ -47,11 +47,12 @@ def parser() -> Parser:
     add("-l", "--logdir", default="none", metavar="DIR", help=text)
     add("-c", "--custom_steps", type=int, default=50, metavar="S", help="number of sampling steps")
     add("--batch_size", type=int, default=10, metavar="N", help="samples per batch")
-    text = "classes, used in turn: 207, 1,2,3 or 10-19 (default: all, shuffled)"
+    text = "classes, used in turn: 207, 1,2,3, 10-19, or names of the run (default: all, shuffled)"
     add("--classes", nargs="+", metavar="CLASS", help=text)
     text = "classifier-free guidance scale of class-conditional models; 1 disables it"
     add("--scale", type=float, default=1.0, help=text)
     text = "the class that means 'no class', for guidance (default: the last one if the model has one)"
+    add("--skip_grid", action="store_true", help="do not save a grid of the first samples")
     add("--null_class", type=int, metavar="CLASS", help=text)
     cli.add_seed_flags(parser, seed=None)
     cli.add_model_flags(parser, None, None)
@@ -65,12 +66,16 @@ def main(argv: Sequence[str]) -> None:
     opt.seed = secrets.randbelow(MAX_SEED) if opt.seed is None else opt.seed
     saved = inference.find_run(find_file(opt.resume))
     info = inference.read_model_info(saved.configs, opt.overrides)
-    classes = inference.parse_classes(opt.classes) if opt.classes is not None else None
+    names = saved.class_names if info.n_classes is not None else []
+    classes = inference.parse_classes(opt.classes, names) if opt.classes is not None else None
     others = {"steps": opt.custom_steps, "vanilla": opt.vanilla_sample, "classes": classes}
     request = ClassConditionalRequest(**cli.request_fields(opt, ClassConditionalRequest, **others)).checked(info)
     if Path(opt.logdir).is_file():
         raise ValueError(f"--logdir {opt.logdir}: a file; choose a folder")
     prepared = cli.prepare(opt, info, saved.ckpt)
+    if names:
+        used = [shown(number, names) for number in dict.fromkeys(range(len(names)) if classes is None else classes)]
+        logger.info("classes: %s%s", ", ".join(used[:20]), f", ... {len(used)} in all" if len(used) > 20 else "")
     if request.vanilla:
         logger.info("-v samples every timestep: --custom_steps and --eta have no effect")
 
@@ -78,8 +83,22 @@ def main(argv: Sequence[str]) -> None:
     pipeline.identity = {**pipeline.identity, "overrides": opt.overrides}
     folder = new_folder(saved, prepared.weights.step() or 0, opt)
     output = Output(folder, prepared.watermark, prepared.safety, samples="img/sample_{:06}.png")
-    inference.write_samples(inference.generate_samples(pipeline, request), request.n_samples, output, folder / "numpy")
+    columns = len(classes) if classes and len(classes) <= 16 else None
+    images = with_names(inference.generate_samples(pipeline, request), names)
+    inference.write_samples(images, request.n_samples, output, folder / "numpy", columns, opt.skip_grid)
     print(f"seed {request.seed}")
+
+
+def shown(number: int, names: Sequence[str]) -> str:
+    return f"{number} {names[number]}" if number < len(names) else f"{number}"
+
+
+def with_names(images: Iterable[GeneratedImage], names: Sequence[str]) -> Iterator[GeneratedImage]:
+    """Record the name of each image's class."""
+    for image in images:
+        number = image.info["class"]
+        known = number is not None and number < len(names)
+        yield image._replace(info={**image.info, "class_name": names[number]}) if known else image
 
 
 def new_folder(saved: inference.SavedRun, step: int, opt: Namespace) -> Path:

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from ldm.config.suggest import closest, did_you_mean
 from ldm.data.image import EXTENSIONS, load_image, load_levels
 from ldm.inference.settings import round_to_multiple
 
@@ -160,14 +161,25 @@ def find_depth(path: str, size: tuple[int, int]) -> np.ndarray | Path:
     return depth
 
 
-def parse_classes(words: Sequence[str]) -> tuple[int, ...]:
-    """Class numbers on the command line: `207`, `1,2,3` and `10-19` (both ends included), in the order given."""
+def parse_classes(words: Sequence[str], names: Sequence[str] = ()) -> tuple[int, ...]:
+    """Class numbers on the command line: `207`, `1,2,3`, `10-19` (both ends included) and `names`, in the order given.
+
+    A word that could be both is a number.
+    """
     classes: list[int] = []
-    for word in ",".join(words).split(","):
-        first, dash, last = word.strip().partition("-")
-        if not first.isdecimal() or (dash and not last.isdecimal()):
-            raise ValueError(f"--classes {word!r}: expected class numbers and ranges, e.g. 207 or 1,2,10-19")
-        if dash and int(last) < int(first):
-            raise ValueError(f"--classes {word}: the range is reversed")
-        classes.extend(range(int(first), int(last or first) + 1))
+    numbers = {name: number for number, name in enumerate(names)}
+    for word in words:
+        for part in [word] if word in numbers else map(str.strip, word.split(",")):  # a name may have a comma
+            first, dash, last = part.partition("-")
+            if first.isdecimal() and (not dash or last.isdecimal()):
+                if dash and int(last) < int(first):
+                    raise ValueError(f"--classes {part}: the range is reversed")
+                classes.extend(range(int(first), int(last or first) + 1))
+            elif part in numbers:
+                classes.append(numbers[part])
+            elif names:
+                near = did_you_mean(part, names if len(names) <= 20 else filter(None, [closest(part, names)]))
+                raise ValueError(f"--classes {part!r}: neither a number nor the name of a class{near}")
+            else:
+                raise ValueError(f"--classes {part!r}: expected class numbers and ranges, e.g. 207 or 1,2,10-19")
     return tuple(classes)

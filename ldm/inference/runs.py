@@ -13,6 +13,13 @@ class SavedRun(NamedTuple):
     configs: list[Path]
     ckpt: Path
 
+    @property
+    def class_names(self) -> list[str]:
+        """Names of the classes by number, from `classes.txt` beside the config; empty if the run has none."""
+        files = (self.configs[-1].parent / "classes.txt", self.folder / "classes.txt")
+        text = next((file.read_text(encoding="utf-8") for file in files if file.is_file()), "")
+        return text.removesuffix("\n").split("\n") if text else []
+
 
 def find_run(resume: str | Path, flag: str = "--resume") -> SavedRun:
     """Find the run of a path: a run directory, or a checkpoint in one or in its `checkpoints`.

@@ -14,6 +14,8 @@ from ldm.output.images import GeneratedImage, NamedOutput, Output
 from ldm.output.sample_array import SampleArray
 from ldm.visualize import grid
 
+MAX_GRID = 64  # samples in the grid of a long run
+
 
 def write_images(images: Iterable[GeneratedImage], output: Output, opt: Namespace) -> None:
     """Save images as they are generated, then their grid, and report."""
@@ -26,7 +28,8 @@ def write_images(images: Iterable[GeneratedImage], output: Output, opt: Namespac
             kept.append(image)
     seconds = time.perf_counter() - start
     if kept:
-        files.append(output.save_grid(grid_of(kept, opt.n_rows or opt.n_samples, opt.captions)))
+        captions = [image.info["prompt"] for image in kept] if opt.captions else None
+        files.append(output.save_grid(grid_of(kept, opt.n_rows or opt.n_samples, captions)))
     report(count, seconds, files)
 
 
@@ -40,16 +43,28 @@ def write_named(images: Iterable[tuple[Path, GeneratedImage]], count: int, outpu
     report(count, time.perf_counter() - start, files)
 
 
-def write_samples(images: Iterable[GeneratedImage], count: int, output: Output, folder: Path) -> None:
-    """Save samples as numbered files and, without watermark, in one array in `folder`, and report."""
+def write_samples(
+    images: Iterable[GeneratedImage], count: int, output: Output, folder: Path, columns: int | None, skip_grid: bool
+) -> None:
+    """Save samples as numbered files and, without watermark, in one array in `folder`, and report.
+
+    A grid shows the first ones, with their classes; columns: None for a square grid.
+    """
     start, files, array = time.perf_counter(), [], SampleArray(folder, count)
+    kept: list[GeneratedImage] = []
     try:
         for image in map(output.checked, images):
             array.append(image.image, image.info["class"])
             files.append(output.save_sample(image))
+            if not skip_grid and count > 1 and len(kept) < MAX_GRID:
+                kept.append(image)
         files.append(array.finish())
     finally:
         array.close()
+    if kept:
+        classes = [str(image.info.get("class_name", image.info["class"])) for image in kept]
+        captions = None if kept[0].info["class"] is None else classes
+        files.append(output.save_grid(grid_of(kept, columns, captions)))
     report(count, time.perf_counter() - start, files)
 
 
@@ -61,13 +76,14 @@ def report(count: int, seconds: float, files: Sequence[Path]) -> None:
     print("\n".join(names if len(names) <= 8 else [*names[:3], f"... {len(names) - 5} more", *names[-2:]]))
 
 
-def grid_of(images: list[GeneratedImage], columns: int, captions: bool) -> GeneratedImage:
+def grid_of(images: list[GeneratedImage], columns: int | None, captions: list[str] | None) -> GeneratedImage:
     """All images in the published grid or, with captions, in a wider one on white."""
-    prompts = [image.info["prompt"] for image in images]
-    layout: dict[str, Any] = {"captions": prompts, "padding": 12} if captions else {"background": "black"}
+    layout: dict[str, Any] = {"captions": captions, "padding": 12} if captions else {"background": "black"}
+    each = {"prompt": "prompts", "class": "classes"}
+    lists = {key: [image.info[name] for image in images] for name, key in each.items() if name in images[0].info}
     shared = {name: x for name, x in images[0].info.items() if all(image.info[name] == x for image in images)}
     flagged = [image.info.get("flagged") for image in images]
-    info = {**shared, "prompts": prompts, "flagged": None if None in flagged else any(flagged)}
+    info = {**shared, **lists, "flagged": None if None in flagged else any(flagged)}
     return GeneratedImage(
         grid([image.image for image in images], columns=columns, **layout), info, checked=all(i.checked for i in images)
     )

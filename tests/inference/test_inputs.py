@@ -68,6 +68,13 @@ def test_classes_are_numbers_lists_and_ranges(words, classes):
     assert parse_classes(words) == classes
 
 
+def test_classes_are_named_too_and_a_word_that_could_be_both_is_a_number():
+    names = ["2", "a cat", "dog, wet", "1-2"]
+    assert parse_classes(["a cat,2", "dog, wet", "0-1"], names) == (1, 2, 2, 0, 1)
+    with pytest.raises(ValueError, match=r"--classes 'a cot': neither a number nor .*; did you mean 'a cat'\?"):
+        parse_classes(["a cot"], names)
+
+
 @pytest.mark.parametrize("word", ["cat", "", "1,", "-1", "1-", "5-3", "1.5", "²"])
 def test_an_invalid_class_is_refused_by_name(word):
     with pytest.raises(ValueError, match="--classes"):

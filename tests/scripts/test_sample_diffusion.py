@@ -160,6 +160,36 @@ def test_classes_are_generated_in_turn_and_recorded_in_array_and_metadata(classe
     assert info["config_fingerprint"] == fingerprint(classes.config)
 
 
+def test_classes_of_a_run_have_names_on_the_command_line_in_the_log_the_metadata_and_the_grid(
+    classes, tmp_path, caplog, capsys
+):
+    listed = classes.ckpt.parents[1] / "configs" / "classes.txt"
+    listed.write_text("ape\nred, round\nzebra\n", encoding="utf-8")
+    try:
+        with caplog.at_level("INFO"):
+            flags = ["-n", "4", "--classes", "zebra", "red, round", "0"]
+            assert run_command(main, arguments(classes.ckpt, tmp_path, *flags)) == 0
+        capsys.readouterr()
+        words = "--classes 'zebr': neither a number nor the name of a class; did you mean 'zebra'?"
+        assert words in refused(main, arguments(classes.ckpt, tmp_path / "b", "--classes", "ape,zebr"), capsys)
+    finally:
+        listed.unlink()
+    assert "classes: 2 zebra, 1 red, round, 0 ape" in caplog.text
+    files, arrays, _ = result(tmp_path)
+    assert arrays["arr_1"].tolist() == [2, 1, 0, 2]
+    assert [read_metadata(path)["class_name"] for path in files] == ["zebra", "red, round", "ape", "zebra"]
+    (grid,) = tmp_path.rglob("grid-*.png")
+    assert read_metadata(grid)["classes"] == [2, 1, 0, 2]
+    assert Image.open(grid).width == 3 * (32 + 12) + 12 and Image.open(grid).height > 2 * (32 + 12) + 12 + 2 * 10
+
+
+def test_a_grid_without_classes_is_the_published_one_and_can_be_skipped(released, tmp_path):
+    assert run_command(main, arguments(released.ckpt, tmp_path / "a", "-n", "4")) == 0
+    assert run_command(main, arguments(released.ckpt, tmp_path / "b", "-n", "4", "--skip_grid")) == 0
+    (grid,) = tmp_path.rglob("grid-*.png")
+    assert Image.open(grid).size == (2 * 34 + 2, 2 * 34 + 2) and (tmp_path / "a") in grid.parents
+
+
 def test_without_classes_all_but_the_null_class_are_sampled_equally_often(classes, tmp_path):
     run_command(main, arguments(classes.ckpt, tmp_path, "-n", "10"))
     labels = result(tmp_path)[1]["arr_1"].tolist()
