@@ -255,7 +255,7 @@ def test_flags_have_the_published_defaults():
     "flags, words",
     [
         (["-r", "nowhere"], "--resume nowhere: no such file or folder"),
-        (["-n", "0"], "--n_samples 0: choose 1 or more"),
+        (["-n", "0"], "--n_samples 0: choose 1 to 1,000,000"),
         (["--batch_size", "0"], "--batch_size 0"),
         (["-c", "21"], "--custom_steps 21: choose 1 to 20"),
         (["-e", "-1"], "--eta -1.0"),
