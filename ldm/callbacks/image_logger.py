@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ldm.atomic import save_bytes
 from ldm.callbacks.seeding import seed_generators
 from ldm.output.images import png_bytes
-from ldm.rng import preserve_rng
+from ldm.rng import preserve_rng, samples_set
 from ldm.visualize import grid
 
 logger = logging.getLogger(__name__)
@@ -152,7 +152,7 @@ def training_step_index(trainer: pl.Trainer, pl_module: pl.LightningModule) -> i
 def _unchanged(module: nn.Module, device: torch.device) -> Iterator[None]:
     """Put the module into eval mode; restore its modes and the random generators afterwards."""
     modes = {part: part.training for part in module.modules()}
-    with preserve_rng(device):
+    with preserve_rng(device), samples_set(None):  # as published: noise of the global generators
         module.eval()
         try:
             yield

@@ -1,4 +1,4 @@
-"""Seed every step from its place in the run."""
+"""Random numbers of every batch from its samples and its place in the run."""
 
 from __future__ import annotations
 
@@ -9,16 +9,19 @@ import numpy as np
 import pytorch_lightning as pl
 import torch
 
-from ldm.data.order import mix
+from ldm.data.datamodule import DataModuleFromConfig
+from ldm.rng import mix, set_samples
 
-TRAIN, EVALUATE = 11, 12  # purposes of random numbers, distinct from those of ldm.data.order
+TRAIN, EVALUATE = 11, 12  # purposes of random numbers, distinct from those of ldm.data.order and ldm.rng
 
 
 class StepSeed(pl.Callback):
-    """Seed Python, NumPy and PyTorch at every batch from (seed, rank, epoch, batch).
+    """Give every batch the random numbers of its samples, and seed Python, NumPy and PyTorch from its place in the run.
 
-    So a resumed run uses the random numbers of an uninterrupted one, validation and image logs do not change training,
-    ranks differ, and every validation uses the same noise, which makes its metrics comparable.
+    What a model draws through ldm.rng belongs to the samples of a DataModuleFromConfig and is the same for every batch
+    size and number of ranks. Everything else (dropout within networks, other data modules) uses the global generators,
+    seeded from (seed, rank, epoch, batch). So a resumed run uses the random numbers of an uninterrupted one, validation
+    and image logs do not change training, and every validation uses the same noise, which makes its metrics comparable.
     """
 
     def __init__(self, seed: int) -> None:
@@ -31,13 +34,28 @@ class StepSeed(pl.Callback):
     ) -> None:
         self.began = True
         seed_generators(mix(self.seed, TRAIN, trainer.global_rank, trainer.current_epoch, batch_idx))
+        data = getattr(trainer, "datamodule", None)
+        set_samples(data.training_samples() if isinstance(data, DataModuleFromConfig) else None)
 
     def on_validation_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        seed_generators(mix(self.seed, EVALUATE, trainer.global_rank, dataloader_idx, batch_idx))
+        self._start_evaluation(trainer, "validation", batch_idx, dataloader_idx)
 
-    on_test_batch_start = on_validation_batch_start
+    def on_test_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        self._start_evaluation(trainer, "test", batch_idx, dataloader_idx)
+
+    def _start_evaluation(self, trainer: pl.Trainer, split: str, batch_idx: int, dataloader_idx: int) -> None:
+        seed_generators(mix(self.seed, EVALUATE, trainer.global_rank, dataloader_idx, batch_idx))
+        data = getattr(trainer, "datamodule", None)
+        set_samples(data.evaluation_samples(split, batch_idx) if isinstance(data, DataModuleFromConfig) else None)
+
+    def on_train_batch_end(self, *args: Any, **kwargs: Any) -> None:
+        set_samples(None)  # image logs and other callbacks use the global generators
+
+    on_validation_batch_end = on_test_batch_end = on_exception = on_train_batch_end
 
 
 def seed_generators(seed: int) -> None:

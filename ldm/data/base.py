@@ -55,9 +55,9 @@ class Txt2ImgIterableBaseDataset(IterableDataset):
     size: side of the images in pixels, for the subclass.
 
     `sample_ids` holds all ids, `valid_ids` those of the process that reads it: ids go to the ranks in turn (padded with
-    the first ids, so that every rank gets equally many), and the ids of a rank to its data workers in turn. Each worker
-    fills its own batches, so the batches depend on the number of workers. The data module sets `seed` and `epoch`
-    before each pass, for subclasses that shuffle.
+    the first ids, so that every rank gets equally many), and the ids of a rank to its data workers in turn. With the
+    data module's loader these turns are batches, so that the batches do not depend on the number of workers if
+    `__iter__` keeps the order of the ids. It sets `seed` and `epoch` before each pass, for subclasses that shuffle.
     """
 
     def __init__(self, num_records: int | None = None, valid_ids: Sequence[Any] | None = None, size: int = 256) -> None:
@@ -67,6 +67,7 @@ class Txt2ImgIterableBaseDataset(IterableDataset):
         self.size = size
         self.rank, self.world_size = 0, 1
         self.seed, self.epoch = 0, 0
+        self._batch_size, self._skipped = 1, 0
         self._assigned_ids: Sequence[Any] | None = None
         logger.info("%s: %d samples", type(self).__name__, len(self))
 
@@ -79,12 +80,20 @@ class Txt2ImgIterableBaseDataset(IterableDataset):
     def set_epoch(self, seed: int, epoch: int) -> None:
         self.seed, self.epoch = seed, epoch
 
+    def set_batches(self, batch_size: int, skipped: int = 0) -> None:
+        """Set the number of ids that a data worker gets in turn, and how many of the first ids are left out."""
+        self._batch_size, self._skipped = batch_size, skipped
+
     def share(self, worker: int, num_workers: int) -> Sequence[Any]:
         """Return the ids of one data worker of this rank."""
-        ids = self.sample_ids
+        ids = self.sample_ids[self._skipped :]
         if missing := -len(ids) % self.world_size:
             ids = [*ids, *(ids[i % len(ids)] for i in range(missing))]
-        return ids[self.rank :: self.world_size][worker::num_workers]
+        ids, size = ids[self.rank :: self.world_size], self._batch_size
+        if num_workers == 1 or size == 1:
+            return ids[worker::num_workers]
+        starts = range(worker * size, len(ids), num_workers * size)
+        return [each for start in starts for each in ids[start : start + size]]
 
     @property
     def valid_ids(self) -> Sequence[Any]:

@@ -23,11 +23,13 @@ from ldm.data.folder import ImageFolder
 from ldm.data.order import EpochSampler, Position, SeededDataset, StreamLoader, usable_cpus
 from ldm.data.splits import split_of
 from ldm.data.workers import Loader, Traced
+from ldm.rng import BatchSamples
 
 logger = logging.getLogger(__name__)
 
 SPLITS = ("train", "validation", "test", "predict")
 _CLASSES_SHOWN = 20  # in the log
+EVALUATION = -1  # in place of the epoch of training
 
 
 class WrappedDataset(Dataset):
@@ -55,7 +57,8 @@ class DataModuleFromConfig(pl.LightningDataModule):
 
     `seed` is set before `fit`. The order of the samples and the random numbers of each are functions of (seed, epoch,
     index); validation, test and predict use the same ones in every epoch. Checkpoints hold the position, counted in
-    batches trained on, so a resumed run gets the same batches as an uninterrupted one.
+    samples trained on by all ranks, so a resumed run gets the same samples as an uninterrupted one, also with another
+    batch size, number of devices or of workers.
 
     Checkpoints also hold the class names and a fingerprint of each dataset. At resume, a change of the data is logged,
     and refused if `strict` is set; class numbers that changed are always refused.
@@ -90,6 +93,8 @@ class DataModuleFromConfig(pl.LightningDataModule):
         self._default_workers = num_workers is None
         self._shuffle = {"train": True, "validation": shuffle_val_dataloader, "test": shuffle_test_loader}
         self._start, self._trained_before = Position(0, 0), 0  # of this fit: its position, batches trained on before
+        self._resized = False  # True if another global batch size was used before
+        self._loaders: dict[str, EpochSampler | StreamLoader] = {}  # what knows the samples of each batch
         # Lightning uses a hook if it is overridden: only splits with a config override theirs.
         for split in self.dataset_configs:
             hook = "val_dataloader" if split == "validation" else f"{split}_dataloader"
@@ -107,7 +112,8 @@ class DataModuleFromConfig(pl.LightningDataModule):
 
     def setup(self, stage: str | None = None) -> None:
         """Build the datasets that are not built yet; main and Lightning both call it."""
-        self._start, self._trained_before = Position(0, 0), 0  # unless load_state_dict sets others
+        # Unless load_state_dict sets others.
+        self._start, self._trained_before, self._resized = Position(0, 0), 0, False
         new = {split: config for split, config in self.dataset_configs.items() if split not in self.datasets}
         for split, config in new.items():
             with _located(split):
@@ -126,14 +132,14 @@ class DataModuleFromConfig(pl.LightningDataModule):
         return next((list(names) for data in self.datasets.values() if (names := _class_names(data))), [])
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the seed, the position counted in batches trained on, and the data; empty outside of `fit`."""
+        """Return the seed, the position counted in samples trained on, and the data; empty outside of `fit`."""
         trainer = self.trainer
         if trainer is None or trainer.state.fn != "fit" or (position := self._position()) is None:
             return {}
         return {
             "seed": self.seed,
             "epoch": position.epoch,
-            "batch": position.batch,
+            "samples": position.samples,
             "trained": _processed(trainer.fit_loop.epoch_loop.batch_progress.total),
             "global_batch_size": self._global_batch_size(),
             "class_names": self.class_names,
@@ -153,9 +159,12 @@ class DataModuleFromConfig(pl.LightningDataModule):
         if seed != self.seed:
             logger.warning("%-11s the order keeps the checkpoint's seed %d, not %d", "data", seed, self.seed)
             self.seed = seed
-        self._start = Position(state_dict["epoch"], state_dict["batch"] * saved_size // size)
+        # Older checkpoints count batches.
+        samples = state_dict["samples"] if "samples" in state_dict else state_dict["batch"] * saved_size
+        self._start = Position(state_dict["epoch"], samples)
+        self._resized = saved_size != size
         self._trained_before = state_dict["trained"]
-        logger.info("%-11s continuing in epoch %d after %d batches", "data", *self._start)
+        logger.info("%-11s continuing in epoch %d after %d samples", "data", *self._start)
         # Lightning expects the loader to support resuming; here the data module does.
         warnings.filterwarnings("ignore", message=".*your dataloader is not resumable.*")
 
@@ -175,6 +184,12 @@ class DataModuleFromConfig(pl.LightningDataModule):
     def _loader(self, split: str) -> DataLoader:
         if split not in self.datasets:
             self.setup()
+        loader = self._build_loader(split)
+        if split == "train":
+            self._count_in_batches_of_this_size()
+        return loader
+
+    def _build_loader(self, split: str) -> DataLoader:
         dataset = self.datasets[split]
         rank, world_size = self._ranks()
         position = self._position if split == "train" else None
@@ -184,16 +199,20 @@ class DataModuleFromConfig(pl.LightningDataModule):
         if isinstance(dataset, IterableDataset):
             _shard_stream(dataset, rank, world_size, workers)
             stream = StreamLoader(dataset, **options)
-            stream.seed, stream.position = self.seed, position
+            stream.seed, stream.position, stream.rank, stream.world_size = self.seed, position, rank, world_size
+            self._loaders[split] = stream
             return stream
         if not len(dataset):
             raise ConfigError(f"data.params.{split}: {type(dataset).__name__} is empty")
         shuffle = self._shuffle.get(split, False)
         sampler = EpochSampler(dataset, self.batch_size, self.seed, shuffle, rank, world_size, position)
+        self._loaders[split] = sampler
         # Its own generator seeds the workers: the global one belongs to the training.
         options["generator"] = torch.Generator().manual_seed(self.seed)
         seeded: Dataset = SeededDataset(dataset, self.seed, repeat=split != "train")
         return Loader(Traced(seeded, workers) if workers else seeded, sampler=sampler, **options)
+
+    # ------------------------------------------------------------------------------------------- position and samples
 
     def _position(self) -> Position | None:
         """Return the position of the next training batch; None without a trainer.
@@ -203,16 +222,93 @@ class DataModuleFromConfig(pl.LightningDataModule):
         """
         if self.trainer is None:
             return None
-        loop = self.trainer.fit_loop
+        loop, start, size = self.trainer.fit_loop, self._start, self._global_batch_size()
         since = _processed(loop.epoch_loop.batch_progress.total) - self._trained_before
         if since == 0:
-            return self._start
+            return start
         if math.isfinite(loop.max_batches):
-            passes, batch = divmod(self._start.batch + since, int(loop.max_batches))
-            return Position(self._start.epoch + passes, batch)
+            per_pass = int(loop.max_batches)
+            left = per_pass - self._first_batch(per_pass)  # batches of the first pass
+            if since < left:
+                return Position(start.epoch, start.samples + since * size)
+            passes, batches = divmod(since - left, per_pass)
+            return Position(start.epoch + 1 + passes, batches * size)
         epochs = loop.epoch_progress.current  # a stream of unknown length: only Lightning knows when it ended
         epoch = _processed(epochs)
-        return Position(epoch, _processed(loop.epoch_loop.batch_progress.current) if epochs.ready > epoch else 0)
+        if epochs.ready > epoch == start.epoch:
+            return Position(epoch, start.samples + since * size)
+        batches = _processed(loop.epoch_loop.batch_progress.current) if epochs.ready > epoch else 0
+        return Position(epoch, batches * size)
+
+    def _samples_in(self, batches: int) -> int:
+        """Number of samples of all ranks in a pass of so many batches."""
+        length, most = self._loaders["train"].length, batches * self._global_batch_size()
+        return most if length is None else min(length, most)
+
+    def _first_batch(self, per_pass: int) -> int:
+        """Return the number of the first batch of this fit in its epoch, in batches of this size."""
+        left = self._samples_in(per_pass) - self._start.samples
+        return per_pass - max(0, math.ceil(left / self._global_batch_size()))
+
+    def _count_in_batches_of_this_size(self) -> None:
+        """Correct Lightning's count of the batches of an epoch that was begun with another batch size."""
+        if self.trainer is None or not self._resized or not self._start.samples:
+            return
+        loader, limit = self._loaders["train"], self.trainer.limit_train_batches
+        if loader.length is None:
+            return
+        batches = math.ceil(loader.length / self._global_batch_size())
+        per_pass = int(batches * limit) if isinstance(limit, float) else min(batches, limit)
+        first = self._first_batch(per_pass)
+        if first == per_pass:
+            self._start = Position(self._start.epoch + 1, 0)
+        progress: Any = self.trainer.fit_loop.epoch_loop.batch_progress  # Lightning annotates only some of the counters
+        behind = progress.total.processed - progress.total.completed  # 1 if saved before the end of a batch's hooks
+        current = progress.current
+        current.ready = current.started = current.processed = first
+        current.completed = first - behind
+        self._resized = False
+
+    def training_samples(self, ahead: int = 0) -> BatchSamples | None:
+        """Return this rank's samples of the next training batch, or of the one `ahead` batches later in its epoch.
+
+        None if they are unknown: without a trainer, or after the end of the epoch.
+        """
+        position, loader = self._position(), self._loaders.get("train")
+        if position is None or loader is None:
+            return None
+        trainer, size, ranks = self.trainer, self._global_batch_size(), self._ranks()[1]
+        position = position._replace(samples=position.samples + ahead * size)
+        part = loader.slice_at(position)
+        if not part.indices:
+            return None
+        samples = BatchSamples(self.seed, position.epoch, part.indices, part.total)
+        per_pass = trainer.fit_loop.max_batches if trainer is not None else math.inf
+        if trainer is None or not math.isfinite(per_pass):
+            return samples
+        accumulated = getattr(trainer.lightning_module, "accumulate_grad_batches", None)  # by manual optimization
+        accumulated = accumulated or trainer.accumulate_grad_batches
+        end = self._samples_in(int(per_pass))
+        batch = int(per_pass) - math.ceil((end - position.samples) / size)
+        # An optimizer step takes the batches `first` to `last` - 1.
+        first, last = batch - batch % accumulated, batch - batch % accumulated + accumulated
+        if position.epoch == self._start.epoch:
+            first = max(first, self._first_batch(int(per_pass)))
+        step = min(position.samples + (last - batch) * size, end) - (position.samples - (batch - first) * size)
+        samples.weight = part.size * ranks / part.total
+        samples.gradient_scale = part.size * ranks * accumulated / step
+        return samples
+
+    def evaluation_samples(self, split: str, batch: int) -> BatchSamples | None:
+        """Return this rank's samples of a batch of validation or test, whose random numbers are always the same."""
+        loader = self._loaders.get(split)
+        if loader is None:
+            return None
+        epoch = loader.epoch if isinstance(loader, EpochSampler) else 0
+        part = loader.slice_at(Position(epoch, batch * self._global_batch_size()))
+        if not part.indices:
+            return None
+        return BatchSamples(self.seed, EVALUATION, part.indices, part.total, weight=float(part.size > 0))
 
     def _ranks(self) -> tuple[int, int]:
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer is not None else (0, 1)

@@ -6,11 +6,9 @@ the generators of Python, NumPy and PyTorch are seeded for every sample, so a da
 
 from __future__ import annotations
 
-import hashlib
 import math
 import os
 import random
-import struct
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from typing import Any, NamedTuple
@@ -22,22 +20,24 @@ from torch.utils.data.dataloader import _BaseDataLoaderIter
 
 from ldm.data.base import Txt2ImgIterableBaseDataset
 from ldm.data.workers import Loader
-from ldm.rng import preserve_rng
+from ldm.rng import mix, preserve_rng
 
 ORDER, SAMPLE, WORKERS = 1, 2, 3  # purposes of random numbers
 
 
 class Position(NamedTuple):
-    """A place in the data: `batch` batches of epoch `epoch` have been used."""
+    """A place in the data: the first `samples` samples of epoch `epoch` have been used, by all ranks together."""
 
     epoch: int
-    batch: int
+    samples: int
 
 
-def mix(*numbers: int) -> int:
-    """Hash integers to 63 bits that look independent for every other input (BLAKE2b)."""
-    packed = struct.pack(f"<{len(numbers)}q", *numbers)
-    return int.from_bytes(hashlib.blake2b(packed, digest_size=8).digest(), "little") >> 1
+class Slice(NamedTuple):
+    """A rank's part of a batch of all ranks."""
+
+    indices: list[int]
+    size: int  # number of these that count: all, or 0 if the only one fills the batch
+    total: int  # of all ranks
 
 
 def epoch_order(length: int, seed: int, epoch: int, shuffle: bool) -> np.ndarray:
@@ -52,8 +52,9 @@ def epoch_order(length: int, seed: int, epoch: int, shuffle: bool) -> np.ndarray
 class EpochSampler(DistributedSampler):
     """(epoch, index) pairs of one rank in the order of the epoch, starting from a position.
 
-    Rank r takes every world_size-th index from r on, so batch b of all ranks together is the b-th slice of the order.
-    The last round is filled from the front of the order. Lightning does not replace a DistributedSampler.
+    Rank r takes every world_size-th index from r on, so a batch of all ranks together is a slice of the order, whatever
+    their number. All ranks get equally many batches: one that would have no sample of the last slice gets the first
+    index of the order, which `slice_at` does not count. Lightning does not replace a DistributedSampler.
 
     position: called when a pass begins; without one, a pass is the whole epoch given by `set_epoch`.
     """
@@ -70,12 +71,23 @@ class EpochSampler(DistributedSampler):
     ) -> None:
         super().__init__(dataset, num_replicas=world_size, rank=rank, shuffle=shuffle, seed=seed)
         self.length, self.batch_size, self.position = len(dataset), batch_size, position
+        self._order = -1, np.arange(0)  # an epoch and its order
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
-        epoch, batch = (self.position() if self.position is not None else None) or Position(self.epoch, 0)
-        order = np.resize(epoch_order(self.length, self.seed, epoch, self.shuffle), self.total_size)
-        own = order[self.rank :: self.num_replicas][batch * self.batch_size :]
-        return iter([(epoch, index) for index in own.tolist()])
+        epoch, start = (self.position() if self.position is not None else None) or Position(self.epoch, 0)
+        step = self.batch_size * self.num_replicas
+        places = [Position(epoch, samples) for samples in range(start, self.length, step)]
+        return ((epoch, index) for place in places for index in self.slice_at(place).indices)
+
+    def slice_at(self, position: Position) -> Slice:
+        """Return the batch of this rank at a position."""
+        epoch, start = position
+        if self._order[0] != epoch:
+            self._order = epoch, epoch_order(self.length, self.seed, epoch, self.shuffle)
+        order = self._order[1]
+        together = order[start : start + self.batch_size * self.num_replicas]
+        own = together[self.rank :: self.num_replicas].tolist()
+        return Slice(own or [int(order[0])], len(own), len(together))
 
     def __len__(self) -> int:
         return self.num_samples  # of a whole epoch, resumed or not: Lightning counts batches against it
@@ -111,26 +123,49 @@ class SeededDataset(Dataset):
 
 
 class StreamLoader(Loader):
-    """A DataLoader of a stream that reads it from the start of the epoch and skips the batches already used."""
+    """A DataLoader of a stream that reads it from the start of the epoch and skips the batches already used.
+
+    The batches of a Txt2ImgIterableBaseDataset do not depend on the number of workers: each worker gets the ids of
+    whole batches. After a resume with another batch size, ids that do not fill a batch of the new size are left out.
+    """
 
     position: Callable[[], Position | None] | None = None
     seed: int = 0
+    rank: int = 0
+    world_size: int = 1
 
     def __iter__(self) -> _BaseDataLoaderIter:
-        epoch, batch = (self.position() if self.position is not None else None) or Position(0, 0)
+        epoch, samples = (self.position() if self.position is not None else None) or Position(0, 0)
+        batches, skipped = divmod(samples, self.step)
         if isinstance(self.dataset, Txt2ImgIterableBaseDataset):
             self.dataset.set_epoch(self.seed, epoch)
+            self.dataset.set_batches(self.batch_size or 1, skipped)
         self.generator = torch.Generator().manual_seed(mix(self.seed, WORKERS, epoch))  # seeds the workers
-        batches = super().__iter__()
-        for _ in range(batch):
-            next(batches, None)
-        return batches
+        iterator = super().__iter__()
+        for _ in range(batches):
+            next(iterator, None)
+        return iterator
+
+    @property
+    def step(self) -> int:
+        """Samples of a batch of all ranks."""
+        return (self.batch_size or 1) * self.world_size
+
+    @property
+    def length(self) -> int | None:
+        """Number of samples of all ranks, those that fill the last round included; None if unknown."""
+        ids = self.dataset.sample_ids if isinstance(self.dataset, Txt2ImgIterableBaseDataset) else ()
+        return math.ceil(len(ids) / self.world_size) * self.world_size if len(ids) else None
+
+    def slice_at(self, position: Position) -> Slice:
+        """Return the batch of this rank at a position, as places in the stream."""
+        end = position.samples + self.step
+        end = end if self.length is None else min(end, self.length)
+        places = list(range(position.samples + self.rank, end, self.world_size))
+        return Slice(places, len(places), len(places) * self.world_size)
 
     def __len__(self) -> int:
-        if not isinstance(self.dataset, Txt2ImgIterableBaseDataset):
-            return super().__len__()
-        workers, size = max(1, self.num_workers), self.batch_size or 1
-        return sum(math.ceil(len(self.dataset.share(worker, workers)) / size) for worker in range(workers))
+        return super().__len__() if self.length is None else math.ceil(self.length / self.step)
 
 
 def usable_cpus() -> int:

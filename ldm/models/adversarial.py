@@ -17,7 +17,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from ldm.config.instantiate import ConfigError, accepted_params, instantiate_from_config
 from ldm.config.suggest import did_you_mean
-from ldm.models.training import Losses, NonFiniteError, TrainedModule
+from ldm.models.training import Losses, NonFiniteError, TrainedModule, fixed_noise
 from ldm.modules.diffusionmodules.model import Decoder, Encoder, Network
 from ldm.modules.dtype import in_dtype, weights_dtype
 from ldm.modules.losses.contperceptual import DummyLoss
@@ -195,7 +195,7 @@ class AdversarialAutoencoder(TrainedModule):
             self._backward(loss, log)
             if update:
                 stepped = self._update(generator, waiting=discriminator)
-        self._log_losses("aeloss", loss, log, len(inputs))
+        self._log_losses("aeloss", loss, log, len(inputs), last=update)
 
         if discriminator is not None and self.adversarial:
             with self._gradients_of(discriminator, sync=update):
@@ -204,7 +204,7 @@ class AdversarialAutoencoder(TrainedModule):
                     self._backward(loss, log)
                     if update:
                         self._update(discriminator)
-            self._log_losses("discloss", loss, log, len(inputs))
+            self._log_losses("discloss", loss, log, len(inputs), last=update)
 
         if update:
             self.generator_updates += 1
@@ -287,17 +287,19 @@ class AdversarialAutoencoder(TrainedModule):
             f"--precision 32 often helps"
         )
 
-    def _log_losses(self, name: str, loss: Tensor, log: Mapping[str, Any], batch_size: int) -> None:
-        self.log(name, loss.detach(), prog_bar=True, on_step=True, on_epoch=True, batch_size=batch_size)
-        self.log_dict(log, on_step=True, on_epoch=False, batch_size=batch_size)
+    def _log_losses(self, name: str, loss: Tensor, log: Mapping[str, Any], batch_size: int, last: bool) -> None:
+        means, count = self.step_means({name: loss.detach(), **log}, batch_size, last)
+        self.log(name, means[name], prog_bar=True, on_step=True, on_epoch=True, batch_size=count)
+        self.log_dict({key: means[key] for key in log}, on_step=True, on_epoch=False, batch_size=count)
 
     # ----------------------------------------------------------------------------------------- validation, image logs
 
     def validation_step(self, batch: Mapping[str, Any], batch_idx: int) -> None:
         """Log the losses as `val/...`, e.g. `val/rec_loss`; with `use_ema` those of the averages as `val_ema/...`."""
-        self._validate(batch, split="val")
+        with fixed_noise(batch_idx, self.device):
+            self._validate(batch, split="val")
         if self.use_ema:
-            with self.ema_scope():
+            with self.ema_scope(), fixed_noise(batch_idx, self.device):
                 self._validate(batch, split="val_ema")
 
     def _validate(self, batch: Mapping[str, Any], split: str) -> None:

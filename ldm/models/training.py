@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABCMeta
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
 
@@ -16,7 +17,8 @@ from torch.optim.lr_scheduler import LambdaLR
 from ldm import checkpoint
 from ldm.config.instantiate import instantiate_from_config
 from ldm.modules.ema import LitEma
-from ldm.rng import preserve_torch_rng
+from ldm.modules.ranks import average_over_ranks, number_of_ranks, rank_weight
+from ldm.rng import current_samples, preserve_torch_rng, samples_set
 
 Module = TypeVar("Module", bound=nn.Module)
 Losses = tuple[Tensor, dict[str, Tensor]]
@@ -67,6 +69,7 @@ class TrainedModule(pl.LightningModule, metaclass=_WeightsAfterConstruction):
         self._initial: dict[str, tuple[int, Tensor]] = {}  # version and leading values of each weight at first
         self.use_ema = False
         self._ema_depth = 0
+        self._step_sums: dict[str, tuple[Any, int]] = {}  # logged values of an unfinished optimizer step: sum, samples
 
     # ------------------------------------------------------------------------------------------------------ weights
 
@@ -174,6 +177,13 @@ class TrainedModule(pl.LightningModule, metaclass=_WeightsAfterConstruction):
         ):  # here and not after the batch: a checkpoint written then holds this step's average
             self.update_ema()
 
+    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        """Compute gradients such that an optimizer step averages over its samples, not over its batches and ranks."""
+        samples = current_samples()
+        if samples is not None and samples.gradient_scale != 1.0:
+            loss = loss * samples.gradient_scale
+        super().backward(loss, *args, **kwargs)
+
     @property
     def logging_step(self) -> int:
         """Optimizer steps so far, the step of image logs."""
@@ -213,15 +223,43 @@ class TrainedModule(pl.LightningModule, metaclass=_WeightsAfterConstruction):
 
     # --------------------------------------------------------------------------------------------------------- logs
 
+    def step_means(self, values: Mapping[str, Any], batch_size: int, last: bool) -> tuple[Mapping[str, Any], int]:
+        """Average named scalars over the ranks, and over the batches so far of an optimizer step that accumulates.
+
+        last: whether this is the last batch of the step. Returned with the number of samples, for the mean over the
+        epoch: it counts the last batch's means, which are those of the step, and 0 for the others.
+        """
+        samples = current_samples()
+        count = batch_size if samples is None else samples.total
+        if number_of_ranks() > 1:
+            scalars = [torch.as_tensor(value, device=self.device).detach().float() for value in values.values()]
+            values = dict(zip(values, average_over_ranks(torch.stack(scalars), rank_weight())))
+        if last and not self._step_sums:
+            return values, count
+        for name, value in values.items():
+            total, seen = self._step_sums.get(name, (0.0, 0))
+            self._step_sums[name] = total + float(count) * torch.as_tensor(value).detach().float(), seen + count
+        means = {name: self._step_sums[name][0] / self._step_sums[name][1] for name in values}
+        count = max(self._step_sums[name][1] for name in values) if last else 0
+        if last:
+            for name in values:
+                del self._step_sums[name]
+        return means, count
+
     def log_training(self, loss: Tensor, logs: Mapping[str, Any], batch_size: int) -> None:
         """Log the named losses of a training step, the loss in the progress bar, and a scheduled learning rate."""
-        self.log_dict(logs, on_step=True, on_epoch=True, batch_size=batch_size)
-        self.log("loss", loss.detach(), prog_bar=True, logger=False, batch_size=batch_size)
+        last = self._trainer is None or not self._trainer.fit_loop.epoch_loop._should_accumulate()
+        means, count = self.step_means({"loss": loss.detach(), **logs}, batch_size, last)
+        self.log_dict({name: means[name] for name in logs}, on_step=True, on_epoch=True, batch_size=count)
+        self.log("loss", means["loss"], prog_bar=True, logger=False, batch_size=count)
         if self.scheduler_config is not None:
             lr = self.trainer.optimizers[0].param_groups[0]["lr"]
             self.log("lr_abs", lr, on_step=True, on_epoch=False, batch_size=batch_size)
 
     def log_validation(self, logs: Mapping[str, Any], batch_size: int) -> None:
+        if rank_weight() == 0:  # the batch only fills the last round
+            batch_size = 0
+        batch_size *= number_of_ranks()  # Lightning rounds the mean over the ranks of the number of samples
         self.log_dict(logs, on_step=False, on_epoch=True, batch_size=batch_size, sync_dist=True)
 
 
@@ -243,7 +281,11 @@ def freeze(module: Module) -> Module:
 
 @contextmanager
 def fixed_noise(seed: int, device: torch.device) -> Iterator[None]:
-    """Seed the random generators within the scope and restore their states afterwards."""
-    with preserve_torch_rng(device):
+    """Seed the random generators within the scope and restore their states afterwards.
+
+    The current samples, if any, use the same numbers in every scope.
+    """
+    samples = current_samples()
+    with preserve_torch_rng(device), samples_set(samples and replace(samples, calls={})):
         torch.manual_seed(seed)
         yield

@@ -13,6 +13,8 @@ from ldm.models.adversarial import AdversarialAutoencoder
 from ldm.models.training import Losses
 from ldm.modules.losses.reconstruction import GENERATOR
 from ldm.modules.losses.vqperceptual import codebook_use
+from ldm.modules.ranks import rank_weight
+from ldm.rng import Purpose, current_samples, mix
 
 COMMITMENT = 0.25  # beta of the quantizer, the same in all published models
 RESIZE_STEP = 16
@@ -99,10 +101,17 @@ class VQModel(AdversarialAutoencoder):
         if self.batch_resize_range is None or not self.training:
             return x
         sides = range(self.batch_resize_range[0], self.batch_resize_range[1] + 1, RESIZE_STEP)
-        side = sides[int(torch.randint(len(sides), ())) if self.generator_updates >= LARGEST_FIRST else -1]
+        side = sides[self._random_below(len(sides)) if self.generator_updates >= LARGEST_FIRST else -1]
         if x.shape[2:] == (side, side):
             return x
         return F.interpolate(x, size=(side, side), mode="bicubic", antialias=True).clamp(-1.0, 1.0)
+
+    def _random_below(self, high: int) -> int:
+        """Return a random integer in [0, high): one for all samples of an update, on all ranks."""
+        samples = current_samples()
+        if samples is None:
+            return int(torch.randint(high, ()))
+        return mix(samples.seed, Purpose.IMAGE_SIDE, self.generator_updates) % high
 
     def reconstruct(self, inputs: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         reconstruction, codebook_loss, codes = self(inputs, return_pred_indices=True)
@@ -111,7 +120,7 @@ class VQModel(AdversarialAutoencoder):
     def loss_of(self, inputs: Tensor, reconstructions: Tensor, latent: Any, optimizer_idx: int, split: str) -> Losses:
         codebook_loss, codes = latent
         if optimizer_idx == GENERATOR:
-            counts = torch.bincount(codes.flatten(), minlength=self.n_codes)
+            counts = torch.bincount(codes.flatten(), minlength=self.n_codes) * int(rank_weight() > 0)
             self._counts[split] = self._counts[split] + counts if split in self._counts else counts
         options = {"last_layer": self.get_last_layer(), "split": split, "predicted_indices": codes}
         step = self.generator_updates

@@ -145,7 +145,7 @@ def test_validation_uses_the_same_random_numbers_every_time():
 
 def test_the_position_is_plain_numbers(tmp_path):
     _, trainer = fit(data(), max_steps=6, max_epochs=-1)
-    expected = {"seed": 5, "epoch": 1, "batch": 2, "trained": 6, "global_batch_size": 3}
+    expected = {"seed": 5, "epoch": 1, "samples": 6, "trained": 6, "global_batch_size": 3}
     expected |= {"class_names": [], "datasets": {"train": {"samples": LENGTH}, "validation": {"samples": 4}}}
     assert trainer.datamodule.state_dict() == expected
 
@@ -163,7 +163,7 @@ def test_another_batch_size_resumes_after_the_used_samples(caplog):
         module.load_state_dict({"seed": 5, "epoch": 2, "batch": 3, "trained": 11, "global_batch_size": 3})
     messages = [record.getMessage() for record in caplog.records if record.name == "ldm.data.datamodule"]
     assert len(messages) == 2 and all(line.startswith("data        ") for line in messages)  # aligned
-    assert module._position() is None and module._start == (2, 1)
+    assert module._position() is None and module._start == (2, 9)
     assert "batch size 5, previously 3" in caplog.text
     # Without a checkpoint a fit begins at the start.
     assert fit(module, **EPOCHS)[0].seen == fit(data(batch_size=5), **EPOCHS)[0].seen

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ldm import rng
 from ldm.config.instantiate import ALIASES, FIRST_STAGE_AS_CONDITION, UNCONDITIONAL, instantiate_from_config
 from ldm.models.diffusion.condition_stage import ConditionStage, drop_condition
 from ldm.models.diffusion.conditioning import (
@@ -22,7 +23,7 @@ from ldm.models.diffusion.conditioning import (
     normalize_condition,
 )
 from ldm.models.diffusion.image_log import log_latent_images, log_pixel_images
-from ldm.models.diffusion.latent_scale import measure_latent_std
+from ldm.models.diffusion.latent_scale import BATCHES, measure_latent_std
 from ldm.models.diffusion.loss_weighting import make_loss_weighting
 from ldm.models.diffusion.published import PublishedDDPM, PublishedLatentDiffusion
 from ldm.models.diffusion.samplers.ddim import DDIMSampler
@@ -30,6 +31,7 @@ from ldm.models.training import Losses, TrainedModule, fixed_noise, freeze
 from ldm.models.training import disabled_train as disabled_train
 from ldm.modules.diffusionmodules.parameterization import get_parameterization
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
+from ldm.rng import Purpose
 
 LOSSES = {"l1": nn.functional.l1_loss, "l2": nn.functional.mse_loss}
 
@@ -151,7 +153,7 @@ class DDPM(TrainedModule, PublishedDDPM):
 
     def random_timesteps(self, batch_size: int) -> Tensor:
         """Sample timesteps (B,) int64, uniform in [0, T)."""
-        return torch.randint(0, self.num_timesteps, (batch_size,), device=self.device)
+        return rng.integers(self.num_timesteps, batch_size, Purpose.TIMESTEP, self.device)
 
     def p_losses(self, x_start: Tensor, *args: Any, **kwargs: Any) -> Losses:
         """p_losses(x_start, t, noise=None): loss without a condition, see `denoising_loss`."""
@@ -159,7 +161,7 @@ class DDPM(TrainedModule, PublishedDDPM):
 
     def denoising_loss(self, x_start: Tensor, cond: Conditioning, t: Tensor, noise: Tensor | None = None) -> Losses:
         """Return the loss of x_start (B, C, H, W) at t (B,) and its logs (DDPM eq. 12 and 14, LDM eq. 2 and 3)."""
-        noise = torch.randn_like(x_start) if noise is None else noise
+        noise = rng.normal_like(x_start, Purpose.NOISE) if noise is None else noise
         x_noisy = self.q_sample(x_start, t, noise)  # (B, C, H, W)
         out = self.apply_model(x_noisy, t, cond)  # (B, C, H, W)
         target = self.training_target(x_start, noise, t)
@@ -317,7 +319,7 @@ class LatentDiffusion(ConditionStage, PublishedLatentDiffusion, DDPM):
         if self.model.conditioning_key is not None and self.cond_stage_model is not None:
             raw = main = self.raw_condition(batch, cond_key or self.cond_stage_key, bs)
             if self.training and self.cond_dropout > 0:
-                dropped = torch.rand(len(x), device=self.device) < self.cond_dropout
+                dropped = rng.uniform(len(x), Purpose.CONDITION_DROPOUT, self.device) < self.cond_dropout
                 main = drop_condition(raw, self.unconditional_input_like(raw, len(x)), dropped)
             if force_c_encode or not self.cond_stage_trainable:
                 main = self.get_learned_conditioning(main)
@@ -354,7 +356,8 @@ class LatentDiffusion(ConditionStage, PublishedLatentDiffusion, DDPM):
         if self.model.conditioning_key is not None and self.cond_stage_trainable:
             c = self.map_main_condition(self.get_learned_conditioning, c)
         if self.shorten_cond_schedule and torch.is_tensor(c):
-            c = self.q_sample(c, self.cond_ids[t], torch.randn_like(c))  # the condition has its own noise schedule
+            noise = rng.normal_like(c, Purpose.CONDITION_NOISE)
+            c = self.q_sample(c, self.cond_ids[t], noise)  # the condition has its own noise schedule
         return self.p_losses(x, c, t, *args, **kwargs)
 
     def p_losses(self, x_start: Tensor, cond: Conditioning, t: Tensor, noise: Tensor | None = None) -> Losses:
@@ -393,7 +396,10 @@ class LatentDiffusion(ConditionStage, PublishedLatentDiffusion, DDPM):
         if isinstance(self.scale_factor, Tensor) and not resumed and not self._scale_factor_loaded:
             self.scale_factor.fill_(1.0)
             batches: Any = self.trainer.train_dataloader
-            std = measure_latent_std(lambda batch: self.latents_of(self.get_images(batch, key)), batches, self.device)
+            encode = lambda batch: self.latents_of(self.get_images(batch, key))  # noqa: E731
+            samples_of = getattr(getattr(self.trainer, "datamodule", None), "training_samples", lambda number: None)
+            number = BATCHES * self.trainer.accumulate_grad_batches
+            std = measure_latent_std(encode, batches, self.device, samples_of, number)
             self.scale_factor.copy_(1.0 / std)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

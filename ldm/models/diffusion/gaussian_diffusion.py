@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ldm.modules.diffusionmodules.parameterization import get_parameterization
 from ldm.modules.diffusionmodules.schedule import Schedule, extract_into_tensor, make_beta_schedule
+from ldm.rng import Purpose, normal_like
 
 logger = logging.getLogger(__name__)
 
@@ -78,7 +79,7 @@ class GaussianDiffusion(nn.Module):
 
     def q_sample(self, x_start: Tensor, t: Tensor, noise: Tensor | None = None) -> Tensor:
         """Sample x_t ~ q(x_t | x_0): x_start (B, C, H, W), t (B,) int64 in [0, T) -> (B, C, H, W)."""
-        noise = torch.randn_like(x_start) if noise is None else noise
+        noise = normal_like(x_start, Purpose.NOISE) if noise is None else noise
         alpha, sigma = self._alpha_sigma(t, x_start)
         return alpha * x_start + sigma * noise
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ldm.rng import preserve_torch_rng
+from ldm.rng import BatchSamples, preserve_torch_rng, samples_set
 
 logger = logging.getLogger(__name__)
 
@@ -18,15 +18,27 @@ BATCHES = 8  # one batch gives a factor that is off by a few percent; eight are 
 
 
 @torch.no_grad()
-def measure_latent_std(encode: Callable[[Any], Tensor], batches: Iterable[Any], device: torch.device) -> Tensor:
+def measure_latent_std(
+    encode: Callable[[Any], Tensor],
+    batches: Iterable[Any],
+    device: torch.device,
+    samples_of: Callable[[int], BatchSamples | None] = lambda number: None,
+    number: int = BATCHES,
+) -> Tensor:
     """Return the standard deviation of the unscaled latents `encode(batch)` of all ranks' first batches, a scalar.
+
+    samples_of: returns the samples of the n-th batch, whose random numbers are used.
 
     (LDM, arXiv 2112.10752, appendix G: latents of KL-regularised first stages are divided by it.)
     """
     sums = torch.zeros(3, dtype=torch.float64, device="cpu")  # count, sum, sum of squares
     with preserve_torch_rng(device):  # the measurement does not change the random numbers of training
-        for batch in islice(batches, BATCHES):
-            z = encode(batch).cpu().double()
+        for n, batch in enumerate(islice(batches, number)):
+            samples = samples_of(n)
+            if samples is not None and samples.weight == 0:
+                continue
+            with samples_set(samples):
+                z = encode(batch).cpu().double()
             sums += torch.tensor([z.numel(), float(z.sum()), float(z.square().sum())], dtype=torch.float64)
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         gathered = sums.float().to(device)  # not every backend reduces float64

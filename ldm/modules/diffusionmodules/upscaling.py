@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ldm.modules.diffusionmodules.schedule import Schedule, extract_into_tensor, make_beta_schedule
+from ldm.rng import Purpose, integers, normal_like
 
 OPTIONS = ("beta_schedule", "timesteps", "linear_start", "linear_end", "cosine_s")
 
@@ -43,11 +44,11 @@ class ImageConcatWithNoiseAugmentation(nn.Module):
     def forward(self, x: Tensor, noise_level: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """x: (B, C, h, w), noise_level: (B,) int64 in [0, num_timesteps), random if None -> (noised x, noise_level)."""
         if noise_level is None:
-            noise_level = torch.randint(0, self.max_noise_level, (x.shape[0],), device=x.device)
+            noise_level = integers(self.max_noise_level, x.shape[0], Purpose.LOW_SCALE_LEVEL, x.device)
         alpha = extract_into_tensor(self.sqrt_alphas_cumprod, noise_level, x.shape)
         sigma = extract_into_tensor(self.sqrt_one_minus_alphas_cumprod, noise_level, x.shape)
         # Contiguous, so that the noise does not depend on the memory layout of x.
-        noise = torch.randn_like(x, memory_format=torch.contiguous_format)
+        noise = normal_like(x.contiguous(), Purpose.LOW_SCALE_NOISE)
         return alpha * x + sigma * noise, noise_level
 
     def decode(self, x: Tensor) -> Tensor:

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ldm.rng import Purpose, current_samples
+
 
 class DiagonalGaussianDistribution:
     """N(mean, diag(exp(logvar))) over latents, from the encoder's moments.
@@ -29,9 +31,14 @@ class DiagonalGaussianDistribution:
     def sample(self, generator: torch.Generator | None = None) -> Tensor:
         """mean + std * noise, (B, C, h, w).
 
-        The noise is sampled on the CPU, as published, so that a seed gives the same latent on every device.
+        The noise is that of the current samples if there are any (see ldm.rng). Else it is sampled on the CPU, as
+        published, so that a seed gives the same latent on every device.
         """
-        noise = torch.randn(self.mean.shape, generator=generator, device="cpu")
+        samples = current_samples() if generator is None else None
+        if samples is not None:
+            noise = samples.normal(self.mean.shape, Purpose.POSTERIOR, self.mean.device)
+        else:
+            noise = torch.randn(self.mean.shape, generator=generator, device="cpu")
         return self.mean + self.std * noise.to(self.mean)
 
     def mode(self) -> Tensor:

@@ -10,9 +10,11 @@ import os
 import torch
 import torch.nn.functional as F
 from taming.modules.discriminator.model import NLayerDiscriminator, weights_init
+from taming.modules.util import ActNorm
 from torch import Tensor, nn
 
 from ldm.modules.losses.lpips import LPIPS
+from ldm.modules.ranks import SharedBatchNorm2d, average_over_ranks, number_of_ranks, rank_weight
 
 GENERATOR, DISCRIMINATOR = 0, 1  # the published `optimizer_idx`
 
@@ -92,7 +94,7 @@ class AdversarialLoss(nn.Module):
         self.discriminator: nn.Module | None = None
         if use_discriminator:
             network = NLayerDiscriminator(disc_in_channels, disc_ndf, disc_num_layers, use_actnorm)
-            self.discriminator = network.apply(weights_init)
+            self.discriminator = share_statistics(network.apply(weights_init))
 
     @property
     def adversarial(self) -> bool:
@@ -147,12 +149,14 @@ class AdversarialLoss(nn.Module):
     def calculate_adaptive_weight(self, nll_loss: Tensor, g_loss: Tensor, last_layer: Tensor | None) -> Tensor:
         """disc_weight * |d nll / d w| / (|d g / d w| + 1e-4), w being the decoder's last layer (VQGAN eq. 7).
 
-        A float32 scalar without gradient; the ratio is at most 1e4.
+        A float32 scalar without gradient; the ratio is at most 1e4. The gradients are those of all ranks' samples.
         """
         if last_layer is None:
             raise ValueError("last_layer is missing: the adaptive weight needs the decoder's last layer")
+        weight = rank_weight()
         nll_norm, g_norm = (
-            torch.autograd.grad(loss, last_layer, retain_graph=True)[0].float().norm() for loss in (nll_loss, g_loss)
+            average_over_ranks(torch.autograd.grad(loss * weight, last_layer, retain_graph=True)[0]).norm()
+            for loss in (nll_loss, g_loss)
         )
         return (nll_norm / (g_norm + 1e-4)).clamp(0.0, 1e4).detach() * self.discriminator_weight
 
@@ -175,6 +179,31 @@ class AdversarialLoss(nn.Module):
             raise ValueError(f"disc_conditional={self.disc_conditional}, but cond is {given}")
         images = images.contiguous()
         return self.discriminator(images if cond is None else torch.cat((images, cond), dim=1)).float()
+
+
+def share_statistics(network: nn.Module) -> nn.Module:
+    """Let the normalizations of a network use statistics of the batch of all ranks, as on one rank."""
+    for module in network.modules():
+        if type(module) is nn.BatchNorm2d:
+            module.__class__ = SharedBatchNorm2d
+        elif type(module) is ActNorm:
+            module.__class__ = SharedActNorm
+    return network
+
+
+class SharedActNorm(ActNorm):
+    """ActNorm whose first values come from the samples of all ranks; from each rank's own, the ranks would differ."""
+
+    @torch.no_grad()
+    def initialize(self, input: Tensor) -> None:
+        if number_of_ranks() == 1:
+            return super().initialize(input)
+        x = input.float()
+        mean = average_over_ranks(x.mean(dim=(0, 2, 3)), rank_weight())  # (C,)
+        square = average_over_ranks((x - mean[:, None, None]).square().mean(dim=(0, 2, 3)), rank_weight())
+        n = input.numel() // input.shape[1] * number_of_ranks()
+        self.loc.copy_(-mean[None, :, None, None])
+        self.scale.copy_(1 / ((square * n / (n - 1)).sqrt() + 1e-6)[None, :, None, None])
 
 
 def is_discriminator_turn(optimizer_idx: int) -> bool:
