@@ -5,10 +5,11 @@
 | file | result |
 |---|---|
 | EXIF orientation 1..8 | turned upright |
-| alpha, in any form (RGBA, LA, PA, a transparent palette entry or color) | composited over white |
+| alpha, in any form (RGBA, LA, PA, a transparent palette entry, grey level or color) | composited over white |
 | palette, 1-bit, grey | RGB |
 | 16-bit grey (`I;16`, `I`) | divided by 257 and rounded; wider integers are clipped to 16 bits first |
 | float grey (`F`) | read as [0, 1] if the largest value is at most 1, else as [0, 255]; clipped |
+| TIFF whose zero is white | inverted |
 | CMYK, YCbCr, LAB, HSV | converted to RGB |
 | animations | the first frame |
 """
@@ -209,9 +210,7 @@ def _decoded(image: Image.Image) -> Image.Image:
     image.load()
     transparent = image.info.get("transparency")
     if image.format == "PNG" and raw_mode == "RGB;16B" and isinstance(transparent, tuple):
-        image.info["transparency"] = tuple(
-            value >> 8 for value in transparent
-        )  # of 16 bits; Pillow decodes the upper 8
+        image.info["transparency"] = tuple(value >> 8 for value in transparent)  # Pillow decodes the upper 8 bits
     elif image.format == "PNG" and isinstance(transparent, int):
         image.info["transparency"] = transparent * step
     image = _upright(image)

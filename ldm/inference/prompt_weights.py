@@ -49,6 +49,14 @@ class PromptEncoder:
             return 1
         return max(1, *(-(-len(self.tokens(prompt)) // self.room) for prompt in prompts))
 
+    def warn_of_long_texts(self, prompts: Iterable[str]) -> None:
+        """Log one warning for the prompts that are truncated without `long_prompts`."""
+        if not self.long_prompts:
+            each = list(dict.fromkeys(prompts))
+            with self.tokenizer.truncation.batch(len(each)):
+                for prompt in each:
+                    self._split(prompt, 1)
+
     def __call__(self, prompts: Sequence[str], chunks: int = 1) -> Tensor:
         """Encode B prompts -> (B, chunks * max_length, D); raise ValueError if one needs more chunks."""
         rows = [self._split(prompt, chunks) for prompt in prompts]
@@ -65,7 +73,7 @@ class PromptEncoder:
             if self.long_prompts:
                 raise ValueError(f"a prompt of {len(tokens)} tokens needs more than {chunks} chunks of {self.room}")
             dropped = [token.id for token in tokens[self.room :]]
-            self.tokenizer.warn_truncated(prompt, self.room, partial(self.tokenizer.decode, dropped))
+            self.tokenizer.truncation.add(prompt, self.room, partial(self.tokenizer.decode, dropped))
         return [tokens[k * self.room : (k + 1) * self.room] for k in range(chunks)]
 
     def _encode(self, rows: list[list[Token]]) -> Tensor:

@@ -17,6 +17,7 @@ from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 from ldm.callbacks import (
     CrashCheckpoint,
+    DataCheck,
     ExactResume,
     ProgressBar,
     RunReport,
@@ -59,7 +60,7 @@ def build_trainer(
     loggers = _loggers(settings.lightning, directory) if arguments.pop("logger", True) not in (False, None) else []
 
     saves = bool(arguments["enable_checkpointing"])
-    callbacks: list[Callback] = [StepSeed(settings.seed), ExactResume(), StopOnNonFinite()]
+    callbacks: list[Callback] = [DataCheck(), StepSeed(settings.seed), ExactResume(), StopOnNonFinite()]
     if arguments.pop("enable_progress_bar", True) not in (False, None):
         callbacks.append(ProgressBar())
     callbacks.append(RunReport(rate.value, rate.rule) if rate else RunReport())

@@ -108,6 +108,14 @@ def test_without_chunks_the_end_is_truncated_with_one_warning(clip, caplog):
     assert "truncated to 75 tokens" in record.message and "'cat and a dog'" in record.message
 
 
+def test_all_prompts_that_are_truncated_are_one_warning(clip, caplog):
+    prompts = [f"(number {i}:1.2) " + "cat " * 75 for i in range(3)]
+    PromptEncoder(clip, emphasis=True).warn_of_long_texts([*prompts, "short"])
+    PromptEncoder(clip, long_prompts=True).warn_of_long_texts(["number 9 " + "cat " * 75])
+    (message,) = caplog.messages
+    assert message == "3 of 4 texts truncated to 75 tokens; dropped from the first: 'cat cat'"
+
+
 def test_an_encoder_of_other_tokens_is_refused():
     with pytest.raises(ValueError, match="text encoder of CLIP's tokens, not Linear"):
         PromptEncoder(nn.Linear(1, 1))

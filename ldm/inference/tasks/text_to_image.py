@@ -16,6 +16,7 @@ from ldm.inference.randomness import Randomness, SilentModel, noise_of
 from ldm.inference.requests import Batch, TextToImageRequest
 from ldm.models.diffusion.samplers.noise import NoiseSource
 from ldm.models.diffusion.tiling import TiledModel, Tiling
+from ldm.modules.encoders.base import AbstractEncoder
 from ldm.output.images import GeneratedImage
 
 Encode = Callable[[Sequence[str]], tuple[Any, Any]]
@@ -111,9 +112,13 @@ def generate_batches(
 def prompt_encoder(pipeline: Pipeline, request: TextToImageRequest) -> tuple[Encode, int | None]:
     """The model's own conditioning of prompts, and the number of chunks per prompt (None without `long_prompts`)."""
     negative, scale = request.negative_prompt, request.scale
+    texts = [*request.prompts, *([negative] if scale != 1.0 else [])]
     if not (request.emphasis or request.long_prompts):
+        if isinstance(stage := pipeline.model.cond_stage_model, AbstractEncoder):
+            stage.warn_of_long_texts(texts)
         return lambda batch: pipeline.encode_prompts(batch, negative, scale), None
     encoder = PromptEncoder(pipeline.model.cond_stage_model, request.emphasis, request.long_prompts)
+    encoder.warn_of_long_texts(texts)
     chunks = max(encoder.chunks_for([*request.prompts, negative]), request.chunks or 1)
 
     def encode(batch: Sequence[str]) -> tuple[Any, Any]:

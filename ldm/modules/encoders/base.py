@@ -1,7 +1,7 @@
 """Base classes of the condition encoders, and the loading of pretrained weights."""
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,9 @@ class AbstractEncoder(nn.Module):
         raise ValueError(
             f"{type(self).__name__} has no unconditional input: set cond_dropout to 0 and sample with guidance scale 1"
         )
+
+    def warn_of_long_texts(self, texts: Iterable[str]) -> None:
+        """Log one warning for those of `texts` that the encoder truncates; encoders of other inputs do nothing."""
 
     @property
     def device(self) -> torch.device:
@@ -57,6 +60,9 @@ class CLIPTokensEncoder(AbstractEncoder):
     def encode_tokens(self, tokens: Tensor) -> Tensor:
         """tokens: (B, L) int64, begin, text, end and padding -> (B, L, D)."""
         raise NotImplementedError
+
+    def warn_of_long_texts(self, texts: Iterable[str]) -> None:
+        clip_tokenizer()(list(dict.fromkeys(texts)), self.max_length, self.pad_id)
 
     def unconditional_input(self, batch_size: int) -> list[str]:
         return [""] * batch_size

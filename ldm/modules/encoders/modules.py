@@ -2,7 +2,7 @@
 
 import importlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -115,6 +115,10 @@ class BERTEmbedder(TransformerEmbedder):
     def forward(self, text: str | Sequence[str] | Tensor) -> Tensor:
         """text: B texts, or (B, L) int64 token ids -> (B, L, n_embed)."""
         return super().forward(text if isinstance(text, Tensor) else self.tknz_fn(text))
+
+    def warn_of_long_texts(self, texts: Iterable[str]) -> None:
+        if self.use_tknz_fn:
+            self.tknz_fn(list(dict.fromkeys(texts)))
 
     def unconditional_input(self, batch_size: int) -> list[str] | Tensor:
         """Return empty texts, or without a tokenizer empty layouts: sequences of the last token."""

@@ -4,7 +4,7 @@ the joint space of texts and images as in retrieval-augmented models (Radford et
 State-dict keys are open_clip's, which OpenAI's files share. Each embedder keeps only the tower that it uses.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -201,6 +201,9 @@ class FrozenCLIPTextEmbedder(_JointEmbedder):
         # Padded with 0, because open_clip returns the vector at the largest id, the end token.
         tokens = clip_tokenizer()(text, self.max_length, _PAD_ID).to(self.device)
         return self.model.encode_text(tokens, normalize=self.normalize)
+
+    def warn_of_long_texts(self, texts: Iterable[str]) -> None:
+        clip_tokenizer()(list(dict.fromkeys(texts)), self.max_length, _PAD_ID)
 
     def encode(self, text: str | Sequence[str]) -> Tensor:
         """text: B texts -> (B, n_repeat, D)."""

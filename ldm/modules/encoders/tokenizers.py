@@ -1,11 +1,12 @@
 """Tokenizers of the text encoders: CLIP's byte pairs and BERT's WordPiece, both read on first use."""
 
+import contextlib
 import functools
 import gzip
 import importlib.util
 import itertools
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import ftfy
@@ -25,22 +26,41 @@ _BERT_REPOSITORIES = ("google-bert/bert-base-uncased", "bert-base-uncased")  # t
 
 
 class TruncationWarnings:
-    """Log one warning per truncated text: a caption seen in every epoch is reported once."""
+    """Log one warning for the truncated texts of a batch, with their number and an example; each text counts once."""
 
     SHOWN = 500  # characters of the dropped text
-    LIMIT = 10_000  # number of warnings
+    LIMIT = 10_000  # number of texts that are remembered; later ones are not reported
 
     def __init__(self) -> None:
-        self._warned: set[str] = set()
+        self._seen: set[str] = set()
+        self._batch: list[tuple[int, str]] | None = None  # tokens that fit, dropped text (of the first only)
 
-    def warn(self, text: str, kept: int, dropped: Callable[[], str]) -> None:
-        """kept: number of tokens that fit. dropped: returns the cut end of the text; called for new texts only."""
-        if text in self._warned or len(self._warned) >= self.LIMIT:
+    @contextlib.contextmanager
+    def batch(self, count: int) -> Iterator[None]:
+        """Report the truncated texts among `count` together, also those of batches inside."""
+        if self._batch is not None:
+            yield
             return
-        self._warned.add(text)
-        lost = dropped()
-        more = f"... and {len(lost) - self.SHOWN:,} more characters" if len(lost) > self.SHOWN else ""
-        logger.warning("text truncated to %d tokens; dropped: %r%s", kept, lost[: self.SHOWN], more)
+        self._batch = []
+        try:
+            yield
+        finally:
+            found, self._batch = self._batch, None
+        if found:
+            kept, lost = found[0]
+            texts = f"{len(found):,} of {count:,} texts" if count > 1 else "text"
+            more = f"... and {len(lost) - self.SHOWN:,} more characters" if len(lost) > self.SHOWN else ""
+            example = " from the first" if len(found) > 1 else ""
+            logger.warning("%s truncated to %d tokens; dropped%s: %r%s", texts, kept, example, lost[: self.SHOWN], more)
+
+    def add(self, text: str, kept: int, dropped: Callable[[], str]) -> None:
+        """kept: number of tokens that fit. dropped: returns the cut end of the text."""
+        if self._batch is None:
+            with self.batch(1):
+                self.add(text, kept, dropped)
+        elif text not in self._seen and len(self._seen) < self.LIMIT:
+            self._seen.add(text)
+            self._batch.append((kept, "" if self._batch else dropped()))
 
 
 class CLIPTokenizer:
@@ -54,7 +74,7 @@ class CLIPTokenizer:
         self.begin_id, self.end_id = self.token_ids[BEGIN], self.token_ids[END]
         # transformers annotates merges as strings, but its backend takes pairs.
         self.tokenizer = transformers.CLIPTokenizer(vocab=self.token_ids, merges=self.merges)  # type: ignore[arg-type]
-        self.warn_truncated = TruncationWarnings().warn
+        self.truncation = TruncationWarnings()
 
     def encode(self, text: str) -> list[int]:
         """Return the token ids of a text of any length; begin and end are not added, but recognized in the text."""
@@ -74,14 +94,15 @@ class CLIPTokenizer:
             raise ValueError(f"max_length {max_length}: must be at least 2, for the begin and end tokens")
         room, pad = max_length - 2, self.end_id if pad_id is None else pad_id
         rows = []
-        for text in texts:
-            if not isinstance(text, str):
-                raise TypeError(f"expected texts, got {type(text).__name__}: {text!r}")
-            tokens = self.encode(text)
-            if len(tokens) > room:
-                self.warn_truncated(text, room, functools.partial(self.decode, tokens[room:]))
-            tokens = [self.begin_id, *tokens[:room], self.end_id]
-            rows.append(tokens + [pad] * (max_length - len(tokens)))
+        with self.truncation.batch(len(texts)):
+            for text in texts:
+                if not isinstance(text, str):
+                    raise TypeError(f"expected texts, got {type(text).__name__}: {text!r}")
+                tokens = self.encode(text)
+                if len(tokens) > room:
+                    self.truncation.add(text, room, functools.partial(self.decode, tokens[room:]))
+                tokens = [self.begin_id, *tokens[:room], self.end_id]
+                rows.append(tokens + [pad] * (max_length - len(tokens)))
         return torch.tensor(rows, dtype=torch.int64).reshape(-1, max_length)
 
 
@@ -134,7 +155,7 @@ class BERTTokenizer:
     def __init__(self, vocab_path: str | Path | None = None, max_length: int = 77) -> None:
         self.vocab_path, self.max_length = vocab_path, max_length
         self._tokenizer: tokenizers.BertWordPieceTokenizer | None = None
-        self._warnings = TruncationWarnings()
+        self.truncation = TruncationWarnings()
 
     def __call__(self, texts: str | Sequence[str]) -> Tensor:
         """Return [CLS], text, [SEP] and padding, (B, max_length) int64. Longer texts are truncated with a warning."""
@@ -144,9 +165,10 @@ class BERTTokenizer:
             self._tokenizer.enable_truncation(self.max_length)
             self._tokenizer.enable_padding(length=self.max_length)
         encodings = self._tokenizer.encode_batch(texts)
-        for text, encoding in zip(texts, encodings):
-            if encoding.overflowing:
-                self._warnings.warn(text, self.max_length - 2, functools.partial(_dropped, text, encoding))
+        with self.truncation.batch(len(texts)):
+            for text, encoding in zip(texts, encodings):
+                if encoding.overflowing:
+                    self.truncation.add(text, self.max_length - 2, functools.partial(_dropped, text, encoding))
         return torch.tensor([encoding.ids for encoding in encodings], dtype=torch.int64)
 
     def _find_vocabulary(self) -> Path:

@@ -75,6 +75,16 @@ def test_a_truncated_text_is_reported_once_with_what_was_dropped(caplog):
     assert "more characters" in second and len(second) < 1000
 
 
+def test_the_truncated_texts_of_a_call_are_one_warning_with_count_and_example(caplog):
+    tokenizer = CLIPTokenizer()
+    texts = [f"{word} two three four five six" for word in ("a", "b", "c", "a")]
+    with caplog.at_level(logging.WARNING, "ldm"):
+        tokenizer([*texts, "short"], max_length=6)
+        tokenizer(texts, max_length=6)
+        (message,) = caplog.messages
+        assert message == "3 of 5 texts truncated to 4 tokens; dropped from the first: 'five six'"
+
+
 def test_clip_raises_for_wrong_inputs_and_missing_files(tmp_path, monkeypatch):
     with pytest.raises(TypeError, match="expected texts, got int: 3"):
         clip_tokenizer()(["a", 3])

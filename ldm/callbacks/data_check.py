@@ -1,0 +1,70 @@
+"""Check data against model once, where both are built and nothing is trained yet."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import pytorch_lightning as pl
+
+from ldm.config.instantiate import ConfigError
+from ldm.data.folder import ImageFolder
+from ldm.modules.encoders import tokenizers
+from ldm.modules.encoders.base import AbstractEncoder
+
+_CAPTIONS = 10_000  # that are tokenized, about two seconds
+
+
+class DataCheck(pl.Callback):
+    """Raise ConfigError for image sizes that the model cannot process; log captions that its text encoder truncates."""
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        datasets = getattr(getattr(trainer, "datamodule", None), "datasets", {})
+        folders = {split: getattr(data, "data", data) for split, data in datasets.items()}
+        folders = {split: data for split, data in folders.items() if isinstance(data, ImageFolder)}
+        core = getattr(pl_module, "diffusion_model", pl_module)  # of a classifier
+        key = getattr(core, "first_stage_key", None) or getattr(core, "image_key", None)
+        for split, data in folders.items():
+            if key in (data.image_key, "segmentation"):
+                check_size(split, data, pixel_multiple(core))
+        encoder, key = getattr(core, "cond_stage_model", None), getattr(core, "cond_stage_key", None)
+        if isinstance(encoder, AbstractEncoder) and stage == "fit":
+            captioned = [data for data in folders.values() if key in (data.caption_key, "caption", "txt")]
+            encoder.warn_of_long_texts(itertools.islice(_captions(captioned), _CAPTIONS))
+            tokenizers.logger.setLevel(logging.ERROR)  # not again in every batch
+
+    def teardown(self, *_: object, **__: object) -> None:
+        tokenizers.logger.setLevel(logging.NOTSET)
+
+    on_exception = teardown
+
+
+def pixel_multiple(model: Any) -> tuple[int, int]:
+    """Return the factors by which a model's first stage and its UNet shrink an image; 1 for those it has not."""
+    encoder = getattr(getattr(model, "first_stage_model", model), "encoder", None)
+    unet = getattr(getattr(model, "model", None), "diffusion_model", None)
+    levels = getattr(encoder, "num_resolutions", 1), len(getattr(unet, "channel_mult", (1,)))
+    return 2 ** (levels[0] - 1), 2 ** (levels[1] - 1)
+
+
+def check_size(split: str, data: ImageFolder, factors: tuple[int, int]) -> None:
+    """Raise ConfigError unless height and width of the images are multiples of the product of `factors`."""
+    multiple = factors[0] * factors[1]
+    if not any(side % multiple for side in data.crop_size):
+        return
+    below = [max(multiple, side // multiple * multiple) for side in data.crop_size]
+    above = [-(-side // multiple) * multiple for side in data.crop_size]
+    sizes = " or ".join(dict.fromkeys(f"{height}x{width}" for height, width in (below, above)))
+    param = "size" if data.size == data.crop_size else "crop_size"
+    height, width = data.crop_size
+    raise ConfigError(
+        f"data.params.{split}: images of {height}x{width} pixels (height x width); this model needs multiples of "
+        f"{multiple} (first stage {factors[0]} x UNet {factors[1]}), the nearest are {sizes}: set "
+        f"data.params.{split}.params.{param}"
+    )
+
+
+def _captions(folders: Iterable[ImageFolder]) -> Iterator[str]:
+    return (caption for data in folders for item in data.items for caption in item.captions)
