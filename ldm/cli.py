@@ -5,10 +5,12 @@ from __future__ import annotations
 import argparse
 import io
 import logging
+import os
 import re
 import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from types import ModuleType
 from typing import Any, NoReturn
 
@@ -17,6 +19,7 @@ from ldm.config.suggest import closest
 EXIT_USAGE = 2
 EXIT_INTERRUPTED = 130
 _OVERRIDE = re.compile(r"\+?[A-Za-z_]\w*(\.[\w-]+)+=", re.ASCII)  # dotted.path=value; + adds a new key
+_PATHS = ("DIR", "FILE", "FOLDER", "IMAGE", "NAME|DIR", "PATH", "PNG", "YAML")  # metavars of flags that take a path
 _NO_MEMORY = ("OutOfMemoryError", "DefaultCPUAllocator: ")  # of a GPU, by its class; of the CPU, a RuntimeError
 
 
@@ -38,6 +41,9 @@ class Parser(argparse.ArgumentParser):
         parsed, extra = self.parse_known_args(self._words, namespace)
         if extra:
             self.error(self._unknown(extra[0]))
+        for action in self._actions:
+            if action.metavar in _PATHS and hasattr(parsed, action.dest):
+                setattr(parsed, action.dest, _expand_user(getattr(parsed, action.dest)))
         if self.takes_overrides:
             parsed.overrides = overrides
         return parsed
@@ -78,6 +84,13 @@ class Parser(argparse.ArgumentParser):
         same = {option.lstrip("-").replace("-", "_").lower(): option for option in self.flags}
         near = same.get(name.lower()) or closest(flag, self.flags)
         return f"unknown flag {flag}" + (f"; did you mean {near}?" if near else "") + " (--help lists the flags)"
+
+
+def _expand_user(value: Any) -> Any:
+    """Replace `~` at the beginning of a path or of each of a list of paths: the shell leaves it in --flag=~/x."""
+    if isinstance(value, list):
+        return [_expand_user(each) for each in value]
+    return type(value)(os.path.expanduser(value)) if isinstance(value, (str, Path)) else value
 
 
 class _HelpFormatter(argparse.HelpFormatter):

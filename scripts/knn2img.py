@@ -43,7 +43,7 @@ def parser() -> Parser:
     add("--use_neighbors", action="store_true", help="add the vectors of the nearest neighbors to the conditioning")
     add("--knn", type=int, default=10, metavar="K", help="number of neighbors")
     text = "openimages or artbench-<style>, in data/rdm/retrieval_databases, or the folder of another database"
-    add("--database", default="artbench-surrealism", metavar="NAME", help=text)
+    add("--database", default="artbench-surrealism", metavar="NAME|DIR", help=text)
     text = "index made by scripts/train_searcher.py (default: data/rdm/searchers/<database>)"
     add("--searcher", metavar="DIR", help=text)
     cli.add_clip_flags(parser, "prompts")

@@ -15,23 +15,28 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import fmean
+from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout, installed or not
 
+<<<<<<< HEAD
 import numpy as np
 from PIL import Image
 
 from ldm.atomic import save_text
+=======
+>>>>>>> 06f6d78 (config: check values against the types and ranges of annotations, before torch is imported)
 from ldm.cli import Parser, run_command
-from ldm.config.files import load_yaml
-from ldm.data.image import load_image, to_array
-from ldm.evaluation.metrics import DigitReport, judge_digits, psnr
-from ldm.output.images import GeneratedImage, NamedOutput, read_metadata
-from ldm.output.watermark import Watermark
 from ldm.paths import ROOT
-from ldm.visualize import grid
 
-# torch, and what imports it, is imported inside functions: --help and flag errors must not wait for it.
+if TYPE_CHECKING:
+    import numpy as np
+    from PIL import Image
+
+    from ldm.evaluation.metrics import DigitReport
+
+# torch, numpy and what imports them are imported inside functions: --help and flag errors must not wait for them.
 
 AUTOENCODER = "configs/quickstart/autoencoder.yaml"
 TEXT2IMAGE = "configs/quickstart/text2image.yaml"
@@ -48,7 +53,9 @@ Row = tuple[str, str, str]  # metric, value, target
 def main(argv: Sequence[str]) -> int:
     about = "Train a small text-to-image model on handwritten digits and sample from it."
     parser = Parser(prog="quickstart.py", description=about)
-    parser.add_argument("--outdir", type=Path, default=Path("outputs/quickstart"), help="folder for all results")
+    parser.add_argument(
+        "--outdir", type=Path, default=Path("outputs/quickstart"), metavar="DIR", help="folder for all results"
+    )
     parser.add_argument("--seed", type=int, default=23, help="seed of training and sampling")
     parser.add_argument("--fast", action="store_true", help=f"train for 1/{FAST} of the steps, without quality metrics")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
@@ -56,6 +63,7 @@ def main(argv: Sequence[str]) -> int:
     if opt.seed < 0:
         raise ValueError(f"--seed {opt.seed}: expected an integer of at least 0")
     from ldm.data.digits import captions, load_scans
+    from ldm.data.image import load_image
 
     load_scans()  # reports a missing scikit-learn before anything else
     every = [captions(digit) for digit in range(10)]
@@ -102,6 +110,8 @@ def main(argv: Sequence[str]) -> int:
 
 def prompts_for(captions: Sequence[Sequence[str]], plain: int, varied: int) -> list[tuple[int, str]]:
     """Return (digit, prompt) pairs: per digit `plain` times the first of its captions, then `varied` others."""
+    import numpy as np
+
     pairs = []
     for digit, every in enumerate(captions):
         others = np.linspace(1, len(every) - 1, varied).astype(int)
@@ -111,6 +121,8 @@ def prompts_for(captions: Sequence[Sequence[str]], plain: int, varied: int) -> l
 
 def train(config: str, outdir: Path, seed: int, fast: bool, stages: list[Row], *overrides: str) -> Path:
     """Run main.py on a config, add its seconds to `stages`, and return its run directory."""
+    from ldm.config.files import load_yaml
+
     name, logs = Path(config).stem, outdir / "runs"
     steps = load_yaml(ROOT / config).lightning.trainer.max_steps // (FAST if fast else 1)
     command = ["main.py", "--base", config, "-t", "-n", name, "-l", str(logs), "-s", str(seed)]
@@ -142,7 +154,11 @@ def command_line(command: Sequence[str]) -> str:
 
 def metrics(first_stage: Path, generated: Sequence[Image.Image], requested: Sequence[int]) -> list[Row]:
     """Evaluate the first stage in a checkpoint, and generated images of the requested digits."""
+    import numpy as np
+
     from ldm.data.digits import Digits
+    from ldm.data.image import to_array
+    from ldm.evaluation.metrics import judge_digits, psnr
 
     train, held_out = Digits("train", SIZE), Digits("held_out", SIZE)
     report = judge_digits(
@@ -157,7 +173,7 @@ def metrics(first_stage: Path, generated: Sequence[Image.Image], requested: Sequ
 def metric_rows(first_stage_psnr: float, report: DigitReport) -> list[Row]:
     variety = list(report.variety.values())
     recognized = f"{100 * report.recognized:.1f} % of {report.count}"
-    spread = f"{np.mean(variety):.2f} ({min(variety):.2f} to {max(variety):.2f})"
+    spread = f"{fmean(variety):.2f} ({min(variety):.2f} to {max(variety):.2f})"
     return [
         ("first stage, PSNR on held-out scans", f"{first_stage_psnr:.1f} dB", "at least 32 dB"),
         ("generated digits recognized as their prompt", recognized, "at least 97 %"),
@@ -172,6 +188,7 @@ def reconstruct(checkpoint: Path, images: np.ndarray) -> np.ndarray:
     import torch
 
     from ldm.checkpoint.load import load_weights
+    from ldm.config.files import load_yaml
     from ldm.config.instantiate import instantiate_from_config
 
     model = instantiate_from_config(load_yaml(ROOT / AUTOENCODER).model).eval()
@@ -184,11 +201,15 @@ def reconstruct(checkpoint: Path, images: np.ndarray) -> np.ndarray:
 
 def digit_grid(images: Sequence[Image.Image], prompts: Sequence[tuple[int, str]]) -> Image.Image:
     """Return a grid of ten captioned squares, one per digit, of the first images of its first prompt."""
+    from PIL.Image import Resampling
+
+    from ldm.visualize import grid
+
     squares, texts = [], []
     for digit in range(10):
         first = next(prompt for requested, prompt in prompts if requested == digit)
         own = [image for image, prompt in zip(images, prompts) if prompt == (digit, first)][:SHOWN]
-        upscaled = [image.resize((2 * image.width, 2 * image.height), Image.Resampling.BICUBIC) for image in own]
+        upscaled = [image.resize((2 * image.width, 2 * image.height), Resampling.BICUBIC) for image in own]
         squares.append(grid(upscaled, columns=round(len(own) ** 0.5), padding=1))
         texts.append(first)
     return grid(squares, texts, columns=5, padding=10)
@@ -196,6 +217,9 @@ def digit_grid(images: Sequence[Image.Image], prompts: Sequence[tuple[int, str]]
 
 def save_grid(outdir: Path, image: Image.Image, files: Sequence[Path]) -> Path:
     """Save the grid as grid.png, watermarked, with the metadata that its images share, and return its path."""
+    from ldm.output.images import GeneratedImage, NamedOutput, read_metadata
+    from ldm.output.watermark import Watermark
+
     infos = [read_metadata(file) for file in files]
     shared = {key: value for key, value in infos[0].items() if all(info.get(key) == value for info in infos)}
     flagged = any(info["flagged"] for info in infos)

@@ -160,7 +160,7 @@ def test_a_shipped_config_is_valid_and_builds(name):
             found = get_obj_from_str(node["target"])
             names = accepted_params(found)
             assert inspect.isclass(found), node["target"]
-            assert names is None or set(node.get("params") or {}) <= names[0], node["target"]
+            assert names is None or set(node.get("params") or {}) <= names[0].keys(), node["target"]
     assert built(name).takes_no_memory
     if "data" in config:
         instantiate_from_config(config.data)

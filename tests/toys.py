@@ -2,6 +2,7 @@
 
 import os
 import signal
+from typing import Any
 
 import pytorch_lightning as pl
 import torch
@@ -48,7 +49,7 @@ class Toy(pl.LightningModule):
         self,
         width: int = 3,
         monitor: str | None = "val/loss",
-        at: dict | None = None,
+        at: Any = None,
         at_validation: dict | None = None,
     ):
         super().__init__()

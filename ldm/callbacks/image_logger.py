@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ldm.atomic import save_bytes
 from ldm.callbacks.seeding import seed_generators
+from ldm.config.types import NonNegativeInt
 from ldm.output.images import png_bytes
 from ldm.rng import preserve_rng, samples_set
 from ldm.visualize import grid
@@ -41,7 +42,7 @@ class ImageLogger(pl.Callback):
     def __init__(
         self,
         batch_frequency: int,
-        max_images: int,
+        max_images: NonNegativeInt,
         clamp: bool = True,
         increase_log_steps: bool = True,
         rescale: bool = True,

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import re
 import sys
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from ldm.config.suggest import closest, did_you_mean
+from ldm.config.types import convert, shown
 
 FIRST_STAGE_AS_CONDITION = "__is_first_stage__"
 UNCONDITIONAL = "__is_unconditional__"
@@ -46,6 +48,10 @@ _BUILT_IN_PREFIXES = (
     "pytorch_lightning.strategies",
 )
 _user_prefixes: list[str] = []
+
+# Errors of a constructor, its own or torch's, that say that its arguments are wrong together.
+_BUILD_ERRORS = (AssertionError, ArithmeticError, TypeError, AttributeError, LookupError, RuntimeError)
+_PLAIN = (bool, int, float, str, Sequence)
 
 
 class ConfigError(ValueError):
@@ -137,16 +143,39 @@ def instantiate_from_config(config: Any, **extra: Any) -> Any:
     params = {**params, **extra}
     if (names := accepted_params(cls)) is not None:
         check_params(params, *names, target, path)
+        params = convert_params(params, names[0], join_path(path, "params"))
     try:
         return cls(**params)
     except Exception as error:
+        if (located := _located(error, target, path, params)) is not None:
+            raise located from error
         error.add_note(f"while building {target}" + (f" ({path})" if path else ""))
         raise
 
 
-def accepted_params(cls: Any) -> tuple[set[str], set[str]] | None:
-    """Return (accepted, required) arguments of a class, following **kwargs to its bases; None if it takes anything."""
-    accepted: set[str] = set()
+def _located(error: Exception, target: str, path: str, params: Mapping[str, Any]) -> ConfigError | None:
+    """Return a constructor's error as a ConfigError with the YAML path; None for one that says enough by itself."""
+    kind, text = type(error), " ".join(str(error).split())
+    if kind in (ValueError, ConfigError):
+        # A constructor names its parameter first: "timesteps 0: choose ...".
+        named = re.split(r"[ :.=]", text, maxsplit=1)[0] in params
+        return ConfigError(f"{join_path(path, 'params')}.{text}") if named else None
+    own = kind.__module__.startswith("ldm.")
+    no_memory = kind.__name__ == "OutOfMemoryError" or "DefaultCPUAllocator" in text
+    if own or no_memory or not (isinstance(error, _BUILD_ERRORS) or kind.__name__ == "MisconfigurationException"):
+        return None
+    reason = f"{kind.__name__}: {text}" if text else kind.__name__
+    return ConfigError(
+        f"{path or 'config'}: {target} cannot be built with {_values(params)}: {reason} (--debug shows where)"
+    )
+
+
+def accepted_params(cls: Any) -> tuple[dict[str, str], set[str]] | None:
+    """Return ({accepted: annotation}, required) arguments of a class, following **kwargs to its bases.
+
+    None if it takes anything.
+    """
+    accepted: dict[str, str] = {}
     required: set[str] = set()
     is_class = inspect.isclass(cls)
     constructors = [vars(c)["__init__"] for c in cls.__mro__ if "__init__" in vars(c)] if is_class else [cls]
@@ -157,7 +186,7 @@ def accepted_params(cls: Any) -> tuple[set[str], set[str]] | None:
             return None
         for p in parameters:
             if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY):
-                accepted.add(p.name)
+                accepted.setdefault(p.name, _annotation(p))
                 # Only the class's own: it may itself supply what its bases require.
                 if p.default is p.empty and position == 0:
                     required.add(p.name)
@@ -186,6 +215,21 @@ def check_params(
         raise ConfigError(f"{where}: {target} needs {', '.join(missing)}")
 
 
+def convert_params(params: Mapping[str, Any], annotations: Mapping[str, str], where: str) -> dict[str, Any]:
+    """Return the parameters below the path `where` (or flags: '--') as their annotations' types.
+
+    Raises ConfigError for other values.
+    """
+    converted: dict[str, Any] = {}
+    for key, value in params.items():
+        try:
+            converted[key] = convert(value, annotations.get(key, ""))
+        except ValueError as error:
+            place = f"{where}{key}" if where == "--" else join_path(where, key)
+            raise ConfigError(f"{place} {shown(value)}: {error}") from None
+    return converted
+
+
 def join_path(path: str, key: str) -> str:
     return f"{path}.{key}" if path else key
 
@@ -202,6 +246,19 @@ def _import_module(module_name: str, target: str) -> Any:
         raise ConfigError(
             f"target {target!r} needs the package {missing!r}, which is not installed: pip install {package}"
         ) from error
+
+
+def _annotation(parameter: inspect.Parameter) -> str:
+    annotation = parameter.annotation
+    if annotation is parameter.empty:
+        return ""
+    return annotation if isinstance(annotation, str) else inspect.formatannotation(annotation)
+
+
+def _values(params: Mapping[str, Any]) -> str:
+    """Return the plain values of parameters in one line."""
+    plain = {key: shown(value) for key, value in params.items() if value is None or isinstance(value, _PLAIN)}
+    return ", ".join(f"{key} {value}" for key, value in plain.items()) or "these params"
 
 
 def _home(obj: Any) -> str:

@@ -15,7 +15,7 @@ from ldm.config.instantiate import ConfigError
 from ldm.config.signature import constructor_arguments
 from ldm.config.suggest import closest
 from ldm.config.trainer_keys import trainer_keys
-from ldm.config.validate import SECTIONS, check_sections, error_line
+from ldm.config.validate import SECTIONS, check_sections, convert_types, error_line
 from ldm.paths import ROOT, find_file
 
 # Callbacks of every run; a YAML's `lightning.callbacks` is merged over them, and `NAME: null` removes one.
@@ -77,6 +77,7 @@ def merge(files: Iterable[Path], overrides: Iterable[str] = (), onto: DictConfig
             raise ConfigError(f"{path}: cannot be merged with the configs before it: {error_line(error)}") from error
     for override in overrides:
         config = _apply(config, override)
+    convert_types(config)
     return config
 
 
@@ -101,7 +102,9 @@ def read_model(files: list[Path], overrides: list[str]) -> DictConfig:
                 f"config {path}: no section 'model' with a 'target'; is it the YAML of the model's training?"
             )
         kept: dict[str, Any] = {"model": OmegaConf.to_container(model, resolve=True)}  # other sections may not resolve
-        return OmegaConf.create(kept | ({"safety": config["safety"]} if "safety" in config else {}))
+        kept_config = OmegaConf.create(kept | ({"safety": config["safety"]} if "safety" in config else {}))
+        convert_types(kept_config)
+        return kept_config
     except (OmegaConfBaseException, OSError) as error:
         raise ValueError(f"config {path}: cannot be read: {error_line(error)}") from error
 

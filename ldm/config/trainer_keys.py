@@ -78,6 +78,40 @@ _SHORT_PRECISIONS = {
     "16": "16-mixed", "bf16": "bf16-mixed", "32": "32-true", "64": "64-true", "fp16": "16-mixed", "fp32": "32-true",
 }  # fmt: skip
 
+_LIMIT = "NonNegativeInt | Probability | None"
+_SPECIAL = "Annotated[int, '>= -1']"  # -1 stands for "no limit"
+# Types of Trainer settings as annotations, ranges included, for those that the Trainer's own annotations leave open.
+TRAINER_TYPES = {
+    "num_nodes": "PositiveInt",
+    "fast_dev_run": "bool | NonNegativeInt",
+    "max_epochs": f"{_SPECIAL} | None",
+    "min_epochs": "NonNegativeInt | None",
+    "max_steps": f"{_SPECIAL} | None",
+    "min_steps": "NonNegativeInt | None",
+    "limit_train_batches": _LIMIT,
+    "limit_val_batches": _LIMIT,
+    "limit_test_batches": _LIMIT,
+    "limit_predict_batches": _LIMIT,
+    "overfit_batches": _LIMIT,
+    "val_check_interval": "PositiveInt | Annotated[float, '(0, 1]'] | None",
+    "check_val_every_n_epoch": "PositiveInt | None",
+    "num_sanity_val_steps": f"{_SPECIAL} | None",
+    "log_every_n_steps": "NonNegativeInt | None",
+    "accumulate_grad_batches": "PositiveInt",
+    "gradient_clip_val": "NonNegativeFloat | None",
+    "gradient_clip_algorithm": "Literal['norm', 'value'] | None",
+    "reload_dataloaders_every_n_epochs": "NonNegativeInt",
+    "resume_from_checkpoint": "Path | None",
+    # chosen together, and checked with the devices
+    "devices": "",
+    "strategy": "",
+}
+
+
+def trainer_types() -> dict[str, str]:
+    """Return the annotation of each setting of the installed Trainer, with the ranges of TRAINER_TYPES."""
+    return {**(constructor_arguments(TRAINER) or {}), **TRAINER_TYPES}
+
 
 def trainer_keys() -> set[str]:
     """Return the keys that are valid under `lightning.trainer` and as flags, those of Lightning 1.4 included."""

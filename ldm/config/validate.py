@@ -12,10 +12,19 @@ from typing import Any, NamedTuple
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from ldm.config.instantiate import ConfigError, check_allowed, check_keys, check_params, join_path, resolve_alias
+from ldm.config.instantiate import (
+    ConfigError,
+    check_allowed,
+    check_keys,
+    check_params,
+    convert_params,
+    join_path,
+    resolve_alias,
+)
 from ldm.config.signature import class_exists, classes_of_module, constructor_arguments
 from ldm.config.suggest import did_you_mean
-from ldm.config.trainer_keys import UNSUPPORTED, trainer_keys
+from ldm.config.trainer_keys import UNSUPPORTED, trainer_keys, trainer_types
+from ldm.config.types import arguments_of
 from ldm.paths import ROOT
 
 SECTIONS = ("model", "data", "lightning")
@@ -26,6 +35,8 @@ DOWNLOADS = {
     "models/first_stage_models": "scripts/download_first_stages.sh",
     "models/ldm": "scripts/download_models.sh",
 }
+_RUN_TYPES = {"seed": "Annotated[int, '[0, 4294967295]'] | None", "scale_lr": "bool | None"}
+_MODEL_TYPES = {"base_learning_rate": "PositiveFloat | None"}
 WEIGHTS = ("ckpt_path", "diffusion_ckpt_path")  # parameters of our classes that name a file of weights
 
 
@@ -58,6 +69,33 @@ def check_sections(config: Mapping, where: str) -> None:
     _check_known(trainer, sorted(trainer_keys()), where, "lightning.trainer.")
 
 
+def convert_types(config: DictConfig) -> None:
+    """Convert the values of a config in place to the types that their classes, the Trainer and the run expect.
+
+    Raises ConfigError with the path, the value and what was expected. Interpolations are left to `check_targets`.
+    """
+    plain: Any = OmegaConf.to_container(config, resolve=False)
+    groups: list[tuple[str, Any, Mapping[str, str]]] = []
+    lightning = plain.get("lightning")
+    if isinstance(lightning, dict):
+        groups += [
+            ("lightning", lightning, _RUN_TYPES),
+            ("lightning.trainer", lightning.get("trainer"), trainer_types()),
+        ]
+    groups.append(("model", plain.get("model"), _MODEL_TYPES))
+    for path, target, params, _ in _nodes(plain, ""):
+        arguments: Mapping[str, str] = constructor_arguments(target) or {}
+        groups.append((f"{path}.params", params, arguments))
+        for name, annotation in arguments.items():
+            if (inner := arguments_of(annotation)) is not None:
+                groups.append((f"{path}.params.{name}", params.get(name), constructor_arguments(inner) or {}))
+    for where, values, types in groups:
+        given = values if isinstance(values, dict) else {}
+        for key, value in convert_params(given, types, where).items():
+            if value is not given[key]:
+                OmegaConf.update(config, f"{where}.{key}", value, merge=False)
+
+
 def check_config(config: DictConfig, weights: bool = True) -> None:
     """Raise ConfigError if a merged training config lacks a section or has an invalid target or parameter.
 
@@ -75,7 +113,8 @@ def check_config(config: DictConfig, weights: bool = True) -> None:
 
 def check_targets(config: Mapping[str, Any]) -> None:
     """Raise ConfigError for a target that is not allowed or does not exist, and for parameters it does not take."""
-    for path, target, params, keys in _nodes(config, ""):
+    nodes = list(_nodes(config, ""))
+    for path, target, params, keys in nodes:
         try:
             _check_exists(target, check_allowed(target))
         except ConfigError as error:
@@ -83,6 +122,8 @@ def check_targets(config: Mapping[str, Any]) -> None:
         check_keys(keys, target, path)
         if (arguments := constructor_arguments(target)) is not None:
             check_params(params, arguments, (), target, path)  # the class that builds the node may add required ones
+    for path, target, params, _ in nodes:
+        convert_params(params, constructor_arguments(target) or {}, join_path(path, "params"))
 
 
 def forget_missing_weights(config: DictConfig, typed: Collection[str] = ()) -> list[str]:

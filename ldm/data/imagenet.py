@@ -43,7 +43,7 @@ class ImageNetTrain(ImageFolder):
     part, own_split, archive = "ILSVRC2012_train", "train", "ILSVRC2012_img_train.tar"
 
     def __init__(self, config: Mapping[str, Any] | None = None, root: str | None = None, **options: Any) -> None:
-        known, _ = accepted_params(type(self)) or (set(), set())
+        known, _ = accepted_params(type(self)) or ({}, set())
         for key, value in (config or {}).items():
             if key not in known:
                 advice = f"choose from {', '.join(sorted(known))}"

@@ -193,12 +193,10 @@ def prepare(opt: Namespace, info: ModelInfo, ckpt: Path | None = None) -> Prepar
 def _open_weights(opt: Namespace, ckpt: Path | None) -> inference.WeightsSource:
     if ckpt is None:
         ckpt = _find_released(opt.ckpt) if opt.ckpt in _RELEASED else find_file(opt.ckpt)
-    try:
-        return inference.open_weights(ckpt)
-    except inference.MissingWeightsError as error:
+    if not ckpt.exists():  # checked here, before torch is imported
         hint = _DOWNLOADS.get(getattr(opt, "ckpt", ""), "a training run has <run directory>/checkpoints/last.ckpt")
-        text = f"checkpoint {ckpt}: no such file; {hint}, or pass --ckpt FILE with its --config"
-        raise FileNotFoundError(text) from error
+        raise FileNotFoundError(f"checkpoint {ckpt}: no such file; {hint}, or pass --ckpt FILE with its --config")
+    return inference.open_weights(ckpt)
 
 
 def _find_released(path: str) -> Path:

@@ -6,7 +6,7 @@ import warnings
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from pytorch_lightning.core.optimizer import LightningOptimizer, do_nothing_closure
@@ -17,6 +17,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from ldm.config.instantiate import ConfigError, accepted_params, instantiate_from_config
 from ldm.config.suggest import did_you_mean
+from ldm.config.types import PositiveInt
 from ldm.models.training import Losses, NonFiniteError, TrainedModule, fixed_noise
 from ldm.modules.diffusionmodules.model import Decoder, Encoder, Network
 from ldm.modules.dtype import in_dtype, weights_dtype
@@ -50,11 +51,11 @@ class AdversarialAutoencoder(TrainedModule):
 
     def __init__(
         self,
-        ddconfig: Mapping[str, Any],
+        ddconfig: Annotated[Mapping[str, Any], "ldm.modules.diffusionmodules.model.Encoder"],
         lossconfig: Mapping[str, Any],
         *,
         image_key: str = "image",
-        colorize_nlabels: int | None = None,
+        colorize_nlabels: PositiveInt | None = None,
         monitor: str | None = None,
         scheduler_config: Mapping[str, Any] | None = None,
         **weights: Any,
@@ -327,8 +328,8 @@ class AdversarialAutoencoder(TrainedModule):
 
 def check_ddconfig(ddconfig: Mapping[str, Any]) -> None:
     """Raise ConfigError if a key of `ddconfig` is unknown to the networks, or a required one is missing."""
-    accepted, required = accepted_params(Encoder) or (set(ddconfig), set())
-    _, shared = accepted_params(Network) or (set(), set())  # required by the base, to which Encoder passes them on
+    accepted, required = accepted_params(Encoder) or (dict(ddconfig), set())
+    _, shared = accepted_params(Network) or ({}, set())  # required by the base, to which Encoder passes them on
     for key in ddconfig:
         if key not in accepted:
             raise ConfigError(f"ddconfig.{key}: no such parameter{did_you_mean(key, accepted)}")

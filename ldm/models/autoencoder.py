@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor, nn
 
+from ldm.config.types import PositiveInt
 from ldm.models.adversarial import AdversarialAutoencoder
 from ldm.models.training import Losses
 from ldm.models.vq import VQModel, VQModelInterface
@@ -25,9 +26,9 @@ class AutoencoderKL(AdversarialAutoencoder):
 
     def __init__(
         self,
-        ddconfig: Mapping[str, Any],
+        ddconfig: Annotated[Mapping[str, Any], "ldm.modules.diffusionmodules.model.Encoder"],
         lossconfig: Mapping[str, Any],
-        embed_dim: int,
+        embed_dim: PositiveInt,
         *,
         learn_logvar: bool = False,
         **kwargs: Any,

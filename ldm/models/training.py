@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any, TypeVar
 
 import pytorch_lightning as pl
@@ -59,7 +60,7 @@ class TrainedModule(pl.LightningModule, metaclass=_WeightsAfterConstruction):
     load_only_unet = False
     key_settings = "first_stage_key or cond_stage_key"  # settings that name keys of the batch, for error messages
 
-    def __init__(self, ckpt_path: str | None = None, ignore_keys: Sequence[str] = ()) -> None:
+    def __init__(self, ckpt_path: str | Path | None = None, ignore_keys: Sequence[str] = ()) -> None:
         super().__init__()
         self._initial_weights = (ckpt_path, ignore_keys)
         self.learning_rate: float | None = None  # main.py computes it from base_learning_rate

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from pathlib import Path
+from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ldm.config.types import PositiveFloat, PositiveInt
 from ldm.models.adversarial import AdversarialAutoencoder
 from ldm.models.training import Losses
 from ldm.modules.losses.reconstruction import GENERATOR
@@ -35,14 +37,14 @@ class VQModel(AdversarialAutoencoder):
 
     def __init__(
         self,
-        ddconfig: Mapping[str, Any],
+        ddconfig: Annotated[Mapping[str, Any], "ldm.modules.diffusionmodules.model.Encoder"],
         lossconfig: Mapping[str, Any],
-        n_embed: int,
-        embed_dim: int,
+        n_embed: PositiveInt,
+        embed_dim: PositiveInt,
         *,
-        batch_resize_range: Sequence[int] | None = None,
-        lr_g_factor: float = 1.0,
-        remap: str | None = None,
+        batch_resize_range: Sequence[PositiveInt] | None = None,
+        lr_g_factor: PositiveFloat = 1.0,
+        remap: str | Path | None = None,
         sane_index_shape: bool = False,
         use_ema: bool = False,
         **kwargs: Any,

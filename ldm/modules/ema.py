@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor, nn
 
+from ldm.config.types import Probability
+
 CHUNK = 64  # parameters per fused call: enough for speed, and temporaries are far smaller than the model
 
 
@@ -21,7 +23,7 @@ class LitEma(nn.Module):
     decay: Tensor
     num_updates: Tensor
 
-    def __init__(self, model: nn.Module, decay: float = 0.9999, use_num_upates: bool = True) -> None:
+    def __init__(self, model: nn.Module, decay: Probability = 0.9999, use_num_upates: bool = True) -> None:
         super().__init__()
         if not 0.0 <= decay <= 1.0:
             raise ValueError(f"decay={decay}: must be between 0 and 1")

@@ -12,6 +12,7 @@ from typing import Any
 from ldm.cli import Parser
 from ldm.config.signature import argument_help, constructor_arguments
 from ldm.config.trainer_keys import REMOVED_SETTINGS, TRAINER, TRANSLATED, UNSUPPORTED
+from ldm.config.types import convert
 
 DEFAULT_SEED = 23
 
@@ -130,10 +131,10 @@ def _reader(kinds: tuple[str, ...]) -> Callable[[str], Any]:
             return None
         if word in booleans:
             return booleans[word]
-        for kind in (int, float, str):
-            if kind.__name__ in kinds:
+        for kind in ("int", "float", "str"):
+            if kind in kinds:
                 with contextlib.suppress(ValueError):
-                    return kind(text)
+                    return convert(text, kind)
         expected = "true or false" if kinds == ("bool",) else " or ".join(kinds)
         raise argparse.ArgumentTypeError(f"expected {expected}, got {text!r}")
 

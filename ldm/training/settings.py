@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 
 from omegaconf import DictConfig, OmegaConf
 
-from ldm.config.instantiate import ConfigError
-from ldm.config.trainer_keys import DEVICE_KEYS, modernize
+from ldm.config.instantiate import ConfigError, convert_params
+from ldm.config.trainer_keys import DEVICE_KEYS, modernize, trainer_types
 from ldm.training.flags import DEFAULT_SEED, RunOptions
 
 
@@ -38,6 +38,7 @@ def resolve_settings(options: RunOptions, lightning: DictConfig) -> RunSettings:
         # The devices are chosen in one place: a saved `gpus` must not contradict a new `--devices`.
         from_yaml = {name: value for name, value in from_yaml.items() if name not in device_keys}
         devices_where = "--"
+    from_flags = convert_params(from_flags, trainer_types(), "--")
     trainer = modernize(from_yaml) | modernize(from_flags, "--")
     start_from = trainer.pop("resume_from_checkpoint", None)
     if start_from and options.resume:

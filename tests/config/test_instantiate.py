@@ -135,7 +135,7 @@ def test_a_misspelt_class_names_the_nearest():
 
 def test_arguments_of_a_base_class_are_accepted_through_kwargs():
     accepted, required = util.accepted_params(get_obj_from_str("ldm.models.diffusion.ddpm.LatentDiffusion"))
-    assert {"linear_start", "cond_dropout", "unet_config"} <= accepted and {
+    assert {"linear_start", "cond_dropout", "unet_config"} <= accepted.keys() and {
         "first_stage_config",
         "cond_stage_config",
     } == required

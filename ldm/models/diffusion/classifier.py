@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ldm.checkpoint.resume import find_checkpoint
 from ldm.config.files import load_yaml
 from ldm.config.instantiate import accepted_params, instantiate_from_config
+from ldm.config.types import NonNegativeFloat, PositiveInt
 from ldm.models.diffusion.ddpm import LatentDiffusion, require_weights
 from ldm.models.diffusion.gaussian_diffusion import GaussianDiffusion
 from ldm.models.diffusion.image_log import tile_frames
@@ -39,15 +40,15 @@ class NoisyLatentImageClassifier(TrainedModule):
 
     def __init__(
         self,
-        diffusion_path: str,
-        num_classes: int,
+        diffusion_path: str | Path,
+        num_classes: PositiveInt,
         *,
         pool: str = "attention",
         label_key: str | None = None,
-        diffusion_ckpt_path: str | None = None,
+        diffusion_ckpt_path: str | Path | None = None,
         scheduler_config: Mapping[str, Any] | None = None,
-        weight_decay: float = 1e-2,
-        log_steps: int = 10,
+        weight_decay: NonNegativeFloat = 1e-2,
+        log_steps: PositiveInt = 10,
         monitor: str | None = "val/loss",
         **weights: Any,
     ) -> None:
@@ -224,7 +225,7 @@ def _sigma(model: GaussianDiffusion, t: Tensor) -> Tensor:
     return variance.clamp(min=0.0).sqrt()[:, None, None, None]
 
 
-def _read_diffusion(path: str) -> tuple[Any, Path | None]:
+def _read_diffusion(path: str | Path) -> tuple[Any, Path | None]:
     """Return the config of a diffusion model and, for the folder of a run, its newest usable checkpoint."""
     file, weights = Path(path), None
     if not file.is_file():

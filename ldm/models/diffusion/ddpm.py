@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Mapping, Sequence
-from typing import Any
+from pathlib import Path
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor, nn
 
 from ldm import rng
 from ldm.config.instantiate import ALIASES, FIRST_STAGE_AS_CONDITION, UNCONDITIONAL, instantiate_from_config
+from ldm.config.types import Dropout, NonNegativeFloat, PositiveFloat, PositiveInt, Probability
 from ldm.models.diffusion.condition_stage import ConditionStage, drop_condition
 from ldm.models.diffusion.conditioning import (
     Conditioning,
@@ -57,26 +59,26 @@ class DDPM(TrainedModule, PublishedDDPM):
     def __init__(
         self,
         unet_config: Mapping[str, Any],
-        timesteps: int = 1000,
+        timesteps: PositiveInt = 1000,
         beta_schedule: str = "linear",
         loss_type: str = "l2",
-        ckpt_path: str | None = None,
+        ckpt_path: str | Path | None = None,
         ignore_keys: Sequence[str] = (),
         load_only_unet: bool = False,
         monitor: str | None = "val/loss",
         use_ema: bool = True,
         first_stage_key: str = "image",
-        image_size: int = 256,
-        channels: int = 3,
-        log_every_t: int = 100,
+        image_size: PositiveInt | Sequence[PositiveInt] = 256,
+        channels: PositiveInt = 3,
+        log_every_t: PositiveInt = 100,
         clip_denoised: bool = True,
-        linear_start: float = 1e-4,
-        linear_end: float = 2e-2,
-        cosine_s: float = 8e-3,
-        given_betas: Sequence[float] | None = None,
-        original_elbo_weight: float = 0.0,
-        v_posterior: float = 0.0,
-        l_simple_weight: float = 1.0,
+        linear_start: Annotated[float, "(0, 1)"] = 1e-4,
+        linear_end: Annotated[float, "(0, 1)"] = 2e-2,
+        cosine_s: NonNegativeFloat = 8e-3,
+        given_betas: Sequence[Annotated[float, "(0, 1]"]] | None = None,
+        original_elbo_weight: NonNegativeFloat = 0.0,
+        v_posterior: Probability = 0.0,
+        l_simple_weight: NonNegativeFloat = 1.0,
         conditioning_key: str | None = None,
         parameterization: str = "eps",
         scheduler_config: Mapping[str, Any] | None = None,
@@ -85,7 +87,7 @@ class DDPM(TrainedModule, PublishedDDPM):
         logvar_init: float = 0.0,
         *,
         loss_weighting_config: Mapping[str, Any] | None = None,
-        ema_decay: float = 0.9999,
+        ema_decay: Probability = 0.9999,
         zero_terminal_snr: bool = False,
     ) -> None:
         super().__init__(ckpt_path, ignore_keys)
@@ -224,16 +226,16 @@ class LatentDiffusion(ConditionStage, PublishedLatentDiffusion, DDPM):
         self,
         first_stage_config: Mapping[str, Any],
         cond_stage_config: Mapping[str, Any] | str,
-        num_timesteps_cond: int | None = None,
+        num_timesteps_cond: PositiveInt | None = None,
         cond_stage_key: str = "image",
         cond_stage_trainable: bool = False,
         concat_mode: bool = True,
         cond_stage_forward: str | None = None,
         conditioning_key: str | None = None,
-        scale_factor: float = 1.0,
+        scale_factor: PositiveFloat = 1.0,
         scale_by_std: bool = False,
         *args: Any,
-        cond_dropout: float = 0.0,
+        cond_dropout: Dropout = 0.0,
         concat_keys: Sequence[str] = (),
         masked_image_key: str | None = "masked_image",
         adm_key: str | None = None,

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ldm.config.instantiate import instantiate_from_config
+from ldm.config.types import NonNegativeFloat
 from ldm.models.diffusion.gaussian_diffusion import GaussianDiffusion
 from ldm.models.training import Losses
 from ldm.modules.diffusionmodules.schedule import extract_into_tensor
@@ -36,7 +37,10 @@ class SimpleLossWeighting(LossWeighting):
     """
 
     def __init__(
-        self, l_simple_weight: float = 1.0, original_elbo_weight: float = 0.0, learn_logvar: bool = False
+        self,
+        l_simple_weight: NonNegativeFloat = 1.0,
+        original_elbo_weight: NonNegativeFloat = 0.0,
+        learn_logvar: bool = False,
     ) -> None:
         super().__init__()
         self.l_simple_weight, self.original_elbo_weight = l_simple_weight, original_elbo_weight

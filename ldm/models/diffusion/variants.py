@@ -13,6 +13,7 @@ from torch import Tensor
 from ldm import checkpoint
 from ldm.checkpoint.names import EMA, ema_name
 from ldm.config.instantiate import instantiate_from_config
+from ldm.config.types import NonNegativeInt
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.models.training import freeze
 
@@ -35,9 +36,9 @@ class LatentFinetuneDiffusion(LatentDiffusion):
         *,
         concat_keys: Sequence[str],
         finetune_keys: Sequence[str] | None = FIRST_CONVOLUTION,
-        keep_finetune_dims: int = 4,
-        c_concat_log_start: int | None = None,
-        c_concat_log_end: int | None = None,
+        keep_finetune_dims: NonNegativeInt = 4,
+        c_concat_log_start: NonNegativeInt | None = None,
+        c_concat_log_end: NonNegativeInt | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(concat_keys=concat_keys, **kwargs)

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ldm.config.types import Dropout, NonNegativeInt, PositiveInt
 from ldm.modules.attention import LinearAttention
 from ldm.modules.attention import SpatialSelfAttention as AttnBlock
 
@@ -186,15 +187,15 @@ class Network(nn.Module):
     def __init__(
         self,
         *,
-        ch: int,
-        out_ch: int,
-        ch_mult: Sequence[int] = (1, 2, 4, 8),
-        num_res_blocks: int,
-        attn_resolutions: Sequence[int],
-        dropout: float = 0.0,
+        ch: PositiveInt,
+        out_ch: PositiveInt,
+        ch_mult: Sequence[PositiveInt] = (1, 2, 4, 8),
+        num_res_blocks: NonNegativeInt,
+        attn_resolutions: Sequence[PositiveInt],
+        dropout: Dropout = 0.0,
         resamp_with_conv: bool = True,
-        in_channels: int,
-        resolution: int,
+        in_channels: PositiveInt,
+        resolution: PositiveInt,
         use_linear_attn: bool = False,
         attn_type: str = "vanilla",
     ) -> None:
@@ -203,6 +204,11 @@ class Network(nn.Module):
         if resolution % factor:
             raise ValueError(
                 f"resolution={resolution}: must be a multiple of {factor} for the {len(ch_mult)} levels of ch_mult"
+            )
+        if num_res_blocks == 0 and set(ch_mult) != {1}:
+            raise ValueError(
+                f"num_res_blocks 0 with ch_mult {list(ch_mult)}: only residual blocks change the number of channels; "
+                "set num_res_blocks of at least 1, or 1 for each level of ch_mult"
             )
         self.ch, self.in_channels, self.out_ch = ch, in_channels, out_ch
         self.resolution, self.num_resolutions, self.num_res_blocks = resolution, len(ch_mult), num_res_blocks
@@ -274,7 +280,7 @@ class Encoder(Network):
     def __init__(
         self,
         *,
-        z_channels: int,
+        z_channels: PositiveInt,
         double_z: bool = True,
         give_pre_end: bool = False,
         tanh_out: bool = False,
@@ -307,7 +313,7 @@ class Decoder(Network):
     def __init__(
         self,
         *,
-        z_channels: int,
+        z_channels: PositiveInt,
         double_z: bool = True,
         give_pre_end: bool = False,
         tanh_out: bool = False,

@@ -6,12 +6,13 @@ State-dict names, constructor options and the choice of attention heads are the 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ldm.config.types import Dropout, NonNegativeInt, PositiveInt
 from ldm.modules.attention import ContextBlock, SpatialTransformer, attend
 from ldm.modules.diffusionmodules.util import (
     avg_pool_nd,
@@ -257,32 +258,32 @@ class UNetTrunk(nn.Module):
 
     def __init__(
         self,
-        image_size: int | Sequence[int],
-        in_channels: int,
-        model_channels: int,
-        out_channels: int,
-        num_res_blocks: int | Sequence[int],
-        attention_resolutions: Sequence[int],
-        dropout: float = 0,
-        channel_mult: Sequence[int] = (1, 2, 4, 8),
+        image_size: PositiveInt | Sequence[PositiveInt],
+        in_channels: PositiveInt,
+        model_channels: PositiveInt,
+        out_channels: PositiveInt,
+        num_res_blocks: NonNegativeInt | Sequence[NonNegativeInt],
+        attention_resolutions: Sequence[PositiveInt],
+        dropout: Dropout = 0,
+        channel_mult: Sequence[PositiveInt] = (1, 2, 4, 8),
         conv_resample: bool = True,
-        dims: int = 2,
-        num_classes: int | None = None,
+        dims: Literal[1, 2, 3] = 2,
+        num_classes: PositiveInt | None = None,
         use_checkpoint: bool = False,
         use_fp16: bool = False,
-        num_heads: int = -1,
-        num_head_channels: int = -1,
-        num_heads_upsample: int = -1,
+        num_heads: Literal[-1] | PositiveInt = -1,
+        num_head_channels: Literal[-1] | PositiveInt = -1,
+        num_heads_upsample: Literal[-1] | PositiveInt = -1,
         use_scale_shift_norm: bool = False,
         resblock_updown: bool = False,
         use_new_attention_order: bool = False,
         use_spatial_transformer: bool = False,
-        transformer_depth: int = 1,
-        context_dim: int | Sequence[int] | None = None,
-        n_embed: int | None = None,
+        transformer_depth: PositiveInt = 1,
+        context_dim: PositiveInt | Sequence[PositiveInt] | None = None,
+        n_embed: PositiveInt | None = None,
         legacy: bool = True,
         disable_self_attentions: Sequence[bool] | None = None,
-        num_attention_blocks: Sequence[int] | None = None,
+        num_attention_blocks: Sequence[NonNegativeInt] | None = None,
         disable_middle_self_attn: bool = False,
         use_linear_in_transformer: bool = False,
     ) -> None:
@@ -590,21 +591,21 @@ class EncoderUNetModel(UNetTrunk):
 
     def __init__(
         self,
-        image_size: int,
-        in_channels: int,
-        model_channels: int,
-        out_channels: int,
-        num_res_blocks: int | Sequence[int],
-        attention_resolutions: Sequence[int],
-        dropout: float = 0,
-        channel_mult: Sequence[int] = (1, 2, 4, 8),
+        image_size: PositiveInt,
+        in_channels: PositiveInt,
+        model_channels: PositiveInt,
+        out_channels: PositiveInt,
+        num_res_blocks: NonNegativeInt | Sequence[NonNegativeInt],
+        attention_resolutions: Sequence[PositiveInt],
+        dropout: Dropout = 0,
+        channel_mult: Sequence[PositiveInt] = (1, 2, 4, 8),
         conv_resample: bool = True,
-        dims: int = 2,
+        dims: Literal[1, 2, 3] = 2,
         use_checkpoint: bool = False,
         use_fp16: bool = False,
-        num_heads: int = 1,
-        num_head_channels: int = -1,
-        num_heads_upsample: int = -1,
+        num_heads: Literal[-1] | PositiveInt = 1,
+        num_head_channels: Literal[-1] | PositiveInt = -1,
+        num_heads_upsample: Literal[-1] | PositiveInt = -1,
         use_scale_shift_norm: bool = False,
         resblock_updown: bool = False,
         use_new_attention_order: bool = False,

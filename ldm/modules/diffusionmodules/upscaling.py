@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ldm.config.types import PositiveInt
 from ldm.modules.diffusionmodules.schedule import Schedule, extract_into_tensor, make_beta_schedule
 from ldm.rng import Purpose, integers, normal_like
 
@@ -25,7 +26,10 @@ class ImageConcatWithNoiseAugmentation(nn.Module):
     sqrt_one_minus_alphas_cumprod: Tensor
 
     def __init__(
-        self, noise_schedule_config: Mapping[str, Any] | None = None, max_noise_level: int = 1000, to_cuda: bool = False
+        self,
+        noise_schedule_config: Mapping[str, Any] | None = None,
+        max_noise_level: PositiveInt = 1000,
+        to_cuda: bool = False,
     ) -> None:
         super().__init__()
         options = {"beta_schedule": "linear", "timesteps": 1000, **(noise_schedule_config or {})}

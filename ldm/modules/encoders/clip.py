@@ -11,6 +11,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 from transformers.activations import ACT2FN
 
 from ldm.config.text_shapes import CLIP_VERSION, clip_shape
+from ldm.config.types import PositiveInt
 from ldm.modules.encoders.base import CLIPTokensEncoder, PretrainedEncoder, file_from_hub, file_in_folder
 from ldm.modules.encoders.tokenizers import clip_tokenizer
 
@@ -68,7 +69,7 @@ class FrozenCLIPEmbedder(CLIPTokensEncoder, PretrainedEncoder):
         self,
         version: str = CLIP_VERSION,
         device: str | None = None,
-        max_length: int = 77,
+        max_length: PositiveInt = 77,
         text_config: Mapping[str, Any] | None = None,
     ) -> None:
         """text_config: overrides of the shape, for tiny models; a checkpoint must hold their weights."""

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm.config.instantiate import ALIASES
+from ldm.config.types import Dropout, NonNegativeInt, PositiveFloat, PositiveInt
 from ldm.modules.dtype import in_dtype, weights_dtype
 from ldm.modules.encoders.base import AbstractEncoder, CLIPTokensEncoder
 from ldm.modules.encoders.tokenizers import VOCAB_SIZE, BERTTokenizer
@@ -28,7 +29,7 @@ def __getattr__(name: str) -> Any:
 class ClassEmbedder(AbstractEncoder):
     """A learned vector per class. In models trained for guidance the last class means "no class" (1000 of 1001)."""
 
-    def __init__(self, embed_dim: int, n_classes: int = 1000, key: str = "class") -> None:
+    def __init__(self, embed_dim: PositiveInt, n_classes: PositiveInt = 1000, key: str = "class") -> None:
         super().__init__()
         self.key, self.n_classes = key, n_classes
         self.embedding = nn.Embedding(n_classes, embed_dim)
@@ -59,14 +60,14 @@ class TransformerEmbedder(AbstractEncoder):
 
     def __init__(
         self,
-        n_embed: int,
-        n_layer: int,
-        vocab_size: int,
-        max_seq_len: int = 77,
+        n_embed: PositiveInt,
+        n_layer: PositiveInt,
+        vocab_size: PositiveInt,
+        max_seq_len: PositiveInt = 77,
         device: str | None = None,
-        heads: int = 8,
-        dim_head: int = 64,
-        embedding_dropout: float = 0.0,
+        heads: PositiveInt = 8,
+        dim_head: PositiveInt = 64,
+        embedding_dropout: Dropout = 0.0,
         token_emb: nn.Module | None = None,
         logits: bool = True,
     ) -> None:
@@ -97,13 +98,13 @@ class BERTEmbedder(TransformerEmbedder):
 
     def __init__(
         self,
-        n_embed: int,
-        n_layer: int,
-        vocab_size: int = 30522,
-        max_seq_len: int = 77,
+        n_embed: PositiveInt,
+        n_layer: PositiveInt,
+        vocab_size: PositiveInt = 30522,
+        max_seq_len: PositiveInt = 77,
         device: str | None = None,
         use_tokenizer: bool = True,
-        embedding_dropout: float = 0.0,
+        embedding_dropout: Dropout = 0.0,
         tokenizer_path: str | Path | None = None,
     ) -> None:
         """tokenizer_path: a vocab.txt or a folder with one; None: bert-base-uncased of the hub, at the first call."""
@@ -152,13 +153,13 @@ class CaptionEmbedder(CLIPTokensEncoder, TransformerEmbedder):
 
     def __init__(
         self,
-        n_embed: int,
-        n_layer: int,
-        max_seq_len: int = 77,
-        vocab_rows: int | None = None,
-        heads: int = 8,
-        dim_head: int = 64,
-        embedding_dropout: float = 0.0,
+        n_embed: PositiveInt,
+        n_layer: PositiveInt,
+        max_seq_len: PositiveInt = 77,
+        vocab_rows: PositiveInt | None = None,
+        heads: PositiveInt = 8,
+        dim_head: PositiveInt = 64,
+        embedding_dropout: Dropout = 0.0,
     ) -> None:
         """max_seq_len: tokens, begin and end included; fewer make cross-attention cheaper.
 
@@ -182,11 +183,11 @@ class SpatialRescaler(AbstractEncoder):
 
     def __init__(
         self,
-        n_stages: int = 1,
+        n_stages: NonNegativeInt = 1,
         method: str = "bilinear",
-        multiplier: float = 0.5,
-        in_channels: int = 3,
-        out_channels: int | None = None,
+        multiplier: PositiveFloat = 0.5,
+        in_channels: PositiveInt = 3,
+        out_channels: PositiveInt | None = None,
         bias: bool = False,
     ) -> None:
         super().__init__()

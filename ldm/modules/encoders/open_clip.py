@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ldm.checkpoint import CheckpointError
 from ldm.config.text_shapes import OPEN_CLIP_ARCH, open_clip_shape
+from ldm.config.types import PositiveInt
 from ldm.modules.dtype import in_dtype, weights_dtype
 from ldm.modules.encoders.base import CLIPTokensEncoder, PretrainedEncoder, file_from_hub, file_in_folder
 from ldm.modules.encoders.tokenizers import clip_tokenizer
@@ -77,7 +78,7 @@ class FrozenOpenCLIPEmbedder(CLIPTokensEncoder, PretrainedEncoder):
         arch: str = OPEN_CLIP_ARCH,
         version: str = "laion2b_s32b_b79k",
         device: str | None = None,
-        max_length: int = 77,
+        max_length: PositiveInt = 77,
         freeze: bool = True,
         layer: str = "last",
         text_config: Mapping[str, int] | None = None,
@@ -153,7 +154,7 @@ class _JointEmbedder(PretrainedEncoder):
 
     model: CLIP
 
-    def __init__(self, version: str, weights: str | None, clip_config: Mapping[str, Any] | None) -> None:
+    def __init__(self, version: str, weights: str | Path | None, clip_config: Mapping[str, Any] | None) -> None:
         super().__init__()
         if version not in VERSIONS:
             raise ValueError(f"CLIP version {version!r}: choose one of {', '.join(VERSIONS)}")
@@ -179,10 +180,10 @@ class FrozenCLIPTextEmbedder(_JointEmbedder):
         self,
         version: str = "ViT-L/14",
         device: str | None = None,
-        max_length: int = 77,
-        n_repeat: int = 1,
+        max_length: PositiveInt = 77,
+        n_repeat: PositiveInt = 1,
         normalize: bool = True,
-        weights: str | None = None,
+        weights: str | Path | None = None,
         clip_config: Mapping[str, Any] | None = None,
     ) -> None:
         """normalize: scale to length 1. version, weights, clip_config: see _JointEmbedder."""
@@ -226,7 +227,7 @@ class FrozenClipImageEmbedder(_JointEmbedder):
         device: str | None = None,
         antialias: bool = False,
         normalize: bool = False,
-        weights: str | None = None,
+        weights: str | Path | None = None,
         clip_config: Mapping[str, Any] | None = None,
     ) -> None:
         """model: one of VERSIONS. antialias: smooth before downscaling. normalize: scale to length 1."""

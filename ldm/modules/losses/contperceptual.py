@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ldm.config.types import NonNegativeFloat, NonNegativeInt
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
 from ldm.modules.losses.reconstruction import AdversarialLoss, Logs, is_discriminator_turn, named_logs
 
@@ -24,9 +25,9 @@ class LPIPSWithDiscriminator(AdversarialLoss):
 
     def __init__(
         self,
-        disc_start: int | None = None,
+        disc_start: NonNegativeInt | None = None,
         logvar_init: float = 0.0,
-        kl_weight: float = 1.0,
+        kl_weight: NonNegativeFloat = 1.0,
         learn_logvar: bool = False,
         **options: Any,
     ) -> None:

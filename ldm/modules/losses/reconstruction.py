@@ -13,6 +13,7 @@ from taming.modules.discriminator.model import NLayerDiscriminator, weights_init
 from taming.modules.util import ActNorm
 from torch import Tensor, nn
 
+from ldm.config.types import NonNegativeFloat, NonNegativeInt, PositiveInt
 from ldm.modules.losses.lpips import LPIPS
 from ldm.modules.ranks import SharedBatchNorm2d, average_over_ranks, number_of_ranks, rank_weight
 
@@ -53,14 +54,14 @@ class AdversarialLoss(nn.Module):
     def __init__(
         self,
         *,
-        disc_start: int | None = None,
-        pixelloss_weight: float = 1.0,
-        disc_num_layers: int = 3,
-        disc_in_channels: int = 3,
-        disc_ndf: int = 64,
-        disc_factor: float = 1.0,
-        disc_weight: float = 1.0,
-        perceptual_weight: float = 1.0,
+        disc_start: NonNegativeInt | None = None,
+        pixelloss_weight: NonNegativeFloat = 1.0,
+        disc_num_layers: PositiveInt = 3,
+        disc_in_channels: PositiveInt = 3,
+        disc_ndf: PositiveInt = 64,
+        disc_factor: NonNegativeFloat = 1.0,
+        disc_weight: NonNegativeFloat = 1.0,
+        perceptual_weight: NonNegativeFloat = 1.0,
         use_actnorm: bool = False,
         disc_conditional: bool = False,
         disc_loss: str = "hinge",

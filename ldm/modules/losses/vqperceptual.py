@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ldm.config.types import NonNegativeFloat, NonNegativeInt, PositiveInt
 from ldm.modules.losses.contperceptual import DummyLoss as DummyLoss
 from ldm.modules.losses.reconstruction import AdversarialLoss, Logs, is_discriminator_turn, named_logs
 
@@ -39,9 +40,9 @@ class VQLPIPSWithDiscriminator(AdversarialLoss):
 
     def __init__(
         self,
-        disc_start: int | None = None,
-        codebook_weight: float = 1.0,
-        n_classes: int | None = None,
+        disc_start: NonNegativeInt | None = None,
+        codebook_weight: NonNegativeFloat = 1.0,
+        n_classes: PositiveInt | None = None,
         perceptual_loss: str = "lpips",
         pixel_loss: str = "l1",
         **options: Any,

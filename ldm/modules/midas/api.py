@@ -21,7 +21,7 @@ class MiDaSInference(nn.Module):
     The network is not a submodule: checkpoints do not hold it.
     """
 
-    def __init__(self, model_type: str = "dpt_hybrid", weights: str | None = None) -> None:
+    def __init__(self, model_type: str = "dpt_hybrid", weights: str | Path | None = None) -> None:
         """model_type: published name, used in errors. weights: folder with config.json and model.safetensors."""
         super().__init__()
         if model_type not in MODEL_TYPES:
