@@ -142,3 +142,13 @@ def test_overrides_stand_anywhere_among_the_flags(capsys):
         with pytest.raises(SystemExit):
             parser.parse_args(words)
         assert message in capsys.readouterr().err
+
+
+def test_a_home_directory_is_expanded_in_path_flags_only(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    parser = Parser()
+    parser.add_argument("--outdir", metavar="DIR")
+    parser.add_argument("--init-img", nargs="+", metavar="FILE")
+    parser.add_argument("--prompt")
+    opt = parser.parse_args(["--outdir=~/pics", "--init-img", "~/a.png", "b.png", "--prompt", "~/tilde"])
+    assert (opt.outdir, opt.init_img, opt.prompt) == ("/home/me/pics", ["/home/me/a.png", "b.png"], "~/tilde")
