@@ -20,13 +20,7 @@ from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout, installed or not
 
-<<<<<<< HEAD
-import numpy as np
-from PIL import Image
-
 from ldm.atomic import save_text
-=======
->>>>>>> 06f6d78 (config: check values against the types and ranges of annotations, before torch is imported)
 from ldm.cli import Parser, run_command
 from ldm.paths import ROOT
 
