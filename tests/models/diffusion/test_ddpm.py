@@ -133,7 +133,7 @@ def test_num_timesteps_cond_noises_the_condition_on_its_own_schedule():
     noised = model.q_sample(c, model.cond_ids[t], torch.randn_like(c))
     assert torch.equal(seen[0][1], t) and torch.equal(seen[0][0], noised) and not torch.equal(noised, c)
     for value in (0, 101):
-        with pytest.raises(ValueError, match=f"num_timesteps_cond {value}: choose 1 to 100"):
+        with pytest.raises(ValueError, match=f"num_timesteps_cond {value}: "):
             latent_diffusion("crossattn", ATTEND, CLASSES, timesteps=100, num_timesteps_cond=value)
 
 
