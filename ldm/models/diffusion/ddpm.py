@@ -246,8 +246,6 @@ class LatentDiffusion(ConditionStage, PublishedLatentDiffusion, DDPM):
             conditioning_key = "concat" if concat_mode else "crossattn"
         if cond_stage_config == UNCONDITIONAL:
             conditioning_key = None
-        if not 0.0 <= cond_dropout < 1.0:
-            raise ValueError(f"cond_dropout {cond_dropout}: choose a fraction in [0, 1), 0.1 is usual")
         if scale_by_std and scale_factor != 1.0:
             raise ValueError(f"scale_factor {scale_factor}: remove it, scale_by_std measures it")
         kwargs["conditioning_key"] = conditioning_key

@@ -237,7 +237,7 @@ def test_the_ancestral_sampler_takes_the_first_conditions_and_refuses_too_few(mo
     [
         ({"parameterization": "score"}, "choose one of eps, x0, v"),
         ({"loss_type": "l3"}, "choose one of l1, l2"),
-        ({"cond_dropout": 1.5}, r"fraction in \[0, 1\)"),
+        ({"cond_dropout": 1.5}, r"cond_dropout 1.5: expected a number in \[0, 1\)"),
         ({"scale_by_std": True}, "scale_by_std measures it"),
         ({"beta_schedule": "exponential"}, "choose one of linear"),
         ({"cond_dropot": 0.1}, "did you mean 'cond_dropout'"),
