@@ -13,6 +13,7 @@ from ldm import inference, retrieval
 from ldm.cli import Parser, run_command
 from ldm.inference import cli
 from ldm.inference.settings import check_positive
+from ldm.output.images import make_folder
 from ldm.paths import find_file
 
 
@@ -46,6 +47,7 @@ def main(argv: Sequence[str]) -> None:
             f"--database {folder}: no such folder; pass one with .npz parts, or make it with --images DIR"
         )
     retrieval.import_faiss()
+    make_folder(Path(opt.target_path))
     if opt.images is not None:
         device = inference.choose_device(opt.device)
         clip = retrieval.clip_image_encoder(opt.clip_type, opt.clip_weights)

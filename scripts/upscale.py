@@ -22,7 +22,7 @@ def parser() -> Parser:
     text = "Upscale images with a super-resolution model, four times with the released one."
     parser = Parser(prog="upscale.py", description=text)
     add = parser.add_argument
-    add("--init-img", nargs="+", default=[], metavar="FILE", help="the images, of any size")
+    add("--init-img", nargs="+", action="extend", default=[], metavar="FILE", help="the images, of any size")
     text = "folder for the results, named after the images"
     add("--outdir", default="outputs/upscale-samples", metavar="DIR", help=text)
     text = "noise added to the input, for models with noise-level conditioning; more invents more detail (default: 20)"

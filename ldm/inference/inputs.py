@@ -11,7 +11,7 @@ from PIL import Image
 
 from ldm.config.suggest import closest, did_you_mean
 from ldm.data.image import EXTENSIONS, load_image, load_levels
-from ldm.inference.settings import round_to_multiple
+from ldm.inference.settings import MAX_COUNT, round_to_multiple
 
 logger = logging.getLogger(__name__)
 
@@ -58,6 +58,11 @@ def find_pairs(folder: str | Path) -> list[tuple[Path, Path]]:
         if image is None:
             raise FileNotFoundError(f"{mask}: its image {folder / names[0]} is missing")
         pairs.append((image, mask))
+    used = {file for pair in pairs for file in pair}
+    others = sorted(file for file in folder.iterdir() if file.suffix.lower() in EXTENSIONS and file not in used)
+    if pairs and others:
+        text = "--indir %s: %d images without an x_mask.png are skipped, e.g. %s"
+        logger.warning(text, folder, len(others), others[0].name)
     if not pairs:
         raise FileNotFoundError(f"--indir {folder}: no x_mask.png found; a mask is white where x.png is inpainted")
     return pairs
@@ -117,10 +122,9 @@ def load_mask(path: str | Path) -> Image.Image:
 def check_pairs(pairs: Sequence[tuple[Path, Path]], multiple: int = 1) -> None:
     """Raise ValueError for files that are not images, images smaller than `multiple`, and unusable masks.
 
-    Warns about masks that look inverted, and about those of 0 and 1.
+    Warns about masks that look inverted or like photos, and about those of 0 and 1.
     """
-    inverted: list[str] = []
-    binary: list[str] = []
+    inverted, grey, binary = list[str](), list[str](), list[str]()
     for path, mask in pairs:
         image, hole = check_image(path, "image", multiple), load_mask(mask)
         if image.size != hole.size:
@@ -129,14 +133,19 @@ def check_pairs(pairs: Sequence[tuple[Path, Path]], multiple: int = 1) -> None:
             raise ValueError(sizes + turned)
         if (share := np.asarray(hole).mean() / 255) > 0.5:
             inverted.append(f"{share:.0%} of {mask}")
-        if set(np.unique(load_levels(mask, background=BLACK))) <= {0.0, 1.0}:
+        levels = load_levels(mask, background=BLACK)
+        between = np.abs(2 * levels / levels.max() - 1) < 0.8  # neither black nor white
+        if between.mean() > 0.5:
+            grey.append(str(mask))
+        if set(np.unique(levels)) <= {0.0, 1.0}:
             binary.append(str(mask))
-    if inverted:
-        text = "%d of %d masks are mostly white (%s); white is generated: if they are inverted, swap black and white"
-        logger.warning(text, len(inverted), len(pairs), inverted[0])
-    if binary:
-        text = "%d of %d masks have only the values 0 and 1 (%s); 1 is taken as white"
-        logger.warning(text, len(binary), len(pairs), binary[0])
+    for masks, text in (
+        (inverted, "are mostly white (%s); white is generated: if they are inverted, swap black and white"),
+        (grey, "are mostly grey (%s); they are cut at half white: are they masks?"),
+        (binary, "have only the values 0 and 1 (%s); 1 is taken as white"),
+    ):
+        if masks:
+            logger.warning(f"%d of %d masks {text}", len(masks), len(pairs), masks[0])
 
 
 def find_depth(path: str, size: tuple[int, int]) -> np.ndarray | Path:
@@ -174,6 +183,8 @@ def parse_classes(words: Sequence[str], names: Sequence[str] = ()) -> tuple[int,
             if first.isdecimal() and (not dash or last.isdecimal()):
                 if dash and int(last) < int(first):
                     raise ValueError(f"--classes {part}: the range is reversed")
+                if int(last or first) >= MAX_COUNT:
+                    raise ValueError(f"--classes {part}: expected classes below {MAX_COUNT:,}")
                 classes.extend(range(int(first), int(last or first) + 1))
             elif part in numbers:
                 classes.append(numbers[part])

@@ -59,7 +59,7 @@ def make_folder(folder: Path) -> None:
         with temporary_next_to(folder / "image.png"):
             pass
     except NotADirectoryError as error:
-        raise ValueError(f"{folder} is a file or inside one; choose a folder for the images") from error
+        raise ValueError(f"{folder} is a file or inside one; choose a folder") from error
     except OSError as error:
         raise ValueError(f"{folder}: no file can be written here: {error.strerror}; choose another folder") from error
 

@@ -75,7 +75,7 @@ def test_classes_are_named_too_and_a_word_that_could_be_both_is_a_number():
         parse_classes(["a cot"], names)
 
 
-@pytest.mark.parametrize("word", ["cat", "", "1,", "-1", "1-", "5-3", "1.5", "²"])
+@pytest.mark.parametrize("word", ["cat", "", "1,", "-1", "1-", "5-3", "1.5", "²", "0-999999999999"])
 def test_an_invalid_class_is_refused_by_name(word):
     with pytest.raises(ValueError, match="--classes"):
         parse_classes([word])
@@ -142,14 +142,24 @@ def test_a_mask_that_would_leave_the_image_as_it_is_is_refused_with_its_largest_
     assert ("transparent" in str(caught.value)) == (levels.shape[2:] == (4,))
 
 
-def test_masks_that_look_inverted_and_those_of_0_and_1_are_one_warning_each(tmp_path, caplog):
-    for k, levels in enumerate((spot(0, 255), spot(255, 255), spot(1, 0), spot(255, 0))):
+def test_suspicious_masks_are_one_warning_of_each_kind(tmp_path, caplog):
+    photo = np.random.default_rng(0).integers(60, 150, (8, 8), dtype=np.uint8)
+    for k, levels in enumerate((spot(0, 255), spot(255, 255), spot(1, 0), spot(255, 0), photo)):
         Image.new("RGB", (8, 8)).save(tmp_path / f"{k}.png")
         Image.fromarray(levels).save(tmp_path / f"{k}_mask.png")
     check_pairs(find_pairs(tmp_path))
-    inverted, binary = (record.message for record in caplog.records)
-    assert "2 of 4 masks are mostly white (91% of" in inverted and "0_mask.png" in inverted
-    assert "1 of 4 masks have only the values 0 and 1" in binary and "2_mask.png" in binary
+    inverted, grey, binary = (record.message for record in caplog.records)
+    assert "2 of 5 masks are mostly white (91% of" in inverted and "0_mask.png" in inverted
+    assert "1 of 5 masks are mostly grey" in grey and "4_mask.png" in grey
+    assert "1 of 5 masks have only the values 0 and 1" in binary and "2_mask.png" in binary
+
+
+def test_images_without_a_mask_are_one_warning(tmp_path, caplog):
+    for name in ("a.png", "a_mask.png", "b.png", "b_mask.jpg", "notes.txt"):
+        (tmp_path / name).touch()
+    assert len(find_pairs(tmp_path)) == 1
+    (record,) = caplog.records
+    assert "2 images without an x_mask.png are skipped, e.g. b.png" in record.message
 
 
 def test_a_mask_of_another_size_is_refused_and_a_rotated_one_explained(tmp_path):

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from ldm.cli import run_command
-from ldm.inference.inputs import find_run
+from ldm.inference.runs import find_run
 from ldm.output.images import read_metadata
 from scripts.convert import main
 from scripts.txt2img import main as txt2img

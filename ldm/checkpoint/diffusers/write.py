@@ -7,16 +7,21 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ldm.atomic import atomic_folder
+from ldm.atomic import atomic_folder, temporary_next_to, write_errors
 from ldm.checkpoint.diffusers.rules import ConversionError
 from ldm.checkpoint.formats import read_tensors
 from ldm.checkpoint.write import write_weights
 
 
 def check_target(target: Path) -> None:
-    """Raise ConversionError if the target exists."""
+    """Raise ConversionError if the target exists or its folder cannot be written to."""
     if target.exists() or target.is_symlink():
         raise ConversionError(f"--out {target}: already exists; choose another name or remove it first")
+    try:
+        with write_errors(target), temporary_next_to(target):
+            pass
+    except OSError as error:
+        raise ConversionError(f"--out {error}") from error
 
 
 @contextlib.contextmanager
