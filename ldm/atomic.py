@@ -34,10 +34,13 @@ class WriteError(OSError):
 
 
 @contextlib.contextmanager
-def atomic_file(path: str | os.PathLike, size: int = 0, replace: bool = True) -> Iterator[Path]:
+def atomic_file(
+    path: str | os.PathLike, size: int = 0, replace: bool = True, in_folder: bool = False
+) -> Iterator[Path]:
     """A temporary file to write into, renamed to `path` at the end and deleted after an error.
 
     size: bytes to be written, for messages; 0 if unknown. replace: False raises FileExistsError if the name is taken.
+    in_folder: the file is in a temporary folder, for writers that leave temporary files themselves.
     Raises WriteError if writing fails.
     """
     path = Path(path)
@@ -46,9 +49,10 @@ def atomic_file(path: str | os.PathLike, size: int = 0, replace: bool = True) ->
     with write_errors(path, size):
         if path.exists() and not path.is_file():  # never a device such as /dev/full
             raise OSError("it is a folder" if path.is_dir() else "it is not a regular file")
-        with temporary_next_to(path) as temporary:
-            yield temporary
-            publish(temporary, path, replace)
+        with temporary_next_to(path, in_folder) as temporary:
+            file = temporary / "file" if in_folder else temporary
+            yield file
+            publish(file, path, replace)
 
 
 @contextlib.contextmanager

@@ -13,6 +13,7 @@ import pytest
 from ldm import atomic
 from ldm.atomic import WriteError, atomic_file, atomic_folder, save_bytes, save_text, sweep_temporaries
 from ldm.paths import ROOT
+from tests.full.kills import WRITERS, run
 
 
 def names(folder: Path) -> list[str]:
@@ -84,6 +85,12 @@ def test_kill_9_at_every_point_leaves_old_or_new_and_the_next_start_sweeps(tmp_p
     if new or kind == "file":
         written = path / "part" if kind == "folder" else path
         assert written.read_bytes() == (b"new" if new else b"old")
+
+
+@pytest.mark.parametrize("kind", WRITERS)
+def test_kill_9_at_random_moments_leaves_whole_files_of_every_kind(kind):
+    (line,) = run([kind], kills=2)
+    assert line.startswith(f"{kind}: 2 kills, ") and line.endswith("all whole")
 
 
 def test_the_first_write_into_a_folder_sweeps_it_but_spares_living_writers_and_foreign_files(tmp_path, monkeypatch):

@@ -40,7 +40,8 @@ def write_weights(
     path = Path(path)
     if path.suffix == ".safetensors":
         tensors = _without_shared_memory(weights)
-        _write(path, lambda target: save_file(tensors, target, dict(metadata or {})), _size(tensors))
+        # A killed save_file leaves a temporary file of a random name.
+        _write(path, lambda target: save_file(tensors, target, dict(metadata or {})), _size(tensors), in_folder=True)
     elif metadata:
         raise ValueError(f"{path}: only .safetensors files can hold metadata")
     else:
@@ -60,9 +61,9 @@ def _without_shared_memory(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return copied
 
 
-def _write(path: Path, write: Callable[[Path], None], size: int) -> None:
+def _write(path: Path, write: Callable[[Path], None], size: int, in_folder: bool = False) -> None:
     try:
-        with atomic_file(path, size) as temporary:
+        with atomic_file(path, size, in_folder=in_folder) as temporary:
             try:
                 write(temporary)
                 verify_checkpoint(temporary)

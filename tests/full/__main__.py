@@ -6,7 +6,7 @@ import argparse
 import importlib
 import time
 
-CHECKS = {"step_counts": "20 minutes", "strengths": "17 minutes", "sizes": "7 minutes"}
+CHECKS = {"step_counts": "20 minutes", "strengths": "17 minutes", "sizes": "7 minutes", "kills": "1 minute"}
 
 
 def main() -> None:
