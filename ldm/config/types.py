@@ -12,10 +12,8 @@ import functools
 import math
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
-from typing import Annotated, Any, NamedTuple
-
-from omegaconf import DictConfig, ListConfig, OmegaConf
+from collections.abc import Callable, Mapping, MutableSequence, Sequence
+from typing import Annotated, Any, NamedTuple, cast
 
 PositiveInt = Annotated[int, ">= 1"]
 NonNegativeInt = Annotated[int, ">= 0"]
@@ -38,7 +36,7 @@ _ALIASES = {
     "_size_2_t": "int | tuple[int, int]",
 }
 _WORDS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
-_PLAIN = (bool, int, float, str, list, tuple, Mapping, ListConfig, type(None))
+_PLAIN = (bool, int, float, str, list, tuple, Mapping, MutableSequence, type(None))
 
 
 class _Type(NamedTuple):
@@ -70,7 +68,9 @@ def convert(value: Any, annotation: str) -> Any:
 def shown(value: Any) -> str:
     """Return a value as YAML writes it, shortened."""
     words = {None: "null", True: "true", False: "false"}
-    if isinstance(value, DictConfig | ListConfig):
+    if isinstance(value, Mapping | MutableSequence) and not isinstance(value, dict | list):
+        from omegaconf import OmegaConf  # kept out of --help and of the checks of flags
+
         value = OmegaConf.to_container(value)
     text = words[value] if value is None or isinstance(value, bool) else repr(value)
     return text if len(text) <= 80 else f"{text[:77]}..."
@@ -223,13 +223,13 @@ def _list(lengths: Sequence[str], item: str = "") -> _Type:
     """A list whose items have the annotation `item`, or as many items as `lengths` has, with these annotations."""
 
     def read(value: Any, leniently: bool) -> Any:
-        if not isinstance(value, list | tuple | ListConfig) or (lengths and len(value) != len(lengths)):
+        if not isinstance(value, tuple | MutableSequence) or (lengths and len(value) != len(lengths)):
             raise ValueError
         items = list(value)
         types = lengths or [item] * len(items)
         converted = [convert(each, annotation) for each, annotation in zip(items, types)]
         same = all(new is old for new, old in zip(converted, items))
-        return value if same else type(value)(converted)
+        return value if same else cast(Callable[[list], Any], type(value))(converted)
 
     types = _types(item or (lengths[0] if lengths else ""))
     each = " or ".join(dict.fromkeys(one.expected for one in types)) if all(one.expected for one in types) else ""
