@@ -3,8 +3,24 @@
 Also the published home of `main.DataModuleFromConfig` and the callbacks, which configs name as targets.
 """
 
-import importlib
+import os
+import signal
 import sys
+
+if __name__ == "__main__":  # before the imports, which take seconds
+
+    def _stop(number: int, frame: object) -> None:
+        os.write(2, f"stopped by {signal.Signals(number).name} before training began\n".encode())
+        os._exit(128 + number)
+
+    for _name in ("SIGINT", "SIGTERM", "SIGHUP"):
+        if hasattr(signal, _name) and signal.getsignal(getattr(signal, _name)) is not signal.SIG_IGN:
+            signal.signal(getattr(signal, _name), _stop)
+    for _name in ("SIGUSR1", "SIGUSR2"):  # there is nothing to save or to debug yet
+        if hasattr(signal, _name):
+            signal.signal(getattr(signal, _name), signal.SIG_IGN)
+
+import importlib
 from typing import Any
 
 from ldm.config.instantiate import ALIASES
@@ -22,7 +38,7 @@ def __getattr__(name: str) -> Any:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a command line (default: sys.argv); return 0 if done, 1 if failed, 2 if invalid, 130 or 143 if stopped."""
+    """Run a command line (default: sys.argv); return 0 (done), 1 (failed), 2 (invalid), 129, 130 or 143 (stopped)."""
     return run_training(argv)
 
 

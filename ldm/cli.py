@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import io
 import logging
 import os
 import re
+import signal
 import sys
+import threading
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NoReturn
@@ -21,6 +25,62 @@ EXIT_INTERRUPTED = 130
 _OVERRIDE = re.compile(r"\+?[A-Za-z_]\w*(\.[\w-]+)+=", re.ASCII)  # dotted.path=value; + adds a new key
 _PATHS = ("DIR", "FILE", "FOLDER", "IMAGE", "NAME|DIR", "PATH", "PNG", "YAML")  # metavars of flags that take a path
 _NO_MEMORY = ("OutOfMemoryError", "DefaultCPUAllocator: ")  # of a GPU, by its class; of the CPU, a RuntimeError
+
+
+class Stopped(BaseException):
+    """Raised when a signal stops a run; `exit_code` is that of the process, 128 + the signal's number.
+
+    checkpoint: the state that was saved for it, if any. A BaseException, so that handlers of errors do not catch it.
+    """
+
+    def __init__(self, name: str, checkpoint: Path | None = None) -> None:
+        super().__init__(name)
+        self.reason = "Ctrl-C" if name == "SIGINT" else name
+        self.exit_code, self.checkpoint = STOPS[name], checkpoint
+
+
+STOPS = {"SIGHUP": 129, "SIGTERM": 143, "SIGINT": EXIT_INTERRUPTED}  # signals that stop a run, and its exit codes
+
+
+def handle_signals(handlers: Mapping[str, Any]) -> dict[int, Any]:
+    """Install handlers of signals by name -> the former ones by number; none outside of the main thread.
+
+    SIGHUP stays ignored if it is, as under nohup. After a hangup there is no terminal to write to: output is dropped.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        return {}
+    terminals = [number for number in (1, 2) if os.isatty(number)]
+    previous: dict[int, Any] = {}
+    for name, handler in handlers.items():
+        number = getattr(signal, name, None)  # Windows has few
+        if number is None or (name == "SIGHUP" and signal.getsignal(number) is signal.SIG_IGN):
+            continue
+        if name == "SIGHUP":
+
+            def hang_up(number: int, frame: Any, handler: Any = handler) -> None:
+                for terminal in terminals:
+                    os.dup2(os.open(os.devnull, os.O_WRONLY), terminal)
+                handler(number, frame)
+
+            previous[number] = signal.signal(number, hang_up)
+        else:
+            previous[number] = signal.signal(number, handler)
+    return previous
+
+
+@contextmanager
+def stop_on_signals() -> Iterator[None]:
+    """Raise Stopped within the block on SIGTERM, SIGHUP and SIGINT; restore the former handlers afterwards."""
+
+    def stop(number: int, frame: Any) -> None:
+        raise Stopped(signal.Signals(number).name)
+
+    previous = handle_signals(dict.fromkeys(STOPS, stop))
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
 
 class Parser(argparse.ArgumentParser):
@@ -112,7 +172,8 @@ class TerminalHandler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         tqdm = sys.modules.get("tqdm")  # without it there is no bar
         write = print if tqdm is None else tqdm.tqdm.write
-        write(self.format(record), file=sys.stderr)
+        with contextlib.suppress(OSError):  # the terminal or the reader of a pipe is gone: the work goes on
+            write(self.format(record), file=sys.stderr)
 
 
 # Advice for too little memory, by flag. `--n_samples` is a batch size only in scripts without `--batch_size`.

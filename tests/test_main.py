@@ -228,7 +228,7 @@ def test_a_run_stopped_anywhere_resumes_bitwise(start, run, way):
 def test_a_run_stopped_in_validation_resumes_bitwise(start, run, whole):
     code, folder = start("stopped", *QUIET, "+model.params.at_validation.1=SIGTERM")
     assert code == 143 and last(folder)["global_step"] == 8
-    assert run("-r", str(folder), "-t") == 0
+    assert run("-r", str(folder), "-t", "model.params.at_validation.1=null") == 0
     assert differences(whole, training_state(last(folder))) == []
 
 
@@ -285,6 +285,103 @@ def test_the_seed_decides_the_trained_weights(start):
         for i, seed in enumerate(("1", "1", "2"))
     ]
     assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
+
+
+def files_of(folder):
+    return {path: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file() and path.name != ".lock"}
+
+
+def test_a_resume_with_another_model_names_three_keys(start, run, capsys):
+    _, folder = start("shape", *QUIET, "--max_epochs", "1")
+    assert run("-r", str(folder), "-t", "model.params.width=4") == 2
+    (error,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
+    assert "net.weight is [3, 12] in the file and [4, 12] in the model" in error and "and 1 more" in error
+
+
+def test_a_resume_that_fails_leaves_the_run_as_it_was(start, run, whole):
+    """It fails while the weights, while the optimizer is restored, or in its first batch."""
+    _, folder = start("failed", *QUIET, "--max_epochs", "1")
+    before = files_of(folder)
+    words = ["-r", str(folder), "-t", "--max_epochs", "3"]
+    assert run(*words, "model.params.width=4") == 2 and files_of(folder) == before
+    assert run(*words, "model.params.frozen=true") == 2 and files_of(folder) == before
+    assert run(*words, "+model.params.at.4=error") == 1
+    (folder / "checkpoints" / "crash.ckpt").unlink()
+    assert files_of(folder) == before
+    assert run(*words) == 0
+    assert differences(whole, training_state(last(folder))) == []
+
+
+def test_changes_at_resume_are_logged_one_line_each(start, run, caplog):
+    _, folder = start("changed", *QUIET, "--max_epochs", "1")
+    caplog.clear()
+    words = ["--max_epochs", "2", "--accumulate_grad_batches", "2", "--precision", "bf16", "-s", "5"]
+    words += ["model.params.monitor=null"]
+    assert run("-r", str(folder), "-t", *words) == 0
+    lines = [record.getMessage() for record in caplog.records if record.getMessage().startswith("changed")]
+    for line in (
+        "lightning.trainer.accumulate_grad_batches: default -> 2",
+        "lightning.trainer.max_epochs: 1 -> 2",
+        "lightning.trainer.precision: default -> bf16",
+        "model.params.monitor: default -> None",
+        "lightning.seed: 23 -> 5",
+    ):
+        assert any(line in text for text in lines), (line, lines)
+    caplog.clear()
+    assert run("-r", str(folder), "-t") == 0
+    assert not any(record.getMessage().startswith("changed") for record in caplog.records)
+
+
+def test_a_run_without_checkpoints_starts_again_from_its_configs(start, run, whole, caplog):
+    """As one that was killed before the first save: the seed makes it exact."""
+    _, folder = start("early", *QUIET, "--max_epochs", "3", "--enable_checkpointing", "false", "-s", "23")
+    assert not list(folder.rglob("*.ckpt"))
+    assert run("-r", str(folder), "-t", "--enable_checkpointing", "true") == 0
+    assert "no checkpoint yet: the run starts again at step 0" in caplog.text
+    assert differences(whole, training_state(last(folder))) == []
+
+
+def test_a_restart_before_the_first_checkpoint_repeats_the_start_from_a_full_state(start, run, whole):
+    _, short = start("short", *QUIET, "--max_epochs", "2")
+    words = ["--resume_from_checkpoint", str(short / "checkpoints" / "last.ckpt"), "--enable_checkpointing", "false"]
+    _, folder = start("new", *QUIET, *words)
+    assert run("-r", str(folder), "-t", "--enable_checkpointing", "true") == 0
+    assert differences(whole, training_state(last(folder))) == []
+
+
+def test_a_restarted_job_resumes_its_run_without_a_flag(start, run, whole, monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "job")
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
+    words = ["-b", "toy.yaml", "-t", "-n", "job", *QUIET]
+    with monkeypatch.context() as patch:
+        patch.setattr(toys.Toy, "event", lambda self: self.happen("error" if self.trainer.global_step == 6 else None))
+        assert run(*words) == 1
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert run(*words) == 0
+    (folder,) = Path("logs").glob("*_job*")
+    assert differences(whole, training_state(last(folder))) == []
+
+
+def test_a_resumed_run_without_training_is_evaluated_with_its_checkpoint(start, run, caplog):
+    caplog.set_level("INFO", logger="ldm")
+    test_set = ["+data.params.test.target=tests.toys.Images"]
+    _, folder = start("t", *QUIET, *test_set)
+    assert run("-r", str(folder)) == 0
+    values = re.findall(r"test/loss (\S+)", caplog.text)
+    assert len(values) == 2 and values[0] == values[1]
+
+
+def test_a_signal_before_training_ends_with_its_exit_code_and_one_line(tmp_path):
+    """From main.py's first line on: here while torch is imported, and while the data is built."""
+    OmegaConf.save(OmegaConf.create(toys.CONFIG), tmp_path / "toy.yaml")
+    (tmp_path / "torch.py").write_text("import os, signal; os.kill(os.getpid(), int(os.environ['NUMBER']))")
+    words = [sys.executable, str(ROOT / "main.py"), "--allow-targets", "tests", "-b", "toy.yaml", "-t"]
+    for name, code in (("SIGTERM", 143), ("SIGHUP", 129), ("SIGINT", 130)):
+        number = str(int(getattr(signal, name)))
+        environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{ROOT}", "NUMBER": number}
+        result = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, env=environment)
+        lines = [line for line in result.stderr.splitlines() if "config" not in line]
+        assert (result.returncode, lines) == (code, [f"stopped by {name} before training began"])
 
 
 # ---- signals

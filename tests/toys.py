@@ -51,11 +51,13 @@ class Toy(pl.LightningModule):
         monitor: str | None = "val/loss",
         at: Any = None,
         at_validation: dict | None = None,
+        frozen: bool = False,
     ):
         super().__init__()
         self.net = nn.Linear(12, width)
         self.average = nn.Linear(12, width).requires_grad_(False)
         self.average.load_state_dict(self.net.state_dict())
+        self.net.bias.requires_grad_(not frozen)
         self.monitor = monitor
         self.at, self.at_validation = ({int(k): v for k, v in (events or {}).items()} for events in (at, at_validation))
         self.learning_rate = None
@@ -95,7 +97,8 @@ class Toy(pl.LightningModule):
         self.log("test/loss", self.loss(batch))
 
     def configure_optimizers(self):
-        optimizer = torch.optim.Adam(self.net.parameters(), lr=self.learning_rate)
+        trainable = [parameter for parameter in self.net.parameters() if parameter.requires_grad]
+        optimizer = torch.optim.Adam(trainable, lr=self.learning_rate)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
         return [optimizer], [{"scheduler": schedule, "interval": "step"}]
 

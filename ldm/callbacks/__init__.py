@@ -12,4 +12,3 @@ from ldm.callbacks.resume import ExactResume as ExactResume
 from ldm.callbacks.run_directory import SetupCallback as SetupCallback
 from ldm.callbacks.seeding import StepSeed as StepSeed
 from ldm.callbacks.signals import SignalCallback as SignalCallback
-from ldm.callbacks.signals import Stopped as Stopped

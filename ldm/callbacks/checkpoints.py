@@ -1,110 +1,265 @@
-"""Checkpoints of a run: `last.ckpt` (always the newest), the best few of a metric, and `crash.ckpt` after an error."""
+"""Checkpoints of a run: `last.ckpt` (the newest state), its copy, the best of a metric, `crash.ckpt` of an error."""
 
 from __future__ import annotations
 
 import logging
-import os
+import math
+import shutil
+import sys
 import time
-import uuid
 from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
+import torch
 from pytorch_lightning.callbacks import ModelCheckpoint
 from torch import Tensor
 
-from ldm.callbacks.signals import Stopped
+from ldm.atomic import atomic_file
+from ldm.cli import Stopped
 from ldm.config.instantiate import ConfigError
+
+if sys.platform == "linux":
+    import fcntl
 
 logger = logging.getLogger(__name__)
 
+MIB = 2**20
+_FICLONE = 0x40049409  # ioctl of Linux: share the blocks of another file until one of them changes
+
 
 class CheckpointPolicy(ModelCheckpoint):
-    """Lightning's ModelCheckpoint, with a `last.ckpt` that is always the newest state.
+    """Lightning's ModelCheckpoint, with a `last.ckpt` that is always the newest state and a second copy of it.
 
-    Lightning updates `last.ckpt` only with a best-of checkpoint, stops the run if the monitored metric is not logged,
-    writes the same state twice, and may save between accumulated gradients. Here `last.ckpt` is updated after every
-    validation (or epoch, without validation) and every `every_n_train_steps`, and is a hard link to the best-of file
-    of the same step if there is one.
+    Lightning updates `last.ckpt` only with a best-of checkpoint, ranks a state by the metric of an earlier one, stops
+    the run if the monitored metric is not logged, and may save between accumulated gradients. Here `last.ckpt` is
+    updated after every validation (or epoch, without validation) and every `every_n_train_steps`. Only a state that
+    was validated at its step is ranked; a value that is not finite never is. The newest state is in two files that
+    share no inode: `last.ckpt` and the best-of file of the same step or else `last-copy.ckpt` (not with
+    `copy_last: false`).
     """
+
+    def __init__(self, *args: Any, copy_last: bool = True, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.copy_last = copy_last
+        self._validated = self._ranked = -1  # steps of the last validation and of the last ranking
+        self._of_validation: set[str] = set()  # names of the metrics that validation logs
+        self._ranked_before: set[str] = set()  # best-of files before the ranking that is being saved
+        self._replaced: list[str] = []  # best-of files that the loaded state's save was about to delete
+        self._logged: set[str] = set()
+
+    @property
+    def last_path(self) -> Path:
+        return Path(str(self.dirpath), self.CHECKPOINT_NAME_LAST + self.FILE_EXTENSION)
+
+    @property
+    def copy_path(self) -> Path:
+        return self.last_path.with_name(f"{self.CHECKPOINT_NAME_LAST}-copy{self.FILE_EXTENSION}")
+
+    @property
+    def best_files(self) -> set[str]:
+        return set(self.best_k_models) or ({self.best_model_path} if self.best_model_path else set())
+
+    def state_dict(self) -> dict[str, Any]:
+        more = {"validation_metrics": sorted(self._of_validation), "ranked_step": self._ranked}
+        return {**super().state_dict(), **more, "replaced": sorted(self._ranked_before - self.best_files)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        state_dict = _relocated(state_dict, str(self.dirpath))
+        super().load_state_dict(state_dict)
+        if self.dirpath == state_dict.get("dirpath"):
+            self._of_validation = set(state_dict.get("validation_metrics", ()))
+            self._ranked = state_dict.get("ranked_step", -1)
+            self._replaced = state_dict.get("replaced", [])
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
-        self._last_global_step_saved = trainer.global_step  # do not save loaded or initial weights again
-        self._step_before = trainer.global_step
-        self._warned = False
+        # Loaded or initial weights are not saved again, except once the validation that was due has run.
+        unfinished = getattr(trainer.fit_loop, "unfinished", False)
+        self._last_global_step_saved = -1 if unfinished else trainer.global_step
+        self._step_before, self._last_time_checked = trainer.global_step, time.monotonic()
+        if trainer.is_global_zero and trainer.ckpt_path:
+            self._finish_interrupted_save(Path(str(trainer.ckpt_path)), trainer.global_step)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         stepped, self._step_before = trainer.global_step != self._step_before, trainer.global_step
-        if not stepped:
-            return
-        every = self._every_n_train_steps
-        if self._train_time_interval is not None:
-            super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
-        elif every > 0 and trainer.global_step % every == 0:
+        every, interval = self._every_n_train_steps, self._train_time_interval
+        due = every > 0 and trainer.global_step % every == 0
+        if interval is not None:
+            now, before = time.monotonic(), self._last_time_checked
+            due = bool(trainer.strategy.broadcast(before is None or now - before >= interval.total_seconds()))
+        if stepped and due:
+            self._last_time_checked = time.monotonic()
             self._save(trainer)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self._should_save_on_train_epoch_end(trainer):
-            self._save_epoch(trainer)
+            self._save(trainer, self._ranks_epoch(trainer))
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.sanity_checking or trainer.state.fn != "fit":
+            return
+        self._validated = trainer.global_step
+        self._of_validation |= set(trainer._logger_connector.metrics["callback"])
         if not self._should_save_on_train_epoch_end(trainer):
-            self._save_epoch(trainer)
+            self._save(trainer, self._ranks_epoch(trainer))
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._save(trainer, best=False)
+        if trainer.is_global_zero and not self._idle(trainer):
+            self._log_space()
 
-    def _save_epoch(self, trainer: pl.Trainer) -> None:
-        self._save(trainer, self._every_n_epochs >= 1 and (trainer.current_epoch + 1) % self._every_n_epochs == 0)
+    @staticmethod
+    def _idle(trainer: pl.Trainer) -> bool:
+        fast = getattr(trainer, "fast_dev_run", False)  # Lightning does not declare it
+        return bool(fast) or trainer.state.fn != "fit" or trainer.sanity_checking
+
+    def _ranks_epoch(self, trainer: pl.Trainer) -> bool:
+        if self._every_n_epochs >= 1:
+            return (trainer.current_epoch + 1) % self._every_n_epochs == 0
+        return self.monitor is not None
 
     def _save(self, trainer: pl.Trainer, best: bool = True) -> None:
-        if self._should_skip_saving_checkpoint(trainer):
+        if self._idle(trainer):
             return
         candidates = self._monitor_candidates(trainer)
-        if best:
+        best = best and self.save_top_k != 0 and self._ranked != trainer.global_step
+        if best and self._is_fresh(trainer, candidates):
+            self._ranked, self._ranked_before = trainer.global_step, self.best_files
             self._save_topk_checkpoint(trainer, candidates)
-        if self.save_last:
-            self._save_last_checkpoint(trainer, candidates)
+            self._ranked_before = set()
+        if self.save_last and self._last_global_step_saved != trainer.global_step:
+            self.save_last_state(trainer)
 
-    def _save_topk_checkpoint(self, trainer: pl.Trainer, monitor_candidates: dict[str, Tensor]) -> None:
-        if self.monitor is not None and self.monitor not in monitor_candidates:
-            if not self._warned and self.save_top_k != 0:
-                self._warned = True
-                logger.warning("%-11s %r is not logged, so only last.ckpt is kept", "checkpoint", self.monitor)
-            return
-        super()._save_topk_checkpoint(trainer, monitor_candidates)
+    def _is_fresh(self, trainer: pl.Trainer, candidates: dict[str, Tensor]) -> bool:
+        """True without a monitor, or if its value is finite and of this step. The ranks agree: they use rank 0's."""
+        if self.monitor is None:
+            return True
+        stale = self.monitor in self._of_validation and self._validated != trainer.global_step
+        value = None if stale or self.monitor not in candidates else float(candidates[self.monitor])
+        value = trainer.strategy.broadcast(value)
+        if value is None:
+            # Without any validation yet, the metric may be logged by one to come.
+            if not stale and self._validated == trainer.global_step:
+                self._log_once("missing", f"{self.monitor!r} is not logged, so only last.ckpt is kept")
+            return False
+        candidates[self.monitor] = torch.tensor(value)
+        if not math.isfinite(value):
+            step = trainer.global_step
+            self._log_once("not finite", f"{self.monitor} is {value:g} at step {step}: such states are not ranked")
+            return False
+        return True
 
-    def _save_last_checkpoint(self, trainer: pl.Trainer, monitor_candidates: dict[str, Tensor]) -> None:
-        path = os.path.join(str(self.dirpath), self.CHECKPOINT_NAME_LAST + self.FILE_EXTENSION)
-        twin = self._last_checkpoint_saved if self._last_global_step_saved == trainer.global_step else ""
-        self.last_model_path = path
-        shared = trainer.is_global_zero and bool(twin) and twin != path and share_file(twin, path)
-        if not trainer.strategy.broadcast(shared):
-            self._save_checkpoint(trainer, path)
+    def _log_once(self, key: str, text: str, level: int = logging.WARNING) -> None:
+        if key not in self._logged:
+            self._logged.add(key)
+            logger.log(level, "%-11s %s", "checkpoint", text)
+
+    def save_last_state(self, trainer: pl.Trainer) -> Path:
+        """Write `last.ckpt`, and `last-copy.ckpt` unless `copy_last` is false -> the path of the former."""
+        self.last_model_path = str(self.last_path)
+        self._write(trainer, self.last_path)
+        if self.copy_last and trainer.is_global_zero:
+            copy_file(self.last_path, self.copy_path)
+        return self.last_path
 
     def _save_checkpoint(self, trainer: pl.Trainer, filepath: str) -> None:
-        start = time.monotonic()
-        super()._save_checkpoint(trainer, filepath)
+        """Write a best-of file: `last.ckpt` first, then an independent copy of it under the file's name.
+
+        So a kill at any moment leaves a `last.ckpt` that knows which files belong to it.
+        """
+        if not self.save_last:
+            self._write(trainer, Path(filepath))
+            return
+        self.last_model_path = str(self.last_path)
+        self._write(trainer, self.last_path)
+        if not trainer.strategy.broadcast(trainer.is_global_zero and copy_file(self.last_path, Path(filepath))):
+            self._write(trainer, Path(filepath))
         if trainer.is_global_zero:
-            path, seconds = Path(filepath), time.monotonic() - start
-            size = f"{path.stat().st_size / 2**20:.1f} MiB" if path.is_file() else "a folder"
-            shown = path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
-            logger.info("%-11s step %d -> %s (%s in %.1f s)", "checkpoint", trainer.global_step, shown, size, seconds)
+            self.copy_path.unlink(missing_ok=True)  # the best-of file is the second copy now
+
+    def _write(self, trainer: pl.Trainer, path: Path) -> None:
+        start = time.monotonic()
+        super()._save_checkpoint(trainer, str(path))
+        if not trainer.is_global_zero:
+            return
+        seconds, step = time.monotonic() - start, trainer.global_step
+        size = path.stat().st_size / MIB if path.is_file() else None
+        text = "a folder" if size is None else f"{size:.1f} MiB"
+        logger.info("%-11s step %d -> %s (%s in %.1f s)", "checkpoint", step, shown(path), text, seconds)
+        if size is not None and self.save_top_k >= 0:
+            newest, best = (1 + self.copy_last if self.save_last else 0), self.save_top_k
+            kept = f"the newest state in {newest} files and {best} best of {self.monitor or 'an epoch'}"
+            self._log_once("space", f"keeps {kept}: at most {(newest + best) * size:.1f} MiB", logging.INFO)
+
+    # ------------------------------------------------------------------------------------------------- files of a run
+
+    def _finish_interrupted_save(self, resumed: Path, step: int) -> None:
+        """Do what a save that was killed left to do: write the best-of file of its state, delete what it replaced."""
+        if resumed not in (self.last_path, self.copy_path):
+            return  # an older state
+        for name in sorted(self.best_files):
+            if Path(name).exists():
+                continue
+            if self._ranked == step and name == next(reversed(self.best_k_models), self.best_model_path):
+                copy_file(resumed, Path(name))
+            else:
+                self.best_k_models.pop(name, None)
+        for path in map(Path, self._replaced):
+            if path.parent == Path(str(self.dirpath)) and str(path) not in self.best_files and path.is_file():
+                path.unlink()
+                logger.info("%-11s removed %s: it is no longer among the best", "checkpoint", shown(path))
+
+    def _log_space(self) -> None:
+        files = sorted(Path(str(self.dirpath)).rglob("*.ckpt"))
+        size = sum(path.stat().st_size for path in files) / MIB
+        names = ", ".join(path.name for path in files[:8]) + (", ..." if len(files) > 8 else "")
+        if files:
+            logger.info("%-11s %.1f MiB in %s: %s", "checkpoint", size, shown(Path(str(self.dirpath))), names)
 
 
-def share_file(source: str | Path, target: str | Path) -> bool:
-    """Make `target` a hard link to a finished file, replacing it; return False if the file system has no hard links."""
-    temporary = Path(target).with_name(f".{Path(target).name}.{uuid.uuid4().hex[:12]}.tmp")
-    try:
-        os.link(source, temporary)
-        os.replace(temporary, target)
-    except OSError:
-        temporary.unlink(missing_ok=True)
+def _relocated(state: dict[str, Any], folder: str) -> dict[str, Any]:
+    """Return the state of a policy with the paths of a run directory that was moved; unchanged for another run's."""
+    before, best = str(state.get("dirpath")), state.get("best_k_models") or {}
+
+    def moved(name: str | None) -> str:
+        return str(Path(folder, Path(name).relative_to(before))) if name and Path(name).is_relative_to(before) else ""
+
+    names = {name: moved(name) for name in (*best, state.get("best_model_path")) if name}
+    if before == folder or not any(path and Path(path).exists() for path in names.values()):
+        return state
+    single = {key: moved(state.get(key)) for key in ("best_model_path", "kth_best_model_path", "last_model_path")}
+    replaced = [path for name in state.get("replaced", ()) if (path := moved(name))]
+    best = {names[name]: value for name, value in best.items() if names[name]}
+    return {**state, **single, "dirpath": folder, "best_k_models": best, "replaced": replaced}
+
+
+def copy_file(source: Path, target: Path) -> bool:
+    """Replace `target` by an independent copy of a finished file; return False for a folder.
+
+    The copy shares blocks where the file system can (reflink): it costs neither time nor space there.
+    """
+    if not source.is_file():
         return False
+    with (
+        atomic_file(target, source.stat().st_size) as temporary,
+        open(source, "rb") as file,
+        open(temporary, "wb") as copy,
+    ):
+        try:
+            if sys.platform != "linux":
+                raise OSError
+            fcntl.ioctl(copy.fileno(), _FICLONE, file.fileno())
+        except OSError:
+            shutil.copyfileobj(file, copy, 16 * MIB)
     return True
+
+
+def shown(path: Path) -> Path:
+    """Return a path as it is logged: relative to the working directory if it is inside."""
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
 
 class CrashCheckpoint(pl.Callback):

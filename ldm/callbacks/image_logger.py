@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ldm.atomic import save_bytes
 from ldm.callbacks.seeding import seed_generators
+from ldm.callbacks.signals import SignalCallback
 from ldm.config.types import NonNegativeInt
 from ldm.output.images import png_bytes
 from ldm.rng import preserve_rng, samples_set
@@ -113,7 +114,7 @@ class ImageLogger(pl.Callback):
         if self.disabled or not callable(log_images) or self.max_images < 1 or not trainer.is_global_zero:
             return
         try:
-            with _unchanged(pl_module, pl_module.device), torch.no_grad():
+            with _unchanged(pl_module, pl_module.device), _cut_short_by_signals(trainer), torch.no_grad():
                 seed_generators(SEED)
                 images = log_images(batch, split=split, **self.log_images_kwargs)
             grids = {key: self._grid(value) for key, value in images.items()}
@@ -147,6 +148,12 @@ class ImageLogger(pl.Callback):
 def training_step_index(trainer: pl.Trainer, pl_module: pl.LightningModule) -> int:
     """Return the index, from 0, of the last optimizer step (by the model's `logging_step` if any); -1 before it."""
     return int(getattr(pl_module, "logging_step", trainer.global_step)) - 1
+
+
+def _cut_short_by_signals(trainer: pl.Trainer) -> AbstractContextManager[None]:
+    callbacks: list[pl.Callback] = getattr(trainer, "callbacks", [])  # Lightning does not declare it
+    signals = next((each for each in callbacks if isinstance(each, SignalCallback)), None)
+    return nullcontext() if signals is None else signals.cutting_short()
 
 
 @contextmanager

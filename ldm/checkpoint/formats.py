@@ -85,6 +85,12 @@ def global_step(path: Path) -> int | None:
     return step if isinstance(step, int) else None
 
 
+def is_full_state(path: Path) -> bool:
+    """True if a run can resume from a checkpoint: it holds the state of the optimizers."""
+    content = load_pickle(path, map_location="cpu", mmap=_is_zip(path))
+    return isinstance(content, Mapping) and "optimizer_states" in content
+
+
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """Every tensor of a file's state dict under its own name, on the CPU, memory-mapped where the format allows."""
     content = _read_content(existing_file(path))

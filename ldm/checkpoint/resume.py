@@ -9,7 +9,7 @@ from typing import Any
 from pytorch_lightning.plugins.io import CheckpointIO
 
 from ldm.atomic import sweep_temporaries
-from ldm.checkpoint.formats import CheckpointError, read_checkpoint, verify_checkpoint
+from ldm.checkpoint.formats import CheckpointError, global_step, is_full_state, read_checkpoint, verify_checkpoint
 from ldm.checkpoint.write import write_checkpoint
 
 logger = logging.getLogger(__name__)
@@ -42,26 +42,37 @@ class AtomicCheckpointIO(CheckpointIO):
             path.unlink(missing_ok=True)
 
 
-def find_checkpoint(run_folder: str | os.PathLike) -> Path:
-    """The checkpoint that a run resumes from: `last.ckpt`, or the newest other one if it is missing or damaged.
+def checkpoint_files(run_folder: str | os.PathLike) -> list[Path]:
+    """The checkpoints of a run, `last.ckpt` first, then the newest; without `crash.ckpt`, the state at an error.
 
-    run_folder: a run's folder, or its checkpoints folder. `crash.ckpt`, the state at an error, is used only if named.
+    run_folder: a run's folder, or its checkpoints folder.
     """
     folder = Path(run_folder)
-    if not folder.is_dir():
-        raise CheckpointError(f"{folder}: no such folder")
     folder = folder / "checkpoints" if (folder / "checkpoints").is_dir() else folder
     files = [*folder.glob("*.ckpt"), *folder.glob("*/*.ckpt")]  # checkpoints/trainstep_checkpoints/ too
-    others = [path for path in files if path.name not in ("last.ckpt", "crash.ckpt") and not path.name.startswith(".")]
-    candidates = [folder / "last.ckpt", *sorted(others, key=lambda path: path.stat().st_mtime, reverse=True)]
-    damaged: list[str] = []
-    for path in filter(Path.is_file, candidates):
+    files = [path for path in files if path.name != "crash.ckpt" and not path.name.startswith(".")]
+    return sorted(files, key=lambda path: (path.name == "last.ckpt", path.stat().st_mtime), reverse=True)
+
+
+def find_checkpoint(run_folder: str | os.PathLike, full_state: bool = False) -> Path:
+    """The first of `checkpoint_files` that is whole; the log says if and why it is not `last.ckpt`.
+
+    full_state: pass over files of weights alone, from which no run can resume.
+    """
+    if not Path(run_folder).is_dir():
+        raise CheckpointError(f"{run_folder}: no such folder")
+    files, problems = checkpoint_files(run_folder), []
+    if files and files[0].name != "last.ckpt":
+        problems = ["last.ckpt is missing"]
+    for path in files:
         try:
             verify_checkpoint(path)
+            if full_state and path.name != "last.ckpt" and not is_full_state(path):
+                raise CheckpointError(f"{path} holds only weights")
         except CheckpointError as error:
-            damaged.append(str(error))
+            problems.append(str(error))
             continue
-        if damaged:
-            logger.warning("resuming from %s, because %s", path, "; ".join(damaged))
+        if problems:
+            logger.warning("resuming from %s, step %s, because %s", path, global_step(path), "; ".join(problems))
         return path
-    raise CheckpointError(f"{folder}: no usable checkpoint ({'; '.join(damaged) or 'no .ckpt file found'})")
+    raise CheckpointError(f"{run_folder}: no usable checkpoint ({'; '.join(problems) or 'no .ckpt file found'})")

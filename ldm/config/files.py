@@ -14,6 +14,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from ldm.config.instantiate import ConfigError
 
+_FIRST, _LAST = "# complete if it ends with: # end of file", "# end of file"
 MAX_NODES = 100_000  # entries of a config after alias expansion; the largest published config has 200
 
 
@@ -25,12 +26,21 @@ def load_yaml(path: str | os.PathLike) -> DictConfig | ListConfig:
     """
     try:
         text = Path(path).read_text(encoding="utf-8")
+        if text.startswith(_FIRST) and not text.rstrip().endswith(f"\n{_LAST}"):
+            raise ConfigError(f"{path}: damaged: its end is missing")
         nodes = _count_nodes(yaml.compose(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)), {})
         if nodes <= MAX_NODES:
             return OmegaConf.load(io.StringIO(text))
+    except ConfigError:
+        raise
     except (yaml.YAMLError, OmegaConfBaseException, ValueError, RecursionError) as error:
         raise ConfigError(f"{path}: invalid YAML: {' '.join(str(error).split())[:300]}") from error
     raise ConfigError(f"{path}: its aliases expand to {nodes:,} entries; the limit is {MAX_NODES:,}")
+
+
+def config_text(config: DictConfig) -> str:
+    """Return a config as YAML; `load_yaml` refuses a file with a part of this text."""
+    return f"{_FIRST}\n{OmegaConf.to_yaml(config)}{_LAST}\n"
 
 
 def load_json(path: str | os.PathLike) -> dict[str, Any]:

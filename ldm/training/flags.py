@@ -21,7 +21,7 @@ dotted overrides, anywhere:  model.params.image_size=32  data.params.batch_size=
 + adds a new key, where keys are free:  +lightning.callbacks.timer.target=pytorch_lightning.callbacks.Timer
 
 exit codes: 0 done; 1 training failed (checkpoints/crash.ckpt holds the state); 2 invalid flags, configs or files;
-130 stopped by Ctrl-C and 143 by SIGTERM, both with checkpoints/last.ckpt saved at the end of the step.
+130 stopped by Ctrl-C, 143 by SIGTERM and 129 by SIGHUP, with checkpoints/last.ckpt saved at the end of the step.
 SIGUSR1 saves last.ckpt and training continues; SIGUSR2 opens a debugger.
 """
 

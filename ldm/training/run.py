@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,10 @@ from omegaconf import DictConfig
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from pytorch_lightning.utilities.model_helpers import is_overridden
 
-from ldm.callbacks import SignalCallback, StepSeed, Stopped
+from ldm.callbacks import SignalCallback, StepSeed
 from ldm.checkpoint import verify_checkpoint
 from ldm.checkpoint.resume import find_checkpoint
-from ldm.cli import EXIT_INTERRUPTED, one_line
+from ldm.cli import EXIT_INTERRUPTED, Stopped, one_line
 from ldm.config.instantiate import ConfigError, instantiate_from_config
 from ldm.config.validate import check_class_count
 from ldm.data.datamodule import DataModuleFromConfig
@@ -53,7 +54,8 @@ def execute(options: RunOptions, directory: RunDirectory, config: DictConfig, se
     logger.info("%-11s %s", "directory", directory.path)
     code = fit(trainer, model, data, directory) if options.train else 0
     if code == 0 and not options.no_test:
-        test(trainer, model, data, config, required=not options.train)
+        untrained = not options.train and directory.checkpoint is not None
+        test(trainer, model, data, config, str(directory.checkpoint) if untrained else None)
     return code
 
 
@@ -69,7 +71,8 @@ def fit(trainer: pl.Trainer, model: pl.LightningModule, data: Any, directory: Ru
     try:
         trainer.fit(model, data, ckpt_path=checkpoint, weights_only=True)
     except Stopped as stop:
-        how = f"continue with --resume {directory.path}" if stop.checkpoint else "nothing was saved"
+        resumable = stop.checkpoint or any(directory.configs.glob("*.yaml"))
+        how = f"continue with --resume {directory.path}" if resumable else "nothing was saved"
         logger.info("%-11s by %s at step %d; %s", "stopped", stop.reason, trainer.global_step, how)
         return stop.exit_code
     except SystemExit:  # Lightning turns a KeyboardInterrupt into it
@@ -84,6 +87,8 @@ def fit(trainer: pl.Trainer, model: pl.LightningModule, data: Any, directory: Ru
                 f"{checkpoint} holds only weights, without the optimizer state that resuming needs; "
                 f"start a new run from it with model.params.ckpt_path={checkpoint}"
             ) from error
+        if checkpoint and not steps.began and "loading state_dict" in str(error):
+            raise ConfigError(f"{checkpoint} does not fit the model: {_misfits(str(error))}") from error
         if steps.began or not isinstance(error, ValueError | OSError):
             raise TrainingFailed from error
         raise
@@ -96,14 +101,25 @@ def fit(trainer: pl.Trainer, model: pl.LightningModule, data: Any, directory: Ru
     return 0
 
 
-def test(trainer: pl.Trainer, model: pl.LightningModule, data: Any, config: DictConfig, required: bool) -> None:
-    """Evaluate the test set if the config has one; raise ConfigError if `required` and the model has no test_step."""
+def _misfits(message: str) -> str:
+    """Return the first three keys of PyTorch's message about a state dict, and how many there are."""
+    shapes = re.findall(r"size mismatch for (\S+): .*?torch.Size\((.*?)\).*?torch.Size\((.*?)\)", message)
+    keys = [f"{name} is {before} in the file and {now} in the model" for name, before, now in shapes]
+    for kind in ("Missing", "Unexpected"):
+        named = re.search(rf"{kind} key\(s\) in state_dict: (.*?)\. *(?:\n|$)", message)
+        keys += [f"{kind.lower()}: {name}" for name in re.findall(r'"(.*?)"', named[1] if named else "")]
+    more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
+    return f"{'; '.join(keys[:3])}{more}; undo the change of model.params (see the lines 'changed')"
+
+
+def test(trainer: pl.Trainer, model: pl.LightningModule, data: Any, config: DictConfig, checkpoint: str | None) -> None:
+    """Evaluate the test set if the config has one, with the weights of `checkpoint` or else those of `model`."""
     if not (config.data.get("params") or {}).get("test"):
         return
     if is_overridden("test_step", model):
-        for metrics in trainer.test(model, data, verbose=False):
+        for metrics in trainer.test(model, data, verbose=False, ckpt_path=checkpoint, weights_only=True):
             logger.info("%-11s %s", "test", ", ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
-    elif required:
+    elif trainer.state.fn != "fit":
         raise ConfigError(f"data.params.test: {type(model).__name__} has no test_step")
     else:
         logger.info("%-11s skipped: %s has no test_step", "test", type(model).__name__)
@@ -112,12 +128,16 @@ def test(trainer: pl.Trainer, model: pl.LightningModule, data: Any, config: Dict
 def _checkpoint(directory: RunDirectory, settings: RunSettings) -> Path | None:
     """Return the checkpoint that training starts from, after checking that it is complete.
 
-    If `last.ckpt` of a resumed run is damaged or missing: the newest complete checkpoint (the log names both).
+    If `last.ckpt` of a resumed run is damaged or missing: the newest complete checkpoint (the log names both); None if
+    the run has not written any yet: it is then repeated from its start, which the seed makes exact.
     Raises CheckpointError for any other damaged or missing file.
     """
+    path = directory.checkpoint or settings.start_from
     if directory.resumed and (directory.checkpoint is None or directory.checkpoint.name == "last.ckpt"):
-        return find_checkpoint(directory.path)
-    path = directory.checkpoint if directory.resumed else settings.start_from
+        if directory.has_checkpoints:
+            return find_checkpoint(directory.path, full_state=True)
+        where = f"from {path}" if path else "at step 0"
+        logger.warning("%-11s no checkpoint yet: the run starts again %s, with its saved configs", "resumed", where)
     if not path:
         return None
     file = Path(path).expanduser().resolve()

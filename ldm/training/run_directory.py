@@ -3,13 +3,31 @@
 from __future__ import annotations
 
 import datetime
+import json
+import logging
 import os
+import platform
 import re
-from dataclasses import dataclass
+import shutil
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from itertools import count
 from pathlib import Path
 
+from ldm.atomic import save_text
+from ldm.config.files import load_json, load_yaml
 from ldm.config.instantiate import ConfigError
 from ldm.training.flags import RunOptions
+from ldm.training.report import is_main_process
+
+if sys.platform != "win32":
+    import fcntl
+
+logger = logging.getLogger(__name__)
+
+_SECTIONS = {"project": ("model", "data"), "lightning": ("lightning",)}  # of the configs that a start saves
 
 
 @dataclass(frozen=True)
@@ -29,6 +47,12 @@ class RunDirectory:
     def configs(self) -> Path:
         return self.path / "configs"
 
+    @property
+    def has_checkpoints(self) -> bool:
+        return self.checkpoint is not None or any(
+            path.name != "crash.ckpt" and not path.name.startswith(".") for path in self.checkpoints.rglob("*.ckpt")
+        )
+
 
 def timestamp() -> str:
     return datetime.datetime.now().strftime("%Y-%m-%dT%H-%M-%S")
@@ -39,11 +63,18 @@ def new_run(options: RunOptions, now: str | None = None) -> RunDirectory:
     now = now or timestamp()
     name = options.name or (Path(options.base[0]).stem if options.base else "")
     stem = now + (f"_{_file_name(name, '--name')}" if name else "") + _file_name(options.postfix, "--postfix")
-    root = Path(options.logdir, *(["debug_runs"] if options.debug else []), _file_name(options.project, "--project"))
-    path, number = root / stem, 2
-    while path.exists():
-        path, number = root / f"{stem}-{number}", number + 1
-    return RunDirectory(path, now)
+    root = log_folder(options)
+    return RunDirectory(next(path for path in _numbered(root / stem) if not path.exists()), now)
+
+
+def _numbered(path: Path) -> Iterator[Path]:
+    yield path
+    for number in count(2):
+        yield path.with_name(f"{path.name}-{number}")
+
+
+def log_folder(options: RunOptions) -> Path:
+    return Path(options.logdir, *(["debug_runs"] if options.debug else []), _file_name(options.project, "--project"))
 
 
 def _file_name(text: str, flag: str) -> str:
@@ -74,12 +105,150 @@ def resumed_run(path: str) -> RunDirectory:
     return RunDirectory(directory, timestamp(), file, resumed=True)
 
 
-def saved_configs(directory: RunDirectory) -> list[Path]:
-    """Return the configs that earlier starts of a run saved, in the order of merging."""
-    files = sorted(directory.configs.glob("*.yaml"))
-    if not files:
+def saved_configs(directory: RunDirectory, base: Sequence[Path] = ()) -> list[Path]:
+    """Return the configs that earlier starts of a run saved, in the order of merging.
+
+    Every start saves all values, so a damaged file is skipped, with a warning, if there is another of its kind (or
+    `base`, the configs given again). Raises ConfigError if there is none.
+    """
+    files, whole, damaged = sorted(directory.configs.glob("*.yaml")), [], {}
+    if not files and not base:
         raise ConfigError(f"--resume {directory.path}: no saved configs (configs/*.yaml)")
-    return files
+    for file in files:
+        kind = next((kind for kind in _SECTIONS if file.stem.endswith(f"-{kind}")), None)
+        try:
+            content = load_yaml(file)
+            if missing := [key for key in _SECTIONS.get(kind or "", ()) if key not in content]:
+                raise ConfigError(f"{file}: damaged: it has no section {missing[0]}")
+            whole.append(file)
+        except ConfigError as error:
+            damaged[file] = str(error)
+    for file, problem in damaged.items():
+        kind = file.stem.rpartition("-")[2]
+        if not base and not any(other.stem.endswith(f"-{kind}") for other in whole):
+            advice = f"restore it, or give the configs of the run again: --resume {directory.path} --base CONFIG.yaml"
+            raise ConfigError(f"{problem}; {advice}")
+        logger.warning("%-11s skipped: %s; changes made at that start are lost", "config", problem)
+    return whole
+
+
+class Launch:
+    """How a run was launched: its command line and, under torchrun or SLURM, the job with its number of restarts.
+
+    A run directory keeps it, so that the restarted command finds its run.
+    """
+
+    FILE = "launch.json"
+
+    def __init__(self, words: Sequence[str]) -> None:
+        self.words, self.restarts = list(words), _jobs()
+
+    def save(self, directory: RunDirectory) -> None:
+        text = json.dumps({"command": self.words, "restarts": self.restarts}, indent=1)
+        save_text(directory.configs / self.FILE, text)
+
+    def restarted_run(self, options: RunOptions) -> RunDirectory | None:
+        """Return the run that this launch restarts; None if it is no restart, or if the run was not created yet."""
+        restarted = {job: number for job, number in self.restarts.items() if number > 0}
+        if not restarted or not options.train:
+            return None
+        files = log_folder(options).glob(f"*/configs/{self.FILE}")
+        for file in sorted(files, key=lambda file: file.stat().st_mtime, reverse=True):
+            try:
+                saved = load_json(file)
+            except (OSError, ValueError):
+                continue
+            before = saved.get("restarts") if saved.get("command") == self.words else None
+            for job, number in restarted.items():
+                if isinstance(before, dict) and before.get(job, number) < number:
+                    logger.info("%-11s restart %d of %s continues %s", "restart", number, job, file.parents[1])
+                    return RunDirectory(file.parents[1].resolve(), timestamp(), resumed=True)
+        job, number = next(iter(restarted.items()))
+        if job == _NO_ID:
+            raise ConfigError(
+                "a restart by torchrun on several nodes cannot find its run without an id: add torchrun --rdzv-id NAME"
+            )
+        logger.info("%-11s %d of %s: it has no run in %s yet", "restart", number, job, log_folder(options))
+        return None
+
+
+_NO_ID = "torchrun without an id"
+
+
+def _jobs() -> dict[str, int]:
+    """Return the jobs that this process belongs to and how often each was restarted, from the environment."""
+    jobs = {}
+    environ = os.environ
+    if (name := environ.get("TORCHELASTIC_RUN_ID")) is not None:
+        if name == "none":  # torchrun's default is no id: the agent, which outlives a restart, identifies the job
+            name = f"of process {os.getppid()} on {platform.node()}, {_start_time(os.getppid())}"
+            several = environ.get("GROUP_WORLD_SIZE", "1") != "1"
+        else:
+            several = False
+        jobs[_NO_ID if several else f"torchrun {name}"] = int(environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+    if "SLURM_JOB_ID" in environ:
+        array = [environ[key] for key in ("SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID") if key in environ]
+        name = "_".join(array) if len(array) == 2 else environ["SLURM_JOB_ID"]
+        jobs[f"SLURM job {name}"] = int(environ.get("SLURM_RESTART_COUNT") or 0)
+    return jobs
+
+
+def _start_time(process: int) -> str:
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[19]
+    except (OSError, IndexError):
+        return ""
+
+
+@contextmanager
+def hold(directory: RunDirectory, launch: Launch | None) -> Iterator[RunDirectory]:
+    """Create and lock the directory of a run; remove it again if nothing was written.
+
+    A new directory gets another name if one of this name was created in the meantime. The lock ends with the process.
+    launch: saved in a new directory; None neither creates nor locks. Raises ConfigError if another process holds it.
+    """
+    if launch is None or not is_main_process():
+        yield directory
+        return
+    if not directory.resumed:
+        for path in _numbered(directory.path):
+            try:
+                path.mkdir(parents=True)
+            except FileExistsError:
+                continue
+            directory = replace(directory, path=path)
+            break
+    with _locked(directory.path / ".lock", directory.path):
+        if not directory.resumed:
+            launch.save(directory)
+        try:
+            yield directory
+        finally:
+            own = {directory.path / ".lock", directory.configs / Launch.FILE}
+            if not directory.resumed and {path for path in directory.path.rglob("*") if path.is_file()} <= own:
+                shutil.rmtree(directory.path, ignore_errors=True)
+
+
+@contextmanager
+def _locked(file: Path, directory: Path) -> Iterator[None]:
+    if sys.platform == "win32":
+        yield
+        return
+    # A record lock: unlike flock's, data workers that survive a killed process for seconds do not keep it.
+    with open(file, "a+") as lock:
+        try:
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            lock.seek(0)
+            owner = lock.read().strip() or "another process"
+            raise ConfigError(f"{directory}: in use by {owner}; stop that process first, or wait for its end") from None
+        except OSError as error:
+            logger.warning("%-11s %s cannot be locked (%s): start no second process there", "lock", directory, error)
+        lock.seek(0)
+        lock.truncate()
+        lock.write(f"process {os.getpid()} on {platform.node()} since {timestamp()}\n")
+        lock.flush()
+        yield
 
 
 def _newest_run(path: Path) -> str:

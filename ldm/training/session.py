@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 from omegaconf import OmegaConf
 
-from ldm.cli import EXIT_INTERRUPTED, import_lightning
+from ldm.cli import EXIT_INTERRUPTED, Stopped, import_lightning, stop_on_signals
 from ldm.config.instantiate import ConfigError, allow_targets
 from ldm.config.merge import find_config, merge
 from ldm.config.validate import check_config, forget_missing_weights
 from ldm.training.flags import RunOptions, parse
 from ldm.training.report import console, report_error
-from ldm.training.run_directory import new_run, resumed_run, saved_configs
+from ldm.training.run_directory import Launch, hold, new_run, resumed_run, saved_configs
 from ldm.training.settings import resolve_settings
 
 logger = logging.getLogger(__name__)
+
+_NOT_CHANGES = ("lightning.trainer.enable_progress_bar",)
 
 
 def run_training(argv: Sequence[str] | None = None) -> int:
@@ -28,7 +31,10 @@ def run_training(argv: Sequence[str] | None = None) -> int:
         return int(stop.code or 0)
     try:
         with console(options.debug):
-            return _run(options)
+            return _run(options, list(sys.argv[1:] if argv is None else argv))
+    except Stopped as stop:
+        print(f"stopped by {stop.reason}; nothing was saved", file=sys.stderr)
+        return stop.exit_code
     except KeyboardInterrupt:
         print("stopped; nothing was saved", file=sys.stderr)
         return EXIT_INTERRUPTED
@@ -36,15 +42,16 @@ def run_training(argv: Sequence[str] | None = None) -> int:
         return report_error(error, options.debug)
 
 
-def _run(options: RunOptions) -> int:
+def _run(options: RunOptions, words: list[str]) -> int:
     for prefix in options.allow_targets:
         allow_targets(prefix.rstrip("."))
     base = [find_config(path) for path in options.base]
-    directory = resumed_run(options.resume) if options.resume else new_run(options)
-    saved = merge(saved_configs(directory) if directory.resumed else [])
-    saved_seed = OmegaConf.select(saved, "lightning.seed")
+    launch = Launch(words)
+    directory = resumed_run(options.resume) if options.resume else launch.restarted_run(options) or new_run(options)
+    saved = merge(saved_configs(directory, base) if directory.resumed else [])
+    before = OmegaConf.to_container(saved)
     config = merge(base, options.overrides, onto=saved)
-    if directory.resumed and options.train:
+    if directory.resumed and options.train and directory.has_checkpoints:
         typed = [override.partition("=")[0].lstrip("+") for override in options.overrides]
         for missing in forget_missing_weights(config, typed):
             logger.info("%-11s %s: no such file; the run's checkpoint holds its weights", "weights", missing)
@@ -52,8 +59,8 @@ def _run(options: RunOptions) -> int:
     if config.get("lightning") is None:
         config["lightning"] = {}
     settings = resolve_settings(options, config.lightning)
-    if directory.resumed and options.seed not in (None, saved_seed):
-        logger.warning("%-11s %d, but the run has %s: resuming is not exact", "seed", settings.seed, saved_seed)
+    if directory.resumed:
+        log_changes(before, OmegaConf.to_container(OmegaConf.merge(config, {"lightning": settings.lightning})))
     if not options.train and not (config.data.get("params") or {}).get("test"):
         raise ConfigError("nothing to do: pass -t to train, or set data.params.test to evaluate")
     sources = [*([f"{directory.path}/configs"] if directory.resumed else []), *options.base, *options.overrides]
@@ -62,4 +69,24 @@ def _run(options: RunOptions) -> int:
     import_lightning()  # imported here, after all checks that need neither torch nor Lightning
     from ldm.training.run import execute
 
-    return execute(options, directory, config, settings)
+    with stop_on_signals(), hold(directory, launch if options.train else None) as held:
+        return execute(options, held, config, settings)
+
+
+def log_changes(before: Any, after: Any) -> None:
+    """Log every value of a config that differs from the one that the run was saved with, one line each."""
+    old, new = dict(_leaves(before)), dict(_leaves(after))
+    for name in sorted(old.keys() | new.keys()):
+        values = old.get(name, "default"), new.get(name, "default")
+        if values[0] != values[1] and name not in _NOT_CHANGES:
+            logger.warning("%-11s %s: %s -> %s", "changed", name, *values)
+            if name == "lightning.seed":
+                logger.warning("%-11s resuming with another seed is not exact", "changed")
+
+
+def _leaves(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(node, dict) and node:
+        for key, value in node.items():
+            yield from _leaves(value, f"{path}.{key}" if path else str(key))
+    elif node != {}:
+        yield path, node

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from omegaconf import DictConfig, OmegaConf
@@ -21,7 +22,7 @@ class RunSettings:
     devices_where: str  # prefix of these settings in messages: "--" or "lightning.trainer."
     seed: int
     scale_lr: bool
-    start_from: str | None  # a checkpoint whose full state a new run starts from
+    start_from: str | None  # a checkpoint whose full state a run without checkpoints starts from
     lightning: DictConfig
 
     @property
@@ -41,7 +42,7 @@ def resolve_settings(options: RunOptions, lightning: DictConfig) -> RunSettings:
     from_flags = convert_params(from_flags, trainer_types(), "--")
     trainer = modernize(from_yaml) | modernize(from_flags, "--")
     start_from = trainer.pop("resume_from_checkpoint", None)
-    if start_from and options.resume:
+    if start_from and options.resume and "resume_from_checkpoint" in from_flags:
         raise ConfigError(
             "--resume continues in the old run directory, --resume_from_checkpoint starts a new run; give only one"
         )
@@ -51,7 +52,9 @@ def resolve_settings(options: RunOptions, lightning: DictConfig) -> RunSettings:
     scale_lr = next(value for value in (options.scale_lr, saved.get("scale_lr"), True) if value is not None)
     if not isinstance(scale_lr, bool):
         raise ConfigError(f"lightning.scale_lr {scale_lr!r}: expected true or false")
-    kept = {name: value for name, value in (from_yaml | from_flags).items() if name != "resume_from_checkpoint"}
+    kept = from_yaml | from_flags
+    if start_from:  # for a restart before the first checkpoint
+        kept["resume_from_checkpoint"] = str(Path(start_from).expanduser().absolute())
     kept_lightning = OmegaConf.create({**lightning, "seed": seed, "scale_lr": scale_lr, "trainer": kept})
     devices = {name: trainer.pop(name) for name in DEVICE_KEYS if name in trainer}
     return RunSettings(trainer, devices, devices_where, seed, scale_lr, start_from, kept_lightning)

@@ -157,7 +157,7 @@ def _configured_callbacks(
             _check_filename(f"{place}.params.filename", params.get("filename"))
         if place == "lightning.callbacks.setup_callback":
             about_run = {
-                "resume": str(directory.checkpoint) if directory.resumed else None,
+                "resume": str(directory.path) if directory.resumed else None,
                 "now": directory.now,
                 "logdir": str(directory.path),
                 "ckptdir": str(directory.checkpoints),

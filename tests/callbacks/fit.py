@@ -7,7 +7,7 @@ from ldm.checkpoint.resume import AtomicCheckpointIO
 from tests.toys import Images, Toy
 
 
-def fit(folder, callbacks, model=None, batches=8, validate=True, **settings):
+def fit(folder, callbacks, model=None, batches=8, validate=True, checkpoint=None, **settings):
     """Train a toy for one epoch of `batches` batches unless `settings` say otherwise -> (model, trainer)."""
     model = model or Toy()
     model.learning_rate = 1e-3
@@ -16,5 +16,7 @@ def fit(folder, callbacks, model=None, batches=8, validate=True, **settings):
     if not validate:
         settings["limit_val_batches"] = 0  # the toy has a validation step
     trainer = pl.Trainer(default_root_dir=folder, callbacks=callbacks, **settings)
-    trainer.fit(model, DataLoader(Images(2 * batches), batch_size=2), DataLoader(Images(4), batch_size=2))
+    trainer.fit(
+        model, DataLoader(Images(2 * batches), batch_size=2), DataLoader(Images(4), batch_size=2), ckpt_path=checkpoint
+    )
     return model, trainer

@@ -6,7 +6,13 @@ import argparse
 import importlib
 import time
 
-CHECKS = {"step_counts": "20 minutes", "strengths": "17 minutes", "sizes": "7 minutes", "kills": "1 minute"}
+CHECKS = {
+    "step_counts": "20 minutes",
+    "strengths": "17 minutes",
+    "sizes": "7 minutes",
+    "kills": "1 minute",
+    "stops": "10 minutes",
+}
 
 
 def main() -> None:
