@@ -173,7 +173,7 @@ class DataModuleFromConfig(pl.LightningDataModule):
         for split in saved.keys() & self.datasets.keys():
             before, now = saved[split], _fingerprint(self.datasets[split])
             if changed := [key for key in before if before[key] != now.get(key)]:
-                change = f"other {' and '.join(changed)} than when the checkpoint was saved"
+                change = f"other {', '.join(changed)} than when the checkpoint was saved"
                 problem = f"data.params.{split}: {change} ({now['samples']} samples, previously {before['samples']})"
                 if self.strict:
                     raise ConfigError(f"{problem}; restore them, or resume without --strict-data")

@@ -342,7 +342,8 @@ class ImageFolder(Dataset):
             without = [name for number, name in enumerate(self.class_names) if number not in present]
             if without:
                 some = ", ".join(without[:5])
-                logger.warning("%s: %d classes have no images%s (%s)", self.root, len(without), split, some)
+                counts = len(without), len(self.class_names)
+                logger.warning("%s: no images of %d of %d classes%s (%s)", self.root, *counts, split, some)
         if self.skipped:
             first = "; ".join(f"{what}: {reason}" for what, reason in list(self.skipped.items())[:3])
             skipped = len(self.skipped)

@@ -95,9 +95,10 @@ class FileNames:
 
     def find(self, name: str) -> str | None:
         """Return the name of an existing file whose path is `name` in any Unicode normal form; None without one."""
-        for form in dict.fromkeys((name, unicodedata.normalize("NFC", name), unicodedata.normalize("NFD", name))):
+        forms = () if name.isascii() else (unicodedata.normalize(form, name) for form in ("NFC", "NFD"))
+        for form in dict.fromkeys((name, *forms)):
             try:
-                mode = os.lstat(self.root / form).st_mode
+                mode = os.lstat(f"{self.root}/{form}").st_mode
             except (OSError, ValueError):
                 continue
             folder, _, base = form.rpartition("/")

@@ -44,7 +44,7 @@ def small(config, root):
         OmegaConf.update(model, "first_stage_config.params.ddconfig" if is_latent else "ddconfig", SMALL_STAGE)
     if is_latent:
         OmegaConf.update(model, "unet_config.params", SMALL_UNET)
-        model.image_size = 8
+        model.image_size, model.untrained_first_stage = 8, True
     if is_latent and "params" not in model.cond_stage_config:  # CLIP, as released
         model.cond_stage_config.params = {"text_config": SMALL_CLIP}
     elif is_latent:

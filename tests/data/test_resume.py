@@ -199,7 +199,7 @@ def resumed(tmp_path):
     ("change", "message"),
     [
         (lambda root: (root / "ape/0.png").unlink(), "(2 samples, previously 3)"),
-        (lambda root: save_image(root / "ape/new.png"), "other samples and files and labels than when"),
+        (lambda root: save_image(root / "ape/new.png"), "other samples, files, labels than when"),
         (
             lambda root: (root / "ape/0.png").rename(root / "ape/7.png"),
             "other files than when the",

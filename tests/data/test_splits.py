@@ -131,4 +131,4 @@ def test_every_class_is_trained_on(tmp_path, caplog):
     options = {"size": 4, "class_labels": True, "validation_fraction": 0.9}
     train, held_out = (ImageFolder(root, split=split, **options) for split in ("train", "validation"))
     assert set(train.labels) == set(range(20)) and len(train) + len(held_out) == 40
-    assert f"{20 - len(set(held_out.labels))} classes have no images, split validation of 40" in caplog.text
+    assert f"no images of {20 - len(set(held_out.labels))} of 20 classes, split validation of 40" in caplog.text
