@@ -144,7 +144,8 @@ def test_the_tables_of_samplers_match_the_code():
 def test_every_flag_in_the_documents_exists():
     named = set(re.findall(r"(?<![\w-])--[a-zA-Z][\w-]+", DOCUMENTS))
     known = {"--help", *training_parser().flags}
-    scripts = "txt2img img2img inpaint upscale sample_diffusion knn2img train_searcher convert tests.test_watermark"
+    scripts = "txt2img img2img inpaint upscale sample_diffusion sample_conditional knn2img train_searcher convert"
+    scripts += " tests.test_watermark"
     for name in scripts.split():
         known |= set(importlib.import_module(f"scripts.{name}").parser().flags)
     assert named and not named - known

@@ -27,13 +27,16 @@ if TYPE_CHECKING:
         load_image,
         load_mask,
         one_pair,
+        parse_batch,
         parse_classes,
+        parse_conditions,
         read_prompts,
     )
     from ldm.inference.pipeline import Pipeline, load_model
     from ldm.inference.precision import choose_device
     from ldm.inference.requests import (
         ClassConditionalRequest,
+        ConditionalRequest,
         ImageToImageRequest,
         InpaintRequest,
         RetrievalRequest,
@@ -42,29 +45,33 @@ if TYPE_CHECKING:
     )
     from ldm.inference.runs import SavedRun, find_run, run_of
     from ldm.inference.tasks.class_conditional import generate_samples
+    from ldm.inference.tasks.conditional import ConditionalSample, read_samples, sample_conditional
     from ldm.inference.tasks.image_to_image import image_to_image
     from ldm.inference.tasks.inpaint import inpaint
     from ldm.inference.tasks.text_to_image import text_to_image
     from ldm.inference.tasks.upscale import upscale
-    from ldm.inference.writing import write_images, write_named, write_samples
+    from ldm.inference.writing import write_conditional, write_images, write_named, write_samples
 
 _LIGHT = {
     "ldm.config.instantiate": "allow_targets",
     "ldm.config.model_info": "ModelInfo model_info read_model_info",
     "ldm.inference.inputs": (
-        "check_image check_pairs find_depth find_pairs load_image load_mask one_pair parse_classes read_prompts"
+        "check_image check_pairs find_depth find_pairs load_image load_mask one_pair parse_batch parse_classes "
+        "parse_conditions read_prompts"
     ),
     "ldm.inference.requests": (
-        "ClassConditionalRequest ImageToImageRequest InpaintRequest RetrievalRequest TextToImageRequest UpscaleRequest"
+        "ClassConditionalRequest ConditionalRequest ImageToImageRequest InpaintRequest RetrievalRequest "
+        "TextToImageRequest UpscaleRequest"
     ),
     "ldm.inference.runs": "SavedRun find_run run_of",
-    "ldm.inference.writing": "write_images write_named write_samples",
+    "ldm.inference.writing": "write_conditional write_images write_named write_samples",
 }
 _HEAVY = {  # these import torch and Lightning
     "ldm.checkpoint": "MissingWeightsError WeightsSource open_weights",
     "ldm.inference.pipeline": "Pipeline load_model",
     "ldm.inference.precision": "choose_device",
     "ldm.inference.tasks.class_conditional": "generate_samples",
+    "ldm.inference.tasks.conditional": "ConditionalSample read_samples sample_conditional",
     "ldm.inference.tasks.image_to_image": "image_to_image",
     "ldm.inference.tasks.inpaint": "inpaint",
     "ldm.inference.tasks.text_to_image": "text_to_image",

@@ -5,12 +5,13 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from ldm.config.suggest import closest, did_you_mean
-from ldm.data.image import EXTENSIONS, load_image, load_levels
+from ldm.data.image import EXTENSIONS, load_image, load_levels, to_array
 from ldm.inference.settings import MAX_COUNT, round_to_multiple
 
 logger = logging.getLogger(__name__)
@@ -168,6 +169,54 @@ def find_depth(path: str, size: tuple[int, int]) -> np.ndarray | Path:
     if depth.min() == depth.max():
         logger.warning("--depth %s: the value is %g everywhere, so the map has no effect", path, depth.max())
     return depth
+
+
+def parse_batch(text: str) -> tuple[str, list[int]]:
+    """(split, indices) of `--batch`: `validation:0..7` (both ends included), `train:3`, `test:0,2,5..9`."""
+    split, colon, part = text.partition(":")
+    indices: list[int] = []
+    for word in part.split(",") if colon else []:
+        first, dots, last = word.strip().partition("..")
+        if not first.isdecimal() or (dots and not last.isdecimal()) or int(last or first) >= MAX_COUNT:
+            indices.clear()
+            break
+        indices.extend(range(int(first), int(last or first) + 1))
+    if not split or not indices:
+        raise ValueError(f"--batch {text!r}: expected a split and indices, e.g. validation:0..7 or train:3,5")
+    return split, indices
+
+
+def parse_conditions(words: Sequence[str]) -> list[dict[str, Any]]:
+    """Samples from `--condition` words KEY=VALUE: images, .npy arrays, whole numbers or texts by the key in the batch.
+
+    A key that is repeated has a value for each sample; one that is not, the same for all.
+    """
+    values: dict[str, list[Any]] = {}
+    for word in words:
+        key, equals, value = word.partition("=")
+        if not key or not equals:
+            raise ValueError(f"--condition {word!r}: expected KEY=VALUE, e.g. caption='a cat' or LR_image=small.png")
+        values.setdefault(key, []).append(_condition_value(key, value))
+    count = max(map(len, values.values()), default=0)
+    for key, given in values.items():
+        if len(given) not in (1, count):
+            raise ValueError(f"--condition {key}: {len(given)} values, others have {count}; pass one, or one for each")
+    return [{key: given[k % len(given)] for key, given in values.items()} for k in range(count)]
+
+
+def _condition_value(key: str, text: str) -> Any:
+    path = Path(text).expanduser()
+    if path.suffix.lower() in {*EXTENSIONS, ".npy"}:
+        if not path.is_file():
+            raise FileNotFoundError(f"--condition {key}={text}: no such file")
+        if path.suffix.lower() != ".npy":
+            return to_array(load_image(path))
+        try:
+            array = np.load(path, allow_pickle=False)
+        except ValueError as error:
+            raise ValueError(f"--condition {key}={text}: not an array: {error}") from error
+        return array.astype(np.float32) if array.dtype.kind == "f" else array
+    return int(text) if text.isdecimal() else text
 
 
 def parse_classes(words: Sequence[str], names: Sequence[str] = ()) -> tuple[int, ...]:

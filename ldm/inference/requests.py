@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar, NamedTuple, Self
 
-from ldm.config.model_info import ModelInfo
+from ldm.config.model_info import ModelInfo, value_at
 from ldm.inference.emphasis import parse_emphasis
 from ldm.inference.settings import (
     TILE,
@@ -23,6 +23,7 @@ from ldm.inference.settings import (
 
 logger = logging.getLogger(__name__)
 
+GUIDANCE_SCALE = 3.0  # as in the image log
 MAX_FEATHER = 512  # pixels
 CLIP_ENCODERS = ("FrozenCLIPEmbedder", "FrozenOpenCLIPEmbedder", "CaptionEmbedder")  # of CLIP's tokens
 OTHER_ENCODERS = ("BERTEmbedder",)
@@ -325,55 +326,104 @@ class ClassConditionalRequest(Request):
         return null_class
 
 
+@dataclass(frozen=True)
+class ConditionalRequest(Request):
+    """Samples of any conditional model, under conditions of its dataset or of named files."""
+
+    task: ClassVar[str] = "sample_conditional"
+
+    scale: float | None = None  # None: as in the image log, 3 for models that were trained with cond_dropout, else 1
+    n_samples: int = 1  # of each condition
+    batch_size: int = 8
+
+    def _resolved(self, info: ModelInfo) -> Self:
+        conditional = info.condition_name != "__is_unconditional__"
+        require(conditional, "this model is unconditional; use scripts/sample_diffusion.py")
+        check_positive({"--n_samples": self.n_samples, "--batch_size": self.batch_size})
+        require(
+            not self.negative_prompt or info.takes_text,
+            "--negative_prompt: this model is not text-conditional; remove the flag",
+        )
+        dropout = float(value_at(info.config, "model", "params", "cond_dropout") or 0.0)
+        scale = (GUIDANCE_SCALE if dropout else 1.0) if self.scale is None else self.scale
+        if scale != 1.0 and not dropout and not info.takes_text:
+            logger.warning("--scale %g: this model was trained without cond_dropout, which guidance needs", scale)
+        return super(ConditionalRequest, replace(self, scale=scale))._resolved(info)
+
+
 def require_text_model(info: ModelInfo, concat_channels: int = 0) -> None:
     """Raise ValueError unless the model is text-conditional and takes this many channels of concat conditioning."""
     name, has = info.condition_name, info.concat_channels
-    require(info.takes_text, f"this model is not text-conditional (cond_stage_config: {name}); it takes no prompts")
+    text = (
+        f"this model is not text-conditional (cond_stage_config: {name}); it takes no prompts; use {script_for(info)}"
+    )
+    require(info.takes_text, text)
     require(
         not concat_channels or has > 0,
         "--depth: this model is not conditioned on depth; remove the flag, or choose a depth model with --config",
     )
     require(
         has == concat_channels,
-        f"this model needs more than a prompt ({has} channels of concat conditioning); use {_script_for(info)}",
+        f"this model needs more than a prompt ({has} channels of concat conditioning); use {script_for(info)}",
     )
 
 
 def require_inpainting_model(info: ModelInfo) -> None:
     """Raise ValueError unless the network sees the masked image's latent and the mask, as in the published models."""
-    needs = 2 * info.channels + 1
     require(
-        (info.condition_name == "__is_first_stage__" or info.takes_text) and info.unet_channels == needs,
+        _inpaints(info),
         "not an inpainting model: expected cond_stage_config __is_first_stage__ or a text encoder, and a UNet with "
-        f"{needs} input channels (latent, masked image, mask); got {info.condition_name} and {info.unet_channels}; "
-        "see models/ldm/inpainting_big/config.yaml and configs/stable-diffusion/v1-inpainting-inference.yaml",
+        f"{2 * info.channels + 1} input channels (latent, masked image, mask); got {info.condition_name} and "
+        f"{info.unet_channels}; see models/ldm/inpainting_big/config.yaml and "
+        f"configs/stable-diffusion/v1-inpainting-inference.yaml, or use {script_for(info)}",
     )
 
 
 def require_upscaler(info: ModelInfo) -> None:
     """Raise ValueError unless the network sees a low-resolution image, as in the published models."""
-    needs, by_text = info.channels + 3, info.takes_text and info.max_noise_level is not None
     require(
-        (info.condition_name == "Identity" or by_text) and info.unet_channels == needs,
+        _upscales(info),
         "not an upscaling model: expected cond_stage_config torch.nn.Identity, or a text encoder and low_scale_config, "
-        f"and a UNet with {needs} input channels (latent, low-resolution image); got {info.condition_name} and "
-        f"{info.unet_channels}; see models/ldm/bsr_sr/config.yaml and configs/stable-diffusion/x4-upscaling.yaml",
+        f"and a UNet with {info.channels + 3} input channels (latent, low-resolution image); got {info.condition_name} "
+        f"and {info.unet_channels}; see models/ldm/bsr_sr/config.yaml and configs/stable-diffusion/x4-upscaling.yaml, "
+        f"or use {script_for(info)}",
     )
 
 
 def require_unconditional_or_class(info: ModelInfo) -> None:
     """Raise ValueError, with the script to use, unless the model is unconditional or class-conditional."""
-    name = info.condition_name
-    other = _script_for(info) if info.takes_text else "ldm.inference in Python; no script samples it"
-    script = {"__is_first_stage__": "scripts/inpaint.py", "Identity": "scripts/upscale.py"}.get(name, other)
     require(
-        name == "__is_unconditional__" or info.n_classes is not None,
-        f"this model needs more conditioning than a class (cond_stage_config: {name}); use {script}",
+        _samples_freely(info),
+        f"this model needs more conditioning than a class (cond_stage_config: {info.condition_name}); "
+        f"use {script_for(info)}",
     )
 
 
-def _script_for(info: ModelInfo) -> str:
-    """The script for a text-conditional model, by its channels of concat conditioning."""
-    scripts = {0: "scripts/txt2img.py", 1: "scripts/img2img.py with --depth", 3: "scripts/upscale.py"}
-    scripts[info.channels + 1] = "scripts/inpaint.py"
-    return scripts.get(info.concat_channels, "ldm.inference in Python; no script samples it")
+def script_for(info: ModelInfo) -> str:
+    """The script that samples this model: that of its task, else the one that takes conditions of any kind."""
+    depth = str(value_at(info.config, "model", "target")).endswith(".LatentDepth2ImageDiffusion")
+    scripts = {
+        "txt2img.py": info.takes_text and not info.concat_channels and info.conditioning_key in (None, "crossattn"),
+        "img2img.py with --depth": info.takes_text and depth,
+        "inpaint.py": _inpaints(info),
+        "upscale.py": _upscales(info),
+        "sample_diffusion.py": _samples_freely(info),
+        "knn2img.py": info.condition == "torch.nn.Identity" and info.conditioning_key == "crossattn",
+    }
+    return "scripts/" + next((script for script, fits in scripts.items() if fits), "sample_conditional.py")
+
+
+def _inpaints(info: ModelInfo) -> bool:
+    encoded = info.condition_name == "__is_first_stage__" or info.takes_text
+    return encoded and info.unet_channels == 2 * info.channels + 1
+
+
+def _upscales(info: ModelInfo) -> bool:
+    by_text = info.takes_text and info.max_noise_level is not None
+    return (info.condition_name == "Identity" or by_text) and info.unet_channels == info.channels + 3
+
+
+def _samples_freely(info: ModelInfo) -> bool:
+    """A class, or nothing, is all that the model is conditioned on."""
+    of_class = info.n_classes is not None and not info.concat_channels
+    return info.condition_name == "__is_unconditional__" or of_class

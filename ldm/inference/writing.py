@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
 from tqdm import tqdm
 
 from ldm.output.images import GeneratedImage, NamedOutput, Output
@@ -66,6 +67,42 @@ def write_samples(
         captions = None if kept[0].info["class"] is None else classes
         files.append(output.save_grid(grid_of(kept, columns, captions)))
     report(count, time.perf_counter() - start, files)
+
+
+def write_conditional(
+    results: Iterable[tuple[GeneratedImage, dict[str, Image.Image]]], n_samples: int, output: Output, skip_grid: bool
+) -> None:
+    """Save samples, then a grid with a row for each sample: its input, its conditions, its `n_samples` images."""
+    start, files, count = time.perf_counter(), [], 0
+    rows: dict[int, tuple[dict[str, Image.Image], list[GeneratedImage]]] = {}
+    for image, shown in results:
+        count += 1
+        image = output.checked(image)
+        files.append(output.save_sample(image))
+        row = image.info["image_index"] // n_samples
+        if not skip_grid and row < MAX_GRID:
+            rows.setdefault(row, (shown, []))[1].append(image)
+    seconds = time.perf_counter() - start
+    if rows:
+        files.append(output.save_grid(_conditional_grid(list(rows.values()))))
+    report(count, seconds, files)
+
+
+def _conditional_grid(rows: Sequence[tuple[dict[str, Image.Image], list[GeneratedImage]]]) -> GeneratedImage:
+    cells: list[Image.Image] = []
+    captions: list[str] = []
+    side = max(max(image.image.size) for _, images in rows for image in images)
+    for shown, images in rows:
+        for name, view in shown.items():
+            scale = side // max(view.size)  # what the network sees may be as small as the latent
+            size = (view.width * scale, view.height * scale)
+            cells.append(view.resize(size, Image.Resampling.NEAREST) if scale > 1 else view)
+            captions.append(name)
+        cells += [image.image for image in images]
+        captions += ["sample"] * len(images)
+    generated = [image for _, images in rows for image in images]
+    pixels = grid(cells, captions, len(cells) // len(rows), padding=12)
+    return grid_of(generated, None, None)._replace(image=pixels)
 
 
 def report(count: int, seconds: float, files: Sequence[Path]) -> None:

@@ -1,0 +1,134 @@
+"""Samples of any conditional model: the model's own `get_input` builds the conditions from a dataset or named files."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from omegaconf import DictConfig, OmegaConf
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import IterableDataset, default_collate
+
+from ldm.data.datamodule import DataModuleFromConfig
+from ldm.data.image import from_tensor
+from ldm.data.order import SeededDataset
+from ldm.inference.pipeline import Conditioned, Pipeline, progress_bar
+from ldm.inference.randomness import Randomness
+from ldm.inference.requests import ConditionalRequest
+from ldm.models.diffusion.conditioning import normalize_condition
+from ldm.models.diffusion.image_log import condition_images
+from ldm.output.images import GeneratedImage
+from ldm.rng import preserve_rng
+from ldm.visualize import to_image
+
+Sample = Mapping[str, Any]
+"""A sample as a dataset returns it: images (H, W, C) in [-1, 1], texts, labels."""
+
+
+class ConditionalSample(NamedTuple):
+    """A generated image, and the input and the conditions that it was generated from, as the network sees them."""
+
+    image: GeneratedImage
+    shown: dict[str, Image.Image]
+
+
+def read_samples(config: DictConfig, split: str, indices: Sequence[int], seed: int) -> list[Sample]:
+    """Return samples of a run's dataset; random crops, flips and masks follow from the seed and the index.
+
+    Raises ValueError for a split that the config does not have and for an index beyond the dataset.
+    """
+    params: Any = OmegaConf.to_container(config.get("data") or OmegaConf.create(), resolve=True)
+    params = params.get("params") or {}
+    splits = [name for name in ("train", "validation", "test", "predict") if params.get(name)]
+    if split not in splits:
+        known = f"choose one of {', '.join(splits)}" if splits else "its config has no section data"
+        raise ValueError(f"--batch {split}: this run has no such dataset; {known}")
+    data = DataModuleFromConfig(1, num_workers=0, wrap=bool(params.get("wrap")), **{split: params[split]})
+    data.prepare_data()
+    data.setup()
+    dataset = data.datasets[split]
+    if isinstance(dataset, IterableDataset):
+        with preserve_rng():
+            random.seed(seed), np.random.seed(seed % 2**32), torch.manual_seed(seed)
+            read: Any = list(itertools.islice(dataset, max(indices) + 1))
+    else:
+        read = SeededDataset(dataset, seed, repeat=True)
+    count = len(read)
+    if max(indices) >= count:
+        raise ValueError(f"--batch {split}:{max(indices)}: the dataset has {count} samples, 0 to {count - 1}")
+    return [read[index] for index in indices]
+
+
+def sample_conditional(
+    pipeline: Pipeline, samples: Sequence[Sample], request: ConditionalRequest, progress: bool = True
+) -> Iterator[ConditionalSample]:
+    """Generate `n_samples` images under the conditions of each sample, `batch_size` samples at a time.
+
+    samples: as the model's dataset returns them; one without the image that the model is trained on has the size of
+    training. Raises ValueError for conditions that do not fit the model.
+    """
+    request = request.checked(pipeline.info)
+    assert request.steps is not None and request.scale is not None
+    model: Any = pipeline.model  # LatentDiffusion
+    randomness, record = Randomness(request.seed, pipeline.device), {**request.record(), **pipeline.identity}
+    samples, n, key = [dict(sample) for sample in samples], request.n_samples, model.first_stage_key
+    given = key in samples[0]
+    if not given:
+        side = [length * (pipeline.info.factor or 1) for length in pipeline.info.image_size]
+        samples = [{**sample, key: np.zeros((*side, 3), np.float32)} for sample in samples]
+
+    def encoded() -> Iterator[tuple[int, Tensor, Conditioned, dict[str, Tensor]]]:
+        """(index of the first sample, latents, conditioning, what the grid shows) of each batch."""
+        for first in range(0, len(samples), request.batch_size):
+            batch = default_collate(samples[first : first + request.batch_size])
+            with randomness(), pipeline.sampling():
+                z, cond, raw = model.get_input(batch, key, force_c_encode=True, return_original_cond=True)[:3]
+                _check_condition(pipeline, z, cond)
+                uncond = None
+                if request.scale != 1.0:
+                    uncond = model.unconditional_like(cond, raw, len(z), request.negative_prompt or None)
+                x = model.get_images(batch, key)
+                shown = {"input": x} if given else {}
+                shown |= condition_images(model, batch, raw, x, z.shape[2:]) | model.further_images(batch, x, cond)
+            yield first, z, Conditioned(cond, uncond, request.scale or 1.0), shown
+
+    rest = encoded()
+    batches = itertools.chain([next(rest)], rest)  # errors of the first one come before the progress bar
+    with progress_bar(-(-len(samples) // request.batch_size) * n * request.steps, progress) as bar:
+        for first, z, conditions, shown in batches:
+            conditions = conditions._replace(callback=lambda i: bar.update())
+            for repeat in range(n):
+                with randomness(), pipeline.sampling():
+                    images = pipeline.decode(pipeline.sample(request, z.shape, conditions))
+                for k, image in enumerate(images):
+                    info = {**record, "image_index": (first + k) * n + repeat, **_described(samples[first + k])}
+                    views = {name: to_image(view[k]) for name, view in shown.items() if _is_view(view, len(z))}
+                    yield ConditionalSample(GeneratedImage(from_tensor(image), info), views)
+
+
+def _check_condition(pipeline: Pipeline, z: Tensor, cond: Any) -> None:
+    """Raise ValueError if the channels that are concatenated with the latents z (B, c, h, w) do not fit them."""
+    model: Any = pipeline.model
+    parts = normalize_condition(cond, model.model.conditioning_key).get("c_concat", ())
+    shapes = ["x".join(map(str, part.shape[1:])) for part in parts]
+    size = "x".join(map(str, z.shape[2:]))
+    if any(part.shape[2:] != z.shape[2:] for part in parts):
+        raise ValueError(f"the condition is {', '.join(shapes)} (channels, height, width), the latent {size} cells")
+    channels, wanted = sum(part.shape[1] for part in parts), pipeline.info.concat_channels
+    if channels != wanted:
+        raise ValueError(f"the condition has {channels} channels ({', '.join(shapes)}), this model takes {wanted}")
+
+
+def _is_view(view: Any, count: int) -> bool:
+    return torch.is_tensor(view) and view.ndim == 4 and len(view) == count and view.shape[1] in (1, 3)
+
+
+def _described(sample: Sample) -> dict[str, Any]:
+    """The texts and numbers of a sample as metadata, under `condition`."""
+    values = {name: x.item() if np.ndim(x) == 0 and hasattr(x, "item") else x for name, x in sample.items()}
+    return {"condition": {name: x for name, x in values.items() if isinstance(x, (str, int, float))}}
