@@ -22,7 +22,8 @@ from ldm.config.suggest import closest
 
 EXIT_USAGE = 2
 EXIT_INTERRUPTED = 130
-_OVERRIDE = re.compile(r"\+?[A-Za-z_]\w*(\.[\w-]+)+=", re.ASCII)  # dotted.path=value; + adds a new key
+# dotted.path=value; + adds a new key, ~dotted.path deletes one
+_OVERRIDE = re.compile(r"\+?[A-Za-z_]\w*(\.[\w-]+)+=|~[A-Za-z_]\w*(\.[\w-]+)+$", re.ASCII)
 _PATHS = ("DIR", "FILE", "FOLDER", "IMAGE", "NAME|DIR", "PATH", "PNG", "YAML")  # metavars of flags that take a path
 _NO_MEMORY = ("OutOfMemoryError", "DefaultCPUAllocator: ")  # of a GPU, by its class; of the CPU, a RuntimeError
 

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from ldm.config.files import load_yaml
-from ldm.config.instantiate import ConfigError
+from ldm.config.instantiate import ConfigError, join_path, resolve_alias
 from ldm.config.signature import constructor_arguments
-from ldm.config.suggest import closest
+from ldm.config.suggest import closest, did_you_mean
 from ldm.config.trainer_keys import trainer_keys
+from ldm.config.types import shown
 from ldm.config.validate import SECTIONS, check_sections, convert_types, error_line
 from ldm.paths import ROOT, find_file
 
@@ -66,17 +67,21 @@ def merge(files: Iterable[Path], overrides: Iterable[str] = (), onto: DictConfig
     whose path neither exists nor is a constructor argument.
     """
     config = OmegaConf.create({}) if onto is None else onto
+    changed: dict[str, _OldClass] = {}
     for path in files:
         part = load_yaml(path)
         if not isinstance(part, DictConfig):
             raise ConfigError(f"{path}: expected a mapping with the keys {', '.join(SECTIONS)}, got a list")
         check_sections(part, str(path))
         try:
-            config = _merge(config, part)
+            config = _merge(config, part, changed)
+        except ConfigError as error:
+            raise ConfigError(f"{path}: {error}") from error
         except (OmegaConfBaseException, ValueError, TypeError) as error:
             raise ConfigError(f"{path}: cannot be merged with the configs before it: {error_line(error)}") from error
     for override in overrides:
-        config = _apply(config, override)
+        config = _apply(config, override, changed)
+    _check_changed_targets(config, changed)
     convert_types(config)
     return config
 
@@ -88,14 +93,14 @@ def read_model(files: list[Path], overrides: list[str]) -> DictConfig:
     """
     path = files[-1]
     for override in overrides:
-        if not override.startswith(("model.", "+model.")):
+        if not override.lstrip("+~").startswith("model."):
             raise ValueError(f"{override}: only model. paths can be overridden here, e.g. model.params.use_ema=false")
     if not path.is_file():
         raise FileNotFoundError(
             f"config {path}: no such file; give --config FILE.yaml (of your own run: its configs/*-project.yaml)"
         )
     try:
-        config = merge(files, overrides) if len(files) > 1 or overrides else load_yaml(path)
+        config: Any = merge(files, overrides) if len(files) > 1 or overrides else load_yaml(path)
         model = config.get("model") if isinstance(config, DictConfig) else None
         if not isinstance(config, DictConfig) or not isinstance(model, DictConfig) or "target" not in model:
             raise ValueError(
@@ -109,13 +114,71 @@ def read_model(files: list[Path], overrides: list[str]) -> DictConfig:
         raise ValueError(f"config {path}: cannot be read: {error_line(error)}") from error
 
 
-def _merge(base: DictConfig, part: DictConfig) -> DictConfig:
-    merged = OmegaConf.merge(base, part)
+class _OldClass(NamedTuple):
+    target: str
+    params: set[str]  # those that the YAML with the new target keeps without naming them
+
+
+def _merge(base: DictConfig, part: DictConfig, changed: dict[str, _OldClass]) -> DictConfig:
+    """Merge `part` over `base`; `~key` deletes a key and `_replace_: true` the mapping of `base`.
+
+    changed: receives the former class at the path of each node whose target changes.
+    """
+    below: Any = OmegaConf.to_container(base, resolve=False)
+    above: Any = OmegaConf.to_container(part, resolve=False)
+    _take_out(below, above, "", changed)
+    merged = OmegaConf.merge(OmegaConf.create(below), OmegaConf.create(above))
     assert isinstance(merged, DictConfig)
     return merged
 
 
-def _apply(config: DictConfig, override: str) -> DictConfig:
+def _take_out(below: dict[Any, Any], above: dict[Any, Any], path: str, changed: dict[str, _OldClass]) -> None:
+    """Delete from `below` what the marks in `above` ask for, and the marks."""
+    if (replace := above.pop("_replace_", False)) is not False:
+        if replace is not True:
+            raise ConfigError(f"{join_path(path, '_replace_')} {shown(replace)}: expected true or false")
+        below.clear()
+    for key in [key for key in above if str(key).startswith("~")]:
+        name = str(key)[1:]
+        if name not in below:
+            raise ConfigError(f"~{join_path(path, name)}: no such key to delete{did_you_mean(name, below)}")
+        if above.pop(key) is not None:
+            raise ConfigError(f"{join_path(path, str(key))}: a key that is deleted takes no value")
+        del below[name]
+    old = below.get("target")
+    for key, value in above.items():
+        if isinstance(value, dict):
+            inner = below.get(key)
+            _take_out(inner if isinstance(inner, dict) else {}, value, join_path(path, str(key)), changed)
+    if (
+        isinstance(old, str)
+        and isinstance(new := above.get("target"), str)
+        and resolve_alias(new) != resolve_alias(old)
+    ):
+        inherited = set(below.get("params") or ()) - set(above.get("params") or ())
+        changed.setdefault(path, _OldClass(old, inherited))
+
+
+def _check_changed_targets(config: DictConfig, changed: Mapping[str, _OldClass]) -> None:
+    """Raise ConfigError if a class has parameters of the class in whose place it was put, and does not take them."""
+    for path, old in changed.items():
+        node = OmegaConf.select(config, path, throw_on_resolution_failure=False)
+        arguments = constructor_arguments(str(node["target"])) if isinstance(node, DictConfig) else None
+        unknown = sorted(old.params & set(node.get("params") or ()) - set(arguments)) if arguments is not None else []
+        if unknown:
+            raise ConfigError(
+                f"{path}.params: {node['target']} takes no {', '.join(unknown)}, set for {old.target} before; drop "
+                f"them by params: {{_replace_: true, ...}} in the YAML or ~{path}.params on the command line"
+            )
+
+
+def _apply(config: DictConfig, override: str, changed: dict[str, _OldClass]) -> DictConfig:
+    if override.startswith("~"):
+        keys = override[1:].split(".")
+        deletion: dict[str, Any] = {f"~{keys[-1]}": None}
+        for key in reversed(keys[:-1]):
+            deletion = {key: deletion}
+        return _merge(config, OmegaConf.create(deletion), changed)
     path, _, value = override.partition("=")
     adds, path = path.startswith("+"), path.removeprefix("+")
     keys = path.split(".")
@@ -124,7 +187,7 @@ def _apply(config: DictConfig, override: str) -> DictConfig:
         _check_path(config, keys)
     try:
         part = OmegaConf.from_dotlist([f"{path}={value}"])
-        merged = _merge(config, part)
+        merged = _merge(config, part, changed)
     except (OmegaConfBaseException, yaml.YAMLError, ValueError, TypeError) as error:
         raise ConfigError(f"{override}: cannot be applied: {error_line(error)}") from error
     if adds:

@@ -162,7 +162,7 @@ def check_class_count(config: DictConfig, datasets: Mapping[str, Any]) -> None:
 
 def _check_known(config: Mapping, known: Iterable[str], where: str, prefix: str) -> None:
     for key in config:
-        if key not in known:
+        if str(key).removeprefix("~") not in (*known, "_replace_"):
             raise ConfigError(f"{where}: unknown key {prefix}{key}{did_you_mean(str(key), known)}")
 
 

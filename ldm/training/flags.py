@@ -19,6 +19,7 @@ DEFAULT_SEED = 23
 EPILOG = """\
 dotted overrides, anywhere:  model.params.image_size=32  data.params.batch_size=4  model.params.ddconfig.ch_mult=[1,2,4]
 + adds a new key, where keys are free:  +lightning.callbacks.timer.target=pytorch_lightning.callbacks.Timer
+~ deletes a key:  ~model.params.cond_stage_config.params
 
 exit codes: 0 done; 1 training failed (checkpoints/crash.ckpt holds the state); 2 invalid flags, configs or files;
 130 stopped by Ctrl-C, 143 by SIGTERM and 129 by SIGHUP, with checkpoints/last.ckpt saved at the end of the step.

@@ -52,7 +52,7 @@ def _run(options: RunOptions, words: list[str]) -> int:
     before = OmegaConf.to_container(saved)
     config = merge(base, options.overrides, onto=saved)
     if directory.resumed and options.train and directory.has_checkpoints:
-        typed = [override.partition("=")[0].lstrip("+") for override in options.overrides]
+        typed = [override.partition("=")[0].lstrip("+~") for override in options.overrides]
         for missing in forget_missing_weights(config, typed):
             logger.info("%-11s %s: no such file; the run's checkpoint holds its weights", "weights", missing)
     check_config(config)

@@ -131,3 +131,47 @@ def test_a_config_is_suggested_only_if_its_name_is_similar():
 def test_configs_are_found_from_any_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert find_config("configs/autoencoder/autoencoder_kl_32x32x4.yaml").is_file()
+
+
+def test_a_yaml_replaces_a_mapping_or_deletes_a_key(yaml):
+    base = yaml(toy_config(callbacks={"a": {"x": 1}, "b": {"y": 2}}, trainer={"max_steps": 3}), "a.yaml")
+    marks = (
+        "model: {params: {_replace_: true, monitor: x}}\nlightning: {callbacks: {~a: , b: {z: 3}}, ~trainer: }\n"
+        "data: {params: {train: {_replace_: false}}}\n"
+    )
+    config = merge([base, yaml(marks, "b.yaml")])
+    assert config.model.params == {"monitor": "x"} and config.model.target == "tests.toys.Toy"
+    assert config.lightning == {"callbacks": {"b": {"y": 2, "z": 3}}} and "target" in config.data.params.train
+
+
+def test_the_command_line_deletes_a_key_too(yaml):
+    overrides = ["~model.params.width", "~data.params.train", "data.params.train.target=tests.toys.Images"]
+    config = merge([yaml(toy_config())], overrides)
+    assert config.model.params == {} and config.data.params.train == {"target": "tests.toys.Images"}
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        (
+            "model: {params: {~widht: }}",
+            r"b\.yaml: ~model\.params\.widht: no such key to delete; did you mean 'width'\?",
+        ),
+        ("model: {params: {~width: 3}}", r"b\.yaml: model\.params\.~width: a key that is deleted takes no value"),
+        ("model: {params: {_replace_: 3}}", r"b\.yaml: model\.params\._replace_ 3: expected true or false"),
+    ],
+)
+def test_a_mark_that_cannot_be_meant_is_refused(yaml, text, message):
+    with pytest.raises(ConfigError, match=message):
+        merge([yaml(toy_config(), "a.yaml"), yaml(text, "b.yaml")])
+
+
+def test_another_target_with_parameters_of_the_old_one_is_refused_unless_they_are_dropped(yaml):
+    base = yaml(toy_config(), "a.yaml")
+    new = "model: {target: ldm.modules.ema.LitEma, params: {%sdecay: 0.5}}"
+    with pytest.raises(ConfigError, match=r"model\.params: .*LitEma takes no width, set for tests.*Toy.*_repl"):
+        merge([base, yaml(new % "", "b.yaml")])
+    assert merge([base, yaml(new % "_replace_: true, ", "b.yaml")]).model.params == {"decay": 0.5}
+    assert merge([base, yaml(new % "", "b.yaml")], ["~model.params.width"]).model.params == {"decay": 0.5}
+    with pytest.raises(ConfigError, match=r"~model\.params on the command line"):
+        merge([base], ["model.target=ldm.modules.ema.LitEma"])
