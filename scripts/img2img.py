@@ -21,11 +21,11 @@ def parser() -> Parser:
     parser = Parser(prog="img2img.py", description=text)
     add = parser.add_argument
     text = "the image to start from, of any size (resized to the nearest size that the model takes)"
-    add("--init-img", metavar="FILE", help=text)
+    add("--init-img", action=cli.InputFile, metavar="FILE", help=text)
     text = "how much to change: 0 keeps the image, 1 ignores it; strength * ddim_steps steps are run"
     add("--strength", type=float, default=0.75, help=text)
     text = "for a depth model: a depth map (near is bright), or a folder with transformers' DPT, which estimates it"
-    add("--depth", metavar="FILE|DIR", help=text)
+    add("--depth", action=cli.InputFile, metavar="FILE|DIR", help=text)
     cli.add_prompt_flags(parser, scale=5.0, n_iter=1, n_samples=2)
     add("--outdir", default="outputs/img2img-samples", metavar="DIR", help="folder for samples/ and grids")
     add("--plms", action="store_true", help="not supported, as published; use --sampler plms")

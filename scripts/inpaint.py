@@ -26,8 +26,13 @@ def parser() -> Parser:
     parser = Parser(prog="inpaint.py", description=text)
     add = parser.add_argument
     add("--indir", metavar="DIR", help="folder with pairs x.png, x_mask.png; masks are white where x.png is inpainted")
-    add("--init-img", metavar="FILE", help="a single image instead of a folder, with its --mask")
-    add("--mask", metavar="FILE", help="the mask of --init-img, of the same size, white where it is inpainted")
+    add("--init-img", action=cli.InputFile, metavar="FILE", help="a single image instead of a folder, with its --mask")
+    add(
+        "--mask",
+        action=cli.InputFile,
+        metavar="FILE",
+        help="the mask of --init-img, of the same size, white where it is inpainted",
+    )
     add("--outdir", metavar="DIR", help="folder for the results, named after the images")
     text = "fade from the image to the generated pixels over this distance from the mask's edge"
     add("--feather", type=int, default=0, metavar="PIXELS", help=text)

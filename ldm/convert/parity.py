@@ -64,7 +64,9 @@ def _check_round_trip(part: Component, published: Weights, theirs: Weights) -> N
     """Raise ConversionError unless every tensor, converted back, equals the original bit for bit."""
     for name, tensor in to_ours(part.layout.rules(), theirs, part.name).items():
         if not torch.equal(tensor, published[name]):
-            raise _failure(part.name, f"{name} changes when converted there and back")
+            finite = bool(torch.isfinite(published[name]).all())
+            reason = "changes when converted there and back" if finite else "has values that are not finite"
+            raise _failure(part.name, f"{name} {reason}")
 
 
 def _compare(what: str, ours: list[Tensor], theirs: Iterable[blocks.Block]) -> Parity:

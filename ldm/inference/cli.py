@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import logging
 from argparse import BooleanOptionalAction, Namespace
+from collections.abc import Sequence
 from dataclasses import fields
 from importlib.util import find_spec
 from pathlib import Path
@@ -18,6 +20,8 @@ from ldm.models.diffusion.samplers.registry import SAMPLERS
 from ldm.output.safety import Safety, SafetySettings
 from ldm.output.watermark import METHODS, Watermark
 from ldm.paths import find_file, fingerprint
+
+logger = logging.getLogger(__name__)
 
 SD_CONFIG, SD_CKPT = "configs/stable-diffusion/v1-inference.yaml", "models/ldm/stable-diffusion-v1/model.ckpt"
 _RELEASED = ("models/ldm/inpainting_big/last.ckpt", "models/ldm/bsr_sr/model.ckpt")
@@ -34,13 +38,29 @@ _DOWNLOADS = {  # how to get the weights of the default models
 # --- flags
 
 
+class InputFile(argparse.Action):
+    """Store the path of an input file; warn if the flag is given again with another file."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: Namespace,
+        values: str | Sequence[Any] | None,
+        option_string: str | None = None,
+    ) -> None:
+        before = getattr(namespace, self.dest, None)
+        if before not in (None, values) and self.default != argparse.SUPPRESS:  # Parser.typed parses again
+            logger.warning("%s is given twice: %s is used, not %s", option_string, values, before)
+        setattr(namespace, self.dest, values)
+
+
 def add_prompt_flags(parser: Parser, scale: float, n_iter: int, n_samples: int, text_encoder: bool = True) -> None:
     """Flags of the scripts that generate from prompts; text_encoder: the model's own, which can weight words."""
     add = parser.add_argument
     add("--prompt", nargs="?", default="a painting of a virus monster playing guitar", help="what the images show")
     add("--negative_prompt", default="", metavar="TEXT", help="negative prompt (requires --scale other than 1)")
     text = "one prompt per line, used instead of --prompt; --n_samples lines per batch"
-    add("--from-file", metavar="FILE", help=text)
+    add("--from-file", action=InputFile, metavar="FILE", help=text)
     add("--skip_grid", action="store_true", help="do not save the grid")
     add("--skip_save", action="store_true", help="do not save the single images")
     add("--captions", action="store_true", help="print the prompt below each image of the grid")

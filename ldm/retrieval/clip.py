@@ -69,6 +69,8 @@ class RetrievalCondition:
 
     def context(self, prompts: Sequence[str]) -> Tensor:
         text = self.clip.encode(list(prompts))  # (B, n_repeat, D)
+        if not torch.isfinite(text).all():
+            raise ValueError("CLIP's vectors are not finite: use undamaged --clip_weights")
         if self.searcher is None:
             return text
         found = self.searcher.search(text[:, 0].float().cpu().numpy(), self.knn)
@@ -108,6 +110,8 @@ def embed_folder(images: str | Path, folder: str | Path, clip: FrozenClipImageEm
             bar.update(len(squares))
     coords = np.array(places, dtype=np.float32)
     embedding = np.concatenate(vectors)
+    if not np.isfinite(embedding).all():
+        raise ValueError("CLIP's vectors are not finite: use undamaged --clip_weights")
     with atomic_file(part, embedding.nbytes) as new, new.open("wb") as file:
         np.savez(file, embedding=embedding, img_id=np.array(names), patch_coords=coords)
     return part

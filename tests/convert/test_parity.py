@@ -57,6 +57,15 @@ def test_a_wrong_table_of_names_is_caught_and_nothing_is_written(converted, tmp_
     assert list(tmp_path.iterdir()) == []
 
 
+def test_weights_that_are_not_finite_are_named(converted, tmp_path):
+    saved, name = converted("sd1")[0], "decoder.conv_in.weight"
+    content = torch.load(saved.ckpt, weights_only=True)
+    content["state_dict"][f"first_stage_model.{name}"].fill_(float("nan"))
+    torch.save(content, tmp_path / "nan.ckpt")
+    with pytest.raises(ConversionError, match=f"{name} has values that are not finite; nothing was written"):
+        to_folder(read_config(saved.config), tmp_path / "nan.ckpt", tmp_path / "folder")
+
+
 CONFIG_FAULTS = {
     "number of heads": ("sd1", {"attention_head_dim": 4}),
     "width of heads": ("unconditional", {"attention_head_dim": 8}),

@@ -72,6 +72,25 @@ def test_the_unconditional_context_is_the_negative_prompt_or_zeros(tmp_path):
         RetrievalCondition(SimpleNamespace(width=8, version="toy"), searcher, 4)
 
 
+def test_vectors_that_are_not_finite_are_refused(tmp_path):
+    class Broken(Clip, torch.nn.Module):
+        size, device = 8, torch.device("cpu")
+
+        def encode(self, texts):
+            return super().encode(texts) * float("nan")
+
+        def forward(self, x):
+            return x.mean(dim=(2, 3)) * float("inf")
+
+    with pytest.raises(ValueError, match="vectors are not finite"):
+        RetrievalCondition(Broken(), None)(["a"])
+    (tmp_path / "in").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "in" / "a.png")
+    with pytest.raises(ValueError, match="vectors are not finite"):
+        embed_folder(tmp_path / "in", tmp_path / "out", Broken())
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_folder_of_images_becomes_a_database(tmp_path):
     (tmp_path / "in" / "sub").mkdir(parents=True)
     colors = {"a.png": (255, 0, 0), "sub/b.jpg": (0, 255, 0), "sub/c.png": (0, 0, 255)}

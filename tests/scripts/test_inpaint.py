@@ -102,6 +102,11 @@ def test_a_mask_of_0_and_1_gives_the_image_of_0_and_255_and_a_black_one_is_refus
     assert "b_mask.png: its largest value is 0" in line and not (tmp_path / "new").exists()
 
 
+def test_a_second_mask_on_the_command_line_is_warned_about(caplog):
+    assert parser().parse_args(["--mask", "a.png", "--mask", "b.png"]).mask == "b.png"
+    assert [record.message for record in caplog.records] == ["--mask is given twice: b.png is used, not a.png"]
+
+
 @pytest.mark.parametrize("name", ["last.ckpt", "model.ckpt"])
 def test_the_released_model_is_found_under_either_name(saved, tmp_path, monkeypatch, name):
     folder = tmp_path / "models" / "ldm" / "inpainting_big"

@@ -29,11 +29,7 @@ def arguments(saved: SavedModel, image, outdir, *flags: str) -> list[str]:
 def test_an_image_does_not_depend_on_those_before_it_and_none_is_overwritten(saved, tmp_path, capsys):
     for k in range(2):
         make_image(seed=k).save(tmp_path / f"{k}.png")
-    command = arguments(saved, tmp_path / "0.png", tmp_path / "out")
-    command[command.index("--init-img") + 1 : command.index("--outdir")] = [
-        str(tmp_path / "0.png"),
-        str(tmp_path / "1.png"),
-    ]
+    command = [*arguments(saved, tmp_path / "0.png", tmp_path / "out"), "--init-img", str(tmp_path / "1.png")]
     assert run_command(main, command) == 0 and "2 images in" in capsys.readouterr().out
     assert run_command(main, arguments(saved, tmp_path / "1.png", tmp_path / "out")) == 0
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["0.png", "1-1.png", "1.png"]
