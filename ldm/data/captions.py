@@ -15,6 +15,7 @@ from typing import NamedTuple
 from ldm.data.base import DataConfigError
 from ldm.data.image import EXTENSIONS
 from ldm.data.listing import relative_name
+from ldm.data.splits import split_of
 from ldm.data.tables import DELIMITERS, lines_of, read_records
 
 logger = logging.getLogger(__name__)
@@ -33,6 +34,7 @@ class Row(NamedTuple):
     image: str
     captions: list[str]
     problem: str = ""
+    split: str | None = None  # of a column `split` with such a name, see ldm.data.splits
 
 
 @dataclass
@@ -112,7 +114,8 @@ def _row(line: int, values: dict, image_column: str, caption_column: str, encodi
         name = relative_name(image.strip())
     except ValueError as error:
         return Row(line, image, [], str(error))
-    return Row(line, name, [text.strip() for text in captions if text.strip()])
+    split = next((split_of(str(value)) for key, value in values.items() if key.casefold() == "split"), None)
+    return Row(line, name, [text.strip() for text in captions if text.strip()], split=split)
 
 
 def _column(param: str, name: str | None, defaults: tuple[str, ...], values: dict, path: Path) -> str:

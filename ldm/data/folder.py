@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 import random
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -72,7 +73,8 @@ class ImageFolder(Dataset):
     when shrinking.
 
     captions: None; "sidecar" (cat.txt next to cat.jpg, one caption per line); or a .csv, .tsv or .jsonl table, which
-    then also selects the images (paths relative to root, or to the folder of the split). image_column, caption_column:
+    then also selects the images (paths relative to root, or to the folder of the split; a column `split` with the names
+    of splits selects too). image_column, caption_column:
     its columns; None takes the first match of file_name, filename, file, image, image_path, path, and of text, caption,
     captions, prompt, txt. An image may have several captions (lines, records, a JSON list): each sample takes a random
     one. caption_encoding: if not UTF-8. missing_caption (blank counts as missing): raise, skip the image, or use an
@@ -142,7 +144,7 @@ class ImageFolder(Dataset):
         table = _table(captions, (self.root, whole))
         texts = None
         if table is not None:
-            texts = self._table_captions(table, whole, place, image_column, caption_column)
+            texts, place = self._table_captions(table, whole, place, image_column, caption_column)
         if files is not None:
             listed = self._listed(files)  # {name: None}, ordered
             names = [name for name in texts if name in listed] if texts is not None else list(listed)
@@ -165,7 +167,8 @@ class ImageFolder(Dataset):
         numbers = {name: i for i, name in enumerate(self.class_names or ())}
         self.labels = [numbers[class_of(item.name)] for item in self.items] if class_labels else None
         if not self.items:
-            problem = "no images in it" + (f" for split {split}" if split else "")
+            problem = "no images in it" + (f" that {table} names" if table is not None else "")
+            problem += f" for split {split}" if split else ""
             if self.skipped:
                 first = ": ".join(next(iter(self.skipped.items())))
                 problem += f" can be used: {len(self.skipped)} skipped, first {first}"
@@ -249,10 +252,10 @@ class ImageFolder(Dataset):
 
     def _table_captions(
         self, table: Path, whole: Path, place: SplitFolder, image_column: str | None, caption_column: str | None
-    ) -> dict[str, list[str]]:
-        """Return {image: captions} of this split in the order of the table.
+    ) -> tuple[dict[str, list[str]], SplitFolder]:
+        """Return {image: captions} of this split in the order of the table, and `place`, shared as the table says.
 
-        A table names images relative to `whole`, or relative to the folder of the split.
+        A table names images relative to `whole`, or relative to the folder of the split, and may name their splits.
         """
         try:
             rows = list(read_table(table, image_column, caption_column, self.caption_encoding, self.suffixes))
@@ -260,19 +263,28 @@ class ImageFolder(Dataset):
             raise
         except (OSError, ValueError) as error:
             raise DataConfigError("captions", str(table), str(error), "set {param} to a readable table") from error
+        own_rows: str | None = None
+        if named := {row.split for row in rows} - {None}:
+            place = place._replace(shared="validation" not in named and self.split not in (None, "test"))
+            own_rows = "train" if place.shared else self.split
+            if own_rows not in named:
+                problem = f"{table} has the splits {', '.join(sorted(map(str, named)))} in its column 'split'"
+                raise DataConfigError("split", self.split, problem, "set {param} to one of them")
         on_disk, prefix = FileNames(self.root), f"{self.root.name}/" if self.root != whole else ""
         texts: dict[str, dict[str, None]] = {}
         repeated = elsewhere = 0
-        for line, image, captions, problem in rows:
+        for line, image, captions, problem, split in rows:
             name = None
+            if not problem and named and split is None:
+                problem = "names no split in its column 'split'"
             if not problem and Path(image).suffix.lower() not in self.suffixes:
                 problem = f"{image!r} is not an image"
-            if not problem and image.partition("/")[0] in place.others:
+            if not problem and (split != own_rows or image.partition("/")[0] in place.others):
                 elsewhere += 1
                 continue
             if not problem:
                 name = on_disk.find(image.removeprefix(prefix)) or on_disk.find(image)
-            if name is None and not problem and prefix and (whole / image).is_file():
+            if name is None and not problem and prefix and os.path.isfile(whole / image):
                 elsewhere += 1  # beside the folders of the splits
                 continue
             if name is None:
@@ -284,7 +296,7 @@ class ImageFolder(Dataset):
         for count, what in ((repeated, "repeat a caption of their image"), (elsewhere, "are not of this split")):
             if count:
                 logger.info("%s: %d rows %s", table, count, what)
-        return {name: list(captions) for name, captions in texts.items()}
+        return {name: list(captions) for name, captions in texts.items()}, place
 
     def _item(self, name: str, texts: dict[str, list[str]] | None) -> Item | None:
         """Return an image with its captions; None if the policies skip it."""
@@ -403,14 +415,14 @@ def _sizes(size: Size | None, crop_size: Size | None) -> tuple[tuple[int, int] |
 
 
 def _table(captions: str | None, folders: Sequence[Path]) -> Path | None:
-    """Find a captions table, as given or in the folders; return None for sidecars and without captions."""
+    """Find a captions table, in the folders or as given; return None for sidecars and without captions."""
     if captions is None or captions == SIDECAR:
         return None
     if Path(captions).suffix.lower() not in TABLES:
         advice = f"set {{param}} to {SIDECAR}, null, or a file of type {', '.join(TABLES)}"
         raise DataConfigError("captions", captions, "unknown", advice)
     found = next(
-        (path for folder in (Path(), *folders) if (path := folder / Path(captions).expanduser()).is_file()), None
+        (path for folder in (*folders, Path()) if (path := folder / Path(captions).expanduser()).is_file()), None
     )
     if found is None:
         problem = f"no such file, here or in {folders[-1]}"

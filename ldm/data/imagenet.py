@@ -122,7 +122,11 @@ class ImageNetSRValidation(SuperResolution, ImageNetValidation):
 def _read_pairs(file: Path) -> dict[str, str]:
     """Return {first word: rest} of each line of two words or more."""
     pairs = (line.split(maxsplit=1) for line in read_lines("root", str(file), "a folder with a readable one"))
-    return {pair[0]: pair[1].strip() for pair in pairs if len(pair) == 2}
+    found: dict[str, str] = {}
+    for first, rest in (pair for pair in pairs if len(pair) == 2):
+        if found.setdefault(first, rest.strip()) != rest.strip():
+            raise DataConfigError("root", str(file), f"has two lines {first!r}", "remove one of them")
+    return found
 
 
 def _root(root: str | None) -> Path:

@@ -24,7 +24,7 @@ class SplitFolder(NamedTuple):
     """The folder with the images of a split."""
 
     path: Path
-    shared: bool = False  # by training and validation: a fraction of its images is for validation
+    shared: bool = False  # by the splits: a fraction of its images is for validation, the others for training
     train: Path | None = None  # the folder of the training split, if another than `path`: it numbers the classes
     others: tuple[str, ...] = ()  # folders of other splits beside it
     unused: tuple[str, ...] = ()  # folders beside it that belong to no split
@@ -56,9 +56,6 @@ def split_folder(root: Path, split: str | None, classes: Sequence[str] = ()) -> 
         found.setdefault(name, path)
     folders = " and ".join(f"{path.name}/" for path in found.values())
     if not found:
-        if split == "test":
-            advice = "set {param} to the folder that holds test/, or remove split to use all of it"
-            raise DataConfigError("root", str(root), "has no folder test/", advice)
         return SplitFolder(root, shared=split is not None)
     if split is None:
         advice = f"set split to one of {', '.join(SPLITS)}, or {{param}} to one of these folders; {FORCE}"
@@ -94,6 +91,9 @@ def names_of_split(names: list[str], split: str | None, fraction: float, labelle
 
     labelled: a class keeps at least one training image; if all would be for validation, all are for training.
     """
+    if split == "test":
+        advice = "set root to the folder that holds test/, or remove {param} to use all images"
+        raise DataConfigError("split", split, "there is no folder test/ in root", advice)
     if split is None or (split == "train" and fraction == 0):
         return names
     if not 0 < fraction < 1:

@@ -125,7 +125,7 @@ def test_records_that_name_nothing_follow_the_error_policy(captioned):
         ({"captions": "all.xml"}, "captions 'all.xml': unknown; set captions to sidecar, null, or a file of type .csv"),
         ({"on_error": "ignore"}, "on_error 'ignore': unknown; set on_error to one of raise, skip"),
         ({"split": "val"}, "split 'val': unknown; set split to one of null, train, validation, test"),
-        ({"split": "test"}, "has no folder test/; set root to the folder that holds test/"),
+        ({"split": "test"}, "split 'test': there is no folder test/ in root; set root to the folder that holds test/"),
         ({"interpolation": "sinc"}, "interpolation 'sinc': unknown; set interpolation to one of nearest, box"),
         ({"size": 0}, "size 0: not a size; set size to a positive integer"),
         ({"size": 8, "crop_size": 9}, "crop_size 9: larger than size 8"),

@@ -46,6 +46,13 @@ def tar(path, files):
     return path
 
 
+def test_a_synset_with_two_names_is_refused(root):
+    file = root / "ILSVRC2012_train/synset_human.txt"
+    file.write_text(file.read_text() + f"{SYNSETS[0]} another name\n")
+    with pytest.raises(DataConfigError, match=f"has two lines '{SYNSETS[0]}'; remove one of them"):
+        ImageNetTrain(root=str(root), size=8)
+
+
 def test_classes_are_the_synsets_in_order_with_their_names(root):
     dataset = ImageNetTrain(root=str(root), size=16)
     samples = [dataset[i] for i in range(len(dataset))]

@@ -164,3 +164,21 @@ def test_a_table_above_the_split_folders_is_kept_by_split(tmp_path, name):
     (tmp_path / name).rename(tmp_path / "train" / name)
     write(tmp_path / "train", name, [("a.png", "x")])
     assert folder(tmp_path, name, split="train").items == [("a.png", ("x",))]
+
+
+@pytest.mark.parametrize("name", ["c.csv", "c.tsv", "c.jsonl"])
+def test_a_column_with_the_names_of_splits_decides(root, name):
+    def split(i):
+        return ("Train", "val", "TEST")[i % 3]
+
+    columns = ("file_name", "text", "Split")
+    write(root, name, [(image, text, split(i)) for i, (image, text) in enumerate(rows())], columns)
+    for k, own in enumerate(("train", "validation", "test")):
+        assert names_of(folder(root, name, split=own)) == [f"{i:02}.png" for i in range(k, COUNT, 3)]
+    with pytest.raises(DataConfigError, match=r"split None: .* has the splits test, train, validation in its column"):
+        folder(root, name)
+    write(root, name, [(image, text, "test" if i < 6 else "train") for i, (image, text) in enumerate(rows())], columns)
+    train, held_out = (names_of(folder(root, name, split=own)) for own in ("train", "validation"))
+    assert sorted(train + held_out) == [f"{i:02}.png" for i in range(6, COUNT)] and len(held_out) == 1
+    write(root, name, [(image, text, str(i % 5)) for i, (image, text) in enumerate(rows())], columns)
+    assert len(folder(root, name)) == COUNT  # folds of a cross validation are no splits
