@@ -55,6 +55,18 @@ class ModelInfo:
         return self.condition_name not in _NOT_TEXT and not self.takes_tokens
 
     @property
+    def image_rescaling(self) -> float | None:
+        """Factor by which a SpatialRescaler scales the image that conditions the network; None for other conditions."""
+        if self.condition_name != "SpatialRescaler":
+            return None
+        params = value_at(self.config, "model", "params", "cond_stage_config", "params") or {}
+        of_images = params.get("in_channels", 3) == 3 and params.get("out_channels") in (
+            None,
+            3,
+        )  # not segmentation maps
+        return float(params.get("multiplier", 0.5)) ** int(params.get("n_stages", 1)) if of_images else None
+
+    @property
     def concat_channels(self) -> int:
         """Input channels of the network for concat conditioning."""
         return (self.unet_channels or self.channels) - self.channels

@@ -383,8 +383,9 @@ def require_upscaler(info: ModelInfo) -> None:
     """Raise ValueError unless the network sees a low-resolution image, as in the published models."""
     require(
         _upscales(info),
-        "not an upscaling model: expected cond_stage_config torch.nn.Identity, or a text encoder and low_scale_config, "
-        f"and a UNet with {info.channels + 3} input channels (latent, low-resolution image); got {info.condition_name} "
+        "not an upscaling model: expected cond_stage_config torch.nn.Identity or a SpatialRescaler of images, or a "
+        f"text encoder and low_scale_config, and a UNet with {info.channels + 3} input channels (latent, "
+        f"low-resolution image); got {info.condition_name} "
         f"and {info.unet_channels}; see models/ldm/bsr_sr/config.yaml and configs/stable-diffusion/x4-upscaling.yaml, "
         f"or use {script_for(info)}",
     )
@@ -420,7 +421,8 @@ def _inpaints(info: ModelInfo) -> bool:
 
 def _upscales(info: ModelInfo) -> bool:
     by_text = info.takes_text and info.max_noise_level is not None
-    return (info.condition_name == "Identity" or by_text) and info.unet_channels == info.channels + 3
+    by_image = info.condition_name == "Identity" or info.image_rescaling is not None
+    return (by_image or by_text) and info.unet_channels == info.channels + 3
 
 
 def _samples_freely(info: ModelInfo) -> bool:

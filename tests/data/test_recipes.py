@@ -44,8 +44,12 @@ def small(config, root):
         OmegaConf.update(model, "first_stage_config.params.ddconfig" if is_latent else "ddconfig", SMALL_STAGE)
     if is_latent:
         OmegaConf.update(model, "unet_config.params", SMALL_UNET)
+        if not model.unet_config.params.get("use_spatial_transformer"):
+            model.unet_config.params.context_dim = None
         model.image_size, model.untrained_first_stage = 8, True
-    if is_latent and "params" not in model.cond_stage_config:  # CLIP, as released
+    if is_latent and model.cond_stage_config.target == "torch.nn.Identity":
+        data.train.params.downscale_f = 2  # the small first stage's factor
+    elif is_latent and "params" not in model.cond_stage_config:  # CLIP, as released
         model.cond_stage_config.params = {"text_config": SMALL_CLIP}
     elif is_latent:
         embedder = model.cond_stage_config.params

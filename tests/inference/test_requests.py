@@ -17,6 +17,7 @@ from ldm.inference.requests import (
     require_text_model,
     require_unconditional_or_class,
     require_upscaler,
+    script_for,
 )
 from ldm.models.diffusion.samplers.registry import SAMPLERS
 from ldm.paths import ROOT
@@ -260,6 +261,30 @@ def test_every_kind_of_model_is_accepted_by_its_own_task_only(kind):
         else:
             with pytest.raises(ValueError, match=r"scripts/|see models/ldm"):
                 check(info(kind))
+
+
+@pytest.mark.parametrize(
+    "name, script",
+    [
+        ("recipes/text-to-image-folder", "txt2img"),
+        ("recipes/class-conditional-folder", "sample_diffusion"),
+        ("recipes/inpainting-folder", "inpaint"),
+        ("recipes/super-resolution-folder", "upscale"),
+        ("stable-diffusion/x4-upscaling", "upscale"),
+        ("stable-diffusion/v2-midas-inference", "img2img"),
+        ("retrieval-augmented-diffusion/768x768", "knn2img"),
+    ],
+)
+def test_every_model_has_its_script(name, script):
+    assert script_for(read_model_info(ROOT / "configs" / f"{name}.yaml")).split()[0] == f"scripts/{script}.py"
+
+
+def test_other_conditions_are_sent_to_the_script_that_takes_any():
+    unet = {"in_channels": 7, "channel_mult": [1, 1]}
+    hybrid = info("text", conditioning_key="hybrid", concat_keys=["LR_image"], unet_config={"params": unet})
+    for require_kind in (require_text_model, require_upscaler, require_inpainting_model):
+        with pytest.raises(ValueError, match=r"use scripts/sample_conditional\.py$"):
+            require_kind(hybrid)
 
 
 def test_a_network_without_input_channels_for_the_condition_is_refused():

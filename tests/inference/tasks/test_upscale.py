@@ -5,11 +5,12 @@ import pytest
 import torch
 from PIL import Image
 
+from ldm.config.model_info import model_info
 from ldm.data.image import from_tensor, to_array
 from ldm.inference import Pipeline, load_model, upscale
 from ldm.inference.requests import UpscaleRequest
 from ldm.models.diffusion.ddim import DDIMSampler
-from tests.tiny import SavedModel, save_model
+from tests.tiny import KINDS, SavedModel, save_model, text_model_config
 
 
 @pytest.fixture(scope="module")
@@ -57,3 +58,36 @@ def test_large_images_are_upscaled_in_tiles(pipeline, monkeypatch):
     )
     tiled = generate(tile=8)
     assert seen == {(8, 8)} and tiled.shape == whole.shape and not np.array_equal(tiled, whole)
+
+
+def rescaling(folder, **params) -> Pipeline:
+    target = "ldm.modules.encoders.modules.SpatialRescaler"
+    saved = save_model(folder, "upscale", cond_stage_config={"target": target, "params": params})
+    return load_model(saved.config, saved.ckpt, device="cpu", precision="full")
+
+
+@pytest.mark.parametrize("method", ["bilinear", "nearest", "area"])
+def test_a_rescaler_that_shrinks_originals_to_the_latents_size_sees_the_image(tmp_path, pipeline, method):
+    """Trained to enlarge four times what it returns, it gives what a model without a rescaler gives."""
+    result = upscale(
+        rescaling(tmp_path, n_stages=2, method=method), make_image(), UpscaleRequest(steps=2), progress=False
+    )
+    same = upscale(pipeline, make_image(), UpscaleRequest(steps=2), progress=False)
+    assert result.image.size == (24, 16)
+    assert np.abs(np.asarray(result.image).astype(int) - np.asarray(same.image)).max() <= 1
+
+
+@pytest.mark.parametrize("tile", [0, 8])
+def test_a_rescaler_that_halves_the_image_gives_half_the_enlargement(tmp_path, tile):
+    request = UpscaleRequest(steps=1, tile=tile)
+    for width, height in ((12, 8), (9, 5)):
+        result = upscale(rescaling(tmp_path, n_stages=1), make_image(width, height), request, progress=False)
+        assert result.image.size == (2 * width, 2 * height)
+
+
+def test_a_rescaler_of_segmentation_maps_is_no_upscaler(tmp_path):
+    target = "ldm.modules.encoders.modules.SpatialRescaler"
+    params = {"n_stages": 2, "in_channels": 182, "out_channels": 3}
+    config = text_model_config(**KINDS["upscale"] | {"cond_stage_config": {"target": target, "params": params}})
+    with pytest.raises(ValueError, match=r"not an upscaling model: .* use scripts/sample_conditional\.py"):
+        UpscaleRequest().checked(model_info(config))
