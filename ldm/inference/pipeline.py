@@ -113,7 +113,7 @@ class Pipeline:
     ) -> Tensor:
         """Latents of `shape` (B, c, h, w) by the sampler of a checked request; `x_T` replaces the initial noise."""
         assert request.steps is not None
-        try:
+        with self.large_enough(shape[2:]):
             z, _ = make_sampler(request.sampler, self.model).sample(
                 S=request.steps,
                 batch_size=shape[0],
@@ -130,15 +130,21 @@ class Pipeline:
                 ddim_discretize=request.spacing,
                 **request.prediction_options,
             )
+        return z
+
+    @contextmanager
+    def large_enough(self, size: Sequence[int]) -> Iterator[None]:
+        """Context in which a latent of `size` (h, w) that is too small for the network is an error with pixel sizes."""
+        try:
+            yield
         except ValueError as error:
-            if "more than 1 value per channel" not in str(error):  # GroupNorm's, of one pixel and one channel
+            if "more than 1 value per channel" not in str(error):  # GroupNorm's, of one cell and one channel
                 raise
-            height, width, factor, least = *shape[2:], self.info.factor or 1, self.info.latent_multiple
+            (height, width), factor, least = size, self.info.factor or 1, self.info.latent_multiple
             raise ValueError(
                 f"{width * factor}x{height * factor} pixels are too few for this model, whose deepest level would have "
                 f"one cell; the nearest size is {2 * least * factor}x{least * factor}"
             ) from error
-        return z
 
     def tensor(self, image: Image.Image) -> Tensor:
         """An image as (1, 3, H, W) float32 in [-1, 1] on the model's device."""

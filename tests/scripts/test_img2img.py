@@ -51,6 +51,20 @@ def test_an_image_of_any_size_is_resized_to_the_nearest_that_the_model_takes_in_
     assert len(list((tmp_path / "samples").iterdir())) == 6
 
 
+@pytest.mark.parametrize(
+    ("size", "words"),
+    [((1, 1), "a.png: 1x1 pixels; this model needs at least 4x4"), ((5, 5), "8x8 pixels are too few for this model")],
+)
+def test_an_image_that_is_too_small_is_refused_with_sizes_in_pixels(saved, tmp_path, capfd, size, words):
+    Image.new("RGB", size).save(tmp_path / "a.png")
+    assert (
+        run_command(main, arguments(saved, tmp_path / "a.png", tmp_path / "out", "--n_samples", "1", "--scale", "1"))
+        == 2
+    )
+    line = capfd.readouterr().err.splitlines()[-1]
+    assert line.startswith("error: ") and words in line and line.endswith(("8x8 is the nearest", "16x8"))
+
+
 def test_flags_have_the_published_defaults():
     opt = vars(parser().parse_args([]))
     published = {

@@ -68,7 +68,8 @@ def image_to_image(
         start_noise = noise.normal_like(z) if per_image or start is None else start[:size]
         z = sampler.stochastic_encode(z, t, noise=start_noise)
         options = {"callback": given.callback, "verbose": False, "noise_source": noise, **request.prediction_options}
-        return sampler.decode(z, given.cond, steps, given.scale, given.uncond, **options)
+        with pipeline.large_enough(z.shape[2:]):
+            return sampler.decode(z, given.cond, steps, given.scale, given.uncond, **options)
 
     yield from generate_batches(pipeline, request, steps, sample_latents, randomness, None, parts, progress, only)
 
