@@ -1,6 +1,6 @@
 """Inpaint the white parts of masks: python scripts/inpaint.py --indir FOLDER --outdir RESULTS (x.png, x_mask.png).
 
-With the config and weights of a Stable Diffusion inpainting model, --prompt says what the white parts show.
+--prompt says what they show, with a Stable Diffusion inpainting model or, less well, any text-to-image model.
 """
 
 from __future__ import annotations

@@ -30,12 +30,22 @@ def prompt_with_parts(pipeline: Pipeline, request: ConcatRequest, parts: Parts) 
 
 
 def sample_image(
-    pipeline: Pipeline, request: ConcatRequest, size: Sequence[int], cond: Any, uncond: Any, progress: bool
+    pipeline: Pipeline,
+    request: ConcatRequest,
+    size: Sequence[int],
+    cond: Any,
+    uncond: Any,
+    progress: bool,
+    mask: Tensor | None = None,
+    x0: Tensor | None = None,
 ) -> Tensor:
-    """Image (1, 3, H, W) in [-1, 1] from noise of `size` (h, w) and a condition that holds the concatenated parts."""
+    """Image (1, 3, H, W) in [-1, 1] from noise of `size` (h, w); the condition holds the concatenated parts.
+
+    Where mask (1, 1, h, w) is 1, the latent keeps x0 (1, c, h, w).
+    """
     assert request.steps is not None and request.scale is not None
     with progress_bar(request.steps, progress, leave=False) as bar:
-        given = Conditioned(cond, uncond, request.scale, lambda i: bar.update())
+        given = Conditioned(cond, uncond, request.scale, lambda i: bar.update(), mask, x0)
         return pipeline.decode(pipeline.sample(request, (1, pipeline.info.channels, *size), given))
 
 

@@ -58,12 +58,14 @@ class GenerativeModel(DiffusionModel, Protocol):
 
 
 class Conditioned(NamedTuple):
-    """Conditioning of a batch, and the callback after each sampling step."""
+    """Conditioning of a batch, the callback after each sampling step, and what the latents keep."""
 
     cond: Any = None
     uncond: Any = None  # None without guidance
     scale: float = 1.0
     callback: Callable[[int], Any] | None = None
+    mask: Tensor | None = None  # (1, 1, h, w), 1 where the latents keep x0
+    x0: Tensor | None = None  # (B, c, h, w)
 
 
 class Pipeline:
@@ -124,6 +126,8 @@ class Pipeline:
                 unconditional_guidance_scale=given.scale,
                 unconditional_conditioning=given.uncond,
                 callback=given.callback,
+                mask=given.mask,
+                x0=given.x0,
                 log_every_t=request.steps + 1,
                 verbose=False,
                 noise_source=noise,

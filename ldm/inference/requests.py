@@ -241,6 +241,9 @@ class InpaintRequest(ConcatRequest):
 
     def _resolved(self, info: ModelInfo) -> Self:
         require_inpainting_model(info)
+        if not info.concat_channels:
+            text = "this model does not see the mask: the image is blended in at each step; %s is better"
+            logger.info(text, f"an inpainting model ({2 * info.channels + 1} input channels)")
         valid = 0 <= self.feather <= MAX_FEATHER
         require(valid, f"--feather {self.feather}: choose 0 (a hard edge) to {MAX_FEATHER} pixels")
         return super()._resolved(info)
@@ -369,9 +372,9 @@ def require_text_model(info: ModelInfo, concat_channels: int = 0) -> None:
 
 
 def require_inpainting_model(info: ModelInfo) -> None:
-    """Raise ValueError unless the network sees the masked image's latent and the mask, as in the published models."""
+    """Raise ValueError unless the network sees the masked image's latent and the mask, or takes text alone."""
     require(
-        _inpaints(info),
+        _inpaints(info) or _takes_text_alone(info),
         "not an inpainting model: expected cond_stage_config __is_first_stage__ or a text encoder, and a UNet with "
         f"{2 * info.channels + 1} input channels (latent, masked image, mask); got {info.condition_name} and "
         f"{info.unet_channels}; see models/ldm/inpainting_big/config.yaml and "
@@ -404,7 +407,7 @@ def script_for(info: ModelInfo) -> str:
     """The script that samples this model: that of its task, else the one that takes conditions of any kind."""
     depth = str(value_at(info.config, "model", "target")).endswith(".LatentDepth2ImageDiffusion")
     scripts = {
-        "txt2img.py": info.takes_text and not info.concat_channels and info.conditioning_key in (None, "crossattn"),
+        "txt2img.py": _takes_text_alone(info),
         "img2img.py with --depth": info.takes_text and depth,
         "inpaint.py": _inpaints(info),
         "upscale.py": _upscales(info),
@@ -412,6 +415,10 @@ def script_for(info: ModelInfo) -> str:
         "knn2img.py": info.condition == "torch.nn.Identity" and info.conditioning_key == "crossattn",
     }
     return "scripts/" + next((script for script, fits in scripts.items() if fits), "sample_conditional.py")
+
+
+def _takes_text_alone(info: ModelInfo) -> bool:
+    return info.takes_text and not info.concat_channels and info.conditioning_key in (None, "crossattn")
 
 
 def _inpaints(info: ModelInfo) -> bool:

@@ -255,6 +255,7 @@ def test_every_kind_of_model_is_accepted_by_its_own_task_only(kind):
         "upscale": require_upscaler,
     }
     takers |= {"sd-inpaint": require_inpainting_model, "x4": require_upscaler}
+    takers |= dict.fromkeys(("text", "v2", "v2-v"), require_inpainting_model)  # by blending
     for check in {require_unconditional_or_class, require_inpainting_model, require_upscaler}:
         if takers.get(kind) is check:
             check(info(kind))

@@ -167,9 +167,20 @@ def test_unmatched_images_and_masks_are_refused_by_name(saved, tmp_path, capsys,
     assert "x.png: empty file" in refused(main, command, capsys)
 
 
-def test_a_model_of_another_kind_is_refused(tmp_path, capsys):
+def test_a_text_model_inpaints_by_blending_and_says_that_an_inpainting_model_is_better(tmp_path, caplog):
     text = save_text_model(tmp_path)
-    assert "not an inpainting model" in refused(main, arguments(text, tmp_path, tmp_path / "out"), capsys)
+    pair(tmp_path / "in")
+    with caplog.at_level("INFO"):
+        assert run_command(main, arguments(text, tmp_path / "in", tmp_path / "out", "--prompt", "a cat")) == 0
+    assert "an inpainting model (9 input channels) is better" in caplog.text
+    info = read_metadata(tmp_path / "out" / "x.png")
+    assert (info["task"], info["prompt"], info["scale"]) == ("inpaint", "a cat", 7.5)
+
+
+def test_a_model_of_another_kind_is_refused(tmp_path, capsys):
+    other = save_model(tmp_path, "upscale")
+    words = "not an inpainting model: expected"
+    assert words in refused(main, arguments(other, tmp_path, tmp_path / "out"), capsys)
 
 
 def test_help_is_quick_and_works_anywhere(tmp_path):

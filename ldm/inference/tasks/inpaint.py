@@ -23,7 +23,8 @@ def inpaint(
 ) -> GeneratedImage:
     """The image with its masked pixels generated; every other pixel is unchanged.
 
-    image: RGB, any size; mask: grey, the same size, at least half white where pixels are generated.
+    image: RGB, any size; mask: grey, the same size, at least half white where pixels are generated. A text-conditional
+    model that does not see the mask is blended with the noised image at every step: it fits the hole less well.
     """
     request = request.checked(pipeline.info)
     if image.size != mask.size:
@@ -33,8 +34,13 @@ def inpaint(
     generated = mask.convert("L").point(lambda level: 255 if level >= 128 else 0)
     hole = (pipeline.tensor(generated)[:, :1] > 0).float()  # (1, 1, H, W), 1 where pixels are generated
     with Randomness(request.seed, pipeline.device)(), pipeline.sampling():
-        size, cond, uncond = _conditioning(pipeline, pipeline.tensor(image), hole, request)
-        x = sample_image(pipeline, request, size, cond, uncond, progress)
+        if pipeline.info.concat_channels:
+            size, cond, uncond = _conditioning(pipeline, pipeline.tensor(image), hole, request)
+            x = sample_image(pipeline, request, size, cond, uncond, progress)
+        else:
+            keep, x0 = _kept(pipeline, pipeline.tensor(image), hole)
+            cond, uncond = pipeline.encode_prompts([request.prompt], request.negative_prompt, request.scale)
+            x = sample_image(pipeline, request, x0.shape[2:], cond, uncond, progress, keep, x0)
     result = image.convert("RGB").copy()
     result.paste(from_tensor(x[0, :, : image.height, : image.width]), mask=feathered(generated, request.feather))
     info = {**request.record(), "width": image.width, "height": image.height, **pipeline.identity}
@@ -62,6 +68,14 @@ def _conditioning(
     batch = {key: masked if key == model.masked_image_key else hole for key in model.concat_keys}
     parts = model.further_parts({key: x.permute(0, 2, 3, 1) for key, x in batch.items()}, size)
     return size, *prompt_with_parts(pipeline, request, parts)
+
+
+def _kept(pipeline: Pipeline, image: Tensor, hole: Tensor) -> tuple[Tensor, Tensor]:
+    """(mask, x0) for the sampler, (1, 1, h, w) and (1, c, h, w): latent cells that touch the hole are generated."""
+    factor, multiple, model = pipeline.info.factor, pipeline.info.multiple, pipeline.model
+    assert factor is not None
+    x0 = model.get_first_stage_encoding(model.encode_first_stage(padded(image, multiple)))
+    return 1.0 - max_pool2d(padded(hole, multiple), factor), x0
 
 
 def feathered(hole: Image.Image, pixels: int) -> Image.Image:

@@ -72,3 +72,39 @@ def test_the_masked_pixels_have_no_influence(pipeline):
         for x in (image, Image.fromarray(other))
     ]
     assert np.array_equal(*map(np.asarray, results))
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory) -> SavedModel:
+    return save_model(tmp_path_factory.mktemp("tiny"), "text")
+
+
+def test_a_text_model_blends_the_noised_image_in_as_the_samplers_do(text):
+    """Latent cells with a pixel of the hole are generated, those without keep the image's latent."""
+    pipeline, model = load_model(text.config, text.ckpt, device="cpu", precision="full"), text.model
+    request = InpaintRequest(steps=3, seed=7, prompt="a cat")
+    result = np.asarray(inpaint(pipeline, make_image(), hole(), request, progress=False).image)
+    keep = torch.ones(1, 1, 4, 6)
+    keep[:, :, :3, 1:5] = 0.0  # rows 3 to 9 and columns 5 to 16, four pixels in a cell
+    torch.manual_seed(7)
+    with torch.no_grad(), model.ema_scope():
+        x = torch.from_numpy(np.array(make_image())).permute(2, 0, 1)[None] / 127.5 - 1.0
+        x0 = model.get_first_stage_encoding(model.encode_first_stage(x))
+        options = {"mask": keep, "x0": x0, "unconditional_guidance_scale": 7.5, "verbose": False}
+        options["unconditional_conditioning"] = model.get_learned_conditioning([""])
+        cond = model.get_learned_conditioning(["a cat"])
+        z, _ = DDIMSampler(model).sample(S=3, batch_size=1, shape=(4, 4, 6), conditioning=cond, **options)
+        expected = ((model.decode_first_stage(z).clamp(-1, 1) + 1) * 127.5)[0].permute(1, 2, 0).numpy()
+    inside = np.asarray(hole()) >= 128
+    assert np.abs(result[inside] - expected[inside]).max() <= 0.51
+    assert np.array_equal(result[~inside], np.asarray(make_image())[~inside])
+
+
+@pytest.mark.parametrize("sampler", ["plms", "ancestral", "dpm_solver", "euler_ancestral"])
+@pytest.mark.parametrize("width, height", [(24, 16), (29, 17)])
+def test_a_text_model_inpaints_at_any_size_with_every_sampler(text, sampler, width, height):
+    pipeline = load_model(text.config, text.ckpt, device="cpu", precision="full")
+    image, mask, request = make_image(width, height), hole(width, height), InpaintRequest(steps=2, sampler=sampler)
+    result, inside = np.asarray(inpaint(pipeline, image, mask, request, progress=False).image), np.asarray(mask) >= 128
+    assert np.array_equal(result[~inside], np.asarray(image)[~inside])
+    assert not np.array_equal(result[inside], np.asarray(image)[inside])
