@@ -251,18 +251,19 @@ class DataModuleFromConfig(pl.LightningDataModule):
         return per_pass - max(0, math.ceil(left / self._global_batch_size()))
 
     def _count_in_batches_of_this_size(self) -> None:
-        """Correct Lightning's count of the batches of an epoch that was begun with another batch size."""
-        if self.trainer is None or not self._resized or not self._start.samples:
+        """Correct Lightning's count of the batches of an epoch that was begun, perhaps with another batch size."""
+        if self.trainer is None or not self._start.samples:
             return
+        progress: Any = self.trainer.fit_loop.epoch_loop.batch_progress  # Lightning annotates only some of the counters
+        progress.is_last_batch = False  # true if the state was saved before the last batch was trained on
         loader, limit = self._loaders["train"], self.trainer.limit_train_batches
-        if loader.length is None:
+        if not self._resized or loader.length is None:
             return
         batches = math.ceil(loader.length / self._global_batch_size())
         per_pass = int(batches * limit) if isinstance(limit, float) else min(batches, limit)
         first = self._first_batch(per_pass)
         if first == per_pass:
             self._start = Position(self._start.epoch + 1, 0)
-        progress: Any = self.trainer.fit_loop.epoch_loop.batch_progress  # Lightning annotates only some of the counters
         behind = progress.total.processed - progress.total.completed  # 1 if saved before the end of a batch's hooks
         current = progress.current
         current.ready = current.started = current.processed = first

@@ -3,11 +3,16 @@
 import random
 
 import numpy as np
+import pytest
+import pytorch_lightning as pl
 import torch
 
+from ldm import rng
 from ldm.callbacks import StepSeed
+from ldm.data.datamodule import DataModuleFromConfig
+from ldm.rng import Purpose
 from tests.callbacks.fit import fit
-from tests.toys import Toy
+from tests.toys import Images, Toy
 
 
 def test_random_numbers_depend_on_the_place_alone():
@@ -34,3 +39,57 @@ def test_every_validation_sees_the_same_noise(tmp_path):
 
     fit(tmp_path, [StepSeed(1)], Noise(), max_epochs=2, num_sanity_val_steps=0)
     assert seen[:2] == seen[2:] and seen[0] != seen[1]
+
+
+def fitted(model, batch_size, epochs=2):
+    model.learning_rate = 1e-3
+    data = DataModuleFromConfig(batch_size, train={}, validation={}, num_workers=0)
+    data.datasets = {"train": Images(7), "validation": Images(3)}
+    off = dict.fromkeys(("logger", "enable_progress_bar", "enable_model_summary", "enable_checkpointing"), False)
+    trainer = pl.Trainer(accelerator="cpu", max_epochs=epochs, callbacks=[StepSeed(1)], num_sanity_val_steps=0, **off)
+    trainer.fit(model, datamodule=data)
+    return model
+
+
+class Noisy(Toy):
+    """Remembers the noise of each sample."""
+
+    def __init__(self):
+        super().__init__()
+        self.noise = {"train": {}, "validation": {}}
+
+    def remember(self, split, batch):
+        place = self.current_epoch if split == "train" else 0
+        for index, number in zip(batch["index"].tolist(), rng.uniform(len(batch["index"]), Purpose.NOISE, rng.CPU)):
+            self.noise[split].setdefault((place, index), set()).add(float(number))
+
+    def training_step(self, batch, batch_idx):
+        self.remember("train", batch)
+        return super().training_step(batch, batch_idx)
+
+    def validation_step(self, batch, batch_idx):
+        self.remember("validation", batch)
+
+
+def test_the_noise_of_a_sample_depends_on_the_epoch_and_its_index_alone():
+    small, large = fitted(Noisy(), 2).noise, fitted(Noisy(), 5).noise
+    assert small == large and len(small["train"]) == 14 and len(small["validation"]) == 3
+    numbers = [number for of_split in small.values() for numbers in of_split.values() for number in numbers]
+    assert len(set(numbers)) == len(numbers) == 17  # validation uses the same in every epoch
+
+
+def test_between_batches_and_after_an_error_models_use_the_global_generators():
+    class Watch(Noisy):
+        def on_train_batch_end(self, *args):
+            assert rng.current_samples() is None
+
+        on_validation_batch_end = on_train_batch_end
+
+    class Fails(Watch):
+        def training_step(self, batch, batch_idx):
+            raise ValueError("bad batch")
+
+    fitted(Watch(), 2, epochs=1)
+    with pytest.raises(ValueError, match="bad batch"):
+        fitted(Fails(), 2)
+    assert rng.current_samples() is None

@@ -9,6 +9,7 @@ import logging
 import pytest
 import pytorch_lightning as pl
 
+from ldm.callbacks import ExactResume
 from ldm.config.instantiate import ConfigError
 from ldm.data.datamodule import DataModuleFromConfig, _fingerprint
 from tests.data.layouts import save_image
@@ -38,8 +39,8 @@ class SaveAndStop(pl.Callback):
             raise KeyboardInterrupt
 
 
-def fit(module, ckpt_path=None, callbacks=(), **options):
-    model = Recorder()
+def fit(module, ckpt_path=None, callbacks=(), model=None, **options):
+    model = model or Recorder()
     quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
     trainer = pl.Trainer(accelerator="cpu", callbacks=list(callbacks), num_sanity_val_steps=1, **quiet, **options)
     try:
@@ -234,3 +235,62 @@ def test_a_checkpoint_without_a_fingerprint_resumes(resumed):
     root, state = resumed
     del state["class_names"], state["datasets"]
     folder_data(root).load_state_dict(state)
+
+
+class PerSample(Recorder):
+    """Remembers samples, (index, its random number), instead of batches."""
+
+    def training_step(self, batch, batch_idx):
+        self.seen += zip(batch["index"].tolist(), batch["draw"].tolist())
+        return self.layer(batch["draw"][:, None].float()).mean()
+
+
+def samples(module, ckpt_path=None, callbacks=(), **options):
+    return fit(module, ckpt_path, callbacks, PerSample(), **{"limit_val_batches": 0, "max_epochs": 3, **options})[
+        0
+    ].seen
+
+
+@functools.cache
+def all_samples(stream=False):
+    return samples(data(batch_size=1, stream=stream))
+
+
+@pytest.mark.parametrize(("before", "after"), [(4, 4), (4, 3), (3, 4), (1, 5), (5, 1), (8, 3), (3, 8)])
+@pytest.mark.parametrize("hook", ["on_train_batch_start", "on_train_batch_end"])
+def test_a_resume_with_another_batch_size_repeats_and_misses_no_sample(tmp_path, hook, before, after):
+    stopped = 0
+    for step in (1, 2, 3, 5):
+        path = tmp_path / f"{step}.ckpt"
+        first = samples(data(batch_size=before), callbacks=[SaveAndStop(hook, step, path), ExactResume()])
+        if path.exists():
+            assert first + samples(data(batch_size=after), path, [ExactResume()]) == all_samples(), f"step {step}"
+            stopped += 1
+    assert stopped > 1
+
+
+@pytest.mark.parametrize(("before", "after"), [(4, 3), (3, 4)])
+def test_a_run_that_max_steps_ended_resumes_with_another_batch_size(tmp_path, before, after):
+    for steps in (1, 2, 4):
+        path = tmp_path / f"{steps}.ckpt"
+        options = {"max_epochs": -1, "callbacks": [ExactResume()]}
+        first, trainer = fit(
+            data(batch_size=before), model=PerSample(), max_steps=steps, limit_val_batches=0, **options
+        )
+        trainer.save_checkpoint(path)
+        both = first.seen + samples(data(batch_size=after), path, max_steps=steps + 5, **options)
+        assert both == all_samples()[: len(both)] and len(both) > LENGTH
+
+
+def test_the_position_of_older_checkpoints_is_read():
+    module = data(batch_size=4)
+    module.load_state_dict({"seed": 5, "epoch": 1, "batch": 2, "trained": 6, "global_batch_size": 3})
+    assert module._start == (1, 6)
+
+
+@pytest.mark.parametrize(("before", "after"), [((4, 0), (3, 2)), ((3, 2), (4, 1)), ((2, 3), (2, 0))])
+def test_a_stream_resumes_with_another_batch_size_and_number_of_workers(tmp_path, before, after):
+    path = tmp_path / "x.ckpt"
+    stop = [SaveAndStop("on_train_batch_end", 2, path), ExactResume()]
+    first = samples(data(before[1], before[0], stream=True), callbacks=stop)
+    assert first + samples(data(after[1], after[0], stream=True), path, [ExactResume()]) == all_samples(stream=True)

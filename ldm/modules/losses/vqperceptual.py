@@ -10,6 +10,7 @@ from torch import Tensor
 from ldm.config.types import NonNegativeFloat, NonNegativeInt, PositiveInt
 from ldm.modules.losses.contperceptual import DummyLoss as DummyLoss
 from ldm.modules.losses.reconstruction import AdversarialLoss, Logs, is_discriminator_turn, named_logs
+from ldm.modules.ranks import average_over_ranks, number_of_ranks, rank_weight
 
 
 class CodebookUse(NamedTuple):
@@ -26,8 +27,9 @@ def codebook_use(counts: Tensor) -> CodebookUse:
 
 
 def measure_perplexity(predicted_indices: Tensor, n_embed: int) -> CodebookUse:
-    """Usage of a codebook of `n_embed` entries by a batch of codes (any shape, int64)."""
-    return codebook_use(torch.bincount(predicted_indices.flatten(), minlength=n_embed))
+    """Usage of a codebook of `n_embed` entries by the batch of codes of all ranks (any shape, int64)."""
+    counts = torch.bincount(predicted_indices.flatten(), minlength=n_embed)
+    return codebook_use(average_over_ranks(counts, number_of_ranks() * float(rank_weight() > 0)))
 
 
 class VQLPIPSWithDiscriminator(AdversarialLoss):
