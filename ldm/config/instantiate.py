@@ -149,7 +149,8 @@ def instantiate_from_config(config: Any, **extra: Any) -> Any:
     except Exception as error:
         if (located := _located(error, target, path, params)) is not None:
             raise located from error
-        error.add_note(f"while building {target}" + (f" ({path})" if path else ""))
+        if not (path and str(error).startswith(f"{path}.")):
+            error.add_note(f"while building {target}" + (f" ({path})" if path else ""))
         raise
 
 
@@ -158,8 +159,11 @@ def _located(error: Exception, target: str, path: str, params: Mapping[str, Any]
     kind, text = type(error), " ".join(str(error).split())
     if kind in (ValueError, ConfigError):
         # A constructor names its parameter first: "timesteps 0: choose ...".
-        named = re.split(r"[ :.=]", text, maxsplit=1)[0] in params
-        return ConfigError(f"{join_path(path, 'params')}.{text}") if named else None
+        first, where = re.split(r"[ :.=]", text, maxsplit=1)[0], join_path(path, "params")
+        inside = [key for key, value in params.items() if isinstance(value, Mapping) and first in value]
+        if first in params or inside:
+            return ConfigError(f"{where}.{text}" if first in params else f"{where}.{inside[0]}.{text}")
+        return None
     own = kind.__module__.startswith("ldm.")
     no_memory = kind.__name__ == "OutOfMemoryError" or "DefaultCPUAllocator" in text
     if own or no_memory or not (isinstance(error, _BUILD_ERRORS) or kind.__name__ == "MisconfigurationException"):
@@ -258,7 +262,8 @@ def _annotation(parameter: inspect.Parameter) -> str:
 def _values(params: Mapping[str, Any]) -> str:
     """Return the plain values of parameters in one line."""
     plain = {key: shown(value) for key, value in params.items() if value is None or isinstance(value, _PLAIN)}
-    return ", ".join(f"{key} {value}" for key, value in plain.items()) or "these params"
+    text = ", ".join(f"{key} {value}" for key, value in plain.items()) or "these params"
+    return text if len(text) <= 300 else f"{text[:300]}..."
 
 
 def _home(obj: Any) -> str:

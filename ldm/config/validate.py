@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from ldm.config.consistency import check_consistency
 from ldm.config.instantiate import (
     ConfigError,
     check_allowed,
@@ -105,7 +106,8 @@ def check_config(config: DictConfig, weights: bool = True) -> None:
         node = config.get(section)
         if not isinstance(node, DictConfig) or "target" not in node:
             raise ConfigError(f"{section}: missing; add a YAML with {section}.target and {section}.params to --base")
-    check_targets(_plain(config))
+    check_targets(plain := _plain(config))
+    check_consistency(plain)
     if weights:
         for place, file in _missing_weights(config):
             raise ConfigError(f"{place}: no such file: {file}; {_source(file)}, or choose another with {place}=FILE")

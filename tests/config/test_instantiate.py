@@ -139,3 +139,59 @@ def test_arguments_of_a_base_class_are_accepted_through_kwargs():
         "first_stage_config",
         "cond_stage_config",
     } == required
+
+
+class Fails:
+    """A class whose constructor raises what it is given, as torch's do."""
+
+    def __init__(self, kind: str = "", width: int = 0, sizes: dict | None = None, part: object = None):
+        errors = {
+            "assert": AssertionError(),
+            "zero": ZeroDivisionError("integer modulo by zero"),
+            "type": TypeError("bad operand"),
+            "torch": RuntimeError("Trying to create tensor\nwith negative dimension"),
+            "value": ValueError(f"width {width}: expected less"),
+            "inside": ValueError("depth 3: expected less"),
+            "memory": torch.OutOfMemoryError("CUDA out of memory"),
+        }
+        if part is not None:
+            instantiate_from_config(part)
+        if kind in errors:
+            raise errors[kind]
+
+
+def fails(**params):
+    part = {"target": f"{__name__}.Fails", "params": params}
+    return OmegaConf.create({"model": {"target": f"{__name__}.Fails", "params": {"part": part}}}).model
+
+
+@pytest.mark.parametrize(
+    "kind, words", [("assert", "Assertion"), ("zero", "modulo"), ("type", "bad"), ("torch", "tensor with")]
+)
+def test_an_error_of_a_constructor_names_the_node_and_its_values(kind, words):
+    with pytest.raises(
+        ConfigError, match=rf"^model\.params\.part: .* cannot be built with kind '{kind}': .*{words}"
+    ) as error:
+        instantiate_from_config(fails(kind=kind))
+    assert "\n" not in str(error.value) and not hasattr(error.value, "__notes__")
+
+
+def test_a_parameter_that_a_constructor_refuses_gets_its_path():
+    with pytest.raises(ConfigError, match=r"^model\.params\.part\.params\.width 7: expected less$"):
+        instantiate_from_config(fails(kind="value", width=7))
+    with pytest.raises(ConfigError, match=r"^model\.params\.part\.params\.sizes\.depth 3: expected less$"):
+        instantiate_from_config(fails(kind="inside", sizes={"depth": 3}))
+
+
+def test_too_little_memory_is_no_error_of_the_config():
+    with pytest.raises(torch.OutOfMemoryError):
+        instantiate_from_config(fails(kind="memory"))
+
+
+def test_values_are_converted_when_an_object_is_built():
+    layer = instantiate_from_config(
+        {"target": "torch.nn.Linear", "params": {"in_features": "1e1", "out_features": 2.0}}
+    )
+    assert layer.weight.shape == (2, 10)
+    with pytest.raises(ConfigError, match=r"^params\.in_features 2\.5: expected an integer$"):
+        instantiate_from_config({"target": "torch.nn.Linear", "params": {"in_features": 2.5, "out_features": 2}})

@@ -61,7 +61,11 @@ class GaussianDiffusion(nn.Module):
                 "zero_terminal_snr: the last timestep is pure noise; set parameterization v or x0, not eps"
             )
         if given_betas is None:
+            if linear_start > linear_end and beta_schedule != "cosine":
+                raise ValueError(f"linear_start {linear_start}: expected at most linear_end, which is {linear_end}")
             given_betas = make_beta_schedule(beta_schedule, timesteps, linear_start, linear_end, cosine_s)
+        if len(given_betas) == 0:
+            raise ValueError("given_betas []: expected at least one beta")
         schedule = Schedule.from_betas(given_betas, self.v_posterior, zero_terminal_snr)
         self.num_timesteps = len(schedule)
         self.linear_start, self.linear_end = linear_start, linear_end

@@ -200,6 +200,8 @@ class Network(nn.Module):
         attn_type: str = "vanilla",
     ) -> None:
         super().__init__()
+        if not ch_mult:
+            raise ValueError("ch_mult []: expected at least one level")
         factor = 2 ** (len(ch_mult) - 1)
         if resolution % factor:
             raise ValueError(

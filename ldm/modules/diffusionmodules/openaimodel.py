@@ -288,7 +288,8 @@ class UNetTrunk(nn.Module):
         use_linear_in_transformer: bool = False,
     ) -> None:
         super().__init__()
-        levels = len(channel_mult)
+        if not (levels := len(channel_mult)):
+            raise ValueError("channel_mult []: expected at least one level")
         self.image_size = image_size
         self.in_channels = in_channels
         self.model_channels = model_channels

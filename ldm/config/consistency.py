@@ -1,0 +1,177 @@
+"""Keys of a training config that must change together: channels, widths, sizes."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from ldm.config.instantiate import FIRST_STAGE_AS_CONDITION, UNCONDITIONAL, ConfigError, resolve_alias
+from ldm.config.model_info import value_at
+from ldm.config.text_shapes import OPEN_CLIP_ARCH, OPEN_CLIP_SHAPES, VIT_L_14
+
+logger = logging.getLogger(__name__)
+
+_LATENT_MODELS = "ldm.models.diffusion."
+_UNET = "ldm.modules.diffusionmodules.openaimodel.UNetModel"
+_AUTOENCODERS = "ldm.models.autoencoder."
+_GROUPS = 32  # of every group norm
+_ENCODER_WIDTH = {  # of the vectors that an encoder returns, by its parameter
+    "ClassEmbedder": "embed_dim",
+    "BERTEmbedder": "n_embed",
+    "TransformerEmbedder": "n_embed",
+    "CaptionEmbedder": "n_embed",
+}
+
+
+def check_consistency(config: Mapping[str, Any]) -> None:
+    """Raise ConfigError for two keys of a training config that exclude each other, naming both paths and values.
+
+    Logs a warning for sizes that differ although training works with them.
+    """
+    model = config["model"]
+    params, target = model.get("params") or {}, resolve_alias(str(model.get("target")))
+    for problem in _channel_problems(target, params):
+        raise ConfigError(problem)
+    stage = "model.params.first_stage_config.params" if "first_stage_config" in params else "model.params"
+    ddconfig = value_at(params, *stage.split(".")[2:], "ddconfig") or {}
+    levels = ddconfig.get("ch_mult")
+    sizes = dict(_data_sizes(config.get("data") or {}))
+    if "first_stage_config" not in params:
+        _compare_sizes("model.params.ddconfig.resolution", ddconfig.get("resolution"), 1, sizes)
+    elif levels:
+        _compare_sizes("model.params.image_size", params.get("image_size"), 2 ** (len(levels) - 1), sizes)
+    _check_attention(params, ddconfig, stage)
+    unet = value_at(params, "unet_config", "params") or {}
+    multiple = 2 ** (len(levels or [0]) - 1 + len(unet.get("channel_mult") or [0]) - 1)
+    side, cells = params.get("image_size"), 2 ** (len(unet.get("channel_mult") or [0]) - 1)
+    if isinstance(side, int) and side % cells:
+        path = "model.params.unet_config.params.channel_mult"
+        raise ConfigError(
+            f"model.params.image_size {side}: expected a multiple of {cells}, for {path} {list(unet['channel_mult'])}"
+        )
+    for path, size in sizes.items():
+        if size % multiple:
+            near = [max(multiple, (size // multiple + more) * multiple) for more in (0, 1)]
+            choices = " or ".join(str(each) for each in dict.fromkeys(near))
+            raise ConfigError(f"{path} {size}: this model needs multiples of {multiple} pixels; nearest {choices}")
+
+
+def _channel_problems(target: str, params: Mapping[str, Any]) -> Iterator[str]:
+    """Yield what cannot work between the first stage, the UNet and the condition's encoder."""
+    unet_config, first, cond = (params.get(f"{name}_config") for name in ("unet", "first_stage", "cond_stage"))
+    dd_path = "model.params.ddconfig" if "ddconfig" in params else "model.params.first_stage_config.params.ddconfig"
+    ddconfig = params.get("ddconfig") or value_at(first, "params", "ddconfig") or {}
+    yield from _group_problems(dd_path, "ch", "ch_mult", ddconfig)
+    loss = value_at(params, "lossconfig", "params") or {}
+    seen, out = loss.get("disc_in_channels", 3), ddconfig.get("out_ch", 3)
+    if "ddconfig" in params and "disc_start" in loss and not loss.get("disc_conditional") and seen != out:
+        yield f"model.params.lossconfig.params.disc_in_channels {seen}: {dd_path}.out_ch is {out}; they must be equal"
+    if not target.startswith(_LATENT_MODELS) or resolve_alias(str(value_at(unet_config, "target"))) != _UNET:
+        return
+    unet, path = value_at(unet_config, "params") or {}, "model.params.unet_config.params"
+    yield from _group_problems(path, "model_channels", "channel_mult", unet)
+    channels, sees, returns = params.get("channels", 3), unet.get("in_channels"), unet.get("out_channels")
+    latent = f"model.params.channels is {channels}"
+    embed_dim = value_at(first, "params", "embed_dim")
+    if resolve_alias(str(value_at(first, "target"))).startswith(_AUTOENCODERS) and embed_dim not in (None, channels):
+        yield f"model.params.first_stage_config.params.embed_dim {embed_dim}: {latent}; they must be equal"
+    if unet.get("n_embed") is None and returns not in (None, channels):
+        yield f"{path}.out_channels {returns}: {latent}; they must be equal"
+    key = _conditioning_key(params)
+    concat = key in ("concat", "hybrid", "hybrid-adm")
+    alone = key in (None, "crossattn", "adm", "crossattn-adm")  # a key of another package may add channels
+    if sees is not None and alone and sees != channels:
+        yield f"{path}.in_channels {sees}: {latent}; they must be equal with conditioning_key {key}"
+    width = _concat_width(params, cond) if key == "concat" else None
+    if sees is not None and concat and (sees <= channels or width not in (None, sees - channels)):
+        more = f"{width} channels" if width is not None else "the channels"
+        yield f"{path}.in_channels {sees}: {latent}; conditioning_key {key} adds {more} of the condition to them"
+    attends, given = unet.get("context_dim"), _encoder_width(cond)
+    if key in ("crossattn", "hybrid", "hybrid-adm") and isinstance(attends, int) and given not in (None, attends):
+        yield (
+            f"{path}.context_dim {attends}: model.params.cond_stage_config "
+            f"({str(value_at(cond, 'target')).rpartition('.')[2]}) returns vectors of width {given}; they must be equal"
+        )
+
+
+def _group_problems(path: str, width: str, multipliers: str, params: Mapping[str, Any]) -> Iterator[str]:
+    for mult in params.get(multipliers) or ():
+        channels = mult * params.get(width, _GROUPS)
+        if channels % _GROUPS:
+            yield (
+                f"{path}.{width} {params[width]}: with {path}.{multipliers} {list(params[multipliers])} a level has "
+                f"{channels} channels; they must be multiples of {_GROUPS}, the groups of group norm"
+            )
+
+
+def _conditioning_key(params: Mapping[str, Any]) -> str | None:
+    if params.get("cond_stage_config") == UNCONDITIONAL or "cond_stage_config" not in params:
+        return None
+    return params.get("conditioning_key") or ("concat" if params.get("concat_mode", True) else "crossattn")
+
+
+def _concat_width(params: Mapping[str, Any], cond: Any) -> int | None:
+    """Return the channels of a concat condition; None if the config does not tell."""
+    if params.get("concat_keys"):
+        return None
+    if cond == FIRST_STAGE_AS_CONDITION:
+        return value_at(params, "first_stage_config", "params", "embed_dim")
+    if str(value_at(cond, "target")).endswith(".SpatialRescaler"):
+        given = value_at(cond, "params") or {}
+        return given.get("out_channels") or given.get("in_channels", 3)
+    return None
+
+
+def _encoder_width(cond: Any) -> int | None:
+    """Return the width of an encoder's vectors; None if the config does not tell."""
+    name, given = str(value_at(cond, "target")).rpartition(".")[2], value_at(cond, "params") or {}
+    if name in _ENCODER_WIDTH:
+        return given.get(_ENCODER_WIDTH[name])
+    if name == "FrozenCLIPEmbedder" and "version" not in given:
+        return value_at(given, "text_config", "hidden_size") or VIT_L_14["hidden_size"]
+    if name == "FrozenOpenCLIPEmbedder":
+        shape = OPEN_CLIP_SHAPES.get(given.get("arch", OPEN_CLIP_ARCH), {})
+        return value_at(given, "text_config", "width") or shape.get("width")
+    return None
+
+
+def _data_sizes(data: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
+    """Yield the path and the value of the training images' side, where the YAML states one number."""
+    train = value_at(data, "params", "train")
+    target, params = resolve_alias(str(value_at(train, "target"))), value_at(train, "params") or {}
+    crops = target.startswith("ldm.data.openimages.")  # by a default of the class
+    name = "crop_size" if params.get("crop_size") or crops else "size"
+    if target.startswith("ldm.data.") and isinstance(params.get(name), int):
+        yield f"data.params.train.params.{name}", params[name]
+
+
+def _compare_sizes(path: str, value: Any, factor: int, sizes: Mapping[str, int]) -> None:
+    for place, size in sizes.items():
+        if isinstance(value, int) and value * factor != size and size % factor == 0:
+            cells = f" (latent cells of {factor} pixels)" if factor > 1 else ""
+            logger.warning(
+                "%-11s %s %d%s: %s is %d; with images of this size set %s=%d",
+                *("config", path, value, cells, place, size, path, size // factor),
+            )
+
+
+def _check_attention(params: Mapping[str, Any], ddconfig: Mapping[str, Any], stage: str) -> None:
+    """Log a warning for attention at levels that do not exist: a published config has some."""
+    unet = value_at(params, "unet_config", "params") or {}
+    side = ddconfig.get("resolution")
+    occurring = {
+        "model.params.unet_config.params.attention_resolutions": (
+            unet.get("attention_resolutions"),
+            [2**level for level in range(len(unet.get("channel_mult") or (1, 2, 4, 8)))],
+        ),
+        f"{stage}.ddconfig.attn_resolutions": (
+            ddconfig.get("attn_resolutions"),
+            [side // 2**level for level in range(len(ddconfig.get("ch_mult") or ()))] if isinstance(side, int) else [],
+        ),
+    }
+    for path, (given, levels) in occurring.items():
+        never = [each for each in given or () if each not in levels]
+        if never and levels:
+            words = ", ".join(map(str, levels))
+            logger.warning("%-11s %s %s: never occurs; the levels are %s", "config", path, never, words)

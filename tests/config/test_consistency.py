@@ -1,0 +1,86 @@
+"""Keys of a config that must change together."""
+
+import logging
+
+import pytest
+
+from ldm.config.instantiate import ConfigError
+from ldm.config.merge import merge
+from ldm.config.validate import check_config
+from ldm.paths import ROOT
+
+TEXT2IMAGE = "configs/quickstart/text2image.yaml"
+FOLDER = "configs/recipes/text-to-image-folder.yaml"
+AUTOENCODER = "configs/recipes/autoencoder-folder.yaml"
+CONCAT = "models/ldm/semantic_synthesis256/config.yaml"
+UNET, STAGE = "model.params.unet_config.params", "model.params.first_stage_config.params"
+
+
+def check(file, *overrides):
+    check_config(merge([ROOT / file], overrides), weights=False)
+
+
+@pytest.mark.parametrize(
+    "file, override, paths",
+    [
+        (TEXT2IMAGE, f"{UNET}.in_channels=3", (f"{UNET}.in_channels 3", "model.params.channels is 4")),
+        (TEXT2IMAGE, f"{UNET}.out_channels=3", (f"{UNET}.out_channels 3", "model.params.channels is 4")),
+        (TEXT2IMAGE, "model.params.channels=8", (f"{STAGE}.embed_dim 4", "model.params.channels is 8")),
+        (
+            TEXT2IMAGE,
+            f"{UNET}.context_dim=17",
+            (f"{UNET}.context_dim 17", "CaptionEmbedder) returns vectors of width 64"),
+        ),
+        (
+            TEXT2IMAGE,
+            f"{UNET}.model_channels=20",
+            (f"{UNET}.model_channels 20", f"{UNET}.channel_mult", "multiples of 32"),
+        ),
+        (TEXT2IMAGE, f"{STAGE}.ddconfig.ch=20", (f"{STAGE}.ddconfig.ch 20", "multiples of 32")),
+        (
+            TEXT2IMAGE,
+            "model.params.image_size=7",
+            ("image_size 7: expected a multiple of 2", f"{UNET}.channel_mult [2, 2]"),
+        ),
+        (CONCAT, f"{UNET}.in_channels=3", (f"{UNET}.in_channels 3", "conditioning_key concat adds 3 channels")),
+        (CONCAT, f"{UNET}.in_channels=7", (f"{UNET}.in_channels 7", "conditioning_key concat adds 3 channels")),
+        (
+            FOLDER,
+            "data.params.train.params.size=260",
+            ("train.params.size 260", "multiples of 64", "nearest 256 or 320"),
+        ),
+        (AUTOENCODER, "data.params.train.params.crop_size=30", ("crop_size 30", "multiples of 8 ", "nearest 24 or 32")),
+        (AUTOENCODER, "model.params.ddconfig.out_ch=1", ("disc_in_channels 3", "ddconfig.out_ch is 1")),
+    ],
+)
+def test_keys_that_exclude_each_other_are_refused_with_both_paths_and_values(file, override, paths):
+    check(file)
+    with pytest.raises(ConfigError) as error:
+        check(file, override)
+    assert all(words in str(error.value) for words in paths) and "\n" not in str(error.value), str(error.value)
+
+
+@pytest.mark.parametrize(
+    "file, override, words",
+    [
+        (
+            FOLDER,
+            "data.params.train.params.size=128",
+            ("model.params.image_size 32 (latent cells of 8", "image_size=16"),
+        ),
+        (
+            AUTOENCODER,
+            "model.params.ddconfig.resolution=128",
+            ("resolution 128: ", "crop_size is 256", "resolution=256"),
+        ),
+        (TEXT2IMAGE, f"{UNET}.attention_resolutions=[2,16]", ("attention_resolutions [16]", "the levels are 1, 2")),
+        (AUTOENCODER, "model.params.ddconfig.attn_resolutions=[48]", ("[48]: never occurs", "levels are 256, 128")),
+    ],
+)
+def test_sizes_that_differ_are_logged(file, override, words, caplog):
+    with caplog.at_level(logging.WARNING, "ldm"):
+        check(file)
+        assert not caplog.messages
+        check(file, override)
+    (message,) = caplog.messages
+    assert all(each in message for each in words), message
