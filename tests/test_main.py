@@ -100,7 +100,7 @@ def test_a_run_leaves_its_configs_checkpoints_logs_and_images(start, caplog):
         f"configs/{now}-project.yaml",
         f"configs/{now}-lightning.yaml",
         "checkpoints/last.ckpt",
-        f"csv/{now}/metrics.csv",
+        "csv/metrics.csv",
     } <= files
     assert {"checkpoints/epoch=000000.ckpt", "checkpoints/epoch=000001.ckpt", "checkpoints/epoch=000002.ckpt"} <= files
     assert any(name.startswith("tensorboard/events") for name in files)
@@ -112,7 +112,7 @@ def test_a_run_leaves_its_configs_checkpoints_logs_and_images(start, caplog):
     lightning = OmegaConf.load(folder / f"configs/{now}-lightning.yaml").lightning
     assert set(project) == {"model", "data"} and project.data.params.batch_size == 4
     assert lightning.trainer.max_steps == 8 and lightning.seed == 7
-    assert "val/loss" in (folder / f"csv/{now}/metrics.csv").read_text()
+    assert "val/loss" in (folder / "csv/metrics.csv").read_text()
 
 
 def test_the_learning_rate_is_that_of_the_optimizer_and_is_reported(start, caplog):

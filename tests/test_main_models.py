@@ -148,6 +148,9 @@ def test_diffusion_trains_on_a_first_stage_that_was_trained_before(here, monkeyp
     images = {path.name.split("_gs-")[0] for path in (run / "images" / "train").iterdir()}
     assert {"inputs", "reconstruction", "conditioning", "samples", "denoise_row", "samples_cfg_scale_3.00"} <= images
     assert "warning" not in result.stderr, result.stderr
+    place = run.relative_to(elsewhere)
+    assert f'next        python scripts/txt2img.py --ckpt {place} --prompt "..."' in result.stderr
+    assert "images      on the CPU early logs are at steps 1, 4, 16, ..., with N 4, ddim_steps 20" in result.stderr
 
     weights.unlink()
     monkeypatch.chdir(elsewhere)

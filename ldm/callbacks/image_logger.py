@@ -33,7 +33,7 @@ SEED = 23  # every log samples from the same noise, so that successive images sh
 class ImageLogger(pl.Callback):
     """Call the model's `log_images(batch, split=...)` every `batch_frequency` optimizer steps and save the images.
 
-    increase_log_steps: also at steps 1, 2, 4, 8, ... up to `batch_frequency`.
+    increase_log_steps: also at the powers of `early_factor` up to `batch_frequency`: steps 1, 2, 4, 8, ...
     log_on_batch_idx: count batches instead of steps. log_first_step: also log step 0.
     clamp: clamp to [-1, 1]. rescale: images are in [-1, 1]; False if they are in [0, 1].
     Validation logs its first batch, at most once in `batch_frequency` steps.
@@ -51,6 +51,7 @@ class ImageLogger(pl.Callback):
         log_on_batch_idx: bool = False,
         log_first_step: bool = False,
         log_images_kwargs: Mapping[str, Any] | None = None,
+        early_factor: int = 2,
     ) -> None:
         super().__init__()
         if batch_frequency < 1:
@@ -58,7 +59,11 @@ class ImageLogger(pl.Callback):
                 f"batch_frequency {batch_frequency}: expected at least 1; disabled: true turns image logs off"
             )
         self.batch_freq, self.max_images = batch_frequency, max_images
-        self.early_steps = {2**n for n in range(int(math.log2(batch_frequency)) + 1)} if increase_log_steps else set()
+        if early_factor < 2:
+            raise ValueError(f"early_factor {early_factor}: expected at least 2")
+        powers = range(int(math.log(batch_frequency, early_factor)) + 2)
+        early = {early_factor**n for n in powers if early_factor**n <= batch_frequency}
+        self.early_steps = early if increase_log_steps else set()
         self.clamp, self.rescale, self.disabled = clamp, rescale, disabled
         self.log_on_batch_idx, self.log_first_step = log_on_batch_idx, log_first_step
         self.log_images_kwargs = dict(log_images_kwargs or {})

@@ -6,6 +6,7 @@ import logging
 import math
 import sys
 import time
+from collections import deque
 from datetime import timedelta
 from typing import Any
 
@@ -22,12 +23,14 @@ except ImportError:  # Windows
 logger = logging.getLogger(__name__)
 
 SECONDS_BETWEEN_LINES = 15.0
+RATE_SECONDS = 300.0  # over which the rate behind the time left is averaged
 MIB = 2**20
 
 
 class ProgressBar(pl.Callback):
     """One bar over the whole run on a terminal, elsewhere a log line every few seconds.
 
+    The time left follows the average rate of the last five minutes, pauses included.
     Both show the metrics that a model logs with `prog_bar=True`, or else the loss that its training step returns.
     """
 
@@ -35,15 +38,15 @@ class ProgressBar(pl.Callback):
         super().__init__()
         self.seconds_between_lines = seconds_between_lines
         self._bar: tqdm | None = None
-        self._line_time = 0.0
-        self._line_batch = 0
+        self._lines: deque[tuple[float, int]] = deque()  # time and batches at the start and at each line
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._total = total_batches(trainer)
-        self._line_time, self._line_batch = time.monotonic(), trainer.fit_loop.epoch_loop.total_batch_idx + 1
+        done = trainer.fit_loop.epoch_loop.total_batch_idx + 1
+        self._lines = deque([(time.monotonic(), done)])
         if trainer.is_global_zero and sys.stderr.isatty():
-            options: dict[str, Any] = {"unit": "batch", "dynamic_ncols": True, "mininterval": 0.3, "smoothing": 0.05}
-            self._bar = tqdm(total=self._total, initial=self._line_batch, **options)
+            options: dict[str, Any] = {"unit": "batch", "dynamic_ncols": True, "mininterval": 0.3, "smoothing": 0.003}
+            self._bar = tqdm(total=self._total, initial=done, **options)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -58,13 +61,16 @@ class ProgressBar(pl.Callback):
                 self._bar.set_postfix(_metrics(trainer, outputs), refresh=False)
             return
         now = time.monotonic()
-        if now - self._line_time >= self.seconds_between_lines:
-            rate = (done - self._line_batch) / (now - self._line_time)
+        if now - self._lines[-1][0] >= self.seconds_between_lines:
+            while len(self._lines) > 1 and now - self._lines[1][0] > RATE_SECONDS:
+                self._lines.popleft()
+            began, batches = self._lines[0]
+            rate = (done - batches) / (now - began)
             metrics = "  ".join(f"{name} {value}" for name, value in _metrics(trainer, outputs).items())
             of, left = (f"/{self._total}", f"  {_clock((self._total - done) / rate)} left") if self._total else ("", "")
             place = f"epoch {trainer.current_epoch}, batch {done}{of}"
             logger.info("%-11s %s  %s  %.2f batches/s%s", "training", place, metrics, rate, left)
-            self._line_time, self._line_batch = now, done
+            self._lines.append((now, done))
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._close()
@@ -78,10 +84,14 @@ class ProgressBar(pl.Callback):
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.sanity_checking or not trainer.is_global_zero:
             return
-        metrics = sorted(
-            (name, float(value)) for name, value in trainer.callback_metrics.items() if name.startswith("val")
-        )
-        text = ", ".join(f"{name} {value:.4g}" for name, value in metrics)
+        values = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val")}
+        monitor = getattr(pl_module, "monitor", None)
+        shown: dict[str, float] = {}
+        for name in sorted(values, key=lambda name: (name != monitor, name)):
+            # The loggers have all of them; here a loss that is switched off or another's double says nothing.
+            if name == monitor or (values[name] != 0 and values[name] not in shown.values()):
+                shown[name] = values[name]
+        text = ", ".join(f"{name} {value:.4g}{_unit(name, pl_module)}" for name, value in shown.items())
         seconds = time.monotonic() - self._validation_time
         logger.info("%-11s step %d: %s (%.1f s)", "validation", trainer.global_step, text or "nothing logged", seconds)
 
@@ -89,6 +99,11 @@ class ProgressBar(pl.Callback):
         if self._bar is not None:
             self._bar.close()
             self._bar = None
+
+
+def _unit(name: str, pl_module: pl.LightningModule) -> str:
+    summed = getattr(getattr(pl_module, "loss", None), "summed", ())  # of the autoencoders' losses
+    return " per image" if name.rpartition("/")[2].removesuffix("_ema") in summed else ""
 
 
 def _metrics(trainer: pl.Trainer, outputs: Any) -> dict[str, str]:
@@ -100,7 +115,8 @@ def _metrics(trainer: pl.Trainer, outputs: Any) -> dict[str, str]:
     loss = outputs.get("loss") if isinstance(outputs, dict) else outputs
     if isinstance(loss, Tensor) and not any("loss" in name for name in logged):
         logged = {"loss": loss.item(), **logged}
-    return {name.removesuffix("_step"): f"{float(value):.4g}" for name, value in logged.items()}
+    names = {name: name.removesuffix("_step") for name in logged}
+    return {names[name]: f"{float(logged[name]):.4g}{_unit(names[name], trainer.lightning_module)}" for name in logged}
 
 
 def total_batches(trainer: pl.Trainer) -> int | None:
@@ -130,10 +146,25 @@ class RunReport(pl.Callback):
         super().__init__()
         self.expected_rate, self.rule = expected_rate, rule
 
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Remember what the configs ask for; loading a checkpoint replaces it."""
+        self._options = [_options(optimizer) for optimizer in trainer.optimizers]
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        self._decay = _ema_decay(pl_module)
+
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._start, self._first_step = time.monotonic(), trainer.global_step
         if not trainer.is_global_zero:
             return
+        loop = trainer.fit_loop.epoch_loop
+        if trainer.enable_validation and trainer.val_dataloaders is None:  # Lightning looks at them later in a resume
+            trainer.validating = True
+            loop.val_loop.setup_data()
+            trainer.training = True
+        for board in trainer.loggers:
+            if (resume_at := getattr(board, "resume_at", None)) is not None and trainer.ckpt_path:
+                resume_at(loop._batches_that_stepped, bool(getattr(trainer.fit_loop, "unfinished", False)))
         batches = trainer.num_training_batches
         per_epoch = f"{batches} batches per epoch" if math.isfinite(batches) else "a stream"
         validation = sum(count for count in trainer.num_val_batches if math.isfinite(count))
@@ -148,6 +179,7 @@ class RunReport(pl.Callback):
         for number, optimizer in enumerate(trainer.optimizers, 1):
             self._log_optimizer(trainer, optimizer, number)
         if trainer.ckpt_path:
+            self._log_kept(trainer, pl_module)
             place = f"step {trainer.global_step}, epoch {trainer.current_epoch}"
             logger.info("%-11s %s, from %s", "resumed", place, trainer.ckpt_path)
 
@@ -163,12 +195,38 @@ class RunReport(pl.Callback):
             text = f"the checkpoint's learning rate {rate:.3e} is used, not the configs' {expected:.3e}"
             logger.warning("%-11s %s", "optimizer", text)
 
+    def _log_kept(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Log what the checkpoint decides although the configs differ."""
+        for before, optimizer in zip(self._options, trainer.optimizers):
+            for name, value in _options(optimizer).items():
+                if name in before and before[name] != value:
+                    text = f"the checkpoint's {name} {value} is used, not the configs' {before[name]}"
+                    logger.warning("%-11s %s", "optimizer", text)
+        decay = _ema_decay(pl_module)
+        if decay is not None and self._decay is not None and decay != self._decay:
+            text = f"the checkpoint's decay {decay:.6g} is used, not the configs' {self._decay:.6g}"
+            logger.warning("%-11s %s", "EMA", text)
+
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.is_global_zero:
             seconds, steps = time.monotonic() - self._start, trainer.global_step - self._first_step
             rate = f", {steps / seconds:.2f} per second" if seconds > 0 and steps else ""
             place = f"now at step {trainer.global_step}"
             logger.info("%-11s %d steps in %s%s; %s", "trained", steps, _clock(seconds), rate, place)
+
+
+def _options(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Return the settings of an optimizer but its learning rate, which is reported for itself."""
+    group = optimizer.param_groups[0]
+    named = ("betas", "eps", "weight_decay", "momentum", "amsgrad", "nesterov", "alpha")
+    return {
+        name: tuple(group[name]) if isinstance(group[name], list) else group[name] for name in named if name in group
+    }
+
+
+def _ema_decay(pl_module: pl.LightningModule) -> float | None:
+    decay = getattr(getattr(pl_module, "model_ema", None), "decay", None)
+    return float(decay) if isinstance(decay, Tensor) else None
 
 
 def _count(parameters: list[nn.Parameter]) -> str:

@@ -35,6 +35,8 @@ _NOISE = (
     ".*AMP with fp16 is not supported on CPU.*",
     ".*lr_scheduler.step\\(\\)` before `optimizer.step\\(\\)`.*",  # a false alarm after a resume
     ".*val_dataloader.*has `shuffle=True`.*",
+    ".*Grad strides do not match bucket view strides.*",  # of 1x1 convolutions; DistributedDataParallel copies them
+    ".*It is recommended to use `self.log.*sync_dist=True.*",  # training metrics are those of the first rank
 )
 
 

@@ -5,21 +5,24 @@ from __future__ import annotations
 import logging
 import os
 import re
+import shlex
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from pytorch_lightning.utilities.model_helpers import is_overridden
 
 from ldm.callbacks import SignalCallback, StepSeed
+from ldm.callbacks.checkpoints import shown
 from ldm.checkpoint import verify_checkpoint
 from ldm.checkpoint.resume import find_checkpoint
 from ldm.cli import EXIT_INTERRUPTED, Stopped, one_line
 from ldm.config.instantiate import ConfigError, instantiate_from_config
+from ldm.config.model_info import model_info
 from ldm.config.validate import check_class_count
 from ldm.data.datamodule import DataModuleFromConfig
 from ldm.training.devices import Machine, choose_devices
@@ -53,6 +56,9 @@ def execute(options: RunOptions, directory: RunDirectory, config: DictConfig, se
     logger.info("%-11s %s, %s", "device", devices.text, _precision_text(trainer, devices.accelerator))
     logger.info("%-11s %s", "directory", directory.path)
     code = fit(trainer, model, data, directory) if options.train else 0
+    saved = options.train and code == 0 and (directory.checkpoints / "last.ckpt").is_file()
+    if saved and (command := next_command(config, directory.path)):
+        logger.info("%-11s %s", "next", command)
     if code == 0 and not options.no_test:
         untrained = not options.train and directory.checkpoint is not None
         test(trainer, model, data, config, str(directory.checkpoint) if untrained else None)
@@ -99,6 +105,25 @@ def fit(trainer: pl.Trainer, model: pl.LightningModule, data: Any, directory: Ru
         limits = f"max_epochs {trainer.max_epochs}, max_steps {trainer.max_steps}"
         logger.warning("%-11s no steps: the run is already at %s (%s)", "trained", at, limits)
     return 0
+
+
+def next_command(config: DictConfig, run: Path) -> str:
+    """Return the command that samples from a trained model, or that trains a diffusion model on a first stage."""
+    target, place = str(config.model.target), shlex.quote(str(shown(run)))
+    params = config.model.get("params") or {}
+    if "ddconfig" in params:
+        stage = f"model.params.first_stage_config.params.ckpt_path={place}/checkpoints/last.ckpt"
+        return f"python main.py --base configs/recipes/text-to-image-folder.yaml -t {stage}"
+    if "unet_config" not in params or "Classifier" in target:
+        return ""
+    content: Any = OmegaConf.to_container(config, resolve=True)
+    info = model_info(content)
+    if info.takes_text and not info.concat_channels:
+        return f'python scripts/txt2img.py --ckpt {place} --prompt "..."'
+    if info.condition_name in ("__is_unconditional__", "ClassEmbedder"):
+        classes = " --classes 0 1 2" if info.n_classes else ""
+        return f"python scripts/sample_diffusion.py -r {place} -n 16{classes}"
+    return ""
 
 
 def _misfits(message: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
+import logging
 import os
 import re
 from pathlib import Path
@@ -12,7 +13,8 @@ from typing import Any
 import pytorch_lightning as pl
 from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.callbacks import Callback, Checkpoint, LearningRateMonitor
-from pytorch_lightning.loggers import CSVLogger, Logger, TensorBoardLogger
+from pytorch_lightning.callbacks import ProgressBar as LightningBar
+from pytorch_lightning.loggers import Logger, TensorBoardLogger
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 from ldm.callbacks import (
@@ -30,8 +32,11 @@ from ldm.cli import one_line
 from ldm.config.instantiate import ConfigError, accepted_params, get_obj_from_str, instantiate_from_config
 from ldm.config.merge import DEFAULT_CALLBACKS, DEFAULT_CHECKPOINT, DEFAULT_STEP_CHECKPOINTS, STEP_CHECKPOINTS
 from ldm.training.devices import Devices
+from ldm.training.loggers import MetricsFile, never_fail
 from ldm.training.run_directory import RunDirectory
 from ldm.training.settings import LearningRate, RunSettings
+
+logger = logging.getLogger(__name__)
 
 # Settings that a module with manual optimization applies itself, with their neutral values.
 _MANUAL = {"accumulate_grad_batches": 1, "gradient_clip_val": None, "gradient_clip_algorithm": "norm"}
@@ -61,10 +66,12 @@ def build_trainer(
 
     saves = bool(arguments["enable_checkpointing"])
     callbacks: list[Callback] = [DataCheck(), StepSeed(settings.seed), ExactResume(), StopOnNonFinite()]
-    if arguments.pop("enable_progress_bar", True) not in (False, None):
+    configured = _configured_callbacks(config, settings, directory, model, saves, bool(loggers), devices.accelerator)
+    own_bar = any(isinstance(callback, LightningBar) for callback in configured)
+    if arguments.pop("enable_progress_bar", True) not in (False, None) and not own_bar:
         callbacks.append(ProgressBar())
     callbacks.append(RunReport(rate.value, rate.rule) if rate else RunReport())
-    callbacks += _configured_callbacks(config, settings, directory, model, saves, logs=bool(loggers))
+    callbacks += configured
     # After the image logs and before Lightning's checkpoints, which come last: a signal's save ends the step.
     callbacks.append(SignalCallback(directory.checkpoints / "last.ckpt" if saves else None))
     if saves:
@@ -75,7 +82,7 @@ def build_trainer(
             devices=devices.devices,
             logger=loggers or False,
             callbacks=callbacks,
-            enable_progress_bar=False,  # ours spans the whole run
+            enable_progress_bar=own_bar,  # ours spans the whole run
             plugins=[AtomicCheckpointIO()],
             default_root_dir=str(directory.path),
             **arguments,
@@ -98,9 +105,9 @@ def _move_to_module(arguments: dict[str, Any], model: pl.LightningModule) -> Non
 
 
 def _loggers(lightning: DictConfig, directory: RunDirectory) -> list[Logger]:
-    """Build `lightning.logger`, or else TensorBoard's if installed, and a CSV logger with one file per start."""
+    """Build `lightning.logger`, or else TensorBoard's if installed, and csv/metrics.csv; their errors end no run."""
     node, folder = lightning.get("logger"), str(directory.path)
-    csv = CSVLogger(save_dir=folder, name="csv", version=directory.now)
+    csv = MetricsFile(directory.path / "csv" / "metrics.csv")
     if node:
         cls = get_obj_from_str(node["target"])
         if not issubclass(cls, Logger):
@@ -108,10 +115,12 @@ def _loggers(lightning: DictConfig, directory: RunDirectory) -> list[Logger]:
         names, given = accepted_params(cls), node.get("params") or {}
         places = {"save_dir": folder, "name": "logger"}
         places = {key: place for key, place in places.items() if key not in given and (not names or key in names[0])}
-        return [instantiate_from_config(node, **places), csv]
-    if importlib.util.find_spec("tensorboard") is None:
-        return [csv]
-    return [TensorBoardLogger(save_dir=folder, name="tensorboard", version="", default_hp_metric=False), csv]
+        boards: list[Logger] = [instantiate_from_config(node, **places)]
+    elif importlib.util.find_spec("tensorboard") is None:
+        boards = []
+    else:
+        boards = [TensorBoardLogger(save_dir=folder, name="tensorboard", version="", default_hp_metric=False)]
+    return [never_fail(board) for board in (*boards, csv)]
 
 
 def _configured_callbacks(
@@ -121,6 +130,7 @@ def _configured_callbacks(
     model: pl.LightningModule,
     saves: bool,
     logs: bool,
+    accelerator: str,
 ) -> list[Callback]:
     """Build the default callbacks with `lightning.callbacks` and `modelcheckpoint` merged over them.
 
@@ -135,10 +145,18 @@ def _configured_callbacks(
     checkpoint.params.dirpath = str(directory.checkpoints)
     if monitor := getattr(model, "monitor", None):
         checkpoint.params.update(monitor=monitor, save_top_k=3)  # the best three by this metric
-    merged = {
+    merged: dict[str, Any] = {
         "callbacks": OmegaConf.merge(defaults, own),
         "modelcheckpoint": OmegaConf.merge(checkpoint, lightning.get("modelcheckpoint") or {}),
     }
+    images = merged["callbacks"].get("image_logger")
+    given = (own.get("image_logger") or {}).get("params") or {}
+    if accelerator == "cpu" and images and not {"early_factor", "increase_log_steps", "log_images_kwargs"} & set(given):
+        quick = dict(getattr(model, "quick_images", {}))
+        images.params.update(early_factor=4, log_images_kwargs=quick)
+        chosen = ", ".join(f"{key} {value}" for key, value in quick.items())
+        text = f"on the CPU early logs are at steps 1, 4, 16, ...{f', with {chosen}' if chosen else ''}"
+        logger.info("%-11s %s (lightning.callbacks.image_logger.params changes it)", "images", text)
     tree = OmegaConf.create({"lightning": merged}).lightning  # so that a node knows its path for error messages
     nodes = {f"lightning.callbacks.{name}": node for name, node in tree.callbacks.items() if node is not None}
     if saves:

@@ -6,6 +6,7 @@ import json
 import os
 import tempfile
 from collections.abc import Iterable, Iterator
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +65,8 @@ def train(folder: Path, words: list[str], stop: int = -1, resume: bool = False) 
     os.chdir(folder)
     Recorded.folder, Recorded.stop = folder, stop
     try:
-        config = {**toys.CONFIG, "model": {**toys.CONFIG["model"], "target": f"{__name__}.Recorded"}}
+        config: Any = deepcopy(toys.CONFIG)
+        config["model"]["target"] = f"{__name__}.Recorded"
         config["data"]["params"]["train"]["params"] = {"length": 12}
         OmegaConf.save(OmegaConf.create(config), "toy.yaml")
         start = ["-r", str(run_of(folder)), "-t"] if resume else ["-b", "toy.yaml", "-t", "-n", "run", *QUIET, *words]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -219,6 +219,8 @@ class LatentDiffusion(ConditionStage, PublishedLatentDiffusion, DDPM):
         guidance needs (Ho & Salimans 2022, algorithm 1); it is saved in the checkpoint.
     untrained_first_stage: allow training in the latent space of a first stage without loaded weights.
     """
+
+    quick_images: ClassVar[Mapping[str, int]] = {"N": 4, "ddim_steps": 20}  # of image logs on the CPU
 
     cond_ids: Tensor
 

@@ -23,6 +23,8 @@ class LPIPSWithDiscriminator(AdversarialLoss):
     The other options are those of AdversarialLoss.
     """
 
+    summed = ("aeloss", "total_loss", "nll_loss", "kl_loss")  # over the values of an image, not averaged
+
     def __init__(
         self,
         disc_start: NonNegativeInt | None = None,
