@@ -177,12 +177,14 @@ WRITES |= {"copyfile", "copy2", "copytree", "symlink", "link", "hardlink_to", "s
 OF = {"save": {"torch", "np", "numpy", "OmegaConf", "image", "figure", "plt"}, "replace": {"os"}, "rename": {"os"}}
 OF |= {"copy": {"shutil"}, "move": {"shutil"}}
 INSIDE = {  # a file -> its calls that write to memory, or to a temporary file of `ldm.atomic`
-    "ldm/callbacks/checkpoints.py": {"os.link(source, temporary)", "os.replace(temporary, target)"},
+    "ldm/callbacks/checkpoints.py": {"open(temporary, 'wb')"},
     "ldm/checkpoint/write.py": {"torch.save(content, file)", "save_file(tensors, target, dict(metadata or {}))"},
+    "ldm/training/run_directory.py": {"open(file, 'a+')"},  # the lock of a run directory
     "ldm/data/archives.py": {"part.open('wb')", "target.open('xb')"},
     "ldm/output/images.py": {"image.save(data, 'PNG', pnginfo=info)"},
     "ldm/output/sample_array.py": {
-        "zipfile.ZipFile(self._temporary, 'w', zipfile.ZIP_STORED)",
+        "self._temporary.open('wb')",
+        "zipfile.ZipFile(self._file, 'w', zipfile.ZIP_STORED)",
         "self._archive.open('arr_0.npy', 'w', force_zip64=True)",
         "self._archive.open('arr_1.npy', 'w')",
     },

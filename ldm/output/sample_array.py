@@ -40,7 +40,8 @@ class SampleArray:
         self.path = self.folder / f"{'x'.join(map(str, shape))}-samples.npz"
         with write_errors(self.path):
             self._temporary = self._open.enter_context(temporary_next_to(self.path))
-            self._archive = self._open.enter_context(zipfile.ZipFile(self._temporary, "w", zipfile.ZIP_STORED))
+            self._file = self._temporary.open("wb")
+            self._archive = zipfile.ZipFile(self._file, "w", zipfile.ZIP_STORED)
             self._array = self._archive.open("arr_0.npy", "w", force_zip64=True)
             header = {"descr": "|u1", "fortran_order": False, "shape": shape}
             np.lib.format.write_array_header_1_0(self._array, header)
@@ -56,13 +57,15 @@ class SampleArray:
                 with self._archive.open("arr_1.npy", "w") as file:
                     np.lib.format.write_array(file, np.asarray(self.classes, dtype=np.int64))
             self._archive.close()
+            self._file.close()
             publish(self._temporary, self.path, replace=False)
-        self.close()
         return self.path
 
     def close(self) -> None:
         """Remove the temporary file."""
-        with contextlib.suppress(OSError, ValueError):  # the file is not needed, whole or not
-            if self._array is not None:
-                self._array.close()
-            self._open.close()
+        if self._array is not None:
+            self._file.raw.close()  # on a full disk, what is still buffered must not be written again
+            for end in (self._array.close, self._archive.close):
+                with contextlib.suppress(OSError, ValueError):
+                    end()
+        self._open.close()

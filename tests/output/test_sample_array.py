@@ -1,10 +1,14 @@
 """The array of all samples of a run."""
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 from PIL import Image
 
 from ldm.output.sample_array import SampleArray
+from ldm.paths import ROOT
 
 
 def noise(side: int, seed: int = 0) -> Image.Image:
@@ -34,4 +38,28 @@ def test_an_array_that_lacks_samples_is_never_written(tmp_path):
     with pytest.raises(ValueError, match="expected 3 samples, got 1"):
         array.finish()
     array.close()
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("samples", [1, 40])
+def test_on_a_full_disk_the_error_is_of_the_array_and_nothing_remains(tmp_path, samples):
+    """In an interpreter of its own, whose last lines would show errors of destructors."""
+    code = f"""
+import resource, sys
+from PIL import Image
+from ldm.output.sample_array import SampleArray
+array = SampleArray({str(tmp_path)!r}, {samples})
+resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+try:
+    for _ in range({samples}):
+        array.append(Image.new("RGB", (32, 32)))
+    array.finish()
+except OSError as error:
+    print(error, file=sys.stderr)
+finally:
+    array.close()
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0 and done.stderr.count("\n") == 1, done.stderr
+    assert f"{samples}x32x32x3-samples.npz: could not be written: File too large" in done.stderr
     assert list(tmp_path.iterdir()) == []
