@@ -4,7 +4,7 @@ import contextlib
 import logging
 import os
 import weakref
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, runtime_checkable
@@ -20,6 +20,22 @@ from ldm.checkpoint.source import DiffusersFolder, WeightsSource, open_weights
 logger = logging.getLogger(__name__)
 
 _LOADED: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # modules that `load_weights` filled
+
+
+_SHAPE_SETTINGS = (  # (end of a name, dimension, setting that determines it)
+    ("diffusion_model.input_blocks.0.0.weight", 0, "unet_config.params.model_channels"),
+    ("diffusion_model.input_blocks.0.0.weight", 1, "unet_config.params.in_channels"),
+    ("diffusion_model.out.2.weight", 0, "unet_config.params.out_channels"),
+    ("attn2.to_k.weight", 1, "unet_config.params.context_dim"),
+    ("encoder.conv_in.weight", 0, "ddconfig.ch"),
+    ("encoder.conv_in.weight", 1, "ddconfig.in_channels"),
+    ("decoder.conv_in.weight", 1, "ddconfig.z_channels"),
+    ("decoder.conv_out.weight", 0, "ddconfig.out_ch"),
+    ("post_quant_conv.weight", 1, "embed_dim"),
+    ("quantize.embedding.weight", 0, "n_embed"),
+    ("cond_stage_model.embedding.weight", 0, "cond_stage_config.params.n_classes"),
+    ("alphas_cumprod", 0, "timesteps"),
+)
 
 
 @dataclass(frozen=True)
@@ -191,9 +207,19 @@ def _check_shapes(path: Path, found: Mapping[str, Tensor], wanted: Mapping[str, 
         shapes = "; ".join(
             f"{name}: {tuple(found[name].shape)}, the model's {tuple(wanted[name].shape)}" for name in differing[:3]
         )
-        raise CheckpointError(
-            f"{path}: {len(differing)} tensors have other shapes: {shapes}; does this config match the checkpoint?"
-        )
+        advice = advise_settings({name: (tuple(found[name].shape), tuple(wanted[name].shape)) for name in differing})
+        advice = advice or "does this config match the checkpoint?"
+        raise CheckpointError(f"{path}: {len(differing)} tensors have other shapes: {shapes}; {advice}")
+
+
+def advise_settings(shapes: Mapping[str, tuple[Sequence[int], Sequence[int]]]) -> str:
+    """Return the settings that fit a model to a file, from {name: (shape in the file, shape in the model)}."""
+    needed: dict[str, int] = {}
+    for ending, dimension, setting in _SHAPE_SETTINGS:
+        for name, (before, now) in shapes.items():
+            if name.endswith(ending) and len(before) == len(now) > dimension and before[dimension] != now[dimension]:
+                needed.setdefault(setting, before[dimension])
+    return f"the file needs {', '.join(f'{name}={value}' for name, value in needed.items())}" if needed else ""
 
 
 def _missing(module: nn.Module, own_names: Mapping[str, str], found: Mapping[str, Tensor]) -> tuple[str, ...]:

@@ -19,6 +19,7 @@ from pytorch_lightning.utilities.model_helpers import is_overridden
 from ldm.callbacks import SignalCallback, StepSeed
 from ldm.callbacks.checkpoints import shown
 from ldm.checkpoint import verify_checkpoint
+from ldm.checkpoint.load import advise_settings
 from ldm.checkpoint.resume import find_checkpoint
 from ldm.cli import EXIT_INTERRUPTED, Stopped, one_line
 from ldm.config.instantiate import ConfigError, instantiate_from_config
@@ -134,7 +135,10 @@ def _misfits(message: str) -> str:
         named = re.search(rf"{kind} key\(s\) in state_dict: (.*?)\. *(?:\n|$)", message)
         keys += [f"{kind.lower()}: {name}" for name in re.findall(r'"(.*?)"', named[1] if named else "")]
     more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
-    return f"{'; '.join(keys[:3])}{more}; undo the change of model.params (see the lines 'changed')"
+    numbers = {name: [[int(n) for n in re.findall(r"\d+", shape)] for shape in both] for name, *both in shapes}
+    advice = advise_settings({name: (before, now) for name, (before, now) in numbers.items()})
+    advice = f"{advice}; " if advice else ""
+    return f"{'; '.join(keys[:3])}{more}; {advice}undo the change of model.params (see the lines 'changed')"
 
 
 def test(trainer: pl.Trainer, model: pl.LightningModule, data: Any, config: DictConfig, checkpoint: str | None) -> None:

@@ -58,6 +58,19 @@ def test_another_shape_is_an_error_that_names_it(tmp_path):
         load_weights(Model(), save(tmp_path / "a.ckpt", Model(width=5).state_dict()))
 
 
+def test_shapes_of_another_config_name_the_settings_that_the_file_needs(tmp_path):
+    def model(**unet):
+        config = text_model_config()
+        config["model"]["params"]["unet_config"]["params"] |= unet
+        return instantiate_from_config(config["model"])
+
+    path = save(tmp_path / "a.ckpt", model(model_channels=64, context_dim=24).state_dict())
+    with pytest.raises(CheckpointError) as error:
+        load_weights(model(), path)
+    needs = "the file needs unet_config.params.model_channels=64, unet_config.params.context_dim=24"
+    assert str(error.value).endswith(needs) and str(error.value).count("the model's") == 3
+
+
 @pytest.mark.parametrize("block", ["model", "first_stage_model", "first_stage_model.decoder", "cond_stage_model"])
 def test_a_missing_block_is_an_error_unless_it_is_ignored(tmp_path, block):
     path = save(
