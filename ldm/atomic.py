@@ -81,6 +81,19 @@ def save_text(path: str | os.PathLike, text: str, replace: bool = True) -> Path:
     return save_bytes(path, text.encode(), replace)
 
 
+def append_text(path: str | os.PathLike, text: str) -> None:
+    """Add UTF-8 text to a file; an error leaves the file as it was. Raises WriteError if writing fails."""
+    rest = text.encode()
+    with write_errors(Path(path), len(rest)), open(path, "ab", buffering=0) as file:
+        end = file.tell()
+        try:
+            while rest:
+                rest = rest[file.write(rest) :]
+        except OSError:
+            file.truncate(end)
+            raise
+
+
 @contextlib.contextmanager
 def write_errors(path: Path, size: int = 0) -> Iterator[None]:
     """Turn errors of the system, torch and faiss into a WriteError that names `path`, bytes needed and bytes free."""

@@ -42,6 +42,16 @@ def test_a_file_that_does_not_fit_is_absent_and_the_error_has_path_reason_and_by
     assert names(tmp_path) == (["a.yaml"] if before else []) and (not before or path.read_bytes() == before)
 
 
+def test_text_that_cannot_be_appended_leaves_the_file_as_it_was(tmp_path, file_size_limit):
+    path = save_text(tmp_path / "metrics.csv", "step\n")
+    atomic.append_text(path, "1\n")
+    file_size_limit(10)
+    with pytest.raises(WriteError, match="metrics.csv: could not be written: File too large"):
+        atomic.append_text(path, "2\n" * 100)
+    atomic.append_text(path, "3\n")
+    assert path.read_text() == "step\n1\n3\n"
+
+
 def die(*_: object) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 

@@ -13,7 +13,7 @@ from lightning_fabric.loggers.logger import _DummyExperiment
 from pytorch_lightning.loggers import Logger
 from pytorch_lightning.utilities.rank_zero import rank_zero_only
 
-from ldm.atomic import save_text
+from ldm.atomic import append_text, save_text
 
 logger = logging.getLogger(__name__)
 
@@ -61,8 +61,7 @@ class MetricsFile(Logger):
             columns = sorted({*self._columns, *new, *(name for row in rows for name in row)})
             self._rewrite([*rows, *self._pending], columns)
         else:
-            with open(self.path, "a", newline="", encoding="utf-8") as file:
-                file.write(_table(self._pending, self._columns))
+            append_text(self.path, _table(self._pending, self._columns))
         self._pending = []
 
     @rank_zero_only
