@@ -90,7 +90,8 @@ def append_text(path: str | os.PathLike, text: str) -> None:
             while rest:
                 rest = rest[file.write(rest) :]
         except OSError:
-            file.truncate(end)
+            with contextlib.suppress(OSError):  # a device has no length
+                file.truncate(end)
             raise
 
 

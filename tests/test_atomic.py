@@ -46,7 +46,7 @@ def test_text_that_cannot_be_appended_leaves_the_file_as_it_was(tmp_path, file_s
     path = save_text(tmp_path / "metrics.csv", "step\n")
     atomic.append_text(path, "1\n")
     file_size_limit(10)
-    with pytest.raises(WriteError, match="metrics.csv: could not be written: File too large"):
+    with pytest.raises(WriteError, match=r"metrics.csv: could not be written: File too large"):
         atomic.append_text(path, "2\n" * 100)
     atomic.append_text(path, "3\n")
     assert path.read_text() == "step\n1\n3\n"
