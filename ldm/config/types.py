@@ -21,6 +21,7 @@ PositiveFloat = Annotated[float, "> 0"]
 NonNegativeFloat = Annotated[float, ">= 0"]
 Probability = Annotated[float, "[0, 1]"]
 Dropout = Annotated[float, "[0, 1)"]
+PathText = str  # `~` is expanded
 
 _ALIASES = {
     "PositiveInt": "Annotated[int, '>= 1']",
@@ -30,6 +31,7 @@ _ALIASES = {
     "Probability": "Annotated[float, '[0, 1]']",
     "Dropout": "Annotated[float, '[0, 1)']",
     "Size": "PositiveInt | tuple[PositiveInt, PositiveInt]",
+    "PathText": "Path",
     "PathLike": "Path",
     "PathType": "Path",
     "_PATH": "Path",

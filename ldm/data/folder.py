@@ -18,6 +18,7 @@ from PIL import Image
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
+from ldm.config.types import PathText
 from ldm.data.base import DataConfigError, check_choice, check_probability
 from ldm.data.captions import SIDECAR, TABLES, CaptionPolicy, read_sidecar, read_table
 from ldm.data.image import (
@@ -99,14 +100,14 @@ class ImageFolder(Dataset):
 
     def __init__(
         self,
-        root: str | None = None,
+        root: PathText | None = None,
         size: Size | None = 256,
         crop_size: Size | None = None,
         random_crop: bool = False,
         flip_p: float = 0.0,
         interpolation: str = "bicubic",
-        files: str | None = None,
-        captions: str | None = None,
+        files: PathText | None = None,
+        captions: PathText | None = None,
         image_column: str | None = None,
         caption_column: str | None = None,
         caption_encoding: str = "utf-8",
@@ -114,7 +115,7 @@ class ImageFolder(Dataset):
         max_caption_chars: int = 4000,
         long_caption: str = "truncate",
         class_labels: bool = False,
-        classes: str | Sequence[str] | None = None,
+        classes: PathText | Sequence[str] | None = None,
         split: str | None = None,
         validation_fraction: float = 0.05,
         on_error: str = "raise",
@@ -372,7 +373,7 @@ class Defaults(ImageFolder):
         super().__init_subclass__()
         cls.defaults = {**cls.defaults, **defaults}
 
-    def __init__(self, root: str | None = None, **options: Any) -> None:
+    def __init__(self, root: PathText | None = None, **options: Any) -> None:
         options |= {} if root is None else {"root": root}
         super().__init__(**{**self.defaults, **options})
 
@@ -384,7 +385,9 @@ class ListedImages(Defaults):
     the names instead. Other parameters as in ImageFolder.
     """
 
-    def __init__(self, size: Size = 256, files: str | None = None, split: str | None = None, **options: Any) -> None:
+    def __init__(
+        self, size: Size = 256, files: PathText | None = None, split: str | None = None, **options: Any
+    ) -> None:
         listed = (files or self.defaults["files"]) if split is None else None
         super().__init__(size=size, files=listed, split=split, **options)
 

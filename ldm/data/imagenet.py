@@ -16,9 +16,10 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from ldm.config.instantiate import accepted_params
+from ldm.config.types import PathText
 from ldm.data.archives import ArchiveError, unpack
 from ldm.data.base import DataConfigError
 from ldm.data.folder import ImageFolder
@@ -42,7 +43,12 @@ class ImageNetTrain(ImageFolder):
     )
     part, own_split, archive = "ILSVRC2012_train", "train", "ILSVRC2012_img_train.tar"
 
-    def __init__(self, config: Mapping[str, Any] | None = None, root: str | None = None, **options: Any) -> None:
+    def __init__(
+        self,
+        config: Annotated[Mapping[str, Any], "ldm.data.folder.ImageFolder"] | None = None,
+        root: PathText | None = None,
+        **options: Any,
+    ) -> None:
         known, _ = accepted_params(type(self)) or ({}, set())
         for key, value in (config or {}).items():
             if key not in known:

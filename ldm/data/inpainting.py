@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image, ImageDraw
 
+from ldm.config.types import PathText
 from ldm.data.base import DataConfigError, check_choice, check_probability
 from ldm.data.folder import ImageFolder
 from ldm.data.image import to_array
@@ -37,7 +38,7 @@ class Inpainting(ImageFolder):
 
     def __init__(
         self,
-        root: str | None = None,
+        root: PathText | None = None,
         min_masked: float = 0.1,
         max_masked: float = 0.5,
         whole_p: float = 0.0,

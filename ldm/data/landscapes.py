@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from ldm.config.types import PathText
 from ldm.data.base import DataConfigError
 from ldm.data.folder import Defaults, ImageFolder
 from ldm.data.image import BadImageError, Size, load_labels, to_array
@@ -35,8 +36,8 @@ class SegmentedImages(ImageFolder):
 
     def __init__(
         self,
-        root: str | None = None,
-        segmentation_root: str | None = None,
+        root: PathText | None = None,
+        segmentation_root: PathText | None = None,
         size: Size | None = 256,
         n_labels: int = 182,
         shift_segmentation: bool = False,

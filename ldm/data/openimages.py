@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from ldm.config.types import PathText
 from ldm.data.archives import Remote, fetch
 from ldm.data.base import DataConfigError
 from ldm.data.folder import Defaults, ImageFolder
@@ -162,13 +163,13 @@ class Layouts(ImageFolder):
     def __init__(
         self,
         size: Size = 256,
-        object_classes: str | Sequence[str] | None = None,
+        object_classes: PathText | Sequence[str] | None = None,
         min_object_area: float = 0.0001,
         min_objects: int = 2,
         max_objects: int = 30,
         vocab_size: int = 8192,
         download: bool = False,
-        root: str = ROOT,
+        root: PathText = ROOT,
         **options: Any,
     ) -> None:
         if options.get("class_labels"):
@@ -232,7 +233,7 @@ def _table(root: str, remote: Remote) -> Path:
     raise DataConfigError("root", root, f"has no annotations/{remote.name}", advice)
 
 
-def _chosen(object_classes: str | Sequence[str] | None) -> list[str] | None:
+def _chosen(object_classes: PathText | Sequence[str] | None) -> list[str] | None:
     if not isinstance(object_classes, str):
         return None if object_classes is None else list(object_classes)
     return read_lines("object_classes", object_classes, "a file with one class id on each line")

@@ -9,7 +9,7 @@ from omegaconf import OmegaConf
 
 from ldm.config.instantiate import ConfigError
 from ldm.config.merge import merge
-from ldm.config.validate import check_class_count, check_config, check_targets
+from ldm.config.validate import check_class_count, check_config, check_targets, convert_types
 from tests.config.toys import toy_config
 
 ROOT = Path(__file__).parents[2]
@@ -136,3 +136,55 @@ def test_a_class_embedder_needs_every_class_and_one_for_no_class(n_classes, drop
         check_class_count(config(n_classes), datasets)
     check_class_count(config(n_classes + 1), datasets)
     check_class_count(OmegaConf.create({"model": {"params": {"cond_stage_config": "__is_first_stage__"}}}), datasets)
+
+
+def test_a_home_directory_is_expanded_in_every_path_of_the_classes(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    loss = {"target": "ldm.modules.losses.LPIPSWithDiscriminator", "params": {"perceptual_weights": "~/a"}}
+    stage = {"target": "ldm.models.autoencoder.AutoencoderKL", "params": {"ckpt_path": "~/a", "lossconfig": loss}}
+    text = {"target": "ldm.modules.encoders.modules.BERTEmbedder", "params": {"tokenizer_path": "~/a"}}
+    params = {"ckpt_path": "~/a", "first_stage_config": stage, "cond_stage_config": text}
+    datasets = {
+        "train": ("ldm.data.folder.ImageFolder", ("root", "captions", "files", "classes")),
+        "validation": ("ldm.data.landscapes.RFWTrain", ("root", "segmentation_root")),
+        "test": ("ldm.data.openimages.OpenImagesBBoxTrain", ("root", "object_classes")),
+        "predict": ("ldm.data.imagenet.ImageNetTrain", ("root",)),
+    }
+    data = {
+        split: {"target": target, "params": dict.fromkeys(names, "~/a")} for split, (target, names) in datasets.items()
+    }
+    data["predict"]["params"]["config"] = {"root": "~/a"}
+    logger = {"target": "pytorch_lightning.loggers.CSVLogger", "params": {"save_dir": "~/a"}}
+    config = OmegaConf.create(
+        {
+            "model": {"target": "ldm.models.diffusion.ddpm.LatentDiffusion", "params": params},
+            "data": {"target": "main.DataModuleFromConfig", "params": data},
+            "lightning": {"logger": logger, "trainer": {"resume_from_checkpoint": "~/a"}},
+        }
+    )
+    convert_types(config)
+    written = str(OmegaConf.to_container(config))
+    assert written.count("/home/me/a") == 16 and "~" not in written
+
+
+def test_values_are_converted_in_place_and_interpolations_stay():
+    config = OmegaConf.create(
+        {
+            "model": {
+                "base_learning_rate": "1e-4",
+                "target": "ldm.models.diffusion.ddpm.DDPM",
+                "params": {"timesteps": 1.0e2, "log_every_t": "${model.params.timesteps}", "linear_start": "1e-4"},
+            },
+            "lightning": {"trainer": {"max_epochs": 3.0, "limit_val_batches": 1.0}},
+        }
+    )
+    convert_types(config)
+    assert OmegaConf.to_container(config) == {
+        "model": {
+            "base_learning_rate": 1e-4,
+            "target": "ldm.models.diffusion.ddpm.DDPM",
+            "params": {"timesteps": 100, "log_every_t": "${model.params.timesteps}", "linear_start": 1e-4},
+        },
+        "lightning": {"trainer": {"max_epochs": 3, "limit_val_batches": 1.0}},
+    }
+    assert type(config.model.params.timesteps) is int and type(config.lightning.trainer.limit_val_batches) is float

@@ -11,7 +11,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 from transformers.activations import ACT2FN
 
 from ldm.config.text_shapes import CLIP_VERSION, clip_shape
-from ldm.config.types import PositiveInt
+from ldm.config.types import PathText, PositiveInt
 from ldm.modules.encoders.base import CLIPTokensEncoder, PretrainedEncoder, file_from_hub, file_in_folder
 from ldm.modules.encoders.tokenizers import clip_tokenizer
 
@@ -67,7 +67,7 @@ class FrozenCLIPEmbedder(CLIPTokensEncoder, PretrainedEncoder):
 
     def __init__(
         self,
-        version: str = CLIP_VERSION,
+        version: PathText = CLIP_VERSION,
         device: str | None = None,
         max_length: PositiveInt = 77,
         text_config: Mapping[str, Any] | None = None,
