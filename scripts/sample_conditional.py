@@ -20,8 +20,6 @@ from ldm.inference.requests import ConditionalRequest
 from ldm.output.images import Output
 from ldm.paths import find_file
 
-DEFAULT_BATCH = "validation:0..7"
-
 
 def parser() -> Parser:
     text = (
@@ -32,8 +30,8 @@ def parser() -> Parser:
     add = parser.add_argument
     text = "run directory or checkpoint, with the run's configs or a config.yaml next to it"
     add("-r", "--resume", metavar="PATH", help=text)
-    text = f"samples of the run's dataset (default: {DEFAULT_BATCH} unless --condition is given)"
-    add("--batch", metavar="SPLIT:INDICES", help=text)
+    text = "samples of the run's dataset, e.g. validation:0..7 (default: the first 8 of validation, or none)"
+    add("--batch", metavar="SPLIT[:INDICES]", help=text)
     text = (
         "a value of the batch by its key: an image, a .npy array, a whole number or a text; replaces that of --batch;"
         " repeated with the same key: one for each sample"
@@ -65,21 +63,22 @@ def main(argv: Sequence[str]) -> None:
     info = inference.read_model_info(run.configs, of_model)
     request = ConditionalRequest(**cli.request_fields(opt, ConditionalRequest)).checked(info)
     conditions = inference.parse_conditions(opt.condition)
-    batch = opt.batch or (None if conditions else DEFAULT_BATCH)
-    split, indices = inference.parse_batch(batch) if batch else ("", [0] * len(conditions))
-    if conditions and len(conditions) not in (1, len(indices)):
-        raise ValueError(f"--condition: {len(conditions)} values for {len(indices)} samples; pass one, or one for each")
+    batch = opt.batch or (None if conditions else "validation")
+    split, indices = inference.parse_batch(batch) if batch else ("", None)
     prepared = cli.prepare(opt, info, run.ckpt)
-    samples: list[Mapping[str, Any]] = [{}] * len(indices)
+    samples: list[Mapping[str, Any]] = [{}] * len(conditions)
     if batch:
         samples = inference.read_samples(run.config(opt.overrides), split, indices, opt.seed)
+    if conditions and len(conditions) not in (1, len(samples)):
+        raise ValueError(f"--condition: {len(conditions)} values for {len(samples)} samples; pass one, or one for each")
     if conditions:
         samples = [{**sample, **conditions[k % len(conditions)]} for k, sample in enumerate(samples)]
     output = Output(opt.outdir, prepared.watermark, prepared.safety)
 
     pipeline = cli.load(opt, prepared)
     pipeline.identity = {**pipeline.identity, "overrides": opt.overrides, "batch": batch}
-    results = inference.sample_conditional(pipeline, samples, request)
+    named = list(conditions[0]) if conditions else []
+    results = inference.sample_conditional(pipeline, samples, request, named=named)
     inference.write_conditional(results, request.n_samples, output, opt.skip_grid)
 
 

@@ -171,11 +171,13 @@ def find_depth(path: str, size: tuple[int, int]) -> np.ndarray | Path:
     return depth
 
 
-def parse_batch(text: str) -> tuple[str, list[int]]:
-    """(split, indices) of `--batch`: `validation:0..7` (both ends included), `train:3`, `test:0,2,5..9`."""
+def parse_batch(text: str) -> tuple[str, list[int] | None]:
+    """(split, indices) of `--batch`: `train:0..7` (both ends included), `test:0,2,5..9`; None for a split alone."""
     split, colon, part = text.partition(":")
+    if split and not colon:
+        return split, None
     indices: list[int] = []
-    for word in part.split(",") if colon else []:
+    for word in part.split(","):
         first, dots, last = word.strip().partition("..")
         if not first.isdecimal() or (dots and not last.isdecimal()) or int(last or first) >= MAX_COUNT:
             indices.clear()

@@ -91,15 +91,13 @@ def write_conditional(
 def _conditional_grid(rows: Sequence[tuple[dict[str, Image.Image], list[GeneratedImage]]]) -> GeneratedImage:
     cells: list[Image.Image] = []
     captions: list[str] = []
-    side = max(max(image.image.size) for _, images in rows for image in images)
     for shown, images in rows:
-        for name, view in shown.items():
-            scale = side // max(view.size)  # what the network sees may be as small as the latent
-            size = (view.width * scale, view.height * scale)
-            cells.append(view.resize(size, Image.Resampling.NEAREST) if scale > 1 else view)
-            captions.append(name)
-        cells += [image.image for image in images]
-        captions += ["sample"] * len(images)
+        cells += [*shown.values(), *(image.image for image in images)]
+        captions += [*shown, *["sample"] * len(images)]
+    side = max(max(cell.size) for cell in cells)
+    for k, cell in enumerate(cells):  # what the network sees may be as small as the latent
+        scale = side // max(cell.size)
+        cells[k] = cell.resize((cell.width * scale, cell.height * scale), Image.Resampling.NEAREST)
     generated = [image for _, images in rows for image in images]
     pixels = grid(cells, captions, len(cells) // len(rows), padding=12)
     return grid_of(generated, None, None)._replace(image=pixels)

@@ -174,6 +174,13 @@ def test_named_files_and_texts_replace_the_datasets_conditions_or_stand_alone(im
     assert np.array_equal(alone, replaced)  # the image of the batch gives the size only
 
 
+def test_without_flags_the_first_samples_of_validation_are_taken(images, tmp_path):
+    saved = save_run(tmp_path, "text", images)
+    assert run_command(main, arguments(saved, tmp_path / "out", "--skip_grid")) == 0
+    files = sorted((tmp_path / "out").rglob("*.png"))
+    assert [read_metadata(file)["condition"]["caption"] for file in files] == [f"image {k}" for k in (0, 2, 1, 3)]
+
+
 def test_guidance_and_a_negative_prompt_matter(images, tmp_path):
     saved, results = save_run(tmp_path, "text", images), []
     for k, flags in enumerate(([], ["--scale", "4"], ["--scale", "4", "--negative_prompt", "dull"])):
@@ -187,7 +194,7 @@ def test_guidance_and_a_negative_prompt_matter(images, tmp_path):
     [
         (["--batch", "test:0"], "--batch test: this run has no such dataset; choose one of train, validation"),
         (["--batch", "train:0..9"], "--batch train:9: the dataset has 4 samples, 0 to 3"),
-        (["--batch", "train"], "--batch 'train': expected a split and indices, e.g. validation:0..7"),
+        (["--batch", "train:"], "--batch 'train:': expected a split and indices, e.g. validation:0..7"),
         (["--condition", "caption"], "--condition 'caption': expected KEY=VALUE"),
         (["--condition", "LR_image=gone.png"], "--condition LR_image=gone.png: no such file"),
         (["--condition", "caption=a", "--condition", "caption=b", "--batch", "train:0"], "2 values for 1 samples"),
@@ -210,6 +217,13 @@ def test_a_condition_of_another_size_or_a_missing_one_is_one_line(images, tmp_pa
     assert "the batch has no 'caption'" in refused(main, command, capsys)
     words = "the condition has 1 channels (1x8x8), this model takes 3"
     assert words in refused(main, [*command, "--condition", "caption=a cat"], capsys)
+
+
+def test_a_named_condition_that_the_model_does_not_read_is_refused(images, tmp_path, capsys):
+    saved = save_run(tmp_path, "hybrid", images)
+    command = arguments(saved, tmp_path / "out", "--batch", "train:0", "--condition", "txt=a cat")
+    words = "--condition txt: this model does not read it; it reads LR_image, caption, image"
+    assert words in refused(main, command, capsys)
 
 
 def test_an_unconditional_model_is_sent_to_its_script(tmp_path, capsys):

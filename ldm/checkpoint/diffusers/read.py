@@ -26,7 +26,7 @@ def check_is_model(folder: Path) -> None:
     if not is_model_folder(folder):
         raise ConversionError(
             f"{folder}: not a model in diffusers' layout: it has neither unet/config.json nor a config.json of a UNet "
-            f"or first stage"
+            "or first stage; a run directory has configs/*-project.yaml and checkpoints/"
         )
 
 

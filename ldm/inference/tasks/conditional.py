@@ -26,8 +26,22 @@ from ldm.output.images import GeneratedImage
 from ldm.rng import preserve_rng
 from ldm.visualize import to_image
 
+FIRST = 8  # samples of a dataset if their indices are not given
+
 Sample = Mapping[str, Any]
 """A sample as a dataset returns it: images (H, W, C) in [-1, 1], texts, labels."""
+
+
+class ReadBatch(dict[str, Any]):
+    """A batch that records which of its keys are read."""
+
+    def __init__(self, batch: Mapping[str, Any]) -> None:
+        super().__init__(batch)
+        self.keys_read: set[str] = set()
+
+    def __getitem__(self, key: str) -> Any:
+        self.keys_read.add(key)
+        return super().__getitem__(key)
 
 
 class ConditionalSample(NamedTuple):
@@ -37,9 +51,10 @@ class ConditionalSample(NamedTuple):
     shown: dict[str, Image.Image]
 
 
-def read_samples(config: DictConfig, split: str, indices: Sequence[int], seed: int) -> list[Sample]:
+def read_samples(config: DictConfig, split: str, indices: Sequence[int] | None, seed: int) -> list[Sample]:
     """Return samples of a run's dataset; random crops, flips and masks follow from the seed and the index.
 
+    indices: None for the first ones, at most FIRST.
     Raises ValueError for a split that the config does not have and for an index beyond the dataset.
     """
     params: Any = OmegaConf.to_container(config.get("data") or OmegaConf.create(), resolve=True)
@@ -55,22 +70,28 @@ def read_samples(config: DictConfig, split: str, indices: Sequence[int], seed: i
     if isinstance(dataset, IterableDataset):
         with preserve_rng():
             random.seed(seed), np.random.seed(seed % 2**32), torch.manual_seed(seed)
-            read: Any = list(itertools.islice(dataset, max(indices) + 1))
+            read: Any = list(itertools.islice(dataset, FIRST if indices is None else max(indices) + 1))
     else:
         read = SeededDataset(dataset, seed, repeat=True)
     count = len(read)
+    if indices is None:
+        indices = range(min(FIRST, count))
     if max(indices) >= count:
         raise ValueError(f"--batch {split}:{max(indices)}: the dataset has {count} samples, 0 to {count - 1}")
     return [read[index] for index in indices]
 
 
 def sample_conditional(
-    pipeline: Pipeline, samples: Sequence[Sample], request: ConditionalRequest, progress: bool = True
+    pipeline: Pipeline,
+    samples: Sequence[Sample],
+    request: ConditionalRequest,
+    progress: bool = True,
+    named: Sequence[str] = (),
 ) -> Iterator[ConditionalSample]:
     """Generate `n_samples` images under the conditions of each sample, `batch_size` samples at a time.
 
     samples: as the model's dataset returns them; one without the image that the model is trained on has the size of
-    training. Raises ValueError for conditions that do not fit the model.
+    training. named: keys that the model must read. Raises ValueError for conditions that do not fit the model.
     """
     request = request.checked(pipeline.info)
     assert request.steps is not None and request.scale is not None
@@ -85,10 +106,14 @@ def sample_conditional(
     def encoded() -> Iterator[tuple[int, Tensor, Conditioned, dict[str, Tensor]]]:
         """(index of the first sample, latents, conditioning, what the grid shows) of each batch."""
         for first in range(0, len(samples), request.batch_size):
-            batch = default_collate(samples[first : first + request.batch_size])
+            batch = ReadBatch(default_collate(samples[first : first + request.batch_size]))
             with randomness(), pipeline.sampling():
                 z, cond, raw = model.get_input(batch, key, force_c_encode=True, return_original_cond=True)[:3]
                 _check_condition(pipeline, z, cond)
+                unread = set(named) - batch.keys_read
+                if unread and batch.keys_read:  # an override of get_input may copy the batch
+                    known = ", ".join(sorted(batch.keys_read))
+                    raise ValueError(f"--condition {min(unread)}: this model does not read it; it reads {known}")
                 uncond = None
                 if request.scale != 1.0:
                     uncond = model.unconditional_like(cond, raw, len(z), request.negative_prompt or None)
