@@ -32,7 +32,8 @@ class DataCheck(pl.Callback):
         encoder, key = getattr(core, "cond_stage_model", None), getattr(core, "cond_stage_key", None)
         if isinstance(encoder, AbstractEncoder) and stage == "fit":
             captioned = [data for data in folders.values() if key in (data.caption_key, "caption", "txt")]
-            encoder.warn_of_long_texts(itertools.islice(_captions(captioned), _CAPTIONS))
+            if trainer.is_global_zero:
+                encoder.warn_of_long_texts(itertools.islice(_captions(captioned), _CAPTIONS))
             tokenizers.logger.setLevel(logging.ERROR)  # not again in every batch
 
     def teardown(self, *_: object, **__: object) -> None:

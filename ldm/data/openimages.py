@@ -179,6 +179,9 @@ class Layouts(ImageFolder):
         tokens = LayoutTokens(len(self.object_names), max_objects, vocab_size)
         self.conditional_builders = {"coordinates_bbox": tokens}
         numbers = {Path(item.name).stem: k for k, item in enumerate(self.items)}
+        if len(numbers) < len(self.items):
+            repeated = next(item.name for k, item in enumerate(self.items) if numbers[Path(item.name).stem] != k)
+            raise DataConfigError("root", root, f"has two images with the id of {repeated}", "remove one of them")
         self.boxes = read_boxes(_table(root, self.table), numbers, list(self.object_names), min_object_area)
         counts, bounds = np.diff(self.boxes.starts), f"{min_objects} to {max_objects} boxes"
         self.rows = np.flatnonzero((counts >= min_objects) & (counts <= max_objects))  # in `boxes`, of each kept image

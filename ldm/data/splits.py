@@ -141,6 +141,8 @@ def class_order(
         check_folders([f"{name}/" for name in order], folder, None, labelled=True)
     if order is None:
         order = sorted({class_of(name) for name in (names if train_names is None else train_names)} - {""})
+    if broken := next((name for name in order if len(name.splitlines()) > 1), None):  # files of classes have lines
+        raise DataConfigError("classes", broken, "has a line end in its name", "rename its folder")
     known = set(order)
     stray = next((name for name in names if class_of(name) not in known), None)
     if stray is None:

@@ -365,8 +365,8 @@ def test_a_transparent_grey_level_becomes_white_at_every_bit_depth(tmp_path, bit
 
 @pytest.mark.parametrize("bits", [8, 16])
 def test_a_transparent_color_becomes_white_at_every_bit_depth(tmp_path, bits):
-    scale = 257 if bits == 16 else 1
-    path = write_png(tmp_path / "x.png", COLORS.astype(int) * scale, bits, COLORS[0, 0].astype(int) * scale)
+    samples = COLORS.astype(int) if bits == 8 else COLORS.astype(int) * 256 + 15
+    path = write_png(tmp_path / "x.png", samples, bits, samples[0, 0])
     expected = COLORS.copy()
     expected[0, 0] = 255
     assert (np.asarray(load_image(path)) == expected).all()

@@ -175,6 +175,20 @@ def test_tables_are_fetched_on_request_only(home, monkeypatch):
     assert [name for name, _ in fetched] == [table.name]
 
 
+def test_a_stray_quote_swallows_no_boxes_and_two_images_with_one_id_are_refused(home):
+    table = home / "annotations/oidv6-train-annotations-bbox.csv"
+    lines = table.read_text().splitlines(keepends=True)
+    lines.insert(1, row('"yy', "/m/01", 0, 1, 0, 1))
+    table.write_text("".join(lines))
+    file = home / "annotations/class-descriptions-boxable.csv"
+    file.write_text(CLASSES.replace("Tortoise", '"Tortoise, giant').replace("Tree", 'Tree"'))
+    assert read_classes(file)["/m/01"] == "Cat"
+    assert len(OpenImagesBBoxTrain(size=16, min_objects=1, object_classes=["/m/01", "/m/02"])) == 2
+    save_image(home / "train/1/bb.png")
+    with pytest.raises(DataConfigError, match=r"has two images with the id of 0/bb.png"):
+        OpenImagesBBoxTrain(size=16)
+
+
 def test_a_missing_folder_names_the_place(tmp_path):
     with pytest.raises(
         DataConfigError, match=r"root '.*/train': no such folder; set root to .*: the train/ of Open Images"

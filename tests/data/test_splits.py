@@ -132,3 +132,8 @@ def test_every_class_is_trained_on(tmp_path, caplog):
     train, held_out = (ImageFolder(root, split=split, **options) for split in ("train", "validation"))
     assert set(train.labels) == set(range(20)) and len(train) + len(held_out) == 40
     assert f"no images of {20 - len(set(held_out.labels))} of 20 classes, split validation of 40" in caplog.text
+
+
+def test_a_class_with_a_line_end_in_its_name_is_refused(tmp_path):
+    with pytest.raises(DataConfigError, match=r"classes 'a\\nb': has a line end in its name; rename its folder"):
+        ImageFolder(tree(tmp_path, "a\nb/0.png", "c/1.png"), size=4, class_labels=True)
