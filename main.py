@@ -20,21 +20,10 @@ if __name__ == "__main__":  # before the imports, which take seconds
         if hasattr(signal, _name):
             signal.signal(getattr(signal, _name), signal.SIG_IGN)
 
-import importlib
-from typing import Any
-
-from ldm.config.instantiate import ALIASES
+from ldm.published import published_names
 from ldm.training.session import run_training
 
-_EXPORTS = {name.removeprefix("main."): home for name, home in ALIASES.items() if name.startswith("main.")}
-
-
-def __getattr__(name: str) -> Any:
-    """Import a published name on first use: `--help` needs none of them."""
-    if name in _EXPORTS:
-        module, _, attribute = _EXPORTS[name].rpartition(".")
-        return getattr(importlib.import_module(module), attribute)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__ = published_names("main", __name__)  # imported on first use: `--help` needs none of them
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import inspect
 import logging
+from collections.abc import Callable, Mapping
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from typing import Any, TypeVar
 
 import numpy as np
@@ -51,6 +53,33 @@ def count_params(model: nn.Module, verbose: bool = False) -> int:
     if verbose:
         logger.info("%s has %.2f M parameters", type(model).__name__, total * 1e-6)
     return total
+
+
+def parallel_data_prefetch(
+    func: Callable[..., Any],
+    data: Any,
+    n_proc: int,
+    target_data_type: str = "ndarray",
+    cpu_intensive: bool = True,
+    use_worker_id: bool = False,
+) -> Any:
+    """Apply `func` to `n_proc` parts of `data` at once, in processes if `cpu_intensive` else in threads.
+
+    data: an array, a list or another iterable; with `use_worker_id` func gets [number of the part, part].
+    Returns one array, with "list" one list, otherwise the list of results.
+    """
+    if n_proc < 1:
+        raise ValueError(f"n_proc {n_proc}: must be at least 1")
+    rows = data if isinstance(data, np.ndarray) else list(data.values() if isinstance(data, Mapping) else data)
+    size = max(1, -(-len(rows) // n_proc))
+    parts = [rows[start : start + size] for start in range(0, len(rows), size)]
+    work = [[number, part] for number, part in enumerate(parts)] if use_worker_id else parts
+    pool = ProcessPoolExecutor if cpu_intensive else ThreadPoolExecutor
+    with pool(n_proc) as executor:
+        results = list(executor.map(func, work))
+    if target_data_type == "ndarray":
+        return np.concatenate([np.asarray(result) for result in results], axis=0)
+    return [item for result in results for item in result] if target_data_type == "list" else results
 
 
 def log_txt_as_img(wh: tuple[int, int], xc: list[str], size: int = 10) -> Tensor:

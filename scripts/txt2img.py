@@ -15,6 +15,9 @@ from ldm.inference import cli
 from ldm.inference.from_metadata import add_from_metadata_flag, parse
 from ldm.inference.requests import TextToImageRequest
 from ldm.output.images import Output
+from ldm.published import published_names
+
+__getattr__ = published_names("scripts.txt2img", __name__)
 
 DEFAULTS = {"config": cli.SD_CONFIG, "ckpt": cli.SD_CKPT, "outdir": "outputs/txt2img-samples"}
 LAION400M = {

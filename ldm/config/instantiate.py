@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import os
 import re
 import sys
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
-from ldm.config.suggest import closest, did_you_mean
+from ldm.config.suggest import closest, did_you_mean, log_unused
 from ldm.config.types import convert, shown
 
 FIRST_STAGE_AS_CONDITION = "__is_first_stage__"
@@ -25,6 +26,9 @@ ALIASES = {
     "ldm.models.diffusion.ddpm.LatentFinetuneDiffusion": "ldm.models.diffusion.variants.LatentFinetuneDiffusion",
     "ldm.models.diffusion.ddpm.LatentInpaintDiffusion": "ldm.models.diffusion.variants.LatentInpaintDiffusion",
     "ldm.models.diffusion.ddpm.LatentDepth2ImageDiffusion": "ldm.models.diffusion.variants.LatentDepth2ImageDiffusion",
+    "ldm.models.diffusion.ddpm.LatentUpscaleFinetuneDiffusion": (
+        "ldm.models.diffusion.variants.LatentUpscaleFinetuneDiffusion"
+    ),
     "ldm.models.diffusion.ddpm.LatentUpscaleDiffusion": "ldm.models.diffusion.variants.LatentUpscaleDiffusion",
     "ldm.models.diffusion.ddpm.Layout2ImgDiffusion": "ldm.models.diffusion.layout2img.Layout2ImgDiffusion",
     "ldm.modules.encoders.modules.FrozenCLIPEmbedder": "ldm.modules.encoders.clip.FrozenCLIPEmbedder",
@@ -48,6 +52,8 @@ _BUILT_IN_PREFIXES = (
     "pytorch_lightning.strategies",
 )
 _user_prefixes: list[str] = []
+ENVIRONMENT = "LDM_ALLOW_TARGETS"  # packages like those of --allow-targets, separated by commas
+_NODE_KEYS = ("target", "params", "base_learning_rate")
 
 # Errors of a constructor, its own or torch's, that say that its arguments are wrong together.
 _BUILD_ERRORS = (AssertionError, ArithmeticError, TypeError, AttributeError, LookupError, RuntimeError)
@@ -61,13 +67,27 @@ class ConfigError(ValueError):
 def allow_targets(*prefixes: str) -> None:
     """Allow `target:` to name classes and functions of more packages, e.g. `allow_targets("my_project")`.
 
-    A config cannot call this: only Python code and the command line decide what may be imported.
+    A config cannot call this: only Python code, the command line and the environment variable LDM_ALLOW_TARGETS decide
+    what may be imported.
     """
     for prefix in prefixes:
-        if not all(part.isidentifier() for part in prefix.split(".")):
-            raise ValueError(f"allow_targets({prefix!r}): expected a dotted package name such as 'my_project.models'")
+        _check_prefix(prefix, f"allow_targets({prefix!r})")
         if prefix not in _user_prefixes:
             _user_prefixes.append(prefix)
+
+
+def _check_prefix(prefix: str, place: str) -> None:
+    if not all(part.isidentifier() for part in prefix.split(".")):
+        raise ValueError(f"{place}: expected a dotted package name such as 'my_project.models'")
+
+
+def _allowed_by_user() -> list[str]:
+    """Return the packages that the user allowed, by `allow_targets` or in the environment."""
+    given = [prefix.strip().rstrip(".") for prefix in os.environ.get(ENVIRONMENT, "").split(",")]
+    prefixes = [prefix for prefix in given if prefix]
+    for prefix in prefixes:
+        _check_prefix(prefix, f"{ENVIRONMENT}={os.environ[ENVIRONMENT]}: {prefix!r}")
+    return [*_user_prefixes, *prefixes]
 
 
 def resolve_alias(target: str) -> str:
@@ -83,7 +103,7 @@ def check_allowed(target: Any) -> str:
     if not isinstance(target, str) or not all(part.isidentifier() for part in target.split(".")) or "." not in target:
         raise ConfigError(f"target {target!r}: expected a dotted name such as 'ldm.models.autoencoder.AutoencoderKL'")
     resolved = resolve_alias(target)
-    if any(part.startswith("_") for part in resolved.split(".")) and not _under(resolved, _user_prefixes):
+    if any(part.startswith("_") for part in resolved.split(".")) and not _under(resolved, _allowed_by_user()):
         raise ConfigError(f"target {target!r}: names that begin with an underscore are private and not allowed")
     if not _is_allowed(resolved):
         near, package = closest(target, ALIASES, cutoff=0.6), target.split(".")[0]
@@ -91,10 +111,13 @@ def check_allowed(target: Any) -> str:
             # Never suggest --allow-targets for standard-library modules.
             advice = "It is a standard-library module; configs may not reference it"
         else:
-            advice = f"For your own code run with --allow-targets {package} or call ldm.util.allow_targets({package!r})"
+            advice = (
+                f"For your own code run with --allow-targets {package}, set {ENVIRONMENT}={package} or call "
+                f"ldm.util.allow_targets({package!r})"
+            )
         raise ConfigError(
             f"target {target!r} is not allowed{f' (did you mean {near}?)' if near else ''}. "
-            f"Allowed packages: {', '.join((*_BUILT_IN_PREFIXES, *_user_prefixes))}. {advice}"
+            f"Allowed packages: {', '.join((*_BUILT_IN_PREFIXES, *_allowed_by_user()))}. {advice}"
         )
     return resolved
 
@@ -132,7 +155,6 @@ def instantiate_from_config(config: Any, **extra: Any) -> Any:
         shown = sorted(map(str, config)) if isinstance(config, Mapping) else repr(config)
         raise ConfigError(f"{path or 'config'}: expected a mapping with the key 'target', got {shown}")
     target = config["target"]
-    check_keys(config, target, path)
     try:
         cls = get_obj_from_str(target)
     except ConfigError as error:
@@ -141,7 +163,9 @@ def instantiate_from_config(config: Any, **extra: Any) -> Any:
     if not isinstance(params, Mapping):
         raise ConfigError(f"{join_path(path, 'params')}: expected a mapping of arguments of {target}, got {params!r}")
     params = {**params, **extra}
-    if (names := accepted_params(cls)) is not None:
+    names = accepted_params(cls)
+    check_keys(config, names[0] if names is not None else (), target, path)
+    if names is not None:
         check_params(params, *names, target, path)
         params = convert_params(params, names[0], join_path(path, "params"))
     try:
@@ -199,12 +223,18 @@ def accepted_params(cls: Any) -> tuple[dict[str, str], set[str]] | None:
     return None
 
 
-def check_keys(node: Iterable[Any], target: str, path: str) -> None:
-    """Raise ConfigError if a config node with a `target` has keys other than `params` and `base_learning_rate`."""
-    for key in node:
-        if key not in ("target", "params", "base_learning_rate"):
-            place, params = join_path(path, str(key)), join_path(path, "params")
+def check_keys(node: Iterable[Any], accepted: Collection[str], target: str, path: str) -> None:
+    """Check the keys next to a `target`: research code adds its own, which are logged once as unused.
+
+    accepted: arguments of the target. Raises ConfigError for one of them, and for a misspelt `params`.
+    """
+    params = join_path(path, "params")
+    unknown = [str(key) for key in node if key not in _NODE_KEYS]
+    for key in unknown:
+        if key in accepted or closest(key, _NODE_KEYS, cutoff=0.7):
+            place = join_path(path, key)
             raise ConfigError(f"{place}: unknown key next to target; arguments of {target} go under {params}")
+    log_unused(path or "config", unknown)
 
 
 def check_params(
@@ -273,11 +303,11 @@ def _home(obj: Any) -> str:
 def _is_target(obj: Any) -> bool:
     """True for classes of allowed packages, and for functions of packages that the user allowed."""
     home = _home(obj)
-    return _is_allowed(home) and (inspect.isclass(obj) or (_under(home, _user_prefixes) and callable(obj)))
+    return _is_allowed(home) and (inspect.isclass(obj) or (_under(home, _allowed_by_user()) and callable(obj)))
 
 
 def _is_allowed(name: str) -> bool:
-    return _under(name, (*_BUILT_IN_PREFIXES, *_user_prefixes))
+    return _under(name, (*_BUILT_IN_PREFIXES, *_allowed_by_user()))
 
 
 def _under(name: str, prefixes: Iterable[str]) -> bool:

@@ -121,8 +121,9 @@ def check_targets(config: Mapping[str, Any]) -> None:
             _check_exists(target, check_allowed(target))
         except ConfigError as error:
             raise ConfigError(f"{path}.target: {error}") from error
-        check_keys(keys, target, path)
-        if (arguments := constructor_arguments(target)) is not None:
+        arguments = constructor_arguments(target)
+        check_keys(keys, arguments or (), target, path)
+        if arguments is not None:
             check_params(params, arguments, (), target, path)  # the class that builds the node may add required ones
     for path, target, params, _ in nodes:
         convert_params(params, constructor_arguments(target) or {}, join_path(path, "params"))

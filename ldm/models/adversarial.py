@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import warnings
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import Annotated, Any
 
 import torch
@@ -53,14 +54,14 @@ class AdversarialAutoencoder(TrainedModule):
         self,
         ddconfig: Annotated[Mapping[str, Any], "ldm.modules.diffusionmodules.model.Encoder"],
         lossconfig: Mapping[str, Any],
-        *,
+        ckpt_path: str | Path | None = None,
+        ignore_keys: Sequence[str] = (),
         image_key: str = "image",
         colorize_nlabels: PositiveInt | None = None,
         monitor: str | None = None,
         scheduler_config: Mapping[str, Any] | None = None,
-        **weights: Any,
     ) -> None:
-        super().__init__(**weights)
+        super().__init__(ckpt_path, ignore_keys)
         self.automatic_optimization = False
         self.accumulate_grad_batches = 1
         self.gradient_clip_val: float | None = None

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Annotated, Any
 
 import torch
@@ -13,6 +14,7 @@ from ldm.models.adversarial import AdversarialAutoencoder
 from ldm.models.training import Losses
 from ldm.models.vq import VQModel, VQModelInterface
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
+from ldm.published import published_names
 
 __all__ = ["AutoencoderKL", "IdentityFirstStage", "VQModel", "VQModelInterface"]
 
@@ -29,11 +31,16 @@ class AutoencoderKL(AdversarialAutoencoder):
         ddconfig: Annotated[Mapping[str, Any], "ldm.modules.diffusionmodules.model.Encoder"],
         lossconfig: Mapping[str, Any],
         embed_dim: PositiveInt,
+        ckpt_path: str | Path | None = None,
+        ignore_keys: Sequence[str] = (),
+        image_key: str = "image",
+        colorize_nlabels: PositiveInt | None = None,
+        monitor: str | None = None,
         *,
         learn_logvar: bool = False,
         **kwargs: Any,
     ) -> None:
-        super().__init__(ddconfig, lossconfig, **kwargs)
+        super().__init__(ddconfig, lossconfig, ckpt_path, ignore_keys, image_key, colorize_nlabels, monitor, **kwargs)
         if not ddconfig.get("double_z", True):
             raise ValueError(
                 "ddconfig.double_z=False: the KL autoencoder needs a mean and a log variance per channel; set it true"
@@ -65,7 +72,7 @@ class AutoencoderKL(AdversarialAutoencoder):
 
     @torch.no_grad()
     def log_images(
-        self, batch: Mapping[str, Any], N: int | None = None, only_inputs: bool = False, split: str = "train"
+        self, batch: Mapping[str, Any], only_inputs: bool = False, N: int | None = None, split: str = "train"
     ) -> dict[str, Tensor]:
         """Return `inputs`, `reconstructions` and `samples` decoded from N(0, 1), each (N, C, H, W) in [-1, 1]."""
         x = self.get_input(batch, self.image_key)[:N]
@@ -98,3 +105,6 @@ class IdentityFirstStage(nn.Module):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         return x
+
+
+__getattr__ = published_names(__name__)

@@ -41,18 +41,24 @@ class VQModel(AdversarialAutoencoder):
         lossconfig: Mapping[str, Any],
         n_embed: PositiveInt,
         embed_dim: PositiveInt,
-        *,
+        ckpt_path: str | Path | None = None,
+        ignore_keys: Sequence[str] = (),
+        image_key: str = "image",
+        colorize_nlabels: PositiveInt | None = None,
+        monitor: str | None = None,
         batch_resize_range: Sequence[PositiveInt] | None = None,
+        scheduler_config: Mapping[str, Any] | None = None,
         lr_g_factor: PositiveFloat = 1.0,
         remap: str | Path | None = None,
         sane_index_shape: bool = False,
         use_ema: bool = False,
-        **kwargs: Any,
     ) -> None:
         # Needs taming, which configs without a codebook work without.
         from ldm.modules.quantize import VectorQuantizer2
 
-        super().__init__(ddconfig, lossconfig, **kwargs)
+        super().__init__(
+            ddconfig, lossconfig, ckpt_path, ignore_keys, image_key, colorize_nlabels, monitor, scheduler_config
+        )
         if ddconfig.get("double_z", True):
             raise ValueError("ddconfig.double_z=True: a quantized latent has no variance; set it false")
         if lr_g_factor <= 0:
@@ -150,9 +156,9 @@ class VQModel(AdversarialAutoencoder):
     def log_images(
         self,
         batch: Mapping[str, Any],
-        N: int | None = None,
         only_inputs: bool = False,
         plot_ema: bool = False,
+        N: int | None = None,
         split: str = "train",
     ) -> dict[str, Tensor]:
         """Return `inputs`, `reconstructions` and with `plot_ema` `reconstructions_ema`, (N, C, H, W) in [-1, 1]."""
@@ -170,6 +176,11 @@ class VQModel(AdversarialAutoencoder):
 
 class VQModelInterface(VQModel):
     """VQ first stage of diffusion models: latents are those before quantization, and decoding quantizes them."""
+
+    def __init__(self, embed_dim: int, *args: Any, **kwargs: Any) -> None:
+        """Positional arguments, as published: embed_dim, then ddconfig, lossconfig, n_embed."""
+        kwargs["embed_dim"] = embed_dim
+        super().__init__(*args, **kwargs)
 
     def encode(self, x: Tensor) -> Tensor:
         """Return latents before quantization, (B, embed_dim, H/f, W/f), of images x (B, C, H, W) in [-1, 1]."""

@@ -15,6 +15,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from ldm.modules.diffusionmodules.util import GroupNorm32, checkpoint, normalization, zero_module
+from ldm.published import published_names
 from ldm.util import default
 
 T = TypeVar("T")
@@ -32,9 +33,15 @@ def Normalize(in_channels: int) -> GroupNorm32:
 
 
 def attend(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bool = False, dropout: float = 0.0
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None = None,
+    causal: bool = False,
+    dropout: float = 0.0,
+    scale: float | None = None,
 ) -> Tensor:
-    """softmax(q k^T / sqrt(D)) v.
+    """softmax(scale * q k^T) v; `scale` is 1 / sqrt(D) by default.
 
     q: (B, H, N, D), k and v: (B, H, L, D), mask: bool (B, L), True for visible keys -> (B, H, N, D).
     causal: later keys are not visible to a query. As published, a query without a visible key averages all values.
@@ -48,7 +55,7 @@ def attend(
         sees_none = ~visible.any(dim=-1, keepdim=True)  # (B, 1, 1 or N, 1)
         q, visible = q.masked_fill(sees_none, 0.0), visible | sees_none
     return F.scaled_dot_product_attention(
-        q, k, v, attn_mask=visible, dropout_p=dropout, is_causal=causal and mask is None
+        q, k, v, attn_mask=visible, dropout_p=dropout, is_causal=causal and mask is None, scale=scale
     )
 
 
@@ -89,6 +96,7 @@ class CrossAttention(nn.Module):
         inner_dim = dim_head * heads
         context_dim = default(context_dim, query_dim)
         self.heads = heads
+        self.scale = dim_head**-0.5
         self.to_q = nn.Linear(query_dim, inner_dim, bias=False)
         self.to_k = nn.Linear(context_dim, inner_dim, bias=False)
         self.to_v = nn.Linear(context_dim, inner_dim, bias=False)
@@ -111,7 +119,7 @@ class CrossAttention(nn.Module):
             rearrange(y, "b n (h d) -> b h n d", h=self.heads)
             for y in (self.to_q(x), self.to_k(context), self.to_v(context))
         )  # (B, heads, N or L, dim_head)
-        return self.to_out(rearrange(attend(q, k, v, mask), "b h n d -> b n (h d)"))
+        return self.to_out(rearrange(attend(q, k, v, mask, scale=self.scale), "b h n d -> b n (h d)"))
 
 
 class BasicTransformerBlock(nn.Module):
@@ -146,8 +154,9 @@ class BasicTransformerBlock(nn.Module):
         return checkpoint(self._forward, (x, context), self.parameters(), self.checkpoint)
 
     def _forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        x = x + self.attn1(self.norm1(x), context if self.disable_self_attn else None)
-        x = x + self.attn2(self.norm2(x), context)
+        # By keyword: the forward methods that research code puts in place have other arguments before the context.
+        x = x + self.attn1(self.norm1(x), context=context if self.disable_self_attn else None)
+        x = x + self.attn2(self.norm2(x), context=context)
         return x + self.ff(self.norm3(x))
 
 
@@ -203,7 +212,7 @@ class SpatialTransformer(ContextBlock):
         if self.use_linear:
             h = self.proj_in(h)
         for block, block_context in zip(self.transformer_blocks, contexts, strict=True):
-            h = block(h, block_context)  # (B, HW, inner_dim)
+            h = block(h, context=block_context)  # (B, HW, inner_dim)
         if self.use_linear:
             h = self.proj_out(h)
         h = rearrange(h, "b (h w) c -> b c h w", h=x.shape[2])
@@ -256,3 +265,6 @@ class SpatialSelfAttention(nn.Module):
         q, k, v = (rearrange(project(h), "b c h w -> b 1 (h w) c") for project in (self.q, self.k, self.v))  # 1 head
         h = rearrange(attend(q, k, v), "b 1 (h w) c -> b c h w", h=x.shape[2])
         return x + self.proj_out(h)
+
+
+__getattr__ = published_names(__name__)

@@ -118,9 +118,35 @@ def test_a_missing_parameter_is_named():
         instantiate_from_config({"target": "torch.nn.Linear", "params": {"in_features": 3}})
 
 
-def test_arguments_beside_target_are_refused():
-    with pytest.raises(ConfigError, match="in_features: unknown key next to target"):
-        instantiate_from_config({"target": "torch.nn.Linear", "in_features": 3})
+@pytest.mark.parametrize("key", ["in_features", "parms", "param"])
+def test_arguments_and_misspelt_params_beside_target_are_refused(key):
+    with pytest.raises(ConfigError, match=f"{key}: unknown key next to target; arguments of torch.nn.Linear go under"):
+        instantiate_from_config(
+            {"target": "torch.nn.Linear", "params": {"in_features": 1, "out_features": 1}, key: {"in_features": 3}}
+        )
+
+
+def test_other_keys_beside_target_are_logged_once_and_unused(caplog):
+    config = OmegaConf.create({"model": {"target": "torch.nn.Identity", "cond_name": "depth"}})
+    for _ in range(2):
+        instantiate_from_config(config.model)
+    assert [record.message for record in caplog.records] == ["model: cond_name has no effect"]
+
+
+@pytest.mark.parametrize("value", ["src,{0}", " {0}. ", "{0}"])
+def test_the_environment_allows_targets_of_own_packages(monkeypatch, value):
+    target = "email.message.Message"
+    monkeypatch.delenv("LDM_ALLOW_TARGETS", raising=False)
+    with pytest.raises(ConfigError, match="not allowed"):
+        get_obj_from_str(target)
+    monkeypatch.setenv("LDM_ALLOW_TARGETS", value.format("email"))
+    assert get_obj_from_str(target).__name__ == "Message"
+    monkeypatch.setenv("LDM_ALLOW_TARGETS", "other")
+    with pytest.raises(ConfigError, match=r"Allowed packages: .*other"):
+        get_obj_from_str(target)
+    monkeypatch.setenv("LDM_ALLOW_TARGETS", "my project")
+    with pytest.raises(ValueError, match=r"LDM_ALLOW_TARGETS=my project: .*expected a dotted package name"):
+        get_obj_from_str(target)
 
 
 def test_a_config_without_target_says_what_it_has():

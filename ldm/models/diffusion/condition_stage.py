@@ -116,8 +116,11 @@ class ConditionStage(TrainedModule):
         """Encode the unconditional condition in the form of the encoded condition `c` of raw input `raw_c`."""
         if self.cond_stage_model is None:
             return None
-        raw_null = self.unconditional_input_like(raw_c, batch_size) if null_label is None else null_label
-        null = self.get_unconditional_conditioning(batch_size, raw_null)
+        if null_label is None and torch.is_tensor(raw_c) and raw_c.is_floating_point():
+            null_label = self.unconditional_input_like(raw_c, batch_size)
+        # ControlNet's override takes the number alone.
+        labels = () if null_label is None else (null_label,)
+        null = self.get_unconditional_conditioning(batch_size, *labels)
         return self.map_main_condition(lambda _: null, c)
 
     def unconditional_input_like(self, raw_c: Any, batch_size: int) -> Any:

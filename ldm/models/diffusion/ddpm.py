@@ -6,7 +6,6 @@ last two are in ldm.models.training. The published variants are attributes of th
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ldm import rng
-from ldm.config.instantiate import ALIASES, FIRST_STAGE_AS_CONDITION, UNCONDITIONAL, instantiate_from_config
+from ldm.config.instantiate import FIRST_STAGE_AS_CONDITION, UNCONDITIONAL, instantiate_from_config
 from ldm.config.types import Dropout, NonNegativeFloat, PositiveFloat, PositiveInt, Probability
 from ldm.models.diffusion.condition_stage import ConditionStage, drop_condition
 from ldm.models.diffusion.conditioning import (
@@ -33,17 +32,14 @@ from ldm.models.training import Losses, TrainedModule, fixed_noise, freeze
 from ldm.models.training import disabled_train as disabled_train
 from ldm.modules.diffusionmodules.parameterization import get_parameterization
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
+from ldm.published import published_names
 from ldm.rng import Purpose
 
 LOSSES = {"l1": nn.functional.l1_loss, "l2": nn.functional.mse_loss}
 
 
-def __getattr__(name: str) -> Any:
-    # The variants are built on this module and live in others, which therefore cannot be imported above.
-    home = ALIASES.get(f"{__name__}.{name}")
-    if home is None:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(home.rpartition(".")[0]), name)
+# The variants among these are built on this module and live in others, which therefore cannot be imported above.
+__getattr__ = published_names(__name__)
 
 
 class DDPM(TrainedModule, PublishedDDPM):
@@ -205,9 +201,11 @@ class DDPM(TrainedModule, PublishedDDPM):
         return self.channels, height, width
 
     @torch.no_grad()
-    def log_images(self, batch: Mapping[str, Any], N: int = 8, n_row: int = 2, **kwargs: Any) -> dict[str, Tensor]:
+    def log_images(
+        self, batch: Mapping[str, Any], N: int = 8, n_row: int = 2, *args: Any, **kwargs: Any
+    ) -> dict[str, Tensor]:
         """Return images of the training, each (B, C, H, W) in about [-1, 1]; see ldm.models.diffusion.image_log."""
-        return log_pixel_images(self, batch, N, n_row, **kwargs)
+        return log_pixel_images(self, batch, N, n_row, *args, **kwargs)
 
 
 class LatentDiffusion(ConditionStage, PublishedLatentDiffusion, DDPM):
@@ -434,8 +432,10 @@ class LatentDiffusion(ConditionStage, PublishedLatentDiffusion, DDPM):
         return DDIMSampler(self).sample(ddim_steps, batch_size, self.latent_shape(), cond, verbose=False, **kwargs)
 
     @torch.no_grad()
-    def log_images(self, batch: Mapping[str, Any], N: int = 8, n_row: int = 4, **kwargs: Any) -> dict[str, Tensor]:
-        return log_latent_images(self, batch, N, n_row, **kwargs)
+    def log_images(
+        self, batch: Mapping[str, Any], N: int = 8, n_row: int = 4, *args: Any, **kwargs: Any
+    ) -> dict[str, Tensor]:
+        return log_latent_images(self, batch, N, n_row, *args, **kwargs)
 
     def further_images(self, batch: Mapping[str, Any], inputs: Tensor, cond: Any) -> dict[str, Tensor]:
         """Return what a subclass adds to the image log of `inputs` (B, C, H, W) under their encoded condition."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -28,8 +29,9 @@ def log_pixel_images(
     batch: Mapping[str, Any],
     N: int,
     n_row: int,
-    split: str = "train",
     sample: bool = True,
+    return_keys: Sequence[str] | None = None,
+    split: str = "train",
     plot_diffusion_rows: bool = True,
 ) -> dict[str, Tensor]:
     """Return inputs, diffusion_row, samples and denoise_row of a DDPM, each (B, C, H, W) in about [-1, 1]."""
@@ -42,7 +44,7 @@ def log_pixel_images(
             samples, inter = model.sample(batch_size=len(x), return_intermediates=True)
         log["samples"] = samples
         log["denoise_row"] = tile_frames([frame[:n_row] for frame in inter])
-    return log
+    return _selected(log, return_keys)
 
 
 def log_latent_images(
@@ -50,7 +52,6 @@ def log_latent_images(
     batch: Mapping[str, Any],
     N: int,
     n_row: int,
-    split: str = "train",
     sample: bool = True,
     ddim_steps: int | None = 50,
     ddim_eta: float = 1.0,
@@ -62,6 +63,8 @@ def log_latent_images(
     plot_diffusion_rows: bool = True,
     unconditional_guidance_scale: float | None = None,
     unconditional_guidance_label: Any = None,
+    use_ema_scope: bool = True,
+    split: str = "train",
 ) -> dict[str, Tensor]:
     """Return images of a latent diffusion model, each (B, C, H, W) in about [-1, 1].
 
@@ -84,13 +87,17 @@ def log_latent_images(
     def decoded_rows(frames: Sequence[Tensor]) -> Tensor:
         return tile_frames([model.decode_first_stage(frame[:n_row]) for frame in frames])
 
+    def generate(**kwargs: Any) -> Samples:
+        with model.ema_scope("Plotting") if use_ema_scope else nullcontext():
+            return _sample(model, c, z.shape, ddim_steps, ddim_eta, **kwargs)
+
     def decoded_samples(**kwargs: Any) -> Tensor:
-        return model.decode_first_stage(_sample(model, c, z.shape, ddim_steps, ddim_eta, **kwargs).samples)
+        return model.decode_first_stage(generate(**kwargs).samples)
 
     if plot_diffusion_rows:
         log["diffusion_row"] = decoded_rows(_noised(model, z[:n_row]))
     if sample:
-        samples, inter = _sample(model, c, z.shape, ddim_steps, ddim_eta)
+        samples, inter = generate()
         log["samples"] = model.decode_first_stage(samples)
         if plot_denoise_rows:
             log["denoise_row"] = decoded_rows(inter["x_inter"])
@@ -112,26 +119,29 @@ def log_latent_images(
             log["mask"] = mask.expand(len(z), 1, *z.shape[2:]) * 2 - 1
             log["samples_outpainting"] = decoded_samples(mask=1 - mask, x0=z)
     log |= model.further_images(batch, x, c)
-    if return_keys is not None:
-        unknown = set(return_keys) - set(log)
-        if unknown:
-            raise ValueError(f"return_keys {sorted(unknown)}: this model logs {', '.join(log)}")
-        log = {key: log[key] for key in return_keys}
-    return log
+    return _selected(log, return_keys)
+
+
+def _selected(log: dict[str, Tensor], keys: Sequence[str] | None) -> dict[str, Tensor]:
+    if keys is None:
+        return log
+    unknown = set(keys) - set(log)
+    if unknown:
+        raise ValueError(f"return_keys {sorted(unknown)}: this model logs {', '.join(log)}")
+    return {key: log[key] for key in keys}
 
 
 def _sample(
     model: LatentDiffusion, cond: Any, shape: Sequence[int], ddim_steps: int | None, ddim_eta: float, **kwargs: Any
 ) -> Samples:
-    """Sample with the averaged weights: DDIM with at most as many steps as the model has, or the ancestral sampler."""
-    with model.ema_scope("Plotting"):
-        batch_size, *latent = shape
-        if ddim_steps is None:
-            kwargs |= {"clip_denoised": model.clip_denoised, "log_every_t": model.log_every_t, "verbose": False}
-            return AncestralSampler(model).sample(model.num_timesteps, batch_size, latent, cond, **kwargs)
-        steps = min(ddim_steps, model.num_timesteps)
-        kwargs |= {"eta": ddim_eta, "log_every_t": max(1, steps // 8), "verbose": False}
-        return DDIMSampler(model).sample(steps, batch_size, latent, cond, **kwargs)
+    """Sample by DDIM with at most as many steps as the model has, or by the ancestral sampler."""
+    batch_size, *latent = shape
+    if ddim_steps is None:
+        kwargs |= {"clip_denoised": model.clip_denoised, "log_every_t": model.log_every_t, "verbose": False}
+        return AncestralSampler(model).sample(model.num_timesteps, batch_size, latent, cond, **kwargs)
+    steps = min(ddim_steps, model.num_timesteps)
+    kwargs |= {"eta": ddim_eta, "log_every_t": max(1, steps // 8), "verbose": False}
+    return DDIMSampler(model).sample(steps, batch_size, latent, cond, **kwargs)
 
 
 def tile_frames(frames: Sequence[Tensor]) -> Tensor:

@@ -330,6 +330,11 @@ class PublishedLatentDiffusion(PublishedDDPM):
         return rearrange(torch.stack(frames), "n b c h w -> c (b h) (n w)")
 
 
+def uniform_on_device(r1: float, r2: float, shape: Sequence[int], device: torch.device | str) -> Tensor:
+    """Return uniform random numbers between r1 and r2."""
+    return torch.rand(tuple(shape), device=device) * (r1 - r2) + r2
+
+
 def first_samples(cond: Conditioning, batch_size: int) -> Conditioning:
     """Return the condition of the first `batch_size` samples. Raises ValueError if it is for fewer."""
     size = condition_batch_size(cond)

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor
 
 from ldm import checkpoint
@@ -168,9 +169,7 @@ class LatentUpscaleDiffusion(LatentDiffusion):
 
     def further_parts(self, batch: Mapping[str, Any], size: Sequence[int], bs: int | None = None) -> dict[str, Any]:
         small = self.get_images(batch, self.low_scale_key, bs)
-        if small.shape[2:] != tuple(size):
-            given, wanted = ("x".join(map(str, sides)) for sides in (small.shape[2:], size))
-            raise ValueError(f"{self.low_scale_key}: images of {given} pixels, expected {wanted}, the latent's size")
+        check_low_resolution(self.low_scale_key, small, size)
         level = None
         if self.noise_level_key is not None:
             level = self._on_device(self.batch_value(batch, self.noise_level_key)[:bs])
@@ -181,6 +180,53 @@ class LatentUpscaleDiffusion(LatentDiffusion):
     def further_images(self, batch: Mapping[str, Any], inputs: Tensor, cond: Any) -> dict[str, Tensor]:
         x_lr = self.get_images(batch, self.low_scale_key, len(inputs))
         return {"x_lr": x_lr, "x_lr_noised": self.low_scale_model.decode(self.low_scale_model(x_lr)[0])}
+
+
+class LatentUpscaleFinetuneDiffusion(LatentFinetuneDiffusion):
+    """Text-conditional upscaling by a network that also takes low-resolution images of the latent's height and width.
+
+    concat_keys: images of the batch, (B, h, w, C) in [-1, 1]. reshuffle_patch_size: p moves each p x p patch of them to
+        the channels, so they may be p times as large.
+    low_scale_config: adds noise to those of `low_scale_key`; the noise level then is `c_adm`.
+    """
+
+    def __init__(
+        self,
+        *,
+        concat_keys: Sequence[str] = ("lr",),
+        reshuffle_patch_size: int | None = None,
+        low_scale_config: Mapping[str, Any] | None = None,
+        low_scale_key: str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if low_scale_config is not None and low_scale_key not in concat_keys:
+            raise ValueError(f"low_scale_key {low_scale_key!r}: choose one of concat_keys {list(concat_keys)}")
+        super().__init__(concat_keys=concat_keys, **kwargs)
+        self.reshuffle_patch_size, self.low_scale_key = reshuffle_patch_size, low_scale_key
+        self.low_scale_model: Any = None
+        if low_scale_config is not None:
+            self.low_scale_model = freeze(instantiate_from_config(low_scale_config))
+
+    def further_parts(self, batch: Mapping[str, Any], size: Sequence[int], bs: int | None = None) -> dict[str, Any]:
+        parts = self.adm_part(batch, bs)
+        images = []
+        for key in self.concat_keys:
+            x = self.get_images(batch, key, bs)
+            if self.reshuffle_patch_size is not None:
+                p = self.reshuffle_patch_size
+                x = rearrange(x, "b c (p1 h) (p2 w) -> b (p1 p2 c) h w", p1=p, p2=p)
+            if self.low_scale_model is not None and key == self.low_scale_key:
+                x, parts["c_adm"] = self.low_scale_model(x)
+            check_low_resolution(key, x, size)
+            images.append(x)
+        return {**parts, "c_concat": [torch.cat(images, dim=1)]}
+
+
+def check_low_resolution(key: str, small: Tensor, size: Sequence[int]) -> None:
+    """Raise ValueError unless the images (B, C, h, w) have the latent's `size` (h, w)."""
+    if small.shape[2:] != tuple(size):
+        given, wanted = ("x".join(map(str, sides)) for sides in (small.shape[2:], size))
+        raise ValueError(f"{key}: images of {given} pixels, expected {wanted}, the latent's size")
 
 
 def _find(key: str, given: Mapping[str, Tensor]) -> Tensor | None:

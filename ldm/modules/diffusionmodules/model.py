@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ldm.config.types import Dropout, NonNegativeInt, PositiveInt
 from ldm.modules.attention import LinearAttention
 from ldm.modules.attention import SpatialSelfAttention as AttnBlock
+from ldm.published import published_names
 
 ATTENTION_TYPES = ("vanilla", "vanilla-xformers", "linear", "none")
 NORM_GROUPS = 32
@@ -378,3 +379,10 @@ class Model(Network):
         for level in reversed(self.up):
             h = level(h, temb, skips=skips)
         return self.conv_out(F.silu(self.norm_out(h)))  # (B, out_ch, H, W)
+
+    def get_last_layer(self) -> Tensor:
+        """Return the weight of the last convolution, (out_ch, ch, 3, 3)."""
+        return self.conv_out.weight
+
+
+__getattr__ = published_names(__name__)

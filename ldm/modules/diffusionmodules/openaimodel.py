@@ -5,7 +5,8 @@ State-dict names, constructor options and the choice of attention heads are the 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import inspect
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -23,6 +24,7 @@ from ldm.modules.diffusionmodules.util import (
     timestep_embedding,
     zero_module,
 )
+from ldm.published import published_names
 
 T = TypeVar("T", int, bool)
 Context = Tensor | Sequence[Tensor] | None
@@ -34,7 +36,7 @@ class TimestepBlock(nn.Module):
 
 
 class TimestepEmbedSequential(nn.Sequential, TimestepBlock, ContextBlock):
-    """Layers in sequence; a `TimestepBlock` also gets the embedding, a `ContextBlock` the context."""
+    """Layers in sequence; a `TimestepBlock` also gets the embedding, a layer that `takes_context` the context."""
 
     def forward(self, x: Tensor, emb: Tensor | None = None, context: Context = None) -> Tensor:
         for layer in self:
@@ -43,8 +45,20 @@ class TimestepEmbedSequential(nn.Sequential, TimestepBlock, ContextBlock):
                 inputs.append(emb)
             if isinstance(layer, ContextBlock):
                 inputs.append(context)
-            x = layer(*inputs)
+            by_name = takes_context(type(layer)) and not isinstance(layer, ContextBlock)
+            x = layer(*inputs, context=context) if by_name else layer(*inputs)
         return x
+
+
+_TAKES_CONTEXT: dict[type, bool] = {}  # a plain dict, so that torch.compile reads it
+
+
+def takes_context(layer: type[nn.Module]) -> bool:
+    """Return whether layers of a class get the context: a `ContextBlock`, or one whose `forward` has a `context`."""
+    if layer not in _TAKES_CONTEXT:
+        declared = issubclass(layer, ContextBlock) or "context" in inspect.signature(layer.forward).parameters
+        _TAKES_CONTEXT[layer] = declared
+    return _TAKES_CONTEXT[layer]
 
 
 class Upsample(nn.Module):
@@ -496,9 +510,14 @@ class UNetTrunk(nn.Module):
             for c in contexts:
                 if c.ndim != 3 or c.shape[0] != batch or c.shape[2] not in widths:
                     raise ValueError(f"context of shape {tuple(c.shape)}: expected {expected}")
-        elif {type(m) for m in self.modules() if isinstance(m, ContextBlock)} == {TimestepEmbedSequential}:
+        elif not any(takes_context(type(layer)) for layer in self._block_layers()):
             raise ValueError("context is not supported: this UNet was built without use_spatial_transformer")
         return context.to(self.dtype) if isinstance(context, Tensor) else [c.to(self.dtype) for c in context]
+
+    def _block_layers(self) -> Iterator[nn.Module]:
+        for module in self.modules():
+            if isinstance(module, TimestepEmbedSequential):
+                yield from (layer for layer in module if not isinstance(layer, TimestepEmbedSequential))
 
     def encode(self, x: Tensor, emb: Tensor, context: Context = None, blocks: slice = slice(None)) -> list[Tensor]:
         """Outputs of the `input_blocks`, or of a range of them, (B, C_i, H_i, W_i) each: the skip connections.
@@ -672,3 +691,6 @@ def per_level(name: str, value: T | Sequence[T], levels: int) -> list[T]:
 
 def _dtype_of(module: nn.Module) -> torch.dtype:
     return next(module.parameters()).dtype
+
+
+__getattr__ = published_names(__name__)

@@ -19,6 +19,7 @@ from ldm.modules.diffusionmodules.schedule import make_beta_schedule as make_bet
 from ldm.modules.diffusionmodules.schedule import make_ddim_sampling_parameters as make_ddim_sampling_parameters
 from ldm.modules.diffusionmodules.schedule import make_ddim_timesteps as make_ddim_timesteps
 from ldm.modules.diffusionmodules.schedule import noise_like as noise_like
+from ldm.published import published_names
 from ldm.util import mean_flat as mean_flat
 
 M = TypeVar("M", bound=nn.Module)
@@ -104,3 +105,6 @@ def timestep_embedding(timesteps: Tensor, dim: int, max_period: float = 10000, r
     args = timesteps[:, None].float() * torch.exp(-math.log(max_period) * indices / half)  # (B, half); not half - 1
     embedding = torch.cat([args.cos(), args.sin()], dim=-1)
     return F.pad(embedding, (0, 1)) if dim % 2 else embedding
+
+
+__getattr__ = published_names(__name__)

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ldm.published import published_names
 from ldm.rng import Purpose, current_samples
 
 
@@ -77,3 +78,6 @@ def normal_kl(mean1: Tensor | float, logvar1: Tensor | float, mean2: Tensor | fl
 def _at_least_float32(*tensors: Tensor) -> list[Tensor]:
     """The tensors, those of 16 bits in float32: sums over thousands of latent elements need the precision."""
     return [x.to(torch.promote_types(x.dtype, torch.float32)) for x in tensors]
+
+
+__getattr__ = published_names(__name__)

@@ -1,29 +1,22 @@
 """Condition encoders: a class, a caption, an image or a map -> context for cross-attention, or channels."""
 
-import importlib
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ldm.config.instantiate import ALIASES
 from ldm.config.types import Dropout, NonNegativeInt, PositiveFloat, PositiveInt
 from ldm.modules.dtype import in_dtype, weights_dtype
 from ldm.modules.encoders.base import AbstractEncoder, CLIPTokensEncoder
 from ldm.modules.encoders.tokenizers import VOCAB_SIZE, BERTTokenizer
 from ldm.modules.x_transformer import Encoder, TransformerWrapper
+from ldm.published import published_names
 
-
-def __getattr__(name: str) -> Any:
-    # Imported on first use: the models of transformers and open_clip take about a second each, and few runs need them.
-    home = ALIASES.get(f"{__name__}.{name}")
-    if home is None:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(home.rpartition(".")[0]), name)
+# Imported on first use: the models of transformers and open_clip take about a second each, and few runs need them.
+__getattr__ = published_names(__name__)
 
 
 class ClassEmbedder(AbstractEncoder):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import numpy as np
 
 from ldm.modules.image_degradation.bsrgan import Degradation
+from ldm.published import published_names
 
 BSRGAN_LIGHT = Degradation(
     blurs=1,
@@ -23,3 +24,6 @@ BSRGAN_LIGHT = Degradation(
 def degradation_bsrgan_variant(image: np.ndarray, sf: int = 4) -> dict[str, np.ndarray]:
     """`image` uint8 (H, W, 3) -> {"image": uint8 (H // sf, W // sf, 3)}."""
     return {"image": BSRGAN_LIGHT(image, sf)}
+
+
+__getattr__ = published_names(__name__)

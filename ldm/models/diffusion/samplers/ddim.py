@@ -26,8 +26,15 @@ def ddim_steps(model: DiffusionModel, S: int, eta: float, spacing: str) -> Steps
 
 
 def published_arguments(sampler: Sampler, run: SamplingRun) -> dict[str, Any]:
-    """Arguments of the published steps `p_sample_ddim` and `p_sample_plms` after x, c, t and index."""
+    """Arguments of the published steps `p_sample_ddim` and `p_sample_plms` after x, c, t and index.
+
+    Options that they do not have in the published code are passed only if they are set.
+    """
+    defaults = SamplingOptions()
+    ours = ("guidance_rescale", "dynamic_threshold", "clip_denoised", "repeat_noise", "noise_source")
+    set_here = {name: getattr(run.options, name) for name in ours}
     return {
+        **{name: value for name, value in set_here.items() if value != getattr(defaults, name)},
         "use_original_steps": run.steps is not sampler._scheduled,
         "quantize_denoised": run.options.quantize_x0,
         "temperature": run.options.temperature,
