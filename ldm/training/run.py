@@ -26,6 +26,7 @@ from ldm.config.instantiate import ConfigError, instantiate_from_config
 from ldm.config.model_info import model_info
 from ldm.config.validate import check_class_count
 from ldm.data.datamodule import DataModuleFromConfig
+from ldm.inference.requests import script_for
 from ldm.training.devices import Machine, choose_devices
 from ldm.training.flags import RunOptions
 from ldm.training.report import TrainingFailed, is_main_process
@@ -118,13 +119,15 @@ def next_command(config: DictConfig, run: Path) -> str:
     if "unet_config" not in params or "Classifier" in target:
         return ""
     content: Any = OmegaConf.to_container(config, resolve=True)
-    info = model_info(content)
-    if info.takes_text and not info.concat_channels:
-        return f'python scripts/txt2img.py --ckpt {place} --prompt "..."'
-    if info.condition_name in ("__is_unconditional__", "ClassEmbedder"):
-        classes = " --classes 0 1 2" if info.n_classes else ""
-        return f"python scripts/sample_diffusion.py -r {place} -n 16{classes}"
-    return ""
+    script = script_for(model_info(content)).split()[0]
+    flags = {
+        "scripts/txt2img.py": f'--ckpt {place} --prompt "..."',
+        "scripts/inpaint.py": f"--ckpt {place} --init-img photo.png --mask mask.png --outdir results",
+        "scripts/upscale.py": f"--ckpt {place} --init-img small.png",
+        "scripts/sample_diffusion.py": f"-r {place} -n 16",
+        "scripts/sample_conditional.py": f"-r {place}",
+    }
+    return f"python {script} {flags[script]}" if script in flags else ""
 
 
 def _misfits(message: str) -> str:

@@ -1,9 +1,13 @@
 """The part of a run that needs torch: messages."""
 
+from pathlib import Path
+
 import pytest
+from omegaconf import OmegaConf
 from torch import nn
 
-from ldm.training.run import _misfits
+from ldm.paths import ROOT
+from ldm.training.run import _misfits, next_command
 
 
 def test_a_state_of_another_shape_is_described_by_three_keys_the_count_and_the_settings():
@@ -16,3 +20,21 @@ def test_a_state_of_another_shape_is_described_by_three_keys_the_count_and_the_s
     text = _misfits(str(error.value))
     assert text.startswith("encoder.conv_in.weight is [64, 3, 3, 3] in the file and [32, 3, 3, 3] in the model; ")
     assert text.count("in the file") == 3 and " and 4 more; the file needs ddconfig.ch=64; undo the change" in text
+
+
+@pytest.mark.parametrize(
+    "config, command",
+    [
+        ("recipes/text-to-image-folder", 'scripts/txt2img.py --ckpt "logs/a run" --prompt "..."'),
+        ("recipes/class-conditional-folder", 'scripts/sample_diffusion.py -r "logs/a run" -n 16'),
+        ("recipes/super-resolution-folder", 'scripts/upscale.py --ckpt "logs/a run" --init-img small.png'),
+        ("recipes/inpainting-folder", 'scripts/inpaint.py --ckpt "logs/a run" --init-img photo.png --mask'),
+        ("latent-diffusion/celebahq-ldm-vq-4", 'scripts/sample_diffusion.py -r "logs/a run" -n 16'),
+        ("../models/ldm/semantic_synthesis256/config", 'scripts/sample_conditional.py -r "logs/a run"'),
+        ("../models/ldm/layout2img-openimages256/config", 'scripts/sample_conditional.py -r "logs/a run"'),
+        ("recipes/autoencoder-folder", "main.py --base configs/recipes/text-to-image-folder.yaml"),
+    ],
+)
+def test_a_finished_run_names_the_command_that_uses_it(config, command):
+    yaml = OmegaConf.load(ROOT / "configs" / f"{config}.yaml")
+    assert next_command(yaml, Path("logs/a run")).replace("'", '"').startswith(f"python {command}")
