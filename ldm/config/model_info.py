@@ -129,9 +129,7 @@ def model_info(config: Mapping[str, Any], path: Path | None = None) -> ModelInfo
         null_class=null_class,
         zero_terminal_snr=bool(params.get("zero_terminal_snr", False)),
         safety=_safety(config, path),
-        max_noise_level=None
-        if low_scale is None
-        else int((low_scale.get("params") or {}).get("max_noise_level", 1000)),
+        max_noise_level=None if low_scale is None else int(value_at(low_scale, "params", "max_noise_level") or 1000),
         config=config,
         path=path,
     )

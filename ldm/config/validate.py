@@ -25,7 +25,7 @@ from ldm.config.instantiate import (
 from ldm.config.signature import class_exists, classes_of_module, constructor_arguments
 from ldm.config.suggest import did_you_mean
 from ldm.config.trainer_keys import UNSUPPORTED, trainer_keys, trainer_types
-from ldm.config.types import arguments_of
+from ldm.config.types import arguments_of, shown
 from ldm.paths import ROOT
 
 SECTIONS = ("model", "data", "lightning")
@@ -191,7 +191,7 @@ def _missing_weights(config: DictConfig) -> Iterator[tuple[str, str]]:
 
 
 def _nodes(node: Any, path: str) -> Iterator[_Node]:
-    """Yield every node with a target, outer ones first.
+    """Yield every node with a target, outer ones first; raise ConfigError for one whose params are no mapping.
 
     A target without a dot, as in {target: eps}, is an ordinary argument, except at `model` and `data`.
     """
@@ -201,7 +201,11 @@ def _nodes(node: Any, path: str) -> Iterator[_Node]:
     if not isinstance(node, Mapping):
         return
     target, params = node.get("target"), node.get("params") or {}
-    if isinstance(target, str) and isinstance(params, dict) and ("." in target or path in ("model", "data")):
+    if isinstance(target, str) and ("." in target or path in ("model", "data")):
+        if not isinstance(params, dict):
+            raise ConfigError(
+                f"{join_path(path, 'params')} {shown(params)}: expected a mapping of arguments of {target}"
+            )
         yield _Node(path, target, params, list(map(str, node)))
     for key, value in node.items():
         place = join_path(path, str(key))

@@ -188,3 +188,11 @@ def test_values_are_converted_in_place_and_interpolations_stay():
         "lightning": {"trainer": {"max_epochs": 3, "limit_val_batches": 1.0}},
     }
     assert type(config.model.params.timesteps) is int and type(config.lightning.trainer.limit_val_batches) is float
+
+
+@pytest.mark.parametrize("place", ["model", "model.params.at", "data.params.train"])
+def test_params_that_are_no_mapping_are_refused(place):
+    config = OmegaConf.merge(toy_config(), {"model": {"params": {"at": {"target": "torch.nn.Identity"}}}})
+    OmegaConf.update(config, f"{place}.params", 3, merge=False)
+    with pytest.raises(ConfigError, match=rf"^{re.escape(place)}\.params 3: expected a mapping of arguments of "):
+        convert_types(config)

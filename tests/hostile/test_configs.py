@@ -192,7 +192,9 @@ def test_an_override_is_data_too(value, evil):
         check_config(
             OmegaConf.merge(
                 training_config._apply(
-                    OmegaConf.create(TRAINING), f"model.params.scale_factor={value.replace('CANARY', str(evil))}"
+                    OmegaConf.create(TRAINING),
+                    f"model.params.scale_factor={value.replace('CANARY', str(evil))}",
+                    {},
                 )
             )
         )

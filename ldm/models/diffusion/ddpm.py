@@ -64,7 +64,7 @@ class DDPM(TrainedModule, PublishedDDPM):
         monitor: str | None = "val/loss",
         use_ema: bool = True,
         first_stage_key: str = "image",
-        image_size: PositiveInt | Sequence[PositiveInt] = 256,
+        image_size: PositiveInt | tuple[PositiveInt, PositiveInt] = 256,
         channels: PositiveInt = 3,
         log_every_t: PositiveInt = 100,
         clip_denoised: bool = True,
