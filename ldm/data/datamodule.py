@@ -404,12 +404,12 @@ def _check_training_data(datasets: Mapping[str, Any]) -> None:
     if split in ("validation", "test") and (train.split or _has_training_sibling(root)):
         advice = "set data.params.train.params.split to train, and root to the folder with the splits"
         raise ConfigError(f"data.params.train: {train.root} holds the {split} split; {advice}")
-    trained = {root / item.name for item in train.items}
+    trained = {f"{root}/{item.name}" for item in train.items}
     for name, other in datasets.items():
         other = _unwrapped(other)
         if name in ("validation", "test") and isinstance(other, ImageFolder):
             folder = other.root.resolve()
-            if common := sum(folder / item.name in trained for item in other.items):
+            if common := sum(f"{folder}/{item.name}" in trained for item in other.items):
                 problem = f"{common} of {len(other)} images of {name} are trained on too; set split in both"
                 logger.warning("%-11s %s", "data", problem)
 
