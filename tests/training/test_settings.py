@@ -46,3 +46,10 @@ def test_seed_comes_from_the_flag_then_the_yaml_then_is_23():
     assert resolve_settings(RunOptions(), OmegaConf.create({})).seed == 23
     assert resolve_settings(RunOptions(), OmegaConf.create({"seed": 4})).seed == 4
     assert resolve_settings(RunOptions(seed=0), OmegaConf.create({"seed": 4})).lightning.seed == 0
+
+
+def test_trainer_settings_are_converted_whether_they_come_from_flags_or_from_a_yaml():
+    options = RunOptions(trainer={"max_steps": 100.0, "limit_val_batches": 1.0})
+    assert resolve_settings(options, OmegaConf.create({})).trainer == {"max_steps": 100, "limit_val_batches": 1.0}
+    with pytest.raises(ConfigError, match=r"^--max_steps 3\.7: expected an integer >= -1 or null$"):
+        resolve_settings(RunOptions(trainer={"max_steps": 3.7}), OmegaConf.create({}))
