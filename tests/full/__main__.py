@@ -13,6 +13,7 @@ CHECKS = {
     "ranks": "6 minutes",
     "kills": "1 minute",
     "stops": "10 minutes",
+    "run_kills": "10 minutes",
 }
 
 

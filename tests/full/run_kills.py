@@ -1,0 +1,196 @@
+"""Runs that are killed, and newest checkpoints that are damaged: a resumed run ends as an uninterrupted one."""
+
+from __future__ import annotations
+
+import csv
+import os
+import random
+import shutil
+import signal
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import ldm.callbacks.checkpoints as checkpoints
+import ldm.callbacks.run_directory as run_directory
+import ldm.training.loggers as loggers
+import ldm.training.run_directory as directories
+from ldm.checkpoint import write
+from ldm.checkpoint.formats import global_step
+from ldm.checkpoint.resume import find_checkpoint
+from tests.full.stops import difference, result, run_of, train
+
+STEPS = "lightning.modelcheckpoint.params.every_n_train_steps=1"
+WAYS = {
+    "monitor": ["--max_epochs", "3", STEPS, "--logger", "true", "--log_every_n_steps", "1"],
+    "no-monitor": ["--max_epochs", "3", "model.params.monitor=null", "--logger", "true", "--log_every_n_steps", "1"],
+}
+# Functions before whose call number n the process is killed.
+FAULTS: dict[str, tuple[Any, str]] = {
+    "checkpoint": (write, "_torch_save"),
+    "verification": (write, "verify_checkpoint"),
+    "rename": (os, "replace"),
+    "copy": (checkpoints, "copy_file"),
+    "removal": (checkpoints.CheckpointPolicy, "_remove_checkpoint"),
+    "configs": (run_directory, "save_text"),
+    "launch": (directories, "save_text"),
+    "metrics": (loggers, "save_text"),
+}
+
+
+def in_child(call: Callable[[], int], kill_after: float | None = None) -> int:
+    """Call in a forked process, killed after some seconds -> its exit code, or -9."""
+    child = os.fork()
+    if child == 0:
+        code = 70
+        try:
+            null = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(null, 1)
+            os.dup2(null, 2)
+            torch.set_num_threads(1)
+            code = call()
+        finally:
+            os._exit(code)
+    if kill_after is not None:
+        time.sleep(kill_after)
+        os.kill(child, signal.SIGKILL)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def started(folder: Path) -> bool:
+    """True if a run left configs to resume from; removes what an earlier kill left."""
+    runs = list((folder / "logs").glob("*_run*"))
+    if any(list(run.glob("configs/*-lightning.yaml")) for run in runs):
+        return True
+    shutil.rmtree(folder, ignore_errors=True)
+    return False
+
+
+def check_end(folder: Path, whole: dict[str, Any]) -> None:
+    """AssertionError unless the finished run equals the uninterrupted one and left no temporary file."""
+    assert not (found := difference(whole["files"], result(folder)["files"])), found
+    assert not list(folder.rglob("*.tmp")), list(folder.rglob("*.tmp"))
+    with open(run_of(folder) / "csv" / "metrics.csv", newline="") as file:
+        steps = [row["step"] for row in csv.DictReader(file) if row.get("train/loss_step") or row.get("train/loss")]
+    twice = [step for step, count in Counter(steps).items() if count > 1]
+    assert steps and not twice, f"steps twice in metrics.csv: {twice}"
+    assert [int(step) for step in steps] == sorted(map(int, steps))
+
+
+def uninterrupted(folder: Path, way: str) -> dict[str, Any]:
+    assert in_child(lambda: train(folder / "whole", WAYS[way])) == 0
+    return result(folder / "whole")
+
+
+def check_kills(folder: Path, way: str, kills: int = 50, seed: int = 0) -> Iterator[int]:
+    """Kill -9 at random moments of runs that are resumed until they end -> the number of kills so far."""
+    draw, done, number = random.Random(seed), 0, 0
+    begin = time.monotonic()
+    whole = uninterrupted(folder, way)
+    seconds = time.monotonic() - begin
+    while done < kills:
+        part, number, resume = folder / f"part-{number}", number + 1, False
+        for _ in range(6):
+            code = in_child(lambda: train(part, WAYS[way], resume=resume), draw.uniform(0, 1.1 * seconds))  # noqa: B023
+            if code == 0:
+                break
+            assert code == -signal.SIGKILL, f"exit code {code}"
+            done += 1
+            yield done
+            resume = started(part)
+        if code != 0:
+            code = in_child(lambda: train(part, WAYS[way], resume=resume))  # noqa: B023
+        assert code == 0, f"not resumed: exit code {code}"
+        check_end(part, whole)
+
+
+def check_faults(
+    folder: Path, way: str, faults: Iterable[str] = FAULTS, calls: Iterable[int] = range(8)
+) -> Iterator[str]:
+    """Kill before call number n of each function, in the run and in its resume, then let it end."""
+    whole = uninterrupted(folder, way)
+
+    def killed(part: Path, fault: str, call: int, resume: bool) -> int:
+        owner, name = FAULTS[fault]
+        original, count = getattr(owner, name), iter(range(1000))
+
+        def replacement(*args: Any, **kwargs: Any) -> Any:
+            if next(count) == call:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return original(*args, **kwargs)
+
+        setattr(owner, name, replacement)  # of the child process alone
+        return train(part, WAYS[way], resume=resume)
+
+    for fault in faults:
+        for call in calls:
+            part, resume = folder / f"{fault}-{call}", False
+            for _ in range(2):
+                code = in_child(lambda: killed(part, fault, call, resume))  # noqa: B023
+                assert code in (0, -signal.SIGKILL), f"{fault} {call}: exit code {code}"
+                if code == 0:
+                    break
+                resume = started(part)
+            if code != 0:
+                code = in_child(lambda: train(part, WAYS[way], resume=resume))  # noqa: B023
+            assert code == 0, f"{fault} {call}: not resumed: exit code {code}"
+            check_end(part, whole)
+            yield f"{fault} {call}"
+
+
+def damages(size: int, seed: int = 0) -> dict[str, Callable[[Path], None]]:
+    """Ways to damage a file of `size` bytes in place: 20 truncations, 20 flipped bits, empty, missing."""
+    draw = random.Random(seed)
+
+    def flip(path: Path, offset: int, bit: int) -> None:
+        with open(path, "r+b") as file:
+            file.seek(offset)
+            byte = file.read(1)[0]
+            file.seek(offset)
+            file.write(bytes([byte ^ (1 << bit)]))
+
+    found: dict[str, Callable[[Path], None]] = {"empty": lambda path: os.truncate(path, 0), "missing": Path.unlink}
+    for offset in draw.sample(range(1, size), 20):
+        found[f"truncated at {offset}"] = lambda path, offset=offset: os.truncate(path, offset)
+    for offset in draw.sample(range(size), 20):
+        found[f"bit of {offset}"] = lambda path, offset=offset: flip(path, offset, offset % 8)
+    return found
+
+
+def check_damage(folder: Path, way: str, keep: Callable[[str], bool] = lambda name: True) -> Iterator[str]:
+    """Damage last.ckpt in each way: the run resumes at the same step."""
+    uninterrupted(folder, way)
+    run = run_of(folder / "whole")
+    last = run / "checkpoints" / "last.ckpt"
+    content, step = last.read_bytes(), global_step(last)
+    for name, damage in damages(len(content)).items():
+        if keep(name):
+            damage(last)
+            found = find_checkpoint(run, full_state=True)
+            same = last.exists() and last.read_bytes() == content
+            assert global_step(found) == step, f"{name}: {found} is of step {global_step(found)}, not {step}"
+            assert same or found != last or name.startswith("bit"), f"{name}: not detected"
+            last.write_bytes(content)
+            yield name
+
+
+def run(parts: Iterable[str] = ("kills", "faults", "damage")) -> Iterator[str]:
+    """Yield one line per part and kind of run."""
+    for part in parts:
+        for way in WAYS:
+            with tempfile.TemporaryDirectory() as name:
+                folder = Path(name)
+                if part == "kills":
+                    done = sum(1 for _ in check_kills(folder, way))
+                    yield f"{way}: killed at {done} random moments; all runs ended as an uninterrupted one"
+                elif part == "faults":
+                    done = sum(1 for _ in check_faults(folder, way))
+                    yield f"{way}: killed at {done} fault points; all runs ended as an uninterrupted one"
+                else:
+                    done = sum(1 for _ in check_damage(folder, way))
+                    yield f"{way}: last.ckpt damaged in {done} ways; each resumes at the same step"
