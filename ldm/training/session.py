@@ -60,7 +60,8 @@ def _run(options: RunOptions, words: list[str]) -> int:
         config["lightning"] = {}
     settings = resolve_settings(options, config.lightning)
     if directory.resumed:
-        log_changes(before, OmegaConf.to_container(OmegaConf.merge(config, {"lightning": settings.lightning})))
+        sections: Any = OmegaConf.to_container(config)
+        log_changes(before, {**sections, "lightning": OmegaConf.to_container(settings.lightning)})
     if not options.train and not (config.data.get("params") or {}).get("test"):
         raise ConfigError("nothing to do: pass -t to train, or set data.params.test to evaluate")
     sources = [*([f"{directory.path}/configs"] if directory.resumed else []), *options.base, *options.overrides]
