@@ -33,8 +33,8 @@ def read_prompts(path: str | Path) -> list[str]:
         raise ValueError(f"{flag}: not UTF-8 text ({byte}); save it as UTF-8, one prompt per line") from error
     except OSError as error:
         raise ValueError(f"{flag}: {error.strerror or error}; pass a text file with one prompt per line") from error
-    if "\0" in text:
-        raise ValueError(f"{flag}: not UTF-8 text (it has zero bytes); save it as UTF-8, one prompt per line")
+    if 3 * text.count("\0") > len(text):  # UTF-16 without a mark
+        raise ValueError(f"{flag}: not UTF-8 text (zero bytes); save it as UTF-8, one prompt per line")
     prompts = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")  # as ldm.data.tables, which imports torch
     if not prompts[-1]:  # after the last line's end
         prompts.pop()
