@@ -1,8 +1,31 @@
 """The published small helpers."""
 
+import numpy as np
+import pytest
 import torch
 
 from ldm import util
+
+
+def double(part):
+    return np.asarray(part) * 2
+
+
+def numbered(work):
+    number, part = work
+    return [(number, len(part))]
+
+
+@pytest.mark.parametrize("cpu_intensive", [True, False])
+def test_parts_of_the_data_are_processed_in_parallel_and_joined_in_order(cpu_intensive):
+    options = {"n_proc": 3, "cpu_intensive": cpu_intensive}
+    out = util.parallel_data_prefetch(double, np.arange(14.0).reshape(7, 2), **options)
+    assert np.array_equal(out, np.arange(14.0).reshape(7, 2) * 2)
+    parts = util.parallel_data_prefetch(numbered, range(7), target_data_type="list", use_worker_id=True, **options)
+    assert parts == [(0, 3), (1, 3), (2, 1)]
+    assert len(util.parallel_data_prefetch(len, list(range(7)), target_data_type="dict", **options)) == 3
+    with pytest.raises(ValueError, match="n_proc 0"):
+        util.parallel_data_prefetch(double, [1], n_proc=0)
 
 
 def test_default_calls_functions_only_if_needed():

@@ -183,3 +183,31 @@ def test_guidance_changes_the_text_under_the_same_further_parts(kind):
     assert guided.isfinite().all() and not torch.allclose(guided, plain)
     if isinstance(uncond, dict):
         assert all(a is b for a, b in zip(uncond["c_concat"], c["c_concat"], strict=True))
+
+
+@pytest.mark.parametrize("patch, noised", [(None, False), (2, False), (None, True)])
+def test_an_upscaling_fine_tune_takes_low_resolution_images_as_channels(patch, noised):
+    side, channels = 8 * (patch or 1), 3 * (patch or 1) ** 2
+    low = KINDS["x4"]["low_scale_config"] if noised else None
+    network = KINDS["x4"]["unet_config"] if noised else KINDS["sd-inpaint"]["unet_config"]
+    network = {**network, "params": {**network["params"], "in_channels": 4 + channels}}
+    model = tiny(
+        "sd-inpaint",
+        target="LatentUpscaleFinetuneDiffusion",
+        concat_keys=["lr"],
+        reshuffle_patch_size=patch,
+        low_scale_config=low,
+        low_scale_key="lr" if noised else None,
+        conditioning_key="hybrid-adm" if noised else "hybrid",
+        unet_config=network,
+    )
+    images = torch.tanh(randn(7, 2, side, side, 3))
+    z, c = model.get_input({**batch(), "lr": images}, "image")
+    assert c["c_concat"][0].shape == (2, channels, 8, 8) and ("c_adm" in c) is noised
+    if patch is None and not noised:
+        assert torch.equal(c["c_concat"][0], images.permute(0, 3, 1, 2))
+    if patch:
+        assert torch.equal(c["c_concat"][0][:, 0], images[:, :8, :8, 0])
+    assert model.apply_model(z, torch.tensor([3, 5]), c).isfinite().all()
+    with pytest.raises(ValueError, match="lr: images of 3x3 pixels, expected 8x8"):
+        model.get_input({**batch(), "lr": images[:, : 3 * (patch or 1), : 3 * (patch or 1)]}, "image")

@@ -164,3 +164,27 @@ def test_a_checkpoint_that_holds_the_weights_is_enough(tmp_path, seeded, no_hub)
 def test_invalid_parameters_are_refused_while_building(params, words):
     with pytest.raises(ValueError, match=words):
         FrozenCLIPEmbedder(**params)
+
+
+def test_clip_skip_as_research_code_writes_it():
+    """Replaced `forward`: the published tokenizer and transformer, an earlier layer, the final LayerNorm."""
+
+    def forward(self, text):
+        names = ("bos_token_id", "eos_token_id", "pad_token_id")
+        begin, end, pad = (getattr(self.tokenizer, name) for name in names)
+        assert (begin, end, pad) == (49406, 49407, 49407)
+        ids = [
+            [begin, *tokens[:75], end]
+            for tokens in self.tokenizer(text, truncation=False, add_special_tokens=False)["input_ids"]
+        ]
+        tokens = torch.tensor([row + [pad] * (77 - len(row)) for row in ids]).to(self.device)
+        out = self.transformer(input_ids=tokens, output_hidden_states=True)
+        return self.transformer.text_model.final_layer_norm(out.hidden_states[-self.clip_skip])
+
+    model = tiny().eval()
+    model.device = "cuda"  # published scripts set it; it changes nothing
+    texts = ["a red kite", "two boats"]
+    for model.clip_skip in (1, 2):
+        out = forward(model, texts)
+        assert out.shape[:2] == (2, 77)
+        assert torch.allclose(out, model(texts), atol=1e-5) is (model.clip_skip == 1)
