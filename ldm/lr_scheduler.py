@@ -6,8 +6,11 @@ They return Python floats, because `weights_only=True` cannot load a numpy scala
 import logging
 import math
 from collections.abc import Sequence
+from typing import Annotated
 
 logger = logging.getLogger(__name__)
+
+Multiplier = Annotated[float, ">= 0"]
 
 
 class CyclicSchedule:
@@ -20,11 +23,11 @@ class CyclicSchedule:
     def __init__(
         self,
         warm_up_steps: Sequence[int],
-        f_min: Sequence[float],
-        f_max: Sequence[float],
-        f_start: Sequence[float],
+        f_min: Sequence[Multiplier],
+        f_max: Sequence[Multiplier],
+        f_start: Sequence[Multiplier],
         cycle_lengths: Sequence[int],
-        verbosity_interval: int = 0,
+        verbosity_interval: Annotated[int, ">= 0"] = 0,
     ) -> None:
         lists = {"warm_up_steps": warm_up_steps, "f_min": f_min, "f_max": f_max, "f_start": f_start}
         lengths = {name: len(values) for name, values in {**lists, "cycle_lengths": cycle_lengths}.items()}
@@ -92,10 +95,10 @@ class LambdaWarmUpCosineScheduler(LambdaWarmUpCosineScheduler2):
     def __init__(
         self,
         warm_up_steps: int,
-        lr_min: float,
-        lr_max: float,
-        lr_start: float,
+        lr_min: Multiplier,
+        lr_max: Multiplier,
+        lr_start: Multiplier,
         max_decay_steps: int,
-        verbosity_interval: int = 0,
+        verbosity_interval: Annotated[int, ">= 0"] = 0,
     ) -> None:
         super().__init__([warm_up_steps], [lr_min], [lr_max], [lr_start], [max_decay_steps], verbosity_interval)

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from ldm.config.instantiate import ConfigError, instantiate_from_config
 from ldm.lr_scheduler import LambdaLinearScheduler, LambdaWarmUpCosineScheduler, LambdaWarmUpCosineScheduler2
 from tests.reference import GOLDEN, TOLERANCE, rel_error
 
@@ -66,3 +67,9 @@ def test_logs_at_its_interval(caplog):
         for n in range(11):
             schedule(n)
     assert len(caplog.records) == 3
+
+
+def test_a_multiplier_is_finite_and_not_negative_in_a_config():
+    params = {"warm_up_steps": [1], "f_min": [0.0], "f_max": [-1.0], "f_start": [0.0], "cycle_lengths": [9]}
+    with pytest.raises(ConfigError, match=r"params\.f_max \[-1\.0\]: expected a list \(each item: a number >= 0\)"):
+        instantiate_from_config({"target": "ldm.lr_scheduler.LambdaLinearScheduler", "params": params})

@@ -31,6 +31,7 @@ _ALIASES = {
     "Probability": "Annotated[float, '[0, 1]']",
     "Dropout": "Annotated[float, '[0, 1)']",
     "Size": "PositiveInt | tuple[PositiveInt, PositiveInt]",
+    "Multiplier": "Annotated[float, '>= 0']",  # of ldm.lr_scheduler
     "PathText": "Path",
     "PathLike": "Path",
     "PathType": "Path",

@@ -18,7 +18,7 @@ from PIL import Image
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from ldm.config.types import PathText
+from ldm.config.types import PathText, PositiveInt
 from ldm.data.base import DataConfigError, check_choice, check_probability
 from ldm.data.captions import SIDECAR, TABLES, CaptionPolicy, read_sidecar, read_table
 from ldm.data.image import (
@@ -112,15 +112,15 @@ class ImageFolder(Dataset):
         caption_column: str | None = None,
         caption_encoding: str = "utf-8",
         missing_caption: str = "raise",
-        max_caption_chars: int = 4000,
+        max_caption_chars: PositiveInt = 4000,
         long_caption: str = "truncate",
         class_labels: bool = False,
         classes: PathText | Sequence[str] | None = None,
         split: str | None = None,
         validation_fraction: float = 0.05,
         on_error: str = "raise",
-        min_size: int = 2,
-        max_pixels: int = MAX_PIXELS,
+        min_size: PositiveInt = 2,
+        max_pixels: PositiveInt = MAX_PIXELS,
         image_key: str = "image",
         caption_key: str = "caption",
     ) -> None:
