@@ -77,13 +77,16 @@ def save_bytes(path: str | os.PathLike, content: bytes, replace: bool = True) ->
 
 
 def save_text(path: str | os.PathLike, text: str, replace: bool = True) -> Path:
-    """Write a UTF-8 file with the line ends of `text` -> its path; errors as in `atomic_file`."""
-    return save_bytes(path, text.encode(), replace)
+    """Write a UTF-8 file with the line ends of `text` -> its path; errors as in `atomic_file`.
+
+    Bytes of file names that are not UTF-8 (surrogates in Python's strings) are written as they are.
+    """
+    return save_bytes(path, text.encode(errors="surrogateescape"), replace)
 
 
 def append_text(path: str | os.PathLike, text: str) -> None:
     """Add UTF-8 text to a file; an error leaves the file as it was. Raises WriteError if writing fails."""
-    rest = text.encode()
+    rest = text.encode(errors="surrogateescape")
     with write_errors(Path(path), len(rest)), open(path, "ab", buffering=0) as file:
         end = file.tell()
         try:

@@ -42,6 +42,11 @@ def test_a_file_that_does_not_fit_is_absent_and_the_error_has_path_reason_and_by
     assert names(tmp_path) == (["a.yaml"] if before else []) and (not before or path.read_bytes() == before)
 
 
+def test_names_that_are_not_utf8_are_written_byte_for_byte(tmp_path):
+    name = os.fsdecode(b"caf\xe9")
+    assert save_text(tmp_path / "classes.txt", f"{name}\r\n").read_bytes() == b"caf\xe9\r\n"
+
+
 def test_text_that_cannot_be_appended_leaves_the_file_as_it_was(tmp_path, file_size_limit):
     path = save_text(tmp_path / "metrics.csv", "step\n")
     atomic.append_text(path, "1\n")
