@@ -69,9 +69,8 @@ def main(argv: Sequence[str]) -> int:
     autoencoder = train(AUTOENCODER, opt.outdir, opt.seed, opt.fast, stages)
     first_stage = f"model.params.first_stage_config.params.ckpt_path={autoencoder / 'checkpoints' / 'last.ckpt'}"
     text2image = train(TEXT2IMAGE, opt.outdir, opt.seed, opt.fast, stages, first_stage)
-    checkpoint = text2image / "checkpoints" / "last.ckpt"
-    sample = ["scripts/txt2img.py", "--config", TEXT2IMAGE, "--ckpt", str(checkpoint)]
-    sample += ["--H", str(SIZE), "--W", str(SIZE), "--ddim_steps", str(DDIM_STEPS), "--scale", f"{GUIDANCE:g}"]
+    sample = ["scripts/txt2img.py", "--ckpt", str(text2image)]
+    sample += ["--ddim_steps", str(DDIM_STEPS), "--scale", f"{GUIDANCE:g}"]
     sample += ["--seed", str(opt.seed), "--n_iter", "1"]
     generated = text2image / "generated"
     many = ["--from-file", str(prompt_file), "--n_samples", "100", "--skip_grid", "--outdir", str(generated)]
