@@ -143,7 +143,7 @@ def test_the_tables_of_samplers_match_the_code():
 
 def test_every_flag_in_the_documents_exists():
     named = set(re.findall(r"(?<![\w-])--[a-zA-Z][\w-]+", DOCUMENTS))
-    known = {"--help", *training_parser().flags}
+    known = {"--help", *training_parser().flags, "--rdzv-id", "--max-restarts", "--requeue"}  # of torchrun, sbatch
     scripts = "txt2img img2img inpaint upscale sample_diffusion sample_conditional knn2img train_searcher convert"
     scripts += " tests.test_watermark"
     for name in scripts.split():
