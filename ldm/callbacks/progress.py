@@ -163,7 +163,7 @@ class RunReport(pl.Callback):
             loop.val_loop.setup_data()
             trainer.training = True
         for board in trainer.loggers:
-            if (resume_at := getattr(board, "resume_at", None)) is not None and trainer.ckpt_path:
+            if (resume_at := getattr(board, "resume_at", None)) is not None:
                 resume_at(loop._batches_that_stepped, bool(getattr(trainer.fit_loop, "unfinished", False)))
         batches = trainer.num_training_batches
         per_epoch = f"{batches} batches per epoch" if math.isfinite(batches) else "a stream"

@@ -18,7 +18,7 @@ from ldm.atomic import append_text, save_text
 logger = logging.getLogger(__name__)
 
 _MAX_PENDING = 100_000  # rows kept in memory while the file cannot be written
-_METHODS = ("log_metrics", "log_hyperparams", "log_graph", "save", "finalize", "after_save_checkpoint")
+_METHODS = ("resume_at", "log_metrics", "log_hyperparams", "log_graph", "save", "finalize", "after_save_checkpoint")
 
 
 class MetricsFile(Logger):
@@ -129,7 +129,7 @@ def never_fail(board: Logger) -> Logger:
 
         return call
 
-    members: dict[str, Any] = {name: guarded(getattr(cls, name)) for name in _METHODS}
+    members: dict[str, Any] = {name: guarded(getattr(cls, name)) for name in _METHODS if hasattr(cls, name)}
     original = getattr(cls, "experiment", None)
     if isinstance(original, property):
 

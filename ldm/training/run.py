@@ -13,8 +13,10 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 from omegaconf import DictConfig, OmegaConf
+from pytorch_lightning.strategies import DDPStrategy
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from pytorch_lightning.utilities.model_helpers import is_overridden
+from torch.distributed.rendezvous import rendezvous
 
 from ldm.callbacks import SignalCallback, StepSeed
 from ldm.callbacks.checkpoints import shown
@@ -77,6 +79,7 @@ def fit(trainer: pl.Trainer, model: pl.LightningModule, data: Any, directory: Ru
     steps = next(each for each in callbacks if isinstance(each, StepSeed))
     checkpoint = None if directory.checkpoint is None else str(directory.checkpoint)
     try:
+        _separate_restart(trainer)
         trainer.fit(model, data, ckpt_path=checkpoint, weights_only=True)
     except Stopped as stop:
         resumable = stop.checkpoint or any(directory.configs.glob("*.yaml"))
@@ -142,6 +145,21 @@ def _misfits(message: str) -> str:
     advice = advise_settings({name: (before, now) for name, (before, now) in numbers.items()})
     advice = f"{advice}; " if advice else ""
     return f"{'; '.join(keys[:3])}{more}; {advice}undo the change of model.params (see the lines 'changed')"
+
+
+def _separate_restart(trainer: pl.Trainer) -> None:
+    """Give the ranks of a restart by torchrun their own keys in the agent's store.
+
+    It still holds the addresses of the processes that died; a rank that is early would try to connect to them.
+    """
+    count = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    strategy = trainer.strategy
+    if count == "0" or not isinstance(strategy, DDPStrategy) or torch.distributed.is_initialized():
+        return
+    backend = "nccl" if strategy.root_device.type == "cuda" else "gloo"
+    store, rank, world_size = next(rendezvous("env://"))
+    store = torch.distributed.PrefixStore(f"restart-{count}", store)
+    torch.distributed.init_process_group(backend, store=store, rank=rank, world_size=world_size)
 
 
 def test(trainer: pl.Trainer, model: pl.LightningModule, data: Any, config: DictConfig, checkpoint: str | None) -> None:

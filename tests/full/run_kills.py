@@ -43,15 +43,22 @@ FAULTS: dict[str, tuple[Any, str]] = {
 }
 
 
+LOG = Path(tempfile.gettempdir()) / f"run_kills-{os.getpid()}.log"  # output of the last process
+
+
+def last_lines() -> str:
+    return "\n".join(LOG.read_text(errors="replace").splitlines()[-5:])
+
+
 def in_child(call: Callable[[], int], kill_after: float | None = None) -> int:
     """Call in a forked process, killed after some seconds -> its exit code, or -9."""
     child = os.fork()
     if child == 0:
         code = 70
         try:
-            null = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(null, 1)
-            os.dup2(null, 2)
+            log = os.open(LOG, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+            os.dup2(log, 1)
+            os.dup2(log, 2)
             torch.set_num_threads(1)
             code = call()
         finally:
@@ -99,13 +106,13 @@ def check_kills(folder: Path, way: str, kills: int = 50, seed: int = 0) -> Itera
             code = in_child(lambda: train(part, WAYS[way], resume=resume), draw.uniform(0, 1.1 * seconds))  # noqa: B023
             if code == 0:
                 break
-            assert code == -signal.SIGKILL, f"exit code {code}"
+            assert code == -signal.SIGKILL, f"exit code {code}: {last_lines()}"
             done += 1
             yield done
             resume = started(part)
         if code != 0:
             code = in_child(lambda: train(part, WAYS[way], resume=resume))  # noqa: B023
-        assert code == 0, f"not resumed: exit code {code}"
+        assert code == 0, f"not resumed: exit code {code}: {last_lines()}"
         check_end(part, whole)
 
 
@@ -138,7 +145,7 @@ def check_faults(
                 resume = started(part)
             if code != 0:
                 code = in_child(lambda: train(part, WAYS[way], resume=resume))  # noqa: B023
-            assert code == 0, f"{fault} {call}: not resumed: exit code {code}"
+            assert code == 0, f"{fault} {call}: not resumed: exit code {code}: {last_lines()}"
             check_end(part, whole)
             yield f"{fault} {call}"
 
