@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from ldm.config.suggest import closest, did_you_mean, log_unused
-from ldm.config.types import convert, shown
+from ldm.config.types import convert, or_none, shown
 
 FIRST_STAGE_AS_CONDITION = "__is_first_stage__"
 UNCONDITIONAL = "__is_unconditional__"
@@ -286,7 +286,8 @@ def _annotation(parameter: inspect.Parameter) -> str:
     annotation = parameter.annotation
     if annotation is parameter.empty:
         return ""
-    return annotation if isinstance(annotation, str) else inspect.formatannotation(annotation)
+    text = annotation if isinstance(annotation, str) else inspect.formatannotation(annotation)
+    return or_none(text) if parameter.default is None else text
 
 
 def _values(params: Mapping[str, Any]) -> str:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ldm.config.instantiate import ALIASES, resolve_alias
+from ldm.config.types import or_none
 
 # Bases whose constructors take no arguments.
 _EMPTY_BASES = ("torch.nn.Module", "object", "torch.utils.data.Dataset")
@@ -97,8 +98,7 @@ def _accepted(found: _Class, depth: int = 0) -> dict[str, str] | None:
     generated = any(_name(decorator).endswith("dataclass") for decorator in found.node.decorator_list)
     if depth > 20 or (init is None and generated):
         return None
-    after_self = [] if init is None else [*init.args.posonlyargs, *init.args.args, *init.args.kwonlyargs][1:]
-    own = {each.arg: ast.unparse(each.annotation) if each.annotation else "" for each in after_self}
+    own = {} if init is None else _annotations(init.args)
     if init is not None and init.args.kwarg is None:
         return own
     inherited: dict[str, str] = {}
@@ -113,6 +113,19 @@ def _accepted(found: _Class, depth: int = 0) -> dict[str, str] | None:
             return None
         inherited, known = {**arguments, **inherited}, known or bool(arguments)
     return {**inherited, **own} if known else None
+
+
+def _annotations(arguments: ast.arguments) -> dict[str, str]:
+    """Return {argument: annotation, or ''} of a method without its `self`; a default of None is a type too."""
+    positional = [*arguments.posonlyargs, *arguments.args]
+    required: list[ast.expr | None] = [None] * (len(positional) - len(arguments.defaults))
+    pairs = [*zip(positional, [*required, *arguments.defaults]), *zip(arguments.kwonlyargs, arguments.kw_defaults)]
+    found: dict[str, str] = {}
+    for argument, default in pairs[1:]:
+        text = ast.unparse(argument.annotation) if argument.annotation else ""
+        is_none = isinstance(default, ast.Constant) and default.value is None
+        found[argument.arg] = or_none(text) if text and is_none else text
+    return found
 
 
 def _constructor(node: ast.ClassDef) -> ast.FunctionDef | None:

@@ -68,6 +68,11 @@ def convert(value: Any, annotation: str) -> Any:
     raise ValueError("expected " + " or ".join(dict.fromkeys(each.expected for each in types)))
 
 
+def or_none(annotation: str) -> str:
+    """Return an annotation that takes None too, as an argument does whose default is None."""
+    return annotation if re.search(r"\b(None|Optional|Any)\b", annotation) else f"Optional[{annotation}]"
+
+
 def shown(value: Any) -> str:
     """Return a value as YAML writes it, shortened."""
     words = {None: "null", True: "true", False: "false"}

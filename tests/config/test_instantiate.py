@@ -8,6 +8,7 @@ from omegaconf import OmegaConf
 
 from ldm.config import instantiate as util
 from ldm.config.instantiate import ConfigError
+from ldm.config.validate import check_targets
 from ldm.util import get_obj_from_str, instantiate_from_config
 
 LINEAR = {"target": "torch.nn.Linear", "params": {"in_features": 3, "out_features": 2}}
@@ -221,3 +222,17 @@ def test_values_are_converted_when_an_object_is_built():
     assert layer.weight.shape == (2, 10)
     with pytest.raises(ConfigError, match=r"^params\.in_features 2\.5: expected an integer$"):
         instantiate_from_config({"target": "torch.nn.Linear", "params": {"in_features": 2.5, "out_features": 2}})
+
+
+class Sloppy:
+    def __init__(self, width: int = None, *, depth: float = None, size: "int | None" = None):  # noqa: RUF013
+        self.width, self.depth = width, depth
+
+
+def test_a_default_of_none_allows_null_whatever_the_annotation_says():
+    config = {"target": f"{__name__}.Sloppy", "params": {"width": None, "depth": None, "size": None}}
+    assert instantiate_from_config(config).width is None
+    check_targets({"model": config})
+    for params in ({"width": "x"}, {"depth": "x"}):
+        with pytest.raises(ConfigError, match=r"'x': expected an? .* or null"):
+            check_targets({"model": {**config, "params": params}})
