@@ -124,6 +124,7 @@ def build(config, vocabulary):
     torch.manual_seed(0)
     model = instantiate_from_config(OmegaConf.create(config))
     model.learning_rate = 1e-4
+    model.untrained_first_stage = True  # of diffusion models
     return model
 
 
