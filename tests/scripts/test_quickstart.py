@@ -1,6 +1,7 @@
 """The quickstart's prompts, commands, grid and metrics; .ci/run runs all of it with --fast."""
 
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from ldm.output.images import GeneratedImage, Output, read_metadata
 pytest.importorskip("sklearn")
 
 from scripts import quickstart
+from tests.scripts.refusals import help_without_heavy_imports
 
 EVERY = [captions(digit) for digit in range(10)]
 
@@ -173,3 +175,8 @@ def test_a_seed_that_training_would_refuse_is_refused_as_it_was_written(capfd, t
     assert quickstart.run_command(quickstart.main, ["--seed", "-3", "--outdir", str(tmp_path / "out")]) == 2
     assert capfd.readouterr().err == "error: --seed -3: expected an integer of at least 0\n"
     assert not (tmp_path / "out").exists()
+
+
+def test_the_help_is_quick(tmp_path):
+    script = Path(quickstart.__file__)
+    assert "--outdir DIR" in help_without_heavy_imports(script, tmp_path)

@@ -1,5 +1,6 @@
 """scripts/txt2img.py as a user runs it, on a model of 0.1 M parameters."""
 
+import os
 import resource
 import shutil
 import subprocess
@@ -303,3 +304,11 @@ def test_it_runs_from_any_folder_without_being_installed_and_its_help_is_quick(t
         [sys.executable, "-I", "-c", code, str(SCRIPT), "--H=100"], cwd=tmp_path, capture_output=True, text=True
     )
     assert "multiples of 64" in wrong.stderr and "code 2 ['omegaconf']" in wrong.stdout
+    missing = subprocess.run(
+        [sys.executable, "-I", "-c", code, str(SCRIPT), "--ckpt=~/no.ckpt"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    home = os.path.expanduser("~/no.ckpt")
+    assert f"checkpoint {home}: no such file" in missing.stderr and "code 2 ['omegaconf']" in missing.stdout

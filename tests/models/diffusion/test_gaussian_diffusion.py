@@ -29,3 +29,16 @@ def test_a_model_with_zero_terminal_snr_trains_samples_and_keeps_its_schedule_wh
 def test_zero_terminal_snr_with_eps_is_refused_when_the_model_is_built():
     with pytest.raises(ValueError, match="set parameterization v or x0"):
         small_ddpm(zero_terminal_snr=True)
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"linear_start": 0.5, "linear_end": 0.1}, "linear_start 0.5: expected at most linear_end, which is 0.1"),
+        ({"given_betas": []}, r"given_betas \[\]: expected at least one beta"),
+    ],
+)
+def test_a_schedule_that_falls_or_has_no_steps_is_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        small_ddpm(**settings)
+    small_ddpm(linear_start=0.5, linear_end=0.1, beta_schedule="cosine")

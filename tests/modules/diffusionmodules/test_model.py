@@ -177,3 +177,11 @@ def test_residual_block_shortcuts():
     wide = seed_weights(ResnetBlock(in_channels=32, out_channels=64, conv_shortcut=True, dropout=0.0, temb_channels=0))
     assert narrow.nin_shortcut.kernel_size == (1, 1) and wide.conv_shortcut.kernel_size == (3, 3)
     assert narrow(x).shape == wide(x).shape == (1, 64, 4, 4)
+
+
+def test_levels_of_other_widths_need_residual_blocks():
+    Encoder(**{**TINY, "num_res_blocks": 0})
+    with pytest.raises(ValueError, match=r"num_res_blocks 0 with ch_mult \[1, 2\]: only residual blocks change"):
+        Encoder(**{**TINY, "num_res_blocks": 0, "ch_mult": [1, 2]})
+    with pytest.raises(ValueError, match=r"ch_mult \[\]: expected at least one level"):
+        Decoder(**{**TINY, "ch_mult": []})

@@ -600,3 +600,8 @@ def test_wrong_pools_are_errors(options, message):
 def test_golden_cases_hold_the_unets():
     cases = json.loads((GOLDEN / "modules" / "cases.json").read_text())
     assert sum(name.startswith(("unet_", "encoder_unet_")) for name in cases) == 7
+
+
+def test_a_unet_needs_a_level():
+    with pytest.raises(ValueError, match=r"channel_mult \[\]: expected at least one level"):
+        unet(channel_mult=[])
