@@ -150,7 +150,7 @@ def test_every_name_that_the_file_system_takes_can_be_written(tmp_path, name):
 @pytest.mark.parametrize(
     ("place", "reason"),
     [
-        ("/dev/full", "it is not a regular file"),
+        ("pipe", "it is not a regular file"),  # as /dev/full
         ("folder", "it is a folder"),
         ("file/a.txt", "file is not a folder"),
         ("x" * 256, "File name too long"),
@@ -159,9 +159,10 @@ def test_every_name_that_the_file_system_takes_can_be_written(tmp_path, name):
 def test_places_that_hold_no_file_are_refused_by_name(tmp_path, place, reason):
     (tmp_path / "folder").mkdir()
     (tmp_path / "file").touch()
+    os.mkfifo(tmp_path / "pipe")
     with pytest.raises(WriteError, match=f"{place}: could not be written: .*{reason}"):
         save_text(tmp_path / place, "x")
-    assert names(tmp_path) == ["file", "folder"]
+    assert names(tmp_path) == ["file", "folder", "pipe"]
 
 
 def test_a_folder_that_vanished_is_made_again(tmp_path):
