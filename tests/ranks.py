@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
+import multiprocessing.connection
 import os
 import socket
 import subprocess
@@ -92,13 +94,14 @@ def train(
     steps: int = 20,
     length: int = 40,
     validation: int = 0,
+    learning_rate: float = 1e-4,
     save: str | None = None,
     resume: str | None = None,
 ) -> dict[str, Any]:
     """Train to a number of optimizer steps -> {"curves", "samples", "validations"} of this rank."""
     torch.manual_seed(0)
     model: Any = MODELS[kind]()
-    model.learning_rate = 1e-3
+    model.learning_rate = learning_rate
     data = DataModuleFromConfig(batch_size, train={}, validation={}, num_workers=0)
     data.datasets, data.seed = {"train": Images(length), "validation": Images(max(validation, 1))}, 11
     options: dict[str, Any] = {}
@@ -127,27 +130,22 @@ def train(
 
 
 def train_on(ranks: int, jobs: list[dict[str, Any]], folder: Path) -> list[list[dict[str, Any]]]:
-    """Run jobs (arguments of `train`) one after another on new processes -> for each job the records of all ranks."""
+    """Run jobs, arguments of `train`, on `ranks` new processes -> for each job the records of all ranks."""
     folder.mkdir(parents=True, exist_ok=True)
+    for old in folder.glob("*.json"):
+        old.unlink()
     (folder / "jobs.json").write_text(json.dumps([{**job, "ranks": ranks} for job in jobs]))
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    processes = []
-    for rank in range(ranks):
-        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "GROUP_RANK": 0}
-        place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "tests", "OMP_NUM_THREADS": 1}
-        environment = os.environ | {name: str(value) for name, value in place.items()}
-        command = [sys.executable, "-W", "ignore", "-m", "tests.ranks", str(folder)]
-        with (folder / f"{rank}.log").open("w") as log:
-            processes.append(subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log))
-    try:
-        codes = [process.wait(timeout=1800) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    if any(codes):
-        raise RuntimeError((folder / f"{codes.index(max(codes))}.log").read_text()[-3000:])
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-W", "ignore", "-m", "tests.ranks", str(folder), str(ranks)]
+    with (folder / "log").open("w") as log:
+        code = subprocess.run(
+            command, cwd=ROOT, env=os.environ | place, stdout=log, stderr=log, timeout=1800
+        ).returncode
+    if code:
+        raise RuntimeError((folder / "log").read_text()[-3000:])
     records = [json.loads((folder / f"{rank}.json").read_text()) for rank in range(ranks)]
     return [list(of_all_ranks) for of_all_ranks in zip(*records)]
 
@@ -159,7 +157,30 @@ def largest_difference(one: dict[str, list[float]], other: dict[str, list[float]
     return max((abs(a - b) / max(abs(a), 1e-30) for a, b in pairs if a != b), default=0.0)
 
 
+def _run_rank(rank: int, ranks: int, folder: Path) -> None:
+    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "GROUP_RANK": 0}
+    os.environ.update({name: str(value) for name, value in place.items()}, TORCHELASTIC_RUN_ID="tests")
+    records = [train(**job) for job in json.loads((folder / "jobs.json").read_text())]
+    (folder / f"{rank}.json").write_text(json.dumps(records))
+
+
+def _main(folder: Path, ranks: int) -> int:
+    """Fork the ranks, which share the memory of the imports; one that fails ends the others."""
+    fork = multiprocessing.get_context("fork")
+    processes = [fork.Process(target=_run_rank, args=(rank, ranks, folder)) for rank in range(ranks)]
+    for process in processes:
+        process.start()
+    waiting = {process.sentinel: process for process in processes}
+    while waiting:
+        for sentinel in multiprocessing.connection.wait(list(waiting)):
+            process = waiting.pop(sentinel)
+            process.join()
+            if process.exitcode:
+                for other in waiting.values():
+                    other.kill()
+                return 1
+    return 0
+
+
 if __name__ == "__main__":
-    here = Path(sys.argv[1])
-    all_records = [train(**job) for job in json.loads((here / "jobs.json").read_text())]
-    (here / f"{os.environ['RANK']}.json").write_text(json.dumps(all_records))
+    sys.exit(_main(Path(sys.argv[1]), int(sys.argv[2])))

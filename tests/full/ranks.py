@@ -12,7 +12,9 @@ from pathlib import Path
 from tests.ranks import largest_difference, train, train_on
 
 PARTS = ("latent diffusion", "autoencoder", "autoencoder with GAN", "autoencoder with ActNorm", "VQ with GAN", "resume")
-SHAPES = ((1, 4, 2), (2, 4, 1), (2, 2, 2), (8, 1, 1))  # ranks, samples per batch, accumulated batches: 8 samples a step
+SHAPES = ((2, 4, 1), (8, 1, 1), (1, 4, 2), (2, 2, 2))  # ranks, samples per batch, accumulated batches: 8 samples a step
+# Batch normalization and the adaptive weight are those of one accumulated batch, so accumulation changes these curves.
+WITH_DISCRIMINATOR = ("autoencoder with GAN", "autoencoder with ActNorm", "VQ with GAN")
 LENGTH, VALIDATION = 45, 11  # neither is a multiple of 8: last batches are smaller and differ between ranks
 
 
@@ -27,6 +29,8 @@ def run(parts: Sequence[str] = PARTS) -> Iterator[str]:
             shape = {"batch_size": batch_size, "accumulate": accumulate}
             records = train_on(ranks, [job | shape for job in jobs], Path(folder, f"{ranks}x{batch_size}"))
             for kind, one, others in zip(kinds, expected, records):
+                if accumulate > 1 and kind in WITH_DISCRIMINATOR:
+                    continue
                 training = max(largest_difference(one["curves"], other["curves"]) for other in others)
                 validation = max(largest_difference(one["validations"], other["validations"]) for other in others)
                 name = f"{ranks}x{batch_size}" + (f", {accumulate} accumulated" if accumulate > 1 else "")
