@@ -198,8 +198,9 @@ class DataModuleFromConfig(pl.LightningDataModule):
         options: dict[str, Any] = {"batch_size": self.batch_size, "num_workers": workers, "pin_memory": on_cuda}
         if isinstance(dataset, IterableDataset):
             _shard_stream(dataset, rank, world_size, workers)
-            stream = StreamLoader(dataset, **options)
-            stream.seed, stream.position, stream.rank, stream.world_size = self.seed, position, rank, world_size
+            stream = StreamLoader(
+                dataset, seed=self.seed, rank=rank, world_size=world_size, position=position, **options
+            )
             self._loaders[split] = stream
             return stream
         if not len(dataset):

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset, DistributedSampler, get_worker_info
+from torch.utils.data import Dataset, DistributedSampler, IterableDataset, get_worker_info
 from torch.utils.data.dataloader import _BaseDataLoaderIter
 
 from ldm.data.base import Txt2ImgIterableBaseDataset
@@ -115,11 +115,43 @@ class SeededDataset(Dataset):
             return [self._sample(*key) if isinstance(key, tuple) else self._sample(0, key) for key in keys]
 
     def _sample(self, epoch: int, index: int) -> Any:
-        seed = mix(self.seed, SAMPLE, 0 if self.repeat else epoch, index)
-        random.seed(seed)
-        np.random.seed(seed & 0xFFFFFFFF)
-        torch.default_generator.manual_seed(seed)
+        _seed_sample(self.seed, 0 if self.repeat else epoch, index)
         return self.dataset[index]
+
+
+def _seed_sample(seed: int, epoch: int, index: int) -> None:
+    number = mix(seed, SAMPLE, epoch, index)
+    random.seed(number)
+    np.random.seed(number & 0xFFFFFFFF)
+    torch.default_generator.manual_seed(number)
+
+
+class SeededStream(IterableDataset):
+    """A stream whose random numbers follow from (seed, epoch, place in the stream), as those of a SeededDataset."""
+
+    def __init__(self, stream: IterableDataset, seed: int, batch_size: int, rank: int, world_size: int) -> None:
+        self.stream, self.seed, self.batch_size, self.rank, self.world_size = stream, seed, batch_size, rank, world_size
+        self.epoch, self.skipped = 0, 0  # of this pass; the first `skipped` samples are left out
+
+    def __len__(self) -> int:
+        return len(self.stream)  # type: ignore[arg-type]  # TypeError if its length is unknown
+
+    def __iter__(self) -> Iterator[Any]:
+        worker = get_worker_info()
+        number, workers = (worker.id, worker.num_workers) if worker is not None else (0, 1)
+        samples, read = None, 0
+        while True:
+            batch, row = divmod(read, self.batch_size)
+            place = self.skipped + ((batch * workers + number) * self.batch_size + row) * self.world_size + self.rank
+            with preserve_rng() if worker is None else nullcontext():
+                _seed_sample(self.seed, self.epoch, place)
+                try:
+                    samples = iter(self.stream) if samples is None else samples
+                    sample = next(samples)
+                except StopIteration:
+                    return
+            yield sample
+            read += 1
 
 
 class StreamLoader(Loader):
@@ -129,17 +161,28 @@ class StreamLoader(Loader):
     whole batches. After a resume with another batch size, ids that do not fill a batch of the new size are left out.
     """
 
-    position: Callable[[], Position | None] | None = None
-    seed: int = 0
-    rank: int = 0
-    world_size: int = 1
+    def __init__(
+        self,
+        stream: IterableDataset,
+        batch_size: int,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+        position: Callable[[], Position | None] | None = None,
+        **options: Any,
+    ) -> None:
+        self.stream, self.seed, self.rank, self.world_size, self.position = stream, seed, rank, world_size, position
+        self.step = batch_size * world_size  # samples of a batch of all ranks
+        self.seeded = SeededStream(stream, seed, batch_size, rank, world_size)
+        super().__init__(self.seeded, batch_size, **options)
 
     def __iter__(self) -> _BaseDataLoaderIter:
         epoch, samples = (self.position() if self.position is not None else None) or Position(0, 0)
         batches, skipped = divmod(samples, self.step)
-        if isinstance(self.dataset, Txt2ImgIterableBaseDataset):
-            self.dataset.set_epoch(self.seed, epoch)
-            self.dataset.set_batches(self.batch_size or 1, skipped)
+        self.seeded.epoch, self.seeded.skipped = epoch, skipped
+        if isinstance(self.stream, Txt2ImgIterableBaseDataset):
+            self.stream.set_epoch(self.seed, epoch)
+            self.stream.set_batches(self.batch_size or 1, skipped)
         self.generator = torch.Generator().manual_seed(mix(self.seed, WORKERS, epoch))  # seeds the workers
         iterator = super().__iter__()
         for _ in range(batches):
@@ -147,14 +190,9 @@ class StreamLoader(Loader):
         return iterator
 
     @property
-    def step(self) -> int:
-        """Samples of a batch of all ranks."""
-        return (self.batch_size or 1) * self.world_size
-
-    @property
     def length(self) -> int | None:
         """Number of samples of all ranks, those that fill the last round included; None if unknown."""
-        ids = self.dataset.sample_ids if isinstance(self.dataset, Txt2ImgIterableBaseDataset) else ()
+        ids = self.stream.sample_ids if isinstance(self.stream, Txt2ImgIterableBaseDataset) else ()
         return math.ceil(len(ids) / self.world_size) * self.world_size if len(ids) else None
 
     def slice_at(self, position: Position) -> Slice:

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from ldm.data.order import EpochSampler, Position, SeededDataset, epoch_order
+from ldm.data.base import Txt2ImgIterableBaseDataset
+from ldm.data.order import EpochSampler, Position, SeededDataset, StreamLoader, epoch_order
 from ldm.rng import mix
 
 
@@ -131,3 +132,36 @@ def test_an_error_in_a_sample_leaves_the_global_generators_alone_too():
     with pytest.raises(ValueError, match="bad sample"):
         SeededDataset(Fails(), 3)[0]
     assert random.random() == expected
+
+
+class DrawingStream(Txt2ImgIterableBaseDataset):
+    """Each sample draws from all three global generators."""
+
+    def __iter__(self):
+        for i in self.valid_ids:
+            yield i, random.random(), np.random.rand(), torch.rand(()).item()
+
+
+def streamed(workers=0, batch_size=3, rank=0, world_size=1, position=None, seed=3, length=12):
+    stream = DrawingStream(length)
+    stream.set_shard(rank, world_size)
+    place = None if position is None else lambda: position
+    loader = StreamLoader(stream, batch_size, seed, rank, world_size, place, num_workers=workers)
+    return [sample for batch in loader for sample in zip(*(column.tolist() for column in batch))]
+
+
+def test_the_samples_of_a_stream_do_not_depend_on_workers_ranks_and_batches():
+    whole = streamed()
+    assert [index for index, *_ in whole] == list(range(12)) and len({sample[1:] for sample in whole}) == 12
+    assert streamed(1) == streamed(2) == streamed(3) == streamed(2, batch_size=4) == whole
+    assert sorted(streamed(2, 2, 0, 2) + streamed(0, 2, 1, 2)) == whole
+    assert streamed(position=Position(0, 3)) == streamed(2, 4, position=Position(0, 3)) == whole[3:]
+    assert streamed(position=Position(1, 0)) != whole != streamed(seed=4)
+
+
+def test_reading_a_stream_leaves_the_global_generators_alone():
+    torch.manual_seed(5)
+    expected = torch.rand(()).item()
+    torch.manual_seed(5)
+    streamed()
+    assert torch.rand(()).item() == expected
