@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
-import torch.distributed.nn.functional as dist_nn
 from torch import Tensor, nn
 
 from ldm.rng import current_samples
@@ -30,6 +31,41 @@ def average_over_ranks(x: Tensor, weight: float = 1.0) -> Tensor:
     return x
 
 
+class _Normalize(torch.autograd.Function):
+    """Standardize the channels of x (B, C, H, W) by the mean and variance of all ranks.
+
+    The sums are in float64, as PyTorch's on the CPU: gradients of a discriminator nearly cancel in them.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, eps: float, counts: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return (standardized x, mean (C,), variance (C,), number of values n); `counts`: whether x is one of them."""
+        own = x.new_full((1,), float(x.numel() // x.shape[1]), dtype=torch.float64)
+        sums = torch.cat([x.sum(dim=(0, 2, 3), dtype=torch.float64), own]) * float(counts)
+        dist.all_reduce(sums)
+        mean, n = sums[:-1] / sums[-1], sums[-1]
+        centered = x - mean.to(x.dtype)[:, None, None]
+        squares = centered.square().sum(dim=(0, 2, 3), dtype=torch.float64) * float(counts)
+        dist.all_reduce(squares)
+        var = squares / n
+        inverse = (var + eps).rsqrt().to(x.dtype)[:, None, None]
+        out = centered * inverse
+        ctx.save_for_backward(out, inverse, n)
+        ctx.counts = counts
+        ctx.mark_non_differentiable(mean, var, n)
+        return out, mean, var, n
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor, *_: Any) -> tuple[Tensor, None, None]:
+        out, inverse, n = ctx.saved_tensors
+        sums = torch.stack([each.sum(dim=(0, 2, 3), dtype=torch.float64) for each in (gradient, gradient * out)])
+        dist.all_reduce(sums)
+        if not ctx.counts:
+            return gradient * inverse, None, None
+        mean, slope = (sums / n).to(out.dtype)[:, :, None, None]
+        return (gradient - mean - out * slope) * inverse, None, None
+
+
 class SharedBatchNorm2d(nn.BatchNorm2d):
     """Batch normalization with the statistics of all ranks' samples; unlike nn.SyncBatchNorm on every device."""
 
@@ -37,17 +73,12 @@ class SharedBatchNorm2d(nn.BatchNorm2d):
         if not self.training or number_of_ranks() == 1:
             return super().forward(input)
         self._check_input_dim(input)
-        count = input.new_tensor(float(input.numel() // input.shape[1]), dtype=torch.float32)
-        x, counts = input.float(), float(rank_weight() > 0)  # a batch that only fills the last round does not count
-        sums = dist_nn.all_reduce(torch.cat([counts * x.sum(dim=(0, 2, 3)), counts * count[None]]))
-        mean, n = sums[:-1] / sums[-1], sums[-1].detach()
-        centered = x - mean[:, None, None]  # (B, C, H, W)
-        var = dist_nn.all_reduce(counts * centered.square().sum(dim=(0, 2, 3))) / n
-        self._update_running(mean.detach(), var.detach() * n / (n - 1).clamp(min=1))
-        out = centered * (var + self.eps).rsqrt()[:, None, None]
+        # A batch that only fills the last round does not count.
+        x, mean, var, n = _Normalize.apply(input.float(), self.eps, rank_weight() > 0)
+        self._update_running(mean, var * n / (n - 1).clamp(min=1))
         if self.affine:
-            out = out * self.weight[:, None, None] + self.bias[:, None, None]
-        return out.to(input.dtype)
+            x = x * self.weight[:, None, None] + self.bias[:, None, None]
+        return x.to(input.dtype)
 
     def _update_running(self, mean: Tensor, var: Tensor) -> None:
         if self.running_mean is None or self.running_var is None or self.num_batches_tracked is None:
