@@ -145,7 +145,8 @@ def test_every_kind_of_condition_is_sampled_from_the_runs_own_dataset(name, imag
 
 def test_the_condition_is_the_models_own_with_dropout_off(images, tmp_path):
     saved = save_run(tmp_path, "hybrid", images)
-    assert run_command(main, arguments(saved, tmp_path, "--batch", "validation:1", "--seed", "5")) == 0
+    flags = ["--batch", "validation:1", "--seed", "5", "--scale", "1", "model.params.cond_dropout=0.99"]
+    assert run_command(main, arguments(saved, tmp_path, *flags)) == 0
     model = saved.model.eval()
     image = Image.open(images / "cat" / "2.png")  # the second by name
     small = image.resize((8, 8), Image.Resampling.BOX)
