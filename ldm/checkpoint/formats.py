@@ -143,10 +143,10 @@ def preview(names: Iterable[str], count: int = 3) -> str:
 
 def check_archive(path: Path) -> None:
     """Raise CheckpointError if a record of a zip file does not match its checksum; other formats have no checksums."""
-    if not zipfile.is_zipfile(path):
-        return
-    _check_unpacked_size(path)
     try:
+        if not zipfile.is_zipfile(path):
+            return
+        _check_unpacked_size(path)
         with zipfile.ZipFile(path) as archive:
             bad = archive.testzip()
     except (zipfile.BadZipFile, OSError, EOFError, ValueError, RuntimeError, struct.error) as error:

@@ -1,6 +1,7 @@
 """Reading of weights files: every format gives the same tensors, and what cannot be read is one clear line."""
 
 import collections
+import contextlib
 import zipfile
 
 import numpy as np
@@ -11,6 +12,7 @@ from ldm.checkpoint import (
     CheckpointError,
     read_checkpoint,
     read_weights,
+    verify_checkpoint,
     write_checkpoint,
     write_weights,
 )
@@ -136,3 +138,16 @@ def test_a_checkpoint_of_an_old_lightning_loads(tmp_path, zipped, numpy_package)
     assert numbers == {"_last_lr": [1e-4], "n": 3, "f": 0.5, "yes": True}
     assert not any("numpy" in type(value).__module__ for value in (numbers["n"], numbers["_last_lr"][0]))
     assert set(torch.serialization.get_safe_globals()) == allowed, "the stubs are in force for one reading only"
+
+
+def test_any_flipped_bit_at_the_end_of_a_zip_file_is_a_checkpoint_error(tmp_path):
+    """The directory of the archive too, which zipfile reads by itself."""
+    path = tmp_path / "a.ckpt"
+    torch.save({"state_dict": {"w": torch.zeros(3)}}, path)
+    content = path.read_bytes()
+    for offset in range(len(content) - 120, len(content)):
+        damaged = bytearray(content)
+        damaged[offset] ^= 1 << offset % 8
+        path.write_bytes(damaged)
+        with contextlib.suppress(CheckpointError):  # a bit without meaning is no damage
+            verify_checkpoint(path)
