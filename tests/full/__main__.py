@@ -10,7 +10,7 @@ CHECKS = {
     "step_counts": "20 minutes",
     "strengths": "17 minutes",
     "sizes": "7 minutes",
-    "ranks": "6 minutes",
+    "ranks": "10 minutes",
     "kills": "1 minute",
     "stops": "10 minutes",
     "run_kills": "10 minutes",
