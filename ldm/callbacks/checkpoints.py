@@ -47,6 +47,7 @@ class CheckpointPolicy(ModelCheckpoint):
         self._ranked_before: set[str] = set()  # best-of files before the ranking that is being saved
         self._replaced: list[str] = []  # best-of files that the loaded state's save was about to delete
         self._logged: set[str] = set()
+        self._tidy = False  # True once what an interrupted save left to do is done
 
     @property
     def last_path(self) -> Path:
@@ -78,8 +79,10 @@ class CheckpointPolicy(ModelCheckpoint):
         unfinished = getattr(trainer.fit_loop, "unfinished", False)
         self._last_global_step_saved = -1 if unfinished else trainer.global_step
         self._step_before, self._last_time_checked = trainer.global_step, time.monotonic()
-        if trainer.is_global_zero and trainer.ckpt_path:
-            self._finish_interrupted_save(Path(str(trainer.ckpt_path)), trainer.global_step)
+        self._finish_interrupted_save(trainer)
+
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._finish_interrupted_save(trainer)  # if there was nothing left to train
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -196,10 +199,12 @@ class CheckpointPolicy(ModelCheckpoint):
 
     # ------------------------------------------------------------------------------------------------- files of a run
 
-    def _finish_interrupted_save(self, resumed: Path, step: int) -> None:
+    def _finish_interrupted_save(self, trainer: pl.Trainer) -> None:
         """Do what a save that was killed left to do: write the best-of file of its state, delete what it replaced."""
-        if resumed not in (self.last_path, self.copy_path):
-            return  # an older state
+        resumed, step = Path(str(trainer.ckpt_path)), trainer.global_step
+        if self._tidy or not trainer.is_global_zero or resumed not in (self.last_path, self.copy_path):
+            return  # done, or an older state
+        self._tidy = True
         for name in sorted(self.best_files):
             if Path(name).exists():
                 continue
