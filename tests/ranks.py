@@ -17,7 +17,7 @@ import torch
 from omegaconf import OmegaConf
 from torch.utils.data import Dataset
 
-from ldm.callbacks import ExactResume, StepSeed
+from ldm.callbacks import ExactResume, RunReport, StepSeed
 from ldm.data.datamodule import DataModuleFromConfig
 from ldm.models.autoencoder import AutoencoderKL, VQModel
 from ldm.util import instantiate_from_config
@@ -94,11 +94,15 @@ def train(
     steps: int = 20,
     length: int = 40,
     validation: int = 0,
+    validate_every: int = 1,
     learning_rate: float = 1e-4,
     save: str | None = None,
     resume: str | None = None,
 ) -> dict[str, Any]:
-    """Train to a number of optimizer steps -> {"curves", "samples", "validations"} of this rank."""
+    """Train to a number of optimizer steps -> {"curves", "samples", "validations"} of this rank.
+
+    validate_every: epochs between validations.
+    """
     torch.manual_seed(0)
     model: Any = MODELS[kind]()
     model.learning_rate = learning_rate
@@ -118,7 +122,8 @@ def train(
         max_steps=steps,
         limit_val_batches=1.0 if validation else 0,
         num_sanity_val_steps=0,
-        callbacks=[StepSeed(11), ExactResume(), record],
+        check_val_every_n_epoch=validate_every,
+        callbacks=[StepSeed(11), ExactResume(), RunReport(), record],
         inference_mode=False,
         **dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False),
         **options,

@@ -155,13 +155,14 @@ class RunReport(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._start, self._first_step = time.monotonic(), trainer.global_step
-        if not trainer.is_global_zero:
-            return
         loop = trainer.fit_loop.epoch_loop
-        if trainer.enable_validation and trainer.val_dataloaders is None:  # Lightning looks at them later in a resume
+        # Lightning looks at them when a validation is due. On all ranks, which wait for each other here.
+        if trainer.enable_validation and trainer.val_dataloaders is None:
             trainer.validating = True
             loop.val_loop.setup_data()
             trainer.training = True
+        if not trainer.is_global_zero:
+            return
         for board in trainer.loggers:
             if (resume_at := getattr(board, "resume_at", None)) is not None:
                 resume_at(loop._batches_that_stepped, bool(getattr(trainer.fit_loop, "unfinished", False)))
