@@ -26,7 +26,7 @@ def load_yaml(path: str | os.PathLike) -> DictConfig | ListConfig:
     """
     try:
         text = Path(path).read_text(encoding="utf-8")
-        if text.startswith(_FIRST) and not text.rstrip().endswith(f"\n{_LAST}"):
+        if text.startswith(_FIRST) and f"\n{_LAST}" not in text:  # lines may be added after it
             raise ConfigError(f"{path}: damaged: its end is missing")
         nodes = _count_nodes(yaml.compose(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)), {})
         if nodes <= MAX_NODES:

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 class SavedRun(NamedTuple):
-    """A trained model: its directory, the configs to merge, its weights."""
+    """A trained model: its directory, its config (a list, as `merge` takes them), its weights."""
 
     folder: Path
     configs: list[Path]
@@ -34,7 +34,7 @@ class SavedRun(NamedTuple):
 def find_run(resume: str | Path, flag: str = "--resume") -> SavedRun:
     """Find the run of a path: a run directory, or a checkpoint in one or in its `checkpoints`.
 
-    The config is `config.yaml`, as in the directories of released models, or the run's `configs/*-project.yaml`.
+    The config is `config.yaml`, as in the directories of released models, or the newest `configs/*-project.yaml`.
     Raises FileNotFoundError if one is missing.
     """
     given = Path(resume).expanduser()
@@ -63,7 +63,8 @@ def run_of(ckpt: str | Path) -> SavedRun | None:
 
 def _configs_in(folder: Path) -> list[Path]:
     released = folder / "config.yaml"
-    return [released] if released.is_file() else sorted((folder / "configs").glob("*-project.yaml"))
+    # Every start saves all values: older files would bring back keys that were deleted since.
+    return [released] if released.is_file() else sorted((folder / "configs").glob("*-project.yaml"))[-1:]
 
 
 def _checkpoint_in(folder: Path, flag: str) -> Path:

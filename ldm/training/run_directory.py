@@ -10,6 +10,7 @@ import platform
 import re
 import shutil
 import sys
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -106,30 +107,34 @@ def resumed_run(path: str) -> RunDirectory:
 
 
 def saved_configs(directory: RunDirectory, base: Sequence[Path] = ()) -> list[Path]:
-    """Return the configs that earlier starts of a run saved, in the order of merging.
+    """Return the newest configs that a run saved, one of each kind, in the order of merging.
 
-    Every start saves all values, so a damaged file is skipped, with a warning, if there is another of its kind (or
-    `base`, the configs given again). Raises ConfigError if there is none.
+    Every start saves all values: older files would bring back keys that were deleted since. A damaged file is skipped,
+    with a warning, for an older one of its kind (or `base`, the configs given again). Raises ConfigError without any.
     """
-    files, whole, damaged = sorted(directory.configs.glob("*.yaml")), [], {}
+    files: dict[str, list[Path]] = defaultdict(list)
+    for file in sorted(directory.configs.glob("*.yaml")):
+        files[next((kind for kind in _SECTIONS if file.stem.endswith(f"-{kind}")), file.stem)].append(file)
     if not files and not base:
         raise ConfigError(f"--resume {directory.path}: no saved configs (configs/*.yaml)")
-    for file in files:
-        kind = next((kind for kind in _SECTIONS if file.stem.endswith(f"-{kind}")), None)
-        try:
-            content = load_yaml(file)
-            if missing := [key for key in _SECTIONS.get(kind or "", ()) if key not in content]:
-                raise ConfigError(f"{file}: damaged: it has no section {missing[0]}")
-            whole.append(file)
-        except ConfigError as error:
-            damaged[file] = str(error)
-    for file, problem in damaged.items():
-        kind = file.stem.rpartition("-")[2]
-        if not base and not any(other.stem.endswith(f"-{kind}") for other in whole):
+    newest = []
+    for kind, of_kind in files.items():
+        problems = []
+        for file in reversed(of_kind):
+            try:
+                content = load_yaml(file)
+                if missing := [key for key in _SECTIONS.get(kind, ()) if key not in content]:
+                    raise ConfigError(f"{file}: damaged: it has no section {missing[0]}")
+                newest.append(file)
+                break
+            except ConfigError as error:
+                problems.append(str(error))
+        if len(problems) == len(of_kind) and not base:
             advice = f"restore it, or give the configs of the run again: --resume {directory.path} --base CONFIG.yaml"
-            raise ConfigError(f"{problem}; {advice}")
-        logger.warning("%-11s skipped: %s; changes made at that start are lost", "config", problem)
-    return whole
+            raise ConfigError(f"{problems[0]}; {advice}")
+        for problem in problems:
+            logger.warning("%-11s skipped: %s; changes made at that start are lost", "config", problem)
+    return sorted(newest)
 
 
 class Launch:

@@ -14,7 +14,7 @@ def test_a_run_is_found_by_its_folder_and_by_every_checkpoint_in_it(tmp_path):
         (tmp_path / "run" / "configs" / f"{name}.yaml").touch()
     for resume in ("run", "run/checkpoints", "run/checkpoints/epoch=1.ckpt"):
         folder, configs, ckpt = find_run(tmp_path / resume)
-        assert folder == tmp_path / "run" and [path.name for path in configs] == ["1-project.yaml", "2-project.yaml"]
+        assert folder == tmp_path / "run" and [path.name for path in configs] == ["2-project.yaml"]
         assert ckpt.name == ("epoch=1.ckpt" if resume.endswith("ckpt") else "last.ckpt")
     (tmp_path / "run" / "model.ckpt").touch()
     (tmp_path / "run" / "config.yaml").touch()

@@ -10,6 +10,7 @@ from omegaconf import OmegaConf
 
 from ldm.config.files import config_text
 from ldm.config.instantiate import ConfigError
+from ldm.config.merge import merge
 from ldm.training.flags import RunOptions
 from ldm.training.run_directory import Launch, RunDirectory, hold, new_run, resumed_run, saved_configs
 
@@ -47,7 +48,7 @@ def test_a_run_is_resumed_from_its_directory_or_a_file_two_levels_below(tmp_path
     assert resumed_run(str(run) + "/").path == run and resumed_run(str(run)).checkpoint is None
     from_file = resumed_run(str(run / "checkpoints" / "last.ckpt"))
     assert from_file.path == run and from_file.checkpoint == run / "checkpoints" / "last.ckpt"
-    assert [path.name for path in saved_configs(from_file)] == ["1-lightning.yaml", "1-project.yaml", "2-project.yaml"]
+    assert [path.name for path in saved_configs(from_file)] == ["1-lightning.yaml", "2-project.yaml"]
 
 
 def test_resuming_a_missing_run_names_the_newest(tmp_path):
@@ -68,6 +69,17 @@ def run_with(folder, **configs):
     for name, text in configs.items():
         (folder / "configs" / f"{name.replace('_', '-')}.yaml").write_bytes(text)
     return RunDirectory(folder, "T", resumed=True)
+
+
+def test_a_key_that_a_start_deleted_stays_deleted(tmp_path):
+    first = config_text(OmegaConf.create({"model": {"a": 1, "old": 1}, "data": {"b": 2}}))
+    directory = run_with(tmp_path, T1_project=first.encode(), T2_project=PROJECT.encode())
+    assert merge(saved_configs(directory)).model == {"a": 1}
+
+
+def test_lines_may_be_added_to_a_saved_config(tmp_path):
+    directory = run_with(tmp_path, T1_project=f"{PROJECT}safety: off\n".encode())
+    assert [path.name for path in saved_configs(directory)] == ["T1-project.yaml"]
 
 
 @pytest.mark.parametrize("size", [0, 1, 30, 60, len(PROJECT) - 3])
