@@ -27,24 +27,25 @@ _ENCODER_WIDTH = {  # of the vectors that an encoder returns, by its parameter
 def check_consistency(config: Mapping[str, Any]) -> None:
     """Raise ConfigError for two keys of a training config that exclude each other, naming both paths and values.
 
-    Logs a warning for sizes that differ although training works with them.
+    Logs a warning for sizes that differ although training works with them. Networks of other packages are not checked.
     """
     model = config["model"]
     params, target = model.get("params") or {}, resolve_alias(str(model.get("target")))
-    for problem in _channel_problems(target, params):
+    latent = "first_stage_config" in params
+    stage = "model.params.first_stage_config.params" if latent else "model.params"
+    ddconfig = _own_params(params["first_stage_config"] if latent else model, _AUTOENCODERS).get("ddconfig") or {}
+    unet = _own_params(params.get("unet_config"), _UNET)
+    for problem in _channel_problems(target, params, f"{stage}.ddconfig", ddconfig, unet):
         raise ConfigError(problem)
-    stage = "model.params.first_stage_config.params" if "first_stage_config" in params else "model.params"
-    ddconfig = value_at(params, *stage.split(".")[2:], "ddconfig") or {}
     levels = ddconfig.get("ch_mult")
     sizes = dict(_data_sizes(config.get("data") or {}))
-    if "first_stage_config" not in params:
+    if not latent:
         _compare_sizes("model.params.ddconfig.resolution", ddconfig.get("resolution"), 1, sizes)
     elif levels:
         _compare_sizes("model.params.image_size", params.get("image_size"), 2 ** (len(levels) - 1), sizes)
-    _check_attention(params, ddconfig, stage)
-    unet = value_at(params, "unet_config", "params") or {}
-    multiple = 2 ** (len(levels or [0]) - 1 + len(unet.get("channel_mult") or [0]) - 1)
+    _check_attention(unet, ddconfig, stage)
     side, cells = params.get("image_size"), 2 ** (len(unet.get("channel_mult") or [0]) - 1)
+    multiple = 2 ** (len(levels or [0]) - 1) * cells
     if isinstance(side, int) and side % cells:
         path = "model.params.unet_config.params.channel_mult"
         raise ConfigError(
@@ -57,24 +58,30 @@ def check_consistency(config: Mapping[str, Any]) -> None:
             raise ConfigError(f"{path} {size}: this model needs multiples of {multiple} pixels; nearest {choices}")
 
 
-def _channel_problems(target: str, params: Mapping[str, Any]) -> Iterator[str]:
+def _own_params(node: Any, prefix: str) -> Mapping[str, Any]:
+    """Return the params of a node if its target begins with `prefix`, else {}: other classes define their own."""
+    own = resolve_alias(str(value_at(node, "target"))).startswith(prefix)
+    return (value_at(node, "params") or {}) if own else {}
+
+
+def _channel_problems(
+    target: str, params: Mapping[str, Any], dd_path: str, ddconfig: Mapping[str, Any], unet: Mapping[str, Any]
+) -> Iterator[str]:
     """Yield what cannot work between the first stage, the UNet and the condition's encoder."""
-    unet_config, first, cond = (params.get(f"{name}_config") for name in ("unet", "first_stage", "cond_stage"))
-    dd_path = "model.params.ddconfig" if "ddconfig" in params else "model.params.first_stage_config.params.ddconfig"
-    ddconfig = params.get("ddconfig") or value_at(first, "params", "ddconfig") or {}
+    first, cond = params.get("first_stage_config"), params.get("cond_stage_config")
     yield from _group_problems(dd_path, "ch", "ch_mult", ddconfig)
     loss = value_at(params, "lossconfig", "params") or {}
     seen, out = loss.get("disc_in_channels", 3), ddconfig.get("out_ch", 3)
-    if "ddconfig" in params and "disc_start" in loss and not loss.get("disc_conditional") and seen != out:
+    if ddconfig and "disc_start" in loss and not loss.get("disc_conditional") and seen != out:
         yield f"model.params.lossconfig.params.disc_in_channels {seen}: {dd_path}.out_ch is {out}; they must be equal"
-    if not target.startswith(_LATENT_MODELS) or resolve_alias(str(value_at(unet_config, "target"))) != _UNET:
-        return
-    unet, path = value_at(unet_config, "params") or {}, "model.params.unet_config.params"
+    path = "model.params.unet_config.params"
     yield from _group_problems(path, "model_channels", "channel_mult", unet)
+    if not target.startswith(_LATENT_MODELS) or not unet:
+        return
     channels, sees, returns = params.get("channels", 3), unet.get("in_channels"), unet.get("out_channels")
     latent = f"model.params.channels is {channels}"
-    embed_dim = value_at(first, "params", "embed_dim")
-    if resolve_alias(str(value_at(first, "target"))).startswith(_AUTOENCODERS) and embed_dim not in (None, channels):
+    embed_dim = _own_params(first, _AUTOENCODERS).get("embed_dim")
+    if embed_dim not in (None, channels):
         yield f"model.params.first_stage_config.params.embed_dim {embed_dim}: {latent}; they must be equal"
     if unet.get("n_embed") is None and returns not in (None, channels):
         yield f"{path}.out_channels {returns}: {latent}; they must be equal"
@@ -156,9 +163,8 @@ def _compare_sizes(path: str, value: Any, factor: int, sizes: Mapping[str, int])
             )
 
 
-def _check_attention(params: Mapping[str, Any], ddconfig: Mapping[str, Any], stage: str) -> None:
+def _check_attention(unet: Mapping[str, Any], ddconfig: Mapping[str, Any], stage: str) -> None:
     """Log a warning for attention at levels that do not exist: a published config has some."""
-    unet = value_at(params, "unet_config", "params") or {}
     side = ddconfig.get("resolution")
     occurring = {
         "model.params.unet_config.params.attention_resolutions": (

@@ -4,6 +4,7 @@ import logging
 
 import pytest
 
+from ldm.config.consistency import check_consistency
 from ldm.config.instantiate import ConfigError
 from ldm.config.merge import merge
 from ldm.config.validate import check_config
@@ -84,3 +85,13 @@ def test_sizes_that_differ_are_logged(file, override, words, caplog):
         check(file, override)
     (message,) = caplog.messages
     assert all(each in message for each in words), message
+
+
+def test_networks_of_other_packages_use_the_same_names_as_they_like():
+    own = {"target": "own.Net", "params": {"ddconfig": {"ch": 3, "ch_mult": "deep"}, "model_channels": 5}}
+    unet = {**own, "params": {"model_channels": 5, "channel_mult": [1, 2, 4, 8]}}
+    data = {"params": {"train": {"target": "ldm.data.folder.ImageFolder", "params": {"size": 30}}}}
+    check_consistency({"model": own, "data": data})
+    latent = {"first_stage_config": own, "cond_stage_config": "__is_unconditional__", "unet_config": unet}
+    target = "ldm.models.diffusion.ddpm.LatentDiffusion"
+    check_consistency({"model": {"target": target, "params": {**latent, "image_size": 30}}, "data": data})
