@@ -24,7 +24,7 @@ EXIT_USAGE = 2
 EXIT_INTERRUPTED = 130
 # dotted.path=value; + adds a new key, ~dotted.path deletes one
 _OVERRIDE = re.compile(r"\+?[A-Za-z_]\w*(\.[\w-]+)+=|~[A-Za-z_]\w*(\.[\w-]+)+$", re.ASCII)
-_PATHS = ("DIR", "FILE", "FOLDER", "IMAGE", "NAME|DIR", "PATH", "PNG", "YAML")  # metavars of flags that take a path
+_PATHS = ("DIR", "FILE", "FILE|DIR", "FOLDER", "IMAGE", "NAME|DIR", "PATH", "PNG", "YAML")  # metavars of paths
 _NO_MEMORY = ("OutOfMemoryError", "DefaultCPUAllocator: ")  # of a GPU, by its class; of the CPU, a RuntimeError
 
 

@@ -59,7 +59,7 @@ def main(argv: Sequence[str]) -> None:
     if not opt.resume:
         raise ValueError("--resume: pass a run directory or a checkpoint, e.g. -r logs/<run>")
     run = inference.find_run(find_file(opt.resume))
-    of_model = [word for word in opt.overrides if word.lstrip("+").startswith("model.")]
+    of_model = [word for word in opt.overrides if word.lstrip("+~").startswith("model.")]
     info = inference.read_model_info(run.configs, of_model)
     request = ConditionalRequest(**cli.request_fields(opt, ConditionalRequest)).checked(info)
     conditions = inference.parse_conditions(opt.condition)

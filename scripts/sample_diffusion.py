@@ -52,8 +52,8 @@ def parser() -> Parser:
     text = "classifier-free guidance scale of class-conditional models; 1 disables it"
     add("--scale", type=float, default=1.0, help=text)
     text = "the class that means 'no class', for guidance (default: the last one if the model has one)"
-    add("--skip_grid", action="store_true", help="do not save a grid of the first samples")
     add("--null_class", type=int, metavar="CLASS", help=text)
+    add("--skip_grid", action="store_true", help="do not save a grid of the first samples")
     cli.add_seed_flags(parser, seed=None)
     cli.add_model_flags(parser, None, None)
     return parser

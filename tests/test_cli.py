@@ -149,6 +149,9 @@ def test_a_home_directory_is_expanded_in_path_flags_only(monkeypatch):
     parser = Parser()
     parser.add_argument("--outdir", metavar="DIR")
     parser.add_argument("--init-img", nargs="+", metavar="FILE")
+    parser.add_argument("--depth", metavar="FILE|DIR")
     parser.add_argument("--prompt")
-    opt = parser.parse_args(["--outdir=~/pics", "--init-img", "~/a.png", "b.png", "--prompt", "~/tilde"])
+    words = ["--outdir=~/pics", "--init-img", "~/a.png", "b.png", "--depth=~/d.png", "--prompt", "~/tilde"]
+    opt = parser.parse_args(words)
     assert (opt.outdir, opt.init_img, opt.prompt) == ("/home/me/pics", ["/home/me/a.png", "b.png"], "~/tilde")
+    assert opt.depth == "/home/me/d.png"
