@@ -114,7 +114,8 @@ class BatchSamples:
         """Random 64 bits, (rows, columns) int64; rows beyond the batch continue with its first samples."""
         call = self.calls.get(purpose, 0)
         self.calls[purpose] = call + 1
-        index = torch.tensor(self.indices, dtype=torch.int64, device=device)[:rows] * _GOLDEN
+        index = torch.tensor(self.indices[:rows], dtype=torch.int64)
+        index = index.to(device, non_blocking=device.type == "cuda") * _GOLDEN  # the CPU does not wait for a GPU's step
         turns = range(-(-rows // len(self.indices)))
         keys = torch.cat([index + mix(self.seed, purpose, self.epoch, call, turn) for turn in turns])[:rows]
         counter = torch.arange(1, columns + 1, dtype=torch.int64, device=device) * _GOLDEN
