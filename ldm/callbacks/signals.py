@@ -179,7 +179,7 @@ def end_workers(seconds: float = 2.0) -> None:
         for worker in workers:
             worker.join(max(0.0, deadline - time.monotonic()))
     finally:
-        signal.signal(signal.SIGCHLD, handler)
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL if handler is None else handler)
 
 
 def outlive_signals(loader: Any) -> Any:

@@ -60,10 +60,8 @@ class ModelInfo:
         if self.condition_name != "SpatialRescaler":
             return None
         params = value_at(self.config, "model", "params", "cond_stage_config", "params") or {}
-        of_images = params.get("in_channels", 3) == 3 and params.get("out_channels") in (
-            None,
-            3,
-        )  # not segmentation maps
+        channels = params.get("in_channels", 3), params.get("out_channels") or 3
+        of_images = channels == (3, 3)  # not segmentation maps
         return float(params.get("multiplier", 0.5)) ** int(params.get("n_stages", 1)) if of_images else None
 
     @property

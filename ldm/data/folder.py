@@ -75,11 +75,11 @@ class ImageFolder(Dataset):
 
     captions: None; "sidecar" (cat.txt next to cat.jpg, one caption per line); or a .csv, .tsv or .jsonl table, which
     then also selects the images (paths relative to root, or to the folder of the split; a column `split` with the names
-    of splits selects too). image_column, caption_column:
-    its columns; None takes the first match of file_name, filename, file, image, image_path, path, and of text, caption,
-    captions, prompt, txt. An image may have several captions (lines, records, a JSON list): each sample takes a random
-    one. caption_encoding: if not UTF-8. missing_caption (blank counts as missing): raise, skip the image, or use an
-    empty caption. long_caption, for more than max_caption_chars: truncate (with one warning), raise or skip.
+    of splits selects too). image_column, caption_column: its columns; None takes the first match of file_name,
+    filename, file, image, image_path, path, and of text, caption, captions, prompt, txt. An image may have several
+    captions (lines, records, a JSON list): each sample takes a random one. caption_encoding: if not UTF-8.
+    missing_caption (blank counts as missing): raise, skip the image, or use an empty caption. long_caption, for more
+    than max_caption_chars: truncate (with one warning), raise or skip.
 
     class_labels: number the folders directly below root, or below the folder of the training split, sorted by name.
     classes: another order, as a list of names, as a .txt file with one on each line, or as a folder of class folders.

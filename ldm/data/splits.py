@@ -122,7 +122,8 @@ def listed_classes(classes: str | Sequence[str] | None) -> list[str] | None:
     if classes is None:
         return None
     order = [str(name) for name in classes]
-    if repeated := next((name for name in order if order.count(name) > 1), None):
+    if len(set(order)) < len(order):
+        repeated = next(name for name in order if order.count(name) > 1)
         raise DataConfigError("classes", order[:5], f"has {repeated!r} twice", "set {param} to different names")
     return order
 

@@ -396,7 +396,10 @@ class LatentDiffusion(ConditionStage, PublishedLatentDiffusion, DDPM):
         if isinstance(self.scale_factor, Tensor) and not resumed and not self._scale_factor_loaded:
             self.scale_factor.fill_(1.0)
             batches: Any = self.trainer.train_dataloader
-            encode = lambda batch: self.latents_of(self.get_images(batch, key))  # noqa: E731
+
+            def encode(batch: Mapping[str, Any]) -> Tensor:
+                return self.latents_of(self.get_images(batch, key))
+
             samples_of = getattr(getattr(self.trainer, "datamodule", None), "training_samples", lambda number: None)
             number = BATCHES * self.trainer.accumulate_grad_batches
             std = measure_latent_std(encode, batches, self.device, samples_of, number)
