@@ -22,6 +22,11 @@ def in_checkout(path: str | Path) -> str:
     return path.relative_to(ROOT).as_posix() if path.is_relative_to(ROOT) else str(path)
 
 
+def shown_path(path: Path) -> Path:
+    """Return `path` as shown in the log of a run: relative to the working directory if inside it."""
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+
+
 def files_in(folder: Path) -> list[Path]:
     """Return the configs and weights at any depth of a model's folder, sorted."""
     endings = (".json", ".safetensors", ".bin")

@@ -18,6 +18,7 @@ from torch import Tensor
 from ldm.atomic import atomic_file
 from ldm.cli import Stopped
 from ldm.config.instantiate import ConfigError
+from ldm.paths import shown_path
 
 if sys.platform == "linux":
     import fcntl
@@ -191,7 +192,7 @@ class CheckpointPolicy(ModelCheckpoint):
         seconds, step = time.monotonic() - start, trainer.global_step
         size = path.stat().st_size / MIB if path.is_file() else None
         text = "a folder" if size is None else f"{size:.1f} MiB"
-        logger.info("%-11s step %d -> %s (%s in %.1f s)", "checkpoint", step, shown(path), text, seconds)
+        logger.info("%-11s step %d -> %s (%s in %.1f s)", "checkpoint", step, shown_path(path), text, seconds)
         if size is not None and self.save_top_k >= 0:
             newest, best = (1 + self.copy_last if self.save_last else 0), self.save_top_k
             kept = f"the newest state in {newest} files and {best} best of {self.monitor or 'an epoch'}"
@@ -215,14 +216,14 @@ class CheckpointPolicy(ModelCheckpoint):
         for path in map(Path, self._replaced):
             if path.parent == Path(str(self.dirpath)) and str(path) not in self.best_files and path.is_file():
                 path.unlink()
-                logger.info("%-11s removed %s: it is no longer among the best", "checkpoint", shown(path))
+                logger.info("%-11s removed %s: it is no longer among the best", "checkpoint", shown_path(path))
 
     def _log_space(self) -> None:
         files = sorted(Path(str(self.dirpath)).rglob("*.ckpt"))
         size = sum(path.stat().st_size for path in files) / MIB
         names = ", ".join(path.name for path in files[:8]) + (", ..." if len(files) > 8 else "")
         if files:
-            logger.info("%-11s %.1f MiB in %s: %s", "checkpoint", size, shown(Path(str(self.dirpath))), names)
+            logger.info("%-11s %.1f MiB in %s: %s", "checkpoint", size, shown_path(Path(str(self.dirpath))), names)
 
 
 def _relocated(state: dict[str, Any], folder: str) -> dict[str, Any]:
@@ -260,11 +261,6 @@ def copy_file(source: Path, target: Path) -> bool:
         except OSError:
             shutil.copyfileobj(file, copy, 16 * MIB)
     return True
-
-
-def shown(path: Path) -> Path:
-    """Return a path as it is logged: relative to the working directory if it is inside."""
-    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
 
 class CrashCheckpoint(pl.Callback):

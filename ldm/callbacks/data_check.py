@@ -43,7 +43,7 @@ class DataCheck(pl.Callback):
 
 
 def pixel_multiple(model: Any) -> tuple[int, int]:
-    """Return the factors by which a model's first stage and its UNet shrink an image; 1 for those it has not."""
+    """Return the factors by which a model's first stage and its UNet shrink an image; 1 for a missing one."""
     encoder = getattr(getattr(model, "first_stage_model", model), "encoder", None)
     unet = getattr(getattr(model, "model", None), "diffusion_model", None)
     levels = getattr(encoder, "num_resolutions", 1), len(getattr(unet, "channel_mult", (1,)))

@@ -147,7 +147,7 @@ class RunReport(pl.Callback):
         self.expected_rate, self.rule = expected_rate, rule
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Remember what the configs ask for; loading a checkpoint replaces it."""
+        """Keep the configs' settings of the optimizers: loading a checkpoint replaces them."""
         self._options = [_options(optimizer) for optimizer in trainer.optimizers]
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -217,7 +217,7 @@ class RunReport(pl.Callback):
 
 
 def _options(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Return the settings of an optimizer but its learning rate, which is reported for itself."""
+    """Return the settings of an optimizer except the learning rate, which has its own line."""
     group = optimizer.param_groups[0]
     named = ("betas", "eps", "weight_decay", "momentum", "amsgrad", "nesterov", "alpha")
     return {

@@ -55,9 +55,9 @@ def checkpoint_files(run_folder: str | os.PathLike) -> list[Path]:
 
 
 def find_checkpoint(run_folder: str | os.PathLike, full_state: bool = False) -> Path:
-    """The first of `checkpoint_files` that is whole; the log says if and why it is not `last.ckpt`.
+    """The first whole file of `checkpoint_files`; if it is not `last.ckpt`, a warning says why.
 
-    full_state: pass over files of weights alone, from which no run can resume.
+    full_state: skip files of weights alone, from which no run can resume.
     """
     if not Path(run_folder).is_dir():
         raise CheckpointError(f"{run_folder}: no such folder")

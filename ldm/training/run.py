@@ -19,7 +19,6 @@ from pytorch_lightning.utilities.model_helpers import is_overridden
 from torch.distributed.rendezvous import rendezvous
 
 from ldm.callbacks import SignalCallback, StepSeed
-from ldm.callbacks.checkpoints import shown
 from ldm.checkpoint import verify_checkpoint
 from ldm.checkpoint.load import advise_settings
 from ldm.checkpoint.resume import find_checkpoint
@@ -29,6 +28,7 @@ from ldm.config.model_info import model_info
 from ldm.config.validate import check_class_count
 from ldm.data.datamodule import DataModuleFromConfig
 from ldm.inference.requests import script_for
+from ldm.paths import shown_path
 from ldm.training.devices import Machine, choose_devices
 from ldm.training.flags import RunOptions
 from ldm.training.report import TrainingFailed, is_main_process
@@ -114,7 +114,7 @@ def fit(trainer: pl.Trainer, model: pl.LightningModule, data: Any, directory: Ru
 
 def next_command(config: DictConfig, run: Path) -> str:
     """Return the command that samples from a trained model, or that trains a diffusion model on a first stage."""
-    target, place = str(config.model.target), shlex.quote(str(shown(run)))
+    target, place = str(config.model.target), shlex.quote(str(shown_path(run)))
     params = config.model.get("params") or {}
     if "ddconfig" in params:
         stage = f"model.params.first_stage_config.params.ckpt_path={place}/checkpoints/last.ckpt"
