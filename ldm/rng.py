@@ -52,6 +52,13 @@ def preserve_rng(device: torch.device = CPU) -> Iterator[None]:
             np.random.set_state(numpy)
 
 
+def seed_generators(seed: int, all_devices: bool = True) -> None:
+    """Seed the generators of Python, NumPy and torch with 63 bits; without `all_devices` torch's on the CPU alone."""
+    random.seed(seed)
+    np.random.seed(seed & 0xFFFFFFFF)
+    torch.manual_seed(seed) if all_devices else torch.default_generator.manual_seed(seed)
+
+
 def mix(*numbers: int) -> int:
     """Hash integers to 63 bits that look independent for every other input (BLAKE2b)."""
     packed = struct.pack(f"<{len(numbers)}q", *numbers)

@@ -17,11 +17,10 @@ from pytorch_lightning.loggers import TensorBoardLogger
 from torch import Tensor, nn
 
 from ldm.atomic import save_bytes
-from ldm.callbacks.seeding import seed_generators
 from ldm.callbacks.signals import SignalCallback
 from ldm.config.types import NonNegativeInt
 from ldm.output.images import png_bytes
-from ldm.rng import preserve_rng, samples_set
+from ldm.rng import preserve_rng, samples_set, seed_generators
 from ldm.visualize import grid
 
 logger = logging.getLogger(__name__)

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import random
 from typing import Any
 
-import numpy as np
 import pytorch_lightning as pl
-import torch
 
 from ldm.data.datamodule import DataModuleFromConfig
-from ldm.rng import mix, set_samples
+from ldm.rng import mix, seed_generators, set_samples
 
 TRAIN, EVALUATE = 11, 12  # purposes of random numbers, distinct from those of ldm.data.order and ldm.rng
 
@@ -56,10 +53,3 @@ class StepSeed(pl.Callback):
         set_samples(None)  # image logs and other callbacks use the global generators
 
     on_validation_batch_end = on_test_batch_end = on_exception = on_train_batch_end
-
-
-def seed_generators(seed: int) -> None:
-    """Seed the global generators of Python, NumPy and PyTorch (all devices) with 63 bits."""
-    random.seed(seed)
-    np.random.seed(seed & 0xFFFFFFFF)
-    torch.manual_seed(seed)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import os
-import random
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from typing import Any, NamedTuple
@@ -20,7 +19,7 @@ from torch.utils.data.dataloader import _BaseDataLoaderIter
 
 from ldm.data.base import Txt2ImgIterableBaseDataset
 from ldm.data.workers import Loader
-from ldm.rng import mix, preserve_rng
+from ldm.rng import mix, preserve_rng, seed_generators
 
 ORDER, SAMPLE, WORKERS = 1, 2, 3  # purposes of random numbers
 
@@ -120,10 +119,7 @@ class SeededDataset(Dataset):
 
 
 def _seed_sample(seed: int, epoch: int, index: int) -> None:
-    number = mix(seed, SAMPLE, epoch, index)
-    random.seed(number)
-    np.random.seed(number & 0xFFFFFFFF)
-    torch.default_generator.manual_seed(number)
+    seed_generators(mix(seed, SAMPLE, epoch, index), all_devices=False)
 
 
 class SeededStream(IterableDataset):

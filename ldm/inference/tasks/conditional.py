@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import random
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -23,7 +22,7 @@ from ldm.inference.requests import ConditionalRequest
 from ldm.models.diffusion.conditioning import normalize_condition
 from ldm.models.diffusion.image_log import condition_images
 from ldm.output.images import GeneratedImage
-from ldm.rng import preserve_rng
+from ldm.rng import preserve_rng, seed_generators
 from ldm.visualize import to_image
 
 FIRST = 8  # samples of a dataset if their indices are not given
@@ -69,7 +68,7 @@ def read_samples(config: DictConfig, split: str, indices: Sequence[int] | None, 
     dataset = data.datasets[split]
     if isinstance(dataset, IterableDataset):
         with preserve_rng():
-            random.seed(seed), np.random.seed(seed % 2**32), torch.manual_seed(seed)
+            seed_generators(seed, all_devices=False)
             read: Any = list(itertools.islice(dataset, FIRST if indices is None else max(indices) + 1))
     else:
         read = SeededDataset(dataset, seed, repeat=True)
