@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import pytorch_lightning as pl
@@ -50,7 +50,7 @@ class ImageLogger(pl.Callback):
         log_on_batch_idx: bool = False,
         log_first_step: bool = False,
         log_images_kwargs: Mapping[str, Any] | None = None,
-        early_factor: int = 2,
+        early_factor: Annotated[int, ">= 2"] = 2,
     ) -> None:
         super().__init__()
         if batch_frequency < 1:
@@ -58,8 +58,6 @@ class ImageLogger(pl.Callback):
                 f"batch_frequency {batch_frequency}: expected at least 1; disabled: true turns image logs off"
             )
         self.batch_freq, self.max_images = batch_frequency, max_images
-        if early_factor < 2:
-            raise ValueError(f"early_factor {early_factor}: expected at least 2")
         powers = range(int(math.log(batch_frequency, early_factor)) + 2)
         early = {early_factor**n for n in powers if early_factor**n <= batch_frequency}
         self.early_steps = early if increase_log_steps else set()

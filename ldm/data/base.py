@@ -41,12 +41,6 @@ def check_choice(param: str, value: object, choices: Iterable[str | None]) -> No
         raise DataConfigError(param, value, "unknown", f"set {{param}} to one of {names}")
 
 
-def check_probability(param: str, value: float) -> None:
-    """Raise DataConfigError unless 0 <= `value` <= 1."""
-    if not 0 <= value <= 1:
-        raise DataConfigError(param, value, "not a probability", "set {param} between 0 and 1")
-
-
 class Txt2ImgIterableBaseDataset(IterableDataset):
     """Base of datasets that stream image-text pairs by id: a subclass implements `__iter__` over `self.valid_ids`.
 

@@ -18,6 +18,7 @@ from pytorch_lightning.loops.progress import _ProcessedTracker
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from ldm.config.instantiate import ConfigError, get_obj_from_str, instantiate_from_config
+from ldm.config.types import NonNegativeInt, PositiveInt
 from ldm.data.base import DataConfigError, Txt2ImgIterableBaseDataset
 from ldm.data.folder import ImageFolder
 from ldm.data.order import EpochSampler, Position, SeededDataset, StreamLoader, usable_cpus
@@ -66,21 +67,18 @@ class DataModuleFromConfig(pl.LightningDataModule):
 
     def __init__(
         self,
-        batch_size: int,
+        batch_size: PositiveInt,
         train: Any = None,
         validation: Any = None,
         test: Any = None,
         predict: Any = None,
         wrap: bool = False,
-        num_workers: int | None = None,
+        num_workers: NonNegativeInt | None = None,
         shuffle_test_loader: bool = False,
         use_worker_init_fn: bool = False,
         shuffle_val_dataloader: bool = False,
     ) -> None:
         super().__init__()
-        _check_count("batch_size", batch_size, 1)
-        if num_workers is not None:
-            _check_count("num_workers", num_workers, 0)
         self.batch_size = batch_size
         self.num_workers = num_workers if num_workers is not None else min(2 * batch_size, usable_cpus())
         self.wrap = wrap
@@ -119,8 +117,9 @@ class DataModuleFromConfig(pl.LightningDataModule):
             with _located(split):
                 dataset = instantiate_from_config(config)
             self.datasets[split] = WrappedDataset(dataset) if self.wrap else dataset
-        _check_classes(self.datasets)
-        _check_training_data(self.datasets)
+        if new:
+            _check_classes(self.datasets)
+            _check_training_data(self.datasets)
         if new and self.class_names:
             shown = ", ".join(f"{number} {name}" for number, name in enumerate(self.class_names[:_CLASSES_SHOWN]))
             more = f", ... {len(self.class_names)} in all" if len(self.class_names) > _CLASSES_SHOWN else ""
@@ -344,11 +343,6 @@ def _located(split: str) -> Iterator[None]:
         yield
     except DataConfigError as error:
         raise error.at(f"data.params.{split}") from error
-
-
-def _check_count(name: str, value: object, minimum: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
-        raise ConfigError(f"data.params.{name} {value!r}: expected an integer of at least {minimum}")
 
 
 def _unwrapped(dataset: Any) -> Any:

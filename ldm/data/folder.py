@@ -18,8 +18,8 @@ from PIL import Image
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from ldm.config.types import PathText, PositiveInt
-from ldm.data.base import DataConfigError, check_choice, check_probability
+from ldm.config.types import PathText, PositiveInt, Probability
+from ldm.data.base import DataConfigError, check_choice
 from ldm.data.captions import SIDECAR, TABLES, CaptionPolicy, read_sidecar, read_table
 from ldm.data.image import (
     EXTENSIONS,
@@ -104,7 +104,7 @@ class ImageFolder(Dataset):
         size: Size | None = 256,
         crop_size: Size | None = None,
         random_crop: bool = False,
-        flip_p: float = 0.0,
+        flip_p: Probability = 0.0,
         interpolation: str = "bicubic",
         files: PathText | None = None,
         captions: PathText | None = None,
@@ -129,7 +129,6 @@ class ImageFolder(Dataset):
         check_choice("long_caption", long_caption, ("truncate", "raise", "skip"))
         check_choice("split", split, (None, *SPLITS))
         check_choice("on_error", on_error, ("raise", "skip"))
-        check_probability("flip_p", flip_p)
         self.size, self.crop_size = _sizes(size, crop_size)
         self.random_crop, self.flip_p, self.interpolation = random_crop, flip_p, interpolation
         self.on_error, self.min_size, self.max_pixels = on_error, min_size, max_pixels

@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image, ImageDraw
 
-from ldm.config.types import PathText
-from ldm.data.base import DataConfigError, check_choice, check_probability
+from ldm.config.types import PathText, Probability
+from ldm.data.base import DataConfigError, check_choice
 from ldm.data.folder import ImageFolder
 from ldm.data.image import to_array
 
@@ -41,14 +41,13 @@ class Inpainting(ImageFolder):
         root: PathText | None = None,
         min_masked: float = 0.1,
         max_masked: float = 0.5,
-        whole_p: float = 0.0,
+        whole_p: Probability = 0.0,
         convention: str = "ldm",
         **options: Any,
     ) -> None:
         if not 0 < min_masked <= max_masked < 1:
             problem = f"expected 0 < min_masked <= max_masked < 1, and max_masked is {max_masked}"
             raise DataConfigError("min_masked", min_masked, problem, "set {param} to a share of the image")
-        check_probability("whole_p", whole_p)
         check_choice("convention", convention, CONVENTIONS)
         self.min_masked, self.max_masked, self.whole_p = min_masked, max_masked, whole_p
         self.convention = CONVENTIONS[convention]

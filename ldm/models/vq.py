@@ -61,8 +61,6 @@ class VQModel(AdversarialAutoencoder):
         )
         if ddconfig.get("double_z", True):
             raise ValueError("ddconfig.double_z=True: a quantized latent has no variance; set it false")
-        if lr_g_factor <= 0:
-            raise ValueError(f"lr_g_factor={lr_g_factor}: must be above 0")
         z_channels, factor = ddconfig["z_channels"], 2 ** (len(ddconfig["ch_mult"]) - 1)
         self.n_embed, self.embed_dim, self.lr_g_factor = n_embed, embed_dim, lr_g_factor
         self.batch_resize_range = None if batch_resize_range is None else _checked_range(batch_resize_range, factor)

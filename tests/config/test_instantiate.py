@@ -1,5 +1,6 @@
 """Laws of `instantiate_from_config` and the allow-list."""
 
+import re
 import sys
 
 import pytest
@@ -236,3 +237,18 @@ def test_a_default_of_none_allows_null_whatever_the_annotation_says():
     for params in ({"width": "x"}, {"depth": "x"}):
         with pytest.raises(ConfigError, match=r"'x': expected an? .* or null"):
             check_targets({"model": {**config, "params": params}})
+
+
+@pytest.mark.parametrize(
+    ("target", "name", "value", "expected"),
+    [
+        ("ldm.data.folder.ImageFolder", "flip_p", 2, "a number in [0, 1]"),
+        ("ldm.data.inpainting.Inpainting", "whole_p", 2, "a number in [0, 1]"),
+        ("ldm.data.superres.SuperResolution", "flip_p", -1, "a number in [0, 1]"),  # of its base
+        ("ldm.data.datamodule.DataModuleFromConfig", "batch_size", 0, "an integer >= 1"),
+        ("ldm.modules.encoders.modules.SpatialRescaler", "n_stages", -1, "an integer >= 0"),
+    ],
+)
+def test_ranges_of_annotations_are_checked_where_a_class_is_built(target, name, value, expected):
+    with pytest.raises(ConfigError, match=rf"params\.{name} {value}: expected {re.escape(expected)}$"):
+        instantiate_from_config({"target": target, "params": {name: value}})

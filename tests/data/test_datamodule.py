@@ -104,20 +104,6 @@ def test_the_default_number_of_workers_is_the_published_one_within_the_cpus():
     assert DataModuleFromConfig(4, num_workers=99).num_workers == 99
 
 
-@pytest.mark.parametrize(
-    ("params", "message"),
-    [
-        ({"batch_size": 0}, "data.params.batch_size 0: expected an integer of at least 1"),
-        ({"batch_size": "4"}, "data.params.batch_size '4': expected an integer"),
-        ({"num_workers": -1}, "data.params.num_workers -1: expected an integer of at least 0"),
-    ],
-)
-def test_counts_are_checked(params, message):
-    with pytest.raises(ConfigError) as caught:
-        data(**params)
-    assert message in str(caught.value)
-
-
 def test_a_missing_folder_is_one_line_that_says_what_to_do():
     module = data(train={"target": "ldm.data.folder.ImageFolder", "params": {"root": "/x/y"}})
     with pytest.raises(DataConfigError) as caught:

@@ -129,7 +129,6 @@ def test_records_that_name_nothing_follow_the_error_policy(captioned):
         ({"interpolation": "sinc"}, "interpolation 'sinc': unknown; set interpolation to one of nearest, box"),
         ({"size": 0}, "size 0: not a size; set size to a positive integer"),
         ({"size": 8, "crop_size": 9}, "crop_size 9: larger than size 8"),
-        ({"flip_p": 2}, "flip_p 2: not a probability"),
         ({"split": "validation", "validation_fraction": 0.0}, "validation_fraction 0.0: leaves a split empty"),
     ],
 )

@@ -62,10 +62,8 @@ def test_stable_diffusions_holes_are_grey_and_some_take_the_whole_image(tmp_path
     assert 4 <= sum(sample["mask"].min() == 1 for sample in samples) <= 16
 
 
-def test_what_is_no_convention_and_no_probability_is_refused(tmp_path):
+def test_what_is_no_convention_is_refused(tmp_path):
     with pytest.raises(
         DataConfigError, match="convention 'sd': unknown; set convention to one of ldm, stable-diffusion"
     ):
         Inpainting(root=str(tmp_path), convention="sd")
-    with pytest.raises(DataConfigError, match=r"whole_p 2: not a probability"):
-        Inpainting(root=str(tmp_path), whole_p=2)

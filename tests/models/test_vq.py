@@ -153,7 +153,6 @@ def test_training_batches_are_resized_within_the_range_at_first_to_its_end():
         ({"batch_resize_range": [16, 40]}, r"batch_resize_range=\[16, 40\]"),
         ({"batch_resize_range": [15, 31]}, "multiples of the downsampling factor 2"),
         ({"batch_resize_range": [32, 16]}, r"batch_resize_range=\[32, 16\]"),
-        ({"lr_g_factor": 0.0}, "lr_g_factor=0.0"),
     ],
 )
 def test_wrong_options_are_refused_when_building(options, message):

@@ -60,7 +60,8 @@ def test_help_and_refusals_import_neither_torch_nor_lightning(tmp_path):
         ("model.params.first_stage_config.params.ddconfig=a", "ddconfig 'a': expected a mapping"),
         ("model.params.cond_stage_config.params.vocab_rows=0", "vocab_rows 0: expected an integer >= 1"),
         ("model.params.cond_stage_config.params.heads=0", "heads 0: expected an integer >= 1"),
-        ("data.params.batch_size=2.5", "data.params.batch_size 2.5: expected an integer"),
+        ("data.params.batch_size=2.5", "data.params.batch_size 2.5: expected an integer >= 1"),
+        ("data.params.num_workers=-1", "data.params.num_workers -1: expected an integer >= 0 or null"),
         ("data.params.train.params.size=[1,2,3]", "data.params.train.params.size [1, 2, 3]: expected an integer"),
     ],
 )

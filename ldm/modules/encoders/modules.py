@@ -184,8 +184,6 @@ class SpatialRescaler(AbstractEncoder):
         bias: bool = False,
     ) -> None:
         super().__init__()
-        if n_stages < 0:
-            raise ValueError(f"n_stages {n_stages}: must be 0 or more")
         if method not in self.METHODS:
             raise ValueError(f"method {method!r}: choose one of {', '.join(self.METHODS)}")
         self.n_stages, self.method, self.multiplier = n_stages, method, multiplier
