@@ -15,10 +15,11 @@ TRAIN, EVALUATE = 11, 12  # purposes of random numbers, distinct from those of l
 class StepSeed(pl.Callback):
     """Give every batch the random numbers of its samples, and seed Python, NumPy and PyTorch from its place in the run.
 
-    What a model draws through ldm.rng belongs to the samples of a DataModuleFromConfig and is the same for every batch
-    size and number of ranks. Everything else (dropout within networks, other data modules) uses the global generators,
-    seeded from (seed, rank, epoch, batch). So a resumed run uses the random numbers of an uninterrupted one, validation
-    and image logs do not change training, and every validation uses the same noise, which makes its metrics comparable.
+    Random numbers that a model takes from ldm.rng belong to the samples of a DataModuleFromConfig and are the same for
+    every batch size and number of ranks. All others (dropout within networks, other data modules) come from the global
+    generators, seeded from (seed, rank, epoch, batch). So a resumed run uses the random numbers of an uninterrupted
+    one, validation and image logs do not change training, and every validation uses the same noise, which makes its
+    metrics comparable.
     """
 
     def __init__(self, seed: int) -> None:

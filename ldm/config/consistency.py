@@ -119,7 +119,7 @@ def _conditioning_key(params: Mapping[str, Any]) -> str | None:
 
 
 def _concat_width(params: Mapping[str, Any], cond: Any) -> int | None:
-    """Return the channels of a concat condition; None if the config does not tell."""
+    """Return the channels of a concat condition; None if the config does not determine it."""
     if params.get("concat_keys"):
         return None
     if cond == FIRST_STAGE_AS_CONDITION:
@@ -131,7 +131,7 @@ def _concat_width(params: Mapping[str, Any], cond: Any) -> int | None:
 
 
 def _encoder_width(cond: Any) -> int | None:
-    """Return the width of an encoder's vectors; None if the config does not tell."""
+    """Return the width of an encoder's vectors; None if the config does not determine it."""
     name, given = str(value_at(cond, "target")).rpartition(".")[2], value_at(cond, "params") or {}
     if name in _ENCODER_WIDTH:
         return given.get(_ENCODER_WIDTH[name])

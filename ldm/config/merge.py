@@ -160,7 +160,7 @@ def _take_out(below: dict[Any, Any], above: dict[Any, Any], path: str, changed: 
 
 
 def _check_changed_targets(config: DictConfig, changed: Mapping[str, _OldClass]) -> None:
-    """Raise ConfigError if a class has parameters of the class in whose place it was put, and does not take them."""
+    """Raise ConfigError if a class inherits parameters that it does not take from the class that it replaces."""
     for path, old in changed.items():
         node = OmegaConf.select(config, path, throw_on_resolution_failure=False)
         arguments = constructor_arguments(str(node["target"])) if isinstance(node, DictConfig) else None

@@ -69,7 +69,7 @@ def convert(value: Any, annotation: str) -> Any:
 
 
 def or_none(annotation: str) -> str:
-    """Return an annotation that takes None too, as an argument does whose default is None."""
+    """Return the annotation with None allowed: the type of an argument whose default is None."""
     return annotation if re.search(r"\b(None|Optional|Any)\b", annotation) else f"Optional[{annotation}]"
 
 

@@ -146,7 +146,7 @@ class DataModuleFromConfig(pl.LightningDataModule):
         }
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Continue from a saved position with its seed; raise ConfigError for data that may not have changed."""
+        """Continue from a saved position with its seed; raise ConfigError for a change of data that is not allowed."""
         if not state_dict:
             return
         _check_class_numbers(state_dict.get("class_names", []), self.class_names)
@@ -241,7 +241,7 @@ class DataModuleFromConfig(pl.LightningDataModule):
         return Position(epoch, batches * size)
 
     def _samples_in(self, batches: int) -> int:
-        """Number of samples of all ranks in a pass of so many batches."""
+        """Number of samples of all ranks in a pass of this many batches."""
         length, most = self._loaders["train"].length, batches * self._global_batch_size()
         return most if length is None else min(length, most)
 

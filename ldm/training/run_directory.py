@@ -138,7 +138,7 @@ def saved_configs(directory: RunDirectory, base: Sequence[Path] = ()) -> list[Pa
 
 
 class Launch:
-    """How a run was launched: its command line and, under torchrun or SLURM, the job with its number of restarts.
+    """The launch of a run: its command line and, under torchrun or SLURM, the job with its number of restarts.
 
     A run directory keeps it, so that the restarted command finds its run.
     """

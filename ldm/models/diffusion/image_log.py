@@ -160,7 +160,7 @@ def _noised(model: DDPM, x: Tensor) -> list[Tensor]:
 def condition_images(
     model: LatentDiffusion, batch: Mapping[str, Any], raw_c: Any, x: Tensor, size: Sequence[int]
 ) -> dict[str, Tensor]:
-    """Return the conditions of images x (B, C, H, W) as the network sees them: as small as what it gets.
+    """Return the conditions of images x (B, C, H, W) as the network sees them, at the size that it gets.
 
     raw_c: the raw main condition, None without one; size: (h, w) of the latents.
     """
