@@ -112,7 +112,7 @@ def _members(node: ast.expr) -> list[_Type]:
             arguments = list(inner.elts) if isinstance(inner, ast.Tuple) else [inner]
             return _generic(ast.unparse(head).rpartition(".")[2], arguments)
     name = ast.unparse(node).rpartition(".")[2]
-    if name in _ALIASES:
+    if name in _ALIASES and (isinstance(node, ast.Name) or name == "PathLike"):  # not nn.Dropout, torch.Size
         return list(_types(_ALIASES[name]))
     if name in ("list", "tuple", "List", "Tuple", "Sequence"):
         return [_list(())]

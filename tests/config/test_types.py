@@ -31,6 +31,8 @@ from ldm.config.types import arguments_of, convert, shown
         ("anything", "Callable[[int], int]", "anything"),
         ("anything", "", "anything"),
         ("anything", "not an annotation", "anything"),
+        ([1, 2, 3], "torch.Size", [1, 2, 3]),
+        (2, "nn.Dropout", 2),
         (-1, "Literal[-1] | PositiveInt", -1),
         ({"a": 1}, "Mapping[str, Any] | str", {"a": 1}),
     ],
