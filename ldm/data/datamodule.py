@@ -242,7 +242,8 @@ class DataModuleFromConfig(pl.LightningDataModule):
 
     def _samples_in(self, batches: int) -> int:
         """Number of samples of all ranks in a pass of this many batches."""
-        length, most = self._loaders["train"].length, batches * self._global_batch_size()
+        length = getattr(self._loaders.get("train"), "length", None)  # a subclass may have a loader of its own
+        most = batches * self._global_batch_size()
         return most if length is None else min(length, most)
 
     def _first_batch(self, per_pass: int) -> int:

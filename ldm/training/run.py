@@ -118,7 +118,9 @@ def next_command(config: DictConfig, run: Path) -> str:
     params = config.model.get("params") or {}
     if "ddconfig" in params:
         stage = f"model.params.first_stage_config.params.ckpt_path={place}/checkpoints/last.ckpt"
-        return f"python main.py --base configs/recipes/text-to-image-folder.yaml -t {stage}"
+        root = OmegaConf.select(config, "data.params.train.params.root")
+        data = f" data.params.train.params.root={shlex.quote(str(root))}" if root else ""
+        return f"python main.py --base configs/recipes/text-to-image-folder.yaml -t {stage}{data}"
     if "unet_config" not in params or "Classifier" in target:
         return ""
     content: Any = OmegaConf.to_container(config, resolve=True)

@@ -38,3 +38,9 @@ def test_a_state_of_another_shape_is_described_by_three_keys_the_count_and_the_s
 def test_a_finished_run_names_the_command_that_uses_it(config, command):
     yaml = OmegaConf.load(ROOT / "configs" / f"{config}.yaml")
     assert next_command(yaml, Path("logs/a run")).replace("'", '"').startswith(f"python {command}")
+
+
+def test_the_command_after_a_first_stage_names_its_data():
+    yaml = OmegaConf.load(ROOT / "configs" / "recipes" / "autoencoder-folder.yaml")
+    yaml.data.params.train.params.root = "my images"
+    assert next_command(yaml, Path("logs/run")).endswith(" data.params.train.params.root='my images'")
