@@ -14,8 +14,9 @@ from ldm.config.instantiate import ConfigError, allow_targets
 from ldm.config.merge import find_config, merge
 from ldm.config.validate import check_config, forget_missing_weights
 from ldm.training.flags import RunOptions, parse
+from ldm.training.launch import Launch, hold
 from ldm.training.report import console, report_error
-from ldm.training.run_directory import Launch, hold, new_run, resumed_run, saved_configs
+from ldm.training.run_directory import new_run, resumed_run, saved_configs
 from ldm.training.settings import resolve_settings
 
 logger = logging.getLogger(__name__)
