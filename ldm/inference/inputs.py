@@ -108,7 +108,10 @@ def load_mask(path: str | Path) -> Image.Image:
     Generated is what is at least half white; white is 1 in a file whose largest value is 1, 255 up to 255, else 65535.
     Transparent parts are not generated. Raises ValueError, with the largest value, if that leaves nothing.
     """
-    levels = load_levels(path, background=BLACK)
+    return _hole(path, load_levels(path, background=BLACK))
+
+
+def _hole(path: str | Path, levels: np.ndarray) -> Image.Image:
     highest = levels.max()
     white = 1 if highest <= 1 else 255 if highest <= 255 else 65535
     hole = levels >= white / 2
@@ -127,14 +130,14 @@ def check_pairs(pairs: Sequence[tuple[Path, Path]], multiple: int = 1) -> None:
     """
     inverted, grey, binary = list[str](), list[str](), list[str]()
     for path, mask in pairs:
-        image, hole = check_image(path, "image", multiple), load_mask(mask)
+        levels = load_levels(mask, background=BLACK)
+        image, hole = check_image(path, "image", multiple), _hole(mask, levels)
         if image.size != hole.size:
             sizes = "{} has {}x{} pixels, {} has {}x{}: sizes must match".format(mask, *hole.size, path, *image.size)
             turned = " (is only one of them rotated by EXIF?)" if image.size == hole.size[::-1] else ""
             raise ValueError(sizes + turned)
         if (share := np.asarray(hole).mean() / 255) > 0.5:
             inverted.append(f"{share:.0%} of {mask}")
-        levels = load_levels(mask, background=BLACK)
         between = np.abs(2 * levels / levels.max() - 1) < 0.8  # neither black nor white
         if between.mean() > 0.5:
             grey.append(str(mask))
