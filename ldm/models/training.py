@@ -233,7 +233,8 @@ class TrainedModule(pl.LightningModule, metaclass=_WeightsAfterConstruction):
         samples = current_samples()
         count = batch_size if samples is None else samples.total
         if number_of_ranks() > 1:
-            scalars = [torch.as_tensor(value, device=self.device).detach().float() for value in values.values()]
+            scalars = [torch.as_tensor(value).detach().float() for value in values.values()]
+            scalars = [value.to(self.device, non_blocking=True) for value in scalars]  # numbers do not wait for a GPU
             values = dict(zip(values, average_over_ranks(torch.stack(scalars), rank_weight())))
         if last and not self._step_sums:
             return values, count

@@ -319,7 +319,8 @@ class LatentDiffusion(ConditionStage, PublishedLatentDiffusion, DDPM):
         if self.model.conditioning_key is not None and self.cond_stage_model is not None:
             raw = main = self.raw_condition(batch, cond_key or self.cond_stage_key, bs)
             if self.training and self.cond_dropout > 0:
-                dropped = rng.uniform(len(x), Purpose.CONDITION_DROPOUT, self.device) < self.cond_dropout
+                device = rng.CPU if isinstance(raw, list | tuple) else self.device  # lists of texts wait for no GPU
+                dropped = rng.uniform(len(x), Purpose.CONDITION_DROPOUT, device) < self.cond_dropout
                 main = drop_condition(raw, self.unconditional_input_like(raw, len(x)), dropped)
             if force_c_encode or not self.cond_stage_trainable:
                 main = self.get_learned_conditioning(main)
