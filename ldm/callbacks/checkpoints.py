@@ -89,12 +89,14 @@ class CheckpointPolicy(ModelCheckpoint):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         stepped, self._step_before = trainer.global_step != self._step_before, trainer.global_step
+        if not stepped:
+            return
         every, interval = self._every_n_train_steps, self._train_time_interval
         due = every > 0 and trainer.global_step % every == 0
         if interval is not None:
             now, before = time.monotonic(), self._last_time_checked
             due = bool(trainer.strategy.broadcast(before is None or now - before >= interval.total_seconds()))
-        if stepped and due:
+        if due:
             self._last_time_checked = time.monotonic()
             self._save(trainer)
 
