@@ -1,16 +1,18 @@
-"""Names that published modules also provide and that live elsewhere here, module by module.
+"""Names that are imported on first use: those of published modules that live elsewhere here, and those of packages.
 
-Research code imports them from there. `__getattr__ = published_names(__name__)` at a module's end makes them its own.
+Research code imports the former from there. `__getattr__ = published_names(__name__)` at a module's end makes them its
+own. The latter keep `--help` and flag checks from waiting for torch.
 """
 
 from __future__ import annotations
 
+import sys
 from collections import defaultdict
 from collections.abc import Callable, Mapping
+from importlib import import_module
 from typing import Any
 
 from ldm.config.instantiate import ALIASES
-from ldm.lazy import lazy_attributes
 
 _HELPERS = "count_params default exists instantiate_from_config"
 _SCHEDULE = "extract_into_tensor make_ddim_sampling_parameters make_ddim_timesteps noise_like"
@@ -70,3 +72,17 @@ def published_names(module: str, package: str | None = None) -> Callable[[str], 
         if alias.rpartition(".")[0] == module:
             homes[target.rpartition(".")[0]].append(alias.rpartition(".")[2])
     return lazy_attributes(package or module, {home: " ".join(names) for home, names in homes.items()})
+
+
+def lazy_attributes(package: str, modules: Mapping[str, str]) -> Callable[[str], Any]:
+    """Make the `__getattr__` of a package (PEP 562). modules: module -> the names that it provides, space-separated."""
+    homes = {name: module for module, names in modules.items() for name in names.split()}
+
+    def getattribute(name: str) -> Any:
+        if name not in homes:
+            raise AttributeError(f"module {package!r} has no attribute {name!r}")
+        value = getattr(import_module(homes[name]), name)
+        setattr(sys.modules[package], name, value)
+        return value
+
+    return getattribute

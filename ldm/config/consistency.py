@@ -6,8 +6,7 @@ import logging
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from ldm.config.instantiate import FIRST_STAGE_AS_CONDITION, UNCONDITIONAL, ConfigError, resolve_alias
-from ldm.config.model_info import value_at
+from ldm.config.instantiate import FIRST_STAGE_AS_CONDITION, UNCONDITIONAL, ConfigError, resolve_alias, value_at
 from ldm.config.text_shapes import OPEN_CLIP_ARCH, OPEN_CLIP_SHAPES, VIT_L_14
 
 logger = logging.getLogger(__name__)

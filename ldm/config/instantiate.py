@@ -268,6 +268,13 @@ def join_path(path: str, key: str) -> str:
     return f"{path}.{key}" if path else key
 
 
+def value_at(node: Any, *keys: str) -> Any:
+    """The value under nested keys of a config; None if a key is missing."""
+    for key in keys:
+        node = node.get(key) if isinstance(node, Mapping) else None
+    return node
+
+
 def _import_module(module_name: str, target: str) -> Any:
     try:
         return importlib.import_module(module_name)

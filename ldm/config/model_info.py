@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ldm.config.instantiate import value_at
 from ldm.paths import in_checkout
 
 if TYPE_CHECKING:
@@ -131,13 +132,6 @@ def model_info(config: Mapping[str, Any], path: Path | None = None) -> ModelInfo
         config=config,
         path=path,
     )
-
-
-def value_at(node: Any, *keys: str) -> Any:
-    """The value under nested keys of a config; None if a key is missing."""
-    for key in keys:
-        node = node.get(key) if isinstance(node, Mapping) else None
-    return node
 
 
 def _factor(first_stage: Any) -> int | None:

@@ -13,7 +13,7 @@ Requests and the model's info need no torch, so scripts check their flags before
 from typing import TYPE_CHECKING, Any
 
 from ldm.cli import import_lightning
-from ldm.lazy import lazy_attributes
+from ldm.published import lazy_attributes
 
 if TYPE_CHECKING:
     from ldm.checkpoint import MissingWeightsError, WeightsSource, open_weights

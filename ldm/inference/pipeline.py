@@ -25,8 +25,8 @@ from ldm.checkpoint import (
     open_weights,
     weights_on_meta,
 )
-from ldm.config.instantiate import instantiate_from_config
-from ldm.config.model_info import ModelInfo, model_info, read_model_info, value_at
+from ldm.config.instantiate import instantiate_from_config, value_at
+from ldm.config.model_info import ModelInfo, model_info, read_model_info
 from ldm.data.image import to_array
 from ldm.inference.precision import cast_weights, choose_device, resolve_precision
 from ldm.inference.settings import Request

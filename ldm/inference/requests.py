@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar, NamedTuple, Self
 
-from ldm.config.model_info import ModelInfo, value_at
+from ldm.config.instantiate import value_at
+from ldm.config.model_info import ModelInfo
 from ldm.inference.emphasis import parse_emphasis
 from ldm.inference.settings import (
     TILE,

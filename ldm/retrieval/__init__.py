@@ -3,7 +3,7 @@
 # ruff: noqa: F401
 from typing import TYPE_CHECKING
 
-from ldm.lazy import lazy_attributes
+from ldm.published import lazy_attributes
 
 if TYPE_CHECKING:
     from ldm.retrieval.clip import RetrievalCondition, clip_image_encoder, clip_text_encoder, embed_folder

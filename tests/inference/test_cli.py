@@ -17,7 +17,7 @@ def test_every_script_takes_a_run_directory_as_its_checkpoint(script, tmp_path):
         (run / name).parent.mkdir(parents=True, exist_ok=True)
         (run / name).touch()
     OmegaConf.save(OmegaConf.create(text_model_config()), run / "configs" / "1-project.yaml")
-    (run / "configs" / "2-project.yaml").write_text("model: {params: {timesteps: 7}}")
+    OmegaConf.save(OmegaConf.create(text_model_config(timesteps=7)), run / "configs" / "2-project.yaml")
     OmegaConf.save(OmegaConf.create(text_model_config(timesteps=9)), other)
     parser = importlib.import_module(f"scripts.{script}").parser
     for flags, timesteps in (([], 7), (["--config", str(other)], 9)):

@@ -12,8 +12,7 @@ from ldm.checkpoint.diffusers.rules import ConversionError
 from ldm.checkpoint.diffusers.scheduler import scheduler_config
 from ldm.checkpoint.diffusers.text import TextLayout
 from ldm.checkpoint.diffusers.unet import CROSS, PLAIN, UNetLayout
-from ldm.config.instantiate import FIRST_STAGE_AS_CONDITION, UNCONDITIONAL
-from ldm.config.model_info import value_at
+from ldm.config.instantiate import FIRST_STAGE_AS_CONDITION, UNCONDITIONAL, value_at
 
 UNET, STAGE, CONDITION = "model.diffusion_model.", "first_stage_model.", "cond_stage_model."
 CLASS_FILE, CONDITION_FILE = "class_embedder.safetensors", "condition_encoder.safetensors"
