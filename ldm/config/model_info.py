@@ -84,9 +84,14 @@ class ModelInfo:
 
 
 def read_model_info(path: str | Path | Sequence[Path], overrides: Iterable[str] = ()) -> ModelInfo:
-    """`model_info` of a YAML file, see `read_config`."""
+    """`model_info` of a YAML file, see `read_config`. Raises ValueError for that of a first stage."""
     files = [path] if isinstance(path, (str, Path)) else list(path)
-    return model_info(read_config(files, overrides), Path(files[-1]))
+    config = read_config(files, overrides)
+    params = config.model.get("params") or {}
+    if "ddconfig" in params and "unet_config" not in params:
+        name = str(config.model.target).rpartition(".")[2]
+        raise ValueError(f"{files[-1]}: {name} is a first stage; choose the run or config of a diffusion model")
+    return model_info(config, Path(files[-1]))
 
 
 def read_config(path: str | Path | Sequence[str | Path], overrides: Iterable[str] = ()) -> DictConfig:

@@ -144,3 +144,8 @@ def test_merged_files_keep_the_safety_mode(tmp_path):
     (tmp_path / "b.yaml").write_text("model: {params: {image_size: 16}}\n")
     config = read_config([tmp_path / "a.yaml", tmp_path / "b.yaml"])
     assert model_info(config).safety == "report" and config.model.params.image_size == 16
+
+
+def test_a_first_stage_is_no_model_to_sample_from():
+    with pytest.raises(ValueError, match="AutoencoderKL is a first stage; choose the run or config of a diffusion"):
+        read_model_info(ROOT / "configs" / "quickstart" / "autoencoder.yaml")
