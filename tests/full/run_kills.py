@@ -18,8 +18,8 @@ import torch
 
 import ldm.callbacks.checkpoints as checkpoints
 import ldm.callbacks.run_directory as run_directory
+import ldm.training.launch as launch
 import ldm.training.loggers as loggers
-import ldm.training.run_directory as directories
 from ldm.checkpoint import write
 from ldm.checkpoint.formats import global_step
 from ldm.checkpoint.resume import find_checkpoint
@@ -38,7 +38,7 @@ FAULTS: dict[str, tuple[Any, str]] = {
     "copy": (checkpoints, "copy_file"),
     "removal": (checkpoints.CheckpointPolicy, "_remove_checkpoint"),
     "configs": (run_directory, "save_text"),
-    "launch": (directories, "save_text"),
+    "launch": (launch, "save_text"),
     "metrics": (loggers, "save_text"),
 }
 
