@@ -12,6 +12,7 @@ EXTRAS = {
 }
 EXTRAS["test"] = [
     "pytest>=8.0",
+    "pytest-xdist>=3.6",
     "ruff>=0.14",
     "mypy>=1.18",
     "import-linter>=2.5",

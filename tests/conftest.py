@@ -8,6 +8,9 @@ import os
 import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault(
+    "OMP_NUM_THREADS", "1"
+)  # before torch is imported: the networks are tiny, and every core has a process
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
