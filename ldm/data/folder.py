@@ -146,6 +146,9 @@ class ImageFolder(Dataset):
         if table is not None:
             texts, place = self._table_captions(table, whole, place, image_column, caption_column)
         if files is not None:
+            if split is not None and table is None:
+                advice = "set {param} to null, with a list for each split"
+                raise DataConfigError("split", split, f"selects nothing from the list {files}", advice)
             listed = self._listed(files)  # {name: None}, ordered
             names = [name for name in texts if name in listed] if texts is not None else list(listed)
         else:

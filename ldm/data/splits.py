@@ -17,6 +17,7 @@ SPLITS = {
     "validation": ("validation", "val", "valid", "dev"),
     "test": ("test", "testing"),
 }
+_WORDS = r"(data|data ?set|files|images?|imgs?|photos?|pics|pictures|samples|sets?|split|\d+)"
 FORCE = "if it is a class, set classes to the list of all classes; otherwise rename it, or list the images in files"
 
 
@@ -35,6 +36,13 @@ def split_of(folder: str) -> str | None:
     """Return the split that a folder is named like (see SPLITS; any case, perhaps with a year: train2017), or None."""
     name = re.sub(r"(19|20)\d\d$", "", folder.strip().casefold())
     return next((split for split, names in SPLITS.items() if name in names), None)
+
+
+def _resembles_split(folder: str) -> bool:
+    """Return True for names such as trainset, test_images and data-val, which are neither splits nor classes."""
+    split = "|".join(name for names in SPLITS.values() for name in names)
+    pattern = rf"({split})[\W_]*{_WORDS}|{_WORDS}[\W_]*({split})"
+    return re.fullmatch(pattern, folder.strip().casefold()) is not None
 
 
 def split_folder(root: Path, split: str | None, classes: Sequence[str] = ()) -> SplitFolder:
@@ -56,6 +64,10 @@ def split_folder(root: Path, split: str | None, classes: Sequence[str] = ()) -> 
         found.setdefault(name, path)
     folders = " and ".join(f"{path.name}/" for path in found.values())
     if not found:
+        if unclear := " and ".join(f"{name}/" for name in unused if name not in classes and _resembles_split(name)):
+            problem = f"holds {unclear}, which may be a split, but is not named like one"
+            advice = f"name splits {', '.join(SPLITS)}, or set {{param}} to one of these folders; {FORCE}"
+            raise DataConfigError("root", str(root), problem, advice)
         return SplitFolder(root, shared=split is not None)
     if split is None:
         advice = f"set split to one of {', '.join(SPLITS)}, or {{param}} to one of these folders; {FORCE}"

@@ -74,6 +74,8 @@ def test_each_split_is_its_folder_whatever_it_is_called(tmp_path, train, validat
         (["cat/0.png", "test/1.png"], None, "holds test/, and split is not set"),
         (["images/train/0.png", "images/test/1.png"], "train", "images/test/ in it is named like the test split"),
         (["cat/train/0.png", "cat/test/1.png"], None, "cat/test/ in it is named like the test split"),
+        (["testset/cat/0.png", "trainset/cat/1.png"], "train", "holds testset/ and trainset/, which may be a split"),
+        (["cat/0.png", "Val_Images/1.png"], None, "holds Val_Images/, which may be a split, but is not named like one"),
         (["train/test/0.png", "train/a/1.png"], "train", "test/ in it is named like the test split"),
     ],
 )
@@ -82,6 +84,14 @@ def test_a_layout_that_does_not_decide_is_refused_with_the_way_out(tmp_path, fil
         ImageFolder(tree(tmp_path, *files), size=4, split=split)
     assert message in str(caught.value) and "\n" not in str(caught.value)
     assert "if it is a class, set classes to the list of all classes; otherwise rename it" in str(caught.value)
+
+
+def test_words_that_only_begin_like_a_split_are_classes(tmp_path):
+    root = tree(tmp_path, "test tube/0.png", "train station/1.png", "valley/2.png", "data/3.png", "test-set/4.png")
+    classes = ["data", "test tube", "test-set", "train station", "valley"]
+    with pytest.raises(DataConfigError, match="holds test-set/, which may be a split"):
+        ImageFolder(root, size=4, class_labels=True)
+    assert ImageFolder(root, size=4, class_labels=True, classes=classes).class_names == classes
 
 
 def test_a_nested_folder_of_splits_names_the_root_to_set(tmp_path):
@@ -137,3 +147,11 @@ def test_every_class_is_trained_on(tmp_path, caplog):
 def test_a_class_with_a_line_end_in_its_name_is_refused(tmp_path):
     with pytest.raises(DataConfigError, match=r"classes 'a\\nb': has a line end in its name; rename its folder"):
         ImageFolder(tree(tmp_path, "a\nb/0.png", "c/1.png"), size=4, class_labels=True)
+
+
+def test_a_split_does_not_select_from_a_list_and_is_refused_beside_one(tmp_path):
+    root = tree(tmp_path, "train/0.png", "test/1.png")
+    (tmp_path / "list.txt").write_text("train/0.png\ntest/1.png\n")
+    with pytest.raises(DataConfigError, match="split 'train': selects nothing from the list"):
+        ImageFolder(root, size=4, split="train", files=str(tmp_path / "list.txt"))
+    assert len(ImageFolder(root, size=4, files=str(tmp_path / "list.txt"))) == 2
