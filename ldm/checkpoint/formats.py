@@ -85,6 +85,16 @@ def global_step(path: Path) -> int | None:
     return step if isinstance(step, int) else None
 
 
+def saved_at(path: Path) -> float:
+    """The time of a checkpoint's save in s since 1970: as it holds it, else the file's, which a copy may not keep."""
+    try:
+        content = load_pickle(path, map_location="cpu", mmap=True) if _is_zip(path) else None
+    except (CheckpointError, OSError):
+        content = None  # damaged, or a folder
+    time = content.get("saved_at") if isinstance(content, Mapping) else None
+    return time if isinstance(time, float) else path.stat().st_mtime
+
+
 def is_full_state(path: Path) -> bool:
     """True if a run can resume from a checkpoint: it holds the state of the optimizers."""
     content = load_pickle(path, map_location="cpu", mmap=_is_zip(path))

@@ -3,13 +3,21 @@
 import logging
 import os
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
 from pytorch_lightning.plugins.io import CheckpointIO
 
 from ldm.atomic import sweep_temporaries
-from ldm.checkpoint.formats import CheckpointError, global_step, is_full_state, read_checkpoint, verify_checkpoint
+from ldm.checkpoint.formats import (
+    CheckpointError,
+    global_step,
+    is_full_state,
+    read_checkpoint,
+    saved_at,
+    verify_checkpoint,
+)
 from ldm.checkpoint.write import write_checkpoint
 
 logger = logging.getLogger(__name__)
@@ -23,7 +31,7 @@ class AtomicCheckpointIO(CheckpointIO):
     ) -> None:
         if storage_options is not None:
             raise TypeError("storage_options are not supported: checkpoints are written to local files")
-        write_checkpoint(checkpoint, path)
+        write_checkpoint({**checkpoint, "saved_at": time.time()}, path)
 
     def load_checkpoint(
         self, path: str | os.PathLike, map_location: Any = "cpu", weights_only: bool | None = True
@@ -51,7 +59,7 @@ def checkpoint_files(run_folder: str | os.PathLike) -> list[Path]:
     folder = folder / "checkpoints" if (folder / "checkpoints").is_dir() else folder
     files = [*folder.glob("*.ckpt"), *folder.glob("*/*.ckpt")]  # checkpoints/trainstep_checkpoints/ too
     files = [path for path in files if path.name != "crash.ckpt" and not path.name.startswith(".")]
-    return sorted(files, key=lambda path: (path.name == "last.ckpt", path.stat().st_mtime), reverse=True)
+    return sorted(files, key=lambda path: (path.name == "last.ckpt", saved_at(path)), reverse=True)
 
 
 def find_checkpoint(run_folder: str | os.PathLike, full_state: bool = False) -> Path:

@@ -47,6 +47,15 @@ def test_a_damaged_last_gives_way_to_the_newest_whole_one_and_both_are_named(tmp
     assert "epoch=000002.ckpt" in caplog.text and "last.ckpt" in caplog.text
 
 
+def test_the_newest_checkpoint_of_a_copied_run_is_the_one_saved_last(tmp_path):
+    for name, step in (("epoch=000008.ckpt", 8), ("epoch=000004.ckpt", 4)):  # resumed from an earlier step
+        AtomicCheckpointIO().save_checkpoint({"global_step": step}, tmp_path / "checkpoints" / name)
+    for age, name in enumerate(("epoch=000004.ckpt", "epoch=000008.ckpt")):
+        os.utime(tmp_path / "checkpoints" / name, (age, age))  # as after cp -r
+    (tmp_path / "checkpoints" / "last.ckpt").write_bytes(b"PK damaged")
+    assert find_checkpoint(tmp_path).name == "epoch=000004.ckpt"
+
+
 def test_a_run_without_checkpoint_says_so(tmp_path):
     with pytest.raises(CheckpointError, match="no usable checkpoint"):
         find_checkpoint(tmp_path)
