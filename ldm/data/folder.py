@@ -46,6 +46,7 @@ from ldm.data.splits import (
     listed_classes,
     names_of_split,
     split_folder,
+    split_of,
 )
 
 logger = logging.getLogger(__name__)
@@ -266,6 +267,8 @@ class ImageFolder(Dataset):
             raise
         except (OSError, ValueError) as error:
             raise DataConfigError("captions", str(table), str(error), "set {param} to a readable table") from error
+        if not rows:
+            raise DataConfigError("captions", str(table), "has no rows", "add a header and a row for each image")
         own_rows: str | None = None
         if named := {row.split for row in rows} - {None}:
             place = place._replace(shared="validation" not in named and self.split not in (None, "test"))
@@ -282,7 +285,10 @@ class ImageFolder(Dataset):
                 problem = "names no split in its column 'split'"
             if not problem and Path(image).suffix.lower() not in self.suffixes:
                 problem = f"{image!r} is not an image"
-            if not problem and (split != own_rows or image.partition("/")[0] in place.others):
+            folder = image.partition("/")[0]
+            if not problem and split and folder in (*place.others, prefix[:-1]) and split_of(folder) != split:
+                problem = f"its column 'split' says {split}, but {image} is in {folder}/"
+            if not problem and (split != own_rows or folder in place.others):
                 elsewhere += 1
                 continue
             if not problem:

@@ -182,3 +182,24 @@ def test_a_column_with_the_names_of_splits_decides(root, name):
     assert sorted(train + held_out) == [f"{i:02}.png" for i in range(6, COUNT)] and len(held_out) == 1
     write(root, name, [(image, text, str(i % 5)) for i, (image, text) in enumerate(rows())], columns)
     assert len(folder(root, name)) == COUNT  # folds of a cross validation are no splits
+
+
+def test_a_row_whose_split_contradicts_its_folder_is_broken(tmp_path):
+    for name in ("train/a.png", "train/b.png", "validation/c.png"):
+        save_image(tmp_path / name)
+    rows = "train/a.png,one,train\ntrain/b.png,two,validation\nvalidation/c.png,three,validation\n"
+    (tmp_path / "captions.csv").write_text("file_name,text,split\n" + rows)
+    options = {"root": str(tmp_path), "size": 8, "captions": "captions.csv"}
+    for split, kept in (("train", "a.png"), ("validation", "c.png")):
+        with pytest.raises(DataConfigError, match=r"line 3: its column 'split' says validation, but train/b.png is in"):
+            ImageFolder(**options, split=split)
+        dataset = ImageFolder(**options, split=split, on_error="skip")
+        assert [item.name for item in dataset.items] == [kept] and len(dataset.skipped) == 1
+
+
+@pytest.mark.parametrize("content", ["", "\n\n", "file_name,text\n"])
+def test_a_table_without_rows_is_refused(tmp_path, content):
+    save_image(tmp_path / "a.png")
+    (tmp_path / "captions.csv").write_text(content)
+    with pytest.raises(DataConfigError, match=r"captions.csv': has no rows; add a header and a row for each image"):
+        ImageFolder(root=str(tmp_path), size=8, captions="captions.csv")
