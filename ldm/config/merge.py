@@ -213,7 +213,7 @@ def _check_path(config: DictConfig, keys: list[str]) -> None:
         allowed, is_open = _new_keys(above, node, parent)
         if allowed is None or key in allowed:
             return
-        choices = [str(name) for name in node] + sorted(allowed)
+        choices = list(dict.fromkeys([*map(str, node), *sorted(allowed)]))
         near = closest(key, choices)
         meant = ".".join([*keys[:depth], near, *keys[depth + 1 :]]) if near else ""
         hint = f"did you mean {meant}?" if near else f"choices: {', '.join(choices)}"

@@ -39,7 +39,7 @@ def read_prompts(path: str | Path) -> list[str]:
     if not prompts[-1]:  # after the last line's end
         prompts.pop()
     if not any(map(str.strip, prompts)):
-        raise ValueError(f"{flag}: the file is empty; write one prompt per line")
+        raise ValueError(f"{flag}: no prompt in it; write one per line")
     blank = [number for number, prompt in enumerate(prompts, 1) if not prompt.strip()]
     if blank:
         logger.warning("%s: %d of %d prompts are empty, the first in line %d", flag, len(blank), len(prompts), blank[0])

@@ -176,3 +176,10 @@ def test_another_target_with_parameters_of_the_old_one_is_refused_unless_they_ar
     assert merge([base, yaml(new % "", "b.yaml")], ["~model.params.width"]).model.params == {"decay": 0.5}
     with pytest.raises(ConfigError, match=r"~model\.params on the command line"):
         merge([base], ["model.target=ldm.modules.ema.LitEma"])
+
+
+def test_choices_name_a_key_once(yaml):
+    with pytest.raises(ConfigError, match="choices: ") as caught:
+        merge([yaml(toy_config())], ["model.params._replace_=true"])
+    choices = re.split(r", | \(", str(caught.value).partition("choices: ")[2])
+    assert "width" in choices and len(set(choices)) == len(choices)

@@ -43,8 +43,8 @@ def test_empty_prompts_in_a_file_are_one_warning(tmp_path, caplog):
 @pytest.mark.parametrize(
     "content, words",
     [
-        (b"", "empty"),
-        (b"\n \n", "empty"),
+        (b"", "no prompt in it"),
+        (b"\n \n", "no prompt in it"),
         (b"caf\xe9\n", "UTF-8"),
         ("a".encode("utf-16-le"), "UTF-8"),
         (None, "No such file"),
