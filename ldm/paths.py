@@ -10,9 +10,14 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]  # the checkout, which holds configs/ and models/
 
 
+def expand_user(path: str | os.PathLike[str]) -> Path:
+    """Return `path` with the home directory in place of `~`; the `~` of an unknown user is part of a name."""
+    return Path(os.path.expanduser(path))
+
+
 def find_file(path: str | Path) -> Path:
     """Return `path`, or the same path in the checkout if it is relative and exists only there."""
-    path = Path(path).expanduser()
+    path = expand_user(path)
     return ROOT / path if not path.is_absolute() and not path.exists() and (ROOT / path).exists() else path
 
 

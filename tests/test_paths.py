@@ -1,6 +1,8 @@
 """Paths and fingerprints."""
 
-from ldm.paths import fingerprint
+from pathlib import Path
+
+from ldm.paths import expand_user, find_file, fingerprint
 
 
 def test_a_fingerprint_changes_with_the_content(tmp_path):
@@ -11,3 +13,9 @@ def test_a_fingerprint_changes_with_the_content(tmp_path):
     assert fingerprint(file) != before and len(before) == 16
     file.write_bytes(b"")
     assert len(fingerprint(file)) == 16
+
+
+def test_the_tilde_of_an_unknown_user_is_part_of_a_name(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    assert expand_user("~/a") == Path("/home/me/a") and expand_user("~no-such-user/a") == Path("~no-such-user/a")
+    assert find_file("~no-such-user/a") == Path("~no-such-user/a")

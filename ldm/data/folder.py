@@ -48,6 +48,7 @@ from ldm.data.splits import (
     split_folder,
     split_of,
 )
+from ldm.paths import expand_user
 
 logger = logging.getLogger(__name__)
 
@@ -432,9 +433,7 @@ def _table(captions: str | None, folders: Sequence[Path]) -> Path | None:
     if Path(captions).suffix.lower() not in TABLES:
         advice = f"set {{param}} to {SIDECAR}, null, or a file of type {', '.join(TABLES)}"
         raise DataConfigError("captions", captions, "unknown", advice)
-    found = next(
-        (path for folder in (*folders, Path()) if (path := folder / Path(captions).expanduser()).is_file()), None
-    )
+    found = next((path for folder in (*folders, Path()) if (path := folder / expand_user(captions)).is_file()), None)
     if found is None:
         problem = f"no such file, here or in {folders[-1]}"
         raise DataConfigError("captions", captions, problem, "set {param} to a captions table")

@@ -26,6 +26,7 @@ from ldm.data.folder import ImageFolder
 from ldm.data.listing import read_lines
 from ldm.data.splits import split_of
 from ldm.data.superres import SuperResolution
+from ldm.paths import expand_user
 
 HUMAN_LABELS = ("synset_human.txt", "LOC_synset_mapping.txt")
 
@@ -137,5 +138,5 @@ def _read_pairs(file: Path) -> dict[str, str]:
 
 def _root(root: str | None) -> Path:
     if root is not None:
-        return Path(root).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "autoencoders/data"
+        return expand_user(root)
+    return expand_user(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "autoencoders/data"

@@ -21,6 +21,7 @@ from ldm.data.base import DataConfigError
 from ldm.data.folder import Defaults, ImageFolder
 from ldm.data.image import BadImageError, Size, load_labels, to_array
 from ldm.data.listing import existing_folder
+from ldm.paths import expand_user
 
 UNLABELED = 255
 
@@ -50,7 +51,7 @@ class SegmentedImages(ImageFolder):
         self.maps = existing_folder("segmentation_root", segmentation_root, content)
         self.n_labels, self.shift = n_labels, shift_segmentation
         self.dtype = np.float32 if segmentation_to_float32 else np.uint8
-        self.image_root = Path(root or "").expanduser()
+        self.image_root = expand_user(root or "")
         super().__init__(root, size, **options)
 
     def _values(self, image: Image.Image, index: int) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from ldm.data.base import DataConfigError
 from ldm.data.image import EXTENSIONS
+from ldm.paths import expand_user
 
 
 def existing_folder(param: str, value: str | None, content: str) -> Path:
@@ -19,7 +20,7 @@ def existing_folder(param: str, value: str | None, content: str) -> Path:
     advice = f"set {{param}} to a folder of {content}"
     if value is None:
         raise DataConfigError(param, value, "not set", advice)
-    folder = Path(value).expanduser()
+    folder = expand_user(value)
     if not folder.is_dir():
         problem = "is a file, not a folder" if folder.exists() else "no such folder"
         raise DataConfigError(param, str(value), problem, advice)
@@ -115,7 +116,7 @@ def read_lines(param: str, file: str, content: str) -> list[str]:
 
     Only \\n, \\r\\n and \\r end a line: `str.splitlines` would also split at U+2028, U+0085 and form feeds.
     """
-    path = Path(file).expanduser()
+    path = expand_user(file)
     if not path.is_file():
         raise DataConfigError(param, str(file), "no such file", f"set {{param}} to {content}")
     try:

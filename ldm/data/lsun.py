@@ -16,6 +16,7 @@ from typing import Any
 from ldm.atomic import save_bytes
 from ldm.data.archives import ArchiveError, Remote, fetch, unpack
 from ldm.data.folder import ListedImages
+from ldm.paths import expand_user
 
 LISTS = Remote("https://ommer-lab.com/files/lsun.zip", "lsun.zip")
 
@@ -30,7 +31,7 @@ class _LSUN(ListedImages):
     def prepare_data(cls, files: str | None = None, split: str | None = None, download: bool = False, **_: Any) -> None:
         """Download the published lists if requested."""
         published = cls.defaults["files"]
-        wanted = Path(files or published).expanduser()
+        wanted = expand_user(files or published)
         if not download or split is not None or wanted.is_file():
             return
         lists = wanted.parent / "published-lists"

@@ -31,6 +31,7 @@ from ldm.data.image import Size, View, to_array
 from ldm.data.listing import read_lines
 from ldm.data.superres import SuperResolution
 from ldm.modules.encoders.layout_tokens import Box, LayoutTokens, Region
+from ldm.paths import expand_user
 
 logger = logging.getLogger(__name__)
 
@@ -195,7 +196,7 @@ class Layouts(ImageFolder):
         """Download the tables if requested."""
         for remote in (CLASSES, cls.table) if download else ():
             if _find(root, remote) is None:
-                fetch(remote, Path(root).expanduser() / "annotations")
+                fetch(remote, expand_user(root) / "annotations")
 
     def get_textual_label_for_category_no(self, number: int) -> str:
         """Return the name of a class, e.g. "Tortoise"."""
@@ -225,7 +226,7 @@ def _region(view: View) -> Region:
 
 
 def _find(root: str, remote: Remote) -> Path | None:
-    folder = Path(root).expanduser()
+    folder = expand_user(root)
     return next((path for path in (folder / "annotations" / remote.name, folder / remote.name) if path.is_file()), None)
 
 

@@ -13,6 +13,7 @@ from PIL import Image
 from ldm.config.suggest import closest, did_you_mean
 from ldm.data.image import EXTENSIONS, load_image, load_levels, to_array
 from ldm.inference.settings import MAX_COUNT, round_to_multiple
+from ldm.paths import expand_user
 
 logger = logging.getLogger(__name__)
 
@@ -210,7 +211,7 @@ def parse_conditions(words: Sequence[str]) -> list[dict[str, Any]]:
 
 
 def _condition_value(key: str, text: str) -> Any:
-    path = Path(text).expanduser()
+    path = expand_user(text)
     if path.suffix.lower() in {*EXTENSIONS, ".npy"}:
         if not path.is_file():
             raise FileNotFoundError(f"--condition {key}={text}: no such file")

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from ldm.paths import expand_user
+
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
@@ -37,7 +39,7 @@ def find_run(resume: str | Path, flag: str = "--resume") -> SavedRun:
     The config is `config.yaml`, as in the directories of released models, or the newest `configs/*-project.yaml`.
     Raises FileNotFoundError if one is missing.
     """
-    given = Path(resume).expanduser()
+    given = expand_user(resume)
     if not given.exists():
         raise FileNotFoundError(f"{flag} {given}: no such file or folder; pass a run directory or a checkpoint")
     folder, ckpt = (given, _checkpoint_in(given, flag)) if given.is_dir() else (given.parent, given)
@@ -52,7 +54,7 @@ def run_of(ckpt: str | Path) -> SavedRun | None:
 
     A file counts only in the `checkpoints` of a run directory: other weights may lie beside a config of another model.
     """
-    given = Path(ckpt).expanduser()
+    given = expand_user(ckpt)
     if given.is_file():
         inside = given.resolve().parent.name == "checkpoints" and bool(_configs_in(given.parent.parent))
     else:

@@ -28,7 +28,7 @@ from ldm.config.model_info import model_info
 from ldm.config.validate import check_class_count
 from ldm.data.datamodule import DataModuleFromConfig
 from ldm.inference.requests import script_for
-from ldm.paths import shown_path
+from ldm.paths import expand_user, shown_path
 from ldm.training.devices import Machine, choose_devices
 from ldm.training.flags import RunOptions
 from ldm.training.report import TrainingFailed, is_main_process
@@ -192,7 +192,7 @@ def _checkpoint(directory: RunDirectory, settings: RunSettings) -> Path | None:
         logger.warning("%-11s no checkpoint yet: the run starts again %s, with its saved configs", "resumed", where)
     if not path:
         return None
-    file = Path(path).expanduser().resolve()
+    file = expand_user(path).resolve()
     verify_checkpoint(file)
     return file
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from ldm.config.files import load_yaml
 from ldm.config.instantiate import ConfigError
+from ldm.paths import expand_user
 from ldm.training.flags import RunOptions
 
 logger = logging.getLogger(__name__)
@@ -81,7 +82,7 @@ def resumed_run(path: str) -> RunDirectory:
 
     Raises ConfigError if there is no such run; does not read the checkpoint.
     """
-    given = Path(path).expanduser()
+    given = expand_user(path)
     if given.is_dir():
         return RunDirectory(given.resolve(), timestamp(), resumed=True)
     if not given.is_file():

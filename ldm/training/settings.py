@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from omegaconf import DictConfig, OmegaConf
 
 from ldm.config.instantiate import ConfigError, convert_params
 from ldm.config.trainer_keys import DEVICE_KEYS, modernize, trainer_types
+from ldm.paths import expand_user
 from ldm.training.flags import DEFAULT_SEED, RunOptions
 
 
@@ -54,7 +54,7 @@ def resolve_settings(options: RunOptions, lightning: DictConfig) -> RunSettings:
         raise ConfigError(f"lightning.scale_lr {scale_lr!r}: expected true or false")
     kept = from_yaml | from_flags
     if start_from:  # for a restart before the first checkpoint
-        kept["resume_from_checkpoint"] = str(Path(start_from).expanduser().absolute())
+        kept["resume_from_checkpoint"] = str(expand_user(start_from).absolute())
     kept_lightning = OmegaConf.create({**lightning, "seed": seed, "scale_lr": scale_lr, "trainer": kept})
     devices = {name: trainer.pop(name) for name in DEVICE_KEYS if name in trainer}
     return RunSettings(trainer, devices, devices_where, seed, scale_lr, start_from, kept_lightning)

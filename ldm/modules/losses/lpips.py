@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ldm.checkpoint import read_weights
+from ldm.paths import expand_user
 
 logger = logging.getLogger(__name__)
 
@@ -155,7 +156,7 @@ class LPIPS(nn.Module):
         sources = {"perceptual_weights": self.weights_file, VGG16_VARIABLE: os.environ.get(VGG16_VARIABLE)}
         for source, value in sources.items():
             if value:
-                path = Path(value).expanduser()
+                path = expand_user(value)
                 if not path.is_file():
                     raise PerceptualWeightsError(f"{source}={value}: file not found; expected a copy of {VGG16_URL}")
                 return path
