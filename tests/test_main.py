@@ -245,6 +245,13 @@ def test_resuming_a_finished_run_warns(start, run, caplog):
     assert run("-r", str(folder), "-t") == 0 and "no steps: the run is already at epoch 1, step 4" in caplog.text
 
 
+def test_training_without_data_or_batches_says_so(start, capsys, caplog):
+    code, _ = start("none", *QUIET, "data.params.train=null")
+    assert code == 2 and "error: data.params.train: missing; -t needs the training dataset" in capsys.readouterr().err
+    code, _ = start("zero", *QUIET, "lightning.trainer.limit_train_batches=0")
+    assert code == 0 and "no steps: lightning.trainer.limit_train_batches is 0" in caplog.text
+
+
 def test_resume_keeps_the_saved_seed_and_scaling(start, run):
     _, whole = start("whole", *QUIET, "-s", "5", "--scale_lr", "false")
     _, folder = start("stopped", *QUIET, "-s", "5", "--scale_lr", "false", "+model.params.at.5=SIGTERM")

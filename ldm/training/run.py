@@ -105,7 +105,9 @@ def fit(trainer: pl.Trainer, model: pl.LightningModule, data: Any, directory: Ru
         raise
     finally:
         signals.restore()
-    if not steps.began and trainer.limit_train_batches != 0:
+    if not steps.began and trainer.limit_train_batches == 0:
+        logger.warning("%-11s no steps: lightning.trainer.limit_train_batches is 0", "trained")
+    elif not steps.began:
         at = f"epoch {trainer.current_epoch}, step {trainer.global_step}"
         limits = f"max_epochs {trainer.max_epochs}, max_steps {trainer.max_steps}"
         logger.warning("%-11s no steps: the run is already at %s (%s)", "trained", at, limits)

@@ -63,8 +63,11 @@ def _run(options: RunOptions, words: list[str]) -> int:
     if directory.resumed:
         sections: Any = OmegaConf.to_container(config)
         log_changes(before, {**sections, "lightning": OmegaConf.to_container(settings.lightning)})
-    if not options.train and not (config.data.get("params") or {}).get("test"):
+    datasets = config.data.get("params") or {}
+    if not options.train and not datasets.get("test"):
         raise ConfigError("nothing to do: pass -t to train, or set data.params.test to evaluate")
+    if options.train and not datasets.get("train") and config.data.target.endswith(".DataModuleFromConfig"):
+        raise ConfigError("data.params.train: missing; -t needs the training dataset, with its target and params")
     sources = [*([f"{directory.path}/configs"] if directory.resumed else []), *options.base, *options.overrides]
     logger.info("%-11s %s", "config", ", ".join(sources))
 
