@@ -9,18 +9,8 @@ from ldm.inference.requests import (
     require_text_model,
 )
 from ldm.paths import ROOT
+from tests.shapes import CLIP, config
 from tests.tiny import KINDS, text_model_config
-
-AUTOENCODER = {"target": "ldm.models.autoencoder.AutoencoderKL", "params": {"ddconfig": {"ch_mult": [1, 2, 4, 4]}}}
-
-
-CLIP = {"target": "ldm.modules.encoders.modules.FrozenCLIPEmbedder"}
-
-
-def config(**params) -> dict:
-    unet = {"target": "ldm.modules.diffusionmodules.openaimodel.UNetModel", "params": {"channel_mult": [1, 2, 4, 4]}}
-    defaults = {"channels": 4, "first_stage_config": AUTOENCODER, "cond_stage_config": CLIP, "unet_config": unet}
-    return {"model": {"target": "ldm.models.diffusion.ddpm.LatentDiffusion", "params": {**defaults, **params}}}
 
 
 def test_facts_of_stable_diffusion_are_read_off_its_yaml():

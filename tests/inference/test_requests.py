@@ -21,18 +21,8 @@ from ldm.inference.requests import (
 )
 from ldm.models.diffusion.samplers.registry import SAMPLERS
 from ldm.paths import ROOT
+from tests.shapes import AUTOENCODER, config
 from tests.tiny import KINDS, text_model_config
-
-AUTOENCODER = {"target": "ldm.models.autoencoder.AutoencoderKL", "params": {"ddconfig": {"ch_mult": [1, 2, 4, 4]}}}
-
-
-CLIP = {"target": "ldm.modules.encoders.modules.FrozenCLIPEmbedder"}
-
-
-def config(**params) -> dict:
-    unet = {"target": "ldm.modules.diffusionmodules.openaimodel.UNetModel", "params": {"channel_mult": [1, 2, 4, 4]}}
-    defaults = {"channels": 4, "first_stage_config": AUTOENCODER, "cond_stage_config": CLIP, "unet_config": unet}
-    return {"model": {"target": "ldm.models.diffusion.ddpm.LatentDiffusion", "params": {**defaults, **params}}}
 
 
 def test_the_published_defaults():

@@ -8,15 +8,7 @@ import pytest
 from ldm.config.model_info import model_info
 from ldm.inference.requests import ImageToImageRequest, TextToImageRequest
 from ldm.paths import ROOT
-
-AUTOENCODER = {"target": "ldm.models.autoencoder.AutoencoderKL", "params": {"ddconfig": {"ch_mult": [1, 2, 4, 4]}}}
-CLIP = {"target": "ldm.modules.encoders.modules.FrozenCLIPEmbedder"}
-
-
-def config(**params) -> dict:
-    unet = {"target": "ldm.modules.diffusionmodules.openaimodel.UNetModel", "params": {"channel_mult": [1, 2, 4, 4]}}
-    defaults = {"channels": 4, "first_stage_config": AUTOENCODER, "cond_stage_config": CLIP, "unet_config": unet}
-    return {"model": {"target": "ldm.models.diffusion.ddpm.LatentDiffusion", "params": {**defaults, **params}}}
+from tests.shapes import config
 
 
 @pytest.mark.parametrize("steps", [1, 2, 7, 999, 1000])

@@ -11,6 +11,7 @@ from ldm.output.images import read_metadata
 from ldm.output.watermark import Watermark
 from ldm.paths import ROOT, fingerprint
 from scripts.inpaint import main, parser
+from tests.images import hole, make_image
 from tests.scripts.refusals import help_without_heavy_imports, refused
 from tests.tiny import SavedModel, save_model, save_text_model
 
@@ -18,19 +19,6 @@ from tests.tiny import SavedModel, save_model, save_text_model
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory) -> SavedModel:
     return save_model(tmp_path_factory.mktemp("tiny"), "inpaint")
-
-
-def make_image(width: int = 24, height: int = 16, seed: int = 0) -> Image.Image:
-    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
-
-
-def hole(width: int = 24, height: int = 16) -> Image.Image:
-    """White inside, with edges just under and just over half white."""
-    mask = np.zeros((height, width), dtype=np.uint8)
-    mask[3:10, 4:17] = 127
-    mask[3:10, 5:17] = 128
-    mask[3:10, 6:17] = 255
-    return Image.fromarray(mask)
 
 
 def pair(folder, stem: str = "x", width: int = 24, height: int = 16) -> None:

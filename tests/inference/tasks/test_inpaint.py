@@ -8,6 +8,7 @@ from PIL import Image
 from ldm.inference import Pipeline, inpaint, load_model
 from ldm.inference.requests import InpaintRequest
 from ldm.models.diffusion.ddim import DDIMSampler
+from tests.images import hole, make_image
 from tests.tiny import SavedModel, save_model
 
 
@@ -19,19 +20,6 @@ def saved(tmp_path_factory) -> SavedModel:
 @pytest.fixture(scope="module")
 def pipeline(saved) -> Pipeline:
     return load_model(saved.config, saved.ckpt, device="cpu", precision="full")
-
-
-def make_image(width: int = 24, height: int = 16, seed: int = 0) -> Image.Image:
-    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
-
-
-def hole(width: int = 24, height: int = 16) -> Image.Image:
-    """White inside, with edges just under and just over half white."""
-    mask = np.zeros((height, width), dtype=np.uint8)
-    mask[3:10, 4:17] = 127
-    mask[3:10, 5:17] = 128
-    mask[3:10, 6:17] = 255
-    return Image.fromarray(mask)
 
 
 def test_the_result_is_the_published_one(saved, pipeline):
