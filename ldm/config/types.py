@@ -13,7 +13,7 @@ import math
 import os
 import re
 from collections.abc import Callable, Mapping, MutableSequence, Sequence
-from typing import Annotated, Any, NamedTuple, cast
+from typing import Annotated, Any, NamedTuple, cast, get_origin
 
 PositiveInt = Annotated[int, ">= 1"]
 NonNegativeInt = Annotated[int, ">= 0"]
@@ -23,13 +23,9 @@ Probability = Annotated[float, "[0, 1]"]
 Dropout = Annotated[float, "[0, 1)"]
 PathText = str  # `~` is expanded
 
+_RANGES: dict[str, Any] = {name: value for name, value in globals().items() if get_origin(value) is Annotated}
 _ALIASES = {
-    "PositiveInt": "Annotated[int, '>= 1']",
-    "NonNegativeInt": "Annotated[int, '>= 0']",
-    "PositiveFloat": "Annotated[float, '> 0']",
-    "NonNegativeFloat": "Annotated[float, '>= 0']",
-    "Probability": "Annotated[float, '[0, 1]']",
-    "Dropout": "Annotated[float, '[0, 1)']",
+    **{name: f"Annotated[{of.__origin__.__name__}, {of.__metadata__[0]!r}]" for name, of in _RANGES.items()},
     "Size": "PositiveInt | tuple[PositiveInt, PositiveInt]",
     "Multiplier": "Annotated[float, '>= 0']",  # of ldm.lr_scheduler
     "PathText": "Path",

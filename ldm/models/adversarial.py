@@ -270,9 +270,8 @@ class AdversarialAutoencoder(TrainedModule):
         norm = get_total_norm([p.grad for p in parameters])
         total = sum((log["loss"] for log in self._window), torch.zeros(()))
         # With float16's loss scaling an infinite gradient is normal, and the scaler skips that step.
-        if not bool(
-            torch.isfinite(total if self.grad_scaler is not None else total + norm)
-        ):  # one read from the device
+        checked = total if self.grad_scaler is not None else total + norm
+        if not bool(checked.isfinite()):  # one read from the device
             self._raise_non_finite(norm)
         if self.gradient_clip_val is not None and self.gradient_clip_val > 0:
             if self.gradient_clip_algorithm == "norm":

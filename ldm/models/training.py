@@ -173,9 +173,8 @@ class TrainedModule(pl.LightningModule, metaclass=_WeightsAfterConstruction):
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         scale = self.loss_scale
         super().optimizer_step(*args, **kwargs)
-        if (
-            self.loss_scale >= scale
-        ):  # here and not after the batch: a checkpoint written then holds this step's average
+        # Here and not after the batch: a checkpoint written then holds this step's average.
+        if self.loss_scale >= scale:
             self.update_ema()
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
