@@ -78,7 +78,8 @@ def text_model_config(**params: Any) -> dict[str, Any]:
         "cond_stage_config": CAPTIONS,
     }
     target = params.pop("target", "LatentDiffusion")
-    return {"model": {"target": f"ldm.models.diffusion.ddpm.{target}", "params": deepcopy({**defaults, **params})}}
+    target = target if "." in target else f"ldm.models.diffusion.ddpm.{target}"
+    return {"model": {"target": target, "params": deepcopy({**defaults, **params})}}
 
 
 def _unet(**changes: Any) -> dict[str, Any]:
@@ -136,6 +137,15 @@ KINDS: dict[str, dict[str, Any]] = {
             "params": {"model_type": "dpt_hybrid"},
         },
         "unet_config": _unet(**_HEADS, in_channels=5),
+    },
+    # As configs/instruct-pix2pix/generate.yaml.
+    "edit": {
+        "target": "ldm.models.diffusion.ddpm_edit.LatentDiffusion",
+        "first_stage_key": "edited",
+        "cond_stage_key": "edit",
+        "conditioning_key": "hybrid",
+        "finetune_keys": None,
+        "unet_config": _unet(in_channels=8),
     },
     "x4": {
         "target": "LatentUpscaleDiffusion",

@@ -30,6 +30,7 @@ ALIASES = {
         "ldm.models.diffusion.variants.LatentUpscaleFinetuneDiffusion"
     ),
     "ldm.models.diffusion.ddpm.LatentUpscaleDiffusion": "ldm.models.diffusion.variants.LatentUpscaleDiffusion",
+    "ldm.models.diffusion.ddpm_edit.LatentDiffusion": "ldm.models.diffusion.variants.LatentEditDiffusion",
     "ldm.models.diffusion.ddpm.Layout2ImgDiffusion": "ldm.models.diffusion.layout2img.Layout2ImgDiffusion",
     "ldm.modules.encoders.modules.FrozenCLIPEmbedder": "ldm.modules.encoders.clip.FrozenCLIPEmbedder",
     "ldm.modules.encoders.modules.FrozenOpenCLIPEmbedder": "ldm.modules.encoders.open_clip.FrozenOpenCLIPEmbedder",
@@ -92,6 +93,8 @@ def _allowed_by_user() -> list[str]:
 
 def resolve_alias(target: str) -> str:
     """Return the current name of a published target; return other names unchanged."""
+    if target.startswith("stable_diffusion.ldm."):  # the folder of InstructPix2Pix' copy
+        target = target.removeprefix("stable_diffusion.")
     if target in ALIASES:
         return ALIASES[target]
     module, _, name = target.rpartition(".")

@@ -25,11 +25,12 @@ class ConditionStage(TrainedModule):
     adm_key: labels of the batch that are added to the timestep embedding, for crossattn-adm and hybrid-adm.
     A subclass adds parts of other names in `further_parts`.
 
-    Further parts are never dropped and are the same in both halves of guidance: only the main condition is.
+    Further parts are the same in both halves of guidance and are not dropped, unless a subclass does in `drop_further`.
     """
 
     cond_stage_model: Any  # any module with `encode` or `forward`
     cond_stage_forward: str | None
+    cond_dropout: float
     concat_keys: tuple[str, ...]
     masked_image_key: str | None
     adm_key: str | None
@@ -76,6 +77,14 @@ class ConditionStage(TrainedModule):
         if self.adm_key is None:
             return {}
         return {"c_adm": self._on_device(self.batch_value(batch, self.adm_key)[:bs])}
+
+    def drops_main(self, chance: Tensor) -> Tensor:
+        """Return which samples of a training batch lose their main condition; chance: uniform in [0, 1), (B,)."""
+        return chance < self.cond_dropout
+
+    def drop_further(self, parts: dict[str, Any], chance: Tensor) -> dict[str, Any]:
+        """Return the further parts of a training batch after dropping, by the same numbers as in `drops_main`."""
+        return parts
 
     def raw_condition(self, batch: Mapping[str, Any], key: str, bs: int | None = None) -> Any:
         """Return the condition in the form its encoder takes.

@@ -318,13 +318,16 @@ class LatentDiffusion(ConditionStage, PublishedLatentDiffusion, DDPM):
         c = raw = None
         if self.model.conditioning_key is not None and self.cond_stage_model is not None:
             raw = main = self.raw_condition(batch, cond_key or self.cond_stage_key, bs)
+            chance = None
             if self.training and self.cond_dropout > 0:
                 device = rng.CPU if isinstance(raw, list | tuple) else self.device  # lists of texts wait for no GPU
-                dropped = rng.uniform(len(x), Purpose.CONDITION_DROPOUT, device) < self.cond_dropout
-                main = drop_condition(raw, self.unconditional_input_like(raw, len(x)), dropped)
+                chance = rng.uniform(len(x), Purpose.CONDITION_DROPOUT, device)
+                main = drop_condition(raw, self.unconditional_input_like(raw, len(x)), self.drops_main(chance))
             if force_c_encode or not self.cond_stage_trainable:
                 main = self.get_learned_conditioning(main)
-            c = compose_condition(main, self.model.conditioning_key, self.further_parts(batch, z.shape[2:], bs))
+            further = self.further_parts(batch, z.shape[2:], bs)
+            further = further if chance is None else self.drop_further(further, chance)
+            c = compose_condition(main, self.model.conditioning_key, further)
         out = [z, c]
         if return_first_stage_outputs:
             out += [x, self.decode_first_stage(z)]

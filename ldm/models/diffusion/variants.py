@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +17,7 @@ from ldm.config.instantiate import instantiate_from_config
 from ldm.config.types import NonNegativeInt
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.models.training import freeze
+from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
 
 logger = logging.getLogger(__name__)
 
@@ -142,6 +143,72 @@ class LatentDepth2ImageDiffusion(LatentFinetuneDiffusion):
     def further_images(self, batch: Mapping[str, Any], inputs: Tensor, cond: Any) -> dict[str, Tensor]:
         depth = self.normalized_depth(self.depth_of(batch, len(inputs)), inputs.shape[2:])
         return {**super().further_images(batch, inputs, cond), "depth": depth}
+
+
+class LatentEditDiffusion(LatentFinetuneDiffusion):
+    """Edits by instructions (InstructPix2Pix, arXiv 2211.09800). The network also takes the latent of the image before:
+    the posterior's mode, not scaled.
+
+    `first_stage_key` of the batch are the edited images; `cond_stage_key` is a dict of the images before, `c_concat`,
+    and of the instructions, `c_crossattn`. Images are (B, H, W, 3) or, as published, (B, 3, H, W), in [-1, 1].
+    cond_dropout: share of the training samples that lose the instruction, that lose the image (zeros instead of its
+        latent), and that lose both, each (section 3.2.1).
+    load_ema: false starts the averages from the weights of `ckpt_path` even if it holds averages.
+    """
+
+    def __init__(
+        self,
+        *,
+        concat_keys: Sequence[str] = (),
+        first_stage_key: str = "edited",
+        cond_stage_key: str = "edit",
+        cond_dropout: Annotated[float, "[0, 0.33]"] = 0.05,
+        load_ema: bool = True,
+        **kwargs: Any,
+    ) -> None:
+        if concat_keys:
+            raise ValueError(f"concat_keys {list(concat_keys)}: remove it, the image before is in {cond_stage_key}")
+        kwargs |= {"first_stage_key": first_stage_key, "cond_stage_key": cond_stage_key, "cond_dropout": cond_dropout}
+        super().__init__(concat_keys=(), **kwargs)
+        key = self.model.conditioning_key
+        if key != "hybrid":
+            raise ValueError(f"conditioning_key {key!r}: LatentEditDiffusion requires hybrid")
+        self.load_ema = load_ema
+
+    def load_tensors(
+        self, path: str, tensors: Mapping[str, Tensor], ignore_keys: Sequence[str], only_model: bool
+    ) -> None:
+        if not self.load_ema:
+            tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(EMA)}
+        super().load_tensors(path, tensors, ignore_keys, only_model)
+
+    def get_images(self, batch: Mapping[str, Any], key: str, bs: int | None = None) -> Tensor:
+        x = super().get_images(batch, key, bs)  # (B, C, H, W), or (B, W, C, H) of channels that came first
+        return x.permute(0, 2, 3, 1).contiguous() if x.shape[1] != 3 and x.shape[2] == 3 else x
+
+    def raw_condition(self, batch: Mapping[str, Any], key: str, bs: int | None = None) -> Any:
+        return super().raw_condition(self.batch_value(batch, key), "c_crossattn", bs)
+
+    def further_parts(self, batch: Mapping[str, Any], size: Sequence[int], bs: int | None = None) -> dict[str, Any]:
+        image = self.get_images(self.batch_value(batch, self.cond_stage_key), "c_concat", bs)
+        return {**super().further_parts(batch, size, bs), "c_concat": [self.encode_image(image)]}
+
+    def encode_image(self, image: Tensor) -> Tensor:
+        """Return the concat channels (B, c, h, w) of images (B, 3, H, W) in [-1, 1]."""
+        encoded = self.encode_first_stage(image)
+        return encoded.mode() if isinstance(encoded, DiagonalGaussianDistribution) else encoded
+
+    def drops_main(self, chance: Tensor) -> Tensor:
+        return chance < 2 * self.cond_dropout
+
+    def drop_further(self, parts: dict[str, Any], chance: Tensor) -> dict[str, Any]:
+        dropped = (self.cond_dropout <= chance) & (chance < 3 * self.cond_dropout)
+        (latent,) = parts["c_concat"]
+        return {**parts, "c_concat": [latent * ~dropped.to(latent.device)[:, None, None, None]]}
+
+    def further_images(self, batch: Mapping[str, Any], inputs: Tensor, cond: Any) -> dict[str, Tensor]:
+        before = self.get_images(batch[self.cond_stage_key], "c_concat", len(inputs))
+        return {**super().further_images(batch, inputs, cond), "before": before}
 
 
 class LatentUpscaleDiffusion(LatentDiffusion):

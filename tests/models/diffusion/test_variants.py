@@ -7,13 +7,15 @@ import torch
 from omegaconf import OmegaConf
 
 from ldm.checkpoint import CheckpointError, write_weights
+from ldm.models.diffusion.condition_stage import ConditionStage
 from ldm.models.diffusion.ddim import DDIMSampler
 from ldm.modules.midas.api import MiDaSInference
-from ldm.util import instantiate_from_config
+from ldm.util import get_obj_from_str, instantiate_from_config
 from tests.reference import randn, seed_weights
 from tests.tiny import KINDS, text_model_config
 
 FIRST = "model.diffusion_model.input_blocks.0.0.weight"
+OUT = "model.diffusion_model.out.2.weight"
 FIRST_EMA = "model_ema.diffusion_modelinput_blocks00weight"
 TEXTS = ["a horse", "a red kite"]
 
@@ -38,6 +40,8 @@ def batch():
         "masked_image": image * (mask < 0.5),
         "depth": randn(2, 2, 64, 48).abs(),
         "lr": image[:, ::4, ::4],
+        "edited": image,
+        "edit": {"c_concat": image.flip(2), "c_crossattn": TEXTS},
     }
 
 
@@ -169,6 +173,68 @@ def test_the_upscaler_takes_the_low_resolution_image_with_noise_of_the_given_lev
         model.get_input({**data, "lr": data["image"]}, "image")
     with pytest.raises(ValueError, match="LatentUpscaleDiffusion requires hybrid-adm"):
         tiny("x4", conditioning_key="hybrid")
+
+
+def test_an_edit_model_sees_the_unscaled_mode_of_the_image_before():
+    model, data = tiny("edit", scale_factor=0.5), batch()
+    z, c = model.get_input(data, "edited")
+    before = data["edit"]["c_concat"].permute(0, 3, 1, 2).contiguous()
+    assert torch.equal(c["c_concat"][0], model.encode_first_stage(before).mode()) and z.shape == (2, 4, 8, 8)
+    assert torch.equal(c["c_crossattn"][0], model.get_learned_conditioning(TEXTS))
+    first = {"edited": data["edited"].permute(0, 3, 1, 2), "edit": {"c_concat": before, "c_crossattn": TEXTS}}
+    torch.manual_seed(0)
+    published = model.get_input(first, "edited")
+    torch.manual_seed(0)
+    again = model.get_input(data, "edited")
+    assert torch.equal(published[0], again[0]) and torch.equal(published[1]["c_concat"][0], c["c_concat"][0])
+    images = model.log_images(data, N=1, ddim_steps=1, plot_denoise_rows=False)
+    assert torch.equal(images["before"], before[:1]) and "samples_cfg_scale_3.00" in images
+
+
+def test_an_edit_model_drops_instruction_image_and_both_as_often_as_each_other(monkeypatch):
+    model = tiny("edit", cond_dropout=0.1, cond_stage_trainable=True).train()
+    chance = torch.tensor([0.0, 0.0999, 0.1001, 0.1999, 0.2001, 0.2999, 0.3001, 0.9])
+    monkeypatch.setattr("ldm.models.diffusion.ddpm.rng.uniform", lambda rows, purpose, device: chance)
+    image = torch.tanh(randn(1, 1, 32, 32, 3)).expand(8, 32, 32, 3)
+    _, c = model.get_input({"edited": image, "edit": {"c_concat": image, "c_crossattn": ["a"] * 8}}, "edited")
+    text = [text == "" for text in c["c_crossattn"][0]]
+    latent = [not sample.any() for sample in c["c_concat"][0]]
+    assert text == [True, True, True, True, False, False, False, False]
+    assert latent == [False, False, True, True, True, True, False, False]
+    with pytest.raises(ValueError, match=r"cond_dropout 0.4: expected a number in \[0, 0.33\]"):
+        build("edit", cond_dropout=0.4)
+
+
+def test_an_edit_model_has_the_keys_of_stable_diffusion_and_starts_from_its_weights(tmp_path):
+    source = tiny("text")
+    for name, parameter in source.model.named_parameters():
+        getattr(source.model_ema, name.replace(".", "")).copy_(0.9 * parameter.detach())
+    write_weights(source.state_dict(), tmp_path / "a.ckpt")
+    start = {"finetune_keys": [FIRST, FIRST_EMA], "ckpt_path": str(tmp_path / "a.ckpt")}
+    model, fresh = build("edit", **start), build("edit", load_ema=False, **start)
+    assert list(model.state_dict()) == list(source.state_dict())
+    for each, scale in ((model, 0.9), (fresh, 1.0)):
+        state = each.state_dict()
+        assert torch.equal(state[FIRST][:, :4], source.state_dict()[FIRST]) and state[FIRST][:, 4:].eq(0).all()
+        assert torch.allclose(state[FIRST_EMA], scale * state[FIRST])
+        assert torch.allclose(state["model_ema.diffusion_modelout2weight"], scale * source.state_dict()[OUT])
+    x, t = randn(3, 2, 4, 8, 8), torch.tensor([3, 70])
+    text = model.get_learned_conditioning(TEXTS)
+    with torch.no_grad():
+        edited = model.apply_model(x, t, {"c_concat": [randn(4, 2, 4, 8, 8)], "c_crossattn": [text]})
+        assert torch.allclose(edited, source.apply_model(x, t, text), atol=1e-5)
+
+
+def test_an_edit_model_is_conditioned_on_an_image_and_an_instruction():
+    with pytest.raises(ValueError, match="conditioning_key 'concat': LatentEditDiffusion requires hybrid"):
+        build("edit", conditioning_key="concat")
+    data = batch()
+    del data["edit"]["c_crossattn"]
+    with pytest.raises(ValueError, match="the batch has no 'c_crossattn', it has c_concat"):
+        build("edit").get_input(data, "edited")
+    assert issubclass(
+        get_obj_from_str("stable_diffusion.ldm.models.diffusion.ddpm_edit.LatentDiffusion"), ConditionStage
+    )
 
 
 @pytest.mark.parametrize("kind", ["v2", "v2-v", "sd-inpaint", "depth", "x4"])

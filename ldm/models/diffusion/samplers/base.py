@@ -269,8 +269,10 @@ class Sampler(PublishedSampler, ABC):
             size = condition_batch_size(condition)
             if size is not None and size != len(x):
                 raise ValueError(f"{name} is for {size} samples, batch_size is {len(x)}")
-        if scale != 1.0 and uncond is None:
-            raise ValueError(f"unconditional_guidance_scale {scale:g} needs unconditional_conditioning; 1 does not")
+        scales = {"unconditional_guidance_scale": scale, "image_guidance_scale": options.image_guidance_scale}
+        for name, value in scales.items():
+            if value != 1.0 and uncond is None:
+                raise ValueError(f"{name} {value:g} needs unconditional_conditioning; 1 does not")
         changes_noise = options.temperature != 1.0 or options.noise_dropout > 0.0 or options.repeat_noise
         if changes_noise and not self.adds_noise:
             name = type(self).__name__

@@ -71,6 +71,7 @@ class SamplingOptions:
     score_corrector: ScoreCorrector | None = None
     corrector_kwargs: Mapping[str, Any] | None = None
     guidance_rescale: float = 0.0  # phi of arXiv 2305.08891, section 3.4: 0 is off, 0.7 is usual
+    image_guidance_scale: float = 1.0  # s_I of InstructPix2Pix, eq. 3; 1 is off
     dynamic_threshold: float | None = None  # quantile of Imagen, section 2.3, e.g. 0.995; None is off
     noise_source: NoiseSource = PUBLISHED_NOISE  # of every random number of the run
 
@@ -111,8 +112,8 @@ class SamplingRun:
     def predict(self, x: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """Return the guided network's (eps, x_0) for x at step k, each (B, C, H, W)."""
         alpha, sigma, t = self.alpha[k].sqrt(), (1 - self.alpha[k]).sqrt(), self.t[k].expand(x.shape[0])
-        rescale = self.options.guidance_rescale
-        out = guided_output(self.model.apply_model, x, t, self.cond, self.uncond, self.scale, rescale)
+        scales = self.scale, self.options.guidance_rescale, self.options.image_guidance_scale
+        out = guided_output(self.model.apply_model, x, t, self.cond, self.uncond, *scales)
         eps, x0 = self.parameterization.to_eps(x, out, alpha, sigma), self.parameterization.to_x0(x, out, alpha, sigma)
         corrector = self.options.score_corrector
         if corrector is not None and not self.starts_from_noise(k):  # in pure noise there is no signal to correct

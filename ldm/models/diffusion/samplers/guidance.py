@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -19,18 +19,35 @@ def guided_output(
     uncond: Conditioning,
     scale: float,
     rescale: float = 0.0,
+    image_scale: float = 1.0,
 ) -> Tensor:
     """Network output under classifier-free guidance, u + scale * (c - u) (Ho & Salimans 2022, eq. 6, w = scale - 1).
 
     x: (B, C, H, W), t: (B,) int64, or float for continuous-time samplers -> (B, C, H, W), in the model's own
-    parameterization. Without `uncond`, or at scale 1, this is the plain call. `rescale`: see `rescale_guidance`.
+    parameterization. Without `uncond`, or at scales of 1, this is the plain call. `rescale`: see `rescale_guidance`.
+    image_scale: guidance by the image in `c_concat`, which `uncond` lacks; 1 disables it. With i the output under the
+    image of `cond` and the text of `uncond`: u + image_scale * (i - u) + scale * (c - i) (InstructPix2Pix, eq. 3).
     """
-    if uncond is None or scale == 1.0:
+    if uncond is None or scale == image_scale == 1.0:
         return apply_model(x, t, cond)
-    both = join_conditions(uncond, cond)  # each tensor (2B, ...)
-    out_uncond, out_cond = apply_model(torch.cat([x, x]), torch.cat([t, t]), both).chunk(2)
-    guided = torch.lerp(out_uncond, out_cond, scale)
+    if image_scale == 1.0:
+        both = join_conditions(uncond, cond)  # each tensor (2B, ...)
+        out_uncond, out_cond = apply_model(torch.cat([x, x]), torch.cat([t, t]), both).chunk(2)
+        guided = torch.lerp(out_uncond, out_cond, scale)
+    else:
+        image_only = join_conditions(_with_image_of(cond, uncond), cond)
+        three = join_conditions(uncond, image_only)  # each tensor (3B, ...)
+        outputs = apply_model(torch.cat([x, x, x]), torch.cat([t, t, t]), three)
+        out_uncond, out_image, out_cond = outputs.chunk(3)
+        guided = out_uncond + image_scale * (out_image - out_uncond) + scale * (out_cond - out_image)
     return guided if rescale == 0.0 else rescale_guidance(guided, out_cond, rescale)
+
+
+def _with_image_of(cond: Conditioning, uncond: Conditioning) -> Conditioning:
+    """The unconditional conditioning with the concat channels of `cond`."""
+    if not (isinstance(cond, Mapping) and isinstance(uncond, Mapping) and "c_concat" in cond):
+        raise ValueError("image_guidance_scale needs conditions with c_concat, the image that guides")
+    return {**uncond, "c_concat": cond["c_concat"]}
 
 
 def rescale_guidance(guided: Tensor, out_cond: Tensor, rescale: float) -> Tensor:

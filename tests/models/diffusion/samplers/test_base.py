@@ -232,6 +232,18 @@ def test_guidance_of_dict_conditions_is_that_of_tensors(name):
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
+def test_guidance_by_an_image_and_a_text_takes_one_call_of_three(name):
+    cond, uncond = {"c_concat": [COND], "c_crossattn": [COND]}, {"c_concat": [0 * COND], "c_crossattn": [UNCOND]}
+    scales = {"unconditional_guidance_scale": 4.0, "image_guidance_scale": 1.5, "unconditional_conditioning": uncond}
+    model = DictModel()  # linear in both parts
+    edited = sample(name, model, conditioning=cond, **scales).samples
+    expected = sample(name, ToyModel(), conditioning=UNCOND + 1.5 * COND + 4.0 * (COND - UNCOND)).samples
+    assert rel_error(edited, expected) < 1e-4 and {len(x) for x, _ in model.calls} == {6}
+    with pytest.raises(ValueError, match=r"image_guidance_scale 1\.5 needs unconditional_conditioning"):
+        sample(name, model, conditioning=cond, image_guidance_scale=1.5)
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
 def test_guidance_scale_one_is_the_plain_call(name):
     plain, guided = ToyModel(), ToyModel()
     x, expected = (

@@ -1,5 +1,6 @@
 """Classifier-free guidance, its rescaling, and dynamic thresholding."""
 
+import pytest
 import torch
 
 from ldm.models.diffusion.samplers.guidance import dynamic_threshold, guided_output
@@ -23,6 +24,27 @@ def test_scale_one_and_no_unconditional_conditioning_are_the_plain_call():
     for uncond, scale in ((UNCOND, 1.0), (None, 5.0)):
         out = guided_output(model.apply_model, X_T, T, COND, uncond, scale, 0.7)
         assert torch.equal(out, model.apply_model(X_T, T, COND))
+
+
+def test_image_guidance_is_eq_3_of_instruct_pix2pix_in_one_call_of_a_triple_batch():
+    calls = []
+
+    def apply_model(x, t, cond):
+        calls.append(t.tolist())
+        return x + cond["c_concat"][0] + 10.0 * cond["c_crossattn"][0]
+
+    ones = torch.ones_like(X_T)
+    cond = {"c_concat": [2.0 * ones], "c_crossattn": [3.0 * ones]}
+    uncond = {"c_concat": [0.0 * ones], "c_crossattn": [1.0 * ones]}
+    none, image, both = X_T + 10.0, X_T + 12.0, X_T + 32.0
+    for scale, image_scale in ((7.5, 1.5), (1.0, 1.5), (3.0, 0.0)):
+        out = guided_output(apply_model, X_T, T, cond, uncond, scale, image_scale=image_scale)
+        assert torch.allclose(out, none + image_scale * (image - none) + scale * (both - image), atol=1e-4)
+    assert calls == [[500, 700] * 3] * 3
+    plain = guided_output(apply_model, X_T, T, cond, uncond, 7.5, image_scale=1.0)
+    assert torch.allclose(plain, none + 7.5 * (both - none), atol=1e-4) and calls[-1] == [500, 700] * 2
+    with pytest.raises(ValueError, match="image_guidance_scale needs conditions with c_concat"):
+        guided_output(apply_model, X_T, T, ones, ones, 7.5, image_scale=1.5)
 
 
 def test_full_rescale_gives_the_guided_output_the_deviation_of_the_conditional_one():
