@@ -97,7 +97,7 @@ class FrozenOpenCLIPEmbedder(CLIPTokensEncoder, PretrainedEncoder):
         self.skip_last = LAYERS.index(layer)
         self.finds_own_weights = not text_config
         self.model = text_tower(shape)
-        for parameter in self._unused():  # in the published files; DDP would wait for their gradients
+        for parameter in self.unused_parameters():  # in the published files; DDP would wait for their gradients
             parameter.requires_grad_(False)
         if freeze:
             self.freeze()
@@ -106,7 +106,7 @@ class FrozenOpenCLIPEmbedder(CLIPTokensEncoder, PretrainedEncoder):
     def encode_tokens(self, tokens: Tensor) -> Tensor:
         return hidden_states(self.model, tokens.to(self.device), self.skip_last)
 
-    def _unused(self) -> list[nn.Parameter]:
+    def unused_parameters(self) -> list[nn.Parameter]:
         """Parameters that the output does not depend on."""
         blocks = self.model.transformer.resblocks
         skipped = blocks[len(blocks) - self.skip_last :]
@@ -118,7 +118,7 @@ class FrozenOpenCLIPEmbedder(CLIPTokensEncoder, PretrainedEncoder):
         zeros = {
             name: torch.zeros(parameter.shape, dtype=parameter.dtype)
             for name, parameter in self.model.named_parameters()
-            if parameter.is_meta and any(parameter is unused for unused in self._unused())
+            if parameter.is_meta and any(parameter is unused for unused in self.unused_parameters())
         }
         self.model.load_state_dict(zeros, strict=False, assign=True)
 
