@@ -96,9 +96,9 @@ def _accepted(found: _Class, depth: int = 0) -> dict[str, str] | None:
     """Arguments of the class's own constructor, and those of its bases if that takes **kwargs or if it has none."""
     init = _constructor(found.node)
     generated = any(_name(decorator).endswith("dataclass") for decorator in found.node.decorator_list)
-    if depth > 20 or (init is None and generated):
+    if depth > 20:
         return None
-    own = {} if init is None else _annotations(init.args)
+    own = _fields(found.node) if init is None and generated else {} if init is None else _annotations(init.args)
     if init is not None and init.args.kwarg is None:
         return own
     inherited: dict[str, str] = {}
@@ -113,6 +113,13 @@ def _accepted(found: _Class, depth: int = 0) -> dict[str, str] | None:
             return None
         inherited, known = {**arguments, **inherited}, known or bool(arguments)
     return {**inherited, **own} if known else None
+
+
+def _fields(node: ast.ClassDef) -> dict[str, str]:
+    """Return {field: annotation} of a dataclass's body."""
+    found = [(each.target, each.annotation) for each in node.body if isinstance(each, ast.AnnAssign)]
+    named = {target.id: ast.unparse(annotation) for target, annotation in found if isinstance(target, ast.Name)}
+    return {name: annotation for name, annotation in named.items() if not annotation.startswith("ClassVar")}
 
 
 def _annotations(arguments: ast.arguments) -> dict[str, str]:

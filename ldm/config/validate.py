@@ -125,6 +125,11 @@ def check_targets(config: Mapping[str, Any]) -> None:
         check_keys(keys, arguments or (), target, path)
         if arguments is not None:
             check_params(params, arguments, (), target, path)  # the class that builds the node may add required ones
+        for name, annotation in (arguments or {}).items():
+            inner, section = arguments_of(annotation), params.get(name)
+            known = constructor_arguments(inner) if inner is not None else None
+            if known is not None and isinstance(section, Mapping):
+                _check_known(section, known, join_path(path, "params"), f"{name}.")
     for path, target, params, _ in nodes:
         convert_params(params, constructor_arguments(target) or {}, join_path(path, "params"))
 

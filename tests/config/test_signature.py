@@ -19,6 +19,7 @@ from ldm.util import get_obj_from_str
         "ldm.callbacks.CheckpointPolicy",
         "ldm.models.autoencoder.AutoencoderKL",
         "ldm.models.diffusion.ddpm.LatentDiffusion",
+        "ldm.modules.adapters.lora.LoRASpec",  # a dataclass
         "ldm.modules.diffusionmodules.openaimodel.UNetModel",
         "pytorch_lightning.callbacks.ModelCheckpoint",
         "torch.optim.AdamW",
