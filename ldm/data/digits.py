@@ -1,7 +1,9 @@
 """Scanned handwritten digits with captions, from scikit-learn: no download needed."""
 
 import itertools
+import math
 from functools import cache
+from typing import Annotated
 
 import numpy as np
 import torch
@@ -36,6 +38,7 @@ class Digits(Dataset):
 
     split: "train" (1,442 scans), "held_out" (355: every fifth scan of each digit) or "all".
     size: side of the square image in pixels.
+    inverted: white on black. slant: degrees by which upright strokes lean to the right. Both are for adapters to learn.
 
     An item holds `image` float32 (size, size, 3) in [-1, 1], `class_label` 0..9, `human_label` ("seven") and `caption`.
     In the training split, torch's generator chooses the caption ("the digit 7", "a handwritten seven", ...) anew for
@@ -44,7 +47,13 @@ class Digits(Dataset):
 
     class_names = WORDS
 
-    def __init__(self, split: str = "train", size: int = 32) -> None:
+    def __init__(
+        self,
+        split: str = "train",
+        size: int = 32,
+        inverted: bool = False,
+        slant: Annotated[float, "[-45, 45]"] = 0.0,
+    ) -> None:
         check_choice("split", split, ("train", "held_out", "all"))
         if size < 16:
             raise DataConfigError("size", size, "too small for the scans of 8x8 pixels", "set {param} to 16 or more")
@@ -52,7 +61,9 @@ class Digits(Dataset):
         scans, labels = load_scans()
         chosen = split_indices(labels, split)
         self.labels = labels[chosen]
-        self.images = np.stack([upscale_scan(scan, size) for scan in scans[chosen]])  # (N, size, size, 3)
+        self.images = np.stack([upscale_scan(scan, size, slant) for scan in scans[chosen]])  # (N, size, size, 3)
+        if inverted:
+            self.images = -self.images
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -104,7 +115,17 @@ def split_indices(labels: np.ndarray, split: str) -> np.ndarray:
     return np.flatnonzero({"train": ~held_out, "held_out": held_out, "all": np.ones_like(held_out)}[split])
 
 
-def upscale_scan(scan: np.ndarray, size: int) -> np.ndarray:
-    """Convert ink 0..16 (8, 8) to float32 (size, size, 3) in [-1, 1], dark on white, with a margin; bicubic."""
+def upscale_scan(scan: np.ndarray, size: int, slant: float = 0.0) -> np.ndarray:
+    """Convert ink 0..16 (8, 8) to float32 (size, size, 3) in [-1, 1], dark on white, with a margin; bicubic.
+
+    slant: degrees by which upright strokes lean to the right.
+    """
     paper = Image.fromarray(np.round(255 * (1 - np.pad(scan, MARGIN) / 16)).astype(np.uint8))  # (10, 10)
-    return to_array(paper.resize((size, size), Image.Resampling.BICUBIC))
+    image = paper.resize((size, size), Image.Resampling.BICUBIC)
+    if slant:
+        shear = math.tan(
+            math.radians(slant)
+        )  # column x of row y is column x + shear * (y - size / 2) of the upright one
+        matrix = (1, shear, -shear * size / 2, 0, 1, 0)
+        image = image.transform(image.size, Image.Transform.AFFINE, matrix, Image.Resampling.BICUBIC, fillcolor=255)
+    return to_array(image)

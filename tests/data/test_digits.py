@@ -50,6 +50,20 @@ def test_the_upscaled_image_is_the_scan_within_a_white_margin():
     assert edge.max() < 0.01
 
 
+def test_inverted_digits_are_white_on_black(splits):
+    assert np.array_equal(module.Digits("held_out", inverted=True).images, -splits["held_out"].images)
+
+
+def test_slanted_digits_lean_to_the_right():
+    """The ink of each row moves by tan(slant) per row, and the middle row stays."""
+    scan = np.zeros((8, 8))
+    scan[:, 3:5] = 16
+    upright, leaning = (1 - module.upscale_scan(scan, 60)[..., 0], 1 - module.upscale_scan(scan, 60, 20.0)[..., 0])
+    columns = [(ink * np.arange(60)).sum(axis=1)[12:48] / ink.sum(axis=1)[12:48] for ink in (upright, leaning)]
+    moved = columns[1] - columns[0]
+    assert np.allclose(moved, -np.tan(np.radians(20)) * (np.arange(12, 48) + 0.5 - 30), atol=0.1)
+
+
 def test_captions_name_the_digit_of_the_image(splits):
     for index in range(0, 200, 7):
         item = splits["train"][index]
