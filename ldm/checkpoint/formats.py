@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -101,19 +101,36 @@ def is_full_state(path: Path) -> bool:
     return isinstance(content, Mapping) and "optimizer_states" in content
 
 
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Every tensor of a file's state dict under its own name, on the CPU, memory-mapped where the format allows."""
+def read_state(path: Path) -> Mapping[Any, Any]:
+    """Every entry of a file's state dict, also those that are not tensors; CheckpointError if the file has none."""
     content = _read_content(existing_file(path))
     if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
         content = content["state_dict"]
     if not isinstance(content, Mapping):
         raise CheckpointError(f"{path}: holds a {type(content).__name__}; expected a state dict")
+    return content
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Every tensor of a file's state dict under its own name, on the CPU, memory-mapped where the format allows."""
+    content = read_state(path)
     weights = {
         name: value.detach() for name, value in content.items() if isinstance(name, str) and isinstance(value, Tensor)
     }
     if not weights:
         raise CheckpointError(f"{path}: holds no tensors; its entries are {preview(map(str, content))}")
     return weights
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """The text metadata of a .safetensors file; empty for other files."""
+    if not _is_safetensors(existing_file(path)):
+        return {}
+    try:
+        with safe_open(path, "pt") as file:
+            return dict(file.metadata() or {})
+    except SafetensorError as error:
+        raise CheckpointError(f"{path}: not a complete .safetensors file: {error}") from error
 
 
 def read_index(index: Path) -> dict[str, str]:
