@@ -60,7 +60,7 @@ _FOREIGN = (  # keys of other files -> what they are
         "an adapter for Stable Diffusion XL",
     ),
     (
-        re.compile(r"(lora_)?transformer[._]|(double|single|joint)_(transformer_)?blocks"),
+        re.compile(r"^(lora_)?transformer[._]|(double|single|joint)_(transformer_)?blocks"),
         "an adapter for a diffusion transformer",
     ),
     (re.compile(r"string_to_(param|token)|emb_params|clip_[lg]$|bundle_emb|<.+>$"), "a textual inversion embedding"),

@@ -168,6 +168,16 @@ def _find(networks: Mapping[str, nn.Module], key: str) -> _Place | None:
     return _Place(layer, layer, "weight") if fits and path else None
 
 
+def networks_of(model: nn.Module) -> dict[str, nn.Module]:
+    """The networks of a latent diffusion model that adapters are for: its UNet, and its condition stage if it has one.
+
+    A first stage that is the condition stage too is none of them.
+    """
+    unet, stage = model.get_submodule("model.diffusion_model"), getattr(model, "cond_stage_model", None)
+    own = isinstance(stage, nn.Module) and stage is not getattr(model, "first_stage_model", None)
+    return {"unet": unet, "text": stage} if own else {"unet": unet}
+
+
 def adaptable(networks: Mapping[str, nn.Module]) -> dict[str, tuple[int, ...]]:
     """Return {key: shape of the weight} of every layer that an adapter fits, in the order of the networks' modules."""
     shapes: dict[str, tuple[int, ...]] = {}
