@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ldm.inference.emphasis import Part, parse_emphasis
 from ldm.modules.encoders.base import CLIPTokensEncoder
-from ldm.modules.encoders.tokenizers import clip_tokenizer
+from ldm.modules.encoders.tokenizers import VOCAB_SIZE, AddedTokens, clip_tokenizer
 
 _SMALL_MEAN = 1e-3  # of the standard deviation: a smaller mean is noise and not restored
 
@@ -41,13 +41,14 @@ class PromptEncoder:
             )
         self.encoder, self.emphasis, self.long_prompts = encoder, emphasis, long_prompts
         self.tokenizer = clip_tokenizer()
+        self.added: AddedTokens = encoder.token_embeddings.ids if isinstance(encoder, CLIPTokensEncoder) else {}
         self.room = encoder.max_length - 2
 
     def chunks_for(self, prompts: Iterable[str]) -> int:
         """Number of chunks that the longest prompt needs, at least 1."""
         if not self.long_prompts:
             return 1
-        return max(1, *(-(-len(self.tokens(prompt)) // self.room) for prompt in prompts))
+        return max(1, *(len(self._chunks(self.tokens(prompt))) for prompt in prompts))
 
     def warn_of_long_texts(self, prompts: Iterable[str]) -> None:
         """Log one warning for the prompts that are truncated without `long_prompts`."""
@@ -65,16 +66,35 @@ class PromptEncoder:
     def tokens(self, prompt: str) -> list[Token]:
         """The prompt's tokens with their weights, without begin and end."""
         parts = parse_emphasis(prompt) if self.emphasis else [Part(prompt, 1.0)]
-        return [Token(i, part.weight) for part in parts for i in self.tokenizer.encode(part.text)]
+        return [Token(i, part.weight) for part in parts for i in self.tokenizer.encode(part.text, self.added)]
+
+    def _chunks(self, tokens: Sequence[Token]) -> list[list[Token]]:
+        """Split tokens into chunks; the vectors of an added token stay together."""
+        first = {ids[0] for ids in self.added.values()}
+        chunks: list[list[Token]] = []
+        room, word = 0, []
+        for k, token in enumerate(tokens):
+            word.append(token)
+            if k + 1 < len(tokens) and (following := tokens[k + 1].id) >= VOCAB_SIZE and following not in first:
+                continue
+            if room < len(word):
+                chunks.append([])
+                room = self.room
+            chunks[-1] += word
+            room, word = room - len(word), []
+        return chunks
 
     def _split(self, prompt: str, chunks: int) -> list[list[Token]]:
         tokens = self.tokens(prompt)
-        if len(tokens) > chunks * self.room:
-            if self.long_prompts:
-                raise ValueError(f"a prompt of {len(tokens)} tokens needs more than {chunks} chunks of {self.room}")
-            dropped = [token.id for token in tokens[self.room :]]
-            self.tokenizer.truncation.add(prompt, self.room, partial(self.tokenizer.decode, dropped))
-        return [tokens[k * self.room : (k + 1) * self.room] for k in range(chunks)]
+        if not self.long_prompts:
+            if len(tokens) > self.room:
+                dropped = [token.id for token in tokens[self.room :]]
+                self.tokenizer.truncation.add(prompt, self.room, partial(self.tokenizer.decode, dropped, self.added))
+            return [tokens[: self.room]]
+        found = self._chunks(tokens)
+        if len(found) > chunks:
+            raise ValueError(f"a prompt of {len(tokens)} tokens needs more than {chunks} chunks of {self.room}")
+        return found + [[] for _ in range(chunks - len(found))]
 
     def _encode(self, rows: list[list[Token]]) -> Tensor:
         """One chunk of each prompt -> (B, max_length, D)."""

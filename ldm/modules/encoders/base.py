@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ldm.checkpoint import CheckpointError, read_weights
+from ldm.modules.adapters.token_embeddings import TokenEmbeddings
 from ldm.modules.encoders.tokenizers import clip_tokenizer
 
 logger = logging.getLogger(__name__)
@@ -52,17 +53,54 @@ class CLIPTokensEncoder(AbstractEncoder):
     max_length: int  # tokens, begin and end included
     pad_id: int | None = None  # token id of the padding; None is the end token
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.token_embeddings = TokenEmbeddings()
+
     def forward(self, text: str | Sequence[str] | Tensor) -> Tensor:
         """text: B texts, or their token ids -> (B, max_length, D)."""
-        tokens = text if isinstance(text, Tensor) else clip_tokenizer()(text, self.max_length, self.pad_id)
-        return self.encode_tokens(tokens)
+        return self.encode_tokens(text if isinstance(text, Tensor) else self.tokenize(text))
+
+    def tokenize(self, texts: str | Sequence[str]) -> Tensor:
+        """Return the token ids of B texts, (B, max_length) int64, those of added tokens included."""
+        return clip_tokenizer()(texts, self.max_length, self.pad_id, self.token_embeddings.ids)
 
     def encode_tokens(self, tokens: Tensor) -> Tensor:
         """tokens: (B, L) int64, begin, text, end and padding -> (B, L, D)."""
         raise NotImplementedError
 
+    def token_table(self) -> nn.Module:
+        """Return the table of the tokens' embeddings: (...) int64 -> (..., width), with a `weight` (rows, width)."""
+        raise NotImplementedError
+
+    @property
+    def token_width(self) -> int:
+        """Width of the embeddings of tokens."""
+        return self.token_table().get_parameter("weight").shape[1]
+
+    def add_token(self, names: Sequence[str], vectors: Tensor) -> None:
+        """Add a token of N vectors (N, width) that prompts call by `names`. Raises ValueError if it does not fit."""
+        table, room = self.token_table(), self.max_length - 2
+        if vectors.shape[1] != self.token_width:
+            raise ValueError(
+                f"token {names[0]!r}: its vectors have width {vectors.shape[1]}, those of the text encoder "
+                f"{self.token_width}; it was made for another model"
+            )
+        if len(vectors) > room:
+            raise ValueError(f"token {names[0]!r}: {len(vectors)} vectors, but a prompt has room for {room} tokens")
+        self.token_embeddings.add(names, vectors.to(table.get_parameter("weight")))
+        self.token_embeddings.attach(table)
+
+    @torch.no_grad()
+    def embed_words(self, text: str) -> Tensor:
+        """Return the embeddings of a text's tokens from the table, (M, width). Raises ValueError for an empty text."""
+        ids = clip_tokenizer().encode(text, self.token_embeddings.ids)
+        if not ids:
+            raise ValueError(f"init {text!r}: expected one or several words")
+        return self.token_table()(torch.tensor(ids, device=self.device))
+
     def warn_of_long_texts(self, texts: Iterable[str]) -> None:
-        clip_tokenizer()(list(dict.fromkeys(texts)), self.max_length, self.pad_id)
+        self.tokenize(list(dict.fromkeys(texts)))
 
     def unconditional_input(self, batch_size: int) -> list[str]:
         return [""] * batch_size

@@ -88,6 +88,9 @@ class FrozenCLIPEmbedder(CLIPTokensEncoder, PretrainedEncoder):
         """transformers' tokenizer; `forward` cleans the text first."""
         return clip_tokenizer().tokenizer
 
+    def token_table(self) -> nn.Module:
+        return self.transformer.get_submodule("text_model.embeddings.token_embedding")
+
     def encode_tokens(self, tokens: Tensor) -> Tensor:
         return self.transformer(input_ids=tokens.to(self.device)).last_hidden_state
 

@@ -165,6 +165,9 @@ class CaptionEmbedder(CLIPTokensEncoder, TransformerEmbedder):
         )
         self.max_length = max_seq_len
 
+    def token_table(self) -> nn.Module:
+        return self.transformer.token_emb
+
     def encode_tokens(self, tokens: Tensor) -> Tensor:
         return TransformerEmbedder.forward(self, tokens)
 

@@ -103,6 +103,9 @@ class FrozenOpenCLIPEmbedder(CLIPTokensEncoder, PretrainedEncoder):
             self.freeze()
         self._start_on(device)
 
+    def token_table(self) -> nn.Module:
+        return self.model.token_embedding
+
     def encode_tokens(self, tokens: Tensor) -> Tensor:
         return hidden_states(self.model, tokens.to(self.device), self.skip_last)
 

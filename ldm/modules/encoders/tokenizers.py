@@ -6,8 +6,10 @@ import gzip
 import importlib.util
 import itertools
 import logging
-from collections.abc import Callable, Iterator, Sequence
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 
 import ftfy
 import huggingface_hub
@@ -18,10 +20,14 @@ from torch import Tensor
 
 logger = logging.getLogger(__name__)
 
+AddedTokens = Mapping[str, Sequence[int]]
+"""Clean name of a token that the vocabulary does not have -> its ids, from VOCAB_SIZE on."""
+
 BEGIN, END = "<|startoftext|>", "<|endoftext|>"
 VOCAB_SIZE = 49408
 _MERGES = VOCAB_SIZE - 2 * 256 - 2  # vocabulary: 256 bytes, the same at a word's end, one token per merge, begin, end
 _CLIP_FILE = "bpe_simple_vocab_16e6.txt.gz"
+_NONE: AddedTokens = MappingProxyType({})
 _BERT_REPOSITORIES = ("google-bert/bert-base-uncased", "bert-base-uncased")  # the current name, and that of old caches
 
 
@@ -76,18 +82,37 @@ class CLIPTokenizer:
         self.tokenizer = transformers.CLIPTokenizer(vocab=self.token_ids, merges=self.merges)  # type: ignore[arg-type]
         self.truncation = TruncationWarnings()
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, added: AddedTokens = _NONE) -> list[int]:
         """Return the token ids of a text of any length; begin and end are not added, but recognized in the text."""
-        return self.tokenizer.encode(clean(text), add_special_tokens=False)
+        pieces = _split(clean(text), added)
+        return [i for piece in pieces for i in added.get(piece) or self._encode(piece)]
 
-    def decode(self, ids: Sequence[int]) -> str:
+    def _encode(self, text: str) -> list[int]:
+        return self.tokenizer.encode(text, add_special_tokens=False)
+
+    def decode(self, ids: Sequence[int], added: AddedTokens = _NONE) -> str:
         """Return the cleaned text of token ids, without begin and end."""
-        return str(self.tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
+        names = {i: "" for name in added for i in added[name]} | {each[0]: name for name, each in added.items()}
+        parts = []
+        for new, group in itertools.groupby(ids, names.__contains__):
+            tokens = list(group)
+            parts += [names[i] for i in tokens if names[i]] if new else [self._decode(tokens)]
+        return " ".join(parts)
 
-    def __call__(self, texts: str | Sequence[str], max_length: int = 77, pad_id: int | None = None) -> Tensor:
+    def _decode(self, ids: list[int]) -> str:
+        return str(self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+    def __call__(
+        self,
+        texts: str | Sequence[str],
+        max_length: int = 77,
+        pad_id: int | None = None,
+        added: AddedTokens = _NONE,
+    ) -> Tensor:
         """Return begin, the text, end and padding, (B, max_length) int64. Longer texts are truncated with a warning.
 
         pad_id: by default the end token, as in Stable Diffusion v1; OpenCLIP's models use 0.
+        added: tokens that only the encoder of these texts has.
         """
         texts = [texts] if isinstance(texts, str) else list(texts)
         if max_length < 2:
@@ -98,9 +123,9 @@ class CLIPTokenizer:
             for text in texts:
                 if not isinstance(text, str):
                     raise TypeError(f"expected texts, got {type(text).__name__}: {text!r}")
-                tokens = self.encode(text)
+                tokens = self.encode(text, added)
                 if len(tokens) > room:
-                    self.truncation.add(text, room, functools.partial(self.decode, tokens[room:]))
+                    self.truncation.add(text, room, functools.partial(self.decode, tokens[room:], added))
                 tokens = [self.begin_id, *tokens[:room], self.end_id]
                 rows.append(tokens + [pad] * (max_length - len(tokens)))
         return torch.tensor(rows, dtype=torch.int64).reshape(-1, max_length)
@@ -117,6 +142,15 @@ def clean(text: str) -> str:
     if not (text.isascii() and text.isprintable()) or "&" in text:  # ftfy leaves plain ASCII as it is
         text = ftfy.fix_text(text)
     return " ".join(text.split()).lower()
+
+
+def _split(text: str, added: AddedTokens) -> list[str]:
+    """Split a clean text at the names of added tokens, longer names first; inside a word there is no name."""
+    if not added:
+        return [text]
+    names = (re.escape(name) for name in sorted(added, key=len, reverse=True))
+    edges = ((r"\b" if re.match(r"\w", name) else "", name, r"\b" if re.search(r"\w$", name) else "") for name in names)
+    return re.split(f"({'|'.join(map(''.join, edges))})", text)
 
 
 def find_clip_vocabulary() -> Path:
