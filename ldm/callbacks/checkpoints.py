@@ -191,6 +191,9 @@ class CheckpointPolicy(ModelCheckpoint):
         super()._save_checkpoint(trainer, str(path))
         if not trainer.is_global_zero:
             return
+        write_adapter_files = getattr(trainer.lightning_module, "write_adapter_files", None)
+        if path == self.last_path and callable(write_adapter_files):
+            write_adapter_files(path.parent)
         seconds, step = time.monotonic() - start, trainer.global_step
         size = path.stat().st_size / MIB if path.is_file() else None
         text = "a folder" if size is None else f"{size:.1f} MiB"

@@ -78,20 +78,24 @@ def read_checkpoint(path: str | os.PathLike, map_location: Any = "cpu", verify: 
     return content
 
 
+def read_entry(path: Path, key: str) -> Any:
+    """An entry of a Lightning checkpoint besides its weights; None for other files and without it."""
+    content = load_pickle(path, map_location="cpu", mmap=True) if _is_zip(path) else None
+    return content.get(key) if isinstance(content, Mapping) else None
+
+
 def global_step(path: Path) -> int | None:
     """The optimizer step at which Lightning wrote a checkpoint; None for a file that holds weights only."""
-    content = load_pickle(path, map_location="cpu", mmap=True) if _is_zip(path) else None
-    step = content.get("global_step") if isinstance(content, Mapping) else None
+    step = read_entry(path, "global_step")
     return step if isinstance(step, int) else None
 
 
 def saved_at(path: Path) -> float:
     """The time of a checkpoint's save in s since 1970: as it holds it, else the file's, which a copy may not keep."""
     try:
-        content = load_pickle(path, map_location="cpu", mmap=True) if _is_zip(path) else None
+        time = read_entry(path, "saved_at")
     except (CheckpointError, OSError):
-        content = None  # damaged, or a folder
-    time = content.get("saved_at") if isinstance(content, Mapping) else None
+        time = None  # damaged, or a folder
     return time if isinstance(time, float) else path.stat().st_mtime
 
 
@@ -272,6 +276,14 @@ _NUMPY_CODES = {  # numpy's code of a scalar type -> struct's
 }
 
 
+class _ParameterDict(dict):
+    """Stub for torch.nn.ParameterDict, in which the paper's code saves textual inversion embeddings."""
+
+    def __setstate__(self, state: Any) -> None:
+        if isinstance(state, Mapping) and isinstance(state.get("_parameters"), Mapping):
+            self.update(state["_parameters"])
+
+
 class _NumpyType:
     """Stub for numpy.dtype: keeps the type's code, e.g. "f8", and the byte order."""
 
@@ -294,6 +306,7 @@ def _numpy_scalar(kind: Any, raw: Any = b"") -> bool | int | float | None:
 
 _STUBS: tuple[tuple[Any, str], ...] = (
     (_Nothing, "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint"),
+    (_ParameterDict, "torch.nn.modules.container.ParameterDict"),
     (_NumpyType, "numpy.dtype"),
     (_numpy_scalar, "numpy.core.multiarray.scalar"),
     (_numpy_scalar, "numpy._core.multiarray.scalar"),

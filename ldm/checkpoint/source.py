@@ -4,14 +4,22 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, Self
 
 from torch import Tensor
 
 from ldm.checkpoint.diffusers.plan import plan_of
 from ldm.checkpoint.diffusers.read import check_folder, check_is_model, read_folder
-from ldm.checkpoint.formats import existing_file, global_step, read_index, read_shards, read_tensors
-from ldm.checkpoint.names import published_names
+from ldm.checkpoint.formats import (
+    CheckpointError,
+    existing_file,
+    global_step,
+    read_entry,
+    read_index,
+    read_shards,
+    read_tensors,
+)
+from ldm.checkpoint.names import published_names, use_ema_weights
 from ldm.paths import files_in, fingerprint
 
 
@@ -48,11 +56,50 @@ class WeightsSource:
         return fingerprint(self.path, self.files)
 
 
+class BaseWeights(NamedTuple):
+    """The weights that adapters were trained on, as their checkpoint records them under `base`."""
+
+    path: str
+    fingerprint: str
+
+    @classmethod
+    def of(cls, path: str | os.PathLike) -> Self:
+        source = open_weights(path)
+        return cls(str(source.path.absolute()), source.fingerprint)
+
+    def open(self, checkpoint: Path) -> WeightsSource:
+        """Open the base of a checkpoint: at its path, else next to the checkpoint. Raises CheckpointError."""
+        places = (Path(self.path), checkpoint.with_name(Path(self.path).name))
+        place = next((place for place in places if place.exists() and place != checkpoint), None)
+        if place is None:
+            raise CheckpointError(
+                f"{checkpoint}: holds adapters only; their base weights {self.path} are missing: put them there, or in "
+                f"{checkpoint.parent}"
+            )
+        source = open_weights(place)
+        self.check(source.fingerprint, f"{checkpoint}: {place}")
+        return source
+
+    def check(self, fingerprint: str, where: str) -> None:
+        """Raise CheckpointError unless the base that is used has the recorded fingerprint."""
+        if fingerprint != self.fingerprint:
+            raise CheckpointError(
+                f"{where}: the adapters were trained on other base weights, {self.path} (fingerprint "
+                f"{self.fingerprint}, now {fingerprint}): restore that file"
+            )
+
+
 class WeightsFile(WeightsSource):
     """A .ckpt or .safetensors file (told apart by content): a bare state dict, or a checkpoint with a `state_dict`."""
 
     def tensors(self) -> dict[str, Tensor]:
-        return published_names(read_tensors(self.path))
+        """As the base class; a checkpoint of adapters is completed by its base, with the EMA weights of that."""
+        own = published_names(read_tensors(self.path))
+        base = base_of(self.path)
+        if base is None:
+            return own
+        weights, _ = use_ema_weights(base.open(self.path).tensors())
+        return {**weights, **own}
 
     def step(self) -> int | None:
         return global_step(self.path)
@@ -94,3 +141,13 @@ def open_weights(path: str | os.PathLike | WeightsSource) -> WeightsSource:
     return (
         ShardedWeights(existing_file(path)) if path.name.endswith(".index.json") else WeightsFile(existing_file(path))
     )
+
+
+def base_of(path: str | os.PathLike) -> BaseWeights | None:
+    """The base of a checkpoint of adapters; None for other weights."""
+    record = read_entry(Path(path), "base") if Path(path).is_file() else None
+    if record is None:
+        return None
+    if not (isinstance(record, Mapping) and all(isinstance(record.get(key), str) for key in BaseWeights._fields)):
+        raise CheckpointError(f"{path}: invalid record of the base weights: {record!r:.80}")
+    return BaseWeights(record["path"], record["fingerprint"])

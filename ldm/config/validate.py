@@ -38,6 +38,7 @@ DOWNLOADS = {
 }
 _RUN_TYPES = {"seed": "Annotated[int, '[0, 4294967295]'] | None", "scale_lr": "bool | None"}
 _MODEL_TYPES = {"base_learning_rate": "PositiveFloat | None"}
+ADAPTERS = ("adapters", "token_embeddings")  # sections of a LatentDiffusion whose checkpoints lack the base weights
 WEIGHTS = ("ckpt_path", "diffusion_ckpt_path")  # parameters of our classes that name a file of weights
 
 
@@ -140,6 +141,8 @@ def forget_missing_weights(config: DictConfig, typed: Collection[str] = ()) -> l
     The run's own checkpoint holds these weights. Paths in `typed` (given on the command line) are left alone.
     """
     missing = {place: file for place, file in _missing_weights(config) if place.endswith(".ckpt_path")}
+    if any(config.model.params.get(name) for name in ADAPTERS):  # the checkpoint holds them without their base
+        missing.pop("model.params.ckpt_path", None)
     forgotten = [place for place in missing if place not in typed]
     for place in forgotten:
         OmegaConf.update(config, place, None)

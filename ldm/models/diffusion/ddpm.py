@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ldm import rng
 from ldm.config.instantiate import FIRST_STAGE_AS_CONDITION, UNCONDITIONAL, instantiate_from_config
 from ldm.config.types import Dropout, NonNegativeFloat, PositiveFloat, PositiveInt, Probability
+from ldm.models.diffusion.adapters import AdapterTraining
 from ldm.models.diffusion.condition_stage import ConditionStage, drop_condition
 from ldm.models.diffusion.conditioning import (
     Conditioning,
@@ -208,7 +209,7 @@ class DDPM(TrainedModule, PublishedDDPM):
         return log_pixel_images(self, batch, N, n_row, *args, **kwargs)
 
 
-class LatentDiffusion(ConditionStage, PublishedLatentDiffusion, DDPM):
+class LatentDiffusion(AdapterTraining, ConditionStage, PublishedLatentDiffusion, DDPM):
     """Diffusion in the latent space of a frozen first stage, under a condition (arXiv 2112.10752, section 3).
 
     Further positional arguments are those of DDPM, as published.
@@ -216,6 +217,7 @@ class LatentDiffusion(ConditionStage, PublishedLatentDiffusion, DDPM):
     cond_dropout: fraction of training samples that get the encoder's unconditional condition, which classifier-free
         guidance needs (Ho & Salimans 2022, algorithm 1); it is saved in the checkpoint.
     untrained_first_stage: allow training in the latent space of a first stage without loaded weights.
+    token_embeddings: new tokens of the text encoder; only their vectors are trained, see AdapterTraining.
     """
 
     quick_images: ClassVar[Mapping[str, int]] = {"N": 4, "ddim_steps": 20}  # of image logs on the CPU
@@ -240,6 +242,9 @@ class LatentDiffusion(ConditionStage, PublishedLatentDiffusion, DDPM):
         masked_image_key: str | None = "masked_image",
         adm_key: str | None = None,
         untrained_first_stage: bool = False,
+        token_embeddings: Annotated[Mapping[str, Any], "ldm.modules.adapters.token_embeddings.NewToken"]
+        | Sequence[Mapping[str, Any]]
+        | None = None,
         **kwargs: Any,
     ) -> None:
         if conditioning_key is None:
@@ -268,6 +273,11 @@ class LatentDiffusion(ConditionStage, PublishedLatentDiffusion, DDPM):
         self.instantiate_cond_stage(cond_stage_config)
         if self.shorten_cond_schedule:
             self.make_cond_schedule()
+        if token_embeddings is not None:
+            self.freeze_base()
+            self.add_tokens(token_embeddings)
+            if self.use_ema:  # of the adapters alone
+                self.add_ema(decay=float(self.model_ema.decay))
 
     def instantiate_first_stage(self, config: Mapping[str, Any]) -> None:
         """Build `first_stage_model`, frozen."""
@@ -410,6 +420,7 @@ class LatentDiffusion(ConditionStage, PublishedLatentDiffusion, DDPM):
             self.scale_factor.copy_(1.0 / std)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(checkpoint)
         checkpoint["latent_diffusion"] = {
             "cond_dropout": float(self.cond_dropout),
             "parameterization": self.parameterization,

@@ -1,0 +1,107 @@
+"""Training of adapters on a frozen base: its checkpoints hold the adapters, and path and fingerprint of the base."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ldm.checkpoint import ensure_weights
+from ldm.checkpoint.diffusers.embeddings import write_embedding
+from ldm.checkpoint.names import EMA, use_ema_weights
+from ldm.checkpoint.source import BaseWeights, base_of
+from ldm.models.training import TrainedModule
+from ldm.modules.adapters.token_embeddings import NewToken, initial_vectors
+from ldm.modules.encoders.base import CLIPTokensEncoder
+
+
+class AdapterTraining(TrainedModule):
+    """Mixin of LatentDiffusion, which may train adapters alone: LoRA layers, vectors of new tokens.
+
+    `freeze_base` freezes what exists; the parameters that are added after it are the adapters. `ckpt_path` is the base:
+    its EMA weights if it has any, as sampling uses them. A checkpoint of the run holds the adapters and `base`.
+    """
+
+    cond_stage_model: Any
+    base: BaseWeights | None = None
+    trains_adapters = False
+    new_tokens: Sequence[NewToken] = ()
+
+    def freeze_base(self) -> None:
+        """Disable the gradients of all parameters that exist now."""
+        self.requires_grad_(False)
+        self.trains_adapters = True
+
+    def add_tokens(self, section: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> None:
+        """Add the trained tokens of `token_embeddings`: one, or a list; `start_adapters` initializes them."""
+        sections = [section] if isinstance(section, Mapping) else section
+        self.new_tokens = [NewToken(**each) for each in sections]
+        encoder = self.cond_stage_model
+        if not isinstance(encoder, CLIPTokensEncoder):
+            raise ValueError(
+                f"token_embeddings: requires a text encoder of CLIP's tokens, not {type(encoder).__name__}"
+            )
+        for new in self.new_tokens:
+            width = encoder.token_width
+            encoder.add_token([new.token], torch.zeros(new.vectors, width))
+
+    def adapter_keys(self) -> set[str]:
+        """State-dict keys of the adapters and of their averages."""
+        trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
+        return trained | {name for name in self.state_dict() if name.startswith(EMA)}
+
+    @torch.no_grad()
+    def start_adapters(self) -> None:
+        """Initialize the adapters that start from values of the base, which is loaded now."""
+        if self.new_tokens:
+            encoder = self.cond_stage_model
+            ensure_weights(encoder)
+            for new, vectors in zip(self.new_tokens, encoder.token_embeddings.vectors):
+                vectors.copy_(initial_vectors(encoder.embed_words(new.init), new.vectors))
+
+    def write_adapter_files(self, folder: Path) -> None:
+        """Write the adapters as files that other tools read into a folder of checkpoints."""
+        for new, vectors in zip(self.new_tokens, self.new_tokens and self.cond_stage_model.token_embeddings.vectors):
+            write_embedding(folder / f"{new.stem}.safetensors", new.token, vectors)
+
+    def load_tensors(
+        self, path: str, tensors: Mapping[str, Tensor], ignore_keys: Sequence[str], only_model: bool
+    ) -> None:
+        """Load the base, or a base with adapters of an earlier run, which continue."""
+        if not self.trains_adapters:
+            super().load_tensors(path, tensors, ignore_keys, only_model)
+            return
+        own, recorded = self.adapter_keys(), base_of(path)
+        continues = recorded is not None and own <= tensors.keys()
+        if not continues:
+            tensors, _ = use_ema_weights(tensors)
+            ignore_keys = (*ignore_keys, *own)
+        super().load_tensors(path, tensors, ignore_keys, only_model)
+        self.base = recorded if continues else BaseWeights.of(path)
+        if not continues:
+            self.start_adapters()
+
+    def setup(self, stage: str) -> None:
+        super().setup(stage)
+        if stage == "fit" and self.trains_adapters and self.base is None:
+            raise ValueError(
+                "adapters and token_embeddings train on a frozen base: set model.params.ckpt_path to its weights"
+            )
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep the adapters alone, and a record of the base."""
+        super().on_save_checkpoint(checkpoint)
+        if self.base is not None:
+            own = self.adapter_keys()
+            checkpoint["state_dict"] = {name: x for name, x in checkpoint["state_dict"].items() if name in own}
+            checkpoint["base"] = self.base._asdict()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Complete the state dict by the base. Raises CheckpointError if the checkpoint was trained on another one."""
+        super().on_load_checkpoint(checkpoint)
+        if self.base is not None and "base" in checkpoint:
+            BaseWeights(**checkpoint["base"]).check(self.base.fingerprint, self.base.path)
+            checkpoint["state_dict"] = {**self.state_dict(), **checkpoint["state_dict"]}

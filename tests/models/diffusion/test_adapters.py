@@ -1,0 +1,164 @@
+"""Adapters trained on a frozen base: what trains, what a checkpoint holds, resume and use of the checkpoint."""
+
+import pytest
+import pytorch_lightning as pl
+import torch
+
+from ldm.callbacks import ExactResume, StepSeed
+from ldm.checkpoint import CheckpointError, read_weights
+from ldm.checkpoint.diffusers.embeddings import read_embeddings
+from ldm.checkpoint.resume import AtomicCheckpointIO
+from ldm.checkpoint.source import base_of
+from ldm.config.instantiate import instantiate_from_config
+from ldm.data.datamodule import DataModuleFromConfig
+from ldm.inference import load_model
+from ldm.modules.adapters.token_embeddings import initial_vectors
+from tests.tiny import save_text_model, text_model_config
+
+TOKEN = {"token": "<me>", "init": "handwritten seven", "vectors": 2}
+KEY = "cond_stage_model.token_embeddings.vectors.0"
+
+
+class Captions(torch.utils.data.Dataset):
+    def __len__(self):
+        return 8
+
+    def __getitem__(self, k):
+        return {"image": torch.sin(torch.arange(3072.0) + k).reshape(32, 32, 3), "caption": f"a photo of <me> {k}"}
+
+
+def config_on(base, **params):
+    return text_model_config(ckpt_path=str(base), token_embeddings=TOKEN, use_ema=False, **params)
+
+
+def build(base, **params):
+    torch.manual_seed(5)
+    model = instantiate_from_config(config_on(base, **params)["model"])
+    model.learning_rate = 0.05
+    return model
+
+
+def fit(model, folder, steps, resume=None):
+    """Train to `steps` and return the checkpoint."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr("ldm.config.instantiate._user_prefixes", ["tests"])
+        data = DataModuleFromConfig(2, {"target": f"{__name__}.Captions"}, num_workers=0)
+        data.setup("fit")
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    trainer = pl.Trainer(
+        max_steps=steps,
+        accelerator="cpu",
+        default_root_dir=folder,
+        enable_checkpointing=False,
+        plugins=[AtomicCheckpointIO()],
+        callbacks=[StepSeed(3), ExactResume()],
+        **quiet,
+    )
+    trainer.fit(model, data, ckpt_path=resume, weights_only=True)
+    trainer.save_checkpoint(folder / f"{steps}.ckpt")
+    return folder / f"{steps}.ckpt"
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return save_text_model(tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture(scope="module")
+def trained(base, tmp_path_factory):
+    model = build(base.ckpt)
+    return model, fit(model, tmp_path_factory.mktemp("run"), 4)
+
+
+def test_a_token_starts_from_the_embeddings_of_its_words(base):
+    model = build(base.ckpt)
+    encoder = model.cond_stage_model
+    words = encoder.embed_words("handwritten seven")
+    assert torch.equal(encoder.token_embeddings.vectors[0], initial_vectors(words, 2)) and len(words) > 1
+
+
+def test_only_the_vectors_change_and_the_base_keeps_every_bit(base, trained):
+    model, _ = trained
+    fresh = build(base.ckpt)
+    changed = [name for name, x in fresh.state_dict().items() if not torch.equal(x, model.state_dict()[name])]
+    assert changed == [KEY]
+    assert list(model.trainable_parameters()) == [model.cond_stage_model.token_embeddings.vectors[0]]
+
+
+def test_the_base_is_its_ema_weights(base):
+    model = build(base.ckpt)
+    averages = read_weights(base.ckpt, use_ema=True)
+    for name, tensor in model.model.state_dict().items():
+        assert torch.equal(tensor, averages[f"model.{name}"]), name
+
+
+def test_a_checkpoint_holds_the_vectors_and_a_record_of_the_base(base, trained):
+    _, ckpt = trained
+    content = torch.load(ckpt, weights_only=True)
+    assert set(content["state_dict"]) == {KEY}
+    assert base_of(ckpt).path == str(base.ckpt) and ckpt.stat().st_size < 100_000
+
+
+def test_a_checkpoint_of_vectors_reads_as_whole_weights(base, trained):
+    model, ckpt = trained
+    weights = read_weights(ckpt)
+    assert all(torch.equal(weights[name], x) for name, x in model.state_dict().items() if name in weights)
+    pipeline = load_model(config_on(base.ckpt), ckpt, "cpu", "full")
+    with pipeline.sampling():
+        ours, _ = pipeline.encode_prompts(["a <me>"])
+    with torch.no_grad():
+        assert torch.equal(ours, model.get_learned_conditioning(["a <me>"]))
+
+
+def test_a_resumed_run_equals_an_uninterrupted_one(base, trained, tmp_path):
+    half = fit(build(base.ckpt), tmp_path, 2)
+    resumed = build(base.ckpt)
+    end = torch.load(fit(resumed, tmp_path, 4, half), weights_only=True)
+    whole = torch.load(trained[1], weights_only=True)
+    assert torch.equal(end["state_dict"][KEY], whole["state_dict"][KEY])
+
+
+def test_another_base_is_refused(base, trained, tmp_path):
+    other = save_text_model(tmp_path)
+    content = torch.load(other.ckpt, weights_only=True)
+    content["state_dict"]["cond_stage_model.transformer.norm.weight"] += 1
+    torch.save(content, other.ckpt)
+    with pytest.raises(CheckpointError, match="other base weights"):
+        fit(build(other.ckpt), tmp_path, 4, trained[1])
+    moved = tmp_path / "moved.ckpt"
+    record = torch.load(trained[1], weights_only=True)
+    torch.save({**record, "base": {"path": "/nowhere/tiny.ckpt", "fingerprint": "0" * 16}}, moved)
+    with pytest.raises(CheckpointError, match="other base weights"):  # tiny.ckpt next to it is another file
+        read_weights(moved)
+    other.ckpt.unlink()
+    with pytest.raises(CheckpointError, match=r"adapters only; their base weights /nowhere/tiny.ckpt are missing"):
+        read_weights(moved)
+
+
+def test_training_without_a_base_is_refused(tmp_path):
+    model = instantiate_from_config(text_model_config(token_embeddings=TOKEN)["model"])
+    model.learning_rate = 0.1
+    with pytest.raises(ValueError, match=r"set model.params.ckpt_path"):
+        fit(model, tmp_path, 1)
+
+
+def test_an_embedding_file_is_written_for_each_token(trained, tmp_path):
+    model, _ = trained
+    model.write_adapter_files(tmp_path)
+    ((token, vectors),) = read_embeddings(tmp_path / "me.safetensors")
+    assert token == "<me>" and torch.equal(vectors, model.cond_stage_model.token_embeddings.vectors[0])
+
+
+def test_training_continues_from_a_checkpoint_of_vectors(base, trained):
+    _, ckpt = trained
+    model = build(ckpt)
+    assert torch.equal(model.state_dict()[KEY], torch.load(ckpt, weights_only=True)["state_dict"][KEY])
+    assert model.base == base_of(ckpt)
+
+
+def test_a_model_without_text_takes_no_tokens():
+    config = text_model_config(
+        token_embeddings=TOKEN, cond_stage_config={"target": "torch.nn.Identity"}, cond_stage_trainable=False
+    )
+    with pytest.raises(ValueError, match="token_embeddings: requires a text encoder of CLIP's tokens, not Identity"):
+        instantiate_from_config(config["model"])
