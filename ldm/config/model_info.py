@@ -74,6 +74,8 @@ class ModelInfo:
     def own_size(self) -> tuple[int, int] | None:
         """Height and width of the training latents; None for published models and if the config does not state it."""
         published = self.path is not None and in_checkout(self.path.resolve()).startswith(_PUBLISHED)
+        # InstructPix2Pix' own YAMLs state 16 and 32, and it is sampled at 512x512 pixels.
+        published |= str(value_at(self.config, "model", "target")).endswith(".ddpm_edit.LatentDiffusion")
         stated = value_at(self.config, "model", "params", "image_size") is not None
         return self.image_size if stated and not published else None
 

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from ldm.inference.requests import (
         ClassConditionalRequest,
         ConditionalRequest,
+        EditRequest,
         ImageToImageRequest,
         InpaintRequest,
         RetrievalRequest,
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
     from ldm.inference.runs import SavedRun, find_run, run_of
     from ldm.inference.tasks.class_conditional import generate_samples
     from ldm.inference.tasks.conditional import ConditionalSample, read_samples, sample_conditional
+    from ldm.inference.tasks.edit import edit
     from ldm.inference.tasks.image_to_image import image_to_image
     from ldm.inference.tasks.inpaint import inpaint
     from ldm.inference.tasks.text_to_image import text_to_image
@@ -60,8 +62,8 @@ _LIGHT = {
         "parse_conditions read_prompts"
     ),
     "ldm.inference.requests": (
-        "ClassConditionalRequest ConditionalRequest ImageToImageRequest InpaintRequest RetrievalRequest "
-        "TextToImageRequest UpscaleRequest"
+        "ClassConditionalRequest ConditionalRequest EditRequest ImageToImageRequest InpaintRequest "
+        "RetrievalRequest TextToImageRequest UpscaleRequest"
     ),
     "ldm.inference.runs": "SavedRun find_run run_of",
     "ldm.inference.writing": "write_conditional write_images write_named write_samples",
@@ -72,6 +74,7 @@ _HEAVY = {  # these import torch and Lightning
     "ldm.inference.precision": "choose_device",
     "ldm.inference.tasks.class_conditional": "generate_samples",
     "ldm.inference.tasks.conditional": "ConditionalSample read_samples sample_conditional",
+    "ldm.inference.tasks.edit": "edit",
     "ldm.inference.tasks.image_to_image": "image_to_image",
     "ldm.inference.tasks.inpaint": "inpaint",
     "ldm.inference.tasks.text_to_image": "text_to_image",

@@ -23,11 +23,13 @@ from ldm.paths import find_file, fingerprint
 
 logger = logging.getLogger(__name__)
 
+EDIT_CONFIG, EDIT_CKPT = "configs/instruct-pix2pix/generate.yaml", "models/ldm/instruct-pix2pix/model.ckpt"
 SD_CONFIG, SD_CKPT = "configs/stable-diffusion/v1-inference.yaml", "models/ldm/stable-diffusion-v1/model.ckpt"
 _RELEASED = ("models/ldm/inpainting_big/last.ckpt", "models/ldm/bsr_sr/model.ckpt")
 _OMMER = "put https://ommer-lab.com/files"
 _DOWNLOADS = {  # how to get the weights of the default models
     SD_CKPT: "put sd-v1-4.ckpt of https://huggingface.co/CompVis/stable-diffusion-v-1-4-original there",
+    EDIT_CKPT: "put instruct-pix2pix-00-22000.ckpt of https://huggingface.co/timbrooks/instruct-pix2pix there",
     "models/ldm/text2img-large/model.ckpt": f"{_OMMER}/latent-diffusion/nitro/txt2img-f8-large/model.ckpt there",
     "models/rdm/rdm768x768/model.ckpt": f"{_OMMER}/rdm/model.ckpt there",
     _RELEASED[0]: "bash scripts/download_models.sh inpainting_big downloads it",
@@ -54,10 +56,18 @@ class InputFile(argparse.Action):
         setattr(namespace, self.dest, values)
 
 
-def add_prompt_flags(parser: Parser, scale: float, n_iter: int, n_samples: int, text_encoder: bool = True) -> None:
+def add_prompt_flags(
+    parser: Parser,
+    scale: float,
+    n_iter: int,
+    n_samples: int,
+    text_encoder: bool = True,
+    prompt: str | None = "a painting of a virus monster playing guitar",
+    content: str = "what the images show",
+) -> None:
     """Flags of the scripts that generate from prompts; text_encoder: the model's own, which can weight words."""
     add = parser.add_argument
-    add("--prompt", nargs="?", default="a painting of a virus monster playing guitar", help="what the images show")
+    add("--prompt", nargs="?", default=prompt, help=content)
     add("--negative_prompt", default="", metavar="TEXT", help="negative prompt (requires --scale other than 1)")
     text = "one prompt per line, used instead of --prompt; --n_samples lines per batch"
     add("--from-file", action=InputFile, metavar="FILE", help=text)

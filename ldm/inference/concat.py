@@ -25,7 +25,7 @@ def with_parts(cond: Any, parts: Parts | None) -> Any:
 
 def prompt_with_parts(pipeline: Pipeline, request: ConcatRequest, parts: Parts) -> tuple[Any, Any]:
     """(cond, uncond) of the request's one prompt and further parts; uncond is None without guidance."""
-    cond, uncond = pipeline.encode_prompts([request.prompt], request.negative_prompt, request.scale)
+    cond, uncond = pipeline.encode_prompts([request.prompt], request.negative_prompt, request.guided)
     return with_parts(cond, parts), with_parts(uncond, parts)
 
 

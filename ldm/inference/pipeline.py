@@ -66,6 +66,7 @@ class Conditioned(NamedTuple):
     callback: Callable[[int], Any] | None = None
     mask: Tensor | None = None  # (1, 1, h, w), 1 where the latents keep x0
     x0: Tensor | None = None  # (B, c, h, w)
+    image_scale: float = 1.0  # guidance by the image in c_concat
 
 
 class Pipeline:
@@ -99,10 +100,10 @@ class Pipeline:
             yield
 
     def encode_prompts(
-        self, prompts: Sequence[str], negative_prompt: str = "", scale: float | None = 1.0
+        self, prompts: Sequence[str], negative_prompt: str = "", guided: bool = False
     ) -> tuple[Any, Any]:
-        """(cond, uncond) of the prompts; uncond is None without guidance (scale 1)."""
-        uncond = self.model.get_learned_conditioning([negative_prompt] * len(prompts)) if scale != 1.0 else None
+        """(cond, uncond) of the prompts; uncond is None unless `guided`."""
+        uncond = self.model.get_learned_conditioning([negative_prompt] * len(prompts)) if guided else None
         return self.model.get_learned_conditioning(list(prompts)), uncond
 
     def sample(
@@ -125,6 +126,7 @@ class Pipeline:
                 x_T=x_T,
                 unconditional_guidance_scale=given.scale,
                 unconditional_conditioning=given.uncond,
+                image_guidance_scale=given.image_scale,
                 callback=given.callback,
                 mask=given.mask,
                 x0=given.x0,

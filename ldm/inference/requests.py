@@ -12,6 +12,7 @@ from ldm.config.instantiate import value_at
 from ldm.config.model_info import ModelInfo
 from ldm.inference.emphasis import parse_emphasis
 from ldm.inference.settings import (
+    MAX_SCALE,
     TILE,
     Request,
     check_positive,
@@ -89,6 +90,20 @@ class TextToImageRequest(Request):
             batches.append(Batch(number, range(first, first + len(group)), group))
             first += len(group)
         return batches
+
+    def fitted(self, height: int, width: int, info: ModelInfo) -> Self:
+        """The request for an image of this size, rounded to the nearest size that the model takes.
+
+        An image with more pixels than in training is scaled down to as many; the published models take any number.
+        """
+        factor = self.factor or info.factor or 1
+        scale = min(1.0, math.sqrt(self._most_pixels(info, factor) / (height * width)))
+        multiple = factor * info.latent_multiple
+        height, width = (round_to_multiple(round(side * scale), multiple) for side in (height, width))
+        return replace(self, height=height, width=width)
+
+    def _most_pixels(self, info: ModelInfo, factor: int) -> float:
+        return factor**2 * math.prod(info.own_size) if info.own_size else math.inf
 
     def _require_model(self, info: ModelInfo) -> None:
         require_text_model(info)
@@ -183,17 +198,6 @@ class ImageToImageRequest(TextToImageRequest):
         assert self.steps is not None
         return int(self.strength * self.steps)
 
-    def fitted(self, height: int, width: int, info: ModelInfo) -> Self:
-        """The request for an image of this size, rounded to the nearest size that the model takes.
-
-        An image with more pixels than in training is scaled down to as many; the published models take any number.
-        """
-        factor = self.factor or info.factor or 1
-        area = factor**2 * math.prod(info.own_size) if info.own_size else math.inf
-        scale, multiple = min(1.0, math.sqrt(area / (height * width))), factor * info.latent_multiple
-        height, width = (round_to_multiple(round(side * scale), multiple) for side in (height, width))
-        return replace(self, height=height, width=width)
-
     def _require_model(self, info: ModelInfo) -> None:
         require_text_model(info, concat_channels=1 if self.depth else 0)
 
@@ -206,6 +210,32 @@ class ImageToImageRequest(TextToImageRequest):
             text = "--strength %g of --ddim_steps %d is less than one step, so the image stays; choose %d steps or more"
             logger.warning(text, request.strength, request.steps, least)
         return request
+
+
+@dataclass(frozen=True)
+class EditRequest(TextToImageRequest):
+    """Edits of an image by instructions, the prompts (InstructPix2Pix). `fitted` sets height and width."""
+
+    task: ClassVar[str] = "edit"
+
+    n_samples: int = 1
+    n_iter: int = 1
+    image_scale: float = 1.5  # guidance by the image, s_I of arXiv 2211.09800, eq. 3; 1 disables it
+    resolution: int | None = None  # larger images are scaled down to this many pixels squared; None: as in training
+
+    def _most_pixels(self, info: ModelInfo, factor: int) -> float:
+        if self.resolution is not None:
+            return self.resolution**2
+        return super()._most_pixels(info, factor) if info.own_size else self.published_side**2
+
+    def _require_model(self, info: ModelInfo) -> None:
+        require_edit_model(info)
+
+    def _resolved(self, info: ModelInfo) -> Self:
+        valid = abs(self.image_scale) <= MAX_SCALE
+        require(valid, f"--image-scale {self.image_scale}: choose -{MAX_SCALE} to {MAX_SCALE}; 1.5 is usual")
+        check_positive({"--resolution": self.resolution})
+        return super()._resolved(info)
 
 
 @dataclass(frozen=True)
@@ -383,6 +413,16 @@ def require_inpainting_model(info: ModelInfo) -> None:
     )
 
 
+def require_edit_model(info: ModelInfo) -> None:
+    """Raise ValueError unless the network sees the latent of the image to edit and is conditioned on text."""
+    require(
+        _edits(info),
+        f"not an edit model: expected a text encoder and a UNet with {2 * info.channels} input channels (latent, "
+        f"latent of the image); got {info.condition_name} and {info.unet_channels}; see "
+        f"configs/instruct-pix2pix/generate.yaml, or use {script_for(info)}",
+    )
+
+
 def require_upscaler(info: ModelInfo) -> None:
     """Raise ValueError unless the network sees a low-resolution image, as in the published models."""
     require(
@@ -410,6 +450,7 @@ def script_for(info: ModelInfo) -> str:
     scripts = {
         "txt2img.py": _takes_text_alone(info),
         "img2img.py with --depth": info.takes_text and depth,
+        "edit.py": _edits(info),
         "inpaint.py": _inpaints(info),
         "upscale.py": _upscales(info),
         "sample_diffusion.py": _samples_freely(info),
@@ -420,6 +461,10 @@ def script_for(info: ModelInfo) -> str:
 
 def _takes_text_alone(info: ModelInfo) -> bool:
     return info.takes_text and not info.concat_channels and info.conditioning_key in (None, "crossattn")
+
+
+def _edits(info: ModelInfo) -> bool:
+    return info.takes_text and info.conditioning_key == "hybrid" and info.unet_channels == 2 * info.channels
 
 
 def _inpaints(info: ModelInfo) -> bool:

@@ -27,6 +27,7 @@ class Request:
     eta_flag: ClassVar[str] = "--ddim_eta"
     usual_scale: ClassVar[float] = 7.5
     unrecorded: ClassVar[tuple[str, ...]] = ()  # fields that are not part of the metadata
+    image_scale = 1.0  # guidance by an image: no field, but of edits
     checked_for: ClassVar[ModelInfo | None] = None  # set on the instance that `checked` returns
 
     sampler: str = "ddim"
@@ -53,6 +54,11 @@ class Request:
     def record(self) -> dict[str, Any]:
         """The request as metadata of an image."""
         return {"task": self.task, **{name: x for name, x in asdict(self).items() if name not in self.unrecorded}}
+
+    @property
+    def guided(self) -> bool:
+        """True if steps need the unconditional prediction."""
+        return self.scale != 1.0 or self.image_scale != 1.0
 
     @property
     def prediction_options(self) -> dict[str, Any]:

@@ -77,6 +77,12 @@ MODELS: dict[str, dict[str, Any]] = {
         "conditioning_key": "hybrid",
         "unet_config": unet(context_dim=32, in_channels=9),
     },
+    "edit": {
+        **KINDS["edit"],
+        **_SD,
+        "cond_stage_config": CLIP,
+        "unet_config": unet(context_dim=32, in_channels=8),
+    },
     "unconditional": {
         **KINDS["unconditional"],
         "channels": 3,

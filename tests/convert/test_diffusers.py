@@ -2,15 +2,17 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from transformers import CLIPTokenizer
 
 from ldm.checkpoint.diffusers import text
 from ldm.checkpoint.diffusers.scheduler import scheduler_config
 from ldm.config.model_info import read_config
 from ldm.convert.convert import tokenizer_files
-from ldm.inference import Pipeline, load_model
+from ldm.inference import EditRequest, Pipeline, edit, load_model
 from ldm.models.diffusion.ddim import DDIMSampler
 from ldm.models.diffusion.plms import PLMSSampler
 from ldm.modules.encoders.tokenizers import clip_tokenizer
@@ -33,7 +35,7 @@ def z_of(channels: int = 4) -> torch.Tensor:
 @torch.no_grad()
 def our_image(pipeline: Pipeline, sampler: type = DDIMSampler) -> torch.Tensor:
     """(2, 3, 32, 32) in [0, 1]."""
-    cond, uncond = pipeline.encode_prompts(PROMPTS, "", SCALE)
+    cond, uncond = pipeline.encode_prompts(PROMPTS, "", guided=True)
     guidance = {"unconditional_guidance_scale": SCALE, "unconditional_conditioning": uncond}
     z, _ = sampler(pipeline.model).sample(STEPS, 2, (4, 8, 8), cond, x_T=z_of(), verbose=False, **guidance)
     return (pipeline.decode(z) + 1) / 2
@@ -83,6 +85,22 @@ def test_a_nine_channel_unet_loads_as_diffusers_inpainting(converted):
     x, t, context = torch.randn(2, 9, 8, 8), torch.tensor([7, 501]), torch.randn(2, 5, 32)
     ours = saved.model.model.diffusion_model(x, t, context)
     assert torch.allclose(ours, pipe.unet(x, t, context).sample, atol=1e-4)
+
+
+def test_an_edit_model_gives_the_image_of_diffusers(converted):
+    saved, folder = converted("edit")
+    pipeline = load_model(saved.config, saved.ckpt, "cpu", "full")
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8))
+    scales = {"scale": 5.0, "image_scale": 1.5}
+    request = EditRequest(prompt=PROMPTS, steps=STEPS, height=32, width=32, n_samples=2, **scales)
+    ours = np.stack([np.asarray(generated.image) for generated in edit(pipeline, image, request, progress=False)])
+    torch.manual_seed(request.seed)
+    start = torch.randn(2, 4, 8, 8)
+    pipe = diffusers.StableDiffusionInstructPix2PixPipeline.from_pretrained(folder, local_files_only=True)
+    pipe.set_progress_bar_config(disable=True)
+    options = {"guidance_scale": 5.0, "image_guidance_scale": 1.5, "num_inference_steps": STEPS, "output_type": "np"}
+    theirs = pipe(PROMPTS, image=[image, image], latents=start, **options).images
+    assert ours.std() > 10 and np.abs(ours - 255 * theirs).max() < 0.5 + 255 * TOLERANCE  # ours are rounded
 
 
 @torch.no_grad()

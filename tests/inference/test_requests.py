@@ -1,6 +1,7 @@
 """Requests of every task: defaults, and refusals with the flag, the value and the choices."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -8,11 +9,13 @@ from ldm.config.model_info import model_info, read_model_info
 from ldm.inference.requests import (
     Batch,
     ClassConditionalRequest,
+    EditRequest,
     ImageToImageRequest,
     InpaintRequest,
     RetrievalRequest,
     TextToImageRequest,
     UpscaleRequest,
+    require_edit_model,
     require_inpainting_model,
     require_text_model,
     require_unconditional_or_class,
@@ -85,6 +88,15 @@ def test_an_image_with_more_pixels_than_in_training_is_scaled_down_to_as_many():
         (24, 48),
         (64, 16),
     ]
+
+
+def test_the_published_edit_model_takes_512_pixels_squared_wherever_its_yaml_lies():
+    published = read_model_info(ROOT / "configs" / "instruct-pix2pix" / "generate.yaml")
+    elsewhere = replace(published, path=Path("generate.yaml"))
+    for model in (published, elsewhere):  # both state latents of 16x16 cells
+        sizes = [EditRequest().fitted(*size, model).size for size in ((3000, 4000), (512, 512), (256, 320))]
+        assert sizes == [(448, 576), (512, 512), (256, 320)]
+    assert EditRequest(resolution=768).fitted(3000, 4000, published).size == (640, 896)
 
 
 def test_f_replaces_the_models_factor_as_published():
@@ -244,9 +256,9 @@ def test_every_kind_of_model_is_accepted_by_its_own_task_only(kind):
         "inpaint": require_inpainting_model,
         "upscale": require_upscaler,
     }
-    takers |= {"sd-inpaint": require_inpainting_model, "x4": require_upscaler}
+    takers |= {"sd-inpaint": require_inpainting_model, "x4": require_upscaler, "edit": require_edit_model}
     takers |= dict.fromkeys(("text", "v2", "v2-v"), require_inpainting_model)  # by blending
-    for check in {require_unconditional_or_class, require_inpainting_model, require_upscaler}:
+    for check in {require_unconditional_or_class, require_inpainting_model, require_upscaler, require_edit_model}:
         if takers.get(kind) is check:
             check(info(kind))
         else:
@@ -263,6 +275,7 @@ def test_every_kind_of_model_is_accepted_by_its_own_task_only(kind):
         ("recipes/super-resolution-folder", "upscale"),
         ("stable-diffusion/x4-upscaling", "upscale"),
         ("stable-diffusion/v2-midas-inference", "img2img"),
+        ("instruct-pix2pix/generate", "edit"),
         ("retrieval-augmented-diffusion/768x768", "knn2img"),
     ],
 )

@@ -122,5 +122,6 @@ def _pipeline(params: Mapping[str, Any], parts: list[Component], condition: str)
     if unet.kind == PLAIN and condition == "Identity" and stage == VQ and extra == 3:
         return "LDMSuperResolutionPipeline"
     if unet.kind == CROSS and condition in text.PREFIX and stage == KL and unet.classes is None:
-        return {0: "StableDiffusionPipeline", channels + 1: "StableDiffusionInpaintPipeline"}.get(extra)
+        pipelines = {0: "Pipeline", channels: "InstructPix2PixPipeline", channels + 1: "InpaintPipeline"}
+        return f"StableDiffusion{pipelines[extra]}" if extra in pipelines else None
     return None

@@ -39,7 +39,7 @@ def inpaint(
             x = sample_image(pipeline, request, size, cond, uncond, progress)
         else:
             keep, x0 = _kept(pipeline, pipeline.tensor(image), hole)
-            cond, uncond = pipeline.encode_prompts([request.prompt], request.negative_prompt, request.scale)
+            cond, uncond = pipeline.encode_prompts([request.prompt], request.negative_prompt, request.guided)
             x = sample_image(pipeline, request, x0.shape[2:], cond, uncond, progress, keep, x0)
     result = image.convert("RGB").copy()
     result.paste(from_tensor(x[0, :, : image.height, : image.width]), mask=feathered(generated, request.feather))

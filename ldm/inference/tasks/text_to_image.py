@@ -32,6 +32,8 @@ def text_to_image(
     progress: bool = True,
     encode: Encode | None = None,
     only: int | None = None,
+    parts: Parts | None = None,
+    uncond_parts: Parts | None = None,
 ) -> Iterator[GeneratedImage]:
     """Generate `n_iter` times: `n_samples` images of one prompt, or an image of each prompt of a list.
 
@@ -39,6 +41,7 @@ def text_to_image(
     image.
     encode: conditioning of prompts for models whose condition stage does not encode text (retrieval-augmented models).
     only: generate the image with this `image_index` alone, as it is in the whole run.
+    parts, uncond_parts: as in `generate_batches`.
     """
     request = request.checked(pipeline.info)
     randomness = Randomness(request.seed, pipeline.device)
@@ -54,7 +57,7 @@ def text_to_image(
 
     assert request.steps is not None
     yield from generate_batches(
-        pipeline, request, request.steps, sample_latents, randomness, encode, None, progress, only
+        pipeline, request, request.steps, sample_latents, randomness, encode, parts, progress, only, uncond_parts
     )
 
 
@@ -68,8 +71,13 @@ def generate_batches(
     parts: Parts | None = None,
     progress: bool = True,
     only: int | None = None,
+    uncond_parts: Parts | None = None,
 ) -> Iterator[GeneratedImage]:
-    """Encode, sample and decode every batch of a checked request; `parts` are further conditioning of all images."""
+    """Encode, sample and decode every batch of a checked request; `parts` are further conditioning of all images.
+
+    uncond_parts: those of the unconditional prediction, if they differ.
+    """
+    uncond_parts = parts if uncond_parts is None else uncond_parts
     assert request.scale is not None
     record = request.record()
     if encode is None:
@@ -99,8 +107,11 @@ def generate_batches(
                 part = Batch(batch.number, range(only, only + 1), [batch.prompts[only - batch.indices.start]])
             noise = noise_of(request.seed_mode, request.seed, part.indices)
             with randomness(), pipeline.sampling():
-                cond, uncond = (with_parts(encoded, parts) for encoded in encode(part.prompts))
-                given = Conditioned(cond, uncond, request.scale, lambda i: bar.update())
+                cond, uncond = encode(part.prompts)
+                cond, uncond = with_parts(cond, parts), with_parts(uncond, uncond_parts)
+                given = Conditioned(
+                    cond, uncond, request.scale, lambda i: bar.update(), image_scale=request.image_scale
+                )
                 images = tiled.decode(sample_latents(pipeline, part, noise, given))
             for index, prompt, image in zip(part.indices, part.prompts, images, strict=True):
                 if only in (None, index):
@@ -111,18 +122,18 @@ def generate_batches(
 
 def prompt_encoder(pipeline: Pipeline, request: TextToImageRequest) -> tuple[Encode, int | None]:
     """The model's own conditioning of prompts, and the number of chunks per prompt (None without `long_prompts`)."""
-    negative, scale = request.negative_prompt, request.scale
-    texts = [*request.prompts, *([negative] if scale != 1.0 else [])]
+    negative, guided = request.negative_prompt, request.guided
+    texts = [*request.prompts, *([negative] if guided else [])]
     if not (request.emphasis or request.long_prompts):
         if isinstance(stage := pipeline.model.cond_stage_model, AbstractEncoder):
             stage.warn_of_long_texts(texts)
-        return lambda batch: pipeline.encode_prompts(batch, negative, scale), None
+        return lambda batch: pipeline.encode_prompts(batch, negative, guided), None
     encoder = PromptEncoder(pipeline.model.cond_stage_model, request.emphasis, request.long_prompts)
     encoder.warn_of_long_texts(texts)
     chunks = max(encoder.chunks_for([*request.prompts, negative]), request.chunks or 1)
 
     def encode(batch: Sequence[str]) -> tuple[Any, Any]:
-        return encoder(batch, chunks), encoder([negative] * len(batch), chunks) if scale != 1.0 else None
+        return encoder(batch, chunks), encoder([negative] * len(batch), chunks) if guided else None
 
     return encode, chunks if request.long_prompts else None
 

@@ -191,12 +191,9 @@ class LatentEditDiffusion(LatentFinetuneDiffusion):
 
     def further_parts(self, batch: Mapping[str, Any], size: Sequence[int], bs: int | None = None) -> dict[str, Any]:
         image = self.get_images(self.batch_value(batch, self.cond_stage_key), "c_concat", bs)
-        return {**super().further_parts(batch, size, bs), "c_concat": [self.encode_image(image)]}
-
-    def encode_image(self, image: Tensor) -> Tensor:
-        """Return the concat channels (B, c, h, w) of images (B, 3, H, W) in [-1, 1]."""
         encoded = self.encode_first_stage(image)
-        return encoded.mode() if isinstance(encoded, DiagonalGaussianDistribution) else encoded
+        latent = encoded.mode() if isinstance(encoded, DiagonalGaussianDistribution) else encoded  # (B, c, h, w)
+        return {**super().further_parts(batch, size, bs), "c_concat": [latent]}
 
     def drops_main(self, chance: Tensor) -> Tensor:
         return chance < 2 * self.cond_dropout

@@ -109,7 +109,7 @@ def test_encode_replaces_the_models_text_encoder(pipeline):
 
     def encode(prompts):
         seen.append(list(prompts))
-        return pipeline.encode_prompts(["a dog"] * len(prompts), "", 3.0)
+        return pipeline.encode_prompts(["a dog"] * len(prompts), "", guided=True)
 
     request = TextToImageRequest(prompt="a cat", **TINY)
     images = list(text_to_image(pipeline, request, progress=False, encode=encode))
