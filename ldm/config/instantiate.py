@@ -20,6 +20,7 @@ UNCONDITIONAL = "__is_unconditional__"
 ALIASES = {
     "main.DataModuleFromConfig": "ldm.data.datamodule.DataModuleFromConfig",
     "main.WrappedDataset": "ldm.data.datamodule.WrappedDataset",
+    "edit_dataset.EditDataset": "ldm.data.edits.EditDataset",
     "main.ImageLogger": "ldm.callbacks.ImageLogger",
     "main.SetupCallback": "ldm.callbacks.SetupCallback",
     "main.CUDACallback": "ldm.callbacks.CUDACallback",

@@ -2,12 +2,14 @@
 
 import itertools
 import math
+from collections.abc import Sequence
 from functools import cache
 from typing import Annotated
 
 import numpy as np
 import torch
 from PIL import Image
+from torch.nn.functional import max_pool2d
 from torch.utils.data import Dataset
 
 from ldm.data.base import DataConfigError, check_choice
@@ -27,6 +29,12 @@ ENDINGS = (
     "", ", please", ", written by hand", " in black ink", " on white paper", " with a pen", " by a child",
     " in an old letter",
 )  # fmt: skip
+EDITS = {  # instructions by edit
+    "thick": ("make it thick", "make the strokes thicker", "use a thick pen", "bold, please"),
+    "thin": ("make it thin", "make the strokes thinner", "use a thin pen", "lighter, please"),
+    "inverted": ("make it white on black", "invert the colors", "chalk on a blackboard", "swap black and white"),
+}
+STROKE = 2  # pixels by which edits widen or narrow a stroke
 PLAIN = 2 * len(SUBJECTS)
 MARGIN = 1  # pixels of white paper around a scan, whose ink often touches its edge
 HELD_OUT_EVERY = 5  # every fifth scan of each digit, in the order of the file, is held out
@@ -80,6 +88,39 @@ class Digits(Dataset):
             "class_label": digit,
             "human_label": WORDS[digit],
         }
+
+
+class DigitEdits(Digits):
+    """Digits with an instruction and the edited digit: thicker or thinner strokes, or white on black.
+
+    An item holds `edited`, and `edit`: {`c_concat`: the digit, `c_crossattn`: an instruction}, see ldm.data.edits. In
+    the training split, torch's generator chooses edit and instruction; in the others they depend on the index alone.
+    edits: which of EDITS.
+    """
+
+    def __init__(self, split: str = "train", size: int = 32, edits: Sequence[str] = tuple(EDITS)) -> None:
+        super().__init__(split, size)
+        for name in edits:
+            check_choice("edits", name, EDITS)
+        self.edits = tuple(edits)
+
+    def __getitem__(self, index: int) -> dict:
+        every = [(name, instruction) for name in self.edits for instruction in EDITS[name]]
+        choice = int(torch.randint(len(every), ())) if self.split == "train" else index % len(every)
+        name, instruction = every[choice]
+        before = self.images[index]
+        edit = {"c_concat": before, "c_crossattn": instruction}
+        return {"edited": edited(before, name), "edit": edit, "class_label": int(self.labels[index])}
+
+
+def edited(image: np.ndarray, name: str) -> np.ndarray:
+    """Return an edited digit, dark on white, (size, size, 3) in [-1, 1]: strokes STROKE pixels wider or narrower, or
+    inverted."""
+    if name == "inverted":
+        return -image
+    sign = -1.0 if name == "thick" else 1.0  # the maximum of the negative image spreads its dark strokes
+    x = sign * torch.from_numpy(image).permute(2, 0, 1)
+    return (sign * max_pool2d(x, STROKE + 1, 1, STROKE // 2)).permute(1, 2, 0).numpy()
 
 
 @cache

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from ldm.config.types import PathText, PositiveInt, Probability
 from ldm.data.base import DataConfigError, check_choice
-from ldm.data.captions import SIDECAR, TABLES, CaptionPolicy, read_sidecar, read_table
+from ldm.data.captions import COLUMNS, SIDECAR, TABLES, CaptionPolicy, read_sidecar, read_table
 from ldm.data.image import (
     EXTENSIONS,
     MAX_PIXELS,
@@ -99,6 +99,8 @@ class ImageFolder(Dataset):
 
     content = "images"  # of the folder, for error messages
     suffixes = EXTENSIONS
+    columns = COLUMNS  # of a captions table
+    before_column: str | None = None
 
     def __init__(
         self,
@@ -138,6 +140,7 @@ class ImageFolder(Dataset):
         self.caption_encoding = caption_encoding
         self.caption_policy = CaptionPolicy(missing_caption, max_caption_chars, long_caption)
         self.skipped: dict[str, str] = {}  # name -> reason
+        self.before: dict[str, str] = {}  # name -> that of the image before, of tables that pair images
 
         whole = existing_folder("root", root, self.content)
         declared = listed_classes(classes) or ()
@@ -263,7 +266,8 @@ class ImageFolder(Dataset):
         A table names images relative to `whole`, or relative to the folder of the split, and may name their splits.
         """
         try:
-            rows = list(read_table(table, image_column, caption_column, self.caption_encoding, self.suffixes))
+            own = self.caption_encoding, self.suffixes, self.columns, self.before_column
+            rows = list(read_table(table, image_column, caption_column, *own))
         except DataConfigError:
             raise
         except (OSError, ValueError) as error:
@@ -280,7 +284,7 @@ class ImageFolder(Dataset):
         on_disk, prefix = FileNames(self.root), f"{self.root.name}/" if self.root != whole else ""
         texts: dict[str, dict[str, None]] = {}
         repeated = elsewhere = 0
-        for line, image, captions, problem, split in rows:
+        for line, image, captions, problem, split, before in rows:
             name = None
             if not problem and named and split is None:
                 problem = "names no split in its column 'split'"
@@ -299,6 +303,9 @@ class ImageFolder(Dataset):
                 continue
             if name is None:
                 self._unusable(f"{table} line {line}", problem or f"no such file: {whole / image}")
+                continue
+            if self.before.setdefault(name, before) != before:
+                self._unusable(f"{table} line {line}", f"{image} has another image before in an earlier line")
                 continue
             known = texts.setdefault(name, {})
             repeated += sum(caption in known for caption in captions)

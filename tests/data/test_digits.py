@@ -120,3 +120,25 @@ def test_without_scikit_learn_the_error_names_the_extra(monkeypatch):
     module.load_scans.cache_clear()
     with pytest.raises(ImportError, match="quickstart"):
         module.Digits()
+
+
+def test_edits_widen_narrow_or_invert_the_strokes_of_the_same_digit():
+    before = module.Digits("held_out").images[0]
+    thick, thin = (module.edited(before, name) for name in ("thick", "thin"))
+    ink = {name: float((1 - image).mean() / 2) for name, image in (("thin", thin), ("plain", before), ("thick", thick))}
+    assert (thick <= before).all() and (thin >= before).all()
+    assert ink["thin"] < 0.75 * ink["plain"] and ink["plain"] < 0.75 * ink["thick"]
+    np.testing.assert_array_equal(module.edited(before, "inverted"), -before)
+    dataset = module.DigitEdits("held_out")
+    for k in range(12):
+        sample = dataset[k]
+        (name,) = [name for name, texts in module.EDITS.items() if sample["edit"]["c_crossattn"] in texts]
+        np.testing.assert_array_equal(sample["edited"], module.edited(sample["edit"]["c_concat"], name))
+    assert module.DigitEdits("held_out", edits=["thin"])[5]["edit"]["c_crossattn"] in module.EDITS["thin"]
+    torch.manual_seed(0)
+    train = module.DigitEdits("train")
+    assert len({train[0]["edit"]["c_crossattn"] for _ in range(60)}) == 12
+    with pytest.raises(
+        module.DataConfigError, match="edits 'bold': unknown; set edits to one of thick, thin, inverted"
+    ):
+        module.DigitEdits(edits=["bold"])

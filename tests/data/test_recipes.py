@@ -81,6 +81,8 @@ def folder(tmp_path):
         path.parent.mkdir(exist_ok=True)
         Image.fromarray(np.random.RandomState(i).randint(0, 256, (20, 24, 3), dtype=np.uint8)).save(path)
         path.with_suffix(".txt").write_text(f"image {i}\nanother caption of {i}")
+    rows = [f"tench/{5 - i % 3 * 2}.png,make it {i},{('ape', 'tench')[i % 2]}/{i}.png" for i in range(6)]
+    (tmp_path / "triples.csv").write_text("\n".join(["before,instruction,after", *rows]))
     return tmp_path
 
 
