@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import codecs
 import logging
-from collections.abc import Collection, Iterator
+import random
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -79,6 +80,33 @@ class CaptionPolicy:
             dropped = longest[self.max_chars :]
             logger.warning("%s has %s: long captions are truncated; dropped: %.200s", name, problem, dropped)
         return tuple(caption[: self.max_chars] for caption in captions), ""
+
+
+class PromptTemplates:
+    """Captions from templates such as "a photo of {}", of which each sample takes a random one.
+
+    `{}` stands for `subject` or, if that is None, for the caption of the image. Without templates a caption is that
+    text itself.
+    """
+
+    def __init__(self, templates: Sequence[str], subject: str | None, captioned: bool) -> None:
+        """captioned: images have captions. Raises DataConfigError for invalid templates."""
+        without = next((text for text in templates if "{}" not in text), None)
+        if without is not None:
+            raise DataConfigError("templates", without, "has no {}", "put {} where the subject or caption belongs")
+        if templates and subject is None and not captioned:
+            raise DataConfigError("subject", None, "templates need words for {}", "set {param}, or captions")
+        if subject is not None and not subject.strip():
+            raise DataConfigError("subject", subject, "is blank", "set {param} to words or null")
+        self.templates, self.subject = tuple(templates), subject
+
+    def __bool__(self) -> bool:
+        return bool(self.templates) or self.subject is not None
+
+    def __call__(self, caption: str) -> str:
+        """Return the caption of a sample; its random number is that of the sample."""
+        text = caption if self.subject is None else self.subject
+        return random.choice(self.templates).replace("{}", text) if self.templates else text
 
 
 def read_sidecar(path: Path, encoding: str = "utf-8") -> list[str]:

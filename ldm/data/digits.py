@@ -12,7 +12,9 @@ from PIL import Image
 from torch.nn.functional import max_pool2d
 from torch.utils.data import Dataset
 
+from ldm.config.types import PositiveInt
 from ldm.data.base import DataConfigError, check_choice
+from ldm.data.captions import PromptTemplates
 from ldm.data.image import to_array
 
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
@@ -47,6 +49,7 @@ class Digits(Dataset):
     split: "train" (1,442 scans), "held_out" (355: every fifth scan of each digit) or "all".
     size: side of the square image in pixels.
     inverted: white on black. slant: degrees by which upright strokes lean to the right. Both are for adapters to learn.
+    digits: those digits alone. count: the first scans alone. templates, subject: other captions, as in ImageFolder.
 
     An item holds `image` float32 (size, size, 3) in [-1, 1], `class_label` 0..9, `human_label` ("seven") and `caption`.
     In the training split, torch's generator chooses the caption ("the digit 7", "a handwritten seven", ...) anew for
@@ -61,6 +64,10 @@ class Digits(Dataset):
         size: int = 32,
         inverted: bool = False,
         slant: Annotated[float, "[-45, 45]"] = 0.0,
+        digits: Sequence[Annotated[int, "[0, 9]"]] | None = None,
+        count: PositiveInt | None = None,
+        templates: Sequence[str] = (),
+        subject: str | None = None,
     ) -> None:
         check_choice("split", split, ("train", "held_out", "all"))
         if size < 16:
@@ -68,10 +75,12 @@ class Digits(Dataset):
         self.split, self.size = split, size
         scans, labels = load_scans()
         chosen = split_indices(labels, split)
+        chosen = chosen[np.isin(labels[chosen], range(10) if digits is None else list(digits))][:count]
         self.labels = labels[chosen]
         self.images = np.stack([upscale_scan(scan, size, slant) for scan in scans[chosen]])  # (N, size, size, 3)
         if inverted:
             self.images = -self.images
+        self.prompts = PromptTemplates(templates, subject, captioned=True)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -84,7 +93,7 @@ class Digits(Dataset):
             choice = int(torch.randint(PLAIN if torch.randint(2, ()) else len(every), ()))
         return {
             "image": self.images[index],
-            "caption": every[choice],
+            "caption": self.prompts(every[choice]),
             "class_label": digit,
             "human_label": WORDS[digit],
         }

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from ldm.config.types import PathText, PositiveInt, Probability
 from ldm.data.base import DataConfigError, check_choice
-from ldm.data.captions import COLUMNS, SIDECAR, TABLES, CaptionPolicy, read_sidecar, read_table
+from ldm.data.captions import COLUMNS, SIDECAR, TABLES, CaptionPolicy, PromptTemplates, read_sidecar, read_table
 from ldm.data.image import (
     EXTENSIONS,
     MAX_PIXELS,
@@ -82,6 +82,8 @@ class ImageFolder(Dataset):
     captions (lines, records, a JSON list): each sample takes a random one. caption_encoding: if not UTF-8.
     missing_caption (blank counts as missing): raise, skip the image, or use an empty caption. long_caption, for more
     than max_caption_chars: truncate (with one warning), raise or skip.
+    templates: captions such as "a photo of {}", of which each sample takes a random one; {} stands for `subject` or, if
+    that is None, for the caption of the image. subject: the caption of all images if there are no templates.
 
     class_labels: number the folders directly below root, or below the folder of the training split, sorted by name.
     classes: another order, as a list of names, as a .txt file with one on each line, or as a folder of class folders.
@@ -118,6 +120,8 @@ class ImageFolder(Dataset):
         missing_caption: str = "raise",
         max_caption_chars: PositiveInt = 4000,
         long_caption: str = "truncate",
+        templates: Sequence[str] = (),
+        subject: str | None = None,
         class_labels: bool = False,
         classes: PathText | Sequence[str] | None = None,
         split: str | None = None,
@@ -139,6 +143,7 @@ class ImageFolder(Dataset):
         self.image_key, self.caption_key, self.captioned = image_key, caption_key, captions is not None
         self.caption_encoding = caption_encoding
         self.caption_policy = CaptionPolicy(missing_caption, max_caption_chars, long_caption)
+        self.prompts = PromptTemplates(templates, subject, self.captioned)
         self.skipped: dict[str, str] = {}  # name -> reason
         self.before: dict[str, str] = {}  # name -> that of the image before, of tables that pair images
 
@@ -209,8 +214,9 @@ class ImageFolder(Dataset):
     def _sample(self, index: int) -> dict[str, Any]:
         name, captions = self.items[index]
         sample = {**self._values(self._read(name), index), "file_path_": str(self.root / name)}
-        if self.captioned:
-            caption = random.choice(captions) if len(captions) > 1 else captions[0]
+        if self.captioned or self.prompts:
+            caption = random.choice(captions) if len(captions) > 1 else "".join(captions)
+            caption = self.prompts(caption)
             sample |= {"caption": caption, "txt": caption, self.caption_key: caption}
         if self.labels is not None and self.class_names is not None:
             sample |= {"class_label": self.labels[index], "human_label": self.class_names[self.labels[index]]}
@@ -219,7 +225,8 @@ class ImageFolder(Dataset):
     @cached_property
     def fingerprint(self) -> dict[str, int | str]:
         """Hashes of the images' names in their order, and of their captions and class names."""
-        labels = [[item.captions for item in self.items], self.labels, self.class_names]
+        labels: list[object] = [[item.captions for item in self.items], self.labels, self.class_names]
+        labels += [self.prompts.templates, self.prompts.subject] if self.prompts else []
         return {"files": _digest([item.name for item in self.items]), "labels": _digest(labels)}
 
     def file_of(self, index: int) -> Path:

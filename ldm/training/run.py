@@ -29,6 +29,7 @@ from ldm.config.validate import check_class_count
 from ldm.data.datamodule import DataModuleFromConfig
 from ldm.inference.requests import script_for
 from ldm.paths import expand_user, shown_path
+from ldm.training.class_images import generate_class_images
 from ldm.training.devices import Machine, choose_devices
 from ldm.training.flags import RunOptions
 from ldm.training.report import TrainingFailed, is_main_process
@@ -50,6 +51,8 @@ def execute(options: RunOptions, directory: RunDirectory, config: DictConfig, se
     rate = learning_rate(config, settings, devices.processes * settings.num_nodes) if options.train else None
     for name in ("pytorch_lightning", "lightning_fabric"):  # their INFO lines repeat ours; their import enabled them
         logging.getLogger(name).setLevel(logging.INFO if options.debug else logging.WARNING)
+    if options.train:
+        generate_class_images(config, settings.seed, "cpu" if devices.accelerator == "cpu" else "auto")
     pl.seed_everything(settings.seed, verbose=False)
     data = _build_data(config, settings, options.strict_data)
     check_class_count(config, getattr(data, "datasets", {}))

@@ -1,11 +1,12 @@
 """Captions: every file format, encoding and policy."""
 
 import logging
+import re
 
 import pytest
 
 from ldm.data.base import DataConfigError
-from ldm.data.captions import CaptionPolicy, read_sidecar, read_table
+from ldm.data.captions import CaptionPolicy, PromptTemplates, read_sidecar, read_table
 
 
 def table(tmp_path, name, content, **columns):
@@ -119,3 +120,34 @@ def test_long_captions_follow_the_policy_and_what_is_dropped_is_logged_once(capl
     assert (
         len(caplog.records) == 1 and caplog.messages[0].endswith("dropped: dropped") and "a.png" in caplog.messages[0]
     )
+
+
+@pytest.mark.parametrize(
+    ("templates", "subject", "caption", "expected"),
+    [
+        ((), None, "a red cat", {"a red cat"}),
+        ((), "a <me> cat", "a red cat", {"a <me> cat"}),
+        (("a photo of {}", "{}, painted"), None, "a red cat", {"a photo of a red cat", "a red cat, painted"}),
+        (("a photo of {}", "{} and {}"), "<me>", "a red cat", {"a photo of <me>", "<me> and <me>"}),
+    ],
+)
+def test_templates_name_the_subject_or_else_the_caption(templates, subject, caption, expected):
+    prompts = PromptTemplates(templates, subject, captioned=True)
+    assert {prompts(caption) for _ in range(50)} == expected
+    assert bool(prompts) == (expected != {"a red cat"})
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            (["a {}", "a photo"], "x", True),
+            "templates 'a photo': has no {}; put {} where the subject or caption belongs",
+        ),
+        ((["a {}"], None, False), "subject None: templates need words for {}; set subject, or captions"),
+        (([], " ", True), "subject ' ': is blank; set subject to words or null"),
+    ],
+)
+def test_invalid_templates_are_refused(options, message):
+    with pytest.raises(DataConfigError, match=re.escape(message)):
+        PromptTemplates(*options)

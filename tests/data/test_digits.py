@@ -142,3 +142,9 @@ def test_edits_widen_narrow_or_invert_the_strokes_of_the_same_digit():
         module.DataConfigError, match="edits 'bold': unknown; set edits to one of thick, thin, inverted"
     ):
         module.DigitEdits(edits=["bold"])
+
+
+def test_some_digits_with_captions_of_their_own():
+    dataset = module.Digits(digits=[7, 1], count=9, templates=["a {}", "the {}"], subject="<it>")
+    assert len(dataset) == 9 and set(dataset.labels) == {1, 7}
+    assert {dataset[0]["caption"] for _ in range(30)} == {"a <it>", "the <it>"}

@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader, default_collate
 from ldm.data.base import DataConfigError
 from ldm.data.folder import ImageFolder
 from ldm.data.image import BadImageError
+from ldm.data.order import SeededDataset
 from ldm.data.previews.pytorch_dataset import PreviewsTrain, PreviewsValidation
 from tests.data.test_image import write_bad
 
@@ -349,3 +350,26 @@ def test_without_a_size_the_crop_is_taken_of_the_image_as_it_is(tmp_path):
     assert small.shape == (10, 10, 3)  # upscaled to cover the crop
     with pytest.raises(DataConfigError, match="size None: not a size"):
         ImageFolder(str(tmp_path), size=None)
+
+
+def test_templates_and_a_subject_caption_images_without_captions(captioned):
+    dataset = ImageFolder(str(captioned), size=8, templates=["a {}", "the {}"], subject="<me>")
+    assert (
+        {dataset[0]["caption"] for _ in range(30)} == {dataset[0]["txt"] for _ in range(30)} == {"a <me>", "the <me>"}
+    )
+    assert ImageFolder(str(captioned), size=8, subject="my cat")[2]["caption"] == "my cat"
+    assert ImageFolder(str(captioned), size=8, captions="sidecar", templates=["a {}"])[0]["caption"] == "a image a.jpg"
+
+
+def test_the_template_of_a_sample_follows_from_its_seed_epoch_and_index(captioned):
+    templates = [f"{k} {{}}" for k in range(1000)]
+    dataset = ImageFolder(str(captioned), size=8, templates=templates, subject="x")
+    first, again, other = (SeededDataset(dataset, seed) for seed in (1, 1, 2))
+    captions = [[each[epoch, k]["caption"] for epoch in range(2) for k in range(4)] for each in (first, again, other)]
+    assert captions[0] == captions[1] != captions[2] and len(set(captions[0])) == 8
+
+
+def test_the_fingerprint_covers_templates_and_is_the_old_one_without(captioned):
+    plain = ImageFolder(str(captioned), size=8, captions="sidecar").fingerprint
+    assert plain == ImageFolder(str(captioned), size=8, captions="sidecar", templates=[]).fingerprint
+    assert plain != ImageFolder(str(captioned), size=8, captions="sidecar", templates=["a {}"]).fingerprint

@@ -158,13 +158,24 @@ class DDPM(TrainedModule, PublishedDDPM):
         """p_losses(x_start, t, noise=None): loss without a condition, see `denoising_loss`."""
         return self.denoising_loss(x_start, None, *args, **kwargs)
 
-    def denoising_loss(self, x_start: Tensor, cond: Conditioning, t: Tensor, noise: Tensor | None = None) -> Losses:
-        """Return the loss of x_start (B, C, H, W) at t (B,) and its logs (DDPM eq. 12 and 14, LDM eq. 2 and 3)."""
+    def denoising_loss(
+        self,
+        x_start: Tensor,
+        cond: Conditioning,
+        t: Tensor,
+        noise: Tensor | None = None,
+        sample_weight: Tensor | None = None,
+    ) -> Losses:
+        """Return the loss of x_start (B, C, H, W) at t (B,) and its logs (DDPM eq. 12 and 14, LDM eq. 2 and 3).
+
+        sample_weight: factors (B,) of the samples' errors.
+        """
         noise = rng.normal_like(x_start, Purpose.NOISE) if noise is None else noise
         x_noisy = self.q_sample(x_start, t, noise)  # (B, C, H, W)
         out = self.apply_model(x_noisy, t, cond)  # (B, C, H, W)
         target = self.training_target(x_start, noise, t)
         errors = self.get_loss(out, target, mean=False).mean(dim=(1, 2, 3))  # (B,)
+        errors = errors if sample_weight is None else errors * sample_weight
         loss, logs = self.loss_weighting(errors, t, self)
         prefix = "train" if self.training else "val"
         logs = {f"{prefix}/{name}": value.detach() for name, value in {**logs, "loss": loss}.items()}
@@ -303,7 +314,10 @@ class LatentDiffusion(AdapterTraining, ConditionStage, PublishedLatentDiffusion,
     # ------------------------------------------------------------------------------------------------- training step
 
     def shared_step(self, batch: Mapping[str, Any], **kwargs: Any) -> Losses:
+        """As in the base class; `loss_weight` of a batch (B,), if it has any, are factors of its samples' errors."""
         z, c = self.get_input(batch, self.first_stage_key)
+        if "loss_weight" in batch:
+            kwargs["sample_weight"] = batch["loss_weight"].to(self.device)
         return self(z, c, **kwargs)
 
     def get_input(
@@ -374,9 +388,16 @@ class LatentDiffusion(AdapterTraining, ConditionStage, PublishedLatentDiffusion,
             c = self.q_sample(c, self.cond_ids[t], noise)  # the condition has its own noise schedule
         return self.p_losses(x, c, t, *args, **kwargs)
 
-    def p_losses(self, x_start: Tensor, cond: Conditioning, t: Tensor, noise: Tensor | None = None) -> Losses:
+    def p_losses(
+        self,
+        x_start: Tensor,
+        cond: Conditioning,
+        t: Tensor,
+        noise: Tensor | None = None,
+        sample_weight: Tensor | None = None,
+    ) -> Losses:
         """Return the loss of latents x_start (B, c, h, w) at t (B,), see `denoising_loss`."""
-        return self.denoising_loss(x_start, cond, t, noise)
+        return self.denoising_loss(x_start, cond, t, noise, sample_weight)
 
     # ------------------------------------------------------------------------------------------- weights, first stage
 

@@ -71,8 +71,12 @@ class FrozenCLIPEmbedder(CLIPTokensEncoder, PretrainedEncoder):
         device: str | None = None,
         max_length: PositiveInt = 77,
         text_config: Mapping[str, Any] | None = None,
+        freeze: bool = True,
     ) -> None:
-        """text_config: overrides of the shape, for tiny models; a checkpoint must hold their weights."""
+        """text_config: overrides of the shape, for tiny models; a checkpoint must hold their weights.
+
+        freeze: False trains it with a LatentDiffusion of `cond_stage_trainable`.
+        """
         super().__init__()
         shape = clip_shape(version, text_config)
         positions = shape["max_position_embeddings"]
@@ -80,7 +84,8 @@ class FrozenCLIPEmbedder(CLIPTokensEncoder, PretrainedEncoder):
             raise ValueError(f"max_length {max_length}: choose 2 to {positions}, the positions of {version}")
         self.version, self.max_length, self.finds_own_weights = version, max_length, not text_config
         self.transformer = clip_text_model(shape)
-        self.freeze()
+        if freeze:
+            self.freeze()
         self._start_on(device)
 
     @property

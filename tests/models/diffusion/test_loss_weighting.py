@@ -81,3 +81,16 @@ def test_arguments_of_the_published_loss_are_refused_beside_another_weighting():
     for name, value in {"l_simple_weight": 0.5, "original_elbo_weight": 0.1, "learn_logvar": True}.items():
         with pytest.raises(ValueError, match=f"{name} {value}: .*remove it or loss_weighting_config"):
             latent_diffusion("crossattn", ATTEND, CLASSES, loss_weighting_config=config, **{name: value})
+
+
+def test_loss_weights_of_a_batch_are_factors_of_its_samples_errors():
+    model = latent_diffusion("crossattn", ATTEND, CLASSES, cond_stage_key="class_label")
+    samples = batch()
+    losses = []
+    for weights in (None, [1.0, 1.0], [1.0, 0.0], [0.0, 1.0], [0.5, 3.0]):
+        given = {} if weights is None else {"loss_weight": torch.tensor(weights)}
+        torch.manual_seed(4)
+        losses.append(model.shared_step({**{key: value[:2] for key, value in samples.items()}, **given})[0])
+    torch.testing.assert_close(losses[0], losses[1], rtol=0, atol=0)
+    torch.testing.assert_close(losses[2] + losses[3], losses[0])
+    torch.testing.assert_close(0.5 * losses[2] + 3.0 * losses[3], losses[4])

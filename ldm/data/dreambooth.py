@@ -1,0 +1,94 @@
+"""Datasets of DreamBooth (Ruiz et al. 2022, arXiv 2208.12242): few images of a subject, and images of its class."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from torch.utils.data import Dataset
+
+from ldm.config.instantiate import instantiate_from_config
+from ldm.config.types import NonNegativeFloat, PathText, PositiveFloat, PositiveInt
+from ldm.data.base import DataConfigError
+from ldm.data.folder import ImageFolder
+from ldm.data.image import Size
+from ldm.rng import preserve_rng
+
+
+class ClassImages(ImageFolder):
+    """Images of a subject's class, e.g. "a photo of a dog", on which prior preservation trains (section 3.2).
+
+    Before it trains, main.py generates those that the folder lacks with the weights that the training starts from.
+    prompt: their caption. count: images wanted. scale, steps, batch_size: guidance scale, sampling steps and images per
+    batch of the generation; size: that of the generated images too. Other parameters as in ImageFolder.
+    """
+
+    content = "class images"
+
+    def __init__(
+        self,
+        root: PathText,
+        prompt: str,
+        count: PositiveInt = 200,
+        scale: PositiveFloat = 7.5,
+        steps: PositiveInt = 50,
+        batch_size: PositiveInt = 4,
+        size: Size = 256,
+        **options: Any,
+    ) -> None:
+        super().__init__(root, size, subject=prompt, **options)
+        if len(self) < count:
+            problem = f"{self.root} holds {len(self)} usable images"
+            raise DataConfigError("count", count, problem, "set {param} to a smaller number, or let main.py generate")
+
+
+class DreamBooth(Dataset):
+    """Images of a subject in turn with images of its class, whose errors count `prior_weight` times in the loss.
+
+    instance: dataset of the subject, e.g. an ImageFolder with `subject: a photo of sks dog`. prior: dataset of its
+    class, usually ClassImages; None trains without prior preservation. The smaller one repeats.
+
+    An item holds the keys that items of both have, and `loss_weight` float32 (eq. 2: 1, or lambda for the class).
+    """
+
+    def __init__(
+        self,
+        instance: Mapping[str, Any],
+        prior: Mapping[str, Any] | None = None,
+        prior_weight: NonNegativeFloat = 1.0,
+    ) -> None:
+        self.parts = {"instance": _build("instance", instance)}
+        self.weights = {"instance": 1.0}
+        if prior is not None:
+            self.parts["prior"], self.weights["prior"] = _build("prior", prior), prior_weight
+        with preserve_rng():
+            first = [set(dataset[0]) for dataset in self.parts.values()]
+        self.keys = sorted(set.intersection(*first))
+
+    def __len__(self) -> int:
+        return len(self.parts) * max(map(len, self.parts.values()))
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        place, turn = divmod(index, len(self.parts))
+        name, dataset = list(self.parts.items())[turn]
+        sample = dataset[place % len(dataset)]
+        return {**{key: sample[key] for key in self.keys}, "loss_weight": np.float32(self.weights[name])}
+
+    @property
+    def fingerprint(self) -> dict[str, int | str]:
+        """Those of both datasets, as far as they have one."""
+        each = ((name, getattr(dataset, "fingerprint", {})) for name, dataset in self.parts.items())
+        return {f"{name} {key}": value for name, values in each for key, value in values.items()}
+
+
+def _build(name: str, config: Mapping[str, Any]) -> Any:
+    """Build one of the two datasets; errors name its parameters below `name`."""
+    try:
+        dataset = instantiate_from_config(config)
+    except DataConfigError as error:
+        param = f"{name}.params.{error.param}"
+        raise DataConfigError(param, error.value, error.problem, error.advice) from error
+    if not len(dataset):
+        raise DataConfigError(name, config["target"], "is empty", "set {param} to a dataset with images")
+    return dataset

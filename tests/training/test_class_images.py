@@ -1,0 +1,92 @@
+"""Class images of DreamBooth: counted, resumable, with their own metadata."""
+
+import logging
+
+import pytest
+from omegaconf import OmegaConf
+from PIL import Image
+
+from ldm.config.instantiate import ConfigError
+from ldm.output.images import read_metadata
+from ldm.training.class_images import generate_class_images
+from tests.tiny import save_text_model, text_model_config
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return save_text_model(tmp_path_factory.mktemp("base"))
+
+
+def config_of(base, root, **model):
+    prior = {"root": str(root), "prompt": "a cat", "count": 5, "steps": 2, "batch_size": 2, "size": 32}
+    return OmegaConf.create(
+        {
+            **text_model_config(ckpt_path=base and str(base.ckpt), **model),
+            "data": {
+                "target": "main.DataModuleFromConfig",
+                "params": {
+                    "batch_size": 2,
+                    "train": {
+                        "target": "ldm.data.dreambooth.DreamBooth",
+                        "params": {
+                            "instance": {"target": "ldm.data.digits.Digits"},
+                            "prior": {"target": "ldm.data.dreambooth.ClassImages", "params": prior},
+                        },
+                    },
+                },
+            },
+        }
+    )
+
+
+def pixels(folder):
+    return {path.name: Image.open(path).tobytes() for path in sorted(folder.glob("*.png"))}
+
+
+def test_missing_images_are_generated_once_and_those_present_count(base, tmp_path, caplog):
+    caplog.set_level(logging.INFO, logger="ldm")
+    whole, part = tmp_path / "whole", tmp_path / "part"
+    assert generate_class_images(config_of(base, whole), 3, "cpu") == 5
+    assert f"{whole}: 0 of 5, generating 5" in caplog.text
+    assert generate_class_images(config_of(base, whole), 3, "cpu") == 0
+    images = pixels(whole)
+    assert list(images) == [f"class-{k:05}.png" for k in range(5)] and len(set(images.values())) == 5
+    part.mkdir()
+    Image.new("RGB", (40, 30)).save(part / "mine.png")
+    assert generate_class_images(config_of(base, part), 3, "cpu") == 4
+    assert pixels(part).items() - {("mine.png", pixels(part)["mine.png"])} == set(list(images.items())[:4])
+
+
+def test_a_stopped_generation_continues_with_the_same_images(base, tmp_path):
+    generate_class_images(config_of(base, tmp_path), 3, "cpu")
+    images = pixels(tmp_path)
+    for number in (0, 3, 4):
+        (tmp_path / f"class-{number:05}.png").unlink()
+    assert generate_class_images(config_of(base, tmp_path), 3, "cpu") == 3
+    assert pixels(tmp_path) == images
+
+
+def test_an_image_records_its_settings_and_carries_no_watermark(base, tmp_path):
+    generate_class_images(config_of(base, tmp_path), 3, "cpu")
+    info = read_metadata(tmp_path / "class-00003.png")
+    assert info["prompt"] == "a cat" and info["seed"] + info["image_index"] == 3 + 3 and info["watermark"] is None
+    assert info["ckpt"] == str(base.ckpt) and info["use_ema"]
+
+
+def test_adapters_are_no_part_of_the_model_that_generates(base, tmp_path):
+    tokens = {"token": "<me>", "init": "cat"}
+    config = config_of(base, tmp_path / "a", token_embeddings=tokens, use_ema=False)
+    generate_class_images(config, 3, "cpu")
+    generate_class_images(config_of(base, tmp_path / "b"), 3, "cpu")
+    assert pixels(tmp_path / "a") == pixels(tmp_path / "b")  # both by the EMA weights
+
+
+def test_without_weights_or_with_an_impossible_size_nothing_is_generated(base, tmp_path):
+    with pytest.raises(ConfigError, match=r"prior\.params\.count 5: .* lacks 5 images; set model\.params\.ckpt_path"):
+        generate_class_images(config_of(None, tmp_path), 3, "cpu")
+    config = config_of(base, tmp_path)
+    config.data.params.train.params.prior.params.size = 30
+    with pytest.raises(
+        ConfigError, match=r"data.params.train.params.prior: its images cannot be generated: .*multiples of"
+    ):
+        generate_class_images(config, 3, "cpu")
