@@ -15,7 +15,7 @@ from ldm import inference
 from ldm.cli import Parser
 from ldm.config.model_info import SAFETY_MODES, ModelInfo, read_model_info
 from ldm.inference.from_metadata import check_unchanged
-from ldm.inference.settings import PRECISIONS, SEED_MODES, TILE, Request
+from ldm.inference.settings import LORA_MODES, PRECISIONS, SEED_MODES, TILE, Request, parse_lora
 from ldm.models.diffusion.samplers.registry import SAMPLERS
 from ldm.output.safety import Safety, SafetySettings
 from ldm.output.watermark import METHODS, Watermark
@@ -178,6 +178,10 @@ def add_model_flags(parser: Parser, config: str | None, ckpt: str | None, fill_i
     add("--safety_checker", metavar="FOLDER", help=text)
     text = f"invisible watermark in images of at least 256x256 pixels (default: {METHODS[0]})"
     add("--watermark", choices=(*METHODS, "off"), help=text)
+    text = "add a LoRA file with this strength (default: 1; negative for its opposite); repeat it for several files"
+    add("--lora", action="append", default=[], metavar="FILE[:STRENGTH]", help=text)
+    text = "merged: add each --lora to the weights; live: leave them apart, which costs time in every step"
+    add("--lora_mode", choices=LORA_MODES, default=LORA_MODES[0], help=text)
     text = "allow the config to name classes of this package"
     add("--allow-targets", action="append", default=[], metavar="PACKAGE", help=text)
     add("--debug", action="store_true", help="show the traceback of an error")
@@ -193,6 +197,7 @@ class Prepared(NamedTuple):
     weights: inference.WeightsSource
     watermark: Watermark | None
     safety: Safety
+    lora: list[tuple[Path, float]]
 
 
 def read_info(opt: Namespace) -> ModelInfo:
@@ -210,6 +215,7 @@ def prepare(opt: Namespace, info: ModelInfo, ckpt: Path | None = None) -> Prepar
         raise ValueError(f"--n_rows {opt.n_rows}: choose 1 or more, or 0 for n_samples")
     if opt.watermark not in (None, "off") and find_spec("imwatermark") is None:
         raise ImportError(f"--watermark {opt.watermark}: pip install invisible-watermark")
+    lora = [parse_lora(text) for text in opt.lora]
     weights = _open_weights(opt, ckpt)
     if getattr(opt, "recorded", None) is not None:
         check_unchanged(opt, info, weights)
@@ -217,7 +223,7 @@ def prepare(opt: Namespace, info: ModelInfo, ckpt: Path | None = None) -> Prepar
     inference.allow_targets(*opt.allow_targets)
     watermark = None if opt.watermark == "off" else Watermark(opt.watermark or METHODS[0])
     safety = SafetySettings(opt.safety, opt.safety_checker).checked(info)
-    return Prepared(info, weights, watermark, Safety(safety).ready())
+    return Prepared(info, weights, watermark, Safety(safety).ready(), lora)
 
 
 def _open_weights(opt: Namespace, ckpt: Path | None) -> inference.WeightsSource:
@@ -258,7 +264,8 @@ def prompts_of(opt: Namespace) -> str | list[str]:
 
 def load(opt: Namespace, prepared: Prepared, **files: str | Path | None) -> inference.Pipeline:
     """Load the model; the `files` that images are made from go into the metadata."""
-    pipeline = inference.load_model(prepared.info, prepared.weights, opt.device, opt.precision, opt.use_ema)
+    model = prepared.info, prepared.weights, opt.device, opt.precision, opt.use_ema
+    pipeline = inference.load_model(*model, lora=prepared.lora, lora_mode=opt.lora_mode)
     pipeline.identity = {**pipeline.identity, **record_files(**files)}
     return pipeline
 

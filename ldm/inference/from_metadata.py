@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from ldm import inference
 from ldm.cli import Parser
 from ldm.config.model_info import ModelInfo
-from ldm.inference.settings import MAX_COUNT
+from ldm.inference.settings import MAX_COUNT, parse_lora
 from ldm.output.images import read_metadata
 from ldm.output.watermark import METHODS
 from ldm.paths import find_file, fingerprint
@@ -22,6 +22,7 @@ logger = logging.getLogger(__name__)
 _SAME = """
     negative_prompt sampler spacing scale image_scale guidance_rescale dynamic_threshold seed seed_mode n_samples n_iter
     fixed_code resolution tiled emphasis long_prompts chunks strength init_img depth config ckpt use_ema device
+    lora lora_mode
     use_neighbors n_repeat database knn searcher clip_weights
 """
 FLAGS = {name: name for name in _SAME.split()} | {  # key of the metadata -> name of the parsed argument
@@ -126,19 +127,19 @@ def _check_types(path: str, info: Mapping[str, Any], parser: Parser) -> None:
         name: (_type_of(flags[flag]), flags[flag].choices) for name, flag in FLAGS.items() if flag in flags
     }
     wanted |= {name: (int, range(MAX_COUNT)) for name in ("n_prompts", "batch_size", "image_index", "chunks")}
-    wanted["prompt"] = str, None
+    wanted |= {"prompt": (str, None), "prompts": (list, None)}
     for name, (kind, choices) in wanted.items():
         value = info.get(name)
         valid = isinstance(value, (int, float) if kind is float else kind)
         valid = valid and (kind is bool or not isinstance(value, bool))  # True is an int, too
+        valid = valid and not (isinstance(value, list) and any(not isinstance(text, str) for text in value))
         if value is not None and not (valid and (choices is None or value in choices)):
             raise ValueError(f"--from-metadata {path}: invalid {name} in the metadata: {str(value)[:60]!r}")
-    prompts = info.get("prompts", [])
-    if not (isinstance(prompts, list) and all(isinstance(prompt, str) for prompt in prompts)):
-        raise ValueError(f"--from-metadata {path}: invalid prompts in the metadata: expected a list of texts")
 
 
 def _type_of(action: argparse.Action) -> type:
+    if isinstance(action.default, list):
+        return list
     if action.nargs == 0 or isinstance(action.const, bool):
         return bool
     return int if action.type is int else float if action.type is float else str
@@ -151,10 +152,13 @@ def check_unchanged(opt: Namespace, info: ModelInfo, weights: inference.WeightsS
     with a warning.
     """
     recorded, typed = opt.recorded.info, opt.recorded.typed
-    files = {"config": info.path, "ckpt": weights.path}
-    files |= {name: Path(path) for name in ("init_img", "depth") if (path := getattr(opt, name, None))}
-    for name, path in files.items():
-        before = recorded.get(f"{name}_fingerprint")
+    files = [("config", info.path), ("ckpt", weights.path)]
+    files += [(name, Path(path)) for name in ("init_img", "depth") if (path := getattr(opt, name, None))]
+    found = [(name, path, recorded.get(f"{name}_fingerprint")) for name, path in files]
+    if "lora" not in typed:
+        fingerprints = recorded.get("lora_fingerprint") or []
+        found += [("lora", parse_lora(text)[0], before) for text, before in zip(opt.lora, fingerprints)]
+    for name, path, before in found:
         if before is None or path is None or not path.exists():
             continue
         now = weights.fingerprint if name == "ckpt" else fingerprint(path)

@@ -28,8 +28,9 @@ from ldm.checkpoint import (
 from ldm.config.instantiate import instantiate_from_config, value_at
 from ldm.config.model_info import ModelInfo, model_info, read_model_info
 from ldm.data.image import to_array
+from ldm.inference.lora import add_live, merged, read_adapters
 from ldm.inference.precision import cast_weights, choose_device, resolve_precision
-from ldm.inference.settings import Request
+from ldm.inference.settings import LORA_MODES, Request, lora_text
 from ldm.models.diffusion.samplers.denoiser import DiffusionModel
 from ldm.models.diffusion.samplers.noise import PUBLISHED_NOISE, NoiseSource
 from ldm.models.diffusion.samplers.registry import make_sampler
@@ -199,12 +200,15 @@ def load_model(
     device: str = "auto",
     precision: str = "auto",
     use_ema: bool | None = None,
+    lora: Sequence[tuple[str | Path, float]] = (),
+    lora_mode: str = LORA_MODES[0],
 ) -> Pipeline:
     """Load the model of a YAML with the weights of a file or a diffusers folder, ready for sampling.
 
     The model is built on the meta device and its weights stay memory-mapped; a cast that `precision` requires is done
     tensor by tensor. Nothing is downloaded that the file holds.
     use_ema: use the EMA weights; None: if the config keeps an EMA, as the published scripts do.
+    lora: (file or folder, strength) of each LoRA; lora_mode: merged into the weights, or live: left apart.
     Raises ValueError or OSError, with the next step, for files that do not fit.
     """
     start = time.perf_counter()
@@ -219,6 +223,10 @@ def load_model(
     weights = source.tensors()
     with weights_on_meta():
         model = instantiate_from_config(for_inference(info.config, set(weights)).model)
+    files = [(Path(path), strength) for path, strength in lora]
+    adapters = read_adapters(files, model, info.config) if files else []
+    if lora_mode == "merged":
+        weights = merged(weights, adapters, chosen.weights)
     cast_weights(model, chosen.weights, channels_last=where.type == "cpu" and chosen.weights != torch.float32)
     load_weights(model, source, use_ema=use_ema, weights=weights)
     del weights  # the mapped file stays open for the model alone
@@ -230,9 +238,20 @@ def load_model(
             "does this config match the checkpoint?"
         )
     model = model.requires_grad_(False).eval().to(where)
+    if lora_mode == "live":
+        add_live(model, adapters)
+    del adapters
     seconds, millions = time.perf_counter() - start, sum(p.numel() for p in model.parameters()) / 1e6
     logger.info("model ready in %.1f s: %.1f M parameters on %s, precision %s", seconds, millions, where, chosen)
-    used = {"use_ema": use_ema, "device": where.type, "precision": precision, "precision_used": chosen.name}
+    used: dict[str, Any] = {
+        "use_ema": use_ema,
+        "device": where.type,
+        "precision": precision,
+        "precision_used": chosen.name,
+    }
+    if files:
+        used |= {"lora": [lora_text(*file) for file in files], "lora_mode": lora_mode}
+        used |= {"lora_fingerprint": [fingerprint(path) for path, _ in files]}
     return Pipeline(model, info, where, chosen.autocast, {**identify(source, info.path), **used})
 
 

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any, ClassVar, Self
 
 from ldm.config.model_info import ModelInfo
 from ldm.models.diffusion.samplers.registry import SAMPLERS
+from ldm.paths import find_file, in_checkout
 
 PRECISIONS = ("auto", "full", "autocast", "bf16", "fp16")
+LORA_MODES = ("merged", "live")
+MAX_STRENGTH = 1000  # of a LoRA, far above every strength in use
 MAX_SEED = 2**32 - 1
 SEED_MODES = ("batch", "image")
 MAX_SCALE = 1000  # far above every scale in use
@@ -162,3 +168,24 @@ def check_size(height: int, width: int, multiple: int) -> None:
 def round_to_multiple(side: int, multiple: int) -> int:
     """The nearest multiple, at least one."""
     return max(multiple, round(side / multiple) * multiple)
+
+
+def parse_lora(text: str) -> tuple[Path, float]:
+    """`FILE[:strength]` as (path, strength), 1 by default; FILE may contain colons. Raises ValueError."""
+    path, strength = find_file(text), 1.0
+    before, _, after = text.rpartition(":")
+    if not path.exists() and before:
+        with suppress(ValueError):  # a colon in the name, as in C:\loras
+            path, strength = find_file(before), float(after)
+    require(
+        math.isfinite(strength) and abs(strength) <= MAX_STRENGTH,
+        f"--lora {text}: choose a strength of -{MAX_STRENGTH} to {MAX_STRENGTH}; 1 is usual",
+    )
+    if not path.exists():
+        raise FileNotFoundError(f"--lora {text}: no such file; pass FILE or FILE:strength, e.g. style.safetensors:0.8")
+    return path, strength
+
+
+def lora_text(path: Path, strength: float) -> str:
+    """`--lora` that `parse_lora` reads."""
+    return f"{in_checkout(path)}:{strength!r}"

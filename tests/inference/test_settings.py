@@ -2,11 +2,13 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from ldm.config.model_info import model_info
 from ldm.inference.requests import ImageToImageRequest, TextToImageRequest
+from ldm.inference.settings import lora_text, parse_lora
 from ldm.paths import ROOT
 from tests.shapes import config
 
@@ -84,3 +86,29 @@ def test_checks_need_neither_torch_nor_lightning():
     )
     out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "[]"
+
+
+def test_a_lora_is_a_file_and_its_strength_and_names_may_have_colons(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("a.safetensors", "b:0.5", "c:d.pt", "C:\\loras\\e.safetensors"):
+        (tmp_path / name).touch()
+    for text, expected in {
+        "a.safetensors": ("a.safetensors", 1.0),
+        "a.safetensors:0.8": ("a.safetensors", 0.8),
+        "a.safetensors:-1": ("a.safetensors", -1.0),
+        "a.safetensors:1e-3": ("a.safetensors", 0.001),
+        "b:0.5": ("b:0.5", 1.0),
+        "b:0.5:2": ("b:0.5", 2.0),
+        "c:d.pt": ("c:d.pt", 1.0),
+        "c:d.pt:.25": ("c:d.pt", 0.25),
+        "C:\\loras\\e.safetensors": ("C:\\loras\\e.safetensors", 1.0),
+        "C:\\loras\\e.safetensors:0.5": ("C:\\loras\\e.safetensors", 0.5),
+    }.items():
+        assert parse_lora(text) == (Path(expected[0]), expected[1])
+        assert parse_lora(lora_text(*parse_lora(text))) == parse_lora(text)
+    for text in ("a.safetensors:nan", "a.safetensors:inf", "a.safetensors:1001"):
+        with pytest.raises(ValueError, match="choose a strength of -1000 to 1000"):
+            parse_lora(text)
+    for text in (":1", "f.pt", "a.safetensors:", "a.safetensors:x", "C:\\loras\\g.safetensors"):
+        with pytest.raises(FileNotFoundError, match="no such file; pass FILE or FILE:strength"):
+            parse_lora(text)

@@ -32,7 +32,7 @@ STYLES = (KOHYA, DIFFUSERS)
 PREFIX = {"unet": UNET, "text": CONDITION}  # of the published names of the layers
 _KOHYA_PREFIX = {"unet": "lora_unet_", "text": "lora_te_"}
 _DIFFUSERS_PREFIX = {"unet": "unet.", "text": "text_encoder."}
-_HEADS = ("q_proj", "k_proj", "v_proj")
+HEADS = ("q_proj", "k_proj", "v_proj")
 _PREFIXES = (  # beginning of a module's name in a file -> the network; other names may be of both
     (re.compile(r"lora_unet_|unet\.|(model\.)?diffusion_model\."), "unet"),
     (re.compile(r"lora_te1?_|text_encoder\.|cond_stage_model\."), "text"),
@@ -67,7 +67,7 @@ _FOREIGN = (  # keys of other files -> what they are
     (re.compile(r"control_model|controlnet|lllite"), "a ControlNet"),
     (re.compile(r"motion_modules"), "a motion module"),
     (
-        re.compile(r"(model|first_stage_model|cond_stage_model|model_ema)\.|.*\.(weight|bias|running_mean)$"),
+        re.compile(r"^(?!.*lora).*\.(weight|bias)$"),
         "weights of a model",
     ),
 )
@@ -160,7 +160,7 @@ def _diffusers_names(config: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
             if len(rule.theirs) == 1 and is_weight:
                 yield f"{network}.{inner}{ours}", rule.theirs[0].removesuffix(".weight")
             elif rule.ours.endswith(".in_proj_weight"):
-                for head, name in zip(_HEADS, rule.theirs, strict=True):
+                for head, name in zip(HEADS, rule.theirs, strict=True):
                     yield (
                         f"{network}.{inner}{rule.ours.removesuffix('in_proj_weight')}{head}",
                         name.removesuffix(".weight"),
@@ -191,6 +191,7 @@ def read_lora(path: Path, names: LoraNames) -> dict[str, LoraTensors]:
     path = lora_file(path)
     scales = _Scales(path)
     found: dict[str, _Layer] = {}
+    unknown: dict[str, tuple[Any, bool]] = {}  # name -> (value, whether it is spelled as a tensor of a LoRA)
     for name, value in read_state(path).items():
         spelling = name = str(name)
         for pattern, replacement in _RENAMES:
@@ -198,24 +199,35 @@ def read_lora(path: Path, names: LoraNames) -> dict[str, LoraTensors]:
         match = _TENSOR.fullmatch(spelling)
         key = names.key(match["module"]) if match else None
         if match is None or key is None:
-            raise _unknown(path, name, value, is_lora=match is not None)
+            unknown[name] = value, match is not None
+            continue
         layer = found.setdefault(key, _Layer(path, match["module"], names.shapes[key], {}))
         if match["role"] in layer.values:
             raise CheckpointError(f"{path}: {layer.values[match['role']][0]} and {name} are of the same layer")
         layer.values[match["role"]] = name, value
+    if unknown:
+        raise _unknown_error(path, unknown)
+    if not found:
+        raise CheckpointError(f"{path}: holds no tensors of a LoRA")
     return {key: layer.tensors(scales) for key, layer in found.items()}
 
 
-def _unknown(path: Path, name: str, value: object, is_lora: bool) -> CheckpointError:
+def _unknown_error(path: Path, unknown: Mapping[str, tuple[Any, bool]]) -> CheckpointError:
+    """Name one of the unknown tensors: the first that tells what the file is, else the first."""
+    what, name = next(
+        ((what, name) for pattern, what in _FOREIGN for name in unknown if pattern.search(name)),
+        ("", next(iter(unknown))),
+    )
+    value, is_lora = unknown[name]
     shape = f" {tuple(value.shape)}" if isinstance(value, Tensor) else ""
-    what = next((what for pattern, what in _FOREIGN if pattern.search(name)), None)
-    if what is not None:
-        return CheckpointError(f"{path}: {name[:200]}{shape}: {what}, not a LoRA of this model")
-    if is_lora:
-        return CheckpointError(
-            f"{path}: {name[:200]}{shape}: this model has no such layer; the LoRA is of another base"
-        )
-    return CheckpointError(f"{path}: {name[:200]}{shape}: not a tensor of a LoRA")
+    more = f" (and {len(unknown) - 1} more)" if len(unknown) > 1 else ""
+    if what:
+        problem = f"{what}, not a LoRA of this model"
+    elif is_lora:
+        problem = "this model has no such layer; the LoRA is of another base"
+    else:
+        problem = "not a tensor of a LoRA"
+    return CheckpointError(f"{path}: {name[:200]}{shape}{more}: {problem}")
 
 
 class _Scales:
