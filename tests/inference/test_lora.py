@@ -128,7 +128,7 @@ def image_in(outdir) -> tuple[np.ndarray, dict]:
 
 
 @pytest.mark.parametrize(
-    "script", ["txt2img", "img2img", "inpaint", "upscale", "knn2img", "sample_diffusion", "sample_conditional"]
+    "script", ["txt2img", "img2img", "inpaint", "upscale", "knn2img", "edit", "sample_diffusion", "sample_conditional"]
 )
 def test_every_script_that_samples_takes_loras(script):
     parser = importlib.import_module(f"scripts.{script}").parser()

@@ -174,8 +174,9 @@ def networks_of(model: nn.Module) -> dict[str, nn.Module]:
     A first stage that is the condition stage too is none of them.
     """
     unet, stage = model.get_submodule("model.diffusion_model"), getattr(model, "cond_stage_model", None)
-    own = isinstance(stage, nn.Module) and stage is not getattr(model, "first_stage_model", None)
-    return {"unet": unet, "text": stage} if own else {"unet": unet}
+    if isinstance(stage, nn.Module) and stage is not getattr(model, "first_stage_model", None):
+        return {"unet": unet, "text": stage}
+    return {"unet": unet}
 
 
 def adaptable(networks: Mapping[str, nn.Module]) -> dict[str, tuple[int, ...]]:
