@@ -12,7 +12,12 @@ from ldm.config.text_shapes import OPEN_CLIP_ARCH, OPEN_CLIP_SHAPES, VIT_L_14
 logger = logging.getLogger(__name__)
 
 _LATENT_MODELS = "ldm.models.diffusion."
-_UNET = "ldm.modules.diffusionmodules.openaimodel.UNetModel"
+_UNET = (
+    "ldm.modules.diffusionmodules.openaimodel.UNetModel",
+    "ldm.models.diffusion.controlnet.ControlledUnetModel",
+)
+_CONTROLNET = "ldm.models.diffusion.controlnet.ControlNet"
+_COPIED = "in_channels model_channels num_res_blocks channel_mult attention_resolutions context_dim"  # by a ControlNet
 _AUTOENCODERS = "ldm.models.autoencoder."
 _GROUPS = 32  # of every group norm
 _ENCODER_WIDTH = {  # of the vectors that an encoder returns, by its parameter
@@ -37,6 +42,8 @@ def check_consistency(config: Mapping[str, Any]) -> None:
     for problem in _channel_problems(target, params, f"{stage}.ddconfig", ddconfig, unet):
         raise ConfigError(problem)
     levels = ddconfig.get("ch_mult")
+    for problem in _control_problems(_own_params(params.get("control_stage_config"), _CONTROLNET), unet, levels):
+        raise ConfigError(problem)
     sizes = dict(_data_sizes(config.get("data") or {}))
     if not latent:
         _compare_sizes("model.params.ddconfig.resolution", ddconfig.get("resolution"), 1, sizes)
@@ -57,8 +64,8 @@ def check_consistency(config: Mapping[str, Any]) -> None:
             raise ConfigError(f"{path} {size}: this model needs multiples of {multiple} pixels; nearest {choices}")
 
 
-def _own_params(node: Any, prefix: str) -> Mapping[str, Any]:
-    """Return the params of a node if its target begins with `prefix`, else {}: other classes define their own."""
+def _own_params(node: Any, prefix: str | tuple[str, ...]) -> Mapping[str, Any]:
+    """Return the params of a node if its target begins with `prefix` (or one of them), else {}: others' are unknown."""
     own = resolve_alias(str(value_at(node, "target"))).startswith(prefix)
     return (value_at(node, "params") or {}) if own else {}
 
@@ -109,6 +116,21 @@ def _group_problems(path: str, width: str, multipliers: str, params: Mapping[str
                 f"{path}.{width} {params[width]}: with {path}.{multipliers} {list(params[multipliers])} a level has "
                 f"{channels} channels; they must be multiples of {_GROUPS}, the groups of group norm"
             )
+
+
+def _control_problems(control: Mapping[str, Any], unet: Mapping[str, Any], levels: Any) -> Iterator[str]:
+    """Yield what cannot work between a ControlNet, its UNet and the first stage, whose `ch_mult` is `levels`."""
+    path, other = "model.params.control_stage_config.params", "model.params.unet_config.params"
+    for name in _COPIED.split():
+        ours, theirs = control.get(name), unet.get(name)
+        if None not in (ours, theirs) and ours != theirs:
+            yield f"{path}.{name} {ours}: {other}.{name} is {theirs}; they must be equal"
+    widths = control.get("hint_block_channels") or [16, 32, 96, 256]
+    if control and levels and len(widths) != len(levels):
+        yield (
+            f"{path}.hint_block_channels {list(widths)}: expected {len(levels)} numbers, one for each level of the "
+            f"first stage (ch_mult {list(levels)})"
+        )
 
 
 def _conditioning_key(params: Mapping[str, Any]) -> str | None:

@@ -41,6 +41,7 @@ ALIASES = {
 MODULE_ALIASES = {
     "taming.modules.losses.vqperceptual": "ldm.modules.losses.vqperceptual",
     "taming.data.faceshq": "ldm.data.faceshq",
+    "cldm.cldm": "ldm.models.diffusion.controlnet",
 }
 
 _BUILT_IN_PREFIXES = (
@@ -93,13 +94,17 @@ def _allowed_by_user() -> list[str]:
 
 
 def resolve_alias(target: str) -> str:
-    """Return the current name of a published target; return other names unchanged."""
+    """Return the current name of a published target; return other names unchanged.
+
+    A package that the user allowed has its own classes: research code brings a `cldm` of its own.
+    """
     if target.startswith("stable_diffusion.ldm."):  # the folder of InstructPix2Pix' copy
         target = target.removeprefix("stable_diffusion.")
     if target in ALIASES:
         return ALIASES[target]
     module, _, name = target.rpartition(".")
-    return f"{MODULE_ALIASES[module]}.{name}" if module in MODULE_ALIASES else target
+    aliased = module in MODULE_ALIASES and not _under(module, _allowed_by_user())
+    return f"{MODULE_ALIASES[module]}.{name}" if aliased else target
 
 
 def check_allowed(target: Any) -> str:

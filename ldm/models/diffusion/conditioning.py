@@ -134,9 +134,15 @@ class DiffusionWrapper(nn.Module):
     def forward(self, x: Tensor, t: Tensor, **parts: Any) -> Tensor:
         """Return the network output (B, C_out, H, W) in the dtype of x (B, C, H, W), at t (B,).
 
-        `parts` are those of `normalize_condition`. A network with 16-bit weights gets its inputs in their dtype.
+        `parts` are those of `normalize_condition`.
         """
-        call, dtype = route(self.conditioning_key).call, weights_dtype(self.diffusion_model)
+        return self.call(route(self.conditioning_key).call, x, t, parts)
+
+    def call(
+        self, call: Callable[[nn.Module, Tensor, Tensor, Parts], Tensor], x: Tensor, t: Tensor, parts: Parts
+    ) -> Tensor:
+        """Return `call(network, x, t, parts)` in the dtype of x; a network with 16-bit weights gets them in its own."""
+        dtype = weights_dtype(self.diffusion_model)
         if dtype not in (torch.float16, torch.bfloat16) or x.dtype == dtype:
             return call(self.diffusion_model, x, t, parts)
         half = map_tensors(lambda part: part.to(dtype) if part.is_floating_point() else part, parts)

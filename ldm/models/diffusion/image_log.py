@@ -70,8 +70,8 @@ def log_latent_images(
 
     Always `inputs` and `reconstruction`; `conditioning`, and an image for each of `concat_keys`, if there are any.
     `ddim_steps` None means the ancestral sampler. A model trained with `cond_dropout` also logs `samples_cfg_scale_...`
-    under classifier-free guidance, at `unconditional_guidance_scale` (default 3). `return_keys` selects images; raises
-    ValueError for an unknown one.
+    under classifier-free guidance, at `unconditional_guidance_scale` (default 3), which may be given without `sample`
+    too. `return_keys` selects images; raises ValueError for an unknown one.
     """
     # get_input is the hook that downstream models override to add to the condition.
     z, c, x, reconstruction, raw_c = model.get_input(
@@ -105,19 +105,19 @@ def log_latent_images(
             log["progressive_row"] = decoded_rows(inter["pred_x0"])
         if quantize_denoised:
             log["samples_x0_quantized"] = decoded_samples(quantize_x0=True)
-        scale = unconditional_guidance_scale
-        if scale is None:
-            scale = GUIDANCE_SCALE if c is not None and model.cond_dropout > 0 else 1.0
-        if scale != 1.0:
-            uncond = model.unconditional_like(c, raw_c, len(z), unconditional_guidance_label)
-            log[f"samples_cfg_scale_{scale:.2f}"] = decoded_samples(
-                unconditional_guidance_scale=scale, unconditional_conditioning=uncond
-            )
         if inpaint:
             mask = _center_hole(z)
             log["samples_inpainting"] = decoded_samples(mask=mask, x0=z)
             log["mask"] = mask.expand(len(z), 1, *z.shape[2:]) * 2 - 1
             log["samples_outpainting"] = decoded_samples(mask=1 - mask, x0=z)
+    scale = unconditional_guidance_scale
+    if scale is None:
+        scale = GUIDANCE_SCALE if sample and c is not None and model.cond_dropout > 0 else 1.0
+    if scale != 1.0:
+        uncond = model.unconditional_like(c, raw_c, len(z), unconditional_guidance_label)
+        log[f"samples_cfg_scale_{scale:.2f}"] = decoded_samples(
+            unconditional_guidance_scale=scale, unconditional_conditioning=uncond
+        )
     log |= model.further_images(batch, x, c)
     return _selected(log, return_keys)
 

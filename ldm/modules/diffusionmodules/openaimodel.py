@@ -578,8 +578,7 @@ class UNetModel(UNetTrunk):
         skips = self.encode(x, emb, context)  # (B, C_i, H_i, W_i) each
         h = self.middle(skips[-1], emb, context)  # (B, C, H/f, W/f), f = size_multiple
         h = self.decode(h, skips, emb, context)  # (B, C, H, W)
-        head = self.id_predictor if self.predict_codebook_ids else self.out
-        return head(h.to(_dtype_of(head))).to(x.dtype)
+        return self.head(h).to(x.dtype)
 
     def _check_input(self, x: Tensor) -> None:
         super()._check_input(x)
@@ -599,6 +598,11 @@ class UNetModel(UNetTrunk):
         for block in list(self.output_blocks)[blocks]:
             h = block(torch.cat([h, skips.pop()], dim=1), emb, context)
         return h
+
+    def head(self, h: Tensor) -> Tensor:
+        """Network output for the last feature map (B, C, H, W), in the dtype of the output layers."""
+        layers = self.id_predictor if self.predict_codebook_ids else self.out
+        return layers(h.to(_dtype_of(layers)))
 
 
 class EncoderUNetModel(UNetTrunk):

@@ -30,16 +30,19 @@ def guided_output(
     """
     if uncond is None or scale == image_scale == 1.0:
         return apply_model(x, t, cond)
-    if image_scale == 1.0:
-        both = join_conditions(uncond, cond)  # each tensor (2B, ...)
-        out_uncond, out_cond = apply_model(torch.cat([x, x]), torch.cat([t, t]), both).chunk(2)
-        guided = torch.lerp(out_uncond, out_cond, scale)
-    else:
+    if image_scale != 1.0:
         image_only = join_conditions(_with_image_of(cond, uncond), cond)
         three = join_conditions(uncond, image_only)  # each tensor (3B, ...)
         outputs = apply_model(torch.cat([x, x, x]), torch.cat([t, t, t]), three)
         out_uncond, out_image, out_cond = outputs.chunk(3)
         guided = out_uncond + image_scale * (out_image - out_uncond) + scale * (out_cond - out_image)
+    elif _parts_differ(uncond, cond):  # a ControlNet's hint for one half alone ("guess mode")
+        out_uncond, out_cond = apply_model(x, t, uncond), apply_model(x, t, cond)
+        guided = torch.lerp(out_uncond, out_cond, scale)
+    else:
+        both = join_conditions(uncond, cond)  # each tensor (2B, ...)
+        out_uncond, out_cond = apply_model(torch.cat([x, x]), torch.cat([t, t]), both).chunk(2)
+        guided = torch.lerp(out_uncond, out_cond, scale)
     return guided if rescale == 0.0 else rescale_guidance(guided, out_cond, rescale)
 
 
@@ -48,6 +51,14 @@ def _with_image_of(cond: Conditioning, uncond: Conditioning) -> Conditioning:
     if not (isinstance(cond, Mapping) and isinstance(uncond, Mapping) and "c_concat" in cond):
         raise ValueError("image_guidance_scale needs conditions with c_concat, the image that guides")
     return {**uncond, "c_concat": cond["c_concat"]}
+
+
+def _parts_differ(one: Conditioning, other: Conditioning) -> bool:
+    """Return whether two conditions in the normal form have different parts."""
+    if not (isinstance(one, Mapping) and isinstance(other, Mapping)):
+        return False
+    present = ({name for name, part in cond.items() if part is not None} for cond in (one, other))
+    return next(present) != next(present)
 
 
 def rescale_guidance(guided: Tensor, out_cond: Tensor, rescale: float) -> Tensor:
