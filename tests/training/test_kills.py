@@ -1,7 +1,8 @@
-"""Killed runs and damaged checkpoints, a few of each; python -m tests.full run_kills tries more."""
+"""Killed runs and damaged checkpoints, a few of each; python -m tests.full run_kills and long_run try more."""
 
 import pytest
 
+from tests.full.long_run import check
 from tests.full.run_kills import FAULTS, WAYS, check_damage, check_faults, check_kills
 
 
@@ -16,9 +17,16 @@ def test_a_run_killed_at_random_moments_ends_as_an_uninterrupted_one(tmp_path):
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_run_killed_within_a_save_ends_as_an_uninterrupted_one(tmp_path, fault):
-    assert list(check_faults(tmp_path, "monitor", [fault], [1])) == [f"{fault} 1"]
+    call = 0 if fault == "launch" else 1  # a start without torchrun has one
+    assert [kills > 0 for _, kills in check_faults(tmp_path, "monitor", [fault], [call])] == [True]
 
 
 @pytest.mark.parametrize("way", WAYS)
 def test_a_damaged_newest_checkpoint_loses_no_step(tmp_path, way):
     assert list(check_damage(tmp_path, way, lambda name: name in ("empty", "missing")))
+
+
+def test_a_killed_training_of_images_ends_as_an_uninterrupted_one(tmp_path):
+    """Checkpoints with EMA, metrics.csv and logged images; no temporary file stays."""
+    parts = list(check(tmp_path / "run", steps=10, every=4, kill_after=0.0, pause=0.1, kills=1))
+    assert [label for label, _ in parts if label != "uninterrupted"] == ["killed, part 1", "killed, part 2"]
