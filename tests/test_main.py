@@ -497,6 +497,34 @@ def test_mistakes_are_one_line_and_exit_code_2(run, capsys, words, message):
     assert not list(Path().rglob("*.ckpt"))
 
 
+@pytest.mark.parametrize(
+    "word, message, data",
+    [
+        ("lightning.trainer.logger=potato", "trainer.logger 'potato': expected true or false or null", False),
+        ("lightning.trainer.deterministic=potato", "expected true or false or 'warn' or null", False),
+        ("lightning.trainer.checkpoint_callback=potato", "expected true or false or null", False),
+        ("lightning.trainer.max_time=00:00:99:99", "expected a duration 'DD:HH:MM:SS'", False),
+        ("lightning.trainer.max_time={hour: 2}", "expected a duration 'DD:HH:MM:SS'", False),
+        ("--strategy=ddp_find_unused_parameter", "expected one of auto, ddp, ", False),
+        ("lightning.trainer.strategy=fsdp", "requires a GPU accelerator", False),
+        ("lightning.trainer.profiler=potato", "expected one of simple, advanced, pytorch, xla", False),
+        ("lightning.trainer.profiler=xla", "choose simple, advanced or pytorch", False),
+        ("lightning.trainer.barebones=true", "barebones", False),
+        ("lightning.trainer.accelerator=potato", "invalid accelerator name", False),
+        ("lightning.logger.params={flush_logs_every_n_steps: 0}", "expected an integer >= 1", False),
+        ("lightning.trainer.val_check_interval=2.5", "expected an integer >= 1 or a number in (0, 1]", False),
+        ("lightning.trainer.val_check_interval=7", "expected 1 to 4, the training batches of an epoch", True),
+        ("lightning.trainer.limit_val_batches=0.1", "no batch of 2 in data.params.validation; set at least 0.5", True),
+    ],
+)
+def test_trainer_settings_are_refused_before_the_model_is_built(run, capsys, monkeypatch, word, message, data):
+    monkeypatch.setattr(toys.Toy, "__init__", None)
+    monkeypatch.setattr(toys.Images, "__init__", toys.Images.__init__ if data else None)
+    assert run("-b", "toy.yaml", "-t", "lightning.trainer.logger=true", word) == 2
+    [line] = [line for line in capsys.readouterr().err.splitlines() if "error" in line.lower()]
+    assert line.startswith("error: ") and message in line
+
+
 def test_an_incompatible_torchvision_is_named_with_the_fix(run, capsys, monkeypatch):
     original = builtins.__import__
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from ldm.atomic import atomic_file
 from ldm.cli import Stopped
 from ldm.config.instantiate import ConfigError
+from ldm.config.suggest import closest
 from ldm.paths import shown_path
 
 if sys.platform == "linux":
@@ -26,6 +27,7 @@ if sys.platform == "linux":
 logger = logging.getLogger(__name__)
 
 MIB = 2**20
+_NAMES_SHOWN = 20  # of metrics, in a message
 _FICLONE = 0x40049409  # ioctl of Linux: share the blocks of another file until one of them changes
 
 
@@ -149,7 +151,12 @@ class CheckpointPolicy(ModelCheckpoint):
         if value is None:
             # Without any validation yet, the metric may be logged by one to come.
             if not stale and self._validated == trainer.global_step:
-                self._log_once("missing", f"{self.monitor!r} is not logged, so only last.ckpt is kept")
+                names = sorted(set(candidates) - {"epoch", "step"})
+                near = closest(self.monitor, names)
+                problem = f"the monitor {self.monitor!r} is not logged, so only last.ckpt is kept"
+                logged = f"{', '.join(names[:_NAMES_SHOWN])}{', ...' if len(names) > _NAMES_SHOWN else ''}"
+                advice = f"; did you mean {near!r}?" if near else ""
+                self._log_once("missing", f"{problem}; logged are {logged or 'no metrics'}{advice}")
             return False
         candidates[self.monitor] = torch.tensor(value)
         if not math.isfinite(value):

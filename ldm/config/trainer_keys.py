@@ -63,6 +63,8 @@ TRANSLATED = {
     "progress_bar_refresh_rate": "0 hides the progress bar",
 }
 
+_RENAMED = {"replace_sampler_ddp": "use_distributed_sampler", "checkpoint_callback": "enable_checkpointing"}
+
 # Strategies that `accelerator` and `distributed_backend` named in Lightning 1.4.
 STRATEGIES = ("ddp", "ddp_spawn", "ddp_notebook", "ddp_fork", "fsdp", "deepspeed")
 _REMOVED_STRATEGIES = {
@@ -102,10 +104,21 @@ TRAINER_TYPES = {
     "gradient_clip_algorithm": "Literal['norm', 'value'] | None",
     "reload_dataloaders_every_n_epochs": "NonNegativeInt",
     "resume_from_checkpoint": "Path | None",
+    "max_time": "Duration | None",
+    "logger": "bool | None",
+    "deterministic": "bool | Literal['warn'] | None",
+    "profiler": "Literal['simple', 'advanced', 'pytorch', 'xla'] | None",
+    "checkpoint_callback": "bool | None",
+    "weights_summary": "Literal['top', 'full', 'none'] | None",
+    "replace_sampler_ddp": "bool",
+    "progress_bar_refresh_rate": "NonNegativeInt | None",
+    "num_processes": "PositiveInt | None",
     # chosen together, and checked with the devices
     "devices": "",
     "strategy": "",
 }
+
+LOGGER_TYPES = {"flush_logs_every_n_steps": "PositiveInt"}  # arguments of Lightning's loggers
 
 
 def trainer_types() -> dict[str, str]:
@@ -124,11 +137,30 @@ def modernize(settings: dict[str, Any], where: str = "lightning.trainer.") -> di
 
     where: prefix of a setting's name in messages ('--' for flags). Raises ConfigError for a setting without equivalent.
     """
-    out = dict(settings)
-    for name in [name for name in out if name in REMOVED_SETTINGS]:
-        value = out.pop(name)
-        if value not in REMOVED_SETTINGS[name].ignored:
+    for name, value in settings.items():
+        if name in REMOVED_SETTINGS and value not in REMOVED_SETTINGS[name].ignored:
             raise ConfigError(f"{where}{name} {value}: {REMOVED_SETTINGS[name].advice}")
+    out = {name: value for name, value in settings.items() if name not in REMOVED_SETTINGS}
+    _choose_strategy(out, where)
+    if (value := out.get("precision")) is not None:
+        out["precision"] = _SHORT_PRECISIONS.get(str(value), str(value))
+        if out["precision"] not in PRECISIONS:
+            choices = ", ".join((*_SHORT_PRECISIONS, *PRECISIONS))
+            raise ConfigError(f"{where}precision {value}: expected one of {choices}")
+    for old, new in _RENAMED.items():
+        if old in out:
+            out.setdefault(new, out.pop(old))
+    if "weights_summary" in out:
+        out.setdefault("enable_model_summary", out.pop("weights_summary") not in (None, "none"))
+    if out.pop("progress_bar_refresh_rate", None) == 0:
+        out.setdefault("enable_progress_bar", False)
+    if out.get("max_steps", -1) is None:
+        out["max_steps"] = -1
+    return out
+
+
+def _choose_strategy(out: dict[str, Any], where: str) -> None:
+    """Turn `distributed_backend`, a strategy as `accelerator` and `num_processes` into the settings of today."""
     for name in ("distributed_backend", "accelerator"):
         backend = out.get(name)
         if backend in _REMOVED_STRATEGIES:
@@ -143,21 +175,3 @@ def modernize(settings: dict[str, Any], where: str = "lightning.trainer.") -> di
                 f"{where}num_processes {count}: it counts CPU processes; choose the devices by one setting only"
             )
         out["devices"] = count
-    if (value := out.get("precision")) is not None:
-        out["precision"] = _SHORT_PRECISIONS.get(str(value), str(value))
-        if out["precision"] not in PRECISIONS:
-            choices = ", ".join((*_SHORT_PRECISIONS, *PRECISIONS))
-            raise ConfigError(f"{where}precision {value}: expected one of {choices}")
-    for old, new in (
-        ("replace_sampler_ddp", "use_distributed_sampler"),
-        ("checkpoint_callback", "enable_checkpointing"),
-    ):
-        if old in out:
-            out.setdefault(new, out.pop(old))
-    if "weights_summary" in out:
-        out.setdefault("enable_model_summary", out.pop("weights_summary") not in (None, "none"))
-    if out.pop("progress_bar_refresh_rate", None) == 0:
-        out.setdefault("enable_progress_bar", False)
-    if out.get("max_steps", -1) is None:
-        out["max_steps"] = -1
-    return out

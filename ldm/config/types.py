@@ -22,6 +22,7 @@ NonNegativeFloat = Annotated[float, ">= 0"]
 Probability = Annotated[float, "[0, 1]"]
 Dropout = Annotated[float, "[0, 1)"]
 PathText = str  # `~` is expanded
+Duration = str  # DD:HH:MM:SS, or the arguments of datetime.timedelta
 
 _RANGES: dict[str, Any] = {name: value for name, value in globals().items() if get_origin(value) is Annotated}
 _ALIASES = {
@@ -123,6 +124,7 @@ def _members(node: ast.expr) -> list[_Type]:
         "dict": _Type("a mapping", _mapping),
         "Mapping": _Type("a mapping", _mapping),
         "DictConfig": _Type("a mapping", _mapping),
+        "Duration": _Type("a duration 'DD:HH:MM:SS' (at most 23 h, 59 min, 59 s) or {hours: N}", _duration),
     }
     return [known.get(name, _Type("", _nothing))]
 
@@ -204,6 +206,18 @@ def _path(value: Any, leniently: bool) -> str:
 
 def _mapping(value: Any, leniently: bool) -> Any:
     if not isinstance(value, Mapping):
+        raise ValueError
+    return value
+
+
+def _duration(value: Any, leniently: bool) -> Any:
+    if isinstance(value, Mapping):
+        if set(value) - {"weeks", "days", "hours", "minutes", "seconds"} or not value:
+            raise ValueError
+        for each in value.values():
+            if _float(each, True) < 0:
+                raise ValueError
+    elif not re.fullmatch(r"\s*\d+:(2[0-3]|[01]?\d):[0-5]?\d:[0-5]?\d\s*", _str(value, leniently)):
         raise ValueError
     return value
 

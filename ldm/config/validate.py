@@ -21,10 +21,11 @@ from ldm.config.instantiate import (
     convert_params,
     join_path,
     resolve_alias,
+    value_at,
 )
 from ldm.config.signature import class_exists, classes_of_module, constructor_arguments
 from ldm.config.suggest import did_you_mean
-from ldm.config.trainer_keys import UNSUPPORTED, trainer_keys, trainer_types
+from ldm.config.trainer_keys import LOGGER_TYPES, UNSUPPORTED, trainer_keys, trainer_types
 from ldm.config.types import arguments_of, shown
 from ldm.paths import ROOT
 
@@ -83,6 +84,7 @@ def convert_types(config: DictConfig) -> None:
         groups += [
             ("lightning", lightning, _RUN_TYPES),
             ("lightning.trainer", lightning.get("trainer"), trainer_types()),
+            ("lightning.logger.params", value_at(lightning, "logger", "params"), LOGGER_TYPES),
         ]
     groups.append(("model", plain.get("model"), _MODEL_TYPES))
     for path, target, params, _ in _nodes(plain, ""):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import re
 import shlex
@@ -34,8 +35,8 @@ from ldm.training.devices import Machine, choose_devices
 from ldm.training.flags import RunOptions
 from ldm.training.report import TrainingFailed, is_main_process
 from ldm.training.run_directory import RunDirectory
-from ldm.training.settings import RunSettings, learning_rate
-from ldm.training.trainer import build_trainer
+from ldm.training.settings import RunSettings, check_batches, learning_rate
+from ldm.training.trainer import build_trainer, check_trainer
 
 logger = logging.getLogger(__name__)
 
@@ -51,10 +52,12 @@ def execute(options: RunOptions, directory: RunDirectory, config: DictConfig, se
     rate = learning_rate(config, settings, devices.processes * settings.num_nodes) if options.train else None
     for name in ("pytorch_lightning", "lightning_fabric"):  # their INFO lines repeat ours; their import enabled them
         logging.getLogger(name).setLevel(logging.INFO if options.debug else logging.WARNING)
+    check_trainer(settings, devices)
     if options.train:
         generate_class_images(config, settings.seed, "cpu" if devices.accelerator == "cpu" else "auto")
     pl.seed_everything(settings.seed, verbose=False)
     data = _build_data(config, settings, options.strict_data)
+    check_batches(settings.trainer, _batches(data, devices.processes * settings.num_nodes))
     check_class_count(config, getattr(data, "datasets", {}))
     model = instantiate_from_config(config.model)
     if rate is not None:
@@ -214,6 +217,14 @@ def _build_data(config: DictConfig, settings: RunSettings, strict: bool) -> Any:
             size = f"{len(dataset):,} samples" if hasattr(dataset, "__len__") else "a stream"
             logger.info("%-11s %s: %s, %s", "data", name, type(dataset).__name__, size)
     return data
+
+
+def _batches(data: Any, ranks: int) -> dict[str, int]:
+    """Return the number of batches in an epoch of each rank, by split, of the datasets whose length is known."""
+    if not isinstance(data, DataModuleFromConfig):
+        return {}
+    sizes = {split: len(each) for split, each in data.datasets.items() if hasattr(each, "__len__")}
+    return {split: math.ceil(size / (data.batch_size * ranks)) for split, size in sizes.items()}
 
 
 def _precision_text(trainer: pl.Trainer, accelerator: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -58,6 +59,37 @@ def resolve_settings(options: RunOptions, lightning: DictConfig) -> RunSettings:
     kept_lightning = OmegaConf.create({**lightning, "seed": seed, "scale_lr": scale_lr, "trainer": kept})
     devices = {name: trainer.pop(name) for name in DEVICE_KEYS if name in trainer}
     return RunSettings(trainer, devices, devices_where, seed, scale_lr, start_from, kept_lightning)
+
+
+def check_batches(trainer: Mapping[str, Any], batches: Mapping[str, int]) -> None:
+    """Raise ConfigError for limits and validation intervals that an epoch's batches of train, validation or test lack.
+
+    trainer: arguments of the Trainer. batches: their number by split.
+    """
+    if trainer.get("fast_dev_run"):
+        return
+    left = {}
+    for split, short in (("train", "train"), ("validation", "val"), ("test", "test")):
+        name, count = f"limit_{short}_batches", batches.get(split, 0)
+        limit = trainer.get("overfit_batches") or trainer.get(name)
+        if trainer.get("overfit_batches"):
+            name = "overfit_batches"
+        left[split] = count
+        if isinstance(limit, float):
+            left[split] = int(count * limit)
+            if count and limit and not left[split]:
+                text = (
+                    f"no batch of {count} in data.params.{split}; set at least {1 / count:.2g}, or a number of batches"
+                )
+                raise ConfigError(f"lightning.trainer.{name} {limit:g}: {text}")
+        elif limit is not None:
+            left[split] = min(count, limit)
+    every = trainer.get("val_check_interval")
+    within_epoch = trainer.get("check_val_every_n_epoch", 1) is not None
+    if isinstance(every, int) and within_epoch and 0 < left["train"] < every and left["validation"]:
+        choices = f"expected 1 to {left['train']}, the training batches of an epoch, or a share in (0, 1]"
+        advice = "lightning.trainer.check_val_every_n_epoch=null counts batches over epochs"
+        raise ConfigError(f"lightning.trainer.val_check_interval {every}: {choices}; {advice}")
 
 
 class LearningRate(NamedTuple):

@@ -163,3 +163,9 @@ def test_a_copy_replaces_its_target_is_independent_and_leaves_nothing_behind(tmp
     (tmp_path / "a").write_text("damaged")
     assert (tmp_path / "b").read_text() == "new" and not copy_file(tmp_path / "gone", tmp_path / "b")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b"]
+
+
+def test_a_monitor_that_is_not_logged_is_named_with_the_metrics_that_are(tmp_path, caplog):
+    fit(tmp_path, [policy_of(tmp_path, monitor="val/lost")], enable_checkpointing=True)
+    text = "the monitor 'val/lost' is not logged, so only last.ckpt is kept; logged are train/loss, val/loss"
+    assert caplog.text.count(text) == 1 and "did you mean 'val/loss'?" in caplog.text

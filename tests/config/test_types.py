@@ -9,6 +9,8 @@ from omegaconf import ListConfig, OmegaConf
 from ldm.config import types
 from ldm.config.types import arguments_of, convert, shown
 
+DURATION = "a duration 'DD:HH:MM:SS' (at most 23 h, 59 min, 59 s) or {hours: N}"
+
 
 @pytest.mark.parametrize(
     "value, annotation, converted",
@@ -35,6 +37,8 @@ from ldm.config.types import arguments_of, convert, shown
         (2, "nn.Dropout", 2),
         (-1, "Literal[-1] | PositiveInt", -1),
         ({"a": 1}, "Mapping[str, Any] | str", {"a": 1}),
+        ("02:23:59:59", "Duration | None", "02:23:59:59"),
+        ({"hours": 2, "minutes": 0.5}, "Duration", {"hours": 2, "minutes": 0.5}),
     ],
 )
 def test_a_value_becomes_what_its_annotation_says(value, annotation, converted):
@@ -46,6 +50,7 @@ def test_a_value_becomes_what_its_annotation_says(value, annotation, converted):
     "value, annotation, expected",
     [
         (3.7, "int", "an integer"),
+        *((bad, "Duration", DURATION) for bad in ("1:2:3", "0:24:0:0", "0:0:60:0", 60, {}, {"hour": 1}, {"days": -1})),
         (True, "int", "an integer"),
         ("many", "int", "an integer"),
         (math.inf, "int", "an integer"),
