@@ -133,6 +133,7 @@ def check_targets(config: Mapping[str, Any]) -> None:
             known = constructor_arguments(inner) if inner is not None else None
             if known is not None and isinstance(section, Mapping):
                 _check_known(section, known, join_path(path, "params"), f"{name}.")
+                convert_params(section, known, join_path(path, f"params.{name}"))
     for path, target, params, _ in nodes:
         convert_params(params, constructor_arguments(target) or {}, join_path(path, "params"))
 

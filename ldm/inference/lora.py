@@ -12,10 +12,12 @@ from torch import Tensor, nn
 
 from ldm.checkpoint import CheckpointError
 from ldm.checkpoint.diffusers.lora import HEADS, PREFIX, LoraNames, read_lora
-from ldm.checkpoint.names import ema_name
-from ldm.modules.adapters.lora import LoRA, adaptable, apply, networks_of
+from ldm.checkpoint.names import EMA, ema_name, use_ema_weights
+from ldm.modules.adapters.lora import LoRA, LoRASpec, adaptable, apply, networks_of
 
 logger = logging.getLogger(__name__)
+
+TRAINED = "adapters."  # beginning of the names of a run's own LoRA
 
 
 class Adapter(NamedTuple):
@@ -38,6 +40,27 @@ def read_adapters(files: Sequence[tuple[Path, float]], model: nn.Module, config:
         adapters.append(Adapter(path, layers, strength))
         logger.info("%s: LoRA of %d layers, strength %g", path, len(layers), strength)
     return adapters
+
+
+def split_adapter(
+    path: Path, weights: Mapping[str, Tensor], config: Mapping[str, Any], use_ema: bool
+) -> tuple[dict[str, Tensor], list[Adapter]]:
+    """Split the weights of a run with the section `adapters` into those of its base and its LoRA (averaged: use_ema).
+
+    Weights of other models are returned as they are, without a LoRA.
+    """
+    own = {name: tensor for name, tensor in weights.items() if name.startswith((TRAINED, EMA))}
+    section = config["model"]["params"].get("adapters")
+    if section is None or not any(name.startswith(TRAINED) for name in own):
+        return dict(weights), []
+    chosen = use_ema_weights(own)[0] if use_ema else own
+    spec, layers = LoRASpec(**section), {}
+    for name in chosen:
+        key, _, last = name.removeprefix(TRAINED).rpartition(".")
+        if name.startswith(TRAINED) and last == "down":
+            tensors = [chosen.get(f"{TRAINED}{key}.{part}") for part in ("mid", "magnitude")]
+            layers[key] = LoRA(chosen[name], chosen[f"{TRAINED}{key}.up"], float(spec.alpha or spec.rank), *tensors)
+    return {name: tensor for name, tensor in weights.items() if name not in own}, [Adapter(path, layers, 1.0)]
 
 
 @torch.no_grad()

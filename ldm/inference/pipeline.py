@@ -28,7 +28,7 @@ from ldm.checkpoint import (
 from ldm.config.instantiate import instantiate_from_config, value_at
 from ldm.config.model_info import ModelInfo, model_info, read_model_info
 from ldm.data.image import to_array
-from ldm.inference.lora import add_live, merged, read_adapters
+from ldm.inference.lora import add_live, merged, read_adapters, split_adapter
 from ldm.inference.precision import cast_weights, choose_device, resolve_precision
 from ldm.inference.settings import LORA_MODES, Request, lora_text
 from ldm.models.diffusion.samplers.denoiser import DiffusionModel
@@ -220,15 +220,15 @@ def load_model(
     chosen = resolve_precision(precision, where)
     source = open_weights(ckpt)
     source.check(info.config)
-    weights = source.tensors()
+    weights, trained = split_adapter(source.path, source.tensors(), info.config, use_ema)
     with weights_on_meta():
         model = instantiate_from_config(for_inference(info.config, set(weights)).model)
     files = [(Path(path), strength) for path, strength in lora]
-    adapters = read_adapters(files, model, info.config) if files else []
+    adapters = [*trained, *(read_adapters(files, model, info.config) if files else [])]
     if lora_mode == "merged":
         weights = merged(weights, adapters, chosen.weights)
     cast_weights(model, chosen.weights, channels_last=where.type == "cpu" and chosen.weights != torch.float32)
-    load_weights(model, source, use_ema=use_ema, weights=weights)
+    load_weights(model, source, use_ema=use_ema and not trained, weights=weights)
     del weights  # the mapped file stays open for the model alone
     ensure_weights(model)
     missing = [key for key, tensor in model.named_parameters() if tensor.is_meta]
@@ -258,15 +258,16 @@ def load_model(
 def for_inference(config: Mapping[str, Any], names: set[str]) -> DictConfig:
     """Copy a config without what only training needs, for a weights file with these keys.
 
-    Drops the EMA (the chosen weights are loaded into the network), the first stage's loss, and the `ckpt_path` of parts
-    that the file holds.
+    Drops the EMA (the chosen weights are loaded into the network), the adapter (which is added as other LoRAs are), the
+    first stage's loss, and the `ckpt_path` of parts that the file holds.
     """
     inference = OmegaConf.create(OmegaConf.to_container(cast(DictConfig, config), resolve=True))
     assert isinstance(inference, DictConfig)
     params = inference.model.setdefault("params", {})
     with open_dict(inference):
         params.use_ema = False
-        params.pop("ckpt_path", None)
+        for name in ("ckpt_path", "adapters"):
+            params.pop(name, None)
         for block in ("first_stage", "cond_stage"):
             stage = value_at(params, f"{block}_config", "params")
             if stage is None or not any(name.startswith(f"{block}_model.") for name in names):

@@ -7,13 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ldm.checkpoint import ensure_weights
 from ldm.checkpoint.diffusers.embeddings import write_embedding
+from ldm.checkpoint.diffusers.lora import LoraNames, write_lora
 from ldm.checkpoint.names import EMA, use_ema_weights
 from ldm.checkpoint.source import BaseWeights, base_of
-from ldm.models.training import TrainedModule
+from ldm.models.training import TrainedModule, freeze
+from ldm.modules.adapters.lora import Adapters, LoRASpec, adaptable, inject, networks_of
 from ldm.modules.adapters.token_embeddings import NewToken, initial_vectors
 from ldm.modules.encoders.base import CLIPTokensEncoder
 
@@ -26,14 +28,31 @@ class AdapterTraining(TrainedModule):
     """
 
     cond_stage_model: Any
+    model: Any
     base: BaseWeights | None = None
     trains_adapters = False
+    adapters: Adapters | None
     new_tokens: Sequence[NewToken] = ()
 
     def freeze_base(self) -> None:
-        """Disable the gradients of all parameters that exist now."""
+        """Disable the gradients of all parameters that exist now, and keep their modules in eval mode."""
         self.requires_grad_(False)
+        for child in self.children():
+            freeze(child)
         self.trains_adapters = True
+
+    def new_lora(self, section: Mapping[str, Any], config: Mapping[str, Any]) -> Adapters:
+        """Add the layers of the section `adapters`; `config` describes the model, for the names in files."""
+        self._config = config
+        return inject(networks_of(self), LoRASpec(**section))
+
+    @property
+    def alpha(self) -> float | None:
+        """The alpha of the LoRA layers; None without them."""
+        return None if self.adapters is None else next(iter(self.adapters.layers().values())).alpha
+
+    def averaged_module(self) -> nn.Module:
+        return self if self.trains_adapters else super().averaged_module()
 
     def add_tokens(self, section: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> None:
         """Add the trained tokens of `token_embeddings`: one, or a list; `start_adapters` initializes them."""
@@ -56,14 +75,23 @@ class AdapterTraining(TrainedModule):
     @torch.no_grad()
     def start_adapters(self) -> None:
         """Initialize the adapters that start from values of the base, which is loaded now."""
+        if self.adapters is not None:
+            self.adapters.measure_magnitudes(networks_of(self))
         if self.new_tokens:
             encoder = self.cond_stage_model
             ensure_weights(encoder)
             for new, vectors in zip(self.new_tokens, encoder.token_embeddings.vectors):
                 vectors.copy_(initial_vectors(encoder.embed_words(new.init), new.vectors))
+        if self.use_ema:  # the averages start there too
+            self.add_ema(decay=float(self.model_ema.decay))
 
     def write_adapter_files(self, folder: Path) -> None:
-        """Write the adapters as files that other tools read into a folder of checkpoints."""
+        """Write the adapters as files that other tools read into a folder of checkpoints, averages if there are any."""
+        if self.adapters is not None:
+            names = LoraNames(adaptable(networks_of(self)), self._config)
+            metadata = {"base": self.base.path, "base_fingerprint": self.base.fingerprint} if self.base else {}
+            with self.ema_scope():
+                write_lora(self.adapters.weights(), folder / "lora.safetensors", names, metadata=metadata)
         for new, vectors in zip(self.new_tokens, self.new_tokens and self.cond_stage_model.token_embeddings.vectors):
             write_embedding(folder / f"{new.stem}.safetensors", new.token, vectors)
 
@@ -97,11 +125,13 @@ class AdapterTraining(TrainedModule):
         if self.base is not None:
             own = self.adapter_keys()
             checkpoint["state_dict"] = {name: x for name, x in checkpoint["state_dict"].items() if name in own}
-            checkpoint["base"] = self.base._asdict()
+            checkpoint["base"], checkpoint["alpha"] = self.base._asdict(), self.alpha
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Complete the state dict by the base. Raises CheckpointError if the checkpoint was trained on another one."""
         super().on_load_checkpoint(checkpoint)
         if self.base is not None and "base" in checkpoint:
             BaseWeights(**checkpoint["base"]).check(self.base.fingerprint, self.base.path)
+            if self.alpha is not None and checkpoint.get("alpha") != self.alpha:
+                raise ValueError(f"adapters.alpha {self.alpha}: the checkpoint was trained with {checkpoint['alpha']}")
             checkpoint["state_dict"] = {**self.state_dict(), **checkpoint["state_dict"]}

@@ -228,6 +228,7 @@ class LatentDiffusion(AdapterTraining, ConditionStage, PublishedLatentDiffusion,
     cond_dropout: fraction of training samples that get the encoder's unconditional condition, which classifier-free
         guidance needs (Ho & Salimans 2022, algorithm 1); it is saved in the checkpoint.
     untrained_first_stage: allow training in the latent space of a first stage without loaded weights.
+    adapters: LoRA layers on a frozen base, see LoRASpec; only they are trained, see AdapterTraining.
     token_embeddings: new tokens of the text encoder; only their vectors are trained, see AdapterTraining.
     """
 
@@ -253,6 +254,7 @@ class LatentDiffusion(AdapterTraining, ConditionStage, PublishedLatentDiffusion,
         masked_image_key: str | None = "masked_image",
         adm_key: str | None = None,
         untrained_first_stage: bool = False,
+        adapters: Annotated[Mapping[str, Any], "ldm.modules.adapters.lora.LoRASpec"] | None = None,
         token_embeddings: Annotated[Mapping[str, Any], "ldm.modules.adapters.token_embeddings.NewToken"]
         | Sequence[Mapping[str, Any]]
         | None = None,
@@ -284,11 +286,17 @@ class LatentDiffusion(AdapterTraining, ConditionStage, PublishedLatentDiffusion,
         self.instantiate_cond_stage(cond_stage_config)
         if self.shorten_cond_schedule:
             self.make_cond_schedule()
-        if token_embeddings is not None:
+        if adapters is not None or token_embeddings is not None:
             self.freeze_base()
+        if token_embeddings is not None:
             self.add_tokens(token_embeddings)
-            if self.use_ema:  # of the adapters alone
-                self.add_ema(decay=float(self.model_ema.decay))
+        self.adapters = None
+        if adapters is not None:
+            unet_config = kwargs["unet_config"] if "unet_config" in kwargs else args[0]
+            params = {"unet_config": unet_config, "cond_stage_config": cond_stage_config}
+            self.adapters = self.new_lora(adapters, {"model": {"params": params}})
+        if self.trains_adapters and self.use_ema:  # of the adapters alone
+            self.add_ema(decay=float(self.model_ema.decay))
 
     def instantiate_first_stage(self, config: Mapping[str, Any]) -> None:
         """Build `first_stage_model`, frozen."""

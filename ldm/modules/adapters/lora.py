@@ -354,6 +354,13 @@ class Adapters(nn.Module):
         """The adapters' weights by the keys of their layers; the tensors are the parameters', without gradient."""
         return {key: layer.lora.map(Tensor.detach) for key, layer in self.layers().items()}
 
+    @torch.no_grad()
+    def measure_magnitudes(self, networks: Mapping[str, nn.Module]) -> None:
+        """Set the magnitudes of new DoRA layers to the lengths in the weights, which were loaded since."""
+        for key, layer in self.layers().items():
+            if layer.magnitude is not None:
+                layer.magnitude.copy_(_lengths(_place(networks, key).base.float(), layer.magnitude))
+
     def set_strength(self, strength: float) -> None:
         for layer in self.layers().values():
             layer.strength = strength
