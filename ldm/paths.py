@@ -1,4 +1,4 @@
-"""Find files of the checkout from any working directory; fingerprints of files."""
+"""Find files of the checkout from any working directory; fingerprints of files, lines of text files."""
 
 from __future__ import annotations
 
@@ -30,6 +30,11 @@ def in_checkout(path: str | Path) -> str:
 def shown_path(path: Path) -> Path:
     """Return `path` as shown in the log of a run: relative to the working directory if inside it."""
     return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+
+
+def lines_of(text: str) -> list[str]:
+    """Return the lines of a text; `str.splitlines` would also split at U+2028, U+0085 and form feeds."""
+    return text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
 
 
 def files_in(folder: Path) -> list[Path]:

@@ -17,7 +17,8 @@ from ldm.data.base import DataConfigError
 from ldm.data.image import EXTENSIONS
 from ldm.data.listing import relative_name
 from ldm.data.splits import split_of
-from ldm.data.tables import DELIMITERS, lines_of, read_records
+from ldm.data.tables import DELIMITERS, read_records
+from ldm.paths import lines_of
 
 logger = logging.getLogger(__name__)
 

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from ldm.config.types import PathText, PositiveInt, Probability
 from ldm.data.base import DataConfigError, check_choice
-from ldm.data.captions import COLUMNS, SIDECAR, TABLES, CaptionPolicy, PromptTemplates, read_sidecar, read_table
+from ldm.data.captions import COLUMNS, SIDECAR, TABLES, CaptionPolicy, PromptTemplates, Row, read_sidecar, read_table
 from ldm.data.image import (
     EXTENSIONS,
     MAX_PIXELS,
@@ -152,11 +152,12 @@ class ImageFolder(Dataset):
         place = split_folder(whole, split, declared) if files is None else SplitFolder(whole)
         self.root, self.split = place.path, split
         table = _table(captions, (self.root, whole))
-        texts = None
+        texts, rows = None, list[Row]()
         if table is not None:
-            texts, place = self._table_captions(table, whole, place, image_column, caption_column)
+            rows = self._rows(table, image_column, caption_column)
+            texts, place = self._table_captions(table, rows, whole, place)
         if files is not None:
-            if split is not None and table is None:
+            if split is not None and not any(row.split for row in rows):
                 advice = "set {param} to null, with a list for each split"
                 raise DataConfigError("split", split, f"selects nothing from the list {files}", advice)
             listed = self._listed(files)  # {name: None}, ordered
@@ -265,13 +266,8 @@ class ImageFolder(Dataset):
             self._unusable(f"{files}: {name}", f"no such file: {self.root / name}")
         return dict.fromkeys(name for name in found.values() if name is not None)
 
-    def _table_captions(
-        self, table: Path, whole: Path, place: SplitFolder, image_column: str | None, caption_column: str | None
-    ) -> tuple[dict[str, list[str]], SplitFolder]:
-        """Return {image: captions} of this split in the order of the table, and `place`, shared as the table says.
-
-        A table names images relative to `whole`, or relative to the folder of the split, and may name their splits.
-        """
+    def _rows(self, table: Path, image_column: str | None, caption_column: str | None) -> list[Row]:
+        """Return the records of a captions table; raise DataConfigError if it cannot be read or has none."""
         try:
             own = self.caption_encoding, self.suffixes, self.columns, self.before_column
             rows = list(read_table(table, image_column, caption_column, *own))
@@ -281,6 +277,15 @@ class ImageFolder(Dataset):
             raise DataConfigError("captions", str(table), str(error), "set {param} to a readable table") from error
         if not rows:
             raise DataConfigError("captions", str(table), "has no rows", "add a header and a row for each image")
+        return rows
+
+    def _table_captions(
+        self, table: Path, rows: list[Row], whole: Path, place: SplitFolder
+    ) -> tuple[dict[str, list[str]], SplitFolder]:
+        """Return {image: captions} of this split in the order of the table, and `place`, shared as the table says.
+
+        A table names images relative to `whole`, or relative to the folder of the split, and may name their splits.
+        """
         own_rows: str | None = None
         if named := {row.split for row in rows} - {None}:
             place = place._replace(shared="validation" not in named and self.split not in (None, "test"))
@@ -291,36 +296,40 @@ class ImageFolder(Dataset):
         on_disk, prefix = FileNames(self.root), f"{self.root.name}/" if self.root != whole else ""
         texts: dict[str, dict[str, None]] = {}
         repeated = elsewhere = 0
-        for line, image, captions, problem, split, before in rows:
-            name = None
-            if not problem and named and split is None:
-                problem = "names no split in its column 'split'"
-            if not problem and Path(image).suffix.lower() not in self.suffixes:
-                problem = f"{image!r} is not an image"
-            folder = image.partition("/")[0]
-            if not problem and split and folder in (*place.others, prefix[:-1]) and split_of(folder) != split:
-                problem = f"its column 'split' says {split}, but {image} is in {folder}/"
-            if not problem and (split != own_rows or folder in place.others):
+        for row in rows:
+            problem = self._problem_of(row, bool(named), (*place.others, prefix[:-1]))
+            if not problem and (row.split != own_rows or row.image.partition("/")[0] in place.others):
                 elsewhere += 1
                 continue
-            if not problem:
-                name = on_disk.find(image.removeprefix(prefix)) or on_disk.find(image)
-            if name is None and not problem and prefix and os.path.isfile(whole / image):
+            name = None if problem else on_disk.find(row.image.removeprefix(prefix)) or on_disk.find(row.image)
+            if name is None and not problem and prefix and os.path.isfile(whole / row.image):
                 elsewhere += 1  # beside the folders of the splits
                 continue
+            if name is not None and self.before.setdefault(name, row.before) != row.before:
+                name, problem = None, f"{row.image} has another image before in an earlier line"
             if name is None:
-                self._unusable(f"{table} line {line}", problem or f"no such file: {whole / image}")
-                continue
-            if self.before.setdefault(name, before) != before:
-                self._unusable(f"{table} line {line}", f"{image} has another image before in an earlier line")
+                self._unusable(f"{table} line {row.line}", problem or f"no such file: {whole / row.image}")
                 continue
             known = texts.setdefault(name, {})
-            repeated += sum(caption in known for caption in captions)
-            known.update(dict.fromkeys(captions))
+            repeated += sum(caption in known for caption in row.captions)
+            known.update(dict.fromkeys(row.captions))
         for count, what in ((repeated, "repeat a caption of their image"), (elsewhere, "are not of this split")):
             if count:
                 logger.info("%s: %d rows %s", table, count, what)
         return {name: list(captions) for name, captions in texts.items()}, place
+
+    def _problem_of(self, row: Row, splits_named: bool, folders: Sequence[str]) -> str:
+        """Return why a record cannot be used; empty if it can. folders: those that hold splits."""
+        if row.problem:
+            return row.problem
+        if splits_named and row.split is None:
+            return "names no split in its column 'split'"
+        if Path(row.image).suffix.lower() not in self.suffixes:
+            return f"{row.image!r} is not an image"
+        folder = row.image.partition("/")[0]
+        if row.split and folder in folders and split_of(folder) != row.split:
+            return f"its column 'split' says {row.split}, but {row.image} is in {folder}/"
+        return ""
 
     def _item(self, name: str, texts: dict[str, list[str]] | None) -> Item | None:
         """Return an image with its captions; None if the policies skip it."""

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from ldm.data.base import DataConfigError
 from ldm.data.image import EXTENSIONS
-from ldm.paths import expand_user
+from ldm.paths import expand_user, lines_of
 
 
 def existing_folder(param: str, value: str | None, content: str) -> Path:
@@ -96,8 +96,7 @@ class FileNames:
 
     def find(self, name: str) -> str | None:
         """Return the name of an existing file whose path is `name` in any Unicode normal form; None without one."""
-        forms = () if name.isascii() else (unicodedata.normalize(form, name) for form in ("NFC", "NFD"))
-        for form in dict.fromkeys((name, *forms)):
+        for form in dict.fromkeys((name,) if name.isascii() else (name, self._form_on_disk(name))):
             try:
                 mode = os.lstat(f"{self.root}/{form}").st_mode
             except (OSError, ValueError):
@@ -110,17 +109,23 @@ class FileNames:
                 return self._names.setdefault(real, form)
         return None
 
+    def _form_on_disk(self, name: str) -> str:
+        """Return `name` with each part in the normal form, NFC or NFD, of an existing file or folder."""
+        found = ""
+        for part in name.split("/"):
+            forms = dict.fromkeys((part, *(unicodedata.normalize(form, part) for form in ("NFC", "NFD"))))
+            part = next((form for form in forms if os.path.lexists(f"{self.root}/{found}{form}")), part)
+            found += f"{part}/"
+        return found[:-1]
+
 
 def read_lines(param: str, file: str, content: str) -> list[str]:
-    """Return the non-blank lines of a UTF-8 file, stripped; raise DataConfigError if it cannot be read.
-
-    Only \\n, \\r\\n and \\r end a line: `str.splitlines` would also split at U+2028, U+0085 and form feeds.
-    """
+    """Return the non-blank lines of a UTF-8 file, stripped; raise DataConfigError if it cannot be read."""
     path = expand_user(file)
     if not path.is_file():
         raise DataConfigError(param, str(file), "no such file", f"set {{param}} to {content}")
     try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")  # read_text translates the other line ends
+        lines = lines_of(path.read_bytes().decode("utf-8-sig"))
     except UnicodeError as error:
         raise DataConfigError(param, str(file), f"not UTF-8 text ({error})", f"set {{param}} to {content}") from error
     return [line.strip() for line in lines if line.strip()]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+import unicodedata
 from collections.abc import Iterable, Sequence
 from functools import cache
 from pathlib import Path
@@ -163,5 +164,9 @@ def class_order(
     if not class_of(stray):
         problem = f"{stray} is not in a class folder"
         raise DataConfigError("class_labels", True, problem, "move it into one, or set {param} to false")
+    composed = unicodedata.normalize("NFC", class_of(stray))
+    if any(unicodedata.normalize("NFC", name) == composed for name in known):
+        problem = f"{stray} is in a folder whose name is a class in another Unicode normal form (NFC, NFD)"
+        raise DataConfigError("classes", order[:5], problem, "rename the folder, or the class in {param}")
     problem = f"{stray} is in none of these {len(order)} classes"
     raise DataConfigError("classes", order[:5], problem, "add its class to {param}, or remove it")

@@ -13,8 +13,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ldm.data.base import DataConfigError
+from ldm.paths import lines_of
 
 DELIMITERS = {".csv": ",", ".tsv": "\t", ".jsonl": ""}  # of the tables with this suffix
+_SEPARATORS = {";": "semicolons", "\t": "tabs", "|": "bars", ",": "commas"}
 FIELD_LIMIT = 1 << 24  # characters: the csv module's 128 KiB would reject long captions before their policy sees them
 
 
@@ -24,11 +26,6 @@ class Record(NamedTuple):
     line: int
     values: dict[str, Any]
     problem: str = ""
-
-
-def lines_of(text: str) -> list[str]:
-    """Return the lines of a text; `str.splitlines` would also split at U+2028, U+0085 and form feeds."""
-    return text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
 
 
 def read_records(path: Path, text: str, suffixes: Collection[str]) -> Iterator[Record]:
@@ -66,6 +63,10 @@ def _csv_records(path: Path, lines: list[str], delimiter: str, suffixes: Collect
             header = [cell.strip() for cell in cells]
             if repeated := next((name for name in header if name and header.count(name) > 1), None):
                 raise DataConfigError("captions", str(path), f"has two columns {repeated!r}", "rename one of them")
+            if len(header) == 1 and (other := next((each for each in _SEPARATORS if each in header[0]), None)):
+                problem = f"its columns are separated by {_SEPARATORS[other]}, not by {_SEPARATORS[delimiter]}"
+                advice = "save it with commas as .csv, or with tabs as .tsv"
+                raise DataConfigError("captions", str(path), problem, advice)
         elif len(cells) != len(header):
             yield Record(line, {}, f"{len(cells)} columns, but the header has {len(header)} (an unquoted comma?)")
         else:

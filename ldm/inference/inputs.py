@@ -13,7 +13,7 @@ from PIL import Image
 from ldm.config.suggest import closest, did_you_mean
 from ldm.data.image import EXTENSIONS, load_image, load_levels, to_array
 from ldm.inference.settings import MAX_COUNT, round_to_multiple
-from ldm.paths import expand_user
+from ldm.paths import expand_user, lines_of
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +36,7 @@ def read_prompts(path: str | Path) -> list[str]:
         raise ValueError(f"{flag}: {error.strerror or error}; pass a text file with one prompt per line") from error
     if 3 * text.count("\0") > len(text):  # UTF-16 without a mark
         raise ValueError(f"{flag}: not UTF-8 text (zero bytes); save it as UTF-8, one prompt per line")
-    prompts = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")  # as ldm.data.tables, which imports torch
+    prompts = lines_of(text)
     if not prompts[-1]:  # after the last line's end
         prompts.pop()
     if not any(map(str.strip, prompts)):

@@ -1,6 +1,7 @@
 """What a split and a class are, by the names of folders."""
 
 import logging
+import unicodedata
 
 import pytest
 
@@ -155,3 +156,24 @@ def test_a_split_does_not_select_from_a_list_and_is_refused_beside_one(tmp_path)
     with pytest.raises(DataConfigError, match="split 'train': selects nothing from the list"):
         ImageFolder(root, size=4, split="train", files=str(tmp_path / "list.txt"))
     assert len(ImageFolder(root, size=4, files=str(tmp_path / "list.txt"))) == 2
+
+
+def test_a_class_in_another_unicode_normal_form_is_named(tmp_path):
+    root = tree(tmp_path, f"{unicodedata.normalize('NFD', 'é')}/a.png")
+    with pytest.raises(DataConfigError, match="a class in another Unicode normal form"):
+        ImageFolder(root, size=4, class_labels=True, classes=[unicodedata.normalize("NFC", "é")])
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_a_split_of_a_list_comes_from_the_column_of_its_table_or_is_refused(tmp_path, named):
+    root = tree(tmp_path, "a.png", "b.png")
+    (tmp_path / "list.txt").write_text("a.png\nb.png\n")
+    column = (",split", ",train", ",validation") if named else ("", "", "")
+    lines = [f"{row}{end}" for row, end in zip(("file_name,text", "a.png,x", "b.png,y"), column)]
+    (tmp_path / "c.csv").write_text("\n".join(lines))
+    options = {"files": str(tmp_path / "list.txt"), "captions": "c.csv"}
+    if named:
+        assert names(root, "validation", **options) == ["b.png"]
+    else:
+        with pytest.raises(DataConfigError, match="split 'validation': selects nothing from the list"):
+            names(root, "validation", **options)

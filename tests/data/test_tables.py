@@ -1,6 +1,7 @@
 """Tables of captions: one set of rules for CSV, TSV and JSONL."""
 
 import json
+import unicodedata
 
 import pytest
 
@@ -203,3 +204,19 @@ def test_a_table_without_rows_is_refused(tmp_path, content):
     (tmp_path / "captions.csv").write_text(content)
     with pytest.raises(DataConfigError, match=r"captions.csv': has no rows; add a header and a row for each image"):
         ImageFolder(root=str(tmp_path), size=8, captions="captions.csv")
+
+
+@pytest.mark.parametrize(("name", "separator", "word"), [("c.csv", ";", "semicolons"), ("c.tsv", ",", "commas")])
+def test_another_separator_is_named(root, name, separator, word):
+    (root / name).write_text("\n".join(separator.join(row) for row in [("file_name", "text"), *rows()]))
+    with pytest.raises(DataConfigError, match=f"its columns are separated by {word}, not by"):
+        folder(root, name)
+
+
+@pytest.mark.parametrize("written", ["NFC", "NFD"])
+@pytest.mark.parametrize(("outer", "inner"), [("NFC", "NFD"), ("NFD", "NFC"), ("NFD", "NFD")])
+def test_names_match_in_any_mix_of_unicode_normal_forms(tmp_path, written, outer, inner):
+    on_disk = f"{unicodedata.normalize(outer, 'café')}/{unicodedata.normalize(inner, 'é.png')}"
+    save_image(tmp_path / on_disk, 0, 4, 4)
+    write(tmp_path, "c.csv", [(unicodedata.normalize(written, "café/é.png"), "a cup")])
+    assert [item.name for item in folder(tmp_path, "c.csv").items] == [on_disk]
