@@ -19,7 +19,7 @@ _UNET = (
 _CONTROLNET = "ldm.models.diffusion.controlnet.ControlNet"
 _COPIED = "in_channels model_channels num_res_blocks channel_mult attention_resolutions context_dim"  # by a ControlNet
 _AUTOENCODERS = "ldm.models.autoencoder."
-_GROUPS = 32  # of every group norm
+_GROUPS = 32  # of a group norm, if norm_num_groups is not set
 _ENCODER_WIDTH = {  # of the vectors that an encoder returns, by its parameter
     "ClassEmbedder": "embed_dim",
     "BERTEmbedder": "n_embed",
@@ -109,12 +109,13 @@ def _channel_problems(
 
 
 def _group_problems(path: str, width: str, multipliers: str, params: Mapping[str, Any]) -> Iterator[str]:
+    groups = params.get("norm_num_groups", _GROUPS)
     for mult in params.get(multipliers) or ():
-        channels = mult * params.get(width, _GROUPS)
-        if channels % _GROUPS:
+        channels = mult * params.get(width, groups)
+        if channels % groups:
             yield (
                 f"{path}.{width} {params[width]}: with {path}.{multipliers} {list(params[multipliers])} a level has "
-                f"{channels} channels; they must be multiples of {_GROUPS}, the groups of group norm"
+                f"{channels} channels; they must be multiples of {groups}, the groups of group norm"
             )
 
 

@@ -23,7 +23,9 @@ class AutoencoderKL(AdversarialAutoencoder):
     """Autoencoder with a diagonal Gaussian latent, weakly regularized towards N(0, 1).
 
     ddconfig: `double_z` true; embed_dim: channels of the latent; learn_logvar: train the likelihood's scale, as
-    `learn_logvar` of the loss does. Other arguments: see AdversarialAutoencoder.
+    `learn_logvar` of the loss does. init_logvar: added to the posterior's log variance when training starts; 0, as
+    published, starts with noise larger than the latent, and -8 lets small networks learn several times faster. Other
+    arguments: see AdversarialAutoencoder.
     """
 
     def __init__(
@@ -38,6 +40,7 @@ class AutoencoderKL(AdversarialAutoencoder):
         monitor: str | None = None,
         *,
         learn_logvar: bool = False,
+        init_logvar: float = 0.0,
         **kwargs: Any,
     ) -> None:
         super().__init__(ddconfig, lossconfig, ckpt_path, ignore_keys, image_key, colorize_nlabels, monitor, **kwargs)
@@ -49,6 +52,8 @@ class AutoencoderKL(AdversarialAutoencoder):
         self.embed_dim = embed_dim
         self.quant_conv = nn.Conv2d(2 * z_channels, 2 * embed_dim, kernel_size=1)
         self.post_quant_conv = nn.Conv2d(embed_dim, z_channels, kernel_size=1)
+        with torch.no_grad():  # on the meta device too
+            self.quant_conv.bias[embed_dim:] += init_logvar
         if learn_logvar:
             if not isinstance(getattr(self.loss, "logvar", None), nn.Parameter):
                 raise ValueError(f"learn_logvar: the loss {type(self.loss).__name__} has no logvar to learn")

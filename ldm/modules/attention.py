@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from ldm.modules.diffusionmodules.util import GroupNorm32, checkpoint, normalization, zero_module
+from ldm.modules.diffusionmodules.util import NORM_GROUPS, GroupNorm32, checkpoint, normalization, zero_module
 from ldm.published import published_names
 from ldm.util import default
 
@@ -27,9 +27,9 @@ class ContextBlock(nn.Module):
     """
 
 
-def Normalize(in_channels: int) -> GroupNorm32:
-    """GroupNorm of the spatial layers: 32 groups, eps 1e-6 (the UNet's own norms have 1e-5)."""
-    return normalization(in_channels, eps=1e-6)
+def Normalize(in_channels: int, num_groups: int = NORM_GROUPS) -> GroupNorm32:
+    """GroupNorm of the spatial layers: eps 1e-6 (the UNet's own norms have 1e-5)."""
+    return normalization(in_channels, eps=1e-6, num_groups=num_groups)
 
 
 def attend(
@@ -250,10 +250,10 @@ class LinearAttention(nn.Module):
 class SpatialSelfAttention(nn.Module):
     """Single-head self-attention over the pixels of a feature map, with a residual connection."""
 
-    def __init__(self, in_channels: int) -> None:
+    def __init__(self, in_channels: int, norm_num_groups: int = NORM_GROUPS) -> None:
         super().__init__()
         self.in_channels = in_channels
-        self.norm = Normalize(in_channels)
+        self.norm = Normalize(in_channels, norm_num_groups)
         self.q = nn.Conv2d(in_channels, in_channels, kernel_size=1)
         self.k = nn.Conv2d(in_channels, in_channels, kernel_size=1)
         self.v = nn.Conv2d(in_channels, in_channels, kernel_size=1)

@@ -40,6 +40,8 @@ from ldm.training.trainer import build_trainer, check_trainer
 
 logger = logging.getLogger(__name__)
 
+SMALL_RESOLUTION = 64  # pixels; the recipe to continue with is the small one up to here
+
 
 def execute(options: RunOptions, directory: RunDirectory, config: DictConfig, settings: RunSettings) -> int:
     """Build data, model and Trainer, train if `options.train`, evaluate the test set if any; return the exit code."""
@@ -128,7 +130,8 @@ def next_command(config: DictConfig, run: Path) -> str:
         stage = f"model.params.first_stage_config.params.ckpt_path={place}/checkpoints/last.ckpt"
         root = OmegaConf.select(config, "data.params.train.params.root")
         data = f" data.params.train.params.root={shlex.quote(str(root))}" if root else ""
-        return f"python main.py --base configs/recipes/text-to-image-folder.yaml -t {stage}{data}"
+        size = "-small" if params["ddconfig"]["resolution"] <= SMALL_RESOLUTION else ""
+        return f"python main.py --base configs/recipes/text-to-image{size}-folder.yaml -t {stage}{data}"
     if "unet_config" not in params or "Classifier" in target:
         return ""
     content: Any = OmegaConf.to_container(config, resolve=True)

@@ -12,6 +12,7 @@ from ldm.paths import ROOT
 
 TEXT2IMAGE = "configs/quickstart/text2image.yaml"
 FOLDER = "configs/recipes/text-to-image-folder.yaml"
+SMALL_FOLDER = "configs/recipes/text-to-image-small-folder.yaml"
 AUTOENCODER = "configs/recipes/autoencoder-folder.yaml"
 CONCAT = "models/ldm/semantic_synthesis256/config.yaml"
 UNET, STAGE = "model.params.unet_config.params", "model.params.first_stage_config.params"
@@ -38,6 +39,7 @@ def check(file, *overrides):
             (f"{UNET}.model_channels 20", f"{UNET}.channel_mult", "multiples of 32"),
         ),
         (TEXT2IMAGE, f"{STAGE}.ddconfig.ch=20", (f"{STAGE}.ddconfig.ch 20", "multiples of 32")),
+        (SMALL_FOLDER, f"{STAGE}.ddconfig.ch=18", (f"{STAGE}.ddconfig.ch 18", "multiples of 4, ")),
         (
             TEXT2IMAGE,
             "model.params.image_size=7",

@@ -30,7 +30,7 @@ VQ = {
         "n_embed": 32,
         "ddconfig": {
             **FIRST_STAGE["params"]["ddconfig"],
-            **{"double_z": False, "z_channels": 3, "ch_mult": [1, 2], "attn_resolutions": [16]},
+            **{"double_z": False, "z_channels": 3, "ch_mult": [1, 2], "attn_resolutions": [16], "norm_num_groups": 8},
         },
         "lossconfig": {"target": "torch.nn.Identity"},
     },

@@ -112,6 +112,16 @@ def test_weights_are_read_from_ckpt_path(tmp_path):
     assert torch.equal(other.decoder.conv_out.weight, model.decoder.conv_out.weight)
 
 
+def test_init_logvar_lowers_the_noise_at_the_start_and_weights_replace_it(tmp_path):
+    plain, quiet = (AutoencoderKL(DDCONFIG, loss_config(), embed_dim=2, init_logvar=value) for value in (0.0, -8.0))
+    quiet.load_state_dict(plain.state_dict() | {"quant_conv.bias": quiet.quant_conv.bias})
+    images = torch.rand(2, 3, 16, 16)
+    assert quiet.encode(images).logvar.mean() < plain.encode(images).logvar.mean() - 7
+    torch.save({"state_dict": plain.state_dict()}, tmp_path / "kl.ckpt")
+    loaded = AutoencoderKL(DDCONFIG, loss_config(), 2, str(tmp_path / "kl.ckpt"), init_logvar=-8.0)
+    assert torch.equal(loaded.quant_conv.bias, plain.quant_conv.bias)
+
+
 def test_misspelt_and_missing_network_options_are_named():
     with pytest.raises(ConfigError, match=r"ddconfig\.num_res_block: .*did you mean 'num_res_blocks'"):
         AutoencoderKL({**DDCONFIG, "num_res_block": 1}, loss_config(), embed_dim=2)

@@ -33,6 +33,8 @@ def test_a_state_of_another_shape_is_described_by_three_keys_the_count_and_the_s
         ("../models/ldm/semantic_synthesis256/config", 'scripts/sample_conditional.py -r "logs/a run"'),
         ("../models/ldm/layout2img-openimages256/config", 'scripts/sample_conditional.py -r "logs/a run"'),
         ("recipes/autoencoder-folder", "main.py --base configs/recipes/text-to-image-folder.yaml"),
+        ("recipes/autoencoder-small-folder", "main.py --base configs/recipes/text-to-image-small-folder.yaml"),
+        ("recipes/text-to-image-small-folder", 'scripts/txt2img.py --ckpt "logs/a run" --prompt "..."'),
     ],
 )
 def test_a_finished_run_names_the_command_that_uses_it(config, command):

@@ -21,7 +21,7 @@ _HAS_ATTENTION = {name: bool(attends) for pair in (_DOWN, _UP) for attends, name
 _SUPPORTED: dict[str, dict[str, Any]] = {  # values of our ddconfig, and of diffusers' config.json
     "ddconfig": {"use_linear_attn": False, "resamp_with_conv": True, "tanh_out": False, "give_pre_end": False},
     "config.json": {
-        **{"act_fn": "silu", "norm_num_groups": 32, "use_quant_conv": True, "use_post_quant_conv": True},
+        **{"act_fn": "silu", "use_quant_conv": True, "use_post_quant_conv": True},
         **{"norm_type": "group", "lookup_from_codebook": False},
         **{"shift_factor": None, "latents_mean": None, "latents_std": None},
     },
@@ -42,6 +42,7 @@ class StageLayout(NamedTuple):
     middle_attention: bool
     z_channels: int
     embed_dim: int
+    norm_num_groups: int
     codes: int | None = None  # size of the codebook
 
     @classmethod
@@ -70,6 +71,7 @@ class StageLayout(NamedTuple):
             middle_attention=attends,
             z_channels=dd["z_channels"],
             embed_dim=params["embed_dim"],
+            norm_num_groups=dd.get("norm_num_groups", 32),
             codes=params["n_embed"] if kind == VQ else None,
         )
 
@@ -91,6 +93,7 @@ class StageLayout(NamedTuple):
             middle_attention=bool(config.get("mid_block_add_attention", True)),
             z_channels=z_channels,
             embed_dim=(config.get("vq_embed_dim") or z_channels) if kind == VQ else z_channels,
+            norm_num_groups=config.get("norm_num_groups", 32),
             codes=config.get("num_vq_embeddings", 256) if kind == VQ else None,
         )
 
@@ -99,7 +102,7 @@ class StageLayout(NamedTuple):
         config = {
             "_class_name": self.kind,
             "act_fn": "silu",
-            "norm_num_groups": 32,
+            "norm_num_groups": self.norm_num_groups,
             "sample_size": sample_size,
             "in_channels": self.in_channels,
             "out_channels": self.out_channels,

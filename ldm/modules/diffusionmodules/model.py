@@ -45,7 +45,8 @@ def Normalize(in_channels: int, num_groups: int = NORM_GROUPS) -> nn.GroupNorm:
     """GroupNorm with the first stage's eps of 1e-6; float32 under autocast."""
     if in_channels % num_groups:
         raise ValueError(
-            f"GroupNorm: {in_channels} channels are not a multiple of {num_groups} groups; change ch or ch_mult"
+            f"GroupNorm: {in_channels} channels are not a multiple of {num_groups} groups; change ch, ch_mult or "
+            "norm_num_groups"
         )
     return nn.GroupNorm(num_groups=num_groups, num_channels=in_channels, eps=1e-6, affine=True)
 
@@ -91,15 +92,16 @@ class ResnetBlock(nn.Module):
         conv_shortcut: bool = False,
         dropout: float,
         temb_channels: int = 512,
+        norm_num_groups: int = NORM_GROUPS,
     ) -> None:
         super().__init__()
         out_channels = in_channels if out_channels is None else out_channels
         self.in_channels, self.out_channels, self.use_conv_shortcut = in_channels, out_channels, conv_shortcut
-        self.norm1 = Normalize(in_channels)
+        self.norm1 = Normalize(in_channels, norm_num_groups)
         self.conv1 = nn.Conv2d(in_channels, out_channels, kernel_size=3, padding=1)
         if temb_channels > 0:
             self.temb_proj = nn.Linear(temb_channels, out_channels)
-        self.norm2 = Normalize(out_channels)
+        self.norm2 = Normalize(out_channels, norm_num_groups)
         self.dropout = nn.Dropout(dropout)
         self.conv2 = nn.Conv2d(out_channels, out_channels, kernel_size=3, padding=1)
         if in_channels != out_channels:
@@ -125,12 +127,12 @@ class LinAttnBlock(LinearAttention):
         super().__init__(dim=in_channels, heads=1, dim_head=in_channels)
 
 
-def make_attn(in_channels: int, attn_type: str = "vanilla") -> nn.Module:
+def make_attn(in_channels: int, attn_type: str = "vanilla", norm_num_groups: int = NORM_GROUPS) -> nn.Module:
     """Attention layer by name; 'none' is the identity, 'vanilla-xformers' (SD v2's configs) the same as 'vanilla'."""
     if attn_type not in ATTENTION_TYPES:
         raise ValueError(f"attn_type={attn_type!r}: choose one of {', '.join(ATTENTION_TYPES)}")
     if attn_type.startswith("vanilla"):
-        return AttnBlock(in_channels)
+        return AttnBlock(in_channels, norm_num_groups)
     return LinAttnBlock(in_channels) if attn_type == "linear" else nn.Identity()
 
 
@@ -170,18 +172,23 @@ class _Level(nn.Module):
 class _Middle(nn.Module):
     """Layers at the lowest resolution: residual block, attention, residual block."""
 
-    def __init__(self, channels: int, attn_type: str, dropout: float, temb_channels: int) -> None:
+    def __init__(self, channels: int, attn_type: str, norm_num_groups: int, **block: Any) -> None:
         super().__init__()
-        self.block_1 = ResnetBlock(in_channels=channels, temb_channels=temb_channels, dropout=dropout)
-        self.attn_1 = make_attn(channels, attn_type)
-        self.block_2 = ResnetBlock(in_channels=channels, temb_channels=temb_channels, dropout=dropout)
+        block |= {"in_channels": channels, "norm_num_groups": norm_num_groups}
+        self.block_1 = ResnetBlock(**block)
+        self.attn_1 = make_attn(channels, attn_type, norm_num_groups)
+        self.block_2 = ResnetBlock(**block)
 
     def forward(self, h: Tensor, temb: Tensor | None = None) -> Tensor:
         return self.block_2(self.attn_1(self.block_1(h, temb)), temb)
 
 
 class Network(nn.Module):
-    """Options that Encoder, Decoder and Model share, and the parts built from them."""
+    """Options that Encoder, Decoder and Model share, and the parts built from them.
+
+    norm_num_groups: groups of every GroupNorm. With fewer than four channels a group, the norm removes
+        most of an image's color from the features: networks of 32 or 64 channels keep it with 4 or 8 groups.
+    """
 
     takes_timesteps = False
 
@@ -199,6 +206,7 @@ class Network(nn.Module):
         resolution: PositiveInt,
         use_linear_attn: bool = False,
         attn_type: str = "vanilla",
+        norm_num_groups: PositiveInt = NORM_GROUPS,
     ) -> None:
         super().__init__()
         if not ch_mult:
@@ -220,22 +228,16 @@ class Network(nn.Module):
         self._lowest_size = resolution // factor
         self._attn_resolutions = tuple(attn_resolutions)
         self._attn_type = "linear" if use_linear_attn else attn_type
-        self._dropout, self._resamp_with_conv = dropout, resamp_with_conv
+        self._resamp_with_conv, self._norm_num_groups = resamp_with_conv, norm_num_groups
+        self._block = {"dropout": dropout, "temb_channels": self.temb_ch, "norm_num_groups": norm_num_groups}
 
     def _level(self, widths: Sequence[tuple[int, int]], size: int) -> _Level:
         """Residual blocks of these (in, out) widths; with attention if `size` is one of `attn_resolutions`."""
         block, attn = nn.ModuleList(), nn.ModuleList()
         for in_channels, out_channels in widths:
-            block.append(
-                ResnetBlock(
-                    in_channels=in_channels,
-                    out_channels=out_channels,
-                    temb_channels=self.temb_ch,
-                    dropout=self._dropout,
-                )
-            )
+            block.append(ResnetBlock(in_channels=in_channels, out_channels=out_channels, **self._block))
             if size in self._attn_resolutions:
-                attn.append(make_attn(out_channels, self._attn_type))
+                attn.append(make_attn(out_channels, self._attn_type, self._norm_num_groups))
         return _Level(block, attn)
 
     def _down(self) -> nn.ModuleList:
@@ -251,7 +253,7 @@ class Network(nn.Module):
         return levels
 
     def _middle(self) -> _Middle:
-        return _Middle(self._widths[-1], self._attn_type, self._dropout, self.temb_ch)
+        return _Middle(self._widths[-1], self._attn_type, **self._block)
 
     def _up(self, with_skips: bool) -> nn.ModuleList:
         """Expanding half, stored under the index of the resolution: `up.0` is the full size and runs last.
@@ -293,7 +295,7 @@ class Encoder(Network):
         self.conv_in = nn.Conv2d(self.in_channels, self.ch, kernel_size=3, padding=1)
         self.down = self._down()
         self.mid = self._middle()
-        self.norm_out = Normalize(self._widths[-1])
+        self.norm_out = Normalize(self._widths[-1], self._norm_num_groups)
         self.conv_out = nn.Conv2d(
             self._widths[-1], 2 * z_channels if double_z else z_channels, kernel_size=3, padding=1
         )
@@ -327,7 +329,7 @@ class Decoder(Network):
         self.conv_in = nn.Conv2d(z_channels, self._widths[-1], kernel_size=3, padding=1)
         self.mid = self._middle()
         self.up = self._up(with_skips=False)
-        self.norm_out = Normalize(self._widths[0])
+        self.norm_out = Normalize(self._widths[0], self._norm_num_groups)
         self.conv_out = nn.Conv2d(self._widths[0], self.out_ch, kernel_size=3, padding=1)
 
     def forward(self, z: Tensor) -> Tensor:
@@ -358,7 +360,7 @@ class Model(Network):
         self.down = self._down()
         self.mid = self._middle()
         self.up = self._up(with_skips=True)
-        self.norm_out = Normalize(self._widths[0])
+        self.norm_out = Normalize(self._widths[0], self._norm_num_groups)
         self.conv_out = nn.Conv2d(self._widths[0], self.out_ch, kernel_size=3, padding=1)
 
     def forward(self, x: Tensor, t: Tensor | None = None, context: Tensor | None = None) -> Tensor:

@@ -57,14 +57,14 @@ class GroupNorm32(nn.GroupNorm):
         return F.group_norm(x.float(), self.num_groups, self.weight.float(), self.bias.float(), self.eps).to(x.dtype)
 
 
-def normalization(channels: int, eps: float = 1e-5) -> GroupNorm32:
-    """GroupNorm over 32 groups; eps is 1e-5 in the UNet's blocks and 1e-6 in spatial transformers and first stages."""
-    if channels % NORM_GROUPS:
+def normalization(channels: int, eps: float = 1e-5, num_groups: int = NORM_GROUPS) -> GroupNorm32:
+    """GroupNorm in float32; eps is 1e-5 in the UNet's blocks and 1e-6 in spatial transformers and first stages."""
+    if channels % num_groups:
         raise ValueError(
-            f"GroupNorm: {channels} channels are not a multiple of {NORM_GROUPS} groups; change model_channels or "
+            f"GroupNorm: {channels} channels are not a multiple of {num_groups} groups; change model_channels or "
             "channel_mult (or in_channels of the block)"
         )
-    return GroupNorm32(NORM_GROUPS, channels, eps=eps)
+    return GroupNorm32(num_groups, channels, eps=eps)
 
 
 def zero_module(module: M) -> M:

@@ -122,6 +122,13 @@ def test_norms_have_the_first_stages_eps():
     assert norms and all(norm.eps == 1e-6 for norm in norms)
 
 
+@pytest.mark.parametrize("half", [Encoder, Decoder])
+def test_every_norm_has_the_number_of_groups_asked_for(half):
+    network = half(**{**DDCONFIG, "ch": 16}, norm_num_groups=4)
+    groups = [module.num_groups for module in network.modules() if isinstance(module, torch.nn.GroupNorm)]
+    assert len(groups) > 5 and set(groups) == {4}
+
+
 @torch.no_grad()
 def test_decoder_options_stop_before_the_last_norm_or_bound_the_output():
     z = 5 * randn(4, 1, 4, 8, 8)
