@@ -21,6 +21,7 @@ EXTRAS["test"] = [
     *EXTRAS["quickstart"],
     *EXTRAS["retrieval"],
     *EXTRAS["safety"],
+    "peft>=0.17",  # LoRA files, compared with diffusers'
 ]
 
 setup(

@@ -1,4 +1,4 @@
-"""Convert weights to a diffusers folder and back: convert.py --ckpt sd-v1-4.ckpt --out sd-v1-4-diffusers."""
+"""Convert weights to diffusers' layout and back: convert.py --ckpt sd-v1-4.ckpt --out sd-v1-4-diffusers."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout of this script, installed or not
 
-from argparse import BooleanOptionalAction
+from argparse import BooleanOptionalAction, Namespace
 
 from ldm.cli import Parser, run_command
 from ldm.config.instantiate import allow_targets
@@ -22,13 +22,19 @@ DESCRIPTION = """Convert a weights file to a diffusers folder or back; diffusers
 --ckpt a folder (a pipeline, a UNet or a first stage): --out is the .ckpt or .safetensors file to create.
 --config is the YAML of the model: Stable Diffusion v1, v2 or inpainting, unconditional or class-conditional latent
 diffusion, or a KL or VQ first stage. Every block is computed on both sides and compared before anything is written;
-existing files are never overwritten."""
+existing files are never overwritten.
+
+--lora a LoRA file, or the folder that peft wrote: --out is the .safetensors file to create, in the names of kohya's
+scripts or of diffusers (--lora_format)."""
 
 
 def parser() -> Parser:
     parser = Parser(prog="convert.py", description=DESCRIPTION)
     add = parser.add_argument
-    add("--ckpt", required=True, metavar="PATH", help="weights file or diffusers folder")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--ckpt", metavar="PATH", help="weights file or diffusers folder")
+    source.add_argument("--lora", metavar="PATH", help="LoRA file or folder, of any of the formats")
+    add("--lora_format", choices=("kohya", "diffusers"), help="names of the written LoRA (default: kohya)")
     text = "folder, or .ckpt or .safetensors file, to create; must not exist"
     add("--out", required=True, metavar="PATH", help=text)
     add("--config", metavar="YAML", help=f"config of the model (default: config.yaml in the folder, else {CONFIG})")
@@ -44,9 +50,16 @@ def parser() -> Parser:
 
 def main(argv: Sequence[str]) -> None:
     opt = parser().parse_args(argv)
-    path, target = find_file(opt.ckpt), Path(opt.out)
+    path, target = find_file(opt.ckpt or opt.lora), Path(opt.out)
     if target.exists():
         raise ValueError(f"--out {target}: already exists; choose another name or remove it first")
+    others = ("dtype", "use_ema", "scheduler") if opt.lora else ("lora_format",)
+    for flag in (flag for flag in others if getattr(opt, flag) is not None):
+        raise ValueError(f"--{flag}: only for {'--ckpt' if opt.lora else '--lora'}")
+    allow_targets(*opt.allow_targets)
+    if opt.lora:
+        _convert_lora(opt, path, target)
+        return
     # Imported here because they bring torch, which --help does not need.
     from ldm.checkpoint.diffusers.plan import plan_of
     from ldm.checkpoint.source import DiffusersFolder, open_weights
@@ -61,7 +74,6 @@ def main(argv: Sequence[str]) -> None:
     config = read_config(
         own if from_folder and opt.config is None and own.is_file() else find_file(opt.config or CONFIG)
     )
-    allow_targets(*opt.allow_targets)
     scheduler = opt.scheduler or "ddim"
     if opt.scheduler is not None and plan_of(config, scheduler).scheduler is None:
         raise ValueError(f"--scheduler {opt.scheduler}: a first stage has no scheduler; remove the flag")
@@ -73,6 +85,13 @@ def main(argv: Sequence[str]) -> None:
             use_ema = "unet_config" in config.model.params and model_info(config).use_ema
         done = to_folder(config, source, target, opt.dtype, use_ema, scheduler)
     print(f"{done.tensors} tensors in {done.seconds:.1f} s, largest block difference {done.worst:.1e}\n{done.target}")
+
+
+def _convert_lora(opt: Namespace, path: Path, target: Path) -> None:
+    from ldm.convert.lora import convert_lora  # it brings torch
+
+    done = convert_lora(read_config(find_file(opt.config or CONFIG)), path, target, opt.lora_format or "kohya")
+    print(f"{done.layers} layers in {done.seconds:.1f} s\n{done.target}")
 
 
 if __name__ == "__main__":

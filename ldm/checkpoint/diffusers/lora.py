@@ -11,6 +11,7 @@ import json
 import logging
 import math
 import re
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -299,9 +300,10 @@ class _Layer(NamedTuple):
                     f"{self.path}: {other} has no {role.removesuffix('.weight')}: the file is incomplete"
                 )
         out, inputs, *kernel = self.shape
-        ones, rank = [1] * len(kernel), self._tensor("lora_down.weight").shape[:1].numel()
-        if rank == 0:
-            raise self._misfit("lora_down.weight", "of rank 0")
+        ones, given = [1] * len(kernel), self._tensor("lora_down.weight").shape
+        if len(given) < 2 or given[0] == 0:
+            raise self._misfit("lora_down.weight", f"expected (rank, {inputs}, ...) with a rank of 1 or more")
+        rank = given[0]
         mid = None
         if "lora_mid.weight" in self.values:
             mid, kernel = self._shaped("lora_mid.weight", (rank, rank, *kernel)), ones
@@ -363,8 +365,9 @@ def _alpha(path: Path, name: str, value: Any) -> float:
     """A finite positive number, or a tensor with one."""
     if isinstance(value, Tensor) and value.numel() == 1 and not value.is_complex() and value.dtype != torch.bool:
         value = value.float().item()
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-        shown = f"of shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)[:60]
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= sys.float_info.max:
+        shown = repr(value)[:60] if isinstance(value, float | str) else f"a {type(value).__name__}"
+        shown += f" {tuple(value.shape)}" if isinstance(value, Tensor) else ""
         raise CheckpointError(f"{path}: {name} is {shown}; expected one positive number")
     return float(value)
 
