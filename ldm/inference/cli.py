@@ -15,7 +15,7 @@ from ldm import inference
 from ldm.cli import Parser
 from ldm.config.model_info import SAFETY_MODES, ModelInfo, read_model_info
 from ldm.inference.from_metadata import check_unchanged
-from ldm.inference.settings import LORA_MODES, PRECISIONS, SEED_MODES, TILE, Request, parse_lora
+from ldm.inference.settings import LORA_MODES, PRECISIONS, SEED_MODES, TILE, Request, parse_embedding, parse_lora
 from ldm.models.diffusion.samplers.registry import SAMPLERS
 from ldm.output.safety import Safety, SafetySettings
 from ldm.output.watermark import METHODS, Watermark
@@ -180,6 +180,8 @@ def add_model_flags(parser: Parser, config: str | None, ckpt: str | None, fill_i
     add("--watermark", choices=(*METHODS, "off"), help=text)
     text = "add a LoRA file with this strength (default: 1; negative for its opposite); repeat it for several files"
     add("--lora", action="append", default=[], metavar="FILE[:STRENGTH]", help=text)
+    text = "add the token of a textual inversion file to prompts, as its file or TOKEN names it; may be repeated"
+    add("--embedding", action="append", default=[], metavar="FILE[:TOKEN]", help=text)
     text = "merged: add each --lora to the weights; live: leave them apart, which costs time in every step"
     add("--lora_mode", choices=LORA_MODES, default=LORA_MODES[0], help=text)
     text = "allow the config to name classes of this package"
@@ -198,6 +200,7 @@ class Prepared(NamedTuple):
     watermark: Watermark | None
     safety: Safety
     lora: list[tuple[Path, float]]
+    embeddings: list[tuple[Path, str | None]]
 
 
 def read_info(opt: Namespace) -> ModelInfo:
@@ -216,6 +219,9 @@ def prepare(opt: Namespace, info: ModelInfo, ckpt: Path | None = None) -> Prepar
     if opt.watermark not in (None, "off") and find_spec("imwatermark") is None:
         raise ImportError(f"--watermark {opt.watermark}: pip install invisible-watermark")
     lora = [parse_lora(text) for text in opt.lora]
+    embeddings = [parse_embedding(text) for text in opt.embedding]
+    if embeddings and not info.takes_text:
+        raise ValueError(f"--embedding {opt.embedding[0]}: this model is not text-conditional; remove the flag")
     weights = _open_weights(opt, ckpt)
     if getattr(opt, "recorded", None) is not None:
         check_unchanged(opt, info, weights)
@@ -223,7 +229,7 @@ def prepare(opt: Namespace, info: ModelInfo, ckpt: Path | None = None) -> Prepar
     inference.allow_targets(*opt.allow_targets)
     watermark = None if opt.watermark == "off" else Watermark(opt.watermark or METHODS[0])
     safety = SafetySettings(opt.safety, opt.safety_checker).checked(info)
-    return Prepared(info, weights, watermark, Safety(safety).ready(), lora)
+    return Prepared(info, weights, watermark, Safety(safety).ready(), lora, embeddings)
 
 
 def _open_weights(opt: Namespace, ckpt: Path | None) -> inference.WeightsSource:
@@ -265,7 +271,8 @@ def prompts_of(opt: Namespace) -> str | list[str]:
 def load(opt: Namespace, prepared: Prepared, **files: str | Path | None) -> inference.Pipeline:
     """Load the model; the `files` that images are made from go into the metadata."""
     model = prepared.info, prepared.weights, opt.device, opt.precision, opt.use_ema
-    pipeline = inference.load_model(*model, lora=prepared.lora, lora_mode=opt.lora_mode)
+    added: dict[str, Any] = {"lora": prepared.lora, "lora_mode": opt.lora_mode, "embeddings": prepared.embeddings}
+    pipeline = inference.load_model(*model, **added)
     pipeline.identity = {**pipeline.identity, **record_files(**files)}
     return pipeline
 

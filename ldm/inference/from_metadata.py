@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from ldm import inference
 from ldm.cli import Parser
 from ldm.config.model_info import ModelInfo
-from ldm.inference.settings import MAX_COUNT, parse_lora
+from ldm.inference.settings import MAX_COUNT, parse_embedding, parse_lora
 from ldm.output.images import read_metadata
 from ldm.output.watermark import METHODS
 from ldm.paths import find_file, fingerprint
@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 _SAME = """
     negative_prompt sampler spacing scale image_scale guidance_rescale dynamic_threshold seed seed_mode n_samples n_iter
     fixed_code resolution tiled emphasis long_prompts chunks strength init_img depth config ckpt use_ema device
-    lora lora_mode
+    lora lora_mode embedding
     use_neighbors n_repeat database knn searcher clip_weights
 """
 FLAGS = {name: name for name in _SAME.split()} | {  # key of the metadata -> name of the parsed argument
@@ -155,9 +155,10 @@ def check_unchanged(opt: Namespace, info: ModelInfo, weights: inference.WeightsS
     files = [("config", info.path), ("ckpt", weights.path)]
     files += [(name, Path(path)) for name in ("init_img", "depth") if (path := getattr(opt, name, None))]
     found = [(name, path, recorded.get(f"{name}_fingerprint")) for name, path in files]
-    if "lora" not in typed:
-        fingerprints = recorded.get("lora_fingerprint") or []
-        found += [("lora", parse_lora(text)[0], before) for text, before in zip(opt.lora, fingerprints)]
+    for name, parse_text in (("lora", parse_lora), ("embedding", parse_embedding)):
+        texts = [] if name in typed else getattr(opt, name)
+        fingerprints = recorded.get(f"{name}_fingerprint") or []
+        found += [(name, parse_text(text)[0], before) for text, before in zip(texts, fingerprints)]
     for name, path, before in found:
         if before is None or path is None or not path.exists():
             continue

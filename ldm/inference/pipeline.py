@@ -28,9 +28,10 @@ from ldm.checkpoint import (
 from ldm.config.instantiate import instantiate_from_config, value_at
 from ldm.config.model_info import ModelInfo, model_info, read_model_info
 from ldm.data.image import to_array
+from ldm.inference.embeddings import add_tokens, read_tokens
 from ldm.inference.lora import add_live, merged, read_adapters, split_adapter
 from ldm.inference.precision import cast_weights, choose_device, resolve_precision
-from ldm.inference.settings import LORA_MODES, Request, lora_text
+from ldm.inference.settings import LORA_MODES, Request, embedding_text, lora_text
 from ldm.models.diffusion.samplers.denoiser import DiffusionModel
 from ldm.models.diffusion.samplers.noise import PUBLISHED_NOISE, NoiseSource
 from ldm.models.diffusion.samplers.registry import make_sampler
@@ -202,6 +203,7 @@ def load_model(
     use_ema: bool | None = None,
     lora: Sequence[tuple[str | Path, float]] = (),
     lora_mode: str = LORA_MODES[0],
+    embeddings: Sequence[tuple[str | Path, str | None]] = (),
 ) -> Pipeline:
     """Load the model of a YAML with the weights of a file or a diffusers folder, ready for sampling.
 
@@ -209,6 +211,7 @@ def load_model(
     tensor by tensor. Nothing is downloaded that the file holds.
     use_ema: use the EMA weights; None: if the config keeps an EMA, as the published scripts do.
     lora: (file or folder, strength) of each LoRA; lora_mode: merged into the weights, or live: left apart.
+    embeddings: (file, token) of each textual inversion; None for the token's own names, see `read_tokens`.
     Raises ValueError or OSError, with the next step, for files that do not fit.
     """
     start = time.perf_counter()
@@ -223,6 +226,7 @@ def load_model(
     weights, trained = split_adapter(source.path, source.tensors(), info.config, use_ema)
     with weights_on_meta():
         model = instantiate_from_config(for_inference(info.config, set(weights)).model)
+    tokens = read_tokens(embeddings)
     files = [(Path(path), strength) for path, strength in lora]
     adapters = [*trained, *(read_adapters(files, model, info.config) if files else [])]
     if lora_mode == "merged":
@@ -238,6 +242,7 @@ def load_model(
             "does this config match the checkpoint?"
         )
     model = model.requires_grad_(False).eval().to(where)
+    add_tokens(model.cond_stage_model, tokens)
     if lora_mode == "live":
         add_live(model, adapters)
     del adapters
@@ -252,6 +257,9 @@ def load_model(
     if files:
         used |= {"lora": [lora_text(*file) for file in files], "lora_mode": lora_mode}
         used |= {"lora_fingerprint": [fingerprint(path) for path, _ in files]}
+    if embeddings:
+        used["embedding"] = [embedding_text(Path(path), token) for path, token in embeddings]
+        used["embedding_fingerprint"] = [fingerprint(path) for path, _ in embeddings]
     return Pipeline(model, info, where, chosen.autocast, {**identify(source, info.path), **used})
 
 

@@ -186,6 +186,20 @@ def parse_lora(text: str) -> tuple[Path, float]:
     return path, strength
 
 
+def parse_embedding(text: str) -> tuple[Path, str | None]:
+    """`FILE[:token]` as (path, token or None); FILE may contain colons. Raises FileNotFoundError."""
+    before, _, token = text.rpartition(":")
+    for path, name in ((find_file(text), None), (find_file(before or text), token or None)):
+        if path.exists():
+            return path, name
+    raise FileNotFoundError(f"--embedding {text}: no such file; pass FILE or FILE:token, e.g. cat.safetensors:<cat>")
+
+
+def embedding_text(path: Path, token: str | None) -> str:
+    """`--embedding` that `parse_embedding` reads."""
+    return in_checkout(path) + (f":{token}" if token else "")
+
+
 def lora_text(path: Path, strength: float) -> str:
     """`--lora` that `parse_lora` reads."""
     return f"{in_checkout(path)}:{strength!r}"

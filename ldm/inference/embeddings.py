@@ -1,0 +1,59 @@
+"""Textual inversion files in sampling: their tokens, which prompts and negative prompts may use."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ldm.checkpoint.diffusers.embeddings import read_embeddings
+from ldm.modules.encoders.base import CLIPTokensEncoder
+
+logger = logging.getLogger(__name__)
+
+
+class Token(NamedTuple):
+    """A token of a file, with the names that prompts may call it by and its vectors (N, D)."""
+
+    path: Path
+    names: list[str]
+    vectors: Tensor
+
+
+def read_tokens(files: Sequence[tuple[str | Path, str | None]]) -> list[Token]:
+    """Read the tokens of (file, name). Raises ValueError or CheckpointError, with the file.
+
+    Without a name, a prompt calls the token of a file by its name in the file, by the name of the file, or by that in
+    angle brackets. The tokens of a file with several have their own names alone.
+    """
+    tokens = []
+    for file, name in files:
+        path = Path(file)
+        found = read_embeddings(path)
+        if name is not None and len(found) > 1:
+            own = ", ".join(str(embedding.token) for embedding in found)
+            raise ValueError(f"--embedding {path}:{name}: the file has {len(found)} tokens, {own}; remove :{name}")
+        for embedding in found:
+            own_names = [] if embedding.token is None else [embedding.token]
+            names = own_names if len(found) > 1 else [*own_names, path.stem, f"<{path.stem}>"]
+            tokens.append(Token(path, [name] if name else names, embedding.vectors))
+    return tokens
+
+
+@torch.no_grad()
+def add_tokens(encoder: Any, tokens: Sequence[Token]) -> None:
+    """Add tokens to a text encoder; raise ValueError, with the file, for one that does not fit."""
+    for path, names, vectors in tokens:
+        if not isinstance(encoder, CLIPTokensEncoder):
+            raise ValueError(
+                f"--embedding {path}: requires a text encoder of CLIP's tokens, not {type(encoder).__name__}"
+            )
+        try:
+            encoder.add_token(names, vectors)
+        except ValueError as error:
+            raise ValueError(f"--embedding {path}: {error}") from error
+        logger.info("%s: %d vectors, in prompts %s", path, len(vectors), " or ".join(dict.fromkeys(names)))
