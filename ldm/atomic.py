@@ -29,6 +29,12 @@ _NO_FOLDER_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EACCES, errno.EPERM)  # so
 _swept: set[Path] = set()  # folders that this process has searched for abandoned files
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """True for a lack of memory: Python's, a GPU's (by its class), the CPU's in PyTorch (a RuntimeError)."""
+    shown = f"{type(error).__name__} {error}"
+    return isinstance(error, MemoryError) or "OutOfMemoryError" in shown or "DefaultCPUAllocator: " in shown
+
+
 class WriteError(OSError):
     """A file could not be written: path, reason, bytes needed and free; a previous file of that name is unchanged."""
 
@@ -100,12 +106,17 @@ def append_text(path: str | os.PathLike, text: str) -> None:
 
 @contextlib.contextmanager
 def write_errors(path: Path, size: int = 0) -> Iterator[None]:
-    """Turn errors of the system, torch and faiss into a WriteError that names `path`, bytes needed and bytes free."""
+    """Turn errors of the system, torch and faiss into a WriteError that names `path`, bytes needed and bytes free.
+
+    What is written may be made meanwhile: a lack of memory for it is no error of writing.
+    """
     try:
         yield
     except (WriteError, FileExistsError):
         raise
     except (OSError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and is_out_of_memory(error):
+            raise
         reason = getattr(error, "strerror", None) or str(error).split("\n")[0]
         named = Path(str(getattr(error, "filename", None) or path))
         if named != path and not any(map(_TEMPORARY.fullmatch, named.parts)):  # another file, e.g. one to copy from

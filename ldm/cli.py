@@ -18,6 +18,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, NoReturn
 
+from ldm.atomic import is_out_of_memory
 from ldm.config.suggest import closest
 
 EXIT_USAGE = 2
@@ -25,7 +26,6 @@ EXIT_INTERRUPTED = 130
 # dotted.path=value; + adds a new key, ~dotted.path deletes one
 _OVERRIDE = re.compile(r"\+?[A-Za-z_]\w*(\.[\w-]+)+=|~[A-Za-z_]\w*(\.[\w-]+)+$", re.ASCII)
 _PATHS = ("DIR", "FILE", "FILE|DIR", "FOLDER", "IMAGE", "NAME|DIR", "PATH", "PNG", "YAML")  # metavars of paths
-_NO_MEMORY = ("OutOfMemoryError", "DefaultCPUAllocator: ")  # of a GPU, by its class; of the CPU, a RuntimeError
 
 
 class Stopped(BaseException):
@@ -104,7 +104,10 @@ class Parser(argparse.ArgumentParser):
             self.error(self._unknown(extra[0]))
         for action in self._actions:
             if action.metavar in _PATHS and hasattr(parsed, action.dest):
-                setattr(parsed, action.dest, _expand_user(getattr(parsed, action.dest)))
+                value = _expand_user(getattr(parsed, action.dest))
+                if value == "" or value == [""]:
+                    self.error(f"{action.option_strings[-1]} '': expected a path; the working directory is .")
+                setattr(parsed, action.dest, value)
         if self.takes_overrides:
             parsed.overrides = overrides
         return parsed
@@ -212,8 +215,7 @@ def run_command(
         print("stopped", file=sys.stderr)
         return EXIT_INTERRUPTED
     except Exception as error:
-        shown = f"{type(error).__name__} {error}"
-        out_of_memory = isinstance(error, MemoryError) or any(words in shown for words in _NO_MEMORY)
+        out_of_memory = is_out_of_memory(error)
         if "--debug" in argv or not (out_of_memory or isinstance(error, (ValueError, OSError, ImportError))):
             raise
         _close_bars()

@@ -255,3 +255,20 @@ def test_nothing_but_the_writer_writes_files():
 )
 def test_every_kind_of_direct_write_is_seen(line):
     assert direct_writes(line)
+
+
+def test_a_lack_of_memory_while_writing_is_no_write_error(tmp_path):
+    class OutOfMemoryError(RuntimeError):
+        """As torch's."""
+
+    for error in (
+        OutOfMemoryError("CUDA out of memory"),
+        RuntimeError("DefaultCPUAllocator: no memory"),
+        MemoryError(),
+    ):
+        with pytest.raises(type(error)), atomic_file(tmp_path / "a") as temporary:
+            temporary.write_bytes(b"half")
+            raise error
+    with pytest.raises(WriteError, match="could not be written: failed"), atomic_file(tmp_path / "a"):
+        raise RuntimeError("failed")
+    assert not list(tmp_path.iterdir())

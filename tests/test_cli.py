@@ -155,3 +155,11 @@ def test_a_home_directory_is_expanded_in_path_flags_only(monkeypatch):
     opt = parser.parse_args(words)
     assert (opt.outdir, opt.init_img, opt.prompt) == ("/home/me/pics", ["/home/me/a.png", "b.png"], "~/tilde")
     assert opt.depth == "/home/me/d.png"
+
+
+def test_an_empty_path_is_refused(capsys):
+    words = parser()
+    words.add_argument("--outdir", metavar="DIR")
+    with pytest.raises(SystemExit):
+        words.parse_args(["--outdir="])
+    assert "--outdir '': expected a path" in capsys.readouterr().err

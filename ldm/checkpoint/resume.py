@@ -81,6 +81,11 @@ def find_checkpoint(run_folder: str | os.PathLike, full_state: bool = False) -> 
             problems.append(str(error))
             continue
         if problems:
-            logger.warning("resuming from %s, step %s, because %s", path, global_step(path), "; ".join(problems))
+            more = f" ({len(problems)} in all)" if len(problems) > 2 else ""
+            why = "; ".join(problems[:2]) + more
+            logger.warning("resuming from %s, step %s, because %s", path, global_step(path), why)
         return path
-    raise CheckpointError(f"{run_folder}: no usable checkpoint ({'; '.join(problems) or 'no .ckpt file found'})")
+    if not files:
+        raise CheckpointError(f"{run_folder}: no usable checkpoint (no .ckpt file found)")
+    advice = "restore one from a copy, or start a new run with --base and the run's configs/*.yaml"
+    raise CheckpointError(f"{run_folder}: none of {len(files)} checkpoints is usable, e.g. {problems[-1]}; {advice}")

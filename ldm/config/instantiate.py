@@ -10,6 +10,7 @@ import sys
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
+from ldm.atomic import is_out_of_memory
 from ldm.config.suggest import closest, did_you_mean, log_unused
 from ldm.config.types import convert, or_none, shown
 
@@ -198,8 +199,11 @@ def _located(error: Exception, target: str, path: str, params: Mapping[str, Any]
             return ConfigError(f"{where}.{text}" if first in params else f"{where}.{inside[0]}.{text}")
         return None
     own = kind.__module__.startswith("ldm.")
-    no_memory = kind.__name__ == "OutOfMemoryError" or "DefaultCPUAllocator" in text
-    if own or no_memory or not (isinstance(error, _BUILD_ERRORS) or kind.__name__ == "MisconfigurationException"):
+    if (
+        own
+        or is_out_of_memory(error)
+        or not (isinstance(error, _BUILD_ERRORS) or kind.__name__ == "MisconfigurationException")
+    ):
         return None
     reason = f"{kind.__name__}: {text}" if text else kind.__name__
     return ConfigError(
@@ -246,6 +250,20 @@ def check_keys(node: Iterable[Any], accepted: Collection[str], target: str, path
     log_unused(path or "config", unknown)
 
 
+# Arguments of the classes of Stability's Stable Diffusion v2, with what replaces them here.
+STABILITY = {
+    "ucg_training": "for classifier-free guidance set model.params.cond_dropout to the probability",
+    "ucg_rate": "for classifier-free guidance set model.params.cond_dropout to the probability",
+    "make_it_fit": "remove it: weights of other shapes are named when they are loaded",
+    "reset_ema": "remove it: without EMA weights in the file, the EMA starts from the regular ones",
+    "reset_num_ema_updates": "remove it: a new run counts the updates of its EMA from 0",
+    "force_null_conditioning": "remove it: an empty text is the null condition",
+    "ema_decay": "remove it: main.py trains the autoencoder without EMA",
+    "adm_in_channels": "only num_classes is supported, as an integer",
+    "use_bf16": "remove it and pass --precision bf16-mixed",
+}
+
+
 def check_params(
     params: Mapping[str, Any], accepted: Collection[str], required: Collection[str], target: str, path: str
 ) -> None:
@@ -253,7 +271,8 @@ def check_params(
     where = join_path(path, "params")
     for key in params:
         if key not in accepted:
-            raise ConfigError(f"{where}.{key}: {target} takes no such parameter{did_you_mean(str(key), accepted)}")
+            advice = f"; {STABILITY[key]}" if key in STABILITY else did_you_mean(str(key), accepted)
+            raise ConfigError(f"{where}.{key}: {target} takes no such parameter{advice}")
     if missing := sorted(set(required) - set(params)):
         raise ConfigError(f"{where}: {target} needs {', '.join(missing)}")
 

@@ -151,7 +151,8 @@ def _factor(first_stage: Any) -> int | None:
 def _safety(config: Mapping[str, Any], path: Path | None) -> str:
     """The config's `safety`; by default `on` for models with a CLIP text encoder, as Stable Diffusion's.
 
-    A run of main.py that started without other weights (`ckpt_path`) is no fine-tune of Stable Diffusion: `off`.
+    A run of main.py that started without other weights (`ckpt_path`, `resume_from_checkpoint`) is no fine-tune of
+    Stable Diffusion: `off`.
     """
     if "safety" in config:
         mode = config["safety"]
@@ -161,7 +162,17 @@ def _safety(config: Mapping[str, Any], path: Path | None) -> str:
             raise ValueError(f"config: safety: {mode}: choose one of {', '.join(SAFETY_MODES)}")
         return mode
     params = config["model"].get("params") or {}
-    if path is not None and path.name.endswith("-project.yaml") and not params.get("ckpt_path"):
+    own_run = path is not None and path.name.endswith("-project.yaml")
+    if path is not None and own_run and not params.get("ckpt_path") and not _starts_from_checkpoint(path):
         return "off"
     target = str(value_at(params, "cond_stage_config", "target"))
     return "on" if target.endswith((".FrozenCLIPEmbedder", ".FrozenOpenCLIPEmbedder")) else "off"
+
+
+def _starts_from_checkpoint(project: Path) -> bool:
+    """True if a run of main.py, by its saved config, started from the full state of another one."""
+    from ldm.config.files import load_yaml  # omegaconf stays out of --help
+
+    lightning = project.with_name(project.name.replace("-project.yaml", "-lightning.yaml"))
+    saved = load_yaml(lightning) if lightning.is_file() else {}
+    return bool(value_at(saved, "lightning", "trainer", "resume_from_checkpoint"))

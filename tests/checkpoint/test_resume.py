@@ -61,3 +61,12 @@ def test_a_run_without_checkpoint_says_so(tmp_path):
         find_checkpoint(tmp_path)
     with pytest.raises(CheckpointError, match="no such folder"):
         find_checkpoint(tmp_path / "nowhere")
+
+
+def test_damaged_checkpoints_are_counted_and_one_is_named(tmp_path):
+    folder = run_folder(tmp_path, {**{f"epoch=00000{n}.ckpt": n for n in range(6)}, "last.ckpt": 6})
+    for path in (folder / "checkpoints").glob("*.ckpt"):
+        path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(CheckpointError, match=r"none of 7 checkpoints is usable, e\.g\. .*; restore one") as error:
+        find_checkpoint(folder)
+    assert len(str(error.value)) < 300 + 2 * len(str(folder))

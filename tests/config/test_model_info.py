@@ -127,6 +127,14 @@ def test_a_run_that_started_without_other_weights_is_not_checked_for_safety_by_d
             assert read_model_info(tmp_path / name).safety == expected
 
 
+@pytest.mark.parametrize(("start", "safety"), [("sd-v1-4.ckpt", "on"), (None, "off")])
+def test_a_run_that_started_from_another_runs_full_state_is_checked_for_safety(tmp_path, start, safety):
+    OmegaConf.save(OmegaConf.create(text_model_config(cond_stage_config=CLIP)), tmp_path / "T-project.yaml")
+    lightning = {"lightning": {"trainer": {"resume_from_checkpoint": start} if start else {}}}
+    OmegaConf.save(OmegaConf.create(lightning), tmp_path / "T-lightning.yaml")
+    assert read_model_info(tmp_path / "T-project.yaml").safety == safety
+
+
 def test_merged_files_keep_the_safety_mode(tmp_path):
     OmegaConf.save(
         OmegaConf.create({**text_model_config(), "safety": "report", "data": {"target": "x"}}), tmp_path / "a.yaml"

@@ -215,7 +215,8 @@ def test_a_condition_of_another_size_or_a_missing_one_is_one_line(images, tmp_pa
     saved = save_run(tmp_path, "hybrid", images)
     np.save(tmp_path / "map.npy", np.zeros((8, 8, 1), np.float32))
     command = arguments(saved, tmp_path / "out", "--condition", f"LR_image={tmp_path / 'map.npy'}")
-    assert "the batch has no 'caption'" in refused(main, command, capsys)
+    words = "--condition LR_image: the batch has no 'caption', it has LR_image, image; add --condition KEY=VALUE for it"
+    assert words in refused(main, command, capsys)
     words = "the condition has 1 channels (1x8x8), this model takes 3"
     assert words in refused(main, [*command, "--condition", "caption=a cat"], capsys)
 

@@ -94,3 +94,12 @@ def test_a_damaged_config_without_another_names_the_file_and_what_to_do(tmp_path
     with pytest.raises(ConfigError, match=r"T1-project\.yaml: .*--base CONFIG\.yaml"):
         saved_configs(directory)
     assert [path.name for path in saved_configs(directory, [Path("given.yaml")])] == ["T1-lightning.yaml"]
+
+
+@pytest.mark.parametrize("kind", ["project", "lightning"])
+def test_a_deleted_config_is_named_with_what_to_do(tmp_path, kind):
+    both = {"T1_project": PROJECT.encode(), "T1_lightning": LIGHTNING.encode()}
+    directory = run_with(tmp_path, **{name: text for name, text in both.items() if kind not in name})
+    with pytest.raises(ConfigError, match=rf"configs/\*-{kind}\.yaml: missing; restore it, or .* --base CONFIG\.yaml"):
+        saved_configs(directory)
+    assert len(saved_configs(directory, [Path("given.yaml")])) == 1

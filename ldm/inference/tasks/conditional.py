@@ -107,7 +107,14 @@ def sample_conditional(
         for first in range(0, len(samples), request.batch_size):
             batch = ReadBatch(default_collate(samples[first : first + request.batch_size]))
             with randomness(), pipeline.sampling():
-                z, cond, raw = model.get_input(batch, key, force_c_encode=True, return_original_cond=True)[:3]
+                try:
+                    z, cond, raw = model.get_input(batch, key, force_c_encode=True, return_original_cond=True)[:3]
+                except ValueError as error:
+                    missing = str(error).partition(": ")[0]
+                    if not named or "the batch has no" not in missing:
+                        raise
+                    advice = "add --condition KEY=VALUE for it, or --batch for the rest of a sample"
+                    raise ValueError(f"--condition {', '.join(named)}: {missing}; {advice}") from error
                 _check_condition(pipeline, z, cond)
                 unread = set(named) - batch.keys_read
                 if unread and batch.keys_read:  # an override of get_input may copy the batch

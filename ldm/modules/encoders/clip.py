@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import transformers
@@ -72,16 +72,24 @@ class FrozenCLIPEmbedder(CLIPTokensEncoder, PretrainedEncoder):
         max_length: PositiveInt = 77,
         text_config: Mapping[str, Any] | None = None,
         freeze: bool = True,
+        layer: Literal["last", "pooled", "hidden"] = "last",
+        layer_idx: int | None = None,
     ) -> None:
         """text_config: overrides of the shape, for tiny models; a checkpoint must hold their weights.
 
         freeze: False trains it with a LatentDiffusion of `cond_stage_trainable`.
+        layer: `last` is after the final LayerNorm, `pooled` its end token alone (B, 1, C), `hidden` the output of layer
+        `layer_idx` before that LayerNorm; 0 is the embedding, -1 the last layer.
         """
         super().__init__()
         shape = clip_shape(version, text_config)
         positions = shape["max_position_embeddings"]
         if not 2 <= max_length <= positions:
             raise ValueError(f"max_length {max_length}: choose 2 to {positions}, the positions of {version}")
+        layers = shape["num_hidden_layers"]
+        if (layer == "hidden") != (layer_idx is not None) or not -layers - 1 <= (layer_idx or 0) <= layers:
+            raise ValueError(f"layer_idx {layer_idx}: layer {layer!r}; layer 'hidden' takes {-layers - 1} to {layers}")
+        self.layer, self.layer_idx = layer, layer_idx
         self.version, self.max_length, self.finds_own_weights = version, max_length, not text_config
         self.transformer = clip_text_model(shape)
         if freeze:
@@ -97,7 +105,10 @@ class FrozenCLIPEmbedder(CLIPTokensEncoder, PretrainedEncoder):
         return self.transformer.get_submodule("text_model.embeddings.token_embedding")
 
     def encode_tokens(self, tokens: Tensor) -> Tensor:
-        return self.transformer(input_ids=tokens.to(self.device)).last_hidden_state
+        found = self.transformer(input_ids=tokens.to(self.device), output_hidden_states=self.layer == "hidden")
+        if self.layer == "pooled":
+            return found.pooler_output[:, None]
+        return found.last_hidden_state if self.layer_idx is None else found.hidden_states[self.layer_idx]
 
     def load_pretrained(self) -> None:
         folder = Path(self.version)

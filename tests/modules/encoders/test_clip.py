@@ -188,3 +188,20 @@ def test_clip_skip_as_research_code_writes_it():
         out = forward(model, texts)
         assert out.shape[:2] == (2, 77)
         assert torch.allclose(out, model(texts), atol=1e-5) is (model.clip_skip == 1)
+
+
+def test_layer_and_layer_idx_choose_the_published_outputs(seeded):
+    tokens = seeded.tokenize(TEXTS)
+    found = seeded.transformer(input_ids=tokens, output_hidden_states=True)
+    for layer, index, expected in (
+        ("last", None, found.last_hidden_state),
+        ("pooled", None, found.pooler_output[:, None]),
+        ("hidden", -2, found.hidden_states[1]),
+        ("hidden", 0, found.hidden_states[0]),
+    ):
+        model = FrozenCLIPEmbedder(text_config=TINY, layer=layer, layer_idx=index)
+        model.load_state_dict(seeded.state_dict())
+        assert torch.equal(model(TEXTS), expected)
+    for layer, index in (("hidden", None), ("last", 1), ("hidden", 3)):
+        with pytest.raises(ValueError, match=f"layer_idx {index}: layer '{layer}'"):
+            FrozenCLIPEmbedder(text_config=TINY, layer=layer, layer_idx=index)
