@@ -9,7 +9,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 
-from ldm.config.instantiate import ConfigError
+from ldm.config.consistency import check_size
 from ldm.data.folder import ImageFolder
 from ldm.modules.encoders import tokenizers
 from ldm.modules.encoders.base import AbstractEncoder
@@ -28,7 +28,8 @@ class DataCheck(pl.Callback):
         key = getattr(core, "first_stage_key", None) or getattr(core, "image_key", None)
         for split, data in folders.items():
             if key in (data.image_key, "segmentation"):
-                check_size(split, data, pixel_multiple(core))
+                param = "size" if data.size == data.crop_size else "crop_size"
+                check_size(f"data.params.{split}.params.{param}", data.crop_size, pixel_multiple(core))
         encoder, key = getattr(core, "cond_stage_model", None), getattr(core, "cond_stage_key", None)
         if isinstance(encoder, AbstractEncoder) and stage == "fit":
             captioned = [data for data in folders.values() if key in (data.caption_key, "caption", "txt")]
@@ -48,23 +49,6 @@ def pixel_multiple(model: Any) -> tuple[int, int]:
     unet = getattr(getattr(model, "model", None), "diffusion_model", None)
     levels = getattr(encoder, "num_resolutions", 1), len(getattr(unet, "channel_mult", (1,)))
     return 2 ** (levels[0] - 1), 2 ** (levels[1] - 1)
-
-
-def check_size(split: str, data: ImageFolder, factors: tuple[int, int]) -> None:
-    """Raise ConfigError unless height and width of the images are multiples of the product of `factors`."""
-    multiple = factors[0] * factors[1]
-    if not any(side % multiple for side in data.crop_size):
-        return
-    below = [max(multiple, side // multiple * multiple) for side in data.crop_size]
-    above = [-(-side // multiple) * multiple for side in data.crop_size]
-    sizes = " or ".join(dict.fromkeys(f"{height}x{width}" for height, width in (below, above)))
-    param = "size" if data.size == data.crop_size else "crop_size"
-    height, width = data.crop_size
-    raise ConfigError(
-        f"data.params.{split}: images of {height}x{width} pixels (height x width); this model needs multiples of "
-        f"{multiple} (first stage {factors[0]} x UNet {factors[1]}), the nearest are {sizes}: set "
-        f"data.params.{split}.params.{param}"
-    )
 
 
 def _captions(folders: Iterable[ImageFolder]) -> Iterator[str]:

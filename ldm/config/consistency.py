@@ -51,17 +51,30 @@ def check_consistency(config: Mapping[str, Any]) -> None:
         _compare_sizes("model.params.image_size", params.get("image_size"), 2 ** (len(levels) - 1), sizes)
     _check_attention(unet, ddconfig, stage)
     side, cells = params.get("image_size"), 2 ** (len(unet.get("channel_mult") or [0]) - 1)
-    multiple = 2 ** (len(levels or [0]) - 1) * cells
     if isinstance(side, int) and side % cells:
         path = "model.params.unet_config.params.channel_mult"
         raise ConfigError(
             f"model.params.image_size {side}: expected a multiple of {cells}, for {path} {list(unet['channel_mult'])}"
         )
     for path, size in sizes.items():
-        if size % multiple:
-            near = [max(multiple, (size // multiple + more) * multiple) for more in (0, 1)]
-            choices = " or ".join(str(each) for each in dict.fromkeys(near))
-            raise ConfigError(f"{path} {size}: this model needs multiples of {multiple} pixels; nearest {choices}")
+        check_size(path, (size, size), (2 ** (len(levels or [0]) - 1), cells))
+
+
+def check_size(path: str, size: tuple[int, int], factors: tuple[int, int]) -> None:
+    """Raise ConfigError unless height and width of the images are multiples of the product of `factors`.
+
+    path: of the size in the YAML. factors: by which the first stage and the UNet shrink an image; 1 for a missing one.
+    """
+    multiple = factors[0] * factors[1]
+    if not any(side % multiple for side in size):
+        return
+    below = [max(multiple, side // multiple * multiple) for side in size]
+    above = [-(-side // multiple) * multiple for side in size]
+    nearest = " or ".join(dict.fromkeys(f"{height}x{width}" for height, width in (below, above)))
+    raise ConfigError(
+        f"{path}: images of {size[0]}x{size[1]} pixels (height x width); this model needs multiples of {multiple} "
+        f"(first stage {factors[0]} x UNet {factors[1]}), the nearest are {nearest}"
+    )
 
 
 def _own_params(node: Any, prefix: str | tuple[str, ...]) -> Mapping[str, Any]:

@@ -50,9 +50,13 @@ def check(file, *overrides):
         (
             FOLDER,
             "data.params.train.params.size=260",
-            ("train.params.size 260", "multiples of 64", "nearest 256 or 320"),
+            ("train.params.size: images of 260x260", "multiples of 64", "nearest are 256x256 or 320x320"),
         ),
-        (AUTOENCODER, "data.params.train.params.crop_size=30", ("crop_size 30", "multiples of 8 ", "nearest 24 or 32")),
+        (
+            AUTOENCODER,
+            "data.params.train.params.crop_size=30",
+            ("crop_size: images of 30x30", "multiples of 8 ", "24x24 or 32x32"),
+        ),
         (AUTOENCODER, "model.params.ddconfig.out_ch=1", ("disc_in_channels 3", "ddconfig.out_ch is 1")),
     ],
 )
