@@ -196,6 +196,7 @@ INSIDE = {  # a file -> its calls that write to memory, or to a temporary file o
     "ldm/callbacks/checkpoints.py": {"open(temporary, 'wb')"},
     "ldm/checkpoint/write.py": {"torch.save(content, file)", "save_file(tensors, target, dict(metadata or {}))"},
     "ldm/training/launch.py": {"open(file, 'a+')"},  # the lock of a run directory
+    "ldm/training/class_images.py": {"open(folder / '.lock', 'a+')"},  # the lock of a folder
     "ldm/data/archives.py": {"part.open('wb')", "target.open('xb')"},
     "ldm/output/images.py": {"image.save(data, 'PNG', pnginfo=info)"},
     "ldm/output/sample_array.py": {

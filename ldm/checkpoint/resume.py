@@ -88,4 +88,5 @@ def find_checkpoint(run_folder: str | os.PathLike, full_state: bool = False) -> 
     if not files:
         raise CheckpointError(f"{run_folder}: no usable checkpoint (no .ckpt file found)")
     advice = "restore one from a copy, or start a new run with --base and the run's configs/*.yaml"
-    raise CheckpointError(f"{run_folder}: none of {len(files)} checkpoints is usable, e.g. {problems[-1]}; {advice}")
+    first = problems[0].partition(" (")[0]
+    raise CheckpointError(f"{run_folder}: none of {len(files)} checkpoints is usable, first {first}; {advice}")

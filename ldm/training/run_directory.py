@@ -108,10 +108,12 @@ def saved_configs(directory: RunDirectory, base: Sequence[Path] = ()) -> list[Pa
         files[next((kind for kind in _SECTIONS if file.stem.endswith(f"-{kind}")), file.stem)].append(file)
     if not files and not base:
         raise ConfigError(f"--resume {directory.path}: no saved configs (configs/*.yaml)")
-    absent = next((kind for kind in _SECTIONS if kind not in files), None)
-    if absent and not base and files.keys() <= _SECTIONS.keys():
+    if not base and files.keys() == {"lightning"}:
         advice = f"restore it, or give the configs of the run again: --resume {directory.path} --base CONFIG.yaml"
-        raise ConfigError(f"{directory.configs}/*-{absent}.yaml: missing; {advice}")
+        raise ConfigError(f"{directory.configs}/*-project.yaml: missing; {advice}")
+    if not base and files.keys() == {"project"}:
+        problem = f"{directory.configs}/*-lightning.yaml: missing; the Trainer's settings are the defaults"
+        logger.warning("%-11s %s", "config", problem)
     newest = []
     for kind, of_kind in files.items():
         problems = []
