@@ -67,6 +67,8 @@ def test_damaged_checkpoints_are_counted_and_one_is_named(tmp_path):
     folder = run_folder(tmp_path, {**{f"epoch=00000{n}.ckpt": n for n in range(6)}, "last.ckpt": 6})
     for path in (folder / "checkpoints").glob("*.ckpt"):
         path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(CheckpointError, match=r"none of 7 checkpoints is usable, first .*last\.ckpt: .*; restore one") as error:
+    with pytest.raises(
+        CheckpointError, match=r"none of 7 checkpoints is usable, first .*last\.ckpt: .*; restore one"
+    ) as error:
         find_checkpoint(folder)
     assert len(str(error.value)) < 300 + 2 * len(str(folder))

@@ -98,11 +98,13 @@ def info_of(**top):
 
 
 def test_only_stable_diffusion_configs_turn_the_safety_check_on():
-    """Those of the folder, and the recipe that goes on from its weights."""
+    """Those of its folder and of models that are made from its weights, and the recipes that go on from them."""
     configs = [*ROOT.glob("configs/**/*.yaml"), *ROOT.glob("models/ldm/**/*.yaml")]
     on = {path for path in configs if model_info(read_config(path)).safety == "on"}
-    recipe = ROOT / "configs" / "recipes" / "inpainting-folder.yaml"
-    assert on == {*ROOT.glob("configs/stable-diffusion/*.yaml"), recipe} and len(configs) > 20
+    recipes = [ROOT / "configs" / "recipes" / f"{name}-folder.yaml" for name in ("inpainting", "instruct-pix2pix")]
+    folders = ("stable-diffusion", "controlnet", "instruct-pix2pix")
+    models = [file for folder in folders for file in ROOT.glob(f"configs/{folder}/*.yaml")]
+    assert on == {*models, *recipes} and len(configs) > 20
 
 
 def test_a_clip_text_encoder_turns_the_safety_check_on_by_default(tmp_path):
