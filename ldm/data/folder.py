@@ -152,7 +152,8 @@ class ImageFolder(Dataset):
         place = split_folder(whole, split, declared) if files is None else SplitFolder(whole)
         self.root, self.split = place.path, split
         table = _table(captions, (self.root, whole))
-        texts, rows = None, list[Row]()
+        texts = None
+        rows: list[Row] = []
         if table is not None:
             rows = self._rows(table, image_column, caption_column)
             texts, place = self._table_captions(table, rows, whole, place)
