@@ -12,6 +12,7 @@ from ldm.paths import ROOT
 from ldm.util import instantiate_from_config
 
 RECIPES = sorted((ROOT / "configs" / "recipes").glob("*.yaml"))
+ADAPTERS = {"adapters", "token_embeddings"}
 CLASS_CONDITIONAL = next(path for path in RECIPES if path.stem == "class-conditional-folder")
 SMALL_UNET = {
     "model_channels": 32,
@@ -21,6 +22,7 @@ SMALL_UNET = {
     "context_dim": 32,
 }
 SMALL_CLIP = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+SMALL_OPEN_CLIP = {"width": 32, "heads": 2, "layers": 2, "embed_dim": 16}
 SMALL_STAGE = {"ch": 32, "ch_mult": [1, 1], "num_res_blocks": 1, "resolution": 16}
 
 
@@ -49,8 +51,11 @@ def small(config, root):
         model.image_size, model.untrained_first_stage = 8, True
     if is_latent and model.cond_stage_config.target == "torch.nn.Identity":
         data.train.params.downscale_f = 2  # the small first stage's factor
-    elif is_latent and "params" not in model.cond_stage_config:  # CLIP, as released
-        model.cond_stage_config.params = {"text_config": SMALL_CLIP}
+    elif is_latent and model.cond_stage_config.target.endswith(".FrozenCLIPEmbedder"):
+        OmegaConf.update(model, "cond_stage_config.params.text_config", SMALL_CLIP, force_add=True)
+    elif is_latent and model.cond_stage_config.target.endswith(".FrozenOpenCLIPEmbedder"):
+        OmegaConf.update(model, "cond_stage_config.params.text_config", SMALL_OPEN_CLIP, force_add=True)
+        model.unet_config.params.num_head_channels = 16
     elif is_latent:
         embedder = model.cond_stage_config.params
         width = (
@@ -66,9 +71,21 @@ def small(config, root):
             {"perceptual_init": "random", "disc_start": 0, "disc_ndf": 8, "disc_num_layers": 1},
         )
     data.batch_size, data.num_workers = 2, 0
-    data.train.params.root = str(root)
-    for split in (data.train.params, data.validation.params):
-        split.size = 16
+    if "instance" in data.train.params:  # DreamBooth
+        data.train.params.instance.params.root = str(root)
+        prior = data.train.params.prior.params
+        prior.root, prior.count = str(root / "ape"), 3
+        datasets = [data.train.params.instance.params, prior]
+    else:
+        data.train.params.root = str(root)
+        datasets = [data.train.params, data.validation.params]
+    for dataset in datasets:
+        dataset.size = 16
+    if ADAPTERS & set(model):  # they train on a base
+        bare = OmegaConf.create({name: value for name, value in model.items() if name not in ADAPTERS})
+        base = instantiate_from_config({"target": config.model.target, "params": bare})
+        model.ckpt_path = str(root / "base.ckpt")
+        torch.save({"state_dict": base.state_dict()}, model.ckpt_path)
     if "crop_size" in data.train.params:
         data.train.params.crop_size = 16
     return config
@@ -89,7 +106,9 @@ def folder(tmp_path):
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_a_recipe_without_a_folder_asks_for_it(path):
     with pytest.raises(
-        DataConfigError, match=r"^data.params.train root None: not set; set data.params.train.params.root to a folder"
+        DataConfigError,
+        match=r"^data.params.train (?P<root>(instance.params.)?root) None: not set; "
+        r"set data.params.train.params.(?P=root) to a folder",
     ):
         instantiate_from_config(load(path).data).setup()
 
@@ -105,7 +124,7 @@ def test_a_small_recipe_trains_validates_and_logs_images(path, folder):
     trainer = pl.Trainer(accelerator="cpu", max_steps=2, limit_val_batches=1, **quiet)
     trainer.fit(model, data)
     assert trainer.global_step == 2 and all(p.isfinite().all() for p in model.parameters())
-    batch = next(iter(data.val_dataloader()))
+    batch = next(iter(data.val_dataloader() if "validation" in config.data.params else data.train_dataloader()))
     with torch.no_grad():
         options = {"ddim_steps": 2} if "first_stage_config" in config.model.params else {}
         images = model.log_images(batch, N=1, **options)
