@@ -69,6 +69,7 @@ class TrainedModule(pl.LightningModule, metaclass=_WeightsAfterConstruction):
         self._loaded: set[str] = set()
         self._initial: dict[str, tuple[int, Tensor]] = {}  # version and leading values of each weight at first
         self.use_ema = False
+        self._ema_options: dict[str, Any] = {}
         self._ema_depth = 0
         self._step_sums: dict[str, tuple[Any, int]] = {}  # logged values of an unfinished optimizer step: sum, samples
 
@@ -197,8 +198,12 @@ class TrainedModule(pl.LightningModule, metaclass=_WeightsAfterConstruction):
 
     def add_ema(self, **options: Any) -> None:
         """Average the trainable weights that exist now, as `model_ema`."""
-        self.use_ema = True
+        self.use_ema, self._ema_options = True, options
         self.model_ema = LitEma(self.averaged_module(), **options)
+
+    def restart_ema(self) -> None:
+        """Average the weights that are trainable now, from their present values on."""
+        self.add_ema(**self._ema_options)
 
     def update_ema(self) -> None:
         if self.use_ema:

@@ -83,7 +83,7 @@ class AdapterTraining(TrainedModule):
             for new, vectors in zip(self.new_tokens, encoder.token_embeddings.vectors):
                 vectors.copy_(initial_vectors(encoder.embed_words(new.init), new.vectors))
         if self.use_ema:  # the averages start there too
-            self.add_ema(decay=float(self.model_ema.decay))
+            self.restart_ema()
 
     def write_adapter_files(self, folder: Path) -> None:
         """Write the adapters as files that other tools read into a folder of checkpoints, averages if there are any."""

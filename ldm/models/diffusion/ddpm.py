@@ -296,7 +296,7 @@ class LatentDiffusion(AdapterTraining, ConditionStage, PublishedLatentDiffusion,
             params = {"unet_config": unet_config, "cond_stage_config": cond_stage_config}
             self.adapters = self.new_lora(adapters, {"model": {"params": params}})
         if self.trains_adapters and self.use_ema:  # of the adapters alone
-            self.add_ema(decay=float(self.model_ema.decay))
+            self.restart_ema()
 
     def instantiate_first_stage(self, config: Mapping[str, Any]) -> None:
         """Build `first_stage_model`, frozen."""
