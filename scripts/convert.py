@@ -19,10 +19,10 @@ CONFIG = "configs/stable-diffusion/v1-inference.yaml"
 DESCRIPTION = """Convert a weights file to a diffusers folder or back; diffusers need not be installed.
 
 --ckpt a file (.ckpt, .safetensors, *.index.json of shards): --out is the folder to create.
---ckpt a folder (a pipeline, a UNet or a first stage): --out is the .ckpt or .safetensors file to create.
+--ckpt a folder (a pipeline, a UNet, a first stage or a ControlNet): --out is the .ckpt or .safetensors file to create.
 --config is the YAML of the model: Stable Diffusion v1, v2 or inpainting, unconditional or class-conditional latent
-diffusion, or a KL or VQ first stage. Every block is computed on both sides and compared before anything is written;
-existing files are never overwritten.
+diffusion, a KL or VQ first stage, or a ControlNet with its model, of which the ControlNet is converted. Every block is
+computed on both sides and compared before anything is written; existing files are never overwritten.
 
 --lora a LoRA file, or the folder that peft wrote: --out is the .safetensors file to create, in the names of kohya's
 scripts or of diffusers (--lora_format)."""
@@ -76,7 +76,7 @@ def main(argv: Sequence[str]) -> None:
     )
     scheduler = opt.scheduler or "ddim"
     if opt.scheduler is not None and plan_of(config, scheduler).scheduler is None:
-        raise ValueError(f"--scheduler {opt.scheduler}: a first stage has no scheduler; remove the flag")
+        raise ValueError(f"--scheduler {opt.scheduler}: this model is converted without a scheduler; remove the flag")
     if from_folder:
         done = to_file(config, path, target, opt.dtype)
     else:

@@ -103,6 +103,61 @@ def transformer(
 # ------------------------------------------------------------------------------------------------------------- UNets
 
 
+class _UNetBlocks:
+    """Blocks of a UNet or a ControlNet at one context (B, L, D), or without one."""
+
+    def __init__(self, tensors: Mapping[str, Tensor], config: Mapping[str, Any], context: Tensor | None) -> None:
+        self.w, self.config, self.context = Weights(tensors, config["norm_num_groups"]), config, context
+        self.eps, self.levels = config["norm_eps"], len(config["block_out_channels"])
+        self.shift = config.get("resnet_time_scale_shift") == "scale_shift"
+        self.layers = _per_level(config["layers_per_block"], self.levels)
+        self.head = _per_level(config["attention_head_dim"], self.levels)
+        self.only = _per_level(config.get("only_cross_attention") or False, self.levels)
+
+    def step(self, name: str, k: int, h: Tensor, temb: Tensor, attends: bool, level: int, cross_only: bool) -> Tensor:
+        """A residual block (B, C, H, W) -> (B, C', H, W), and its attention if it `attends`."""
+        h = resnet(self.w, f"{name}.resnets.{k}", h, self.eps, temb, self.shift)
+        name, head = f"{name}.attentions.{k}", self.head[level]
+        if not attends:
+            return h
+        if self.context is not None:
+            return transformer(self.w, name, h, self.context, head, self.config, cross_only)
+        return spatial_attention(self.w, name, h, h.shape[1] // (head or h.shape[1]), self.eps)
+
+    def contracting(
+        self, x: Tensor, t: Tensor, y: Tensor | None = None, hint: Tensor | None = None
+    ) -> Generator[Block, None, tuple[Tensor, list[Tensor], Tensor]]:
+        """Return the time embedding (B, E), the skip connections and the output of the middle block."""
+        w = self.w
+        temb = _time_features(t, self.config["block_out_channels"][0])
+        temb = w.linear("time_embedding.linear_2", F.silu(w.linear("time_embedding.linear_1", temb)))
+        yield Block("time_embedding", temb)
+        if y is not None:
+            temb = temb + w.embedding("class_embedding", y)
+        h = w.conv("conv_in", x)
+        yield Block("conv_in", h)
+        if hint is not None:
+            added = _hint_embedding(w, len(self.config["conditioning_embedding_out_channels"]), hint)
+            yield Block("controlnet_cond_embedding", added)
+            h = h + added
+        skips = [h]
+        for level, block_type in enumerate(self.config["down_block_types"]):
+            name = f"down_blocks.{level}"
+            for k in range(self.layers[level]):
+                h = self.step(name, k, h, temb, "Attn" in block_type, level, self.only[level])
+                yield Block(f"{name}.resnets.{k}", h)
+                skips.append(h)
+            if level != self.levels - 1:
+                h = w.conv(f"{name}.downsamplers.0.conv", h, stride=2)
+                yield Block(f"{name}.downsamplers.0", h)
+                skips.append(h)
+        middle_only = bool(self.config.get("mid_block_only_cross_attention"))
+        h = self.step("mid_block", 0, h, temb, True, self.levels - 1, middle_only)
+        h = resnet(w, "mid_block.resnets.1", h, self.eps, temb, self.shift)
+        yield Block("mid_block", h)
+        return temb, skips, h
+
+
 def unet(
     tensors: Mapping[str, Tensor],
     config: Mapping[str, Any],
@@ -112,52 +167,37 @@ def unet(
     y: Tensor | None,
 ) -> Iterator[Block]:
     """UNet2DConditionModel or UNet2DModel at x (B, C, H, W), t (B,), context (B, L, D), class ids y (B,)."""
-    w, eps = Weights(tensors, config["norm_num_groups"]), config["norm_eps"]
-    levels = len(config["block_out_channels"])
-    shift = config.get("resnet_time_scale_shift") == "scale_shift"
-    layers = _per_level(config["layers_per_block"], levels)
-    head = _per_level(config["attention_head_dim"], levels)
-    only = _per_level(config.get("only_cross_attention") or False, levels)
-    middle_only = bool(config.get("mid_block_only_cross_attention"))
-
-    def step(name: str, k: int, h: Tensor, block_type: str | None, level: int, cross_only: bool) -> Tensor:
-        h = resnet(w, f"{name}.resnets.{k}", h, eps, temb, shift)
-        return attend(name, k, h, level, cross_only) if block_type is None or "Attn" in block_type else h
-
-    def attend(name: str, k: int, h: Tensor, level: int, cross_only: bool) -> Tensor:
-        if context is not None:
-            return transformer(w, f"{name}.attentions.{k}", h, context, head[level], config, cross_only)
-        return spatial_attention(w, f"{name}.attentions.{k}", h, h.shape[1] // (head[level] or h.shape[1]), eps)
-
-    temb = _time_features(t, config["block_out_channels"][0])
-    temb = w.linear("time_embedding.linear_2", F.silu(w.linear("time_embedding.linear_1", temb)))
-    yield Block("time_embedding", temb)
-    if y is not None:
-        temb = temb + w.embedding("class_embedding", y)
-    h = w.conv("conv_in", x)
-    yield Block("conv_in", h)
-    skips = [h]
-    for level, block_type in enumerate(config["down_block_types"]):
-        name = f"down_blocks.{level}"
-        for k in range(layers[level]):
-            h = step(name, k, h, block_type, level, only[level])
-            yield Block(f"{name}.resnets.{k}", h)
-            skips.append(h)
-        if level != levels - 1:
-            h = w.conv(f"{name}.downsamplers.0.conv", h, stride=2)
-            yield Block(f"{name}.downsamplers.0", h)
-            skips.append(h)
-    h = step("mid_block", 0, h, None, levels - 1, middle_only)
-    h = resnet(w, "mid_block.resnets.1", h, eps, temb, shift)
-    yield Block("mid_block", h)
+    net = _UNetBlocks(tensors, config, context)
+    temb, skips, h = yield from net.contracting(x, t, y)
     for up, block_type in enumerate(config["up_block_types"]):
-        name, level = f"up_blocks.{up}", levels - 1 - up
-        for k in range(layers[level] + 1):
-            h = step(name, k, torch.cat([h, skips.pop()], dim=1), block_type, level, only[level])
-            if up != levels - 1 and k == layers[level]:
-                h = w.conv(f"{name}.upsamplers.0.conv", F.interpolate(h, scale_factor=2.0, mode="nearest"))
+        name, level = f"up_blocks.{up}", net.levels - 1 - up
+        for k in range(net.layers[level] + 1):
+            h = torch.cat([h, skips.pop()], dim=1)
+            h = net.step(name, k, h, temb, "Attn" in block_type, level, net.only[level])
+            if up != net.levels - 1 and k == net.layers[level]:
+                h = net.w.conv(f"{name}.upsamplers.0.conv", F.interpolate(h, scale_factor=2.0, mode="nearest"))
             yield Block(f"{name}.resnets.{k}", h)
-    yield Block("conv_out", w.conv("conv_out", F.silu(w.group_norm("conv_norm_out", h, eps))))
+    yield Block("conv_out", net.w.conv("conv_out", F.silu(net.w.group_norm("conv_norm_out", h, net.eps))))
+
+
+def controlnet(
+    tensors: Mapping[str, Tensor], config: Mapping[str, Any], x: Tensor, hint: Tensor, t: Tensor, context: Tensor
+) -> Iterator[Block]:
+    """ControlNetModel at x (B, C, h, w), hint (B, C', H, W), t (B,), context (B, L, D)."""
+    net = _UNetBlocks(tensors, config, context)
+    _, skips, h = yield from net.contracting(x, t, hint=hint)
+    for k, skip in enumerate(skips):
+        yield Block(f"controlnet_down_blocks.{k}", net.w.conv(f"controlnet_down_blocks.{k}", skip, padding=0))
+    yield Block("controlnet_mid_block", net.w.conv("controlnet_mid_block", h, padding=0))
+
+
+def _hint_embedding(w: Weights, widths: int, hint: Tensor) -> Tensor:
+    """ControlNetConditioningEmbedding: (B, C', H, W) -> (B, C, h, w), halved between two of `widths`."""
+    name = "controlnet_cond_embedding"
+    h = F.silu(w.conv(f"{name}.conv_in", hint))
+    for k in range(2 * (widths - 1)):
+        h = F.silu(w.conv(f"{name}.blocks.{k}", h, stride=1 + k % 2))
+    return w.conv(f"{name}.conv_out", h)
 
 
 def _per_level(value: Any, levels: int) -> list[Any]:

@@ -142,6 +142,8 @@ def _other_files(plan: Plan, rest: Weights) -> dict[Path, dict[str, Tensor]]:
         files[Path(plan.condition_file)] = inner
     if extras and plan.scheduler is not None:
         files[Path(EXTRAS)] = extras
+    elif extras:
+        logger.info("left out %d tensors that are not part of %s", len(extras), plan.components[0].name)
     return files
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from ldm.checkpoint.diffusers.controlnet import ControlNetLayout
 from ldm.checkpoint.diffusers.first_stage import KL, StageLayout
 from ldm.checkpoint.diffusers.plan import Component
 from ldm.checkpoint.diffusers.rules import ConversionError, to_ours
@@ -23,6 +24,7 @@ from ldm.checkpoint.diffusers.unet import UNetLayout
 from ldm.checkpoint.formats import preview
 from ldm.config.text_shapes import CLIP_VERSION, OPEN_CLIP_ARCH, clip_shape, open_clip_shape
 from ldm.convert import blocks
+from ldm.models.diffusion.controlnet import ControlNet
 from ldm.modules.diffusionmodules.model import AttnBlock, Decoder, Downsample, Encoder, ResnetBlock, Upsample
 from ldm.modules.diffusionmodules.openaimodel import UNetModel
 from ldm.modules.encoders.clip import clip_text_model
@@ -53,6 +55,8 @@ def check_component(part: Component, published: Weights, theirs: Weights) -> Par
             return _compare(part.name, *_unet(part, part.layout, published, theirs))
         if isinstance(part.layout, TextLayout):
             return _compare(part.name, *_text(part, part.layout, published, theirs))
+        if isinstance(part.layout, ControlNetLayout):
+            return _compare(part.name, *_controlnet(part, part.layout, published, theirs))
         stage = _FirstStage(part.layout, part.params)
         _load(stage, published, part.name)
         encoder = _compare(part.name, *_encoder(part, part.layout, stage, theirs))
@@ -107,6 +111,20 @@ def _unet(part: Component, layout: UNetLayout, published: Weights, theirs: Weigh
     with _outputs_of(parts) as ours:
         network(x, t, context, y)
     return ours, blocks.unet(theirs, part.config, x, t, context, y)
+
+
+def _controlnet(part: Component, layout: ControlNetLayout, published: Weights, theirs: Weights) -> Sides:
+    with torch.device("meta"):
+        network = ControlNet(**{**part.params, "use_checkpoint": False, "use_fp16": False})
+    _load(network, published, part.name)
+    height, width = 2 ** len(layout.copied.channels), 2 ** len(layout.copied.channels) * 3 // 2
+    x, t = torch.randn(2, layout.copied.in_channels, height, width), torch.tensor([3.0, 417.0])
+    hint = torch.rand(2, layout.hint_channels, height * network.hint_factor, width * network.hint_factor)
+    context = torch.randn(2, 5, network.context_dim)
+    parts = [network.time_embed, network.input_hint_block, *network.input_blocks, network.middle_block]
+    with _outputs_of([*parts, *network.zero_convs, network.middle_block_out]) as ours:
+        network(x, hint, t, context)
+    return ours, blocks.controlnet(theirs, part.config, x, hint, t, context)
 
 
 class _FirstStage(nn.Module):

@@ -94,7 +94,7 @@ def test_a_converted_folder_is_a_run_to_sample_from(folder):
         ),
         (
             ["--ckpt", "FILE", "--out", "new", "--scheduler", "pndm", "--config", KL],
-            "--scheduler pndm: a first stage has no scheduler",
+            "--scheduler pndm: this model is converted without a scheduler",
         ),
         (
             ["--ckpt", "FOLDER", "--out", "new.ckpt", "--config", "configs/stable-diffusion/v1-inference.yaml"],

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ldm.checkpoint.diffusers import text
+from ldm.checkpoint.diffusers.controlnet import ControlNetLayout
 from ldm.checkpoint.diffusers.first_stage import KL, VQ, StageLayout
 from ldm.checkpoint.diffusers.rules import ConversionError
 from ldm.checkpoint.diffusers.scheduler import scheduler_config
@@ -14,9 +15,9 @@ from ldm.checkpoint.diffusers.text import TextLayout
 from ldm.checkpoint.diffusers.unet import CROSS, PLAIN, UNetLayout
 from ldm.config.instantiate import FIRST_STAGE_AS_CONDITION, UNCONDITIONAL, value_at
 
-UNET, STAGE, CONDITION = "model.diffusion_model.", "first_stage_model.", "cond_stage_model."
+UNET, STAGE, CONDITION, CONTROL = "model.diffusion_model.", "first_stage_model.", "cond_stage_model.", "control_model."
 CLASS_FILE, CONDITION_FILE = "class_embedder.safetensors", "condition_encoder.safetensors"
-Layout = UNetLayout | StageLayout | TextLayout
+Layout = UNetLayout | StageLayout | TextLayout | ControlNetLayout
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ class Plan:
 
 
 def plan_of(config: Mapping[str, Any], scheduler: str = "ddim", scale_factor: float | None = None) -> Plan:
-    """The plan for a config (with its key `model`) of a diffusion model or a first stage.
+    """The plan for a config (with its key `model`) of a diffusion model, a first stage, or a ControlLDM's control.
 
     scheduler: ddim or pndm; scale_factor: as measured by training, instead of the YAML's.
     Raises ConversionError for a model that diffusers does not support.
@@ -78,6 +79,8 @@ def plan_of(config: Mapping[str, Any], scheduler: str = "ddim", scale_factor: fl
     params = config["model"].get("params") or {}
     if "ddconfig" in params:
         return Plan((_stage("", "", params, 1.0),))
+    if "control_stage_config" in params:
+        return Plan((_control(params),))
     if "unet_config" not in params:
         target = config["model"].get("target")
         raise ConversionError(f"{target}: neither a diffusion model (unet_config) nor a first stage (ddconfig)")
@@ -109,6 +112,12 @@ def plan_of(config: Mapping[str, Any], scheduler: str = "ddim", scale_factor: fl
 def _stage(folder: str, prefix: str, params: Mapping[str, Any], scale_factor: float) -> Component:
     layout = StageLayout.from_params(VQ if "n_embed" in params else KL, params)
     return Component(folder, prefix, layout, layout.config(params["ddconfig"]["resolution"], scale_factor), params)
+
+
+def _control(params: Mapping[str, Any]) -> Component:
+    own = value_at(params, "control_stage_config", "params") or {}
+    layout = ControlNetLayout.from_params(own)
+    return Component("", CONTROL, layout, layout.config(bool(params.get("global_average_pooling"))), own)
 
 
 def _pipeline(params: Mapping[str, Any], parts: list[Component], condition: str) -> str | None:

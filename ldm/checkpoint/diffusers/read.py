@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from ldm.checkpoint.diffusers import plan, text
+from ldm.checkpoint.diffusers.controlnet import CONTROLNET, ControlNetLayout
 from ldm.checkpoint.diffusers.files import is_model_folder, read_component, read_json
 from ldm.checkpoint.diffusers.first_stage import StageLayout
 from ldm.checkpoint.diffusers.plan import Layout, Plan
@@ -25,8 +26,8 @@ def check_is_model(folder: Path) -> None:
     """Raise ConversionError unless the folder has diffusers' layout."""
     if not is_model_folder(folder):
         raise ConversionError(
-            f"{folder}: not a model in diffusers' layout: it has neither unet/config.json nor a config.json of a UNet "
-            "or first stage; a run directory has configs/*-project.yaml and checkpoints/"
+            f"{folder}: not a model in diffusers' layout: it has neither unet/config.json nor a config.json of a UNet, "
+            "first stage or ControlNet; a run directory has configs/*-project.yaml and checkpoints/"
         )
 
 
@@ -35,8 +36,9 @@ def component_layouts(folder: Path, text_kind: str | None = None) -> dict[str, L
     check_is_model(folder)
     if not (folder / "unet" / "config.json").is_file():
         path = folder / "config.json"
-        is_unet = read_json(path)["_class_name"] in (CROSS, PLAIN)
-        return {"": _layout(path, UNetLayout.from_config if is_unet else StageLayout.from_config)}
+        alone: dict[str, Callable[[dict[str, Any]], Layout]] = {CROSS: UNetLayout.from_config}
+        alone |= {PLAIN: UNetLayout.from_config, CONTROLNET: ControlNetLayout.from_config}
+        return {"": _layout(path, alone.get(read_json(path)["_class_name"], StageLayout.from_config))}
     makers: dict[str, Callable[[dict[str, Any]], Layout]] = {"unet": UNetLayout.from_config}
     makers |= dict.fromkeys(STAGES, StageLayout.from_config)
     makers["text_encoder"] = lambda config: TextLayout.from_config(config, text_kind)
@@ -65,6 +67,8 @@ def prefix_of(name: str, layout: Layout) -> str:
         return plan.UNET
     if isinstance(layout, TextLayout):
         return text.PREFIX[layout.kind]
+    if isinstance(layout, ControlNetLayout):
+        return plan.CONTROL
     return plan.STAGE if name else ""
 
 

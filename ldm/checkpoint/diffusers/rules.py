@@ -108,6 +108,8 @@ def first_difference(wanted: NamedTuple, found: NamedTuple) -> str | None:
     for field, value in wanted._asdict().items():
         other = getattr(found, field)
         if other != value:
+            if hasattr(value, "_asdict"):
+                return first_difference(value, other)
             return f"{field} is {other}, but {value} in the YAML"
     return None
 
