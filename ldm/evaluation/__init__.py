@@ -3,6 +3,7 @@
 from ldm.evaluation.metrics import (
     DigitClassifier,
     DigitReport,
+    edge_overlap,
     judge_digits,
     novelty,
     pairwise_distance,
@@ -10,4 +11,13 @@ from ldm.evaluation.metrics import (
     variety,
 )
 
-__all__ = ["DigitClassifier", "DigitReport", "judge_digits", "novelty", "pairwise_distance", "psnr", "variety"]
+__all__ = [
+    "DigitClassifier",
+    "DigitReport",
+    "edge_overlap",
+    "judge_digits",
+    "novelty",
+    "pairwise_distance",
+    "psnr",
+    "variety",
+]

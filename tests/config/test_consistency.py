@@ -15,6 +15,7 @@ FOLDER = "configs/recipes/text-to-image-folder.yaml"
 SMALL_FOLDER = "configs/recipes/text-to-image-small-folder.yaml"
 AUTOENCODER = "configs/recipes/autoencoder-folder.yaml"
 CONCAT = "models/ldm/semantic_synthesis256/config.yaml"
+CONTROL, NET = "configs/quickstart/controlnet.yaml", "model.params.control_stage_config.params"
 UNET, STAGE = "model.params.unet_config.params", "model.params.first_stage_config.params"
 
 
@@ -45,6 +46,17 @@ def check(file, *overrides):
             "model.params.image_size=7",
             ("image_size 7: expected a multiple of 2", f"{UNET}.channel_mult [2, 2]"),
         ),
+        (
+            CONTROL,
+            f"{NET}.model_channels=64",
+            (f"{NET}.model_channels 64", f"{UNET}.model_channels is 32"),
+        ),
+        (
+            CONTROL,
+            f"{NET}.hint_block_channels=[16,32]",
+            (f"{NET}.hint_block_channels [16, 32]: expected 3 numbers", "ch_mult [1, 1, 1]"),
+        ),
+        (CONTROL, f"{UNET}.in_channels=3", (f"{UNET}.in_channels 3", "model.params.channels is 4")),
         (CONCAT, f"{UNET}.in_channels=3", (f"{UNET}.in_channels 3", "conditioning_key concat adds 3 channels")),
         (CONCAT, f"{UNET}.in_channels=7", (f"{UNET}.in_channels 7", "conditioning_key concat adds 3 channels")),
         (

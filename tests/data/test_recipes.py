@@ -48,6 +48,8 @@ def small(config, root):
         OmegaConf.update(model, "unet_config.params", SMALL_UNET)
         if not model.unet_config.params.get("use_spatial_transformer"):
             model.unet_config.params.context_dim = None
+        if "control_stage_config" in model:
+            OmegaConf.update(model, "control_stage_config.params", {**SMALL_UNET, "hint_block_channels": [16, 32]})
         model.image_size, model.untrained_first_stage = 8, True
     if is_latent and model.cond_stage_config.target == "torch.nn.Identity":
         data.train.params.downscale_f = 2  # the small first stage's factor

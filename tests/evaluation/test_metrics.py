@@ -80,3 +80,15 @@ def test_a_judge_without_scikit_learn_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn.svm", None)
     with pytest.raises(ImportError, match="quickstart"):
         evaluation.DigitClassifier(saved_images(4), np.arange(4))
+
+
+def test_edge_overlap_counts_the_pixels_near_an_edge_of_the_other_map():
+    asked = np.zeros((2, 8, 8), bool)
+    asked[0, 2], asked[1, :, 5] = True, True
+    assert evaluation.edge_overlap(asked, asked, 0) == evaluation.edge_overlap(asked, asked) == 1.0
+    moved = np.roll(asked, 1, axis=(1, 2))  # by one pixel, in both directions
+    assert evaluation.edge_overlap(asked, moved, 0) == 0.0 and evaluation.edge_overlap(asked, moved) == 1.0
+    half = asked.copy()
+    half[0] = False  # one line of two is missing
+    assert evaluation.edge_overlap(asked, half, 0) == pytest.approx(16 / 24)
+    assert evaluation.edge_overlap(asked, np.zeros_like(asked)) == 0.0

@@ -1,0 +1,125 @@
+"""Images with the hints of a ControlNet, from files beside them or from a detector (arXiv 2302.05543, section 4)."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from ldm.config.types import NonNegativeInt, PathText
+from ldm.data.base import DataConfigError, check_choice
+from ldm.data.captions import Columns
+from ldm.data.detectors import CANNY, DETECTORS, canny_edges, is_depth_model, make_detector, to_hint
+from ldm.data.digits import Digits
+from ldm.data.folder import ImageFolder, Item
+from ldm.data.image import EXTENSIONS, BadImageError, from_array, load_image, to_array
+from ldm.data.listing import FileNames, existing_folder, scan
+
+MAX_STRETCH = 1.02  # of the sides' ratio, between an image and its hint
+
+
+class ControlFolder(ImageFolder):
+    """Images of a folder, with `hint` (H, W, 3) in [0, 1] that has the same scaling, crop and flip.
+
+    One of these is set. hints: a folder of hints that are named as the images below root (`a/cat.png` for `a/cat.jpg`).
+    hint_column: the column of the captions table that names the hints, as it names the images. detector: canny or
+    depth, which makes the hint of the cropped image.
+    canny: thresholds of the Canny detector. depth_weights: folder with transformers' DPT for the depth detector.
+    hint_key: name in the batch. Other parameters as in ImageFolder.
+    """
+
+    def __init__(
+        self,
+        root: PathText | None = None,
+        hints: PathText | None = None,
+        hint_column: str | None = None,
+        detector: str = "none",
+        canny: tuple[NonNegativeInt, NonNegativeInt] = CANNY,
+        depth_weights: PathText | None = None,
+        hint_key: str = "hint",
+        **options: Any,
+    ) -> None:
+        check_choice("detector", detector, DETECTORS)
+        if not 0 <= canny[0] <= canny[1]:
+            advice = f"set {{param}} to [low, high], e.g. {list(CANNY)}"
+            raise DataConfigError("canny", list(canny), "expected 0 <= low <= high", advice)
+        if detector == "depth" and not is_depth_model(depth_weights):
+            advice = "set {param} to a folder with transformers' DPT (Intel/dpt-hybrid-midas)"
+            raise DataConfigError("depth_weights", depth_weights, "has no config.json", advice)
+        self.hint_key, self._detect = hint_key, make_detector(detector, canny, depth_weights)
+        given = {"hints": hints, "hint_column": hint_column, "detector": None if detector == "none" else detector}
+        named = [name for name, value in given.items() if value is not None]
+        if len(named) != 1:
+            problem = f"{' and '.join(named)} exclude each other" if named else "nothing says where the hints are"
+            advice = f"set one of hints (a folder), hint_column, and {{param}} ({' or '.join(DETECTORS[1:])})"
+            raise DataConfigError("detector", detector, problem, advice)
+        self.detected, self._hints = detector != "none", hints
+        if hint_column is not None:
+            if options.get("captions") in (None, "sidecar"):
+                advice = "set captions to the .csv, .tsv or .jsonl table that has it"
+                raise DataConfigError("hint_column", hint_column, "there is no table with this column", advice)
+            self.columns, self.before_column = Columns(before=(hint_column,)), hint_column
+        self.whole = existing_folder("root", root, self.content)
+        super().__init__(root, **options)
+
+    @cached_property
+    def _listed_hints(self) -> dict[str, Path]:
+        """The files in the folder of hints, by their names without suffix."""
+        assert self._hints is not None
+        folder = existing_folder("hints", self._hints, "hints")
+        return {str(Path(name).with_suffix("")): folder / name for name in scan(folder, EXTENSIONS)}
+
+    def _hint_of(self, name: str) -> Path | None:
+        """The file of an image's hint; a table and a folder of hints name it relative to the split's folder or root."""
+        if self._hints is None:
+            folders = (self.root, self.whole)
+            return next((place / file for place in folders if (file := FileNames(place).find(self.before[name]))), None)
+        stem = Path(name).with_suffix("")
+        inside = self.root.relative_to(self.whole) if self.root.is_relative_to(self.whole) else Path()
+        return self._listed_hints.get(str(inside / stem)) or self._listed_hints.get(str(stem))
+
+    def _item(self, name: str, texts: dict[str, list[str]] | None) -> Item | None:
+        item = super()._item(name, texts)
+        if item is not None and not self.detected and self._hint_of(name) is None:
+            place = self._hints or f"{self.whole / self.before[name]}: no such file"
+            self._unusable(name, f"has no hint in {place}" if self._hints else f"has no hint: {place}")
+            return None
+        return item
+
+    def _check(self, name: str) -> None:
+        image = self._read(name)
+        if not self.detected:
+            self._read_hint(name, image)
+
+    def _values(self, image: Image.Image, index: int) -> dict[str, Any]:
+        view = self._view(image)
+        seen = view.apply(image, self.interpolation)
+        if self.detected:
+            hint = self._detect(seen)
+        else:
+            hint = view.apply(self._read_hint(self.items[index].name, image), self.interpolation)
+        return {self.image_key: to_array(seen), self.hint_key: to_hint(hint)}
+
+    def _read_hint(self, name: str, image: Image.Image) -> Image.Image:
+        path = self._hint_of(name)
+        assert path is not None
+        hint = load_image(path, self.max_pixels)
+        stretch = hint.width * image.height / (hint.height * image.width)
+        if not 1 / MAX_STRETCH <= stretch <= MAX_STRETCH:
+            sizes = f"{hint.width}x{hint.height}, but its image is {image.width}x{image.height}"
+            raise BadImageError(path, f"is {sizes}: both must have the same proportions")
+        return hint
+
+
+class DigitEdges(Digits):
+    """Digits with their Canny edges as `hint`, (size, size, 3) in [0, 1]: 1 on edges, else 0."""
+
+    def __init__(self, split: str = "train", size: int = 32) -> None:
+        super().__init__(split, size)
+        self.hints = np.stack([to_hint(canny_edges(from_array(image))) for image in self.images])
+
+    def __getitem__(self, index: int) -> dict:
+        return {**super().__getitem__(index), "hint": self.hints[index]}

@@ -1,0 +1,78 @@
+"""Detectors that make the hint of a ControlNet from an image: Canny edges and depth.
+
+Flags name them, so nothing heavy is imported before one is called.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import numpy as np
+    from PIL import Image
+
+    from ldm.modules.midas.api import MiDaSInference
+
+DETECTORS = ("none", "canny", "depth")
+CANNY = (100, 200)  # thresholds, as published
+Detector = Callable[["Image.Image"], "Image.Image"]
+"""An RGB image -> its hint, an RGB image of the same size."""
+
+
+def make_detector(name: str, canny: Sequence[int] = CANNY, depth_weights: str | Path | None = None) -> Detector:
+    """Return one of DETECTORS; `none` leaves the image as it is.
+
+    canny: lower and upper threshold of the gradient. depth_weights: folder with transformers' DPT, which is loaded when
+    the detector is first called.
+    """
+    if name == "canny":
+        return lambda image: canny_edges(image, *canny)
+    if name == "depth":
+        return lambda image: depth_map(image, str(depth_weights))
+    return lambda image: image
+
+
+def is_depth_model(folder: str | Path | None) -> bool:
+    """Return whether a folder may hold transformers' DPT."""
+    return folder is not None and (Path(folder) / "config.json").is_file()
+
+
+def canny_edges(image: Image.Image, low: int = CANNY[0], high: int = CANNY[1]) -> Image.Image:
+    """White edges on black (Canny 1986, https://doi.org/10.1109/TPAMI.1986.4767851)."""
+    import numpy as np
+    from PIL import Image
+
+    from ldm.modules.image_degradation.bsrgan import load_cv2
+
+    edges: np.ndarray = load_cv2().Canny(np.asarray(image.convert("RGB")), low, high)  # (H, W), 0 or 255
+    return Image.fromarray(edges).convert("RGB")
+
+
+def depth_map(image: Image.Image, weights: str | Path) -> Image.Image:
+    """Inverse depth in grey, the nearest point white, by transformers' DPT in a folder."""
+    import torch
+    from PIL import Image
+
+    from ldm.data.image import to_array
+
+    x = torch.from_numpy(to_array(image)).permute(2, 0, 1)[None]  # (1, 3, H, W)
+    depth = _estimator(str(weights))(x)[0, 0]  # (H, W)
+    depth = (depth - depth.min()) / (depth.max() - depth.min()).clamp_min(1e-6)
+    return Image.fromarray((255 * depth).round().byte().numpy()).convert("RGB")
+
+
+@cache
+def _estimator(weights: str) -> MiDaSInference:
+    from ldm.modules.midas.api import MiDaSInference
+
+    return MiDaSInference(weights=weights)
+
+
+def to_hint(image: Image.Image) -> np.ndarray:
+    """A hint image as float32 (H, W, 3) in [0, 1]."""
+    import numpy as np
+
+    return np.asarray(image.convert("RGB"), dtype=np.float32) / 255

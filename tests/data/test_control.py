@@ -1,0 +1,99 @@
+"""Images and their hints: the same view of both, from a folder, a table's column or a detector."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from ldm.data.base import DataConfigError
+from ldm.data.control import ControlFolder, DigitEdges
+from ldm.data.detectors import canny_edges
+from ldm.data.image import from_array
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Images whose hints are their negatives, in another format and at half their size for one of them."""
+    random = np.random.RandomState(0)
+    (tmp_path / "images" / "a").mkdir(parents=True)
+    (tmp_path / "hints" / "a").mkdir(parents=True)
+    rows = ["file_name,text,edges"]
+    for index, name in enumerate(("a/0", "a/1", "2")):
+        levels = np.kron(random.randint(0, 256, (4, 6, 3)), np.ones((8, 8, 1))).astype(np.uint8)  # 32x48
+        Image.fromarray(levels).save(tmp_path / "images" / f"{name}.png")
+        hint = Image.fromarray(255 - levels)
+        hint = hint.resize((24, 16), Image.Resampling.BOX) if index == 1 else hint
+        hint.save(tmp_path / "hints" / f"{name}.bmp")
+        hint.save(tmp_path / "images" / f"{name}-hint.bmp")
+        rows.append(f"{name}.png,image {index},{name}-hint.bmp")
+    (tmp_path / "images" / "table.csv").write_text("\n".join(rows) + "\n")
+    return tmp_path
+
+
+def sources(folder):
+    table = {"captions": "table.csv", "hint_column": "edges"}
+    images = {"captions": "table.csv", "hints": str(folder / "hints")}
+    return [table, images]
+
+
+@pytest.mark.parametrize("source", [0, 1], ids=["column", "folder"])
+def test_a_hint_has_the_crop_and_the_flip_of_its_image(folder, source):
+    options = {"size": 32, "random_crop": True, "flip_p": 0.5, "interpolation": "nearest"}
+    data = ControlFolder(str(folder / "images"), **options, **sources(folder)[source])
+    assert [item.name for item in data.items] == ["a/0.png", "a/1.png", "2.png"]
+    assert data[0]["caption"] == "image 0"
+    for _ in range(8):
+        for sample in (data[0], data[1], data[2]):
+            assert sample["hint"].shape == (32, 32, 3) and sample["hint"].dtype == np.float32
+            np.testing.assert_allclose(sample["hint"], (1 - sample["image"]) / 2, atol=1e-6)
+
+
+def test_a_detector_makes_the_hint_of_the_cropped_image(folder):
+    data = ControlFolder(str(folder / "images"), size=32, random_crop=True, detector="canny", hint_key="control")
+    for sample in data:
+        edges = canny_edges(from_array(sample["image"]))
+        assert np.array_equal(sample["control"], np.asarray(edges) / np.float32(255))
+    assert any(sample["control"].any() for sample in data)
+
+
+@pytest.mark.parametrize("source", [0, 1], ids=["column", "folder"])
+def test_a_missing_hint_is_an_error_or_leaves_its_image_out(folder, source):
+    (folder / "hints" / "2.bmp").unlink()
+    (folder / "images" / "2-hint.bmp").unlink()
+    with pytest.raises(DataConfigError, match=r"2\.png: .*hint"):
+        ControlFolder(str(folder / "images"), size=32, **sources(folder)[source])
+    data = ControlFolder(str(folder / "images"), size=32, on_error="skip", **sources(folder)[source])
+    assert [item.name for item in data.items] == ["a/0.png", "a/1.png"] and "hint" in str(data.skipped)
+
+
+def test_a_hint_of_other_proportions_is_unusable(folder):
+    Image.new("RGB", (32, 32)).save(folder / "hints" / "2.bmp")
+    data = ControlFolder(str(folder / "images"), size=32, **sources(folder)[1])
+    with pytest.raises(ValueError, match=r"2\.bmp.*is 32x32, but its image is 48x32"):
+        data[2]
+    data = ControlFolder(str(folder / "images"), size=32, on_error="skip", **sources(folder)[1])
+    assert len(data) == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [
+        ({}, "nothing says where the hints are"),
+        ({"detector": "canny", "hints": "x"}, "hints and detector exclude each other"),
+        ({"detector": "sobel"}, "set detector to one of none, canny, depth"),
+        ({"detector": "canny", "canny": (200, 100)}, "expected 0 <= low <= high"),
+        ({"detector": "depth"}, "depth_weights None: has no config.json"),
+        ({"hint_column": "edges"}, "there is no table with this column"),
+        ({"hints": "/no/such/folder"}, "hints '/no/such/folder': no such folder"),
+    ],
+)
+def test_what_says_where_hints_are_is_checked(folder, options, problem):
+    with pytest.raises(DataConfigError, match=problem):
+        ControlFolder(str(folder / "images"), size=32, **options)
+
+
+def test_edges_of_digits_are_those_of_their_images():
+    data = DigitEdges("held_out")
+    sample = data[3]
+    assert sample["hint"].shape == (32, 32, 3) and set(np.unique(sample["hint"])) == {0.0, 1.0}
+    assert np.array_equal(sample["hint"], np.asarray(canny_edges(from_array(sample["image"]))) / np.float32(255))
+    assert 0.05 < data.hints.mean() < 0.5 and (data.hints.mean(axis=(1, 2, 3)) > 0.02).all()
