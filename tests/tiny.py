@@ -28,6 +28,14 @@ UNET = {
         "legacy": False,
     },
 }
+CONTROL = {
+    "target": "cldm.cldm.ControlNet",
+    "params": {
+        **{name: value for name, value in UNET["params"].items() if name != "out_channels"},
+        "hint_channels": 3,
+        "hint_block_channels": [16, 16, 32],
+    },
+}
 FIRST_STAGE = {
     "target": "ldm.models.autoencoder.AutoencoderKL",
     "params": {
@@ -137,6 +145,14 @@ KINDS: dict[str, dict[str, Any]] = {
             "params": {"model_type": "dpt_hybrid"},
         },
         "unet_config": _unet(**_HEADS, in_channels=5),
+    },
+    # As configs/controlnet/cldm_v15.yaml.
+    "control": {
+        "target": "cldm.cldm.ControlLDM",
+        "use_ema": False,
+        "control_key": "hint",
+        "control_stage_config": CONTROL,
+        "unet_config": {**UNET, "target": "cldm.cldm.ControlledUnetModel"},
     },
     # As configs/instruct-pix2pix/generate.yaml.
     "edit": {

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
         find_pairs,
         load_image,
         load_mask,
+        make_hints,
         one_pair,
         parse_batch,
         parse_classes,
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from ldm.inference.requests import (
         ClassConditionalRequest,
         ConditionalRequest,
+        ControlRequest,
         EditRequest,
         ImageToImageRequest,
         InpaintRequest,
@@ -47,6 +49,7 @@ if TYPE_CHECKING:
     from ldm.inference.runs import SavedRun, find_run, run_of
     from ldm.inference.tasks.class_conditional import generate_samples
     from ldm.inference.tasks.conditional import ConditionalSample, read_samples, sample_conditional
+    from ldm.inference.tasks.control import control_to_image, load_controlnet
     from ldm.inference.tasks.edit import edit
     from ldm.inference.tasks.image_to_image import image_to_image
     from ldm.inference.tasks.inpaint import inpaint
@@ -58,11 +61,11 @@ _LIGHT = {
     "ldm.config.instantiate": "allow_targets",
     "ldm.config.model_info": "ModelInfo model_info read_model_info",
     "ldm.inference.inputs": (
-        "check_image check_pairs find_depth find_pairs load_image load_mask one_pair parse_batch parse_classes "
-        "parse_conditions read_prompts"
+        "check_image check_pairs find_depth find_pairs load_image load_mask make_hints one_pair parse_batch "
+        "parse_classes parse_conditions read_prompts"
     ),
     "ldm.inference.requests": (
-        "ClassConditionalRequest ConditionalRequest EditRequest ImageToImageRequest InpaintRequest "
+        "ClassConditionalRequest ConditionalRequest ControlRequest EditRequest ImageToImageRequest InpaintRequest "
         "RetrievalRequest TextToImageRequest UpscaleRequest"
     ),
     "ldm.inference.runs": "SavedRun find_run run_of",
@@ -74,6 +77,7 @@ _HEAVY = {  # these import torch and Lightning
     "ldm.inference.precision": "choose_device",
     "ldm.inference.tasks.class_conditional": "generate_samples",
     "ldm.inference.tasks.conditional": "ConditionalSample read_samples sample_conditional",
+    "ldm.inference.tasks.control": "control_to_image load_controlnet",
     "ldm.inference.tasks.edit": "edit",
     "ldm.inference.tasks.image_to_image": "image_to_image",
     "ldm.inference.tasks.inpaint": "inpaint",

@@ -37,6 +37,9 @@ _DOWNLOADS = {  # how to get the weights of the default models
 }
 
 
+Files = str | Path | list[str] | None
+"""A file that a flag names, those of a flag that is given several times, or None."""
+
 # --- flags
 
 
@@ -248,6 +251,15 @@ def _find_released(path: str) -> Path:
     return next((file for file in names if file.is_file()), names[0])
 
 
+def find_controlnet(path: str) -> Path:
+    """The weights of a `--controlnet` path: a file, a folder of diffusers, or the newest checkpoint of a run."""
+    file = find_file(path)
+    if not file.exists():
+        raise FileNotFoundError(f"--controlnet {path}: no such file or folder; pass the weights of a ControlNet")
+    run = inference.run_of(file)
+    return file if run is None else run.ckpt
+
+
 def request_fields(opt: Namespace, request: type[Request], **others: Any) -> dict[str, Any]:
     """The flags' values as fields of a request; `others` are fields that are not the value of a flag."""
     renamed = {"ddim_steps": "steps", "ddim_eta": "eta", "C": "channels", "f": "factor", "H": "height", "W": "width"}
@@ -268,7 +280,7 @@ def prompts_of(opt: Namespace) -> str | list[str]:
 # --- loading
 
 
-def load(opt: Namespace, prepared: Prepared, **files: str | Path | None) -> inference.Pipeline:
+def load(opt: Namespace, prepared: Prepared, **files: Files) -> inference.Pipeline:
     """Load the model; the `files` that images are made from go into the metadata."""
     model = prepared.info, prepared.weights, opt.device, opt.precision, opt.use_ema
     added: dict[str, Any] = {"lora": prepared.lora, "lora_mode": opt.lora_mode, "embeddings": prepared.embeddings}
@@ -277,10 +289,12 @@ def load(opt: Namespace, prepared: Prepared, **files: str | Path | None) -> infe
     return pipeline
 
 
-def record_files(**files: str | Path | None) -> dict[str, str]:
-    """Paths and fingerprints of files as metadata."""
-    record: dict[str, str] = {}
+def record_files(**files: Files) -> dict[str, Any]:
+    """Paths and fingerprints of files as metadata; lists of flags that are given several times."""
+    record: dict[str, Any] = {}
     for name, path in files.items():
-        if path:
+        if isinstance(path, list):
+            record |= {name: path, f"{name}_fingerprint": [fingerprint(each) for each in path]}
+        elif path:
             record |= {name: str(path), f"{name}_fingerprint": fingerprint(path)}
     return record

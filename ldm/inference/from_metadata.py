@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 _SAME = """
     negative_prompt sampler spacing scale image_scale guidance_rescale dynamic_threshold seed seed_mode n_samples n_iter
     fixed_code resolution tiled emphasis long_prompts chunks strength init_img depth config ckpt use_ema device
-    lora lora_mode embedding
+    lora lora_mode embedding controlnet control_image control_scale detector canny depth_model guess
     use_neighbors n_repeat database knn searcher clip_weights
 """
 FLAGS = {name: name for name in _SAME.split()} | {  # key of the metadata -> name of the parsed argument
@@ -126,20 +126,21 @@ def _check_types(path: str, info: Mapping[str, Any], parser: Parser) -> None:
     wanted: dict[str, tuple[type, Any]] = {
         name: (_type_of(flags[flag]), flags[flag].choices) for name, flag in FLAGS.items() if flag in flags
     }
+    several = {name for name, flag in FLAGS.items() if flag in flags and isinstance(flags[flag].default, list)}
+    several.add("prompts")
     wanted |= {name: (int, range(MAX_COUNT)) for name in ("n_prompts", "batch_size", "image_index", "chunks")}
-    wanted |= {"prompt": (str, None), "prompts": (list, None)}
+    wanted |= {"prompt": (str, None), "prompts": (str, None)}
     for name, (kind, choices) in wanted.items():
         value = info.get(name)
-        valid = isinstance(value, (int, float) if kind is float else kind)
-        valid = valid and (kind is bool or not isinstance(value, bool))  # True is an int, too
-        valid = valid and not (isinstance(value, list) and any(not isinstance(text, str) for text in value))
+        values = value if isinstance(value, list) else [value]
+        valid = all(isinstance(each, (int, float) if kind is float else kind) for each in values)
+        valid = valid and (kind is bool or not any(isinstance(each, bool) for each in values))  # True is an int, too
+        valid = valid and isinstance(value, list) == (name in several)
         if value is not None and not (valid and (choices is None or value in choices)):
             raise ValueError(f"--from-metadata {path}: invalid {name} in the metadata: {str(value)[:60]!r}")
 
 
 def _type_of(action: argparse.Action) -> type:
-    if isinstance(action.default, list):
-        return list
     if action.nargs == 0 or isinstance(action.const, bool):
         return bool
     return int if action.type is int else float if action.type is float else str
@@ -153,8 +154,11 @@ def check_unchanged(opt: Namespace, info: ModelInfo, weights: inference.WeightsS
     """
     recorded, typed = opt.recorded.info, opt.recorded.typed
     files = [("config", info.path), ("ckpt", weights.path)]
-    files += [(name, Path(path)) for name in ("init_img", "depth") if (path := getattr(opt, name, None))]
     found = [(name, path, recorded.get(f"{name}_fingerprint")) for name, path in files]
+    for name in ("init_img", "depth", "depth_model", "control_image", "controlnet"):
+        given, before = getattr(opt, name, None) or [], recorded.get(f"{name}_fingerprint")
+        paths = [given] if isinstance(given, str) else given
+        found += zip([name] * len(paths), map(Path, paths), before if isinstance(before, list) else [before])
     for name, parse_text in (("lora", parse_lora), ("embedding", parse_embedding)):
         texts = [] if name in typed else getattr(opt, name)
         fingerprints = recorded.get(f"{name}_fingerprint") or []

@@ -11,7 +11,9 @@ import numpy as np
 from PIL import Image
 
 from ldm.config.suggest import closest, did_you_mean
+from ldm.data.detectors import is_depth_model, make_detector
 from ldm.data.image import EXTENSIONS, load_image, load_levels, to_array
+from ldm.inference.requests import ControlRequest
 from ldm.inference.settings import MAX_COUNT, round_to_multiple
 from ldm.paths import expand_user, lines_of
 
@@ -173,6 +175,23 @@ def find_depth(path: str, size: tuple[int, int]) -> np.ndarray | Path:
     if depth.min() == depth.max():
         logger.warning("--depth %s: the value is %g everywhere, so the map has no effect", path, depth.max())
     return depth
+
+
+def make_hints(images: Sequence[Image.Image], request: ControlRequest, depth_model: str | None) -> list[Image.Image]:
+    """The hints of a checked request's control images, at its size, by its detectors; warns about stretched images."""
+    height, width = request.size
+    if "depth" in request.detector and not is_depth_model(depth_model):
+        problem = f"--depth-model {depth_model}: no config.json in it" if depth_model else "--detector depth"
+        raise ValueError(f"{problem}; pass --depth-model DIR with transformers' DPT (Intel/dpt-hybrid-midas)")
+    hints = []
+    for image, name in zip(images, request.detector, strict=True):
+        if not 1 / 1.1 < (image.width * height) / (image.height * width) < 1.1:
+            text = "a control image of %dx%d pixels is stretched to %dx%d, the size by the first one"
+            logger.warning(text, *image.size, width, height)
+        if image.size != (width, height):
+            image = image.resize((width, height), Image.Resampling.LANCZOS)
+        hints.append(make_detector(name, request.canny, depth_model)(image))
+    return hints
 
 
 def parse_batch(text: str) -> tuple[str, list[int] | None]:

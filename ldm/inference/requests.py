@@ -10,6 +10,7 @@ from typing import ClassVar, NamedTuple, Self
 
 from ldm.config.instantiate import value_at
 from ldm.config.model_info import ModelInfo
+from ldm.data.detectors import CANNY, DETECTORS
 from ldm.inference.emphasis import parse_emphasis
 from ldm.inference.settings import (
     MAX_SCALE,
@@ -239,6 +240,61 @@ class EditRequest(TextToImageRequest):
 
 
 @dataclass(frozen=True)
+class ControlRequest(TextToImageRequest):
+    """Images from prompts under one or several ControlNets. `fitted` sets height and width by the first control image.
+
+    control_scale, detector: one value for each control; `checked` repeats a single one for all.
+    """
+
+    task: ClassVar[str] = "control2img"
+
+    scale: float | None = 9.0
+    n_samples: int = 1
+    n_iter: int = 1
+    controls: int = 1  # number of ControlNets, each with its image
+    control_scale: tuple[float, ...] = (1.0,)  # factor of the ControlNet's outputs
+    detector: tuple[str, ...] = ("none",)  # what makes the hint of the image, see ldm.data.detectors
+    canny: tuple[int, int] = CANNY  # thresholds of the Canny detector
+    guess: bool = False  # no control in the unconditional half of guidance, and less in the outer layers
+    resolution: int | None = None  # shorter side in pixels; None: that of training, 512 for the published models
+
+    def layer_scales(self, control: int, layers: int) -> list[float]:
+        """Factors of a ControlNet's outputs, from the first skip connection to the middle (guess mode as published)."""
+        factor = 0.825 if self.guess else 1.0
+        return [self.control_scale[control] * factor ** (layers - 1 - layer) for layer in range(layers)]
+
+    def fitted(self, height: int, width: int, info: ModelInfo) -> Self:
+        """The request for a control image of this size: its proportions, `resolution`, and multiples of the model's."""
+        factor = self.factor or info.factor or 1
+        own = min(info.own_size) * factor if info.own_size else self.published_side
+        scale, multiple = (self.resolution or own) / min(height, width), factor * info.latent_multiple
+        height, width = (round_to_multiple(round(side * scale), multiple) for side in (height, width))
+        return replace(self, height=height, width=width)
+
+    def _resolved(self, info: ModelInfo) -> Self:
+        check_positive({"--resolution": self.resolution})
+        for flag, values in (("--control-scale", self.control_scale), ("--detector", self.detector)):
+            require(
+                len(values) in (1, self.controls),
+                f"{flag} is given {len(values)} times, for {self.controls} controls: give it once, or once for each",
+            )
+        for scale in self.control_scale:
+            valid = abs(scale) <= MAX_SCALE
+            require(valid, f"--control-scale {scale}: choose 0 (no control) to {MAX_SCALE}; 1 is usual")
+        for name in self.detector:
+            require(name in DETECTORS, f"--detector {name}: choose one of {', '.join(DETECTORS)}")
+        valid = len(self.canny) == 2 and 0 <= self.canny[0] <= self.canny[1]
+        thresholds = " ".join(map(str, self.canny))
+        require(valid, f"--canny {thresholds}: choose 0 <= LOW <= HIGH; {CANNY[0]} {CANNY[1]} is usual")
+        require(not self.guess or self.scale != 1.0, "--guess with --scale 1: guess mode needs guidance; remove one")
+        each = {
+            name: values * (self.controls // len(values))
+            for name, values in (("control_scale", self.control_scale), ("detector", self.detector))
+        }
+        return super(ControlRequest, replace(self, **each))._resolved(info)
+
+
+@dataclass(frozen=True)
 class ConcatRequest(Request):
     """One image from one that the network sees concatenated with the latent: inpainting and upscaling.
 
@@ -448,6 +504,7 @@ def script_for(info: ModelInfo) -> str:
     """The script that samples this model: that of its task, else the one that takes conditions of any kind."""
     depth = str(value_at(info.config, "model", "target")).endswith(".LatentDepth2ImageDiffusion")
     scripts = {
+        "control2img.py": value_at(info.config, "model", "params", "control_stage_config") is not None,
         "txt2img.py": _takes_text_alone(info),
         "img2img.py with --depth": info.takes_text and depth,
         "edit.py": _edits(info),

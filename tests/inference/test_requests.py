@@ -257,7 +257,7 @@ def test_every_kind_of_model_is_accepted_by_its_own_task_only(kind):
         "upscale": require_upscaler,
     }
     takers |= {"sd-inpaint": require_inpainting_model, "x4": require_upscaler, "edit": require_edit_model}
-    takers |= dict.fromkeys(("text", "v2", "v2-v"), require_inpainting_model)  # by blending
+    takers |= dict.fromkeys(("text", "control", "v2", "v2-v"), require_inpainting_model)  # by blending
     for check in {require_unconditional_or_class, require_inpainting_model, require_upscaler, require_edit_model}:
         if takers.get(kind) is check:
             check(info(kind))
@@ -276,6 +276,7 @@ def test_every_kind_of_model_is_accepted_by_its_own_task_only(kind):
         ("stable-diffusion/x4-upscaling", "upscale"),
         ("stable-diffusion/v2-midas-inference", "img2img"),
         ("instruct-pix2pix/generate", "edit"),
+        ("controlnet/cldm_v15", "control2img"),
         ("retrieval-augmented-diffusion/768x768", "knn2img"),
     ],
 )
