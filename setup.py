@@ -9,6 +9,7 @@ EXTRAS = {
     "logging": ["tensorboard>=2.17"],
     "retrieval": ["faiss-cpu>=1.9"],
     "safety": ["diffusers>=0.36"],
+    "quantize": ["torchao>=0.18"],
 }
 EXTRAS["test"] = [
     "pytest>=8.0",
@@ -21,6 +22,7 @@ EXTRAS["test"] = [
     *EXTRAS["quickstart"],
     *EXTRAS["retrieval"],
     *EXTRAS["safety"],
+    *EXTRAS["quantize"],
     "peft>=0.17",  # LoRA files, compared with diffusers'
 ]
 

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     )
     from ldm.inference.pipeline import Pipeline, load_model
     from ldm.inference.precision import choose_device
+    from ldm.inference.quantize import check_quantization
     from ldm.inference.requests import (
         ClassConditionalRequest,
         ConditionalRequest,
@@ -75,6 +76,7 @@ _HEAVY = {  # these import torch and Lightning
     "ldm.checkpoint": "MissingWeightsError WeightsSource open_weights",
     "ldm.inference.pipeline": "Pipeline load_model",
     "ldm.inference.precision": "choose_device",
+    "ldm.inference.quantize": "check_quantization",
     "ldm.inference.tasks.class_conditional": "generate_samples",
     "ldm.inference.tasks.conditional": "ConditionalSample read_samples sample_conditional",
     "ldm.inference.tasks.control": "control_to_image load_controlnet",

@@ -15,7 +15,17 @@ from ldm import inference
 from ldm.cli import Parser
 from ldm.config.model_info import SAFETY_MODES, ModelInfo, read_model_info
 from ldm.inference.from_metadata import check_unchanged
-from ldm.inference.settings import LORA_MODES, PRECISIONS, SEED_MODES, TILE, Request, parse_embedding, parse_lora
+from ldm.inference.settings import (
+    LORA_MODES,
+    PRECISIONS,
+    QUANTIZATIONS,
+    SEED_MODES,
+    TILE,
+    Request,
+    check_quantize,
+    parse_embedding,
+    parse_lora,
+)
 from ldm.models.diffusion.samplers.registry import SAMPLERS
 from ldm.output.safety import Safety, SafetySettings
 from ldm.output.watermark import METHODS, Watermark
@@ -173,6 +183,8 @@ def add_model_flags(parser: Parser, config: str | None, ckpt: str | None, fill_i
     )
     add("--precision", choices=PRECISIONS, default="auto", help=text)
     add("--device", default="auto", metavar="NAME", help="auto, cpu, cuda, cuda:1 or mps")
+    text = "weights of linear layers in 8 or 4 bits, which saves memory; needs torchao (default: as --precision says)"
+    add("--quantize", choices=QUANTIZATIONS, help=text)
     text = "on: replace images that the safety checker flags by black ones; report: keep and mark them; off: no check"
     add("--safety", choices=SAFETY_MODES, help=f"{text} (default: the config's)")
     text = (
@@ -221,6 +233,8 @@ def prepare(opt: Namespace, info: ModelInfo, ckpt: Path | None = None) -> Prepar
         raise ValueError(f"--n_rows {opt.n_rows}: choose 1 or more, or 0 for n_samples")
     if opt.watermark not in (None, "off") and find_spec("imwatermark") is None:
         raise ImportError(f"--watermark {opt.watermark}: pip install invisible-watermark")
+    if opt.quantize is not None:
+        check_quantize(opt.quantize)
     lora = [parse_lora(text) for text in opt.lora]
     embeddings = [parse_embedding(text) for text in opt.embedding]
     if embeddings and not info.takes_text:
@@ -228,7 +242,9 @@ def prepare(opt: Namespace, info: ModelInfo, ckpt: Path | None = None) -> Prepar
     weights = _open_weights(opt, ckpt)
     if getattr(opt, "recorded", None) is not None:
         check_unchanged(opt, info, weights)
-    inference.choose_device(opt.device)
+    device = inference.choose_device(opt.device)
+    if opt.quantize is not None:
+        inference.check_quantization(opt.quantize, device, opt.precision)
     inference.allow_targets(*opt.allow_targets)
     watermark = None if opt.watermark == "off" else Watermark(opt.watermark or METHODS[0])
     safety = SafetySettings(opt.safety, opt.safety_checker).checked(info)
@@ -284,6 +300,7 @@ def load(opt: Namespace, prepared: Prepared, **files: Files) -> inference.Pipeli
     """Load the model; the `files` that images are made from go into the metadata."""
     model = prepared.info, prepared.weights, opt.device, opt.precision, opt.use_ema
     added: dict[str, Any] = {"lora": prepared.lora, "lora_mode": opt.lora_mode, "embeddings": prepared.embeddings}
+    added["quantize"] = opt.quantize
     pipeline = inference.load_model(*model, **added)
     pipeline.identity = {**pipeline.identity, **record_files(**files)}
     return pipeline

@@ -31,6 +31,7 @@ from ldm.data.image import to_array
 from ldm.inference.embeddings import add_tokens, read_tokens
 from ldm.inference.lora import add_live, merged, read_adapters, split_adapter
 from ldm.inference.precision import cast_weights, choose_device, resolve_precision
+from ldm.inference.quantize import check_quantization, is_quantized, quantize_weights
 from ldm.inference.settings import LORA_MODES, Request, embedding_text, lora_text
 from ldm.models.diffusion.samplers.denoiser import DiffusionModel
 from ldm.models.diffusion.samplers.noise import PUBLISHED_NOISE, NoiseSource
@@ -183,7 +184,8 @@ class Pipeline:
     def _why_not_finite(self) -> str:
         """The first weight that is not finite, or advice. Checked only here: reading every weight takes seconds."""
         state = cast(nn.Module, self.model).state_dict()
-        bad = [key for key, x in state.items() if x.is_floating_point() and not torch.isfinite(x).all()]
+        state = {key: x for key, x in state.items() if x.is_floating_point() and not is_quantized(x)}
+        bad = [key for key, x in state.items() if not torch.isfinite(x).all()]
         if bad:
             more = f" and {len(bad) - 1} more keys" if len(bad) > 1 else ""
             return f"the weights of {self.identity.get('ckpt')} are not finite: {bad[0]}{more}; use an undamaged file"
@@ -204,6 +206,7 @@ def load_model(
     lora: Sequence[tuple[str | Path, float]] = (),
     lora_mode: str = LORA_MODES[0],
     embeddings: Sequence[tuple[str | Path, str | None]] = (),
+    quantize: str | None = None,
 ) -> Pipeline:
     """Load the model of a YAML with the weights of a file or a diffusers folder, ready for sampling.
 
@@ -212,6 +215,7 @@ def load_model(
     use_ema: use the EMA weights; None: if the config keeps an EMA, as the published scripts do.
     lora: (file or folder, strength) of each LoRA; lora_mode: merged into the weights, or live: left apart.
     embeddings: (file, token) of each textual inversion; None for the token's own names, see `read_tokens`.
+    quantize: int8, fp8 or int4 weights of linear layers, see ldm.inference.quantize; None: as `precision` says.
     Raises ValueError or OSError, with the next step, for files that do not fit.
     """
     start = time.perf_counter()
@@ -221,6 +225,8 @@ def load_model(
     use_ema = info.use_ema if use_ema is None else use_ema
     where = choose_device(device)
     chosen = resolve_precision(precision, where)
+    if quantize is not None:
+        check_quantization(quantize, where, precision)
     source = open_weights(ckpt)
     source.check(info.config)
     weights, trained = split_adapter(source.path, source.tensors(), info.config, use_ema)
@@ -245,6 +251,8 @@ def load_model(
     add_tokens(model.cond_stage_model, tokens)
     if lora_mode == "live":
         add_live(model, adapters)
+    if quantize is not None:
+        quantize_weights(model, quantize)
     del adapters
     seconds, millions = time.perf_counter() - start, sum(p.numel() for p in model.parameters()) / 1e6
     logger.info("model ready in %.1f s: %.1f M parameters on %s, precision %s", seconds, millions, where, chosen)
@@ -254,6 +262,7 @@ def load_model(
         "precision": precision,
         "precision_used": chosen.name,
     }
+    used |= {} if quantize is None else {"quantize": quantize}
     if files:
         used |= {"lora": [lora_text(*file) for file in files], "lora_mode": lora_mode}
         used |= {"lora_fingerprint": [fingerprint(path) for path, _ in files]}

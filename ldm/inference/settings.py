@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -15,6 +16,7 @@ from ldm.paths import find_file, in_checkout
 
 PRECISIONS = ("auto", "full", "autocast", "bf16", "fp16")
 LORA_MODES = ("merged", "live")
+QUANTIZATIONS = ("int8", "fp8", "int4")
 MAX_STRENGTH = 1000  # of a LoRA, far above every strength in use
 MAX_SEED = 2**32 - 1
 SEED_MODES = ("batch", "image")
@@ -163,6 +165,13 @@ def check_size(height: int, width: int, multiple: int) -> None:
         f"--H {height} --W {width}: this model needs multiples of {multiple} pixels; "
         f"nearest are --H {near_height} --W {near_width}",
     )
+
+
+def check_quantize(name: str) -> None:
+    """Raise ValueError for an unknown quantisation, ImportError without the package for it."""
+    require(name in QUANTIZATIONS, f"--quantize {name}: choose one of {', '.join(QUANTIZATIONS)}")
+    if find_spec("torchao") is None:
+        raise ImportError(f"--quantize {name} needs torchao: pip install -e '.[quantize]'")
 
 
 def round_to_multiple(side: int, multiple: int) -> int:
