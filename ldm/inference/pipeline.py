@@ -31,12 +31,12 @@ from ldm.data.image import to_array
 from ldm.inference.embeddings import add_tokens, read_tokens
 from ldm.inference.lora import add_live, merged, read_adapters, split_adapter
 from ldm.inference.precision import cast_weights, choose_device, resolve_precision
-from ldm.inference.quantize import check_quantization, is_quantized, quantize_weights
+from ldm.inference.quantize import check_quantization, quantize_weights
 from ldm.inference.settings import LORA_MODES, Request, embedding_text, lora_text
 from ldm.models.diffusion.samplers.denoiser import DiffusionModel
 from ldm.models.diffusion.samplers.noise import PUBLISHED_NOISE, NoiseSource
 from ldm.models.diffusion.samplers.registry import make_sampler
-from ldm.modules.dtype import weights_dtype
+from ldm.modules.dtype import is_quantized, weights_dtype
 from ldm.paths import fingerprint, in_checkout
 
 logger = logging.getLogger(__name__)

@@ -7,7 +7,7 @@ import warnings
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ldm.inference.precision import resolve_precision
 from ldm.inference.settings import QUANTIZATIONS, check_quantize
@@ -55,10 +55,6 @@ def quantize_weights(model: nn.Module, name: str) -> None:
     kept = sum(parameter.numel() for network in networks for parameter in network.parameters()) - done
     text = "%s weights: %.1f M values of linear layers; %.1f M keep their dtype (convolutions, embeddings and the like)"
     logger.info(text, name, done / 1e6, kept / 1e6)
-
-
-def is_quantized(tensor: Tensor) -> bool:
-    return type(tensor) not in (Tensor, nn.Parameter)
 
 
 def _quantize(layer: nn.Linear, name: str) -> None:

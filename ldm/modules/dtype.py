@@ -11,6 +11,17 @@ def weights_dtype(module: nn.Module) -> torch.dtype | None:
     return next((weight.dtype for weight in module.parameters() if weight.is_floating_point()), None)
 
 
+def is_quantized(weight: Tensor) -> bool:
+    """True for a tensor of a class of its own, as torchao's quantised weights."""
+    return type(weight) not in (Tensor, nn.Parameter)
+
+
+def values_of(weight: Tensor) -> Tensor:
+    """A weight's values in float32, without gradient; a quantised one is dequantised."""
+    weight = weight.detach()
+    return (weight.dequantize() if is_quantized(weight) else weight).float()
+
+
 def in_dtype(dtype: torch.dtype | None, f: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """f(x) computed in `dtype` and returned in the dtype of x; plain f(x) if these are equal or `dtype` is None.
 

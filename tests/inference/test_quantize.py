@@ -8,9 +8,10 @@ from torch import nn
 
 from ldm.cli import run_command
 from ldm.inference import TextToImageRequest, load_model, text_to_image
-from ldm.inference.quantize import check_quantization, is_quantized, quantize_weights
+from ldm.inference.quantize import check_quantization, quantize_weights
 from ldm.inference.settings import QUANTIZATIONS
 from ldm.modules.adapters.lora import LoRASpec, inject, networks_of
+from ldm.modules.dtype import is_quantized
 from ldm.output.images import read_metadata
 from scripts.txt2img import main
 from tests.reference import randn

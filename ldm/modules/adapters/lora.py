@@ -25,6 +25,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.utils.hooks import RemovableHandle
 
 from ldm.config.types import Dropout, PositiveFloat, PositiveInt
+from ldm.modules.dtype import values_of
 
 _ATTENTION = r"attn\d*\.(to_[qkv]|to_out\.0)|(?<=\.)proj_(in|out)|(?<=\.)qkv"
 TARGETS = {
@@ -91,7 +92,7 @@ class LoRA:
         product = self.product()
         if self.magnitude is None:
             return product
-        weight = weight.detach().float()
+        weight = values_of(weight)
         adapted = weight + product
         magnitude = self.magnitude.float()
         return magnitude / _lengths(adapted, magnitude).detach() * adapted - weight  # constant lengths: section 4.3
@@ -384,7 +385,7 @@ def inject(networks: Mapping[str, nn.Module], spec: LoRASpec) -> Adapters:
         up = torch.zeros(base.shape[0], spec.rank, *ones, device=base.device)
         magnitude = None
         if spec.dora:
-            magnitude = _lengths(base.detach().float(), torch.empty(base.shape[0], 1, *ones))  # (O, 1, ...)
+            magnitude = _lengths(values_of(base), torch.empty(base.shape[0], 1, *ones))  # (O, 1, ...)
         weights[key] = LoRA(down, up, float(spec.alpha or spec.rank), magnitude=magnitude)
     return Adapters(networks, weights, 1.0, spec.dropout)
 
