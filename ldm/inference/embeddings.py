@@ -27,19 +27,21 @@ class Token(NamedTuple):
 def read_tokens(files: Sequence[tuple[str | Path, str | None]]) -> list[Token]:
     """Read the tokens of (file, name). Raises ValueError or CheckpointError, with the file.
 
-    Without a name, a prompt calls the token of a file by its name in the file, by the name of the file, or by that in
-    angle brackets. The tokens of a file with several have their own names alone.
+    Without a name, a prompt calls the token of a file by its name in the file or by that of the file in angle brackets;
+    also by the bare name of the file, an ordinary word perhaps, if the name in the file has no brackets either. The
+    tokens of a file with several have their own names alone.
     """
     tokens = []
     for file, name in files:
         path = Path(file)
         found = read_embeddings(path)
         if name is not None and len(found) > 1:
-            own = ", ".join(str(embedding.token) for embedding in found)
-            raise ValueError(f"--embedding {path}:{name}: the file has {len(found)} tokens, {own}; remove :{name}")
+            every = ", ".join(str(embedding.token) for embedding in found)
+            raise ValueError(f"--embedding {path}:{name}: the file has {len(found)} tokens, {every}; remove :{name}")
         for embedding in found:
-            own_names = [] if embedding.token is None else [embedding.token]
-            names = own_names if len(found) > 1 else [*own_names, path.stem, f"<{path.stem}>"]
+            own = [] if embedding.token is None else [embedding.token]
+            bare = [] if own and own[0].startswith("<") else [path.stem]
+            names = own if len(found) > 1 else [*own, *bare, f"<{path.stem}>"]
             tokens.append(Token(path, [name] if name else names, embedding.vectors))
     return tokens
 

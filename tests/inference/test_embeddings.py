@@ -7,10 +7,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 from ldm.checkpoint.diffusers.embeddings import write_embedding
 from ldm.cli import run_command
 from ldm.inference import TextToImageRequest, load_model, text_to_image
+from ldm.inference.embeddings import read_tokens
 from ldm.inference.prompt_weights import PromptEncoder
 from ldm.inference.settings import embedding_text, parse_embedding
 from ldm.output.images import read_metadata
@@ -41,10 +43,23 @@ def test_a_prompt_calls_the_token_by_its_name_or_that_of_the_file(saved, file):
     pipeline = load(saved, (file, None))
     first = encode(pipeline, "a <my-cat>")
     assert not torch.equal(first, encode(load(saved), "a <my-cat>"))
-    for name in ("<MY-CAT>", "cat", "<cat>"):
+    for name in ("<MY-CAT>", "<cat>"):
         assert torch.equal(encode(pipeline, f"a {name}"), first), name
+    assert torch.equal(encode(pipeline, "a cat"), encode(load(saved), "a cat"))
     named = load(saved, (file, "<x>"))
     assert torch.equal(encode(named, "a <x>"), first) and not torch.equal(encode(named, "a cat"), first)
+
+
+def test_a_name_without_brackets_may_be_an_ordinary_word(saved, tmp_path):
+    for name, content in {
+        "cat.safetensors": {"emb_params": VECTORS},
+        "dog.pt": {"string_to_param": {"*": VECTORS}, "name": "x"},
+    }.items():
+        save_file(content, tmp_path / name) if name.endswith("s") else torch.save(content, tmp_path / name)
+    (cat, dog) = read_tokens([(tmp_path / name, None) for name in ("cat.safetensors", "dog.pt")])
+    assert (cat.names, dog.names) == (["cat", "<cat>"], ["x", "dog", "<dog>"])
+    pipeline = load(saved, (tmp_path / "cat.safetensors", None))
+    assert torch.equal(encode(pipeline, "a cat"), encode(pipeline, "a <cat>"))
 
 
 def test_prompts_without_the_token_keep_every_bit(saved, file):

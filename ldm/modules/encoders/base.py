@@ -94,7 +94,7 @@ class CLIPTokensEncoder(AbstractEncoder):
     @torch.no_grad()
     def embed_words(self, text: str) -> Tensor:
         """Return the embeddings of a text's tokens from the table, (M, width). Raises ValueError for an empty text."""
-        ids = clip_tokenizer().encode(text, self.token_embeddings.ids)
+        ids = clip_tokenizer().encode(text)
         if not ids:
             raise ValueError(f"init {text!r}: expected one or several words")
         return self.token_table()(torch.tensor(ids, device=self.device))
