@@ -44,7 +44,7 @@ def test_an_edit_records_its_settings_and_is_repeated_from_them(arguments, tmp_p
 @pytest.mark.parametrize(
     "flags, words",
     [
-        (["--init-img", ""], "--init-img: pass the image to edit"),
+        (["--init-img", ""], "--init-img '': expected a path"),
         (["--init-img", "nowhere.png"], "nowhere.png: no such file"),
         (["--prompt", ""], '--prompt: pass an instruction, e.g. --prompt "make it winter"'),
         (["--image-scale", "nan"], "--image-scale nan: choose -1000 to 1000; 1.5 is usual"),
@@ -60,6 +60,10 @@ def test_a_mistake_is_one_line_before_the_model_is_loaded(arguments, tmp_path, f
     monkeypatch.setattr("ldm.inference.load_model", None)
     assert words in refused(main, [*arguments, *flags, "--outdir", str(tmp_path / "out")], capsys)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_missing_image_is_asked_for(capsys):
+    assert "--init-img: pass the image to edit, e.g. --init-img photo.png" in refused(main, ["--prompt", "a"], capsys)
 
 
 def test_help_is_quick_and_works_anywhere(tmp_path):
