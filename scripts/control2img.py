@@ -7,6 +7,7 @@ import sys
 from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this script's checkout, installed or not
 
@@ -59,7 +60,10 @@ def request_of(opt: Namespace, info: ModelInfo) -> ControlRequest:
     if nets != images:
         model = ", that of the model included" if own else ""
         raise ValueError(f"--control-image is given {images} times, for {nets} ControlNets{model}: pass one for each")
-    several = {"control_scale": tuple(opt.control_scale or [1.0]), "detector": tuple(opt.detector or ["none"])}
+    several: dict[str, Any] = {
+        "control_scale": tuple(opt.control_scale or [1.0]),
+        "detector": tuple(opt.detector or ["none"]),
+    }
     several |= {"canny": tuple(opt.canny), "controls": nets}
     return ControlRequest(**{**cli.request_fields(opt, ControlRequest, prompt=cli.prompts_of(opt)), **several})
 

@@ -174,5 +174,5 @@ def _starts_from_checkpoint(project: Path) -> bool:
     from ldm.config.files import load_yaml  # omegaconf stays out of --help
 
     lightning = project.with_name(project.name.replace("-project.yaml", "-lightning.yaml"))
-    saved = load_yaml(lightning) if lightning.is_file() else {}
+    saved: Any = load_yaml(lightning) if lightning.is_file() else {}
     return bool(value_at(saved, "lightning", "trainer", "resume_from_checkpoint"))

@@ -120,7 +120,7 @@ def _controlnet(part: Component, layout: ControlNetLayout, published: Weights, t
     height, width = 2 ** len(layout.copied.channels), 2 ** len(layout.copied.channels) * 3 // 2
     x, t = torch.randn(2, layout.copied.in_channels, height, width), torch.tensor([3.0, 417.0])
     hint = torch.rand(2, layout.hint_channels, height * network.hint_factor, width * network.hint_factor)
-    context = torch.randn(2, 5, network.context_dim)
+    context = torch.randn(2, 5, layout.copied.context_dim or 1)
     parts = [network.time_embed, network.input_hint_block, *network.input_blocks, network.middle_block]
     with _outputs_of([*parts, *network.zero_convs, network.middle_block_out]) as ours:
         network(x, hint, t, context)

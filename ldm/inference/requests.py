@@ -287,11 +287,9 @@ class ControlRequest(TextToImageRequest):
         thresholds = " ".join(map(str, self.canny))
         require(valid, f"--canny {thresholds}: choose 0 <= LOW <= HIGH; {CANNY[0]} {CANNY[1]} is usual")
         require(not self.guess or self.scale != 1.0, "--guess with --scale 1: guess mode needs guidance; remove one")
-        each = {
-            name: values * (self.controls // len(values))
-            for name, values in (("control_scale", self.control_scale), ("detector", self.detector))
-        }
-        return super(ControlRequest, replace(self, **each))._resolved(info)
+        scales = self.control_scale * (self.controls // len(self.control_scale))
+        detectors = self.detector * (self.controls // len(self.detector))
+        return super(ControlRequest, replace(self, control_scale=scales, detector=detectors))._resolved(info)
 
 
 @dataclass(frozen=True)

@@ -52,8 +52,8 @@ class AutoencoderKL(AdversarialAutoencoder):
         self.embed_dim = embed_dim
         self.quant_conv = nn.Conv2d(2 * z_channels, 2 * embed_dim, kernel_size=1)
         self.post_quant_conv = nn.Conv2d(embed_dim, z_channels, kernel_size=1)
-        with torch.no_grad():  # on the meta device too
-            self.quant_conv.bias[embed_dim:] += init_logvar
+        assert self.quant_conv.bias is not None
+        self.quant_conv.bias.data[embed_dim:] += init_logvar
         if learn_logvar:
             if not isinstance(getattr(self.loss, "logvar", None), nn.Parameter):
                 raise ValueError(f"learn_logvar: the loss {type(self.loss).__name__} has no logvar to learn")

@@ -8,9 +8,9 @@ import logging
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 from tqdm import tqdm
@@ -35,7 +35,8 @@ logger = logging.getLogger(__name__)
 TARGET = "ldm.data.dreambooth.ClassImages"
 
 
-class _Wanted(NamedTuple):
+@dataclass(frozen=True)
+class _Wanted:
     """Parameters of a ClassImages dataset that its generation uses."""
 
     root: Path
@@ -65,7 +66,7 @@ def _class_images(node: Any, path: str) -> Iterator[tuple[str, _Wanted]]:
             annotations, _ = accepted_params(cls) or ({}, set())
             given = inspect.signature(cls).bind(**convert_params(params, annotations, f"{path}.params"))
             given.apply_defaults()
-            values = {name: given.arguments[name] for name in _Wanted._fields}
+            values = {each.name: given.arguments[each.name] for each in fields(_Wanted)}
             yield path, _Wanted(**{**values, "root": expand_user(values["root"])})
         for key, value in node.items():
             yield from _class_images(value, f"{path}.{key}")

@@ -14,8 +14,10 @@ from ldm.checkpoint.diffusers.unet import CROSS, UNetLayout
 CONTROLNET = "ControlNetModel"
 _WIDTHS = (16, 32, 96, 256)  # of the hint's convolutions, as published
 _COPIED = ("time_embed.", "label_emb.", "input_blocks.", "middle_block.")
-_NOT_COPIED = ("sample_size", "out_channels", "up_block_types", "center_input_sample", "dual_cross_attention")
-_NOT_COPIED += ("mid_block_only_cross_attention",)
+_NOT_COPIED = (
+    *("sample_size", "out_channels", "up_block_types", "center_input_sample", "dual_cross_attention"),
+    "mid_block_only_cross_attention",
+)
 _SUPPORTED = {
     **{"controlnet_conditioning_channel_order": "rgb", "mid_block_type": "UNetMidBlock2DCrossAttn"},
     **{"encoder_hid_dim_type": None},

@@ -84,7 +84,8 @@ def load_controlnet(pipeline: Pipeline, ckpt: str | Path | WeightsSource) -> Con
         raise CheckpointError(
             f"{source.path}: hints of {net.hint_factor} pixels per latent cell; this model's cells have {info.factor}"
         )
-    dtype = weights_dtype(pipeline.model.model) or torch.float32
+    latent_diffusion: Any = pipeline.model
+    dtype = weights_dtype(latent_diffusion.model) or torch.float32
     cast_weights(net, dtype, channels_last=pipeline.device.type == "cpu" and dtype != torch.float32)
     report = load_weights(net, source, weights=own, strict_blocks=False)
     wrong = report.missing or report.unexpected
@@ -96,7 +97,8 @@ def load_controlnet(pipeline: Pipeline, ckpt: str | Path | WeightsSource) -> Con
 
 def _hint_params(source: WeightsSource, weights: Mapping[str, Tensor]) -> dict[str, Any]:
     """The parameters of a ControlNet that its UNet does not state, from the shapes of its hint block."""
-    name, widths = "input_hint_block.{}.weight", []
+    name = "input_hint_block.{}.weight"
+    widths: list[int] = []
     while (convolution := weights.get(name.format(4 * len(widths)))) is not None:  # conv_in, then every strided one
         widths.append(convolution.shape[0])
     if not widths:

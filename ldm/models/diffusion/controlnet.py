@@ -98,7 +98,7 @@ class ControlNet(UNetTrunk):
 class ControlledUnetModel(UNetModel):
     """UNet that adds the outputs of a ControlNet to its skip connections and its middle block. Options: the UNet's."""
 
-    def forward(
+    def forward(  # type: ignore[override]  # the published order of arguments
         self,
         x: Tensor,
         timesteps: Tensor | None = None,
@@ -174,7 +174,6 @@ class ControlLDM(LatentDiffusion):
         global_average_pooling: bool = False,
         **kwargs: Any,
     ) -> None:
-        self._ema_options: dict[str, Any] | None = None
         super().__init__(*args, **kwargs)
         if self.model.conditioning_key != "crossattn":
             raise ValueError(f"conditioning_key {self.model.conditioning_key!r}: a ControlLDM requires crossattn")
@@ -186,8 +185,8 @@ class ControlLDM(LatentDiffusion):
         self.control_scales = [1.0] * (len(self.control_model.zero_convs) + 1)
         self.model.requires_grad_(False)
         self.sd_locked = sd_locked
-        if self._ema_options is not None:
-            self.add_ema(**self._ema_options)
+        if self.use_ema:
+            self.restart_ema()
 
     @property
     def sd_locked(self) -> bool:
@@ -204,7 +203,7 @@ class ControlLDM(LatentDiffusion):
         return self
 
     def add_ema(self, **options: Any) -> None:
-        self._ema_options = options
+        self.use_ema, self._ema_options = True, options
         if hasattr(self, "control_model"):  # not yet in the constructor of the base
             super().add_ema(**options)
 
@@ -244,8 +243,8 @@ class ControlLDM(LatentDiffusion):
         unet, own = self.model.diffusion_model.state_dict(), self.control_model.state_dict()
         shared = {name: unet[name] for name, tensor in own.items() if name in unet and unet[name].shape == tensor.shape}
         self.control_model.load_state_dict(shared, strict=False)
-        if self._ema_options is not None:
-            self.add_ema(**self._ema_options)  # of the weights that were just copied
+        if self.use_ema:
+            self.restart_ema()  # with the weights that were just copied
         text = "%s has no control_model.*: the ControlNet starts with %d tensors of the UNet, and %d of its own"
         logger.info(text, path, len(shared), len(own) - len(shared))
 

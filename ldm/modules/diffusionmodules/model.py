@@ -229,7 +229,11 @@ class Network(nn.Module):
         self._attn_resolutions = tuple(attn_resolutions)
         self._attn_type = "linear" if use_linear_attn else attn_type
         self._resamp_with_conv, self._norm_num_groups = resamp_with_conv, norm_num_groups
-        self._block = {"dropout": dropout, "temb_channels": self.temb_ch, "norm_num_groups": norm_num_groups}
+        self._block: dict[str, Any] = {
+            "dropout": dropout,
+            "temb_channels": self.temb_ch,
+            "norm_num_groups": norm_num_groups,
+        }
 
     def _level(self, widths: Sequence[tuple[int, int]], size: int) -> _Level:
         """Residual blocks of these (in, out) widths; with attention if `size` is one of `attn_resolutions`."""
