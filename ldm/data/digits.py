@@ -34,7 +34,6 @@ ENDINGS = (
 EDITS = {  # instructions by edit
     "thick": ("make it thick", "make the strokes thicker", "use a thick pen", "bold, please"),
     "thin": ("make it thin", "make the strokes thinner", "use a thin pen", "lighter, please"),
-    "inverted": ("make it white on black", "invert the colors", "chalk on a blackboard", "swap black and white"),
 }
 STROKE = 2  # pixels by which edits widen or narrow a stroke
 PLAIN = 2 * len(SUBJECTS)
@@ -100,7 +99,7 @@ class Digits(Dataset):
 
 
 class DigitEdits(Digits):
-    """Digits with an instruction and the edited digit: thicker or thinner strokes, or white on black.
+    """Digits with an instruction and the edited digit: thicker or thinner strokes.
 
     An item holds `edited`, and `edit`: {`c_concat`: the digit, `c_crossattn`: an instruction}, see ldm.data.edits. In
     the training split, torch's generator chooses edit and instruction; in the others they depend on the index alone.
@@ -123,10 +122,7 @@ class DigitEdits(Digits):
 
 
 def edited(image: np.ndarray, name: str) -> np.ndarray:
-    """Return an edited digit, dark on white, (size, size, 3) in [-1, 1]: strokes STROKE pixels wider or narrower, or
-    inverted."""
-    if name == "inverted":
-        return -image
+    """Return an edited digit, dark on white, (size, size, 3) in [-1, 1]: strokes STROKE pixels wider or narrower."""
     sign = -1.0 if name == "thick" else 1.0  # the maximum of the negative image spreads its dark strokes
     x = sign * torch.from_numpy(image).permute(2, 0, 1)
     return (sign * max_pool2d(x, STROKE + 1, 1, STROKE // 2)).permute(1, 2, 0).numpy()
