@@ -49,18 +49,18 @@ def split_adapter(
 
     Weights of other models are returned as they are, without a LoRA.
     """
-    own = {name: tensor for name, tensor in weights.items() if name.startswith((TRAINED, EMA))}
     section = config["model"]["params"].get("adapters")
-    if section is None or not any(name.startswith(TRAINED) for name in own):
+    if section is None or not any(name.startswith(TRAINED) for name in weights):
         return dict(weights), []
-    chosen = use_ema_weights(own)[0] if use_ema else own
+    chosen = use_ema_weights(weights)[0] if use_ema else weights  # tokens of the run may have averages too
     spec, layers = LoRASpec(**section), {}
     for name in chosen:
         key, _, last = name.removeprefix(TRAINED).rpartition(".")
         if name.startswith(TRAINED) and last == "down":
             tensors = [chosen.get(f"{TRAINED}{key}.{part}") for part in ("mid", "magnitude")]
             layers[key] = LoRA(chosen[name], chosen[f"{TRAINED}{key}.up"], float(spec.alpha or spec.rank), *tensors)
-    return {name: tensor for name, tensor in weights.items() if name not in own}, [Adapter(path, layers, 1.0)]
+    base = {name: tensor for name, tensor in chosen.items() if not name.startswith((TRAINED, EMA))}
+    return base, [Adapter(path, layers, 1.0)]
 
 
 @torch.no_grad()

@@ -87,13 +87,14 @@ class AdapterTraining(TrainedModule):
 
     def write_adapter_files(self, folder: Path) -> None:
         """Write the adapters as files that other tools read into a folder of checkpoints, averages if there are any."""
-        if self.adapters is not None:
-            names = LoraNames(adaptable(networks_of(self)), self._config)
-            metadata = {"base": self.base.path, "base_fingerprint": self.base.fingerprint} if self.base else {}
-            with self.ema_scope():
+        with self.ema_scope():
+            if self.adapters is not None:
+                names = LoraNames(adaptable(networks_of(self)), self._config)
+                metadata = {"base": self.base.path, "base_fingerprint": self.base.fingerprint} if self.base else {}
                 write_lora(self.adapters.weights(), folder / "lora.safetensors", names, metadata=metadata)
-        for new, vectors in zip(self.new_tokens, self.new_tokens and self.cond_stage_model.token_embeddings.vectors):
-            write_embedding(folder / f"{new.stem}.safetensors", new.token, vectors)
+            vectors = self.cond_stage_model.token_embeddings.vectors if self.new_tokens else ()
+            for new, trained in zip(self.new_tokens, vectors):
+                write_embedding(folder / f"{new.stem}.safetensors", new.token, trained)
 
     def load_tensors(
         self, path: str, tensors: Mapping[str, Tensor], ignore_keys: Sequence[str], only_model: bool

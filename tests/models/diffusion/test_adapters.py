@@ -149,6 +149,24 @@ def test_an_embedding_file_is_written_for_each_token(trained, tmp_path):
     assert token == "<me>" and torch.equal(vectors, model.cond_stage_model.token_embeddings.vectors[0])
 
 
+def test_files_and_sampling_use_the_averages_of_vectors_and_layers(base, tmp_path):
+    config = text_model_config(
+        ckpt_path=str(base.ckpt), token_embeddings=TOKEN, adapters={"rank": 2, "alpha": 2.0}, use_ema=True
+    )
+    model = instantiate_from_config(config["model"])
+    model.learning_rate = 0.05
+    ckpt = fit(model, tmp_path, 2)
+    model.write_adapter_files(tmp_path)
+    trained = model.cond_stage_model.token_embeddings.vectors[0].detach().clone()
+    with model.ema_scope():
+        average = model.cond_stage_model.token_embeddings.vectors[0].detach().clone()
+    ((_, written),) = read_embeddings(tmp_path / "me.safetensors")
+    assert torch.equal(written, average) and not torch.equal(written, trained)
+    for use_ema, expected in ((True, average), (False, trained)):
+        sampled = load_model(config, ckpt, "cpu", "full", use_ema=use_ema).model
+        assert torch.equal(sampled.cond_stage_model.token_embeddings.vectors[0], expected)
+
+
 def test_training_continues_from_a_checkpoint_of_vectors(base, trained):
     _, ckpt = trained
     model = build(ckpt)
