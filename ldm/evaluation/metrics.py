@@ -55,13 +55,13 @@ def distances(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return torch.cdist(flat_a, flat_b, compute_mode="donot_use_mm_for_euclid_dist").numpy()
 
 
-def edge_overlap(asked: np.ndarray, drawn: np.ndarray, radius: int = 1) -> float:
+def edge_overlap(wanted: np.ndarray, generated: np.ndarray, radius: int = 1) -> float:
     """Share of the edge pixels of two sets of maps, bool (N, H, W), that lie at most `radius` pixels from an edge of
     the other set; 1 for equal maps, 0 for maps far apart. At radius 0 this is Dice's coefficient.
     """
-    if asked.shape != drawn.shape:
-        raise ValueError(f"edge_overlap: shapes {asked.shape} and {drawn.shape} differ")
-    maps = [torch.from_numpy(edges.astype(np.float32))[:, None] for edges in (asked, drawn)]  # (N, 1, H, W)
+    if wanted.shape != generated.shape:
+        raise ValueError(f"edge_overlap: shapes {wanted.shape} and {generated.shape} differ")
+    maps = [torch.from_numpy(edges.astype(np.float32))[:, None] for edges in (wanted, generated)]  # (N, 1, H, W)
     wide = [torch.nn.functional.max_pool2d(x, 2 * radius + 1, 1, radius) for x in maps]
     hits = sum(float((x * near).sum()) for x, near in zip(maps, reversed(wide)))
     return hits / max(1.0, sum(float(x.sum()) for x in maps))
