@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ldm.checkpoint.diffusers.plan import CONTROL
 from ldm.checkpoint.names import use_ema_weights
 from ldm.config.instantiate import instantiate_from_config
 from ldm.config.types import PositiveInt
@@ -24,7 +25,6 @@ from ldm.modules.diffusionmodules.util import conv_nd, zero_module
 
 logger = logging.getLogger(__name__)
 
-CONTROL = "control_model."  # prefix of its weights in published files
 HINT_BLOCK_CHANNELS = (16, 32, 96, 256)
 
 

@@ -204,7 +204,7 @@ class LatentEditDiffusion(LatentFinetuneDiffusion):
         return {**parts, "c_concat": [latent * ~dropped.to(latent.device)[:, None, None, None]]}
 
     def further_images(self, batch: Mapping[str, Any], inputs: Tensor, cond: Any) -> dict[str, Tensor]:
-        before = self.get_images(batch[self.cond_stage_key], "c_concat", len(inputs))
+        before = self.get_images(self.batch_value(batch, self.cond_stage_key), "c_concat", len(inputs))
         return {**super().further_images(batch, inputs, cond), "before": before}
 
 
