@@ -15,10 +15,8 @@ from ldm.data.captions import Columns
 from ldm.data.detectors import CANNY, DETECTORS, canny_edges, is_depth_model, make_detector, to_hint
 from ldm.data.digits import Digits
 from ldm.data.folder import ImageFolder, Item
-from ldm.data.image import EXTENSIONS, BadImageError, from_array, load_image, to_array
-from ldm.data.listing import FileNames, existing_folder, scan
-
-MAX_STRETCH = 1.02  # of the sides' ratio, between an image and its hint
+from ldm.data.image import EXTENSIONS, from_array, load_like, to_array
+from ldm.data.listing import existing_folder, scan
 
 
 class ControlFolder(ImageFolder):
@@ -62,7 +60,6 @@ class ControlFolder(ImageFolder):
                 advice = "set captions to the .csv, .tsv or .jsonl table that has it"
                 raise DataConfigError("hint_column", hint_column, "there is no table with this column", advice)
             self.columns, self.before_column = Columns(before=(hint_column,)), hint_column
-        self.whole = existing_folder("root", root, self.content)
         super().__init__(root, **options)
 
     @cached_property
@@ -75,8 +72,7 @@ class ControlFolder(ImageFolder):
     def _hint_of(self, name: str) -> Path | None:
         """The file of an image's hint; a table and a folder of hints name it relative to the split's folder or root."""
         if self._hints is None:
-            folders = (self.root, self.whole)
-            return next((place / file for place in folders if (file := FileNames(place).find(self.before[name]))), None)
+            return self.paired_file(name)
         stem = Path(name).with_suffix("")
         inside = self.root.relative_to(self.whole) if self.root.is_relative_to(self.whole) else Path()
         return self._listed_hints.get(str(inside / stem)) or self._listed_hints.get(str(stem))
@@ -106,12 +102,7 @@ class ControlFolder(ImageFolder):
     def _read_hint(self, name: str, image: Image.Image) -> Image.Image:
         path = self._hint_of(name)
         assert path is not None
-        hint = load_image(path, self.max_pixels)
-        stretch = hint.width * image.height / (hint.height * image.width)
-        if not 1 / MAX_STRETCH <= stretch <= MAX_STRETCH:
-            sizes = f"{hint.width}x{hint.height}, but its image is {image.width}x{image.height}"
-            raise BadImageError(path, f"is {sizes}: both must have the same proportions")
-        return hint
+        return load_like(path, image, self.max_pixels)
 
 
 class DigitEdges(Digits):

@@ -16,10 +16,8 @@ from ldm.config.types import PathText, PositiveInt, Probability
 from ldm.data.base import DataConfigError, check_choice
 from ldm.data.captions import Columns
 from ldm.data.folder import ImageFolder, Item
-from ldm.data.image import BadImageError, Size, View, crop_box, load_image, to_array
-from ldm.data.listing import FileNames, existing_folder
-
-MAX_STRETCH = 1.02  # of the sides' ratio, between the image before and the edited one
+from ldm.data.image import Size, View, crop_box, load_image, load_like, to_array
+from ldm.data.listing import existing_folder
 
 
 class EditFolder(ImageFolder):
@@ -54,12 +52,11 @@ class EditFolder(ImageFolder):
             if param in options:
                 raise DataConfigError(param, options[param], "triples do not take it", "remove {param}")
         self.before_column = before_column
-        self.whole = existing_folder("root", root, self.content)
         super().__init__(root, size, captions=triples, image_key="edited", **options)
 
     def _item(self, name: str, texts: dict[str, list[str]] | None) -> Item | None:
         item = super()._item(name, texts)
-        if item is not None and self._before_of(name) is None:
+        if item is not None and self.paired_file(name) is None:
             self._unusable(name, f"no such file: {self.whole / self.before[name]}, its image before")
             return None
         return item
@@ -77,19 +74,8 @@ class EditFolder(ImageFolder):
     def _check(self, name: str) -> None:
         self._read_before(name, self._read(name))
 
-    def _before_of(self, name: str) -> Path | None:
-        """Return the file of the image before; a table names it as it names the edited one."""
-        folders = (self.root, self.whole)
-        return next((folder / file for folder in folders if (file := FileNames(folder).find(self.before[name]))), None)
-
     def _read_before(self, name: str, edited: Image.Image) -> Image.Image:
-        path = self._before_of(name) or self.whole / self.before[name]
-        before = load_image(path, self.max_pixels)
-        stretch = before.width * edited.height / (before.height * edited.width)
-        if not 1 / MAX_STRETCH <= stretch <= MAX_STRETCH:
-            sizes = f"{before.width}x{before.height}, but its edited image is {edited.width}x{edited.height}"
-            raise BadImageError(path, f"is {sizes}: both must have the same proportions")
-        return before
+        return load_like(self.paired_file(name) or self.whole / self.before[name], edited, self.max_pixels)
 
 
 class EditDataset(Dataset):

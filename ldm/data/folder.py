@@ -147,7 +147,7 @@ class ImageFolder(Dataset):
         self.skipped: dict[str, str] = {}  # name -> reason
         self.before: dict[str, str] = {}  # name -> that of the image before, of tables that pair images
 
-        whole = existing_folder("root", root, self.content)
+        self.whole = whole = existing_folder("root", root, self.content)
         declared = listed_classes(classes) or ()
         place = split_folder(whole, split, declared) if files is None else SplitFolder(whole)
         self.root, self.split = place.path, split
@@ -318,6 +318,11 @@ class ImageFolder(Dataset):
             if count:
                 logger.info("%s: %d rows %s", table, count, what)
         return {name: list(captions) for name, captions in texts.items()}, place
+
+    def paired_file(self, name: str) -> Path | None:
+        """Return the file that the table pairs with an image; its path is relative to the split's folder or to root."""
+        folders = (self.root, self.whole)
+        return next((folder / file for folder in folders if (file := FileNames(folder).find(self.before[name]))), None)
 
     def _problem_of(self, row: Row, splits_named: bool, folders: Sequence[str]) -> str:
         """Return why a record cannot be used; empty if it can. folders: those that hold splits."""

@@ -33,6 +33,7 @@ EXTENSIONS = frozenset(
     {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm", ".jp2", ".avif"}
 )
 MAX_PIXELS = 178_956_970  # 0.5 GiB as RGB; PIL itself refuses more
+MAX_STRETCH = 1.02  # of the sides' ratio, between two images that belong together
 WHITE = (255, 255, 255)
 _PHOTOMETRIC = 262  # TIFF tag; 0 means WhiteIsZero
 RESAMPLING = {name: Image.Resampling[name.upper()] for name in ("nearest", "box", "bilinear", "bicubic", "lanczos")}
@@ -75,6 +76,16 @@ def load_image(path: PathType, max_pixels: int = MAX_PIXELS, background: tuple[i
     """
     with _opened(path, max_pixels) as image:
         loaded = to_rgb(_decoded(image), background)
+    return loaded
+
+
+def load_like(path: PathType, image: Image.Image, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """Load an image that belongs to another; raise BadImageError as `load_image` does, and for other proportions."""
+    loaded = load_image(path, max_pixels)
+    stretch = loaded.width * image.height / (loaded.height * image.width)
+    if not 1 / MAX_STRETCH <= stretch <= MAX_STRETCH:
+        sizes = f"{loaded.width}x{loaded.height}, but its image is {image.width}x{image.height}"
+        raise BadImageError(path, f"is {sizes}: both must have the same proportions")
     return loaded
 
 

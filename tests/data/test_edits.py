@@ -93,7 +93,7 @@ def test_a_broken_table_is_refused_with_its_line(folder, content, words):
 
 def test_images_of_other_proportions_are_unusable(folder):
     save_image(folder / "a.png", 0, 24, 24)
-    with pytest.raises(BadImageError, match=r"a\.png: is 24x24, but its edited image is 32x24"):
+    with pytest.raises(BadImageError, match=r"a\.png: is 24x24, but its image is 32x24"):
         EditFolder(str(folder), size=16)[0]
     with pytest.raises(DataConfigError, match="2 skipped"):
         EditFolder(str(folder), size=16, on_error="skip")
