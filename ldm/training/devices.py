@@ -27,6 +27,13 @@ class Devices(NamedTuple):
     processes: int
     text: str
 
+    @property
+    def first(self) -> str:
+        """Name of the first of these devices, for work before the Trainer starts."""
+        if isinstance(self.devices, list) and self.accelerator == "cuda":
+            return f"cuda:{self.devices[0]}"
+        return self.accelerator if self.accelerator in ("cpu", "mps") else "auto"
+
 
 def choose_devices(settings: dict[str, Any], machine: Machine, where: str = "--") -> Devices:
     """Return the devices that Trainer settings ask for; by default one GPU if there is one, else the CPU.

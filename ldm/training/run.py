@@ -56,7 +56,7 @@ def execute(options: RunOptions, directory: RunDirectory, config: DictConfig, se
         logging.getLogger(name).setLevel(logging.INFO if options.debug else logging.WARNING)
     check_trainer(settings, devices)
     if options.train:
-        generate_class_images(config, settings.seed, "cpu" if devices.accelerator == "cpu" else "auto")
+        generate_class_images(config, settings.seed, devices.first)
     pl.seed_everything(settings.seed, verbose=False)
     data = _build_data(config, settings, options.strict_data)
     check_batches(settings.trainer, _batches(data, devices.processes * settings.num_nodes))

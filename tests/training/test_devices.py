@@ -35,6 +35,19 @@ def test_a_comma_means_indices_and_a_bare_number_a_count(settings, machine, acce
 
 
 @pytest.mark.parametrize(
+    ("settings", "machine", "name"),
+    [
+        ({"gpus": "1,"}, TWO_GPUS, "cuda:1"),
+        ({"gpus": "2"}, TWO_GPUS, "cuda:0"),
+        ({"gpus": "0,"}, Machine(1, "mps"), "mps"),
+        ({"gpus": "0"}, TWO_GPUS, "cpu"),
+    ],
+)
+def test_the_first_device_is_one_that_was_asked_for(settings, machine, name):
+    assert choose_devices(settings, machine).first == name
+
+
+@pytest.mark.parametrize(
     "settings, machine, message",
     [
         ({"gpus": "0,2"}, TWO_GPUS, "--gpus 0,2: no GPU 2; this machine has 2 GPUs"),
