@@ -17,10 +17,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ldm.checkpoint.formats import CheckpointError, preview, read_state
+from ldm.checkpoint.formats import CheckpointError, preview, read_metadata, read_state
 from ldm.checkpoint.write import write_checkpoint, write_weights
 
 A1111_TENSOR, PLACEHOLDER = "emb_params", "*"
+TOKEN = "token"  # key of the metadata in a .safetensors file
 LAYOUTS = ("diffusers", "a1111")
 MAX_VECTORS = 1000  # far above the length of every text encoder
 _SDXL = ("clip_l", "clip_g")
@@ -42,7 +43,8 @@ def read_embeddings(path: str | os.PathLike) -> list[Embedding]:
     if "string_to_param" in content:
         return _read_a1111(path, content)
     if A1111_TENSOR in content:
-        return [Embedding(None, _vectors(path, A1111_TENSOR, content[A1111_TENSOR]))]
+        token = read_metadata(path).get(TOKEN)  # of a file that `write_embedding` wrote
+        return [Embedding(token, _vectors(path, A1111_TENSOR, content[A1111_TENSOR]))]
     if set(_SDXL) & set(content):
         raise CheckpointError(
             f"{path}: an embedding for Stable Diffusion XL ({', '.join(map(str, content))}), which has two text "
@@ -62,7 +64,7 @@ def write_embedding(path: str | os.PathLike, token: str, vectors: Tensor, layout
     path, vectors = Path(path), vectors.detach().float().cpu()
     name = token if layout == "diffusers" else A1111_TENSOR
     if path.suffix == ".safetensors":
-        write_weights({name: vectors}, path, {"token": token})
+        write_weights({name: vectors}, path, {TOKEN: token})
     elif layout == "diffusers":
         write_checkpoint({token: vectors}, path)
     else:
