@@ -32,7 +32,7 @@ from ldm.inference.embeddings import add_tokens, read_tokens
 from ldm.inference.lora import add_live, merged, read_adapters, split_adapter
 from ldm.inference.precision import cast_weights, choose_device, resolve_precision
 from ldm.inference.quantize import check_quantization, quantize_weights
-from ldm.inference.settings import LORA_MODES, Request, embedding_text, lora_text
+from ldm.inference.settings import LORA_MODES, Request, embedding_text, lora_text, require
 from ldm.models.diffusion.samplers.denoiser import DiffusionModel
 from ldm.models.diffusion.samplers.noise import PUBLISHED_NOISE, NoiseSource
 from ldm.models.diffusion.samplers.registry import make_sampler
@@ -225,6 +225,7 @@ def load_model(
     use_ema = info.use_ema if use_ema is None else use_ema
     where = choose_device(device)
     chosen = resolve_precision(precision, where)
+    require(lora_mode in LORA_MODES, f"lora_mode {lora_mode!r}: choose one of {', '.join(LORA_MODES)}")
     if quantize is not None:
         check_quantization(quantize, where, precision)
     source = open_weights(ckpt)

@@ -137,9 +137,7 @@ def test_edits_widen_or_narrow_the_strokes_of_the_same_digit():
     torch.manual_seed(0)
     train = module.DigitEdits("train")
     assert len({train[0]["edit"]["c_crossattn"] for _ in range(200)}) == 8
-    with pytest.raises(
-        module.DataConfigError, match="edits 'bold': unknown; set edits to one of thick, thin"
-    ):
+    with pytest.raises(module.DataConfigError, match="edits 'bold': unknown; set edits to one of thick, thin"):
         module.DigitEdits(edits=["bold"])
 
 

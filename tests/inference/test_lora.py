@@ -99,6 +99,11 @@ def test_the_checkpoint_is_not_written_to(saved, loras):
     assert saved.ckpt.read_bytes() == before
 
 
+def test_an_unknown_mode_is_refused(saved, loras):
+    with pytest.raises(ValueError, match="lora_mode 'merge': choose one of merged, live"):
+        output(saved, (loras[0], 1.0), mode="merge")
+
+
 def test_weights_that_the_checkpoint_lacks_are_named(saved, loras, tmp_path):
     """As those of a text encoder that has a folder of its own."""
     weights = {name: x for name, x in saved.model.state_dict().items() if not name.startswith("cond_stage_model.")}

@@ -133,6 +133,6 @@ class AdapterTraining(TrainedModule):
         super().on_load_checkpoint(checkpoint)
         if self.base is not None and "base" in checkpoint:
             BaseWeights(**checkpoint["base"]).check(self.base.fingerprint, self.base.path)
-            if self.alpha is not None and checkpoint.get("alpha") != self.alpha:
-                raise ValueError(f"adapters.alpha {self.alpha}: the checkpoint was trained with {checkpoint['alpha']}")
+            if self.alpha is not None and (alpha := checkpoint.get("alpha")) not in (self.alpha, None):
+                raise ValueError(f"adapters.alpha {self.alpha}: the checkpoint was trained with {alpha}")
             checkpoint["state_dict"] = {**self.state_dict(), **checkpoint["state_dict"]}
