@@ -60,6 +60,10 @@ def request_of(opt: Namespace, info: ModelInfo) -> ControlRequest:
     if nets != images:
         model = ", that of the model included" if own else ""
         raise ValueError(f"--control-image is given {images} times, for {nets} ControlNets{model}: pass one for each")
+    typed = opt.recorded.typed if opt.recorded else opt.given
+    for flag, detector in (("canny", "canny"), ("depth_model", "depth")):
+        if flag in typed and detector not in opt.detector:
+            raise ValueError(f"--{flag.replace('_', '-')}: only for --detector {detector}; add it, or remove the flag")
     several: dict[str, Any] = {
         "control_scale": tuple(opt.control_scale or [1.0]),
         "detector": tuple(opt.detector or ["none"]),
