@@ -1,4 +1,4 @@
-"""Weights of 8 or 4 bits (torchao): linear layers keep quantised weights and compute in the model's precision."""
+"""Weights of 8 or 4 bits (torchao): linear layers keep quantized weights and compute in the model's precision."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def check_quantization(name: str, device: torch.device, precision: str) -> None:
 
 @torch.no_grad()
 def quantize_weights(model: nn.Module, name: str) -> None:
-    """Quantise the linear layers of the network and of the condition stage, and log what keeps its dtype.
+    """Quantize the linear layers of the network and of the condition stage, and log what keeps its dtype.
 
     int8, fp8: a scale for each row of a weight. int4: a scale for each group of 64 values. Convolutions, embeddings and
     layers whose rows are no multiple of the group keep their dtype, as does the first stage.

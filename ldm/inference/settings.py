@@ -168,7 +168,7 @@ def check_size(height: int, width: int, multiple: int) -> None:
 
 
 def check_quantize(name: str) -> None:
-    """Raise ValueError for an unknown quantisation, ImportError without the package for it."""
+    """Raise ValueError for an unknown quantization, ImportError without the package for it."""
     require(name in QUANTIZATIONS, f"--quantize {name}: choose one of {', '.join(QUANTIZATIONS)}")
     if find_spec("torchao") is None:
         raise ImportError(f"--quantize {name} needs torchao: pip install -e '.[quantize]'")

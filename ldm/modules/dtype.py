@@ -12,12 +12,12 @@ def weights_dtype(module: nn.Module) -> torch.dtype | None:
 
 
 def is_quantized(weight: Tensor) -> bool:
-    """True for a tensor of a class of its own, as torchao's quantised weights."""
+    """True for a tensor of a class of its own, as torchao's quantized weights."""
     return type(weight) not in (Tensor, nn.Parameter)
 
 
 def values_of(weight: Tensor) -> Tensor:
-    """A weight's values in float32, without gradient; a quantised one is dequantised."""
+    """A weight's values in float32, without gradient; a quantized one is dequantized."""
     weight = weight.detach()
     return (weight.dequantize() if is_quantized(weight) else weight).float()
 

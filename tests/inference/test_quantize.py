@@ -1,4 +1,4 @@
-"""Weights of 8 and 4 bits: what is quantised, the images, adapters on them."""
+"""Weights of 8 and 4 bits: what is quantized, the images, adapters on them."""
 
 import numpy as np
 import pytest
@@ -30,7 +30,7 @@ def image_of(pipeline) -> np.ndarray:
 
 @pytest.mark.parametrize("name", ON_CPU)
 @pytest.mark.parametrize("precision", ["full", "bf16"])
-def test_linear_layers_are_quantised_and_the_image_stays(saved, pipeline, name, precision, caplog):
+def test_linear_layers_are_quantized_and_the_image_stays(saved, pipeline, name, precision, caplog):
     with caplog.at_level("INFO"):
         quantized = load_model(saved.config, saved.ckpt, "cpu", precision, quantize=name)
     for network in networks_of(quantized.model).values():
@@ -63,7 +63,7 @@ def test_a_missing_package_is_named_with_its_extra_before_anything_loads(saved, 
     assert "--quantize int8 needs torchao: pip install -e '.[quantize]'" in refused(main, model, capsys)
 
 
-def test_a_quantised_sample_is_repeated_from_its_metadata(saved, tmp_path):
+def test_a_quantized_sample_is_repeated_from_its_metadata(saved, tmp_path):
     flags = ["--config", str(saved.config), "--ckpt", str(saved.ckpt), "--device", "cpu", "--precision", "full"]
     flags += ["--prompt", "a cat", "--ddim_steps", "2", "--n_samples", "1", "--n_iter", "1", "--quantize", "int8"]
     assert run_command(main, [*flags, "--outdir", str(tmp_path / "one")]) == 0
@@ -76,7 +76,7 @@ def test_a_quantised_sample_is_repeated_from_its_metadata(saved, tmp_path):
 
 
 @pytest.mark.parametrize("name", ON_CPU)
-def test_a_lora_on_quantised_frozen_weights_trains(saved, name):
+def test_a_lora_on_quantized_frozen_weights_trains(saved, name):
     model = load_model(saved.config, saved.ckpt, "cpu", "full", quantize=name).model
     networks = networks_of(model)
     adapters = inject(networks, LoRASpec(rank=4, targets=("attention", "feed_forward")))
@@ -95,7 +95,7 @@ def test_a_lora_on_quantised_frozen_weights_trains(saved, name):
     assert before and all(torch.equal(model.get_parameter(key).dequantize(), was) for key, was in before.items())
 
 
-def test_a_live_lora_adds_the_same_to_quantised_weights(saved):
+def test_a_live_lora_adds_the_same_to_quantized_weights(saved):
     outputs = []
     for name in (None, "int8"):
         model = load_model(saved.config, saved.ckpt, "cpu", "full").model

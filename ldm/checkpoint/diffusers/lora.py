@@ -284,7 +284,7 @@ class _Scales:
 
 
 class _Layer(NamedTuple):
-    """What a file holds of one layer."""
+    """Contents of a file for one layer."""
 
     path: Path
     module: str  # the layer's name in the file

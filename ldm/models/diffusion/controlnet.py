@@ -190,7 +190,7 @@ class ControlLDM(LatentDiffusion):
 
     @property
     def sd_locked(self) -> bool:
-        """Whether the UNet's expanding half is frozen as its contracting half is."""
+        """True if the UNet's expanding half is frozen, as its contracting half is."""
         return not any(parameter.requires_grad for parameter in self.model.parameters())
 
     @sd_locked.setter
