@@ -66,8 +66,16 @@ def here(tmp_path, monkeypatch):
     vq["params"] |= {"n_embed": 16, "use_ema": True}
     for model, target in ((first, "ldm.modules.losses.LPIPSWithDiscriminator"), (vq, VQ_LOSS)):
         model["params"] |= {"monitor": "val/rec_loss", "lossconfig": {"target": target, "params": loss}}
-    for name, model in (("first", first), ("vq", vq), ("diffusion", diffusion)):
-        OmegaConf.save(OmegaConf.create({"model": {"base_learning_rate": 1e-4, **model}, **common}), f"{name}.yaml")
+    control = deepcopy(diffusion)
+    control["target"] = "cldm.cldm.ControlLDM"
+    control["params"] |= {**deepcopy(KINDS["control"]), "cond_stage_trainable": False, "use_ema": True}
+    del control["params"]["target"]
+    for name, model in (("first", first), ("vq", vq), ("diffusion", diffusion), ("control", control)):
+        config = OmegaConf.create({"model": {"base_learning_rate": 1e-4, **model}, **common})
+        for key in ("train", "validation") if name == "control" else ():
+            config.data.params[key].target = "ldm.data.control.ControlFolder"
+            config.data.params[key].params.detector = "canny"
+        OmegaConf.save(config, f"{name}.yaml")
     return tmp_path
 
 
@@ -96,6 +104,7 @@ def stop_after(monkeypatch, module, batches):
         ("first", ["--accumulate_grad_batches", "2"], 2),
         ("vq", ["--accumulate_grad_batches", "2"], 2),
         ("diffusion", [], 3),
+        ("control", [], 3),
     ],
 )
 def test_a_stopped_model_resumes_bitwise(here, monkeypatch, yaml, words, steps):
@@ -104,16 +113,13 @@ def test_a_stopped_model_resumes_bitwise(here, monkeypatch, yaml, words, steps):
 
     code, whole = start("whole", yaml, *words)
     assert code == 0 and last(whole)["global_step"] == 4
-    stop_after(monkeypatch, LatentDiffusion if yaml == "diffusion" else AdversarialAutoencoder, 3)
+    latent = yaml in ("diffusion", "control")
+    stop_after(monkeypatch, LatentDiffusion if latent else AdversarialAutoencoder, 3)
     code, folder = start("stopped", yaml, *words, "lightning.callbacks.image_logger=null")  # image logs change nothing
     assert code == 143 and last(folder)["global_step"] == steps
     assert main.main(["-r", str(folder), "-t"]) == 0
     assert differences(training_state(last(whole)), training_state(last(folder))) == []
-    assert (
-        last(folder).get("generator_updates")
-        == last(whole).get("generator_updates")
-        == (None if yaml == "diffusion" else 4)
-    )
+    assert last(folder).get("generator_updates") == last(whole).get("generator_updates") == (None if latent else 4)
 
 
 def test_diffusion_trains_on_a_first_stage_that_was_trained_before(here, monkeypatch, capsys):

@@ -36,6 +36,8 @@ def shrink(model):
             params |= {name: 16 for name in ("context_dim", "num_head_channels") if name in params}
             params |= {name: 1 for name in ("num_heads", "transformer_depth") if name in params}
             params |= {"disable_self_attentions": [True, False]} if "disable_self_attentions" in params else {}
+        if "hint_channels" in params:
+            params["hint_block_channels"] = [16, 32, 96]  # one for each level of the first stage
         if "ddconfig" in params:
             attention = [SIDE // FACTOR] if params["ddconfig"]["attn_resolutions"] else []
             params["ddconfig"] |= {
@@ -89,6 +91,7 @@ class Everything(Dataset):
             "LR_image": image[::FACTOR, ::FACTOR],
             "lr": image[::FACTOR, ::FACTOR],
             "depth": image[:, :, :1],
+            "hint": image / 2 + 0.5,
             "segmentation": torch.nn.functional.one_hot(labels, 182).float(),
             "coordinates_bbox": torch.as_tensor(LayoutTokens(40).encode([Box(index, (0.1, 0.2, 0.3, 0.4))])),
             "class_label": index,
