@@ -378,8 +378,11 @@ def _alpha(path: Path, name: str, value: Any) -> float:
 def lora_tensors(adapters: Mapping[str, Adapter], names: LoraNames, style: str = KOHYA) -> dict[str, Tensor]:
     """The tensors of a file in a style; `read_lora` gives the adapters back.
 
-    Files of diffusers have no alpha: the scale alpha / rank goes into `up`. ConversionError for what a style lacks.
+    Files of diffusers have no alpha: the scale alpha / rank goes into `up`. ConversionError for what a style lacks,
+    ValueError for an unknown style.
     """
+    if style not in STYLES:
+        raise ValueError(f"style {style!r}: choose one of {', '.join(STYLES)}")
     tensors: dict[str, Tensor] = {}
     for key, adapter in adapters.items():
         module, rank = names.module(key, style), adapter.down.shape[0]

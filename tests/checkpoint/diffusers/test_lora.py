@@ -176,6 +176,12 @@ def test_writing_and_reading_are_inverse(kind, style, tmp_path):
     assert same(read, adapters)
 
 
+def test_an_unknown_style_is_refused(tmp_path):
+    names = names_of("text")
+    with pytest.raises(ValueError, match="style 'a1111': choose one of kohya, diffusers"):
+        write_lora(adapters_for(names), tmp_path / "lora.safetensors", names, "a1111")
+
+
 def test_dora_and_middle_tensors_are_written_and_read(tmp_path):
     names = names_of("sd1")
     linear, conv = "unet.time_embed.0", "unet.input_blocks.0.0"
