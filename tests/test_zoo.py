@@ -92,6 +92,8 @@ class Everything(Dataset):
             "lr": image[::FACTOR, ::FACTOR],
             "depth": image[:, :, :1],
             "hint": image / 2 + 0.5,
+            "edited": image,
+            "edit": {"c_concat": image, "c_crossattn": "a small picture"},
             "segmentation": torch.nn.functional.one_hot(labels, 182).float(),
             "coordinates_bbox": torch.as_tensor(LayoutTokens(40).encode([Box(index, (0.1, 0.2, 0.3, 0.4))])),
             "class_label": index,

@@ -160,7 +160,7 @@ def check_unchanged(opt: Namespace, info: ModelInfo, weights: inference.WeightsS
         paths = [given] if isinstance(given, str) else given
         found += zip([name] * len(paths), map(Path, paths), before if isinstance(before, list) else [before])
     for name, parse_text in (("lora", parse_lora), ("embedding", parse_embedding)):
-        texts = [] if name in typed else getattr(opt, name)
+        texts = [] if name in typed else getattr(opt, name, [])
         fingerprints = recorded.get(f"{name}_fingerprint") or []
         found += [(name, parse_text(text)[0], before) for text, before in zip(texts, fingerprints)]
     for name, path, before in found:

@@ -101,7 +101,10 @@ def test_only_stable_diffusion_configs_turn_the_safety_check_on():
     """Those of its folder and of models that are made from its weights, and the recipes that go on from them."""
     configs = [*ROOT.glob("configs/**/*.yaml"), *ROOT.glob("models/ldm/**/*.yaml")]
     on = {path for path in configs if model_info(read_config(path)).safety == "on"}
-    recipes = [ROOT / "configs" / "recipes" / f"{name}-folder.yaml" for name in ("inpainting", "instruct-pix2pix")]
+    names = ["inpainting", "instruct-pix2pix", "controlnet", "dreambooth", "dreambooth-lora"]
+    names += ["lora-stable-diffusion-v1", "lora-stable-diffusion-v2", "textual-inversion-object"]
+    names += ["textual-inversion-style"]
+    recipes = [ROOT / "configs" / "recipes" / f"{name}-folder.yaml" for name in names]
     folders = ("stable-diffusion", "controlnet", "instruct-pix2pix")
     models = [file for folder in folders for file in ROOT.glob(f"configs/{folder}/*.yaml")]
     assert on == {*models, *recipes} and len(configs) > 20

@@ -73,7 +73,7 @@ def test_a_converted_folder_is_a_run_to_sample_from(folder):
 @pytest.mark.parametrize(
     ("flags", "says"),
     [
-        ([], "required: --ckpt, --out"),
+        ([], "required: --out"),
         (["--ckpt", "nowhere.ckpt", "--out", "x"], "nowhere.ckpt: no such file"),
         (["--ckpt", "FILE", "--out", "FOLDER"], "already exists"),
         (["--ckpt", "FILE", "--out", "new", "--dtype", "fp8"], "invalid choice: 'fp8'"),

@@ -95,7 +95,7 @@ def test_flags_have_the_published_defaults():
     "flags, words",
     [
         (["--plms"], "--plms: not supported by img2img"),
-        (["--init-img", ""], "--init-img: pass the image"),
+        (["--init-img", ""], "--init-img '': expected a path"),
         (["--init-img", "nowhere.png"], "nowhere.png: no such file"),
         (["--strength", "1.5"], "--strength 1.5: choose 0"),
         (["--strength", "nan"], "--strength nan"),

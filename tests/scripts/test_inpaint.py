@@ -128,7 +128,7 @@ def test_flags_have_the_published_defaults():
 @pytest.mark.parametrize(
     "flags, words",
     [
-        (["--indir", ""], "--indir: pass a folder"),
+        (["--indir", ""], "--indir '': expected a path"),
         (["--indir", "nowhere"], "--indir nowhere: no such folder"),
         (["--steps", "0"], "--steps 0: choose 1 to 100"),
         (["--ddim_eta", "-1"], "--ddim_eta -1.0"),

@@ -60,7 +60,8 @@ def test_every_weight_of_a_published_model_has_one_rule(path):
 
 def test_every_kind_of_model_is_covered():
     pipelines = {plan_of(text_model_config(**params)).pipeline for params in MODELS.values()}
-    assert pipelines == {"StableDiffusionPipeline", "StableDiffusionInpaintPipeline", "LDMPipeline", None}
+    stable = {f"StableDiffusion{name}Pipeline" for name in ("", "Inpaint", "InstructPix2Pix")}
+    assert pipelines == {*stable, "LDMPipeline", None}
 
 
 @pytest.mark.parametrize(
