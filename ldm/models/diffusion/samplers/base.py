@@ -14,8 +14,8 @@ from tqdm import tqdm
 
 from ldm.config.suggest import log_unused
 from ldm.models.diffusion.conditioning import Conditioning, condition_batch_size
-from ldm.models.diffusion.published import PublishedSampler, sampling_options
 from ldm.models.diffusion.samplers.denoiser import DiffusionModel, SamplingOptions, SamplingRun, ScoreCorrector, Steps
+from ldm.models.diffusion.samplers.published import PublishedSampler, sampling_options
 from ldm.modules.diffusionmodules.schedule import check_steps
 
 

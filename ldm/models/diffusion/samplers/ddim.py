@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from ldm.models.diffusion.conditioning import Conditioning
-from ldm.models.diffusion.published import PublishedSampler, sampling_options
 from ldm.models.diffusion.samplers.base import Sampler
 from ldm.models.diffusion.samplers.denoiser import DiffusionModel, SamplingOptions, SamplingRun, ScoreCorrector, Steps
+from ldm.models.diffusion.samplers.published import PublishedSampler, sampling_options
 from ldm.models.diffusion.samplers.spacing import model_alphas_cumprod
 from ldm.modules.diffusionmodules.schedule import make_ddim_sampling_parameters, make_ddim_timesteps
 

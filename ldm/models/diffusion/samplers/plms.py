@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from ldm.models.diffusion.conditioning import Conditioning
-from ldm.models.diffusion.published import PublishedSampler, sampling_options
 from ldm.models.diffusion.samplers.base import Sampler
 from ldm.models.diffusion.samplers.ddim import ddim_steps, published_arguments
 from ldm.models.diffusion.samplers.denoiser import SamplingRun, ScoreCorrector, Steps
+from ldm.models.diffusion.samplers.published import PublishedSampler, sampling_options
 
 
 class PLMSSampler(Sampler):
