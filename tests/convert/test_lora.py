@@ -100,6 +100,24 @@ def test_a_folder_of_peft_gives_its_image(converted, tmp_path):
     assert close(image, their_image(pipe)) and not close(image, ours(saved))
 
 
+@pytest.mark.parametrize("alpha", [1, 4])
+def test_a_file_that_diffusers_saves_gives_its_image(converted, tmp_path, alpha):
+    saved, folder = converted("sd1")
+    pipe = pipeline_of(folder)
+    torch.manual_seed(4)
+    options, layers, metadata = {"r": 4, "lora_alpha": alpha, "init_lora_weights": False}, {}, {}
+    if alpha != 4:  # saved in the metadata of the file; the first pattern that fits a layer counts
+        options |= {"alpha_pattern": {"attn1.to_q": 2, "to_q": 9}, "rank_pattern": {"conv1": 2}}
+    for name, targets in (("unet", ["to_q", "to_out.0", "conv1", "proj_in"]), ("text_encoder", ["q_proj", "fc1"])):
+        network, config = getattr(pipe, name), peft.LoraConfig(target_modules=targets, **options)
+        peft.inject_adapter_in_model(config, network)
+        layers[f"{name}_lora_layers"] = peft.get_peft_model_state_dict(network)
+        metadata[f"{name}_lora_adapter_metadata"] = config.to_dict() if alpha != 4 else None
+    pipe.save_lora_weights(tmp_path, safe_serialization=alpha != 4, **layers, **metadata)
+    image = ours(saved, (tmp_path, 1.0))
+    assert close(image, their_image(pipe)) and not close(image, ours(saved))
+
+
 # ---------------------------------------------------------------------------------------------------- conversion, merge
 
 

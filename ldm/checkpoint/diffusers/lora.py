@@ -278,6 +278,7 @@ class _Scales:
                 )
             if inner == name or inner.endswith(f".{name}"):
                 value = special
+                break  # the first that fits counts, as in peft
         if value is None:
             return float(rank)
         return _alpha(self.path, "lora_alpha", value) * (math.sqrt(rank) if config.get("use_rslora") else 1.0)
