@@ -25,7 +25,19 @@ diffusion, a KL or VQ first stage, or a ControlNet with its model, of which the 
 computed on both sides and compared before anything is written; existing files are never overwritten.
 
 --lora a LoRA file, or the folder that peft wrote: --out is the .safetensors file to create, in the names of kohya's
-scripts or of diffusers (--lora_format)."""
+scripts or of diffusers (--lora_format).
+
+--embedding a textual inversion file: --out is the .safetensors, .pt or .bin file to create, in the layout of diffusers
+or of AUTOMATIC1111's web UI (--embedding_format)."""
+SOURCES = {  # flag -> the sources that it is for
+    "config": ("ckpt", "lora"),
+    "allow_targets": ("ckpt", "lora"),
+    "dtype": ("ckpt",),
+    "use_ema": ("ckpt",),
+    "scheduler": ("ckpt",),
+    "lora_format": ("lora",),
+    "embedding_format": ("embedding",),
+}
 
 
 def parser() -> Parser:
@@ -34,7 +46,13 @@ def parser() -> Parser:
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--ckpt", metavar="PATH", help="weights file or diffusers folder")
     source.add_argument("--lora", metavar="PATH", help="LoRA file or folder, of any of the formats")
+    source.add_argument("--embedding", metavar="FILE", help="textual inversion file, of any of the layouts")
     add("--lora_format", choices=("kohya", "diffusers"), help="names of the written LoRA (default: kohya)")
+    add(
+        "--embedding_format",
+        choices=("diffusers", "a1111"),
+        help="layout of the written embedding (default: diffusers)",
+    )
     text = "folder, or .ckpt or .safetensors file, to create; must not exist"
     add("--out", required=True, metavar="PATH", help=text)
     add("--config", metavar="YAML", help=f"config of the model (default: config.yaml in the folder, else {CONFIG})")
@@ -50,15 +68,18 @@ def parser() -> Parser:
 
 def main(argv: Sequence[str]) -> None:
     opt = parser().parse_args(argv)
-    path, target = find_file(opt.ckpt or opt.lora), Path(opt.out)
+    path, target = find_file(opt.ckpt or opt.lora or opt.embedding), Path(opt.out)
     if target.exists():
         raise ValueError(f"--out {target}: already exists; choose another name or remove it first")
-    others = ("dtype", "use_ema", "scheduler") if opt.lora else ("lora_format",)
-    for flag in (flag for flag in others if getattr(opt, flag) is not None):
-        raise ValueError(f"--{flag}: only for {'--ckpt' if opt.lora else '--lora'}")
+    for flag, sources in SOURCES.items():
+        if getattr(opt, flag) not in (None, []) and not any(getattr(opt, source) for source in sources):
+            raise ValueError(f"--{flag}: only for {' and '.join(f'--{source}' for source in sources)}")
     allow_targets(*opt.allow_targets)
     if opt.lora:
         _convert_lora(opt, path, target)
+        return
+    if opt.embedding:
+        _convert_embedding(opt, path, target)
         return
     # Imported here because they bring torch, which --help does not need.
     from ldm.checkpoint.diffusers.plan import plan_of
@@ -92,6 +113,13 @@ def _convert_lora(opt: Namespace, path: Path, target: Path) -> None:
 
     done = convert_lora(read_config(find_file(opt.config or CONFIG)), path, target, opt.lora_format or "kohya")
     print(f"{done.layers} layers in {done.seconds:.1f} s\n{done.target}")
+
+
+def _convert_embedding(opt: Namespace, path: Path, target: Path) -> None:
+    from ldm.checkpoint.diffusers.embeddings import convert_embedding  # it brings torch
+
+    token, vectors = convert_embedding(path, target, opt.embedding_format or "diffusers")
+    print(f"{token}: {len(vectors)} vectors\n{target}")
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from ldm.cli import run_command
 from ldm.inference.runs import find_run
@@ -139,6 +140,40 @@ def test_a_folder_from_elsewhere_lacks_what_nothing_uses(tmp_path):
     names = torch.load(tmp_path / "b.ckpt", weights_only=True)["state_dict"].keys()
     assert not any("resblocks.2." in name for name in names) and any("resblocks.1." in name for name in names)
     assert json.loads((hub / "text_encoder" / "config.json").read_text())["num_hidden_layers"] == 2
+
+
+@pytest.mark.parametrize("name", ["cat.pt", "cat.safetensors", "cat.bin"])
+def test_an_embedding_is_converted_to_a1111_and_back(tmp_path, capsys, name):
+    """A name that the file lacks is that of the file; the vectors keep every bit."""
+    vectors, there, back = torch.randn(3, 16), tmp_path / name, tmp_path / "back.safetensors"
+    torch.save({"<kitten>": vectors}, tmp_path / "ours.bin")
+    argv = ["--embedding", str(tmp_path / "ours.bin"), "--embedding_format", "a1111", "--out", str(there)]
+    assert run_command(main, argv) == 0 and "<kitten>: 3 vectors" in capsys.readouterr().out
+    content = load_file(there) if name.endswith(".safetensors") else torch.load(there, weights_only=True)
+    assert torch.equal(content.get("string_to_param", {}).get("*", content.get("emb_params")), vectors)
+    assert run_command(main, ["--embedding", str(there), "--out", str(back)]) == 0
+    assert {token: tensor.tolist() for token, tensor in load_file(back).items()} == {"<kitten>": vectors.tolist()}
+
+    save_file({"emb_params": vectors}, tmp_path / "dog.safetensors")
+    argv = ["--embedding", str(tmp_path / "dog.safetensors"), "--out", str(tmp_path / "dog.bin")]
+    assert run_command(main, argv) == 0 and [*torch.load(tmp_path / "dog.bin", weights_only=True)] == ["dog"]
+
+
+def test_embeddings_that_do_not_convert_are_refused_in_one_line(tmp_path, capsys):
+    torch.save({"<a>": torch.ones(4), "<b>": torch.ones(4)}, tmp_path / "two.bin")
+    torch.save({"<a>": torch.ones(4)}, tmp_path / "one.bin")
+    one, out = ["--embedding", str(tmp_path / "one.bin")], ["--out", str(tmp_path / "out.pt")]
+    for argv, reason in (
+        (["--embedding", str(tmp_path / "two.bin"), *out], "holds 2 tokens (<a>, <b>)"),
+        ([*one, "--out", str(tmp_path / "out")], "must end in .safetensors, .pt, .bin"),
+        ([*one, *out, "--config", KL], "--config: only for --ckpt and --lora"),
+        ([*one, *out, "--dtype", "fp16"], "--dtype: only for --ckpt"),
+        ([*one, *out, "--lora_format", "kohya"], "--lora_format: only for --lora"),
+        ([*one, *out, "--lora", "a.safetensors"], "not allowed with"),
+        (["--lora", str(tmp_path / "one.bin"), *out, "--embedding_format", "a1111"], "only for --embedding"),
+    ):
+        assert reason in refused(main, argv, capsys)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["one.bin", "two.bin"]
 
 
 def test_help_is_quick_and_works_from_any_folder(tmp_path):

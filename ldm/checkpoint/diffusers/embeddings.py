@@ -17,12 +17,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ldm.checkpoint.diffusers.rules import ConversionError
+from ldm.checkpoint.diffusers.write import check_target
 from ldm.checkpoint.formats import CheckpointError, preview, read_metadata, read_state
 from ldm.checkpoint.write import write_checkpoint, write_weights
 
 A1111_TENSOR, PLACEHOLDER = "emb_params", "*"
 TOKEN = "token"  # key of the metadata in a .safetensors file
 LAYOUTS = ("diffusers", "a1111")
+SUFFIXES = (".safetensors", ".pt", ".bin")
 MAX_VECTORS = 1000  # far above the length of every text encoder
 _SDXL = ("clip_l", "clip_g")
 
@@ -70,6 +73,23 @@ def write_embedding(path: str | os.PathLike, token: str, vectors: Tensor, layout
     else:
         ids = {PLACEHOLDER: 265}  # CLIP's id of "*"
         write_checkpoint({"string_to_token": ids, "string_to_param": {PLACEHOLDER: vectors}, "name": token}, path)
+
+
+def convert_embedding(source: Path, target: Path, layout: str) -> Embedding:
+    """Write the embedding of a file in a layout and return it; without a name it gets the file's, without its suffix.
+
+    Raises CheckpointError for other files; ConversionError for several tokens, a `target` that exists or its suffix.
+    """
+    check_target(target)
+    if target.suffix not in SUFFIXES:
+        raise ConversionError(f"--out {target}: the file name must end in {', '.join(SUFFIXES)}")
+    first, *others = read_embeddings(source)
+    if others:
+        tokens = preview([str(each.token) for each in (first, *others)])
+        raise ConversionError(f"{source}: holds {len(others) + 1} tokens ({tokens}); files of one token are converted")
+    embedding = first._replace(token=first.token or source.stem)
+    write_embedding(target, str(embedding.token), embedding.vectors, layout)
+    return embedding
 
 
 def _read_a1111(path: Path, content: Mapping[Any, Any]) -> list[Embedding]:
