@@ -17,6 +17,7 @@ from ldm.checkpoint.diffusers.plan import CONTROL
 from ldm.checkpoint.names import use_ema_weights
 from ldm.config.instantiate import instantiate_from_config
 from ldm.config.types import PositiveInt
+from ldm.config.validate import ADAPTERS
 from ldm.models.diffusion.conditioning import Conditioning, Parts, normalize_condition
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.models.diffusion.image_log import log_latent_images
@@ -174,6 +175,12 @@ class ControlLDM(LatentDiffusion):
         global_average_pooling: bool = False,
         **kwargs: Any,
     ) -> None:
+        for name in ADAPTERS:
+            if kwargs.get(name) is not None:
+                raise ValueError(
+                    f"{name}: a ControlLDM trains its ControlNet alone; remove the section, train it with a "
+                    "LatentDiffusion, and pass its file to control2img.py with --lora or --embedding"
+                )
         super().__init__(*args, **kwargs)
         if self.model.conditioning_key != "crossattn":
             raise ValueError(f"conditioning_key {self.model.conditioning_key!r}: a ControlLDM requires crossattn")

@@ -58,6 +58,11 @@ class LatentFinetuneDiffusion(LatentDiffusion):
         candidates = [key for key in self.finetune_keys if key in own and not (skip and key.startswith(skip))]
         found = {key: _find(key, tensors) for key in candidates if key.startswith("model." if only_model else "")}
         narrow = {key: tensor for key, tensor in found.items() if tensor is not None and tensor.shape != own[key].shape}
+        for key, tensor in narrow.items() if self.trains_adapters else ():
+            raise checkpoint.CheckpointError(
+                f"{path}: {key} has {tensor.shape[1]} input channels, the model {own[key].shape[1]}; adapters train on "
+                "a frozen base: pass the weights of a fine-tuned model"
+            )
         super().load_tensors(path, tensors, (*skip, *narrow), only_model)
         for key, tensor in narrow.items():
             self._widen(own[key], tensor, f"{path}: {key}")

@@ -5,16 +5,18 @@ import pytorch_lightning as pl
 import torch
 
 from ldm.callbacks import ExactResume, StepSeed
-from ldm.checkpoint import read_weights
+from ldm.checkpoint import CheckpointError, read_weights
 from ldm.checkpoint.diffusers.lora import LoraNames, read_lora
 from ldm.checkpoint.resume import AtomicCheckpointIO
 from ldm.checkpoint.source import base_of
 from ldm.config.instantiate import ConfigError, instantiate_from_config
+from ldm.config.model_info import read_config
 from ldm.config.validate import check_targets
 from ldm.inference import load_model
 from ldm.modules.adapters.lora import adaptable, networks_of
 from tests.models.diffusion.test_adapters import Captions
-from tests.tiny import save_text_model, text_model_config
+from tests.models.diffusion.test_variants import batch
+from tests.tiny import KINDS, save_model, save_text_model, text_model_config
 
 LORA = {"rank": 2, "alpha": 4.0, "dropout": 0.1, "targets": ["attention", "feed_forward", "text_encoder"]}
 
@@ -150,6 +152,49 @@ def test_a_run_may_start_from_an_adapter(base, options, trained):
     model = build(trained[1], seed=9, **options)
     state, saved = adapter_state(model.state_dict()), torch.load(trained[1], weights_only=True)["state_dict"]
     assert all(torch.equal(state[name], x) for name, x in saved.items())
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "control"])
+def test_every_kind_of_model_trains_and_samples_with_adapters(tmp_path, kind):
+    saved = save_model(tmp_path, kind)
+    config = read_config(saved.config)
+    config.model.params |= {"ckpt_path": str(saved.ckpt), "adapters": {"rank": 2, "targets": ["convolutions"]}}
+    model = instantiate_from_config(config.model).eval()
+    assert all(name.startswith("adapters.") for name, x in model.named_parameters() if x.requires_grad)
+    for layer in model.adapters.layers().values():
+        torch.nn.init.normal_(layer.up)
+    if "target" in KINDS[kind]:
+        model.shared_step(batch())[0].backward()
+        assert all(x.grad.any() for x in model.adapters.parameters())
+    checkpoint = {"state_dict": model.state_dict()}
+    model.on_save_checkpoint(checkpoint)
+    torch.save(checkpoint, tmp_path / "run.ckpt")
+    pipeline = load_model(config, tmp_path / "run.ckpt", "cpu", "full", use_ema=False)
+    theirs, ours = model.model.diffusion_model, pipeline.model.model.diffusion_model
+    x, t, context = torch.randn(2, theirs.in_channels, 8, 8), torch.tensor([3, 70]), torch.randn(2, 5, 16)
+    given = x, t, context if theirs.context_dim else None, t if theirs.num_classes else None
+    with torch.no_grad():
+        assert torch.allclose(ours(*given), theirs(*given), atol=1e-4)
+        assert not torch.allclose(ours(*given), saved.model.model.diffusion_model(*given), atol=1e-2)
+
+
+@pytest.mark.parametrize("section", [{"adapters": LORA}, {"token_embeddings": {"token": "<me>", "init": "seven"}}])
+def test_a_controlldm_refuses_adapters_with_the_next_step(section):
+    config = text_model_config(**{**KINDS["control"], "cond_stage_trainable": False, **section})
+    (name,) = section
+    with pytest.raises(ValueError, match=f"{name}: a ControlLDM trains its ControlNet alone; .*--lora or --embedding"):
+        instantiate_from_config(config["model"])
+
+
+def test_adapters_of_a_fine_tune_refuse_a_base_without_its_input_channels(base):
+    """Frozen, the new channels would stay zero, and the record of the base would name weights that do not fit."""
+    config = text_model_config(**{**KINDS["edit"], "cond_stage_trainable": False})
+    del config["model"]["params"]["finetune_keys"]
+    config["model"]["params"] |= {"adapters": LORA, "ckpt_path": str(base.ckpt)}
+    with pytest.raises(
+        CheckpointError, match=r"has 4 input channels, the model 8; .* pass the weights of a fine-tuned"
+    ):
+        instantiate_from_config(config["model"])
 
 
 def test_whole_weights_of_a_run_are_the_base_and_the_adapter(base, trained):
