@@ -86,7 +86,9 @@ def main(argv: Sequence[str]) -> None:
 
     files = {"controlnet": opt.controlnet, "control_image": opt.control_image, "depth_model": opt.depth_model}
     pipeline = cli.load(opt, prepared, **files)
-    nets = [inference.load_controlnet(pipeline, path) for path in opt.controlnet]
+    nets = [inference.load_controlnet(pipeline, path, opt.use_ema) for path in opt.controlnet]
+    if nets:
+        pipeline.identity = {**pipeline.identity, "use_ema": opt.use_ema}  # None: each file's own default
     for hint, path, detector in zip(hints, opt.control_image, request.detector):
         print(seen.save(GeneratedImage(hint, {"task": "detect", "detector": detector, "control_image": path})))
     generated = inference.control_to_image(pipeline, hints, request, nets, only=opt.only)

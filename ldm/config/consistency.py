@@ -11,6 +11,8 @@ from ldm.config.text_shapes import OPEN_CLIP_ARCH, OPEN_CLIP_SHAPES, VIT_L_14
 
 logger = logging.getLogger(__name__)
 
+HINT_BLOCK_CHANNELS = (16, 32, 96, 256)  # of a ControlNet's hint convolutions, as published
+
 _LATENT_MODELS = "ldm.models.diffusion."
 _UNET = (
     "ldm.modules.diffusionmodules.openaimodel.UNetModel",
@@ -139,7 +141,7 @@ def _control_problems(control: Mapping[str, Any], unet: Mapping[str, Any], level
         ours, theirs = control.get(name), unet.get(name)
         if None not in (ours, theirs) and ours != theirs:
             yield f"{path}.{name} {ours}: {other}.{name} is {theirs}; they must be equal"
-    widths = control.get("hint_block_channels") or [16, 32, 96, 256]
+    widths = control.get("hint_block_channels") or HINT_BLOCK_CHANNELS
     if control and levels and len(widths) != len(levels):
         yield (
             f"{path}.hint_block_channels {list(widths)}: expected {len(levels)} numbers, one for each level of the "

@@ -36,6 +36,7 @@ from ldm.inference.settings import LORA_MODES, Request, embedding_text, lora_tex
 from ldm.models.diffusion.samplers.denoiser import DiffusionModel
 from ldm.models.diffusion.samplers.noise import PUBLISHED_NOISE, NoiseSource
 from ldm.models.diffusion.samplers.registry import make_sampler
+from ldm.modules.adapters.lora import networks_of
 from ldm.modules.dtype import is_quantized, weights_dtype
 from ldm.paths import fingerprint, in_checkout
 
@@ -253,7 +254,8 @@ def load_model(
     if lora_mode == "live":
         add_live(model, adapters)
     if quantize is not None:
-        quantize_weights(model, quantize)
+        control = [model.control_model] if hasattr(model, "control_model") else []
+        quantize_weights([*networks_of(model).values(), *control], quantize)
     del adapters
     seconds, millions = time.perf_counter() - start, sum(p.numel() for p in model.parameters()) / 1e6
     logger.info("model ready in %.1f s: %.1f M parameters on %s, precision %s", seconds, millions, where, chosen)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -11,7 +12,6 @@ from torch import nn
 
 from ldm.inference.precision import resolve_precision
 from ldm.inference.settings import QUANTIZATIONS, check_quantize
-from ldm.modules.adapters.lora import networks_of
 
 logger = logging.getLogger(__name__)
 
@@ -40,13 +40,12 @@ def check_quantization(name: str, device: torch.device, precision: str) -> None:
 
 
 @torch.no_grad()
-def quantize_weights(model: nn.Module, name: str) -> None:
-    """Quantize the linear layers of the network and of the condition stage, and log what keeps its dtype.
+def quantize_weights(networks: Collection[nn.Module], name: str) -> None:
+    """Quantize the linear layers of networks, and log what keeps its dtype.
 
     int8, fp8: a scale for each row of a weight. int4: a scale for each group of 64 values. Convolutions, embeddings and
-    layers whose rows are no multiple of the group keep their dtype, as does the first stage.
+    layers whose rows are no multiple of the group keep their dtype.
     """
-    networks = networks_of(model).values()
     done = 0
     for layer in (layer for network in networks for layer in network.modules()):
         if type(layer) is nn.Linear and not (name == "int4" and layer.in_features % GROUP):

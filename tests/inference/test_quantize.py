@@ -105,7 +105,7 @@ def test_a_live_lora_adds_the_same_to_quantized_weights(saved):
             for layer in adapters.layers().values():
                 nn.init.normal_(layer.up, std=0.2)
             if name is not None and not dora:
-                quantize_weights(model, name)
+                quantize_weights(networks_of(model).values(), name)
             with torch.no_grad():
                 text = model.get_learned_conditioning(["a"])
                 outputs.append(model.apply_model(randn(1, 1, 4, 8, 8), torch.tensor([50]), text))

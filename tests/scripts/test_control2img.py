@@ -58,6 +58,27 @@ def test_an_image_records_its_controls_and_is_repeated_from_them(arguments, cont
     assert "--control-image" in words and "not the file that" in words
 
 
+@pytest.mark.parametrize("flags", [[], ["--use_ema"], ["--no-use_ema"]])
+def test_the_choice_of_averages_reaches_a_controlnet_and_is_repeated(arguments, control, tmp_path, flags):
+    """Without a flag a file's averages are used if it has any, whatever the config of the base says."""
+    weights = torch.load(control, weights_only=True)
+    averages = {name: 0.5 * tensor for name, tensor in weights.items()}
+    shadows = {f"model_ema.{name.replace('.', '')}": tensor for name, tensor in averages.items()}
+    torch.save({**weights, **shadows}, tmp_path / "both.pth")
+    torch.save(weights if flags == ["--no-use_ema"] else averages, tmp_path / "chosen.pth")
+    images = []
+    for name, chosen in (("both", flags), ("chosen", [])):
+        argv = ["--controlnet", str(tmp_path / f"{name}.pth"), "--control-image", str(tmp_path / "a.png"), *chosen]
+        assert run_command(main, [*arguments, *argv, "--n_samples", "1", "--outdir", str(tmp_path / name)]) == 0
+        images.append(tmp_path / name / "samples" / "00000.png")
+    again = ["--from-metadata", str(images[0]), "--outdir", str(tmp_path / "again")]
+    assert run_command(main, again) == 0
+    images.append(tmp_path / "again" / "samples" / "00000.png")
+    first, *others = (np.asarray(Image.open(path)) for path in images)
+    assert all(np.array_equal(first, other) for other in others)
+    assert read_metadata(images[2]) == read_metadata(images[0])
+
+
 def test_metadata_of_another_form_are_refused(arguments, tmp_path, capsys):
     assert run_command(main, [*arguments, "--outdir", str(tmp_path / "one")]) == 0
     info = read_metadata(tmp_path / "one" / "samples" / "00000.png")

@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 
 from ldm.checkpoint.diffusers.rules import ConversionError, Rule, check_supported, same
 from ldm.checkpoint.diffusers.unet import CROSS, UNetLayout
+from ldm.config.consistency import HINT_BLOCK_CHANNELS
 
 CONTROLNET = "ControlNetModel"
-_WIDTHS = (16, 32, 96, 256)  # of the hint's convolutions, as published
 _COPIED = ("time_embed.", "label_emb.", "input_blocks.", "middle_block.")
 _NOT_COPIED = (
     *("sample_size", "out_channels", "up_block_types", "center_input_sample", "dual_cross_attention"),
@@ -40,7 +40,7 @@ class ControlNetLayout(NamedTuple):
         if len(set(copied.res_blocks)) > 1:
             numbers = f"control_stage_config: num_res_blocks {list(copied.res_blocks)}"
             raise ConversionError(f"{numbers}: diffusers' {CONTROLNET} supports one number for all levels")
-        return cls(copied, params["hint_channels"], tuple(params.get("hint_block_channels") or _WIDTHS))
+        return cls(copied, params["hint_channels"], tuple(params.get("hint_block_channels") or HINT_BLOCK_CHANNELS))
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> ControlNetLayout:
@@ -49,7 +49,7 @@ class ControlNetLayout(NamedTuple):
         expanding = [block.replace("Down", "Up") for block in reversed(config["down_block_types"])]
         whole = {"in_channels": 4, **config, "_class_name": CROSS, "up_block_types": expanding}
         copied = UNetLayout.from_config({**whole, "out_channels": whole["in_channels"]})
-        widths = tuple(config.get("conditioning_embedding_out_channels") or _WIDTHS)
+        widths = tuple(config.get("conditioning_embedding_out_channels") or HINT_BLOCK_CHANNELS)
         return cls(copied, config.get("conditioning_channels", 3), widths)
 
     def config(self, global_average_pooling: bool = False) -> dict[str, Any]:

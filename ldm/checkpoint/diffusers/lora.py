@@ -145,8 +145,10 @@ class LoraNames:
 
 def _diffusers_names(config: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
     """(key, diffusers' name) of the layers of a model; nothing for one that diffusers does not support."""
+    params = config["model"].get("params") or {}
+    base = {name: value for name, value in params.items() if name != "control_stage_config"}  # of a ControlLDM
     try:
-        components = plan_of(config).components
+        components = plan_of({"model": {**config["model"], "params": base}}).components
     except ConversionError:
         return
     for part in components:

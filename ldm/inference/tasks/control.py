@@ -18,6 +18,7 @@ from ldm.config.instantiate import value_at
 from ldm.data.detectors import to_hint
 from ldm.inference.pipeline import Pipeline
 from ldm.inference.precision import cast_weights
+from ldm.inference.quantize import quantize_weights
 from ldm.inference.requests import ControlRequest
 from ldm.inference.tasks.text_to_image import text_to_image
 from ldm.models.diffusion.controlnet import Control, ControlLDM, ControlledModel, ControlNet
@@ -65,14 +66,15 @@ def _hint(net: ControlNet, image: Image.Image) -> Tensor:
     return hint if net.hint_channels == 3 else hint.mean(dim=1, keepdim=True)
 
 
-def load_controlnet(pipeline: Pipeline, ckpt: str | Path | WeightsSource) -> ControlNet:
-    """Load a ControlNet for the pipeline's model, on its device and in its dtype.
+def load_controlnet(pipeline: Pipeline, ckpt: str | Path | WeightsSource, use_ema: bool | None = None) -> ControlNet:
+    """Load a ControlNet for the pipeline's model, on its device, in its dtype and quantized as it is.
 
-    ckpt: a file of `control_model.*` alone or of a whole model, or a folder of diffusers' ControlNetModel. EMA weights
-    are used if the file has them. Raises CheckpointError for a ControlNet of another base.
+    ckpt: a file of `control_model.*` alone or of a whole model, or a folder of diffusers' ControlNetModel.
+    use_ema: false for the regular weights of a file; else its EMA weights, if it has them.
+    Raises CheckpointError for a ControlNet of another base.
     """
     source, info = open_weights(ckpt), pipeline.info
-    weights, _ = use_ema_weights(source.tensors())
+    weights = source.tensors() if use_ema is False else use_ema_weights(source.tensors())[0]
     own = {
         name.removeprefix(CONTROL): tensor for name, tensor in weights.items() if name.startswith(CONTROL)
     } or weights
@@ -92,7 +94,10 @@ def load_controlnet(pipeline: Pipeline, ckpt: str | Path | WeightsSource) -> Con
     if wrong:
         problem = "lacks" if report.missing else "also has"
         raise CheckpointError(f"{source.path}: {problem} {preview(wrong)}: not a ControlNet of this model")
-    return net.requires_grad_(False).eval().to(pipeline.device)
+    net = net.requires_grad_(False).eval().to(pipeline.device)
+    if (quantize := pipeline.identity.get("quantize")) is not None:
+        quantize_weights([net], quantize)
+    return net
 
 
 def _hint_params(source: WeightsSource, weights: Mapping[str, Tensor]) -> dict[str, Any]:

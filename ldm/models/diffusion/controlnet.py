@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ldm.checkpoint.diffusers.plan import CONTROL
 from ldm.checkpoint.names import use_ema_weights
+from ldm.config.consistency import HINT_BLOCK_CHANNELS
 from ldm.config.instantiate import instantiate_from_config
 from ldm.config.types import PositiveInt
 from ldm.config.validate import ADAPTERS
@@ -25,8 +26,6 @@ from ldm.modules.diffusionmodules.openaimodel import Context, TimestepEmbedSeque
 from ldm.modules.diffusionmodules.util import conv_nd, zero_module
 
 logger = logging.getLogger(__name__)
-
-HINT_BLOCK_CHANNELS = (16, 32, 96, 256)
 
 
 class ControlNet(UNetTrunk):

@@ -1,16 +1,21 @@
 """Images under ControlNets: files of every kind on any base, several at once, strengths and guess mode."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import nn
 
 from ldm.checkpoint import CheckpointError
 from ldm.data.image import from_tensor
 from ldm.inference import ControlRequest, TextToImageRequest, control_to_image, load_controlnet, load_model
 from ldm.inference import text_to_image as txt2img
 from ldm.models.diffusion.ddim import DDIMSampler
-from tests.tiny import save_model
+from ldm.modules.dtype import is_quantized
+from tests.inference.test_lora import write
+from tests.tiny import SavedModel, save_model
 
 TINY = {"height": 16, "width": 24, "steps": 3}
 
@@ -103,6 +108,31 @@ def test_a_control_is_loaded_in_the_precision_of_its_base(tmp_path, alone, image
     net = load_controlnet(half, alone)
     assert {parameter.dtype for parameter in net.parameters()} == {torch.bfloat16}
     assert np.ptp(generate(half, [image], [net])[0]) > 0
+
+
+def test_a_control_is_quantized_as_its_base(tmp_path, controlled, alone, image):
+    pytest.importorskip("torchao", reason="pip install -e '.[quantize]' installs it")
+    saved = save_model(tmp_path, "text", use_ema=False)
+    base, own = (load_model(each.config, each.ckpt, "cpu", "full", quantize="int8") for each in (saved, controlled))
+    net = load_controlnet(base, alone)
+    for network in (net, own.model.control_model):
+        layers = [layer for layer in network.modules() if type(layer) is nn.Linear]
+        assert layers and all(is_quantized(layer.weight) for layer in layers)
+    whole = load_model(saved.config, saved.ckpt, "cpu", "full")
+    (expected,), (found,) = generate(whole, [image], [load_controlnet(whole, alone)]), generate(base, [image], [net])
+    assert 0 < np.abs(expected.astype(float) - found).mean() < 4  # of 255
+
+
+@pytest.mark.parametrize("mode", ["merged", "live"])
+def test_a_lora_changes_the_base_under_a_control_of_either_kind(tmp_path, controlled, base, whole, alone, image, mode):
+    """A ControlLDM reads the names of its base's layers too."""
+    lora = write(tmp_path / "lora.safetensors", SavedModel(base.info.path, Path(), base.model))
+    options = {"lora": [(lora, 0.8)], "lora_mode": mode}
+    one = load_model(controlled.config, controlled.ckpt, "cpu", "full", **options)
+    (found,) = generate(one, [image])
+    other = load_model(base.info, base.identity["ckpt"], "cpu", "full", **options)
+    assert np.array_equal(found, generate(other, [image], [load_controlnet(other, alone)])[0])
+    assert not np.array_equal(found, generate(whole, [image])[0])
 
 
 def test_a_file_that_is_no_control_of_this_model_is_refused(tmp_path, base, alone, controlled):
