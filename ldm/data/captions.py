@@ -34,7 +34,8 @@ class Columns(NamedTuple):
 
     image: tuple[str, ...] = IMAGE_COLUMNS
     caption: tuple[str, ...] = CAPTION_COLUMNS
-    before: tuple[str, ...] = ()  # an image that belongs to that in `image`
+    paired: tuple[str, ...] = ()  # a second image that belongs to that in `image`
+    paired_param: str = ""  # the dataset's parameter for its name
 
 
 COLUMNS = Columns()
@@ -48,7 +49,7 @@ class Row(NamedTuple):
     captions: list[str]
     problem: str = ""
     split: str | None = None  # of a column `split` with such a name, see ldm.data.splits
-    before: str = ""
+    paired: str = ""
 
 
 @dataclass
@@ -125,12 +126,12 @@ def read_table(
     encoding: str = "utf-8",
     suffixes: Collection[str] = EXTENSIONS,
     defaults: Columns = COLUMNS,
-    before_column: str | None = None,
+    paired_column: str | None = None,
 ) -> Iterator[Row]:
     """Yield the records of a CSV, TSV or JSONL table, with the paths of the images in normal form.
 
     An image may have several records, and a JSON caption may be a list of texts.
-    defaults: names of the columns that are None; without one for `before`, the table has none.
+    defaults: names of the columns that are None; without one for `paired`, the table has none.
     Raises DataConfigError for missing and ambiguous columns, ValueError for a file that is not text.
     """
     columns: tuple[str, str, str | None] | None = None
@@ -141,33 +142,34 @@ def read_table(
         if columns is None:
             image = _column("image_column", image_column, defaults.image, values, path)
             caption = _column("caption_column", caption_column, defaults.caption, values, path)
-            paired = bool(defaults.before)
-            before = _column("before_column", before_column, defaults.before, values, path) if paired else None
-            columns = image, caption, before
+            paired = None
+            if defaults.paired:
+                paired = _column(defaults.paired_param, paired_column, defaults.paired, values, path)
+            columns = image, caption, paired
         yield _row(line, values, *columns, encoding)
 
 
 def _row(
-    line: int, values: dict, image_column: str, caption_column: str, before_column: str | None, encoding: str
+    line: int, values: dict, image_column: str, caption_column: str, paired_column: str | None, encoding: str
 ) -> Row:
     image, caption = values.get(image_column), values.get(caption_column)
-    before = "" if before_column is None else values.get(before_column)
-    for column, name in ((image_column, image), (before_column, before)):
+    paired = "" if paired_column is None else values.get(paired_column)
+    for column, name in ((image_column, image), (paired_column, paired)):
         if column is not None and (not isinstance(name, str) or not name.strip()):
             return Row(line, "", [], f"column {column!r} has no file name")
-    assert isinstance(image, str) and isinstance(before, str)
+    assert isinstance(image, str) and isinstance(paired, str)
     captions = [caption] if isinstance(caption, str) else [] if caption is None else caption
     if not isinstance(captions, list) or not all(isinstance(text, str) for text in captions):
         kind = type(caption).__name__
         return Row(line, image, [], f"column {caption_column!r} holds {kind}, expected text or a list of texts")
-    if problem := next((p for text in (image, before, *captions) if (p := _undecodable(text, encoding))), ""):
+    if problem := next((p for text in (image, paired, *captions) if (p := _undecodable(text, encoding))), ""):
         return Row(line, image, [], problem)
     try:
-        name, before = relative_name(image.strip()), before and relative_name(before.strip())
+        name, paired = relative_name(image.strip()), paired and relative_name(paired.strip())
     except ValueError as error:
         return Row(line, image, [], str(error))
     split = next((split_of(str(value)) for key, value in values.items() if key.casefold() == "split"), None)
-    return Row(line, name, [text.strip() for text in captions if text.strip()], split=split, before=before)
+    return Row(line, name, [text.strip() for text in captions if text.strip()], split=split, paired=paired)
 
 
 def _column(param: str, name: str | None, defaults: tuple[str, ...], values: dict, path: Path) -> str:

@@ -59,7 +59,8 @@ class ControlFolder(ImageFolder):
             if options.get("captions") in (None, "sidecar"):
                 advice = "set captions to the .csv, .tsv or .jsonl table that has it"
                 raise DataConfigError("hint_column", hint_column, "there is no table with this column", advice)
-            self.columns, self.before_column = Columns(before=(hint_column,)), hint_column
+            self.columns = Columns(paired=(hint_column,), paired_param="hint_column")
+            self.paired_column = hint_column
         super().__init__(root, **options)
 
     @cached_property
@@ -80,7 +81,7 @@ class ControlFolder(ImageFolder):
     def _item(self, name: str, texts: dict[str, list[str]] | None) -> Item | None:
         item = super()._item(name, texts)
         if item is not None and not self.detected and self._hint_of(name) is None:
-            place = self._hints or f"{self.whole / self.before[name]}: no such file"
+            place = self._hints or f"{self.whole / self.paired[name]}: no such file"
             self._unusable(name, f"has no hint in {place}" if self._hints else f"has no hint: {place}")
             return None
         return item

@@ -37,7 +37,8 @@ class EditFolder(ImageFolder):
     columns = Columns(
         image=("after", "edited_image", "edited", "output_image"),
         caption=("instruction", "edit_prompt", "edit", "text"),
-        before=("before", "input_image", "input", "original_image"),
+        paired=("before", "input_image", "input", "original_image"),
+        paired_param="before_column",
     )
 
     def __init__(
@@ -51,13 +52,13 @@ class EditFolder(ImageFolder):
         for param in ("captions", "files", "class_labels", "classes", "image_key", "caption_key"):
             if param in options:
                 raise DataConfigError(param, options[param], "triples do not take it", "remove {param}")
-        self.before_column = before_column
+        self.paired_column = before_column
         super().__init__(root, size, captions=triples, image_key="edited", **options)
 
     def _item(self, name: str, texts: dict[str, list[str]] | None) -> Item | None:
         item = super()._item(name, texts)
         if item is not None and self.paired_file(name) is None:
-            self._unusable(name, f"no such file: {self.whole / self.before[name]}, its image before")
+            self._unusable(name, f"no such file: {self.whole / self.paired[name]}, its image before")
             return None
         return item
 
@@ -75,7 +76,7 @@ class EditFolder(ImageFolder):
         self._read_before(name, self._read(name))
 
     def _read_before(self, name: str, edited: Image.Image) -> Image.Image:
-        return load_like(self.paired_file(name) or self.whole / self.before[name], edited, self.max_pixels)
+        return load_like(self.paired_file(name) or self.whole / self.paired[name], edited, self.max_pixels)
 
 
 class EditDataset(Dataset):

@@ -102,7 +102,7 @@ class ImageFolder(Dataset):
     content = "images"  # of the folder, for error messages
     suffixes = EXTENSIONS
     columns = COLUMNS  # of a captions table
-    before_column: str | None = None
+    paired_column: str | None = None
 
     def __init__(
         self,
@@ -145,7 +145,7 @@ class ImageFolder(Dataset):
         self.caption_policy = CaptionPolicy(missing_caption, max_caption_chars, long_caption)
         self.prompts = PromptTemplates(templates, subject, self.captioned)
         self.skipped: dict[str, str] = {}  # name -> reason
-        self.before: dict[str, str] = {}  # name -> that of the image before, of tables that pair images
+        self.paired: dict[str, str] = {}  # name -> that of its second image, of tables that pair images
 
         self.whole = whole = existing_folder("root", root, self.content)
         declared = listed_classes(classes) or ()
@@ -270,7 +270,7 @@ class ImageFolder(Dataset):
     def _rows(self, table: Path, image_column: str | None, caption_column: str | None) -> list[Row]:
         """Return the records of a captions table; raise DataConfigError if it cannot be read or has none."""
         try:
-            own = self.caption_encoding, self.suffixes, self.columns, self.before_column
+            own = self.caption_encoding, self.suffixes, self.columns, self.paired_column
             rows = list(read_table(table, image_column, caption_column, *own))
         except DataConfigError:
             raise
@@ -306,8 +306,8 @@ class ImageFolder(Dataset):
             if name is None and not problem and prefix and os.path.isfile(whole / row.image):
                 elsewhere += 1  # beside the folders of the splits
                 continue
-            if name is not None and self.before.setdefault(name, row.before) != row.before:
-                name, problem = None, f"{row.image} has another image before in an earlier line"
+            if name is not None and self.paired.setdefault(name, row.paired) != row.paired:
+                name, problem = None, f"{row.image} is paired with another image in an earlier line"
             if name is None:
                 self._unusable(f"{table} line {row.line}", problem or f"no such file: {whole / row.image}")
                 continue
@@ -322,7 +322,7 @@ class ImageFolder(Dataset):
     def paired_file(self, name: str) -> Path | None:
         """Return the file that the table pairs with an image; its path is relative to the split's folder or to root."""
         folders = (self.root, self.whole)
-        return next((folder / file for folder in folders if (file := FileNames(folder).find(self.before[name]))), None)
+        return next((folder / file for folder in folders if (file := FileNames(folder).find(self.paired[name]))), None)
 
     def _problem_of(self, row: Row, splits_named: bool, folders: Sequence[str]) -> str:
         """Return why a record cannot be used; empty if it can. folders: those that hold splits."""

@@ -65,6 +65,17 @@ def test_a_missing_hint_is_an_error_or_leaves_its_image_out(folder, source):
     assert [item.name for item in data.items] == ["a/0.png", "a/1.png"] and "hint" in str(data.skipped)
 
 
+def test_a_table_that_pairs_no_or_two_hints_is_refused_in_the_words_of_hints(folder):
+    with pytest.raises(
+        DataConfigError, match=r"hint_column 'edge': .* has only the columns 'file_name', 'text', 'edges'"
+    ):
+        ControlFolder(str(folder / "images"), size=32, captions="table.csv", hint_column="edge")
+    with (folder / "images" / "table.csv").open("a") as table:
+        table.write("2.png,again,a/0-hint.bmp\n")
+    with pytest.raises(DataConfigError, match=r"line 5: 2\.png is paired with another image in an earlier line"):
+        ControlFolder(str(folder / "images"), size=32, **sources(folder)[0])
+
+
 def test_a_hint_of_other_proportions_is_unusable(folder):
     Image.new("RGB", (32, 32)).save(folder / "hints" / "2.bmp")
     data = ControlFolder(str(folder / "images"), size=32, **sources(folder)[1])

@@ -56,7 +56,7 @@ def test_tables_of_other_formats_and_column_names_are_read(folder, table, conten
     dataset = EditFolder(str(folder), triples=table, size=24, **options)
     sample = dataset[0]
     assert len(dataset) == 1 and sample["edit"]["c_crossattn"] == "make it winter"
-    assert sample["file_path_"].endswith("b.png") and dataset.before == {"b.png": "a.png"}
+    assert sample["file_path_"].endswith("b.png") and dataset.paired == {"b.png": "a.png"}
 
 
 def test_images_are_found_below_the_folder_of_their_split(folder):
@@ -78,7 +78,7 @@ def test_images_are_found_below_the_folder_of_their_split(folder):
         ("before,instruction,after\nz.png,x,b.png\n", r"b.png: no such file: .*z.png, its image before"),
         ("before,instruction,after\n../z.png,x,b.png\n", r"line 2: the path '../z.png' leaves the root"),
         ("before,instruction,after\n,x,b.png\n", "line 2: column 'before' has no file name"),
-        (CSV + "c.png,make it night,b.png\n", "line 4: b.png has another image before in an earlier line"),
+        (CSV + "c.png,make it night,b.png\n", "line 4: b.png is paired with another image in an earlier line"),
     ],
 )
 def test_a_broken_table_is_refused_with_its_line(folder, content, words):
