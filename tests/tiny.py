@@ -187,6 +187,12 @@ class SavedModel(NamedTuple):
     model: nn.Module
 
 
+def model_flags(saved: SavedModel, outdir: Path | str | None = None) -> list[str]:
+    """Flags of the sampling scripts for a model, in float32 on the CPU."""
+    where = [] if outdir is None else ["--outdir", str(outdir)]
+    return ["--config", str(saved.config), "--ckpt", str(saved.ckpt), *where, "--device", "cpu", "--precision", "full"]
+
+
 def save_text_model(folder: Path, **params: Any) -> SavedModel:
     """Write `tiny.yaml` and `tiny.ckpt` (as Lightning does: weights under `state_dict`) with seeded weights."""
     return save_model(folder, "text", **params)

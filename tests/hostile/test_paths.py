@@ -23,7 +23,7 @@ from ldm.output.images import METADATA_KEY, GeneratedImage, NamedOutput, Output,
 from ldm.training.flags import RunOptions
 from ldm.training.run_directory import new_run
 from scripts.txt2img import main as txt2img
-from tests.tiny import save_text_model
+from tests.tiny import model_flags, save_text_model
 
 WORDS = (
     *(
@@ -93,20 +93,7 @@ def test_prompts_are_never_names_of_files(tmp_path, monkeypatch):
     words = [word for word in WORDS if word.isprintable() and word]
     (tmp_path / "prompts.txt").write_text("\n".join([*words, "nul\0nul", "tab\tup"]), encoding="utf-8")
     before = tree(tmp_path)
-    model = [
-        "--config",
-        str(saved.config),
-        "--ckpt",
-        str(saved.ckpt),
-        "--device",
-        "cpu",
-        "--precision",
-        "full",
-        "--H",
-        "8",
-        "--W",
-        "8",
-    ]
+    model = [*model_flags(saved), "--H", "8", "--W", "8"]
     asked = [
         "--from-file",
         "prompts.txt",

@@ -18,7 +18,7 @@ from ldm.inference.settings import embedding_text, parse_embedding
 from ldm.output.images import read_metadata
 from scripts import sample_diffusion, txt2img
 from tests.scripts.refusals import refused
-from tests.tiny import save_model
+from tests.tiny import model_flags, save_model
 
 VECTORS = torch.linspace(-3, 3, 32).reshape(2, 16)
 
@@ -111,20 +111,8 @@ def test_every_script_that_samples_from_text_takes_embeddings(script):
 
 
 def arguments(saved, outdir, *more):
-    flags = [
-        "--config",
-        str(saved.config),
-        "--ckpt",
-        str(saved.ckpt),
-        "--outdir",
-        str(outdir),
-        "--device",
-        "cpu",
-        "--precision",
-        "full",
-    ]
-    flags += ["--prompt", "a <my-cat>", "--ddim_steps", "2", "--n_samples", "1", "--n_iter", "1", "--skip_grid"]
-    return [*flags, *more]
+    flags = ["--prompt", "a <my-cat>", "--ddim_steps", "2", "--n_samples", "1", "--n_iter", "1", "--skip_grid"]
+    return [*model_flags(saved, outdir), *flags, *more]
 
 
 def test_an_image_is_repeated_with_its_embedding_and_a_changed_file_is_refused(saved, file, tmp_path, capsys):

@@ -18,7 +18,7 @@ from ldm.models.diffusion.samplers.registry import SAMPLERS, make_sampler
 from ldm.output.images import read_metadata
 from scripts import img2img, txt2img
 from tests.scripts.refusals import refused
-from tests.tiny import SavedModel, save_model, text_model_config
+from tests.tiny import SavedModel, model_flags, save_model, text_model_config
 
 TINY = {"height": 16, "width": 24, "steps": 3, "n_iter": 1, "scale": 3.0, "seed": 5}
 PROMPTS = ["a cat", "a dog", "", "a red bird", "a cat"]
@@ -141,19 +141,7 @@ def test_an_index_outside_the_run_is_refused(pipeline):
 
 
 def arguments(saved: SavedModel, outdir, *flags: str) -> list[str]:
-    model = [
-        "--config",
-        str(saved.config),
-        "--ckpt",
-        str(saved.ckpt),
-        "--outdir",
-        str(outdir),
-        "--device",
-        "cpu",
-        "--precision",
-        "full",
-    ]
-    return [*model, "--ddim_steps", "3", *flags]
+    return [*model_flags(saved, outdir), "--ddim_steps", "3", *flags]
 
 
 def saved_images(outdir) -> list[tuple[np.ndarray, dict]]:

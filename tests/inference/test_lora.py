@@ -17,7 +17,7 @@ from ldm.modules.adapters.lora import LoRA, LoRASpec, adaptable, inject, network
 from ldm.output.images import read_metadata
 from scripts import sample_diffusion, txt2img
 from tests.scripts.refusals import refused
-from tests.tiny import SavedModel, save_model
+from tests.tiny import SavedModel, model_flags, save_model
 
 ALL = ("attention", "feed_forward", "convolutions", "text_encoder")
 
@@ -122,9 +122,8 @@ def test_a_lora_of_another_model_is_refused_before_the_weights_are_read(saved, l
 
 
 def arguments(saved: SavedModel, outdir, *flags: str) -> list[str]:
-    files = ["--config", str(saved.config), "--ckpt", str(saved.ckpt), "--outdir", str(outdir)]
     size = ["--H", "16", "--W", "16", "--n_samples", "1", "--n_iter", "1", "--ddim_steps", "2"]
-    return [*files, *size, "--device", "cpu", "--precision", "full", *flags]
+    return [*model_flags(saved, outdir), *size, *flags]
 
 
 def image_in(outdir) -> tuple[np.ndarray, dict]:

@@ -16,6 +16,7 @@ from ldm.output.images import read_metadata
 from scripts.txt2img import main
 from tests.reference import randn
 from tests.scripts.refusals import refused
+from tests.tiny import model_flags
 
 pytest.importorskip("torchao", reason="pip install -e '.[quantize]' installs it")
 
@@ -47,7 +48,7 @@ def test_linear_layers_are_quantized_and_the_image_stays(saved, pipeline, name, 
 
 
 def test_what_the_device_does_not_compute_is_refused_in_one_line(saved, tmp_path, capsys):
-    model = ["--config", str(saved.config), "--ckpt", str(saved.ckpt), "--device", "cpu", "--precision", "full"]
+    model = model_flags(saved)
     line = refused(main, [*model, "--quantize", "int4", "--outdir", str(tmp_path / "out")], capsys)
     assert "--quantize int4: cpu does not compute int4 weights with float32 (" in line
     assert "choose another precision or one of int8, fp8" in line and not (tmp_path / "out").exists()
@@ -64,7 +65,7 @@ def test_a_missing_package_is_named_with_its_extra_before_anything_loads(saved, 
 
 
 def test_a_quantized_sample_is_repeated_from_its_metadata(saved, tmp_path):
-    flags = ["--config", str(saved.config), "--ckpt", str(saved.ckpt), "--device", "cpu", "--precision", "full"]
+    flags = model_flags(saved)
     flags += ["--prompt", "a cat", "--ddim_steps", "2", "--n_samples", "1", "--n_iter", "1", "--quantize", "int8"]
     assert run_command(main, [*flags, "--outdir", str(tmp_path / "one")]) == 0
     first = tmp_path / "one" / "samples" / "00000.png"

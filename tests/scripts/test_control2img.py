@@ -11,7 +11,7 @@ from ldm.output.images import png_info, read_metadata
 from ldm.paths import ROOT
 from scripts.control2img import main
 from tests.scripts.refusals import help_without_heavy_imports, refused
-from tests.tiny import save_model
+from tests.tiny import model_flags, save_model
 
 
 @pytest.fixture(scope="module")
@@ -29,8 +29,8 @@ def control(model, tmp_path):
 @pytest.fixture
 def arguments(model, image, tmp_path):
     image.resize((48, 32)).save(tmp_path / "a.png")
-    flags = f"--config {model.config} --ckpt {model.ckpt} --device cpu --precision full --ddim_steps 3"
-    return [*flags.split(), "--control-image", str(tmp_path / "a.png"), "--prompt", "a cat", "--resolution", "16"]
+    given = ["--control-image", str(tmp_path / "a.png"), "--prompt", "a cat", "--resolution", "16", "--ddim_steps", "3"]
+    return [*model_flags(model), *given]
 
 
 def test_an_image_records_its_controls_and_is_repeated_from_them(arguments, control, tmp_path, capsys):

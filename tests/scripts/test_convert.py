@@ -17,6 +17,7 @@ from scripts.convert import main
 from scripts.txt2img import main as txt2img
 from tests.convert.models import save
 from tests.scripts.refusals import help_without_heavy_imports, refused
+from tests.tiny import model_flags
 
 KL = "models/first_stage_models/kl-f8/config.yaml"
 SCRIPT = Path(__file__).parents[2] / "scripts" / "convert.py"
@@ -45,23 +46,10 @@ def test_there_and_back_again(saved, folder, tmp_path, capsys):
 
 
 def test_txt2img_generates_the_same_image_from_the_folder(saved, folder, tmp_path):
-    flags = [
-        "--config",
-        str(saved.config),
-        "--prompt",
-        "a cat",
-        "--H",
-        "16",
-        "--W",
-        "16",
-        "--ddim_steps",
-        "2",
-        "--n_samples",
-        "1",
-    ]
-    flags += ["--n_iter", "1", "--device", "cpu", "--precision", "full", "--skip_grid", "--safety", "off"]
+    flags = ["--prompt", "a cat", "--H", "16", "--W", "16", "--ddim_steps", "2", "--n_samples", "1", "--n_iter", "1"]
     for name, ckpt in (("file", saved.ckpt), ("folder", folder)):
-        assert run_command(txt2img, [*flags, "--ckpt", str(ckpt), "--outdir", str(tmp_path / name)]) == 0
+        argv = [*model_flags(saved._replace(ckpt=ckpt), tmp_path / name), *flags, "--skip_grid", "--safety", "off"]
+        assert run_command(txt2img, argv) == 0
     one, other = (np.asarray(Image.open(tmp_path / name / "samples" / "00000.png")) for name in ("file", "folder"))
     assert np.array_equal(one, other)
     assert read_metadata(tmp_path / "folder" / "samples" / "00000.png")["ckpt"] == str(folder)

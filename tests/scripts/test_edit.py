@@ -9,7 +9,7 @@ from ldm.output.images import read_metadata
 from ldm.paths import ROOT
 from scripts.edit import main
 from tests.scripts.refusals import help_without_heavy_imports, refused
-from tests.tiny import save_model
+from tests.tiny import model_flags, save_model
 
 
 @pytest.fixture(scope="module")
@@ -20,8 +20,8 @@ def edit_model(tmp_path_factory):
 @pytest.fixture
 def arguments(edit_model, image, tmp_path):
     image.resize((64, 64)).save(tmp_path / "a.png")
-    flags = f"--config {edit_model.config} --ckpt {edit_model.ckpt} --device cpu --precision full --ddim_steps 3"
-    return [*flags.split(), "--init-img", str(tmp_path / "a.png"), "--prompt", "make it winter"]
+    given = ["--init-img", str(tmp_path / "a.png"), "--prompt", "make it winter", "--ddim_steps", "3"]
+    return [*model_flags(edit_model), *given]
 
 
 def test_an_edit_records_its_settings_and_is_repeated_from_them(arguments, tmp_path):

@@ -8,23 +8,11 @@ from ldm.output.images import read_metadata
 from ldm.paths import ROOT
 from scripts.img2img import main, parser
 from tests.scripts.refusals import help_without_heavy_imports, refused
-from tests.tiny import SavedModel
+from tests.tiny import SavedModel, model_flags
 
 
 def arguments(saved: SavedModel, image_file, outdir, *flags: str) -> list[str]:
-    model = [
-        "--config",
-        str(saved.config),
-        "--ckpt",
-        str(saved.ckpt),
-        "--outdir",
-        str(outdir),
-        "--device",
-        "cpu",
-        "--precision",
-        "full",
-    ]
-    return [*model, "--init-img", str(image_file), "--ddim_steps", "3", *flags]
+    return [*model_flags(saved, outdir), "--init-img", str(image_file), "--ddim_steps", "3", *flags]
 
 
 def test_an_image_of_any_size_is_resized_to_the_nearest_that_the_model_takes_in_one_line(

@@ -19,7 +19,7 @@ from ldm.retrieval.database import Database
 from scripts import knn2img, train_searcher
 from tests.reference import seed_weights
 from tests.scripts.refusals import help_without_heavy_imports, refused
-from tests.tiny import SavedModel, save_model
+from tests.tiny import SavedModel, model_flags, save_model
 
 CLIP = {
     "embed_dim": 16,
@@ -67,20 +67,8 @@ def database(tmp_path):
 
 
 def arguments(saved: SavedModel, clip_weights, outdir, *flags: str) -> list[str]:
-    model = [
-        "--config",
-        str(saved.config),
-        "--ckpt",
-        str(saved.ckpt),
-        "--outdir",
-        str(outdir),
-        "--device",
-        "cpu",
-        "--precision",
-        "full",
-    ]
     size = ["--H", "16", "--W", "16", "--ddim_steps", "2", "--n_samples", "2", "--clip_weights", str(clip_weights)]
-    return [*model, *size, *flags]
+    return [*model_flags(saved, outdir), *size, *flags]
 
 
 def pixels(outdir) -> np.ndarray:

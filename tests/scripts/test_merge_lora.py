@@ -13,6 +13,7 @@ from ldm.cli import run_command
 from scripts import convert, merge_lora, txt2img
 from tests.inference.test_lora import write
 from tests.scripts.refusals import help_without_heavy_imports, refused
+from tests.tiny import model_flags
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "merge_lora.py"
 
@@ -23,9 +24,8 @@ def lora(saved, tmp_path_factory):
 
 
 def image(saved, outdir, ckpt, *flags: str) -> np.ndarray:
-    argv = ["--config", str(saved.config), "--ckpt", str(ckpt), "--outdir", str(outdir), "--H", "16", "--W", "16"]
-    argv += ["--n_samples", "1", "--n_iter", "1", "--ddim_steps", "2", "--device", "cpu", "--precision", "full"]
-    assert run_command(txt2img.main, [*argv, *flags]) == 0
+    size = ["--H", "16", "--W", "16", "--n_samples", "1", "--n_iter", "1", "--ddim_steps", "2"]
+    assert run_command(txt2img.main, [*model_flags(saved._replace(ckpt=ckpt), outdir), *size, *flags]) == 0
     return np.asarray(Image.open(outdir / "samples" / "00000.png"))
 
 

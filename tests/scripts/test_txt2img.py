@@ -15,7 +15,7 @@ from ldm.config.model_info import model_info, read_config
 from ldm.output.images import read_metadata
 from ldm.paths import ROOT
 from scripts.txt2img import main, parser, request_of
-from tests.tiny import SavedModel
+from tests.tiny import SavedModel, model_flags
 
 SCRIPT = ROOT / "scripts" / "txt2img.py"
 INFO = model_info(read_config(ROOT / "configs" / "stable-diffusion" / "v1-inference.yaml"))
@@ -23,19 +23,8 @@ INFO = model_info(read_config(ROOT / "configs" / "stable-diffusion" / "v1-infere
 
 def arguments(saved: SavedModel, outdir, *flags: str) -> list[str]:
     """A quick command line; later flags win."""
-    model = [
-        "--config",
-        str(saved.config),
-        "--ckpt",
-        str(saved.ckpt),
-        "--outdir",
-        str(outdir),
-        "--device",
-        "cpu",
-        "--precision",
-        "full",
-    ]
-    return [*model, "--H", "16", "--W", "16", "--ddim_steps", "2", "--n_samples", "2", "--n_iter", "1", *flags]
+    size = ["--H", "16", "--W", "16", "--ddim_steps", "2", "--n_samples", "2", "--n_iter", "1"]
+    return [*model_flags(saved, outdir), *size, *flags]
 
 
 def pixels(outdir) -> list[np.ndarray]:
