@@ -175,7 +175,9 @@ class AdversarialAutoencoder(TrainedModule):
 
     def get_input(self, batch: Mapping[str, Any], k: str) -> Tensor:
         """Return images `batch[k]`, (B, H, W[, C]), as (B, C, H, W) float32."""
-        return self.get_images(batch, k)
+        images = self.get_images(batch, k)
+        # A CPU computes convolutions of few channels a quarter faster in this layout.
+        return images.to(memory_format=torch.channels_last) if images.device.type == "cpu" else images
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         if batch_idx % self.accumulate_grad_batches:

@@ -31,7 +31,7 @@ from ldm.data.datamodule import DataModuleFromConfig
 from ldm.inference.requests import script_for
 from ldm.paths import expand_user, shown_path
 from ldm.training.class_images import generate_class_images
-from ldm.training.devices import Machine, choose_devices
+from ldm.training.devices import Machine, choose_devices, keep_freed_memory
 from ldm.training.flags import RunOptions
 from ldm.training.report import TrainingFailed, is_main_process
 from ldm.training.run_directory import RunDirectory
@@ -51,6 +51,8 @@ def execute(options: RunOptions, directory: RunDirectory, config: DictConfig, se
     else:
         machine = Machine(torch.cuda.device_count() if torch.cuda.is_available() else 0)
     devices = choose_devices(settings.devices, machine, settings.devices_where)
+    if devices.accelerator == "cpu":
+        keep_freed_memory()
     rate = learning_rate(config, settings, devices.processes * settings.num_nodes) if options.train else None
     for name in ("pytorch_lightning", "lightning_fabric"):  # their INFO lines repeat ours; their import enabled them
         logging.getLogger(name).setLevel(logging.INFO if options.debug else logging.WARNING)

@@ -37,7 +37,7 @@ def train_by_hand(
         for number, batch in enumerate(data):
             drawn += 1
             torch.manual_seed(drawn)
-            x = batch["image"].permute(0, 3, 1, 2).contiguous()
+            x = batch["image"].permute(0, 3, 1, 2).contiguous(memory_format=torch.channels_last)
             ends = (number + 1) % accumulation == 0 or number + 1 == len(data)
             reconstruction, posterior = model(x)
             for index, (optimizer, own, other) in enumerate(

@@ -175,7 +175,7 @@ def train_by_hand(model, data, accumulation: int) -> None:
     ]
     updates = 0
     for number, batch in enumerate(data):
-        x = batch["image"].permute(0, 3, 1, 2).contiguous()
+        x = batch["image"].permute(0, 3, 1, 2).contiguous(memory_format=torch.channels_last)
         ends = (number + 1) % accumulation == 0 or number + 1 == len(data)
         reconstruction, codebook_loss, codes = model(x, return_pred_indices=True)
         for index, (optimizer, other) in enumerate(zip(optimizers, (discriminator, generator))):
