@@ -100,9 +100,9 @@ def test_a_folder_of_peft_gives_its_image(converted, tmp_path):
     assert close(image, their_image(pipe)) and not close(image, ours(saved))
 
 
-@pytest.mark.parametrize("alpha", [1, 4])
-def test_a_file_that_diffusers_saves_gives_its_image(converted, tmp_path, alpha):
-    saved, folder = converted("sd1")
+@pytest.mark.parametrize(("kind", "alpha"), [("sd1", 1), ("sd1", 4), ("sd2", 1)])
+def test_a_file_that_diffusers_saves_gives_its_image(converted, tmp_path, kind, alpha):
+    saved, folder = converted(kind)
     pipe = pipeline_of(folder)
     torch.manual_seed(4)
     options, layers, metadata = {"r": 4, "lora_alpha": alpha, "init_lora_weights": False}, {}, {}
