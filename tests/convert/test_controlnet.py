@@ -1,5 +1,7 @@
 """A ControlNet trained here, as diffusers' ControlNetModel and back: the same image, and the same weights."""
 
+import json
+import shutil
 from copy import deepcopy
 
 import pytest
@@ -77,11 +79,32 @@ def test_a_trained_control_gives_the_same_image_in_diffusers(trained):
 
 
 @torch.no_grad()
-def our_images(pipeline, net, hint: torch.Tensor) -> torch.Tensor:
-    """(2, 3, 32, 32) in [0, 1]."""
+def test_a_folder_says_whether_outputs_are_averaged_over_positions(trained, tmp_path):
+    """diffusers then controls the conditional half of guidance alone."""
+    base, base_folder, folder, _ = trained
+    pooled = shutil.copytree(folder / "diffusers", tmp_path / "pooled")
+    config = json.loads((pooled / "config.json").read_text())
+    (pooled / "config.json").write_text(json.dumps({**config, "global_pool_conditions": True}))
+    pipeline, hint = load_model(base.config, base.ckpt, "cpu", "full"), torch.sigmoid(randn(9, 1, 3, 32, 32))
+    pipe = diffusers.StableDiffusionControlNetPipeline.from_pretrained(
+        base_folder, controlnet=diffusers.ControlNetModel.from_pretrained(pooled), local_files_only=True
+    )
+    pipe.set_progress_bar_config(disable=True)
+    options = {"guidance_scale": SCALE, "num_inference_steps": STEPS, "output_type": "pt", "latents": z_of()}
+    theirs = pipe(PROMPTS, image=[hint[0], hint[0]], controlnet_conditioning_scale=0.7, **options).images
+    ours, plain = (
+        our_images(pipeline, load_controlnet(pipeline, path), hint, {}) for path in (pooled, folder / "c.ckpt")
+    )
+    assert close(ours, theirs) and not close(plain, theirs)
+
+
+@torch.no_grad()
+def our_images(pipeline, net, hint: torch.Tensor, uncond_parts: dict | None = None) -> torch.Tensor:
+    """(2, 3, 32, 32) in [0, 1]; uncond_parts: instead of the hint in the unconditional half of guidance."""
     parts = {"c_concat": [hint.expand(2, -1, -1, -1)]}
-    cond, uncond = ({"c_crossattn": [c], **parts} for c in pipeline.encode_prompts(PROMPTS, "", SCALE))
-    model = ControlledModel(pipeline.model, [Control(net, [0.7] * 6)])
+    cond, uncond = ({"c_crossattn": [c]} for c in pipeline.encode_prompts(PROMPTS, "", SCALE))
+    cond, uncond = {**cond, **parts}, {**uncond, **(parts if uncond_parts is None else uncond_parts)}
+    model = ControlledModel(pipeline.model, [Control(net, [0.7] * 6, net.global_average_pooling)])
     guidance = {"unconditional_guidance_scale": SCALE, "unconditional_conditioning": uncond}
     z, _ = DDIMSampler(model).sample(STEPS, 2, (4, 8, 8), cond, x_T=z_of(), verbose=False, **guidance)
     return (pipeline.decode(z) + 1) / 2

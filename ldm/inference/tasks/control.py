@@ -11,6 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from ldm.checkpoint import CheckpointError, WeightsSource, load_weights, open_weights, weights_on_meta
+from ldm.checkpoint.diffusers.files import read_json
 from ldm.checkpoint.diffusers.plan import CONTROL
 from ldm.checkpoint.formats import preview
 from ldm.checkpoint.names import use_ema_weights
@@ -50,7 +51,8 @@ def control_to_image(
         scales = request.layer_scales(k, len(net.zero_convs) + 1)
         if k < len(own) and model.only_mid_control:
             scales = [*[0.0] * (len(scales) - 1), scales[-1]]
-        controls.append(Control(net, scales, k < len(own) and model.global_average_pooling))
+        pooled = net.global_average_pooling or (k < len(own) and model.global_average_pooling)
+        controls.append(Control(net, scales, pooled))
     height, width = request.size
     seen = [_hint(net, hint.resize((width, height))).to(pipeline.device) for net, hint in zip(nets, hints)]
     parts = {"c_concat": seen}
@@ -69,7 +71,8 @@ def _hint(net: ControlNet, image: Image.Image) -> Tensor:
 def load_controlnet(pipeline: Pipeline, ckpt: str | Path | WeightsSource, use_ema: bool | None = None) -> ControlNet:
     """Load a ControlNet for the pipeline's model, on its device, in its dtype and quantized as it is.
 
-    ckpt: a file of `control_model.*` alone or of a whole model, or a folder of diffusers' ControlNetModel.
+    ckpt: a file of `control_model.*` alone or of a whole model, or a folder of diffusers' ControlNetModel, whose
+        `global_pool_conditions` is the ControlNet's `global_average_pooling`.
     use_ema: false for the regular weights of a file; else its EMA weights, if it has them.
     Raises CheckpointError for a ControlNet of another base.
     """
@@ -95,6 +98,8 @@ def load_controlnet(pipeline: Pipeline, ckpt: str | Path | WeightsSource, use_em
         problem = "lacks" if report.missing else "also has"
         raise CheckpointError(f"{source.path}: {problem} {preview(wrong)}: not a ControlNet of this model")
     net = net.requires_grad_(False).eval().to(pipeline.device)
+    own_config = source.path / "config.json"  # of a folder
+    net.global_average_pooling = own_config.is_file() and bool(read_json(own_config).get("global_pool_conditions"))
     if (quantize := pipeline.identity.get("quantize")) is not None:
         quantize_weights([net], quantize)
     return net

@@ -33,8 +33,10 @@ class ControlNet(UNetTrunk):
 
     hint_channels: channels of the hint. hint_block_channels: channels of the convolutions that bring the hint to the
     latent's size, which halve it between two of them; the default is the published one, for a first stage of factor 8.
-    Other options are the UNet's.
+    Other options are the UNet's. The attribute `global_average_pooling` says how its outputs are used, see `Control`.
     """
+
+    global_average_pooling = False
 
     def __init__(
         self,
