@@ -140,6 +140,8 @@ class Parser(argparse.ArgumentParser):
         name = flag.lstrip("-").replace("-", "_")
         if not flag.startswith("-"):
             override = ", or write overrides as model.params.key=value" if self.takes_overrides else ""
+            if os.path.exists(word):  # of a pattern that the shell expanded
+                return f"unexpected argument {word!r}: a flag takes one path; does a pattern with * match several?"
             return f"unexpected argument {word!r}; quote a value with spaces{override} (--help lists the flags)"
         if name in self.advice:
             return f"{flag}: {self.advice[name]}"

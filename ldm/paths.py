@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]  # the checkout, which holds configs/ and models/
+SD_CKPT = "models/ldm/stable-diffusion-v1/model.ckpt"  # the published place
+SD_SOURCE = "put sd-v1-4.ckpt of https://huggingface.co/CompVis/stable-diffusion-v-1-4-original there"
 
 
 def expand_user(path: str | os.PathLike[str]) -> Path:

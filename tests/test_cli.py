@@ -28,6 +28,7 @@ def parser() -> Parser:
         (["--h", "3"], "did you mean --H?"),
         (["--zzzzzz"], "unknown flag --zzzzzz (--help lists the flags)"),
         (["word"], "unexpected argument 'word'; quote"),
+        (["--from-file", "a", __file__], "a flag takes one path; does a pattern with * match several?"),
         (["--ddim_steps", "many"], "argument --ddim_steps: invalid int value: 'many'"),
     ],
 )

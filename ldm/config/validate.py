@@ -27,7 +27,7 @@ from ldm.config.signature import class_exists, classes_of_module, constructor_ar
 from ldm.config.suggest import did_you_mean
 from ldm.config.trainer_keys import LOGGER_TYPES, UNSUPPORTED, trainer_keys, trainer_types
 from ldm.config.types import arguments_of, shown
-from ldm.paths import ROOT
+from ldm.paths import ROOT, SD_CKPT, SD_SOURCE
 
 SECTIONS = ("model", "data", "lightning")
 _LIGHTNING = ("trainer", "callbacks", "modelcheckpoint", "logger", "seed", "scale_lr")
@@ -112,8 +112,15 @@ def check_config(config: DictConfig, weights: bool = True) -> None:
     check_targets(plain := _plain(config))
     check_consistency(plain)
     if weights:
+        params, target = plain["model"].get("params") or {}, resolve_alias(plain["model"]["target"])
+        if not params.get("ckpt_path") and target.startswith("ldm.") and any(params.get(name) for name in ADAPTERS):
+            place = "model.params.ckpt_path"
+            raise ConfigError(f"{place}: not set; adapters and tokens train on a base: set {place} to its weights")
         for place, file in _missing_weights(config):
             raise ConfigError(f"{place}: no such file: {file}; {_source(file)}, or choose another with {place}=FILE")
+        for place, file in _paths_of_weights(config):
+            if (Path(file) / "checkpoints" / "last.ckpt").is_file():
+                raise ConfigError(f"{place}: {file} is a run directory; set {place}={file}/checkpoints/last.ckpt")
 
 
 def check_targets(config: Mapping[str, Any]) -> None:
@@ -193,11 +200,15 @@ def error_line(error: Exception) -> str:
 
 
 def _missing_weights(config: DictConfig) -> Iterator[tuple[str, str]]:
-    """Yield (path, file) of each parameter of our classes in the model that names a missing file of weights."""
+    return (each for each in _paths_of_weights(config) if not Path(each[1]).exists())
+
+
+def _paths_of_weights(config: DictConfig) -> Iterator[tuple[str, str]]:
+    """Yield (path, file) of each parameter of our classes in the model that names a file of weights."""
     for path, target, params, _ in _nodes(_plain(config).get("model"), "model"):
         for name in WEIGHTS:
             file = params.get(name)
-            if isinstance(file, str) and resolve_alias(target).startswith("ldm.") and not Path(file).exists():
+            if isinstance(file, str) and resolve_alias(target).startswith("ldm."):
                 yield f"{path}.params.{name}", file
 
 
@@ -246,6 +257,8 @@ def _source(file: str) -> str:
         inside = inside.relative_to(ROOT)
     if not inside.is_absolute() and (ROOT / inside).exists():
         return f"it is in {ROOT}: run from there"
+    if inside == Path(SD_CKPT):
+        return SD_SOURCE
     for folder, script in DOWNLOADS.items():
         # Each released model has its config in the same folder.
         if inside.is_relative_to(folder) and (ROOT / inside).with_name("config.yaml").is_file():

@@ -52,6 +52,12 @@ class Row(NamedTuple):
     paired: str = ""
 
 
+def usual_table(folder: Path) -> str | None:
+    """Return the name of a captions table in the folder that has the usual name, captions.csv or the like."""
+    names = (f"captions{suffix}" for suffix in TABLES)
+    return next((name for name in names if (folder / name).is_file()), None)
+
+
 @dataclass
 class CaptionPolicy:
     """Policies for missing captions (raise, skip, empty) and for those over `max_chars` (truncate, raise, skip)."""

@@ -20,7 +20,17 @@ from tqdm import tqdm
 
 from ldm.config.types import PathText, PositiveInt, Probability
 from ldm.data.base import DataConfigError, check_choice
-from ldm.data.captions import COLUMNS, SIDECAR, TABLES, CaptionPolicy, PromptTemplates, Row, read_sidecar, read_table
+from ldm.data.captions import (
+    COLUMNS,
+    SIDECAR,
+    TABLES,
+    CaptionPolicy,
+    PromptTemplates,
+    Row,
+    read_sidecar,
+    read_table,
+    usual_table,
+)
 from ldm.data.image import (
     EXTENSIONS,
     MAX_PIXELS,
@@ -346,6 +356,8 @@ class ImageFolder(Dataset):
         else:
             sidecar = (self.root / name).with_suffix(".txt")
             why_missing = f"no text in {sidecar}"
+            if table := usual_table(self.whole):
+                why_missing += f"; the table {table} is read with captions={table}"
             try:
                 found = read_sidecar(sidecar, self.caption_encoding) if sidecar.is_file() else []
             except DataConfigError:

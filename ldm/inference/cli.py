@@ -29,16 +29,16 @@ from ldm.inference.settings import (
 from ldm.models.diffusion.samplers.registry import SAMPLERS
 from ldm.output.safety import Safety, SafetySettings
 from ldm.output.watermark import METHODS, Watermark
-from ldm.paths import find_file, fingerprint
+from ldm.paths import SD_CKPT, SD_SOURCE, find_file, fingerprint
 
 logger = logging.getLogger(__name__)
 
 EDIT_CONFIG, EDIT_CKPT = "configs/instruct-pix2pix/generate.yaml", "models/ldm/instruct-pix2pix/model.ckpt"
-SD_CONFIG, SD_CKPT = "configs/stable-diffusion/v1-inference.yaml", "models/ldm/stable-diffusion-v1/model.ckpt"
+SD_CONFIG = "configs/stable-diffusion/v1-inference.yaml"
 _RELEASED = ("models/ldm/inpainting_big/last.ckpt", "models/ldm/bsr_sr/model.ckpt")
 _OMMER = "put https://ommer-lab.com/files"
 _DOWNLOADS = {  # how to get the weights of the default models
-    SD_CKPT: "put sd-v1-4.ckpt of https://huggingface.co/CompVis/stable-diffusion-v-1-4-original there",
+    SD_CKPT: SD_SOURCE,
     EDIT_CKPT: "put instruct-pix2pix-00-22000.ckpt of https://huggingface.co/timbrooks/instruct-pix2pix there",
     "models/ldm/text2img-large/model.ckpt": f"{_OMMER}/latent-diffusion/nitro/txt2img-f8-large/model.ckpt there",
     "models/rdm/rdm768x768/model.ckpt": f"{_OMMER}/rdm/model.ckpt there",

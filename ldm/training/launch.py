@@ -119,7 +119,9 @@ def hold(directory: RunDirectory, launch: Launch | None) -> Iterator[RunDirector
             yield directory
         finally:
             own = {directory.path / ".lock", directory.configs / Launch.FILE}
-            if not directory.resumed and {path for path in directory.path.rglob("*") if path.is_file()} <= own:
+            files = {path for path in directory.path.rglob("*") if path.is_file()}
+            # TensorBoard's writer creates its file when it is built, before the model is checked.
+            if not directory.resumed and all(path in own or path.parent.name == "tensorboard" for path in files):
                 shutil.rmtree(directory.path, ignore_errors=True)
 
 

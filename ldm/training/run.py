@@ -7,6 +7,7 @@ import math
 import os
 import re
 import shlex
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from ldm.cli import EXIT_INTERRUPTED, Stopped, one_line
 from ldm.config.instantiate import ConfigError, instantiate_from_config
 from ldm.config.model_info import model_info
 from ldm.config.validate import check_class_count
+from ldm.data.captions import usual_table
 from ldm.data.datamodule import DataModuleFromConfig
 from ldm.inference.requests import script_for
 from ldm.paths import expand_user, shown_path
@@ -71,6 +73,9 @@ def execute(options: RunOptions, directory: RunDirectory, config: DictConfig, se
     logger.info("%-11s %s", "directory", directory.path)
     code = fit(trainer, model, data, directory) if options.train else 0
     saved = options.train and code == 0 and (directory.checkpoints / "last.ckpt").is_file()
+    adapters = sorted(map(str, directory.checkpoints.glob("*.safetensors"))) if saved else []
+    if adapters:
+        logger.info("%-11s %s", "adapter", ", ".join(adapters))
     if saved and (command := next_command(config, directory.path)):
         logger.info("%-11s %s", "next", command)
     if code == 0 and not options.no_test:
@@ -132,20 +137,34 @@ def next_command(config: DictConfig, run: Path) -> str:
         stage = f"model.params.first_stage_config.params.ckpt_path={place}/checkpoints/last.ckpt"
         root = OmegaConf.select(config, "data.params.train.params.root")
         data = f" data.params.train.params.root={shlex.quote(str(root))}" if root else ""
+        if root and (table := usual_table(expand_user(root))):
+            data += f" data.params.train.params.captions={table}"
         size = "-small" if params["ddconfig"]["resolution"] <= SMALL_RESOLUTION else ""
         return f"python main.py --base configs/recipes/text-to-image{size}-folder.yaml -t {stage}{data}"
     if "unet_config" not in params or "Classifier" in target:
         return ""
     content: Any = OmegaConf.to_container(config, resolve=True)
     script = script_for(model_info(content)).split()[0]
+    prompt = _prompt(config)
+    detector = OmegaConf.select(config, "data.params.train.params.detector") or "none"
     flags = {
-        "scripts/txt2img.py": f'--ckpt {place} --prompt "..."',
+        "scripts/txt2img.py": f"--ckpt {place} --prompt {prompt}",
+        "scripts/edit.py": f'--ckpt {place} --init-img photo.png --prompt "..."',
+        "scripts/control2img.py": f'--ckpt {place} --control-image image.png --detector {detector} --prompt "..."',
         "scripts/inpaint.py": f"--ckpt {place} --init-img photo.png --mask mask.png --outdir results",
         "scripts/upscale.py": f"--ckpt {place} --init-img small.png",
         "scripts/sample_diffusion.py": f"-r {place} -n 16",
         "scripts/sample_conditional.py": f"-r {place}",
     }
     return f"python {script} {flags[script]}" if script in flags else ""
+
+
+def _prompt(config: DictConfig) -> str:
+    """Return a prompt, quoted, with the words that a run teaches: tokens of textual inversion, DreamBooth's subject."""
+    section = OmegaConf.select(config, "model.params.token_embeddings") or []
+    tokens = [each["token"] for each in ([section] if isinstance(section, Mapping) else section)]
+    subject = OmegaConf.select(config, "data.params.train.params.instance.params.subject")
+    return shlex.quote(" ".join(["...", *tokens]) if tokens else str(subject)) if tokens or subject else '"..."'
 
 
 def _misfits(message: str) -> str:

@@ -89,6 +89,8 @@ def resumed_run(path: str) -> RunDirectory:
         raise ConfigError(f"--resume {path}: no such file or directory{_newest_run(given)}")
     file = given.resolve()
     directory = file.parents[1]
+    if file.suffix == ".safetensors":
+        raise ConfigError(f"--resume {path}: weights without the state of a run; pass {directory} or a .ckpt in it")
     if not (directory / "configs").is_dir():
         raise ConfigError(
             f"--resume {path}: {directory} is not a run directory (it has no configs/). To start a new run from the "

@@ -84,7 +84,7 @@ def test_an_argument_may_be_called_target():
         ("gone.ckpt", "add it, or choose another with {place}=FILE"),
         ("models/first_stage_models/kl-f8/model.ckpt", "download it: bash scripts/download_first_stages.sh"),
         ("models/ldm/cin256/model.ckpt", "download it: bash scripts/download_models.sh"),
-        ("models/ldm/stable-diffusion-v1/model.ckpt", "add it"),
+        ("models/ldm/stable-diffusion-v1/model.ckpt", "put sd-v1-4.ckpt of https://huggingface.co/CompVis/stable-"),
         ("models/ldm/mine/model.ckpt", "it is in {root}: run from there"),
     ],
 )
@@ -196,3 +196,24 @@ def test_params_that_are_no_mapping_are_refused(place):
     OmegaConf.update(config, f"{place}.params", 3, merge=False)
     with pytest.raises(ConfigError, match=rf"^{re.escape(place)}\.params 3: expected a mapping of arguments of "):
         convert_types(config)
+
+
+def test_a_run_directory_as_weights_is_refused_with_its_checkpoint(tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "last.ckpt").touch()
+    stage = {"target": "ldm.models.autoencoder.AutoencoderKL", "params": {"ckpt_path": str(tmp_path)}}
+    config = OmegaConf.create(toy_config())
+    config.model = {"target": "ldm.models.diffusion.ddpm.LatentDiffusion", "params": {"first_stage_config": stage}}
+    place = "model.params.first_stage_config.params.ckpt_path"
+    expected = f"{place}: {tmp_path} is a run directory; set {place}={tmp_path}/checkpoints/last.ckpt"
+    with pytest.raises(ConfigError, match=re.escape(expected)):
+        check_config(config)
+
+
+@pytest.mark.parametrize("section", [{"adapters": {"rank": 4}}, {"token_embeddings": {"token": "<x>", "init": "x"}}])
+def test_adapters_without_a_base_are_refused_before_anything_is_loaded(section):
+    config = OmegaConf.create(toy_config())
+    config.model = {"target": "ldm.models.diffusion.ddpm.LatentDiffusion", "params": {"ckpt_path": None, **section}}
+    with pytest.raises(ConfigError, match=r"model\.params\.ckpt_path: not set; adapters and tokens train on a base"):
+        check_config(config)
+    check_config(config, weights=False)

@@ -87,6 +87,9 @@ def test_missing_captions_raise_skip_or_are_empty(captioned):
     options = {"root": str(captioned), "size": 8, "captions": "sidecar"}
     with pytest.raises(DataConfigError, match=r"missing_caption 'raise': a.jpg has no caption \(no text in .*a.txt\)"):
         ImageFolder(**options)
+    (captioned / "captions.csv").touch()
+    with pytest.raises(DataConfigError, match=r"a.txt; the table captions.csv is read with captions=captions.csv\)"):
+        ImageFolder(**options)
     skipping = ImageFolder(**options, missing_caption="skip")
     assert names(skipping) == ["d.tif", "sub/c.webp"] and skipping.skipped == {
         "a.jpg": "no caption",

@@ -49,7 +49,8 @@ def test_a_directory_is_used_by_one_process_at_a_time(tmp_path, resumed):
 
 def test_a_new_directory_in_which_nothing_was_written_is_removed(tmp_path):
     with hold(RunDirectory(tmp_path / "logs" / "T", "T"), Launch([])) as held:
-        assert held.path.is_dir()
+        (held.path / "tensorboard").mkdir()
+        (held.path / "tensorboard" / "events").touch()  # TensorBoard's, when its writer is built
     assert not held.path.exists()
     with hold(held, Launch([])):
         (held.path / "metrics.csv").touch()

@@ -35,6 +35,13 @@ def test_a_state_of_another_shape_is_described_by_three_keys_the_count_and_the_s
         ("recipes/autoencoder-folder", "main.py --base configs/recipes/text-to-image-folder.yaml"),
         ("recipes/autoencoder-small-folder", "main.py --base configs/recipes/text-to-image-small-folder.yaml"),
         ("recipes/text-to-image-small-folder", 'scripts/txt2img.py --ckpt "logs/a run" --prompt "..."'),
+        ("quickstart/textual-inversion", 'scripts/txt2img.py --ckpt "logs/a run" --prompt "... <digit>"'),
+        ("quickstart/dreambooth", 'scripts/txt2img.py --ckpt "logs/a run" --prompt "a handwritten sks seven"'),
+        ("quickstart/edit", 'scripts/edit.py --ckpt "logs/a run" --init-img photo.png --prompt "..."'),
+        (
+            "recipes/controlnet-folder",
+            'scripts/control2img.py --ckpt "logs/a run" --control-image image.png',
+        ),
     ],
 )
 def test_a_finished_run_names_the_command_that_uses_it(config, command):
@@ -42,7 +49,12 @@ def test_a_finished_run_names_the_command_that_uses_it(config, command):
     assert next_command(yaml, Path("logs/a run")).replace("'", '"').startswith(f"python {command}")
 
 
-def test_the_command_after_a_first_stage_names_its_data():
+def test_the_command_after_a_first_stage_names_its_data(tmp_path):
     yaml = OmegaConf.load(ROOT / "configs" / "recipes" / "autoencoder-folder.yaml")
     yaml.data.params.train.params.root = "my images"
     assert next_command(yaml, Path("logs/run")).endswith(" data.params.train.params.root='my images'")
+    yaml.data.params.train.params.root = str(tmp_path)
+    (tmp_path / "captions.csv").touch()
+    assert next_command(yaml, Path("logs/run")).endswith(
+        f".root={tmp_path} data.params.train.params.captions=captions.csv"
+    )

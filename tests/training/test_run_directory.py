@@ -53,6 +53,10 @@ def test_resuming_a_missing_run_names_the_newest(tmp_path):
     (tmp_path / "lone.ckpt").touch()
     with pytest.raises(ConfigError, match="is not a run directory"):
         resumed_run(str(tmp_path / "lone.ckpt"))
+    (tmp_path / "T_x" / "configs").mkdir()
+    (tmp_path / "T_x" / "checkpoints" / "lora.safetensors").touch()
+    with pytest.raises(ConfigError, match=r"weights without the state of a run; pass .*T_x or a \.ckpt in it"):
+        resumed_run(str(tmp_path / "T_x" / "checkpoints" / "lora.safetensors"))
 
 
 PROJECT = config_text(OmegaConf.create({"model": {"a": 1}, "data": {"b": 2}}))
