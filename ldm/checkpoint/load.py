@@ -194,9 +194,14 @@ def _match(
     if weights and all(name.startswith(EMA) for name in weights) and not all(name.startswith(EMA) for name in wanted):
         raise CheckpointError(f"{path}: holds only EMA weights (model_ema.*): load them with --use_ema or use_ema=True")
     if not found:
+        advice = "does this config match the checkpoint?"
+        if any(".lora_" in name or ".lora." in name for name in weights):
+            advice = "this is a LoRA: pass it with --lora, and its base with --ckpt"
+        elif not any("." in name for name in weights):
+            advice = "an embedding is passed with --embedding, and its model with --ckpt"
         raise CheckpointError(
             f"{path}: no weight matches {type(module).__name__}: the file has {preview(weights)}, the model "
-            f"{preview(wanted)}; does this config match the checkpoint?"
+            f"{preview(wanted)}; {advice}"
         )
     return found
 

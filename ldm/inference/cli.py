@@ -302,6 +302,12 @@ def load(opt: Namespace, prepared: Prepared, **files: Files) -> inference.Pipeli
     added: dict[str, Any] = {"lora": prepared.lora, "lora_mode": opt.lora_mode, "embeddings": prepared.embeddings}
     added["quantize"] = opt.quantize
     pipeline = inference.load_model(*model, **added)
+    if prepared.embeddings and "prompt" in opt:
+        from ldm.inference.embeddings import warn_unused  # late: it imports torch
+
+        prompts = prompts_of(opt) if "from_file" in opt else opt.prompt
+        prompts = [prompts] if isinstance(prompts, str) else prompts
+        warn_unused(pipeline.model.cond_stage_model, [*prompts, opt.negative_prompt or ""])
     pipeline.identity = {**pipeline.identity, **record_files(**files)}
     return pipeline
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ldm.checkpoint.diffusers.embeddings import read_embeddings
 from ldm.modules.encoders.base import CLIPTokensEncoder
+from ldm.modules.encoders.tokenizers import clip_tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -58,4 +59,17 @@ def add_tokens(encoder: Any, tokens: Sequence[Token]) -> None:
             encoder.add_token(names, vectors)
         except ValueError as error:
             raise ValueError(f"--embedding {path}: {error}") from error
-        logger.info("%s: %d vectors, in prompts %s", path, len(vectors), " or ".join(dict.fromkeys(names)))
+        count = f"{len(vectors)} vector" + ("s" if len(vectors) > 1 else "")
+        logger.info("%s: %s, in prompts %s", path, count, " or ".join(dict.fromkeys(names)))
+
+
+def warn_unused(encoder: CLIPTokensEncoder, texts: Sequence[str]) -> None:
+    """Log a warning for each added token that no text contains: another spelling of it is ordinary words."""
+    added = encoder.token_embeddings.ids
+    used = {token for text in texts for token in clip_tokenizer().encode(text, added)}
+    names: dict[range, list[str]] = {}
+    for name, ids in added.items():
+        names.setdefault(ids, []).append(name)
+    for ids, spellings in names.items():
+        if used.isdisjoint(ids):
+            logger.warning("no prompt contains %s, the token of an embedding", " or ".join(spellings))

@@ -180,7 +180,10 @@ def round_to_multiple(side: int, multiple: int) -> int:
 
 
 def parse_lora(text: str) -> tuple[Path, float]:
-    """`FILE[:strength]` as (path, strength), 1 by default; FILE may contain colons. Raises ValueError."""
+    """`FILE[:strength]` as (path, strength), 1 by default; FILE may contain colons, or be a run directory.
+
+    Raises ValueError or FileNotFoundError.
+    """
     path, strength = find_file(text), 1.0
     before, _, after = text.rpartition(":")
     if not path.exists() and before:
@@ -192,15 +195,24 @@ def parse_lora(text: str) -> tuple[Path, float]:
     )
     if not path.exists():
         raise FileNotFoundError(f"--lora {text}: no such file; pass FILE or FILE:strength, e.g. style.safetensors:0.8")
-    return path, strength
+    trained = path / "checkpoints" / "lora.safetensors"
+    return trained if trained.is_file() else path, strength
 
 
 def parse_embedding(text: str) -> tuple[Path, str | None]:
-    """`FILE[:token]` as (path, token or None); FILE may contain colons. Raises FileNotFoundError."""
+    """`FILE[:token]` as (path, token or None); FILE may contain colons, or be the directory of a run with one token.
+
+    Raises ValueError or FileNotFoundError.
+    """
     before, _, token = text.rpartition(":")
     for path, name in ((find_file(text), None), (find_file(before or text), token or None)):
         if path.exists():
-            return path, name
+            trained = [file for file in sorted(path.glob("checkpoints/*.safetensors")) if file.stem != "lora"]
+            require(
+                len(trained) < 2,
+                f"--embedding {path}: trained {len(trained)} tokens; pass {' or '.join(map(str, trained))}",
+            )
+            return trained[0] if trained else path, name
     raise FileNotFoundError(f"--embedding {text}: no such file; pass FILE or FILE:token, e.g. cat.safetensors:<cat>")
 
 

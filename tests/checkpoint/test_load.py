@@ -51,6 +51,12 @@ def test_no_matching_name_is_an_error_that_shows_both_sides(tmp_path):
         load_weights(Model(), save(tmp_path / "a.ckpt", {"a.weight": torch.ones(1)}))
 
 
+@pytest.mark.parametrize("name, flag", [("lora_unet_a.lora_up.weight", "--lora"), ("<digit>", "--embedding")])
+def test_an_adapter_in_place_of_a_checkpoint_is_refused_with_its_flag(name, flag, tmp_path):
+    with pytest.raises(CheckpointError, match=f"pass(ed)? .*with {flag}, and its"):
+        load_weights(Model(), save(tmp_path / "a.ckpt", {name: torch.ones(1, 2)}))
+
+
 def test_another_shape_is_an_error_that_names_it(tmp_path):
     with pytest.raises(
         CheckpointError, match=r"model\.diffusion_model\.encoder\.weight: \(5, 2\), the model's \(3, 2\)"

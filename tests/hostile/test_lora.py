@@ -211,6 +211,10 @@ FILES_TO_REFUSE: dict[str, tuple[Make, str]] = {  # what the file is -> (it, wor
         "of the same layer",
     ),
     "an unknown tensor": (changed(**{f"{MODULE}.lora_side.weight": torch.ones(2, 2)}), "not a tensor of a LoRA"),
+    "the checkpoint of a run": (
+        changed(**{"adapters.unet.up": torch.ones(2, 2)}),
+        "which has lora.safetensors beside it",
+    ),
     "a bias": (changed(**{f"{MODULE}.lora_up.bias": torch.ones(64)}), "not a tensor of a LoRA"),
     "magnitudes of another length": (changed(**{f"{MODULE}.dora_scale": torch.ones(63, 1)}), BASE),
     "a middle tensor of another rank": (

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from ldm.checkpoint.diffusers.embeddings import write_embedding
 from ldm.cli import run_command
 from ldm.inference import TextToImageRequest, load_model, text_to_image
-from ldm.inference.embeddings import read_tokens
+from ldm.inference.embeddings import read_tokens, warn_unused
 from ldm.inference.prompt_weights import PromptEncoder
 from ldm.inference.settings import embedding_text, parse_embedding
 from ldm.output.images import read_metadata
@@ -66,6 +66,18 @@ def test_prompts_without_the_token_keep_every_bit(saved, file):
     assert torch.equal(encode(load(saved, (file, None)), "a dog"), encode(load(saved), "a dog"))
 
 
+def test_a_token_that_no_prompt_contains_is_a_warning(saved, file, caplog):
+    encoder = load(saved, (file, None)).model.cond_stage_model
+    long = "word " * 100 + "<My-Cat>"
+    for texts in (["a dog", "a <my-cat>"], ["a dog", "(<cat>:1.2)"], [long]):
+        warn_unused(encoder, texts)
+    assert not caplog.records
+    warn_unused(encoder, ["a <my-cats>", ""])
+    assert [record.getMessage() for record in caplog.records] == [
+        "no prompt contains <my-cat> or <cat>, the token of an embedding"
+    ]
+
+
 @pytest.mark.parametrize("scale", [1.0, 2.0])
 def test_the_negative_prompt_may_use_it(saved, file, scale):
     images = []
@@ -103,6 +115,18 @@ def test_a_flag_names_a_file_and_a_token(tmp_path, monkeypatch):
         )
     with pytest.raises(FileNotFoundError, match=r"--embedding none.pt:x: no such file; pass FILE or FILE:token"):
         parse_embedding("none.pt:x")
+
+
+def test_a_run_directory_names_the_file_of_its_token(tmp_path):
+    folder = tmp_path / "run" / "checkpoints"
+    folder.mkdir(parents=True)
+    for name in ("last.ckpt", "lora.safetensors", "digit.safetensors"):
+        (folder / name).touch()
+    assert parse_embedding(str(tmp_path / "run")) == (folder / "digit.safetensors", None)
+    assert parse_embedding(f"{tmp_path / 'run'}:<x>") == (folder / "digit.safetensors", "<x>")
+    (folder / "other.safetensors").touch()
+    with pytest.raises(ValueError, match=r"run: trained 2 tokens; pass .*digit\.safetensors or .*other\.safetensors"):
+        parse_embedding(str(tmp_path / "run"))
 
 
 @pytest.mark.parametrize("script", ["txt2img", "img2img", "inpaint", "upscale", "edit", "sample_conditional"])

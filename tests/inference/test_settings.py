@@ -112,3 +112,7 @@ def test_a_lora_is_a_file_and_its_strength_and_names_may_have_colons(tmp_path, m
     for text in (":1", "f.pt", "a.safetensors:", "a.safetensors:x", "C:\\loras\\g.safetensors"):
         with pytest.raises(FileNotFoundError, match="no such file; pass FILE or FILE:strength"):
             parse_lora(text)
+    trained = Path("run/checkpoints/lora.safetensors")
+    trained.parent.mkdir(parents=True)
+    trained.touch()
+    assert parse_lora("run:0.5") == (trained, 0.5)

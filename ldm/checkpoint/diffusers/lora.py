@@ -67,6 +67,7 @@ _FOREIGN = (  # keys of other files -> what they are
     (re.compile(r"string_to_(param|token)|emb_params|clip_[lg]$|bundle_emb|<.+>$"), "a textual inversion embedding"),
     (re.compile(r"control_model|controlnet|lllite"), "a ControlNet"),
     (re.compile(r"motion_modules"), "a motion module"),
+    (re.compile(r"^adapters\."), "the checkpoint of a run, which has lora.safetensors beside it"),
     (
         re.compile(r"^(?!.*lora).*\.(weight|bias)$"),
         "weights of a model",
