@@ -29,7 +29,7 @@ def parser() -> Parser:
     text = "a control image; repeat it for several ControlNets, in their order"
     add("--control-image", action="append", default=[], metavar="FILE", help=text)
     text = (
-        "weights of a ControlNet: .pth, .ckpt, .safetensors, a run's checkpoint or a folder of diffusers'; repeatable"
+        "weights of a ControlNet: .pth, .ckpt, .safetensors, a run directory or a folder of diffusers'; repeatable"
     )
     add("--controlnet", action="append", default=[], metavar="PATH", help=f"{text} (default: that of --ckpt)")
     text = f"what makes the hint of the image, {', '.join(DETECTORS)} (default: none); once, or for each image"
