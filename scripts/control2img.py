@@ -28,9 +28,7 @@ def parser() -> Parser:
     add = parser.add_argument
     text = "a control image; repeat it for several ControlNets, in their order"
     add("--control-image", action="append", default=[], metavar="FILE", help=text)
-    text = (
-        "weights of a ControlNet: .pth, .ckpt, .safetensors, a run directory or a folder of diffusers'; repeatable"
-    )
+    text = "weights of a ControlNet: .pth, .ckpt, .safetensors, a run directory or a folder of diffusers'; repeatable"
     add("--controlnet", action="append", default=[], metavar="PATH", help=f"{text} (default: that of --ckpt)")
     text = f"what makes the hint of the image, {', '.join(DETECTORS)} (default: none); once, or for each image"
     add("--detector", action="append", default=[], metavar="NAME", help=text)
