@@ -302,6 +302,8 @@ def load(opt: Namespace, prepared: Prepared, **files: Files) -> inference.Pipeli
     added: dict[str, Any] = {"lora": prepared.lora, "lora_mode": opt.lora_mode, "embeddings": prepared.embeddings}
     added["quantize"] = opt.quantize
     pipeline = inference.load_model(*model, **added)
+    if hasattr(pipeline.model, "control_model") and "control_image" not in opt:
+        logger.warning("%s has a ControlNet, which is not used here; control2img.py uses it", opt.ckpt)
     if prepared.embeddings and "prompt" in opt:
         from ldm.inference.embeddings import warn_unused  # late: it imports torch
 

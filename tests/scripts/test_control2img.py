@@ -9,6 +9,7 @@ from ldm.cli import run_command
 from ldm.data.detectors import canny_edges
 from ldm.output.images import png_info, read_metadata
 from ldm.paths import ROOT
+from scripts import txt2img
 from scripts.control2img import main
 from tests.scripts.refusals import help_without_heavy_imports, refused
 from tests.tiny import model_flags, save_model
@@ -127,3 +128,9 @@ def test_a_model_of_another_kind_is_named_with_its_script(tmp_path, image, contr
 
 def test_help_is_quick_and_works_anywhere(tmp_path):
     assert "--control-scale" in help_without_heavy_imports(ROOT / "scripts" / "control2img.py", tmp_path)
+
+
+def test_a_controlnet_that_a_script_does_not_use_is_named(model, tmp_path, capsys, caplog):
+    given = [*model_flags(model), "--prompt", "a cat", "--H", "16", "--W", "16", "--outdir", str(tmp_path / "out")]
+    assert run_command(txt2img.main, [*given, "--ddim_steps", "1", "--n_samples", "1", "--n_iter", "1"]) == 0
+    assert "has a ControlNet, which is not used here; control2img.py uses it" in caplog.text + capsys.readouterr().err
