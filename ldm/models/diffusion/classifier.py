@@ -86,10 +86,9 @@ class NoisyLatentImageClassifier(TrainedModule):
         }
         return network(**params) if whole else network(**params, pool=pool)
 
-    def setup(self, stage: str) -> None:
-        super().setup(stage)
-        on_purpose = getattr(self.diffusion_model, "untrained_first_stage", False)
-        if stage == "fit" and self.trainer.ckpt_path is None and not on_purpose:
+    def on_fit_start(self) -> None:
+        super().on_fit_start()
+        if not getattr(self.diffusion_model, "untrained_first_stage", False):
             require_weights(
                 getattr(self.diffusion_model, "first_stage_model", None),
                 "the diffusion model's first stage",

@@ -422,9 +422,9 @@ class LatentDiffusion(AdapterTraining, ConditionStage, PublishedLatentDiffusion,
                 f"set model.params.scale_factor={float(given):.6g}, or add scale_factor to ignore_keys"
             )
 
-    def setup(self, stage: str) -> None:
-        super().setup(stage)
-        if stage == "fit" and self.trainer.ckpt_path is None and not self.untrained_first_stage:
+    def on_fit_start(self) -> None:
+        super().on_fit_start()
+        if not self.untrained_first_stage:  # a resumed run's checkpoint is loaded by now
             require_weights(
                 self.first_stage_model,
                 "the first stage",

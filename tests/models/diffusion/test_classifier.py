@@ -1,7 +1,6 @@
 """Laws of the classifier of noisy latents and of guidance by it."""
 
 import contextlib
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -90,10 +89,9 @@ def test_a_random_first_stage_is_refused(diffusion, tmp_path, place):
         "its own file": lambda: classifier(yaml, ckpt_path=str(tmp_path / "classifier.ckpt")),
         "nowhere": lambda: classifier(yaml),
     }[place]()
-    model._trainer = SimpleNamespace(ckpt_path=None)
     refused = pytest.raises(ValueError, match=r"random weights .*: set model.params.diffusion_path")
     with refused if place == "nowhere" else contextlib.nullcontext():
-        model.setup("fit")
+        model.on_fit_start()
 
 
 def test_validation_encodes_a_batch_once_whatever_the_number_of_noise_levels(diffusion, monkeypatch):

@@ -6,6 +6,7 @@ import json
 
 import numpy as np
 import pytest
+import pytorch_lightning as pl
 import torch
 from omegaconf import OmegaConf
 
@@ -14,7 +15,18 @@ from ldm.models.diffusion import ddpm
 from ldm.models.diffusion.ddim import DDIMSampler
 from ldm.util import get_obj_from_str, instantiate_from_config
 from tests.models.diffusion.modes import IDENTITY
-from tests.models.diffusion.tiny import ATTEND, AUTOENCODER, CAPTIONS, CLASSES, batch, fit, latent_diffusion, unet
+from tests.models.diffusion.tiny import (
+    ATTEND,
+    AUTOENCODER,
+    CAPTIONS,
+    CLASSES,
+    QUIET,
+    batch,
+    fit,
+    latent_diffusion,
+    loader,
+    unet,
+)
 from tests.reference import GOLDEN, TOLERANCE, randn, rel_error, seed_weights
 
 CLASS = {"cond_stage_key": "class_label"}
@@ -173,6 +185,19 @@ def test_training_on_an_untrained_first_stage_is_refused_before_the_first_step_u
     stage.load_state_dict(model.first_stage_model.state_dict())
     model.first_stage_model = stage
     fit(model, steps=1)
+
+
+def test_a_resumed_run_has_the_first_stage_of_its_checkpoint(tmp_path):
+    model = latent_diffusion("crossattn", ATTEND, CLASSES, **CLASS)
+    fit(model, steps=1).save_checkpoint(tmp_path / "1.ckpt")
+    resumed = latent_diffusion("crossattn", ATTEND, CLASSES, **CLASS)
+    resumed.first_stage_model = instantiate_from_config(AUTOENCODER).requires_grad_(False)  # its own file is gone
+    resumed.learning_rate = 1e-3
+    trainer = pl.Trainer(**QUIET, max_steps=2, limit_val_batches=0)
+    trainer.fit(resumed.train(), loader(2), ckpt_path=tmp_path / "1.ckpt", weights_only=True)
+    assert trainer.global_step == 2
+    wanted = model.first_stage_model.state_dict()
+    assert all(torch.equal(x, wanted[key]) for key, x in resumed.first_stage_model.state_dict().items())
 
 
 def test_a_trained_encoder_is_an_optimizers_too():
