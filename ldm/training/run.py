@@ -115,6 +115,10 @@ def fit(trainer: pl.Trainer, model: pl.LightningModule, data: Any, directory: Ru
             ) from error
         if checkpoint and not steps.began and "loading state_dict" in str(error):
             raise ConfigError(f"{checkpoint} does not fit the model: {_misfits(str(error))}") from error
+        if checkpoint and not steps.began and "loaded state dict" in str(error):  # of the optimizer
+            raise ConfigError(
+                f"{checkpoint} does not fit: it was saved with other trained parameters; {_UNDO}"
+            ) from error
         if steps.began or not isinstance(error, ValueError | OSError):
             raise TrainingFailed from error
         raise
@@ -167,6 +171,9 @@ def _prompt(config: DictConfig) -> str:
     return shlex.quote(" ".join(["...", *tokens]) if tokens else str(subject)) if tokens or subject else '"..."'
 
 
+_UNDO = "undo the change of model.params (see the lines 'changed')"
+
+
 def _misfits(message: str) -> str:
     """Return the first three keys of PyTorch's message about a state dict, and how many there are."""
     shapes = re.findall(r"size mismatch for (\S+): .*?torch.Size\((.*?)\).*?torch.Size\((.*?)\)", message)
@@ -178,7 +185,7 @@ def _misfits(message: str) -> str:
     numbers = {name: [[int(n) for n in re.findall(r"\d+", shape)] for shape in both] for name, *both in shapes}
     advice = advise_settings({name: (before, now) for name, (before, now) in numbers.items()})
     advice = f"{advice}; " if advice else ""
-    return f"{'; '.join(keys[:3])}{more}; {advice}undo the change of model.params (see the lines 'changed')"
+    return f"{'; '.join(keys[:3])}{more}; {advice}{_UNDO}"
 
 
 def _separate_restart(trainer: pl.Trainer) -> None:
