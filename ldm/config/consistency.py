@@ -12,7 +12,7 @@ from ldm.config.text_shapes import OPEN_CLIP_ARCH, OPEN_CLIP_SHAPES, VIT_L_14
 logger = logging.getLogger(__name__)
 
 HINT_BLOCK_CHANNELS = (16, 32, 96, 256)  # of a ControlNet's hint convolutions, as published
-
+ADAPTERS = ("adapters", "token_embeddings")  # sections of a LatentDiffusion whose checkpoints lack the base weights
 _LATENT_MODELS = "ldm.models.diffusion."
 _UNET = (
     "ldm.modules.diffusionmodules.openaimodel.UNetModel",
@@ -46,6 +46,13 @@ def check_consistency(config: Mapping[str, Any]) -> None:
     levels = ddconfig.get("ch_mult")
     for problem in _control_problems(_own_params(params.get("control_stage_config"), _CONTROLNET), unet, levels):
         raise ConfigError(problem)
+    sections = [name for name in ADAPTERS if params.get(name) is not None]
+    for name in ("cond_stage_trainable", "learn_logvar") if sections else ():
+        if params.get(name):
+            advice = "; targets of adapters may have text_encoder" if name == "cond_stage_trainable" else ""
+            raise ConfigError(
+                f"model.params.{name} true: model.params.{sections[0]} trains on a frozen base; set it to false{advice}"
+            )
     sizes = dict(_data_sizes(config.get("data") or {}))
     if not latent:
         _compare_sizes("model.params.ddconfig.resolution", ddconfig.get("resolution"), 1, sizes)

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from ldm.config.consistency import check_consistency
+from ldm.config.consistency import ADAPTERS, check_consistency
 from ldm.config.instantiate import (
     ConfigError,
     check_allowed,
@@ -39,7 +39,6 @@ DOWNLOADS = {
 }
 _RUN_TYPES = {"seed": "Annotated[int, '[0, 4294967295]'] | None", "scale_lr": "bool | None"}
 _MODEL_TYPES = {"base_learning_rate": "PositiveFloat | None"}
-ADAPTERS = ("adapters", "token_embeddings")  # sections of a LatentDiffusion whose checkpoints lack the base weights
 WEIGHTS = ("ckpt_path", "diffusion_ckpt_path")  # parameters of our classes that name a file of weights
 
 

@@ -15,6 +15,7 @@ FOLDER = "configs/recipes/text-to-image-folder.yaml"
 SMALL_FOLDER = "configs/recipes/text-to-image-small-folder.yaml"
 AUTOENCODER = "configs/recipes/autoencoder-folder.yaml"
 CONCAT = "models/ldm/semantic_synthesis256/config.yaml"
+LORA, TOKENS = "configs/quickstart/lora.yaml", "configs/quickstart/textual-inversion.yaml"
 CONTROL, NET = "configs/quickstart/controlnet.yaml", "model.params.control_stage_config.params"
 UNET, STAGE = "model.params.unet_config.params", "model.params.first_stage_config.params"
 
@@ -55,6 +56,11 @@ def check(file, *overrides):
             CONTROL,
             f"{NET}.hint_block_channels=[16,32]",
             (f"{NET}.hint_block_channels [16, 32]: expected 3 numbers", "ch_mult [1, 1, 1]"),
+        ),
+        *(
+            (file, f"+model.params.{name}=true", (f"model.params.{name} true", section, "trains on a frozen base"))
+            for name in ("cond_stage_trainable", "learn_logvar")
+            for file, section in ((LORA, "adapters"), (TOKENS, "token_embeddings"))
         ),
         (CONTROL, f"{UNET}.in_channels=3", (f"{UNET}.in_channels 3", "model.params.channels is 4")),
         (CONCAT, f"{UNET}.in_channels=3", (f"{UNET}.in_channels 3", "conditioning_key concat adds 3 channels")),

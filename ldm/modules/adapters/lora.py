@@ -198,6 +198,8 @@ def find_targets(networks: Mapping[str, nn.Module], targets: Iterable[str]) -> l
     """Return the keys of the layers that `targets` name; raise ValueError for one that names no layer."""
     keys = list(adaptable(networks))
     found: set[str] = set()
+    if not (targets := list(targets)):
+        raise ValueError(f"targets []: expected one or more of {', '.join(TARGETS)}, or regular expressions of keys")
     for target in targets:
         try:
             pattern = re.compile(TARGETS.get(target, target))
@@ -374,9 +376,16 @@ class Adapters(nn.Module):
 
 
 def inject(networks: Mapping[str, nn.Module], spec: LoRASpec) -> Adapters:
-    """Add new adapters that change nothing yet (up is 0), in float32 on the layers' devices, for training."""
-    weights = {}
-    for key in find_targets(networks, spec.targets):
+    """Add new adapters that change nothing yet (up is 0), in float32 on the layers' devices, for training.
+
+    Raises ValueError for targets without a layer and for a rank that no layer can have.
+    """
+    weights, keys = {}, find_targets(networks, spec.targets)
+    shapes = [_place(networks, key).base.shape for key in keys]
+    full = max(min(shape[0], shape[1:].numel()) for shape in shapes)  # the product has no more than this
+    if spec.rank > full:
+        raise ValueError(f"rank {spec.rank}: these layers have ranks of {full} or less; 4 to 64 is usual")
+    for key in keys:
         place = _place(networks, key)
         base = place.base
         ones = [1] * (base.ndim - 2)

@@ -203,6 +203,13 @@ def test_attention_is_the_default_and_patterns_name_whole_keys(networks):
         lora.find_targets(networks, ["unet.("])
 
 
+def test_no_targets_and_ranks_above_those_of_all_layers_are_refused(networks):
+    with pytest.raises(ValueError, match=r"targets \[\]: expected one or more of attention"):
+        lora.inject(networks, LoRASpec(targets=()))
+    with pytest.raises(ValueError, match="rank 1000000: these layers have ranks of"):
+        lora.inject(networks, LoRASpec(rank=1000000))
+
+
 def test_layers_without_effect_are_no_targets(networks):
     keys = lora.find_targets(networks, ["text_encoder"])
     heads = ["q_proj", "k_proj", "v_proj", "out_proj"]
