@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ldm.checkpoint import ensure_weights
+from ldm.checkpoint import CheckpointError, ensure_weights
 from ldm.checkpoint.diffusers.embeddings import write_embedding
-from ldm.checkpoint.diffusers.lora import LoraNames, write_lora
+from ldm.checkpoint.diffusers.lora import RUN_FILE, LoraNames, write_lora
 from ldm.checkpoint.names import EMA, use_ema_weights
 from ldm.checkpoint.source import BaseWeights, base_of
 from ldm.models.training import TrainedModule, freeze
 from ldm.modules.adapters.lora import Adapters, LoRASpec, adaptable, inject, networks_of
 from ldm.modules.adapters.token_embeddings import NewToken, initial_vectors
 from ldm.modules.encoders.base import CLIPTokensEncoder
+from ldm.modules.encoders.tokenizers import is_word
+
+logger = logging.getLogger(__name__)
 
 
 class AdapterTraining(TrainedModule):
@@ -33,6 +37,9 @@ class AdapterTraining(TrainedModule):
     trains_adapters = False
     adapters: Adapters | None
     new_tokens: Sequence[NewToken] = ()
+    cond_stage_key: Any
+    raw_condition: Callable[..., Any]
+    _checked_prompts = False
 
     def freeze_base(self) -> None:
         """Disable the gradients of all parameters that exist now, and keep their modules in eval mode."""
@@ -58,14 +65,41 @@ class AdapterTraining(TrainedModule):
         """Add the trained tokens of `token_embeddings`: one, or a list; `start_adapters` initializes them."""
         sections = [section] if isinstance(section, Mapping) else section
         self.new_tokens = [NewToken(**each) for each in sections]
+        self._check_file_names()
         encoder = self.cond_stage_model
         if not isinstance(encoder, CLIPTokensEncoder):
             raise ValueError(
                 f"token_embeddings: requires a text encoder of CLIP's tokens, not {type(encoder).__name__}"
             )
         for new in self.new_tokens:
-            width = encoder.token_width
-            encoder.add_token([new.token], torch.zeros(new.vectors, width))
+            encoder.add_token([new.token], torch.zeros(1, encoder.token_width).expand(new.vectors, -1))
+            if is_word(new.token):
+                text = "token_embeddings: the token %r is a word: all prompts with this word will use its vectors"
+                logger.warning(text, new.token)
+
+    def _check_file_names(self) -> None:
+        """Raise ValueError for tokens whose files would overwrite each other or the LoRA's."""
+        written = {Path(RUN_FILE).stem: "the section adapters"}
+        for new in self.new_tokens:
+            other = written.setdefault(new.stem.casefold(), new.token)
+            if other != new.token:
+                raise ValueError(
+                    f"token {new.token!r}: its file {new.stem}.safetensors would overwrite that of {other}; "
+                    "choose another token"
+                )
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Warn if the first batch has none of the trained tokens."""
+        if self.new_tokens and not self._checked_prompts:
+            self._checked_prompts = True
+            texts = self.raw_condition(batch, self.cond_stage_key)
+            if not self.cond_stage_model.has_added_tokens(texts):
+                tokens = ", ".join(new.token for new in self.new_tokens)
+                text = (
+                    "token_embeddings: none of the %d prompts of the first batch has %s within the encoder's length "
+                    "(the first: %.100r), which trains nothing: put the token into the captions, templates or subject"
+                )
+                logger.warning(text, len(texts), tokens, texts[0])
 
     def adapter_keys(self) -> set[str]:
         """State-dict keys of the adapters and of their averages."""
@@ -91,7 +125,7 @@ class AdapterTraining(TrainedModule):
             if self.adapters is not None:
                 names = LoraNames(adaptable(networks_of(self)), self._config)
                 metadata = {"base": self.base.path, "base_fingerprint": self.base.fingerprint} if self.base else {}
-                write_lora(self.adapters.weights(), folder / "lora.safetensors", names, metadata=metadata)
+                write_lora(self.adapters.weights(), folder / RUN_FILE, names, metadata=metadata)
             vectors = self.cond_stage_model.token_embeddings.vectors if self.new_tokens else ()
             for new, trained in zip(self.new_tokens, vectors):
                 write_embedding(folder / f"{new.stem}.safetensors", new.token, trained)
@@ -127,12 +161,35 @@ class AdapterTraining(TrainedModule):
             own = self.adapter_keys()
             checkpoint["state_dict"] = {name: x for name, x in checkpoint["state_dict"].items() if name in own}
             checkpoint["base"], checkpoint["alpha"] = self.base._asdict(), self.alpha
+            checkpoint["tokens"] = [new.token for new in self.new_tokens]
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Complete the state dict by the base. Raises CheckpointError if the checkpoint was trained on another one."""
         super().on_load_checkpoint(checkpoint)
         if self.base is not None and "base" in checkpoint:
             BaseWeights(**checkpoint["base"]).check(self.base.fingerprint, self.base.path)
-            if self.alpha is not None and (alpha := checkpoint.get("alpha")) not in (self.alpha, None):
-                raise ValueError(f"adapters.alpha {self.alpha}: the checkpoint was trained with {alpha}")
+            self._check_adapters(checkpoint)
             checkpoint["state_dict"] = {**self.state_dict(), **checkpoint["state_dict"]}
+
+    def _check_adapters(self, checkpoint: Mapping[str, Any]) -> None:
+        """Raise CheckpointError if a checkpoint has other adapters: layers, shapes, alpha, names of tokens."""
+        own, theirs = self.adapter_keys(), checkpoint["state_dict"]
+        state = self.state_dict()
+        differing = sorted(own ^ theirs.keys()) or [key for key in sorted(own) if state[key].shape != theirs[key].shape]
+        if differing:
+            key = differing[0]
+            shapes = [str(tuple(x[key].shape)) if key in x else "none" for x in (state, theirs)]
+            raise CheckpointError(
+                f"the checkpoint has other adapters: {len(differing)} tensors differ, {key} is {shapes[0]} here and "
+                f"{shapes[1]} there; undo the change of model.params.adapters or token_embeddings, or start a new run"
+            )
+        if self.alpha is not None and (alpha := checkpoint.get("alpha")) not in (self.alpha, None):
+            raise CheckpointError(
+                f"model.params.adapters.alpha {self.alpha:g}: the checkpoint was trained with {alpha:g}; set it to that"
+            )
+        tokens = [new.token for new in self.new_tokens]
+        if (before := checkpoint.get("tokens", tokens)) != tokens:
+            raise CheckpointError(
+                f"model.params.token_embeddings.token {', '.join(tokens)}: the checkpoint was trained with "
+                f"{', '.join(before)}; set it to that"
+            )

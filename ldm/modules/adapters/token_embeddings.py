@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm.config.types import PositiveInt
-from ldm.modules.encoders.tokenizers import VOCAB_SIZE, clean
+from ldm.modules.encoders.tokenizers import BEGIN, END, VOCAB_SIZE, clean
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,8 @@ class TokenEmbeddings(nn.Module):
         for name in dict.fromkeys(map(clean, names)):
             if not name:
                 raise ValueError("token '': the name of a token must not be empty")
+            if name in (BEGIN, END):
+                raise ValueError(f"token {name!r}: this is a token of CLIP itself; choose another name")
             if name in self.ids:
                 raise ValueError(f"token {name!r}: two tokens have this name; choose another for one of them")
             self.ids[name] = ids

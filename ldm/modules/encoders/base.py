@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ldm.checkpoint import CheckpointError, read_weights
 from ldm.modules.adapters.token_embeddings import TokenEmbeddings
-from ldm.modules.encoders.tokenizers import clip_tokenizer
+from ldm.modules.encoders.tokenizers import VOCAB_SIZE, clip_tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -88,8 +88,12 @@ class CLIPTokensEncoder(AbstractEncoder):
             )
         if len(vectors) > room:
             raise ValueError(f"token {names[0]!r}: {len(vectors)} vectors, but a prompt has room for {room} tokens")
-        self.token_embeddings.add(names, vectors.to(table.get_parameter("weight")))
+        self.token_embeddings.add(names, vectors.to(table.get_parameter("weight")).contiguous())
         self.token_embeddings.attach(table)
+
+    def has_added_tokens(self, texts: Sequence[str]) -> bool:
+        """Return whether a text has an added token within the encoder's length."""
+        return bool((self.tokenize(texts) >= VOCAB_SIZE).any())
 
     @torch.no_grad()
     def embed_words(self, text: str) -> Tensor:

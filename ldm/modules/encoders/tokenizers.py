@@ -137,6 +137,11 @@ def clip_tokenizer() -> CLIPTokenizer:
     return CLIPTokenizer()
 
 
+def is_word(text: str) -> bool:
+    """Return whether a text is one token of CLIP's vocabulary, at the end of a word."""
+    return f"{clean(text)}</w>" in clip_tokenizer().token_ids
+
+
 def clean(text: str) -> str:
     """Return the text with repaired Unicode and HTML entities, single spaces and lower case."""
     if not (text.isascii() and text.isprintable()) or "&" in text:  # ftfy leaves plain ASCII as it is

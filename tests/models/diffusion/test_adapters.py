@@ -135,6 +135,59 @@ def test_another_base_is_refused(base, trained, tmp_path):
         read_weights(moved)
 
 
+@pytest.mark.parametrize(
+    ("params", "message"),
+    [
+        ({"token_embeddings": {**TOKEN, "vectors": 3}}, r"vectors.0 is \(3, \d+\) here and \(2, \d+\) there"),
+        ({"token_embeddings": {**TOKEN, "token": "<other>"}}, "token_embeddings.token <other>: .* trained with <me>"),
+        ({"adapters": {"rank": 2}}, "other adapters: .* tensors differ, adapters.* here and none there"),
+        ({"use_ema": True}, "other adapters: .* model_ema"),
+    ],
+)
+def test_a_checkpoint_with_other_adapters_is_refused_by_what_differs(base, trained, tmp_path, params, message):
+    torch.manual_seed(5)
+    model = instantiate_from_config(
+        text_model_config(**{"ckpt_path": str(base.ckpt), "token_embeddings": TOKEN, "use_ema": False, **params})[
+            "model"
+        ]
+    )
+    model.learning_rate = 0.05
+    with pytest.raises(CheckpointError, match=message):
+        fit(model, tmp_path, 5, trained[1])
+
+
+def test_a_trained_token_that_no_prompt_has_is_warned_of(base, tmp_path, caplog):
+    with caplog.at_level("WARNING"):
+        fit(build(base.ckpt), tmp_path, 1)
+    assert "token_embeddings" not in caplog.text
+    config = text_model_config(ckpt_path=str(base.ckpt), use_ema=False, token_embeddings={**TOKEN, "token": "<none>"})
+    model = instantiate_from_config(config["model"])
+    model.learning_rate = 0.05
+    with caplog.at_level("WARNING"):
+        fit(model, tmp_path, 2)
+    assert caplog.text.count("none of the 2 prompts of the first batch has <none>") == 1
+
+
+@pytest.mark.parametrize("tokens", [["<lora>"], ["<my cat>", "<my-cat>"]])
+def test_tokens_whose_files_would_overwrite_others_are_refused(tokens):
+    sections = [{"token": token, "init": "cat"} for token in tokens]
+    with pytest.raises(ValueError, match="would overwrite that of"):
+        instantiate_from_config(text_model_config(token_embeddings=sections)["model"])
+
+
+def test_too_many_vectors_are_refused_before_they_are_allocated():
+    with pytest.raises(ValueError, match=f"{10**12} vectors, but a prompt has room"):
+        instantiate_from_config(text_model_config(token_embeddings={**TOKEN, "vectors": 10**12})["model"])
+
+
+def test_a_token_that_is_a_word_is_warned_of(caplog):
+    with caplog.at_level("WARNING"):
+        instantiate_from_config(text_model_config(token_embeddings={**TOKEN, "token": "<me>"})["model"])
+        assert "is a word" not in caplog.text
+        instantiate_from_config(text_model_config(token_embeddings={**TOKEN, "token": "Seven"})["model"])
+    assert "the token 'Seven' is a word" in caplog.text
+
+
 def test_training_without_a_base_is_refused(tmp_path):
     model = instantiate_from_config(text_model_config(token_embeddings=TOKEN)["model"])
     model.learning_rate = 0.1

@@ -108,6 +108,11 @@ def test_two_tokens_of_one_name_are_refused():
         encoder.add_token(["Cat"], torch.zeros(1, 16))
 
 
+def test_a_name_of_clip_itself_is_refused():
+    with pytest.raises(ValueError, match=r"'<\|endoftext\|>': this is a token of CLIP itself"):
+        CaptionEmbedder(16, 1, heads=2, dim_head=8).add_token(["<|EndOfText|>"], torch.zeros(1, 16))
+
+
 def test_initial_vectors_share_the_words():
     words = torch.arange(6.0)[:, None]
     assert initial_vectors(words[:1], 3).flatten().tolist() == [0, 0, 0]
