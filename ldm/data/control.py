@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,18 @@ from PIL import Image
 from ldm.config.types import NonNegativeInt, PathText
 from ldm.data.base import DataConfigError, check_choice
 from ldm.data.captions import Columns
-from ldm.data.detectors import CANNY, DETECTORS, canny_edges, is_depth_model, make_detector, to_hint
+from ldm.data.detectors import (
+    CANNY,
+    DETECTORS,
+    canny_edges,
+    is_depth_model,
+    level_ranges,
+    make_detector,
+    to_hint,
+)
 from ldm.data.digits import Digits
 from ldm.data.folder import ImageFolder, Item
-from ldm.data.image import EXTENSIONS, from_array, load_like, to_array
+from ldm.data.image import EXTENSIONS, BadImageError, from_array, load_like, to_array
 from ldm.data.listing import existing_folder, scan
 
 
@@ -44,6 +53,12 @@ class ControlFolder(ImageFolder):
         if not 0 <= canny[0] <= canny[1]:
             advice = f"set {{param}} to [low, high], e.g. {list(CANNY)}"
             raise DataConfigError("canny", list(canny), "expected 0 <= low <= high", advice)
+        own: dict[str, Any] = {"canny": None if tuple(canny) == CANNY else list(canny), "depth": depth_weights}
+        for needs, value in own.items():
+            if value is not None and detector != needs:
+                param = "depth_weights" if needs == "depth" else needs
+                problem = f"is for detector {needs}, but detector is {detector}"
+                raise DataConfigError(param, value, problem, "remove {param}, or set detector")
         if detector == "depth" and not is_depth_model(depth_weights):
             advice = "set {param} to a folder with transformers' DPT (Intel/dpt-hybrid-midas)"
             raise DataConfigError("depth_weights", depth_weights, "has no config.json", advice)
@@ -64,25 +79,45 @@ class ControlFolder(ImageFolder):
         super().__init__(root, **options)
 
     @cached_property
-    def _listed_hints(self) -> dict[str, Path]:
+    def _listed_hints(self) -> dict[str, list[Path]]:
         """The files in the folder of hints, by their names without suffix."""
         assert self._hints is not None
-        folder = existing_folder("hints", self._hints, "hints")
-        return {str(Path(name).with_suffix("")): folder / name for name in scan(folder, EXTENSIONS)}
+        folder, found = existing_folder("hints", self._hints, "hints"), dict[str, list[Path]]()
+        for name in scan(folder, EXTENSIONS):
+            found.setdefault(str(Path(name).with_suffix("")), []).append(folder / name)
+        return found
 
-    def _hint_of(self, name: str) -> Path | None:
-        """The file of an image's hint; a table and a folder of hints name it relative to the split's folder or root."""
+    @cached_property
+    def _hints_in_root(self) -> tuple[str, ...]:
+        """Beginnings of the names of images that are in the folder of hints."""
+        hints, root = (os.path.realpath(path) for path in (self._hints or os.devnull, self.root))
+        return (f"{os.path.relpath(hints, root)}/".removeprefix("./"),) if f"{hints}/".startswith(f"{root}/") else ()
+
+    def _hints_of(self, name: str) -> list[Path]:
+        """The files of an image's hint, which should be one.
+
+        A table and a folder of hints name it relative to the split's folder or root, with any suffix.
+        """
         if self._hints is None:
-            return self.paired_file(name)
+            return [path] if (path := self.paired_file(name)) else []
         stem = Path(name).with_suffix("")
         inside = self.root.relative_to(self.whole) if self.root.is_relative_to(self.whole) else Path()
-        return self._listed_hints.get(str(inside / stem)) or self._listed_hints.get(str(stem))
+        found = self._listed_hints.get(str(inside / stem)) or self._listed_hints.get(str(stem)) or []
+        same = [path for path in found if path.name == Path(name).name]
+        return same or found
 
     def _item(self, name: str, texts: dict[str, list[str]] | None) -> Item | None:
         item = super()._item(name, texts)
-        if item is not None and not self.detected and self._hint_of(name) is None:
+        if item is None or self.detected:
+            return item
+        if name.startswith(self._hints_in_root):
+            problem = f"is in the folder of the images, so that the hint {name} is an image too"
+            raise DataConfigError("hints", self._hints, problem, "move it out of root, and set {param} to it")
+        hints = self._hints_of(name)
+        if len(hints) != 1:
             place = self._hints or f"{self.whole / self.paired[name]}: no such file"
-            self._unusable(name, f"has no hint in {place}" if self._hints else f"has no hint: {place}")
+            problem = f"has no hint in {place}" if self._hints else f"has no hint: {place}"
+            self._unusable(name, f"has several hints: {', '.join(map(str, hints))}" if hints else problem)
             return None
         return item
 
@@ -101,9 +136,16 @@ class ControlFolder(ImageFolder):
         return {self.image_key: to_array(seen), self.hint_key: to_hint(hint)}
 
     def _read_hint(self, name: str, image: Image.Image) -> Image.Image:
-        path = self._hint_of(name)
-        assert path is not None
-        return load_like(path, image, self.max_pixels)
+        (path,) = self._hints_of(name)
+        hint = load_like(path, image, self.max_pixels)
+        if max(high for _, high in level_ranges(hint)) == 1:
+            raise BadImageError(path, "its largest value is 1 of 255, nearly black: save hints with 255 for white")
+        return hint
+
+    def _pairs(self) -> list[str]:
+        if self._hints is None:
+            return super()._pairs()
+        return [self._hints_of(item.name)[0].name for item in self.items]
 
 
 class DigitEdges(Digits):

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 if TYPE_CHECKING:
     import numpy as np
@@ -69,6 +69,11 @@ def _estimator(weights: str) -> MiDaSInference:
     from ldm.modules.midas.api import MiDaSInference
 
     return MiDaSInference(weights=weights)
+
+
+def level_ranges(image: Image.Image) -> tuple[tuple[int, int], ...]:
+    """The smallest and the largest value, 0 to 255, of each channel of an RGB image."""
+    return cast("tuple[tuple[int, int], ...]", image.getextrema())
 
 
 def to_hint(image: Image.Image) -> np.ndarray:

@@ -239,7 +239,13 @@ class ImageFolder(Dataset):
         """Hashes of the images' names in their order, and of their captions and class names."""
         labels: list[object] = [[item.captions for item in self.items], self.labels, self.class_names]
         labels += [self.prompts.templates, self.prompts.subject] if self.prompts else []
+        if pairs := self._pairs():
+            labels.append(pairs)
         return {"files": _digest([item.name for item in self.items]), "labels": _digest(labels)}
+
+    def _pairs(self) -> list[str]:
+        """Return the names of the files that belong to the images, in their order; empty if there are none."""
+        return [self.paired[item.name] for item in self.items] if any(self.paired.values()) else []
 
     def file_of(self, index: int) -> Path:
         """Return the file of a sample."""
@@ -340,8 +346,9 @@ class ImageFolder(Dataset):
             return row.problem
         if splits_named and row.split is None:
             return "names no split in its column 'split'"
-        if Path(row.image).suffix.lower() not in self.suffixes:
-            return f"{row.image!r} is not an image"
+        for name in filter(None, (row.image, row.paired)):
+            if Path(name).suffix.lower() not in self.suffixes:
+                return f"{name!r} is not an image"
         folder = row.image.partition("/")[0]
         if row.split and folder in folders and split_of(folder) != row.split:
             return f"its column 'split' says {row.split}, but {row.image} is in {folder}/"

@@ -7,7 +7,7 @@ from PIL import Image
 from ldm.data.base import DataConfigError
 from ldm.data.control import ControlFolder, DigitEdges
 from ldm.data.detectors import canny_edges
-from ldm.data.image import from_array
+from ldm.data.image import BadImageError, from_array
 
 
 @pytest.fixture
@@ -92,6 +92,8 @@ def test_a_hint_of_other_proportions_is_unusable(folder):
         ({"detector": "canny", "hints": "x"}, "hints and detector exclude each other"),
         ({"detector": "sobel"}, "set detector to one of none, canny, depth"),
         ({"detector": "canny", "canny": (200, 100)}, "expected 0 <= low <= high"),
+        ({"detector": "depth", "canny": (1, 2)}, r"canny \[1, 2\]: is for detector canny, but detector is depth"),
+        ({"hints": "x", "depth_weights": "y"}, "depth_weights 'y': is for detector depth, but detector is none"),
         ({"detector": "depth"}, "depth_weights None: has no config.json"),
         ({"hint_column": "edges"}, "there is no table with this column"),
         ({"hints": "/no/such/folder"}, "hints '/no/such/folder': no such folder"),
@@ -100,6 +102,43 @@ def test_a_hint_of_other_proportions_is_unusable(folder):
 def test_what_says_where_hints_are_is_checked(folder, options, problem):
     with pytest.raises(DataConfigError, match=problem):
         ControlFolder(str(folder / "images"), size=32, **options)
+
+
+def test_of_hints_of_one_name_that_with_the_suffix_of_the_image_is_its_own_else_none(folder):
+    options = {"captions": "table.csv", "hints": str(folder / "hints"), "size": 16}
+    Image.new("RGB", (48, 32), "blue").save(folder / "hints" / "2.png")
+    data = ControlFolder(str(folder / "images"), **options)
+    assert data[2]["hint"].reshape(-1, 3).tolist() == [[0, 0, 1]] * 256
+    (folder / "hints" / "2.png").rename(folder / "hints" / "2.webp")
+    with pytest.raises(DataConfigError, match=r"2.png: has several hints: .*2.bmp, .*2.webp"):
+        ControlFolder(str(folder / "images"), **options)
+
+
+@pytest.mark.parametrize("hints", [".", "hints"])
+def test_hints_among_the_images_are_refused(tmp_path, hints):
+    (tmp_path / "hints").mkdir()
+    for name in ("a.png", "hints/a.png"):
+        Image.new("RGB", (32, 32)).save(tmp_path / name)
+    with pytest.raises(DataConfigError, match=r"is in the folder of the images, so that the hint .*a.png is an image"):
+        ControlFolder(str(tmp_path), hints=str(tmp_path / hints))
+
+
+def test_hints_with_1_for_white_are_unusable(folder):
+    levels = np.random.default_rng(0).integers(0, 2, (32, 48), dtype=np.uint8)
+    Image.fromarray(levels).save(folder / "hints" / "2.bmp")
+    options = {"captions": "table.csv", "hints": str(folder / "hints"), "size": 16}
+    with pytest.raises(BadImageError, match=r"2.bmp: its largest value is 1 of 255"):
+        ControlFolder(str(folder / "images"), **options)[2]
+    assert list(ControlFolder(str(folder / "images"), on_error="skip", **options).skipped) == ["2.png"]
+
+
+def test_a_change_of_the_hints_changes_the_fingerprint(folder):
+    options = {"captions": "table.csv", "hints": str(folder / "hints")}
+    before = ControlFolder(str(folder / "images"), **options).fingerprint
+    assert ControlFolder(str(folder / "images"), **options).fingerprint == before
+    (folder / "hints" / "2.bmp").rename(folder / "hints" / "2.png")
+    after = ControlFolder(str(folder / "images"), **options).fingerprint
+    assert after["labels"] != before["labels"] and after["files"] == before["files"]
 
 
 def test_edges_of_digits_are_those_of_their_images():

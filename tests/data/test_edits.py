@@ -77,6 +77,7 @@ def test_images_are_found_below_the_folder_of_their_split(folder):
         ("before,after\na.png,b.png\n", "caption_column None: .* has only the columns"),
         ("before,instruction,after\nz.png,x,b.png\n", r"b.png: no such file: .*z.png, its image before"),
         ("before,instruction,after\n../z.png,x,b.png\n", r"line 2: the path '../z.png' leaves the root"),
+        ("before,instruction,after\ntriples.csv,x,b.png\n", "line 2: 'triples.csv' is not an image"),
         ("before,instruction,after\n,x,b.png\n", "line 2: column 'before' has no file name"),
         (CSV + "c.png,make it night,b.png\n", "line 4: b.png is paired with another image in an earlier line"),
     ],
@@ -89,6 +90,15 @@ def test_a_broken_table_is_refused_with_its_line(folder, content, words):
         (folder / "triples.csv").write_text(content + "a.png,make it day,c.png\n")
         skipping = EditFolder(str(folder), size=16, on_error="skip")
         assert "make it day" in [caption for item in skipping.items for caption in item.captions] and skipping.skipped
+
+
+def test_another_image_before_changes_the_fingerprint(folder):
+    before = EditFolder(str(folder), size=16).fingerprint
+    text = (folder / "triples.csv").read_text()
+    (folder / "triples.csv").write_text(text.replace("a.png,", "c.png,"))
+    assert text != (folder / "triples.csv").read_text()
+    after = EditFolder(str(folder), size=16).fingerprint
+    assert after["labels"] != before["labels"] and after["files"] == before["files"]
 
 
 def test_images_of_other_proportions_are_unusable(folder):
