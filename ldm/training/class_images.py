@@ -24,7 +24,7 @@ from ldm.inference.pipeline import load_model
 from ldm.inference.requests import TextToImageRequest
 from ldm.inference.settings import MAX_SEED
 from ldm.inference.tasks.text_to_image import text_to_image
-from ldm.output.images import GeneratedImage, checked, marked, write_new
+from ldm.output.images import GeneratedImage, checked, marked, read_metadata, write_new
 from ldm.paths import expand_user
 
 if sys.platform == "linux":
@@ -76,8 +76,13 @@ def _fill(config: Mapping[str, Any], path: str, wanted: _Wanted, seed: int, devi
     try:
         wanted.root.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ConfigError(f"{path}.params.root {wanted.root}: cannot be created: {error.strerror}") from error
+        raise ConfigError(
+            f"{path}.params.root {wanted.root}: is no folder and cannot be created ({error.strerror})"
+        ) from error
+    if not wanted.prompt.strip():
+        raise ConfigError(f"{path}.params.prompt {wanted.prompt!r}: is blank; set it to words, e.g. a photo of a dog")
     with _one_process(wanted.root):
+        _check_present(path, wanted)
         present = len(scan(wanted.root))
         missing = wanted.count - present
         if missing <= 0:
@@ -89,6 +94,20 @@ def _fill(config: Mapping[str, Any], path: str, wanted: _Wanted, seed: int, devi
         for number, image in tqdm(images, "class images", missing, unit="image", disable=None):
             write_new(iter([_file(wanted, number)]), marked(checked(image, None), None))
     return missing
+
+
+def _check_present(path: str, wanted: _Wanted) -> None:
+    """Raise ConfigError if images that were generated here before have another prompt."""
+    for file in sorted(wanted.root.glob("class-*.png")):
+        try:
+            before = read_metadata(file).get("prompt")
+        except (OSError, ValueError):  # of another program
+            continue
+        if isinstance(before, str) and before != wanted.prompt:
+            raise ConfigError(
+                f"{path}.params.prompt {wanted.prompt!r}: {file} was generated with {before!r}; set {path}.params.root "
+                "to another folder, or remove these images"
+            )
 
 
 def _file(wanted: _Wanted, number: int) -> Path:

@@ -81,6 +81,20 @@ def test_adapters_are_no_part_of_the_model_that_generates(base, tmp_path):
     assert pixels(tmp_path / "a") == pixels(tmp_path / "b")  # both by the EMA weights
 
 
+def test_images_of_another_prompt_are_refused_before_anything_is_generated(base, tmp_path):
+    generate_class_images(config_of(base, tmp_path), 3, "cpu")
+    (tmp_path / "class-00009.png").write_text("not an image")
+    images = sorted(tmp_path.iterdir())
+    config = config_of(base, tmp_path)
+    config.data.params.train.params.prior.params.prompt = "a dog"
+    with pytest.raises(ConfigError, match=r"prompt 'a dog': .*class-00000.png was generated with 'a cat'; set .*root"):
+        generate_class_images(config, 3, "cpu")
+    assert sorted(tmp_path.iterdir()) == images
+    config.data.params.train.params.prior.params.prompt = " "
+    with pytest.raises(ConfigError, match=r"prior.params.prompt ' ': is blank"):
+        generate_class_images(config, 3, "cpu")
+
+
 def test_without_weights_or_with_an_impossible_size_nothing_is_generated(base, tmp_path):
     with pytest.raises(ConfigError, match=r"prior\.params\.count 5: .* lacks 5 images; set model\.params\.ckpt_path"):
         generate_class_images(config_of(None, tmp_path), 3, "cpu")
