@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from ldm.config.suggest import closest, did_you_mean
-from ldm.data.detectors import is_depth_model, make_detector
+from ldm.data.detectors import is_depth_model, level_ranges, make_detector
 from ldm.data.image import EXTENSIONS, load_image, load_levels, to_array
 from ldm.inference.requests import ControlRequest
 from ldm.inference.settings import MAX_COUNT, round_to_multiple
@@ -190,8 +190,20 @@ def make_hints(images: Sequence[Image.Image], request: ControlRequest, depth_mod
             logger.warning(text, *image.size, width, height)
         if image.size != (width, height):
             image = image.resize((width, height), Image.Resampling.LANCZOS)
-        hints.append(make_detector(name, request.canny, depth_model)(image))
+        hints.append(hint := make_detector(name, request.canny, depth_model)(image))
+        _check_hint(hint, name, request)
     return hints
+
+
+def _check_hint(hint: Image.Image, detector: str, request: ControlRequest) -> None:
+    """Raise ValueError for a hint of 0 and 1, warn about one that is the same everywhere."""
+    ranges = level_ranges(hint)
+    if (highest := max(high for _, high in ranges)) == 1:
+        raise ValueError("--control-image: its largest value is 1 of 255, nearly black; save it with 255 for white")
+    if all(low == high for low, high in ranges):
+        thresholds = " ".join(map(str, request.canny))
+        found = f"canny found no edges (--canny {thresholds}: lower values find more)" if detector == "canny" else ""
+        logger.warning("%s; the hint controls nothing", found or f"a control image is {highest} of 255 everywhere")
 
 
 def parse_batch(text: str) -> tuple[str, list[int] | None]:

@@ -14,6 +14,7 @@ from ldm.data.detectors import CANNY, DETECTORS
 from ldm.inference.emphasis import parse_emphasis
 from ldm.inference.settings import (
     MAX_SCALE,
+    MAX_SIDE,
     TILE,
     Request,
     check_positive,
@@ -99,8 +100,17 @@ class TextToImageRequest(Request):
         """
         factor = self.factor or info.factor or 1
         scale = min(1.0, math.sqrt(self._most_pixels(info, factor) / (height * width)))
-        multiple = factor * info.latent_multiple
-        height, width = (round_to_multiple(round(side * scale), multiple) for side in (height, width))
+        return self._scaled((height, width), scale, factor * info.latent_multiple)
+
+    def _scaled(self, size: tuple[int, int], scale: float, multiple: int) -> Self:
+        """The request for an image of `size` times `scale`; raise ValueError if that is too large."""
+        height, width = (round_to_multiple(round(side * scale), multiple) for side in size)
+        advice = ", or choose a smaller --resolution" if getattr(self, "resolution", None) else ""
+        require(
+            max(height, width) <= MAX_SIDE,
+            f"an image of {size[1]}x{size[0]} pixels would give one of {width}x{height}, more than {MAX_SIDE}: crop it"
+            + advice,
+        )
         return replace(self, height=height, width=width)
 
     def _most_pixels(self, info: ModelInfo, factor: int) -> float:
@@ -111,6 +121,8 @@ class TextToImageRequest(Request):
 
     def _resolved(self, info: ModelInfo) -> Self:
         self._require_model(info)
+        if script_for(info) == "scripts/control2img.py" != f"scripts/{self.task}.py":
+            logger.warning("%s does not use the ControlNet of this model; scripts/control2img.py does", self.task)
         check_positive(
             {"--n_samples": self.n_samples, "--n_iter": self.n_iter, "--f": self.factor, "--C": self.channels}
         )
@@ -267,9 +279,8 @@ class ControlRequest(TextToImageRequest):
         """The request for a control image of this size: its proportions, `resolution`, and multiples of the model's."""
         factor = self.factor or info.factor or 1
         own = min(info.own_size) * factor if info.own_size else self.published_side
-        scale, multiple = (self.resolution or own) / min(height, width), factor * info.latent_multiple
-        height, width = (round_to_multiple(round(side * scale), multiple) for side in (height, width))
-        return replace(self, height=height, width=width)
+        scale = (self.resolution or own) / min(height, width)
+        return self._scaled((height, width), scale, factor * info.latent_multiple)
 
     def _resolved(self, info: ModelInfo) -> Self:
         check_positive({"--resolution": self.resolution})

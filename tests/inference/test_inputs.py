@@ -10,9 +10,11 @@ from ldm.inference.inputs import (
     find_depth,
     find_pairs,
     load_mask,
+    make_hints,
     parse_classes,
     read_prompts,
 )
+from ldm.inference.requests import ControlRequest
 
 
 def test_prompt_files_are_lines_of_utf8_with_or_without_a_mark(tmp_path):
@@ -199,3 +201,21 @@ def test_depth_maps_of_other_proportions_or_of_one_value_are_warned_about_and_na
     Image.fromarray(np.full((8, 8), np.nan, np.float32)).save(tmp_path / "d.tif")
     with pytest.raises(ValueError, match=r"d.tif: some values are not finite"):
         find_depth(str(tmp_path / "d.tif"), (8, 8))
+
+
+def control_request(detector):
+    return ControlRequest(controls=1, detector=(detector,), height=32, width=32)
+
+
+def test_hints_that_control_nothing_are_warned_of_and_those_of_0_and_1_refused(caplog):
+    edges = Image.new("RGB", (32, 32))
+    edges.paste((255, 255, 255), (8, 8, 24, 24))
+    for detector in ("none", "canny"):
+        make_hints([edges], control_request(detector), None)
+    assert not caplog.text
+    make_hints([Image.new("RGB", (32, 32))], control_request("none"), None)
+    assert "a control image is 0 of 255 everywhere; the hint controls nothing" in caplog.text
+    make_hints([Image.new("RGB", (32, 32), "white")], control_request("canny"), None)
+    assert "canny found no edges (--canny 100 200: lower values find more); the hint" in caplog.text
+    with pytest.raises(ValueError, match="its largest value is 1 of 255"):
+        make_hints([edges.point(lambda level: level // 255)], control_request("none"), None)

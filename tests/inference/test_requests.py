@@ -9,6 +9,7 @@ from ldm.config.model_info import model_info, read_model_info
 from ldm.inference.requests import (
     Batch,
     ClassConditionalRequest,
+    ControlRequest,
     EditRequest,
     ImageToImageRequest,
     InpaintRequest,
@@ -246,6 +247,24 @@ def test_an_image_of_any_size_is_fitted_to_the_nearest_valid_size(height, width,
     published = replace(info("text"), path=ROOT / "configs" / "stable-diffusion" / "v1-inference.yaml")
     assert ImageToImageRequest().fitted(40, 4000, published).width == 4000
     assert ImageToImageRequest(factor=8).fitted(16, 40, info("text")).width % 16 == 0
+
+
+@pytest.mark.parametrize("request_class, extra", [(ControlRequest, {}), (ControlRequest, {"resolution": 64})])
+def test_an_image_of_extreme_proportions_is_refused_without_flags_that_the_script_lacks(request_class, extra):
+    info = model_info(text_model_config())
+    with pytest.raises(
+        ValueError, match=r"an image of 9000x1 pixels would give one of .*, more than 65536: crop it"
+    ) as error:
+        request_class(**extra).fitted(1, 9000, info)
+    assert "--H" not in str(error.value) and ("--resolution" in str(error.value)) == bool(extra)
+
+
+def test_a_controlnet_that_the_task_does_not_use_is_warned_of(caplog):
+    info = read_model_info(ROOT / "configs/quickstart/controlnet.yaml")
+    ControlRequest(prompt="seven").checked(info)
+    assert not caplog.text
+    TextToImageRequest(prompt="seven").checked(info)
+    assert "txt2img does not use the ControlNet of this model; scripts/control2img.py does" in caplog.text
 
 
 @pytest.mark.parametrize("kind", KINDS)
