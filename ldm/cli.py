@@ -25,7 +25,19 @@ EXIT_USAGE = 2
 EXIT_INTERRUPTED = 130
 # dotted.path=value; + adds a new key, ~dotted.path deletes one
 _OVERRIDE = re.compile(r"\+?[A-Za-z_]\w*(\.[\w-]+)+=|~[A-Za-z_]\w*(\.[\w-]+)+$", re.ASCII)
-_PATHS = ("DIR", "FILE", "FILE|DIR", "FOLDER", "IMAGE", "NAME|DIR", "PATH", "PNG", "YAML")  # metavars of paths
+_PATHS = (
+    "DIR",
+    "FILE",
+    "FILE|DIR",
+    "FILE[:STRENGTH]",
+    "FILE[:TOKEN]",
+    "FOLDER",
+    "IMAGE",
+    "NAME|DIR",
+    "PATH",
+    "PNG",
+    "YAML",
+)  # metavars of paths
 
 
 class Stopped(BaseException):
@@ -105,7 +117,7 @@ class Parser(argparse.ArgumentParser):
         for action in self._actions:
             if action.metavar in _PATHS and hasattr(parsed, action.dest):
                 value = _expand_user(getattr(parsed, action.dest))
-                if value == "" or value == [""]:
+                if "" in (value if isinstance(value, list) else [value]):
                     self.error(f"{action.option_strings[-1]} '': expected a path; the working directory is .")
                 setattr(parsed, action.dest, value)
         if self.takes_overrides:

@@ -161,6 +161,8 @@ def test_a_home_directory_is_expanded_in_path_flags_only(monkeypatch):
 def test_an_empty_path_is_refused(capsys):
     words = parser()
     words.add_argument("--outdir", metavar="DIR")
-    with pytest.raises(SystemExit):
-        words.parse_args(["--outdir="])
-    assert "--outdir '': expected a path" in capsys.readouterr().err
+    words.add_argument("--lora", metavar="FILE[:STRENGTH]", action="append")
+    for given in (["--outdir="], ["--lora", ""], ["--lora", "a", "--lora="]):
+        with pytest.raises(SystemExit):
+            words.parse_args(given)
+        assert f"{given[0].rstrip('=')} '': expected a path" in capsys.readouterr().err
