@@ -29,6 +29,7 @@ from ldm.checkpoint.write import write_weights
 logger = logging.getLogger(__name__)
 
 KOHYA, DIFFUSERS = "kohya", "diffusers"
+RUN_FILE = "lora.safetensors"  # of a training run, in its folder of checkpoints
 STYLES = (KOHYA, DIFFUSERS)
 PREFIX = {"unet": UNET, "text": CONDITION}  # of the published names of the layers
 _KOHYA_PREFIX = {"unet": "lora_unet_", "text": "lora_te_"}
@@ -67,7 +68,7 @@ _FOREIGN = (  # keys of other files -> what they are
     (re.compile(r"string_to_(param|token)|emb_params|clip_[lg]$|bundle_emb|<.+>$"), "a textual inversion embedding"),
     (re.compile(r"control_model|controlnet|lllite"), "a ControlNet"),
     (re.compile(r"motion_modules"), "a motion module"),
-    (re.compile(r"^adapters\."), "the checkpoint of a run, which has lora.safetensors beside it"),
+    (re.compile(r"^(adapters\.|model_ema\.adapters)"), f"the checkpoint of a run, which has {RUN_FILE} beside it"),
     (
         re.compile(r"^(?!.*lora).*\.(weight|bias)$"),
         "weights of a model",
@@ -175,12 +176,13 @@ def _diffusers_names(config: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
 
 
 def lora_file(path: Path) -> Path:
-    """The file of an adapter; of a folder, the one that peft or diffusers writes into it."""
+    """The file of an adapter; of a folder, the one that peft, diffusers or a training run writes into it."""
     if not path.is_dir():
         return path
     names = [
         f"{stem}{ending}" for stem in ("adapter_model", "pytorch_lora_weights") for ending in (".safetensors", ".bin")
     ]
+    names += [RUN_FILE, f"checkpoints/{RUN_FILE}"]
     found = next((path / name for name in names if (path / name).is_file()), None)
     if found is None:
         raise CheckpointError(f"{path}: no LoRA in this folder ({', '.join(names)}); pass the file itself")
@@ -244,8 +246,9 @@ class _Scales:
         if path.name.startswith("adapter_model.") and own.is_file():
             self.path, options = own, read_json(own)
         else:
+            text = read_metadata(path).get("lora_adapter_metadata", "{}")
             try:
-                options = json.loads(read_metadata(path).get("lora_adapter_metadata", "{}"))
+                options = json.loads(text)
             except (ValueError, RecursionError) as error:
                 raise CheckpointError(f"{path}: invalid lora_adapter_metadata ({error})") from error
         self.options: dict[str, dict[str, Any]] = {}  # "unet", "text_encoder" or "" -> peft's LoraConfig

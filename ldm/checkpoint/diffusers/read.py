@@ -25,6 +25,8 @@ _MAX_COUNT = 64  # levels, blocks, layers
 def check_is_model(folder: Path) -> None:
     """Raise ConversionError unless the folder has diffusers' layout."""
     if not is_model_folder(folder):
+        if (ckpt := folder / "checkpoints" / "last.ckpt").is_file():
+            raise ConversionError(f"{folder}: a run directory; pass its checkpoint, {ckpt}")
         raise ConversionError(
             f"{folder}: not a model in diffusers' layout: it has neither unet/config.json nor a config.json of a UNet, "
             "first stage or ControlNet; a run directory has configs/*-project.yaml and checkpoints/"

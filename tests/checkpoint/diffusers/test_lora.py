@@ -176,6 +176,27 @@ def test_writing_and_reading_are_inverse(kind, style, tmp_path):
     assert same(read, adapters)
 
 
+@pytest.mark.parametrize("inside", ["", "checkpoints"])
+def test_the_folder_of_a_run_means_its_lora(inside, tmp_path):
+    names = names_of("text")
+    adapters = adapters_for(names)
+    (tmp_path / inside).mkdir(exist_ok=True)
+    write_lora(adapters, tmp_path / inside / "lora.safetensors", names)
+    assert same(read_lora(tmp_path, names), adapters)
+
+
+def test_incomplete_files_and_checkpoints_of_runs_are_named_as_such(tmp_path):
+    names = names_of("text")
+    write_lora(adapters_for(names), file := tmp_path / "lora.safetensors", names)
+    file.write_bytes(file.read_bytes()[:-10])
+    with pytest.raises(CheckpointError, match=r"^[^:]*lora.safetensors: not a complete .safetensors file"):
+        read_lora(file, names)
+    run = {"state_dict": {"adapters.unet.out.down": torch.zeros(2, 2)}}
+    torch.save(run, tmp_path / "last.ckpt")
+    with pytest.raises(CheckpointError, match=r"checkpoint of a run, which has lora.safetensors beside it"):
+        read_lora(tmp_path / "last.ckpt", names)
+
+
 def test_an_unknown_style_is_refused(tmp_path):
     names = names_of("text")
     with pytest.raises(ValueError, match="style 'a1111': choose one of kohya, diffusers"):
