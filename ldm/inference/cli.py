@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from ldm import inference
 from ldm.cli import Parser
+from ldm.config.instantiate import value_at
 from ldm.config.model_info import SAFETY_MODES, ModelInfo, read_model_info
 from ldm.inference.from_metadata import check_unchanged
 from ldm.inference.settings import (
@@ -237,6 +238,8 @@ def prepare(opt: Namespace, info: ModelInfo, ckpt: Path | None = None) -> Prepar
         check_quantize(opt.quantize)
     lora = [parse_lora(text) for text in opt.lora]
     embeddings = [parse_embedding(text) for text in opt.embedding]
+    if opt.lora_mode != LORA_MODES[0] and not lora and value_at(info.config, "model", "params", "adapters") is None:
+        raise ValueError(f"--lora_mode {opt.lora_mode}: there is no LoRA; add --lora FILE, or remove the flag")
     if embeddings and not info.takes_text:
         raise ValueError(f"--embedding {opt.embedding[0]}: this model is not text-conditional; remove the flag")
     weights = _open_weights(opt, ckpt)

@@ -34,6 +34,9 @@ def read_adapters(files: Sequence[tuple[Path, float]], model: nn.Module, config:
     Raises CheckpointError for a file that does not fit the model.
     """
     names = LoraNames(adaptable(networks_of(model)), config)
+    paths = [path.resolve() for path, _ in files]
+    for path in dict.fromkeys(path for path in paths if paths.count(path) > 1):
+        logger.warning("%s: this LoRA is given %d times; the strengths add up", path, paths.count(path))
     adapters = []
     for path, strength in files:
         layers = {key: LoRA(*tensors) for key, tensors in read_lora(path, names).items()}
@@ -95,6 +98,10 @@ def merged(
         for rows, lora, strength in changes:
             total[rows] += strength * lora.delta(base[rows])
         changed[name] = total.to(dtype or base.dtype)
+        if not torch.isfinite(changed[name]).all() and torch.isfinite(base).all():
+            files = ", ".join(str(adapter.path) for adapter in adapters)
+            kind = str(changed[name].dtype).removeprefix("torch.")
+            raise CheckpointError(f"{files}: {name} would not be finite in {kind}: choose a smaller strength")
     return {**weights, **changed}
 
 

@@ -191,7 +191,9 @@ class Pipeline:
             more = f" and {len(bad) - 1} more keys" if len(bad) > 1 else ""
             return f"the weights of {self.identity.get('ckpt')} are not finite: {bad[0]}{more}; use an undamaged file"
         half = self.dtype in HALF or any(x.dtype in HALF for x in state.values())
-        return "try --precision full" if half else "try another sampler, more steps or a smaller --scale"
+        advice = "try --precision full" if half else "try another sampler, more steps or a smaller --scale"
+        added = {"lora": "a smaller strength of --lora", "embedding": "no --embedding"}
+        return ", or ".join([advice, *(text for name, text in added.items() if self.identity.get(name))])
 
 
 def progress_bar(total: int, progress: bool = True, leave: bool = True) -> tqdm:
@@ -266,8 +268,10 @@ def load_model(
         "precision_used": chosen.name,
     }
     used |= {} if quantize is None else {"quantize": quantize}
+    if files or trained:
+        used["lora_mode"] = lora_mode
     if files:
-        used |= {"lora": [lora_text(*file) for file in files], "lora_mode": lora_mode}
+        used["lora"] = [lora_text(*file) for file in files]
         used |= {"lora_fingerprint": [fingerprint(path) for path, _ in files]}
     if embeddings:
         used["embedding"] = [embedding_text(Path(path), token) for path, token in embeddings]

@@ -1,6 +1,7 @@
 """LoRA in sampling: merged equals live, files add up, nothing is lost to 16 bits, images can be repeated."""
 
 import importlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -191,3 +192,31 @@ def test_class_conditional_samples_take_loras(tmp_path):
     assert run_command(sample_diffusion.main, [*argv, "-l", str(tmp_path / "out")]) == 0
     (file,) = (tmp_path / "out").rglob("sample_*.png")
     assert read_metadata(file)["lora"] == [f"{lora}:2.0"]
+
+
+def test_one_file_given_twice_is_warned_of(saved, loras, caplog):
+    with caplog.at_level("WARNING"):
+        output(saved, (loras[0], 0.5), (loras[1], 0.5))
+        assert "given" not in caplog.text
+        output(saved, (loras[0], 0.5), (loras[0], 1.0))
+    assert f"{loras[0]}: this LoRA is given 2 times; the strengths add up" in caplog.text
+
+
+def test_weights_that_a_merge_would_overflow_are_refused_and_those_of_the_file_are_not_blamed(tmp_path):
+    up = LoRA(torch.ones(1, 4), torch.full((4, 1), 300.0), 1.0)
+    weights = {"model.diffusion_model.out.weight": torch.ones(4, 4, dtype=torch.float16)}
+    adapter = Adapter(Path("big.safetensors"), {"unet.out": up}, 1000.0)
+    with pytest.raises(CheckpointError, match=r"big.safetensors: .*out.weight would not be finite in float16"):
+        merged(weights, [adapter])
+    merged({name: x / 0 for name, x in weights.items()}, [adapter])  # not by the LoRA
+
+
+def test_values_that_overflow_in_sampling_name_the_strength(saved, loras):
+    pipeline = load_model(saved.config, saved.ckpt, device="cpu", precision="full", lora=[(loras[0], 1.0)])
+    with pytest.raises(ValueError, match=r"non-finite values; try .*, or a smaller strength of --lora"):
+        pipeline.decode(torch.full((1, 4, 4, 4), float("nan")))
+
+
+def test_live_without_a_lora_is_refused(saved, tmp_path, capsys):
+    words = refused(txt2img.main, arguments(saved, tmp_path, "--lora_mode", "live"), capsys)
+    assert "--lora_mode live: there is no LoRA; add --lora FILE, or remove the flag" in words
