@@ -121,8 +121,6 @@ class TextToImageRequest(Request):
 
     def _resolved(self, info: ModelInfo) -> Self:
         self._require_model(info)
-        if script_for(info) == "scripts/control2img.py" != f"scripts/{self.task}.py":
-            logger.warning("%s does not use the ControlNet of this model; scripts/control2img.py does", self.task)
         check_positive(
             {"--n_samples": self.n_samples, "--n_iter": self.n_iter, "--f": self.factor, "--C": self.channels}
         )

@@ -259,14 +259,6 @@ def test_an_image_of_extreme_proportions_is_refused_without_flags_that_the_scrip
     assert "--H" not in str(error.value) and ("--resolution" in str(error.value)) == bool(extra)
 
 
-def test_a_controlnet_that_the_task_does_not_use_is_warned_of(caplog):
-    info = read_model_info(ROOT / "configs/quickstart/controlnet.yaml")
-    ControlRequest(prompt="seven").checked(info)
-    assert not caplog.text
-    TextToImageRequest(prompt="seven").checked(info)
-    assert "txt2img does not use the ControlNet of this model; scripts/control2img.py does" in caplog.text
-
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_of_model_is_accepted_by_its_own_task_only(kind):
     takers = {
