@@ -66,6 +66,8 @@ def _write(path: Path, write: Callable[[Path], None], size: int, in_folder: bool
         with atomic_file(path, size, in_folder=in_folder) as temporary:
             try:
                 write(temporary)
+                if in_folder:  # safetensors creates files that only their owner may read
+                    temporary.chmod(temporary.parent.stat().st_mode & 0o666)
                 verify_checkpoint(temporary)
             except (CheckpointError, SafetensorError) as error:
                 raise OSError(str(error)) from error

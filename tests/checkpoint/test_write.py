@@ -100,3 +100,10 @@ def test_kill_9_inside_the_write_leaves_a_whole_file(tmp_path, point, step):
     assert [entry.name for entry in tmp_path.iterdir()] == ["last.ckpt"], (
         "the next start sweeps what the killed one left"
     )
+
+
+def test_every_format_has_the_permissions_of_a_new_file(tmp_path):
+    (tmp_path / "new").touch()
+    for name in ("a.ckpt", "a.safetensors"):
+        write.write_weights({"x": torch.ones(1)}, tmp_path / name)
+    assert len({path.stat().st_mode for path in tmp_path.iterdir()}) == 1
