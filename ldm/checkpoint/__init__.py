@@ -18,6 +18,7 @@ from ldm.checkpoint.load import (
     load_weights,
     read_step,
     read_weights,
+    refuse_adapters,
     weights_on_meta,
 )
 from ldm.checkpoint.source import WeightsSource, open_weights
@@ -36,6 +37,7 @@ __all__ = [
     "read_checkpoint",
     "read_step",
     "read_weights",
+    "refuse_adapters",
     "sweep_temporaries",
     "verify_checkpoint",
     "weights_on_meta",

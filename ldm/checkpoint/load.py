@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from ldm.checkpoint.formats import CheckpointError, preview
-from ldm.checkpoint.names import EMA, OPTIONAL_KEYS, published_name, start_ema, use_ema_weights
+from ldm.checkpoint.names import EMA, LORA, OPTIONAL_KEYS, TOKENS, published_name, start_ema, use_ema_weights
 from ldm.checkpoint.source import DiffusersFolder, WeightsSource, open_weights
 
 logger = logging.getLogger(__name__)
@@ -95,7 +95,8 @@ def load_weights(
     weights: the source's tensors, if already read.
     Parameters on the meta device are replaced by the file's tensors (memory-mapped, in the parameter's dtype and
     layout); others are overwritten in place. Noise schedule tables in half precision are skipped (`_rounded_tables`).
-    Raises CheckpointError if nothing matches, a shape differs or a block is missing; then the module is unchanged.
+    Raises CheckpointError if nothing matches, a shape differs, a block is missing or adapters are left over; then the
+    module is unchanged.
     """
     source = open_weights(source)
     skip = (ignore_keys,) if isinstance(ignore_keys, str) else tuple(ignore_keys)
@@ -115,8 +116,9 @@ def load_weights(
     missing = _missing(module, own_names, found)
     optional = {name for name in missing if _is_optional(module, name)}
     excused = _check_blocks(source.path, wanted, missing, optional, strict_blocks)
-    _assign(module, {own_names[name]: (tensor, wanted[name]) for name, tensor in found.items()})
     unexpected = tuple(name for name in given if name not in wanted and not name.startswith(EMA))
+    refuse_adapters(source.path, unexpected)
+    _assign(module, {own_names[name]: (tensor, wanted[name]) for name, tensor in found.items()})
     report = LoadReport(source.path, len(found), missing, unexpected, excused, ema_started)
     logger.log(logging.INFO if optional.issuperset(missing) else logging.WARNING, "%s", report)
     return report
@@ -151,6 +153,16 @@ def weights_on_meta() -> Iterator[None]:
         yield
     finally:
         hook.remove()
+
+
+def refuse_adapters(path: Path, names: Iterable[str]) -> None:
+    """Raise CheckpointError if adapters of a run are among the names of a file that are not used."""
+    lost = [name for name in names if name.startswith((LORA, TOKENS))]
+    if lost:
+        raise CheckpointError(
+            f"{path}: {len(lost)} tensors are adapters ({preview(lost)}) and would be lost: use the config of their "
+            "run, or its base weights, into which scripts/merge_lora.py merges a LoRA"
+        )
 
 
 # ------------------------------------------------------------------------------------------------ steps of load_weights

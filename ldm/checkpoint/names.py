@@ -7,6 +7,7 @@ from torch import Tensor
 
 EMA = "model_ema."
 EMA_COUNTERS = (f"{EMA}decay", f"{EMA}num_updates")
+LORA, TOKENS = "adapters.", "cond_stage_model.token_embeddings.vectors."  # trained on a frozen base
 
 
 RENAMES: tuple[tuple[re.Pattern[str], str | None], ...] = (  # name in a file -> published name; None drops the tensor

@@ -11,7 +11,7 @@ from omegaconf import OmegaConf
 from torch import Tensor
 
 from ldm.atomic import save_text
-from ldm.checkpoint import WeightsSource, open_weights, read_weights, write_weights
+from ldm.checkpoint import WeightsSource, open_weights, read_weights, refuse_adapters, write_weights
 from ldm.checkpoint.diffusers import plan as plans
 from ldm.checkpoint.diffusers import text
 from ldm.checkpoint.diffusers.files import as_json
@@ -57,6 +57,7 @@ def to_folder(
     source = open_weights(ckpt)
     names = [part.prefix + rule.ours for part in plan.components for rule in part.layout.rules()]
     weights, taken = _cast(read_weights(source, use_ema, wanted=names), dtype), set(names)
+    refuse_adapters(source.path, weights)
     if "scale_factor" in weights:
         plan = plan_of(config, scheduler, float(weights["scale_factor"]))
     logger.info("%s: %d tensors to convert", source.path, len(weights))

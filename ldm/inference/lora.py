@@ -10,14 +10,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ldm.checkpoint import CheckpointError
+from ldm.checkpoint import CheckpointError, refuse_adapters
 from ldm.checkpoint.diffusers.lora import HEADS, PREFIX, LoraNames, read_lora
-from ldm.checkpoint.names import EMA, ema_name, use_ema_weights
+from ldm.checkpoint.names import EMA, LORA, ema_name, use_ema_weights
 from ldm.modules.adapters.lora import LoRA, LoRASpec, adaptable, apply, networks_of
 
 logger = logging.getLogger(__name__)
-
-TRAINED = "adapters."  # beginning of the names of a run's own LoRA
 
 
 class Adapter(NamedTuple):
@@ -50,19 +48,20 @@ def split_adapter(
 ) -> tuple[dict[str, Tensor], list[Adapter]]:
     """Split the weights of a run with the section `adapters` into those of its base and its LoRA (averaged: use_ema).
 
-    Weights of other models are returned as they are, without a LoRA.
+    Weights without a LoRA are returned as they are. Raises CheckpointError for a LoRA without the section.
     """
-    section = config["model"]["params"].get("adapters")
-    if section is None or not any(name.startswith(TRAINED) for name in weights):
+    section, names = config["model"]["params"].get("adapters"), [name for name in weights if name.startswith(LORA)]
+    if section is None or not names:
+        refuse_adapters(path, names)
         return dict(weights), []
     chosen = use_ema_weights(weights)[0] if use_ema else weights  # tokens of the run may have averages too
     spec, layers = LoRASpec(**section), {}
     for name in chosen:
-        key, _, last = name.removeprefix(TRAINED).rpartition(".")
-        if name.startswith(TRAINED) and last == "down":
-            tensors = [chosen.get(f"{TRAINED}{key}.{part}") for part in ("mid", "magnitude")]
-            layers[key] = LoRA(chosen[name], chosen[f"{TRAINED}{key}.up"], float(spec.alpha or spec.rank), *tensors)
-    base = {name: tensor for name, tensor in chosen.items() if not name.startswith((TRAINED, EMA))}
+        key, _, last = name.removeprefix(LORA).rpartition(".")
+        if name.startswith(LORA) and last == "down":
+            tensors = [chosen.get(f"{LORA}{key}.{part}") for part in ("mid", "magnitude")]
+            layers[key] = LoRA(chosen[name], chosen[f"{LORA}{key}.up"], float(spec.alpha or spec.rank), *tensors)
+    base = {name: tensor for name, tensor in chosen.items() if not name.startswith((LORA, EMA))}
     return base, [Adapter(path, layers, 1.0)]
 
 

@@ -15,6 +15,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from tqdm import tqdm
 
+from ldm.checkpoint.source import base_of
 from ldm.config.instantiate import ConfigError, accepted_params, convert_params, get_obj_from_str, resolve_alias
 from ldm.config.model_info import model_info
 from ldm.config.validate import ADAPTERS
@@ -119,13 +120,15 @@ def _generate(
 ) -> Iterator[GeneratedImage]:
     """Yield the images of these numbers, by the weights that training starts from."""
     model = config["model"]
-    params = {name: value for name, value in model["params"].items() if name not in ADAPTERS}
-    ckpt = params.get("ckpt_path")
+    ckpt = model["params"].get("ckpt_path")
     if ckpt is None:
         raise ConfigError(
             f"{path}.params.count {wanted.count}: {wanted.root} lacks {len(numbers)} images; set "
             "model.params.ckpt_path to the weights that generate them"
         )
+    # Sections of an earlier run are kept: its checkpoint holds their weights.
+    new = ADAPTERS if base_of(ckpt) is None else ()
+    params = {name: value for name, value in model["params"].items() if name not in new}
     info = model_info(OmegaConf.create({"model": {**model, "params": params}}))
     height, width = height_and_width(wanted.size)
     request = TextToImageRequest(

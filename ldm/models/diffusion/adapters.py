@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from ldm.checkpoint import CheckpointError, ensure_weights
 from ldm.checkpoint.diffusers.embeddings import write_embedding
 from ldm.checkpoint.diffusers.lora import RUN_FILE, LoraNames, write_lora
-from ldm.checkpoint.names import EMA, use_ema_weights
+from ldm.checkpoint.formats import read_entry
+from ldm.checkpoint.names import EMA, LORA, TOKENS, use_ema_weights
 from ldm.checkpoint.source import BaseWeights, base_of
 from ldm.models.training import TrainedModule, freeze
 from ldm.modules.adapters.lora import Adapters, LoRASpec, adaptable, inject, networks_of
@@ -133,18 +134,25 @@ class AdapterTraining(TrainedModule):
     def load_tensors(
         self, path: str, tensors: Mapping[str, Tensor], ignore_keys: Sequence[str], only_model: bool
     ) -> None:
-        """Load the base, or a base with adapters of an earlier run, which continue."""
+        """Load the base, or the base of an earlier run with its adapters, which continue.
+
+        Raises CheckpointError if the earlier run has other adapters.
+        """
         if not self.trains_adapters:
             super().load_tensors(path, tensors, ignore_keys, only_model)
             return
         own, recorded = self.adapter_keys(), base_of(path)
-        continues = recorded is not None and own <= tensors.keys()
-        if not continues:
+        if recorded is None:
             tensors, _ = use_ema_weights(tensors)
             ignore_keys = (*ignore_keys, *own)
+        else:
+            saved: dict[str, Any] = {name: read_entry(Path(path), name) for name in ("alpha", "tokens")}
+            saved = {name: value for name, value in saved.items() if value is not None}
+            saved["state_dict"] = {name: x for name, x in tensors.items() if name.startswith((LORA, TOKENS))}
+            self._check_adapters(saved, {name for name in own if not name.startswith(EMA)})  # averages may start anew
         super().load_tensors(path, tensors, ignore_keys, only_model)
-        self.base = recorded if continues else BaseWeights.of(path)
-        if not continues:
+        self.base = recorded or BaseWeights.of(path)
+        if recorded is None:
             self.start_adapters()
 
     def setup(self, stage: str) -> None:
@@ -168,13 +176,12 @@ class AdapterTraining(TrainedModule):
         super().on_load_checkpoint(checkpoint)
         if self.base is not None and "base" in checkpoint:
             BaseWeights(**checkpoint["base"]).check(self.base.fingerprint, self.base.path)
-            self._check_adapters(checkpoint)
+            self._check_adapters(checkpoint, self.adapter_keys())
             checkpoint["state_dict"] = {**self.state_dict(), **checkpoint["state_dict"]}
 
-    def _check_adapters(self, checkpoint: Mapping[str, Any]) -> None:
+    def _check_adapters(self, checkpoint: Mapping[str, Any], own: set[str]) -> None:
         """Raise CheckpointError if a checkpoint has other adapters: layers, shapes, alpha, names of tokens."""
-        own, theirs = self.adapter_keys(), checkpoint["state_dict"]
-        state = self.state_dict()
+        theirs, state = checkpoint["state_dict"], self.state_dict()
         differing = sorted(own ^ theirs.keys()) or [key for key in sorted(own) if state[key].shape != theirs[key].shape]
         if differing:
             key = differing[0]

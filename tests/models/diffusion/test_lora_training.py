@@ -12,6 +12,7 @@ from ldm.checkpoint.source import base_of
 from ldm.config.instantiate import ConfigError, instantiate_from_config
 from ldm.config.model_info import read_config
 from ldm.config.validate import check_targets
+from ldm.convert.lora import merge_lora
 from ldm.inference import load_model
 from ldm.modules.adapters.lora import adaptable, networks_of
 from tests.models.diffusion.test_adapters import Captions
@@ -152,6 +153,45 @@ def test_a_run_may_start_from_an_adapter(base, options, trained):
     model = build(trained[1], seed=9, **options)
     state, saved = adapter_state(model.state_dict()), torch.load(trained[1], weights_only=True)["state_dict"]
     assert all(torch.equal(state[name], x) for name, x in saved.items())
+
+
+def test_a_run_with_averages_continues_an_adapter_without_them(base, options, trained):
+    saved = torch.load(trained[1], weights_only=True)["state_dict"]
+    model = build(trained[1], **{**options, "ema": True})
+    layers = {name: x for name, x in saved.items() if name.startswith("adapters.")}
+    assert all(torch.equal(model.state_dict()[name], x) for name, x in layers.items())
+    assert base_of(trained[1]) == model.base
+    with model.ema_scope():
+        averages = adapter_state(model.state_dict())
+    averaged = any(name.startswith("model_ema.") for name in saved)
+    assert averaged or all(torch.equal(averages[name], x) for name, x in layers.items())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"targets": ["attention"]}, "has other adapters: .* tensors differ, adapters.text"),
+        (
+            {"targets": ["attention", "feed_forward", "text_encoder", "convolutions"]},
+            "has other adapters: .* tensors differ, adapters.unet",
+        ),
+        ({"alpha": 8.0}, r"adapters.alpha 8: .*trained with 4"),
+    ],
+)
+def test_a_run_refuses_to_start_from_other_adapters(base, options, trained, change, message):
+    with pytest.raises((CheckpointError, ValueError), match=message):
+        build(trained[1], **{**options, **change})
+
+
+def test_a_model_without_the_section_refuses_an_adapter(base, options, trained):
+    config = text_model_config(ckpt_path=str(trained[1]))
+    for lose in (
+        lambda: instantiate_from_config(config["model"]),
+        lambda: load_model(config, trained[1], "cpu", "full"),
+        lambda: merge_lora(config, trained[1], [], trained[1].with_name("merged.ckpt")),
+    ):
+        with pytest.raises(CheckpointError, match=r"are adapters \(adapters.unet.*would be lost: .*merge_lora.py"):
+            lose()
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "control"])
