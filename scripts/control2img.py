@@ -14,8 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this script's ch
 from ldm import inference
 from ldm.cli import Parser, run_command
 from ldm.config.instantiate import value_at
-from ldm.config.model_info import ModelInfo
-from ldm.data.detectors import CANNY, DETECTORS
+from ldm.config.model_info import CANNY, DETECTORS, ModelInfo
 from ldm.inference import cli
 from ldm.inference.from_metadata import add_from_metadata_flag, parse
 from ldm.inference.requests import ControlRequest

@@ -68,7 +68,7 @@ def main(argv: Sequence[str]) -> None:
     prepared = cli.prepare(opt, info, run.ckpt)
     samples: list[Mapping[str, Any]] = [{}] * len(conditions)
     if batch:
-        samples = inference.read_samples(run.config(opt.overrides), split, indices, opt.seed)
+        samples = inference.read_samples(run, opt.overrides, split, indices, opt.seed)
     if conditions and len(conditions) not in (1, len(samples)):
         raise ValueError(f"--condition: {len(conditions)} values for {len(samples)} samples; pass one, or one for each")
     if conditions:

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
 
 SAFETY_MODES = ("on", "off", "report")  # what happens to images that the safety checker flags, see ldm.output.safety
+DETECTORS = ("none", "canny", "depth")  # that make a ControlNet's hints, see ldm.data.detectors
+CANNY = (100, 200)  # thresholds of the Canny detector, as published
 _PUBLISHED = (  # configs of text-conditional models, which the published scripts sample at one size, not at their own
     "configs/stable-diffusion/",
     "configs/latent-diffusion/",

@@ -10,18 +10,11 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from ldm.config.model_info import CANNY, DETECTORS
 from ldm.config.types import NonNegativeInt, PathText
 from ldm.data.base import DataConfigError, check_choice
 from ldm.data.captions import Columns
-from ldm.data.detectors import (
-    CANNY,
-    DETECTORS,
-    canny_edges,
-    is_depth_model,
-    level_ranges,
-    make_detector,
-    to_hint,
-)
+from ldm.data.detectors import canny_edges, is_depth_model, level_ranges, make_detector, to_hint
 from ldm.data.digits import Digits
 from ldm.data.folder import ImageFolder, Item
 from ldm.data.image import EXTENSIONS, BadImageError, from_array, load_like, to_array

@@ -1,24 +1,23 @@
-"""Detectors that make the hint of a ControlNet from an image: Canny edges and depth.
-
-Flags name them, so nothing heavy is imported before one is called.
-"""
+"""Detectors that make the hint of a ControlNet from an image: Canny edges and depth."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
-if TYPE_CHECKING:
-    import numpy as np
-    from PIL import Image
+import numpy as np
+from PIL import Image
 
+from ldm.config.model_info import CANNY
+from ldm.data.image import to_array
+from ldm.modules.image_degradation.bsrgan import load_cv2
+
+if TYPE_CHECKING:
     from ldm.modules.midas.api import MiDaSInference
 
-DETECTORS = ("none", "canny", "depth")
-CANNY = (100, 200)  # thresholds, as published
-Detector = Callable[["Image.Image"], "Image.Image"]
+Detector = Callable[[Image.Image], Image.Image]
 """An RGB image -> its hint, an RGB image of the same size."""
 
 
@@ -29,10 +28,11 @@ def make_detector(name: str, canny: Sequence[int] = CANNY, depth_weights: str | 
     the detector is first called.
     """
     if name == "canny":
-        return lambda image: canny_edges(image, *canny)
+        low, high = canny
+        return partial(canny_edges, low=low, high=high)  # a dataset with a lambda cannot be sent to workers
     if name == "depth":
-        return lambda image: depth_map(image, str(depth_weights))
-    return lambda image: image
+        return partial(depth_map, weights=str(depth_weights))
+    return Image.Image.copy
 
 
 def is_depth_model(folder: str | Path | None) -> bool:
@@ -42,21 +42,13 @@ def is_depth_model(folder: str | Path | None) -> bool:
 
 def canny_edges(image: Image.Image, low: int = CANNY[0], high: int = CANNY[1]) -> Image.Image:
     """White edges on black (Canny 1986, https://doi.org/10.1109/TPAMI.1986.4767851)."""
-    import numpy as np
-    from PIL import Image
-
-    from ldm.modules.image_degradation.bsrgan import load_cv2
-
     edges: np.ndarray = load_cv2().Canny(np.asarray(image.convert("RGB")), low, high)  # (H, W), 0 or 255
     return Image.fromarray(edges).convert("RGB")
 
 
 def depth_map(image: Image.Image, weights: str | Path) -> Image.Image:
     """Inverse depth in grey, the nearest point white, by transformers' DPT in a folder."""
-    import torch
-    from PIL import Image
-
-    from ldm.data.image import to_array
+    import torch  # for this detector alone
 
     x = torch.from_numpy(to_array(image)).permute(2, 0, 1)[None]  # (1, 3, H, W)
     depth = _estimator(str(weights))(x)[0, 0]  # (H, W)
@@ -66,7 +58,7 @@ def depth_map(image: Image.Image, weights: str | Path) -> Image.Image:
 
 @cache
 def _estimator(weights: str) -> MiDaSInference:
-    from ldm.modules.midas.api import MiDaSInference
+    from ldm.modules.midas.api import MiDaSInference  # torch and transformers
 
     return MiDaSInference(weights=weights)
 
@@ -78,6 +70,4 @@ def level_ranges(image: Image.Image) -> tuple[tuple[int, int], ...]:
 
 def to_hint(image: Image.Image) -> np.ndarray:
     """A hint image as float32 (H, W, 3) in [0, 1]."""
-    import numpy as np
-
     return np.asarray(image.convert("RGB"), dtype=np.float32) / 255

@@ -9,8 +9,7 @@ from dataclasses import dataclass, replace
 from typing import ClassVar, NamedTuple, Self
 
 from ldm.config.instantiate import value_at
-from ldm.config.model_info import ModelInfo
-from ldm.data.detectors import CANNY, DETECTORS
+from ldm.config.model_info import CANNY, DETECTORS, ModelInfo
 from ldm.inference.emphasis import parse_emphasis
 from ldm.inference.settings import (
     MAX_SCALE,

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from ldm.paths import expand_user
-
-if TYPE_CHECKING:
-    from omegaconf import DictConfig
 
 
 class SavedRun(NamedTuple):
@@ -18,12 +14,6 @@ class SavedRun(NamedTuple):
     folder: Path
     configs: list[Path]
     ckpt: Path
-
-    def config(self, overrides: Sequence[str] = ()) -> DictConfig:
-        """All sections of the run's config, after overrides; raise ValueError in one line."""
-        from ldm.config.merge import merge  # omegaconf stays out of --help
-
-        return merge(self.configs, overrides)
 
     @property
     def class_names(self) -> list[str]:

@@ -1,5 +1,7 @@
 """Images and their hints: the same view of both, from a folder, a table's column or a detector."""
 
+import pickle
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -47,8 +49,9 @@ def test_a_hint_has_the_crop_and_the_flip_of_its_image(folder, source):
             np.testing.assert_allclose(sample["hint"], (1 - sample["image"]) / 2, atol=1e-6)
 
 
-def test_a_detector_makes_the_hint_of_the_cropped_image(folder):
+def test_a_detector_makes_the_hint_of_the_cropped_image_in_spawned_workers_too(folder):
     data = ControlFolder(str(folder / "images"), size=32, random_crop=True, detector="canny", hint_key="control")
+    data = pickle.loads(pickle.dumps(data))
     for sample in data:
         edges = canny_edges(from_array(sample["image"]))
         assert np.array_equal(sample["control"], np.asarray(edges) / np.float32(255))

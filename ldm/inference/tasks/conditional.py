@@ -8,17 +8,19 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import IterableDataset, default_collate
 
+from ldm.config.merge import merge
 from ldm.data.datamodule import DataModuleFromConfig
 from ldm.data.image import from_tensor
 from ldm.data.order import SeededDataset
 from ldm.inference.pipeline import Conditioned, Pipeline, progress_bar
 from ldm.inference.randomness import Randomness
 from ldm.inference.requests import ConditionalRequest
+from ldm.inference.runs import SavedRun
 from ldm.models.diffusion.conditioning import normalize_condition
 from ldm.models.diffusion.image_log import condition_images
 from ldm.output.images import GeneratedImage
@@ -50,12 +52,15 @@ class ConditionalSample(NamedTuple):
     shown: dict[str, Image.Image]
 
 
-def read_samples(config: DictConfig, split: str, indices: Sequence[int] | None, seed: int) -> list[Sample]:
+def read_samples(
+    run: SavedRun, overrides: Sequence[str], split: str, indices: Sequence[int] | None, seed: int
+) -> list[Sample]:
     """Return samples of a run's dataset; random crops, flips and masks follow from the seed and the index.
 
-    indices: None for the first ones, at most FIRST.
+    overrides: of the run's config. indices: None for the first ones, at most FIRST.
     Raises ValueError for a split that the config does not have and for an index beyond the dataset.
     """
+    config = merge(run.configs, overrides)
     params: Any = OmegaConf.to_container(config.get("data") or OmegaConf.create(), resolve=True)
     params = params.get("params") or {}
     splits = [name for name in ("train", "validation", "test", "predict") if params.get(name)]
