@@ -14,7 +14,7 @@ import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -84,21 +84,6 @@ class LoraTensors(NamedTuple):
     alpha: float
     mid: Tensor | None = None  # (R, R, *K)
     magnitude: Tensor | None = None  # (O, 1, ...) or (1, I, 1, ...)
-
-
-class Adapter(Protocol):
-    """The fields of `LoraTensors`, by name."""
-
-    @property
-    def down(self) -> Tensor: ...
-    @property
-    def up(self) -> Tensor: ...
-    @property
-    def alpha(self) -> float: ...
-    @property
-    def mid(self) -> Tensor | None: ...
-    @property
-    def magnitude(self) -> Tensor | None: ...
 
 
 class LoraNames:
@@ -382,7 +367,7 @@ def _alpha(path: Path, name: str, value: Any) -> float:
 # ------------------------------------------------------------------------------------------------------------- writing
 
 
-def lora_tensors(adapters: Mapping[str, Adapter], names: LoraNames, style: str = KOHYA) -> dict[str, Tensor]:
+def lora_tensors(adapters: Mapping[str, LoraTensors], names: LoraNames, style: str = KOHYA) -> dict[str, Tensor]:
     """The tensors of a file in a style; `read_lora` gives the adapters back.
 
     Files of diffusers have no alpha: the scale alpha / rank goes into `up`. ConversionError for what a style lacks,
@@ -414,7 +399,7 @@ def lora_tensors(adapters: Mapping[str, Adapter], names: LoraNames, style: str =
 
 
 def write_lora(
-    adapters: Mapping[str, Adapter],
+    adapters: Mapping[str, LoraTensors],
     path: Path,
     names: LoraNames,
     style: str = KOHYA,

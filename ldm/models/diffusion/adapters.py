@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ldm.checkpoint import CheckpointError, ensure_weights
 from ldm.checkpoint.diffusers.embeddings import write_embedding
-from ldm.checkpoint.diffusers.lora import RUN_FILE, LoraNames, write_lora
+from ldm.checkpoint.diffusers.lora import RUN_FILE, LoraNames, LoraTensors, write_lora
 from ldm.checkpoint.formats import read_entry
 from ldm.checkpoint.names import EMA, LORA, TOKENS, use_ema_weights
 from ldm.checkpoint.source import BaseWeights, base_of
@@ -126,7 +126,8 @@ class AdapterTraining(TrainedModule):
             if self.adapters is not None:
                 names = LoraNames(adaptable(networks_of(self)), self._config)
                 metadata = {"base": self.base.path, "base_fingerprint": self.base.fingerprint} if self.base else {}
-                write_lora(self.adapters.weights(), folder / RUN_FILE, names, metadata=metadata)
+                layers = {key: LoraTensors(**vars(lora)) for key, lora in self.adapters.weights().items()}
+                write_lora(layers, folder / RUN_FILE, names, metadata=metadata)
             vectors = self.cond_stage_model.token_embeddings.vectors if self.new_tokens else ()
             for new, trained in zip(self.new_tokens, vectors):
                 write_embedding(folder / f"{new.stem}.safetensors", new.token, trained)

@@ -229,9 +229,7 @@ def check(networks: Mapping[str, nn.Module], weights: Mapping[str, LoRA]) -> Non
             raise ValueError(f"{key}: {error}") from None
         base = tuple(place.base.shape)
         if shape != base:
-            raise ValueError(
-                f"{key}: for a weight {shape}, this model's is {tuple(place.base.shape)}: of another base?"
-            )
+            raise ValueError(f"{key}: for a weight {shape}, this model's is {base}: of another base?")
 
 
 class LoRALayer(nn.Module):
@@ -364,10 +362,6 @@ class Adapters(nn.Module):
             if layer.magnitude is not None:
                 layer.magnitude.copy_(_lengths(_place(networks, key).base.float(), layer.magnitude))
 
-    def set_strength(self, strength: float) -> None:
-        for layer in self.layers().values():
-            layer.strength = strength
-
     def remove(self) -> None:
         """Take the adapters out of the layers, which compute as before."""
         for handle in self._handles:
@@ -407,24 +401,6 @@ def apply(networks: Mapping[str, nn.Module], weights: Mapping[str, LoRA], streng
     check(networks, weights)
     cast = {key: lora.map(partial(_copy_like, _place(networks, key).base)) for key, lora in weights.items()}
     return Adapters(networks, cast, strength).requires_grad_(False)
-
-
-@torch.no_grad()
-def merge(networks: Mapping[str, nn.Module], adapters: Sequence[tuple[Mapping[str, LoRA], float]]) -> None:
-    """Add (weights, strength) of one or more adapters to the layers' weights, in float32, then in the weight's dtype.
-
-    Raises ValueError for a key or shape that does not fit, before anything is changed.
-    """
-    for weights, _ in adapters:
-        check(networks, weights)
-    for key in dict.fromkeys(key for weights, _ in adapters for key in weights):
-        place = _place(networks, key)
-        base = place.base.float()
-        here = [(weights[key], strength) for weights, strength in adapters if key in weights]
-        merged = base + sum(strength * lora.map(partial(_copy_like, base)).delta(base) for lora, strength in here)
-        full = place.parameter.detach().clone()  # the file's memory map is not written to
-        full[place.rows or slice(None)] = merged.to(full.dtype)
-        place.parameter.data = full
 
 
 def _copy_like(base: Tensor, tensor: Tensor) -> Tensor:

@@ -1,12 +1,16 @@
 """Laws of low-rank adapters: nothing changes at first, live equals merged, names and weights of the base stay."""
 
 from copy import deepcopy
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from ldm.checkpoint.diffusers.lora import PREFIX
 from ldm.checkpoint.load import weights_on_meta
+from ldm.inference.lora import Adapter
+from ldm.inference.lora import merged as merged_weights
 from ldm.modules.adapters import lora
 from ldm.modules.adapters.lora import LoRA, LoRASpec
 from ldm.modules.attention import CrossAttention
@@ -57,6 +61,15 @@ def random_weights(networks: dict[str, nn.Module], seed: int = 0, **options) -> 
     return adapters.weights()
 
 
+def merge(networks: dict[str, nn.Module], adapters: list[tuple[dict[str, LoRA], float]]) -> None:
+    """Merge (weights, strength) of adapters into the networks' weights, as sampling does."""
+    named = {PREFIX[part] + name: x for part, network in networks.items() for name, x in network.state_dict().items()}
+    changed = merged_weights(named, [Adapter(Path("lora.safetensors"), *each) for each in adapters])
+    for part, network in networks.items():
+        own = {name.removeprefix(PREFIX[part]): x for name, x in changed.items() if name.startswith(PREFIX[part])}
+        network.load_state_dict(own)
+
+
 @pytest.mark.parametrize("dora", [False, True])
 def test_new_adapters_change_nothing_but_get_gradients(networks, dora):
     before = outputs(networks)
@@ -74,7 +87,7 @@ def test_live_equals_merged(networks, dora, strength):
     first, second = random_weights(networks, 1, dora=dora), random_weights(networks, 2, rank=3)
     before, merged = outputs(networks), deepcopy(networks)
     live = [lora.apply(networks, first, strength), lora.apply(networks, second, 0.7)]
-    lora.merge(merged, [(first, strength), (second, 0.7)])
+    merge(merged, [(first, strength), (second, 0.7)])
     assert torch.allclose(outputs(networks), outputs(merged), atol=2e-5)
     assert not torch.allclose(outputs(networks), before, atol=1e-2)
     for adapters in live:
@@ -84,7 +97,7 @@ def test_live_equals_merged(networks, dora, strength):
 
 def test_strength_zero_is_the_base(networks):
     before = outputs(networks)
-    lora.merge(networks, [(random_weights(networks, dora=True), 0.0)])
+    merge(networks, [(random_weights(networks, dora=True), 0.0)])
     assert torch.allclose(outputs(networks), before, atol=1e-6)
 
 
@@ -94,14 +107,14 @@ def test_a_merged_weight_is_the_formula_in_float32_then_in_the_dtype_of_the_weig
     unet = networks["unet"].to(torch.bfloat16)
     layer = unet.get_submodule(key.removeprefix("unet."))
     w, adapter = layer.weight.detach().clone(), weights[key]
-    lora.merge(networks, [(weights, 0.5)])
+    merge(networks, [(weights, 0.5)])
     expected = w.float() + 0.5 * 3.0 / 2 * adapter.up @ adapter.down
     assert layer.weight.dtype == torch.bfloat16 and torch.equal(layer.weight, expected.to(torch.bfloat16))
 
 
 def test_dora_has_the_lengths_of_its_magnitude(networks):
     weights = random_weights(networks, dora=True)
-    lora.merge(networks, [(weights, 1.0)])
+    merge(networks, [(weights, 1.0)])
     for key in ("unet.input_blocks.1.0.in_layers.2", "unet.input_blocks.3.1.transformer_blocks.0.attn1.to_q"):
         weight = networks["unet"].get_submodule(key.removeprefix("unet.")).weight
         assert torch.allclose(weight.flatten(1).norm(dim=1), weights[key].magnitude.flatten(), rtol=1e-5)
@@ -112,7 +125,7 @@ def test_magnitudes_of_columns_too(networks):
     weight = networks["unet"].get_submodule(key.removeprefix("unet.")).weight
     adapter = random_weights(networks)[key]
     magnitude = torch.rand(1, weight.shape[1])
-    lora.merge(networks, [({key: LoRA(adapter.down, adapter.up, adapter.alpha, magnitude=magnitude)}, 1.0)])
+    merge(networks, [({key: LoRA(adapter.down, adapter.up, adapter.alpha, magnitude=magnitude)}, 1.0)])
     assert torch.allclose(weight.norm(dim=0, keepdim=True), magnitude, rtol=1e-5)
 
 
@@ -125,7 +138,7 @@ def test_a_core_between_down_and_up(networks):
     adapters = lora.apply(networks, weights)
     live = layer(x)
     adapters.remove()
-    lora.merge(networks, [(weights, 1.0)])
+    merge(networks, [(weights, 1.0)])
     assert torch.allclose(live, layer(x), atol=1e-4, rtol=1e-4)
 
 
@@ -238,8 +251,7 @@ def test_targets_of_stable_diffusion_are_those_of_kohya():
     assert len(lora.find_targets(networks, GROUPS)) == 350
 
 
-@pytest.mark.parametrize("function", ["apply", "merge"])
-def test_what_does_not_fit_changes_nothing(networks, function):
+def test_what_does_not_fit_changes_nothing(networks):
     weights = random_weights(networks)
     key = list(weights)[-1]
     before = outputs(networks)
@@ -251,7 +263,7 @@ def test_what_does_not_fit_changes_nothing(networks, function):
     ):
         given = {**weights, **bad}
         with pytest.raises(ValueError, match=match):
-            lora.apply(networks, given) if function == "apply" else lora.merge(networks, [(given, 1.0)])
+            lora.apply(networks, given)
         assert torch.equal(outputs(networks), before)
 
 
