@@ -17,8 +17,8 @@ from ldm.checkpoint.diffusers import text
 from ldm.checkpoint.diffusers.files import as_json
 from ldm.checkpoint.diffusers.plan import Component, Plan, plan_of
 from ldm.checkpoint.diffusers.read import EXTRAS, check_folder, read_folder, scale_factor_of
-from ldm.checkpoint.diffusers.rules import ConversionError, to_theirs
-from ldm.checkpoint.diffusers.write import check_target, new_folder, save_tensors
+from ldm.checkpoint.diffusers.rules import to_theirs
+from ldm.checkpoint.diffusers.write import WEIGHTS, check_target, new_folder, save_tensors
 from ldm.convert.parity import check_component
 from ldm.modules.encoders.tokenizers import BEGIN, END, clip_tokenizer
 
@@ -87,9 +87,7 @@ def to_file(config: Mapping[str, Any], folder: Path, target: Path, dtype: str | 
     nothing is written.
     """
     start, plan = time.perf_counter(), plan_of(config)
-    check_target(target)
-    if target.suffix not in (".ckpt", ".safetensors"):
-        raise ConversionError(f"--out {target}: the file name must end in .ckpt or .safetensors")
+    check_target(target, WEIGHTS)
     check_folder(folder, plan)
     weights = _cast(read_folder(folder, plan.text.kind if plan.text else None), dtype)
     logger.info("%s: %d tensors to convert", folder, len(weights))

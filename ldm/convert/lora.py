@@ -12,7 +12,7 @@ from torch import nn
 from ldm.checkpoint import open_weights, weights_on_meta, write_weights
 from ldm.checkpoint.diffusers.lora import KOHYA, LoraNames, read_lora, write_lora
 from ldm.checkpoint.diffusers.rules import ConversionError
-from ldm.checkpoint.diffusers.write import check_target
+from ldm.checkpoint.diffusers.write import WEIGHTS, check_target
 from ldm.config.instantiate import instantiate_from_config
 from ldm.config.model_info import model_info
 from ldm.inference.lora import merged, read_adapters, split_adapter
@@ -34,9 +34,7 @@ def convert_lora(config: Mapping[str, Any], source: Path, target: Path, style: s
     Raises CheckpointError or ConversionError in one line for a LoRA that does not fit the model of `config`.
     """
     start = time.perf_counter()
-    check_target(target)
-    if target.suffix != ".safetensors":
-        raise ConversionError(f"--out {target}: the file name must end in .safetensors")
+    check_target(target, [".safetensors"])
     names = LoraNames(adaptable(networks_of(_on_meta(config))), config)
     adapters = read_lora(source, names)
     write_lora(adapters, target, names, style)
@@ -50,9 +48,7 @@ def merge_lora(config: Mapping[str, Any], ckpt: Path, files: Sequence[tuple[Path
     Raises CheckpointError or ConversionError in one line; then nothing is written.
     """
     start = time.perf_counter()
-    check_target(target)
-    if target.suffix not in (".ckpt", ".safetensors"):
-        raise ConversionError(f"--out {target}: the file name must end in .ckpt or .safetensors")
+    check_target(target, WEIGHTS)
     source = open_weights(ckpt)
     source.check(config)
     weights, trained = split_adapter(source.path, source.tensors(), config, model_info(config).use_ema)

@@ -80,9 +80,7 @@ def convert_embedding(source: Path, target: Path, layout: str) -> Embedding:
 
     Raises CheckpointError for other files; ConversionError for several tokens, a `target` that exists or its suffix.
     """
-    check_target(target)
-    if target.suffix not in SUFFIXES:
-        raise ConversionError(f"--out {target}: the file name must end in {', '.join(SUFFIXES)}")
+    check_target(target, SUFFIXES)
     first, *others = read_embeddings(source)
     if others:
         tokens = preview([str(each.token) for each in (first, *others)])

@@ -1,7 +1,7 @@
 """Writing of diffusers folders: a folder appears under its name complete and verified, or not at all."""
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -12,11 +12,15 @@ from ldm.checkpoint.diffusers.rules import ConversionError
 from ldm.checkpoint.formats import read_tensors
 from ldm.checkpoint.write import write_weights
 
+WEIGHTS = (".ckpt", ".safetensors")  # suffixes of files of a model
 
-def check_target(target: Path) -> None:
-    """Raise ConversionError if the target exists or its folder cannot be written to."""
+
+def check_target(target: Path, suffixes: Sequence[str] = ()) -> None:
+    """Raise ConversionError if the target exists, ends in none of `suffixes` or is in a folder that is read-only."""
     if target.exists() or target.is_symlink():
         raise ConversionError(f"--out {target}: already exists; choose another name or remove it first")
+    if suffixes and target.suffix not in suffixes:
+        raise ConversionError(f"--out {target}: the file name must end in {' or '.join(suffixes)}")
     try:
         with write_errors(target), temporary_next_to(target):
             pass
