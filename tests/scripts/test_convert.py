@@ -153,7 +153,7 @@ def test_embeddings_that_do_not_convert_are_refused_in_one_line(tmp_path, capsys
     one, out = ["--embedding", str(tmp_path / "one.bin")], ["--out", str(tmp_path / "out.pt")]
     for argv, reason in (
         (["--embedding", str(tmp_path / "two.bin"), *out], "holds 2 tokens (<a>, <b>)"),
-        ([*one, "--out", str(tmp_path / "out")], "must end in .safetensors, .pt, .bin"),
+        ([*one, "--out", str(tmp_path / "out")], "must end in .safetensors or .pt or .bin"),
         ([*one, *out, "--config", KL], "--config: only for --ckpt and --lora"),
         ([*one, *out, "--dtype", "fp16"], "--dtype: only for --ckpt"),
         ([*one, *out, "--lora_format", "kohya"], "--lora_format: only for --lora"),
