@@ -3,10 +3,11 @@
 import logging
 
 import pytest
+import torch
 from omegaconf import OmegaConf
 from PIL import Image
 
-from ldm.config.instantiate import ConfigError
+from ldm.config.instantiate import ConfigError, instantiate_from_config
 from ldm.output.images import read_metadata
 from ldm.training.class_images import generate_class_images
 from tests.tiny import save_text_model, text_model_config
@@ -71,6 +72,22 @@ def test_an_image_records_its_settings_and_carries_no_watermark(base, tmp_path):
     info = read_metadata(tmp_path / "class-00003.png")
     assert info["prompt"] == "a cat" and info["seed"] + info["image_index"] == 3 + 3 and info["watermark"] is None
     assert info["ckpt"] == str(base.ckpt) and info["use_ema"]
+
+
+def test_adapters_of_an_earlier_run_take_part_in_the_generation(base, tmp_path):
+    options = {"adapters": {"rank": 2}, "use_ema": False}
+    model = instantiate_from_config(text_model_config(ckpt_path=str(base.ckpt), **options)["model"])
+    for layer in model.adapters.layers().values():
+        torch.nn.init.normal_(layer.up)
+    checkpoint = {"state_dict": model.state_dict()}
+    model.on_save_checkpoint(checkpoint)
+    torch.save(checkpoint, tmp_path / "run.ckpt")
+    for name, ckpt in (("base", base.ckpt), ("run", tmp_path / "run.ckpt")):
+        config = config_of(base, tmp_path / name, **options)
+        config.model.params.ckpt_path = str(ckpt)
+        generate_class_images(config, 3, "cpu")
+    assert pixels(tmp_path / "base").keys() == pixels(tmp_path / "run").keys()
+    assert not set(pixels(tmp_path / "base").values()) & set(pixels(tmp_path / "run").values())
 
 
 def test_adapters_are_no_part_of_the_model_that_generates(base, tmp_path):
