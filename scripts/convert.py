@@ -13,9 +13,9 @@ from argparse import BooleanOptionalAction, Namespace
 from ldm.cli import Parser, run_command
 from ldm.config.instantiate import allow_targets
 from ldm.config.model_info import model_info, read_config
+from ldm.inference.cli import SD_CONFIG
 from ldm.paths import find_file
 
-CONFIG = "configs/stable-diffusion/v1-inference.yaml"
 DESCRIPTION = """Convert a weights file to a diffusers folder or back; diffusers need not be installed.
 
 --ckpt a file (.ckpt, .safetensors, *.index.json of shards): --out is the folder to create.
@@ -55,7 +55,7 @@ def parser() -> Parser:
     )
     text = "folder, or .ckpt or .safetensors file, to create; must not exist"
     add("--out", required=True, metavar="PATH", help=text)
-    add("--config", metavar="YAML", help=f"config of the model (default: config.yaml in the folder, else {CONFIG})")
+    add("--config", metavar="YAML", help=f"config of the model (default: config.yaml in the folder, else {SD_CONFIG})")
     add("--dtype", choices=("fp32", "fp16", "bf16"), help="precision of the written weights (default: unchanged)")
     text = "convert the EMA weights of a file instead of the trained ones (default: as in the config)"
     add("--use_ema", action=BooleanOptionalAction, help=text)
@@ -93,7 +93,7 @@ def main(argv: Sequence[str]) -> None:
             raise ValueError(f"--{flag}: only for converting a file to a folder, but --ckpt {path} is a folder")
     own = path / "config.yaml"
     config = read_config(
-        own if from_folder and opt.config is None and own.is_file() else find_file(opt.config or CONFIG)
+        own if from_folder and opt.config is None and own.is_file() else find_file(opt.config or SD_CONFIG)
     )
     scheduler = opt.scheduler or "ddim"
     if opt.scheduler is not None and plan_of(config, scheduler).scheduler is None:
@@ -111,7 +111,7 @@ def main(argv: Sequence[str]) -> None:
 def _convert_lora(opt: Namespace, path: Path, target: Path) -> None:
     from ldm.convert.lora import convert_lora  # it brings torch
 
-    done = convert_lora(read_config(find_file(opt.config or CONFIG)), path, target, opt.lora_format or "kohya")
+    done = convert_lora(read_config(find_file(opt.config or SD_CONFIG)), path, target, opt.lora_format or "kohya")
     print(f"{done.layers} layers in {done.seconds:.1f} s\n{done.target}")
 
 

@@ -169,9 +169,8 @@ def upscale_scan(scan: np.ndarray, size: int, slant: float = 0.0) -> np.ndarray:
     paper = Image.fromarray(np.round(255 * (1 - np.pad(scan, MARGIN) / 16)).astype(np.uint8))  # (10, 10)
     image = paper.resize((size, size), Image.Resampling.BICUBIC)
     if slant:
-        shear = math.tan(
-            math.radians(slant)
-        )  # column x of row y is column x + shear * (y - size / 2) of the upright one
+        shear = math.tan(math.radians(slant))
+        # Column x of row y is column x + shear * (y - size / 2) of the upright image.
         matrix = (1, shear, -shear * size / 2, 0, 1, 0)
         image = image.transform(image.size, Image.Transform.AFFINE, matrix, Image.Resampling.BICUBIC, fillcolor=255)
     return to_array(image)

@@ -17,7 +17,7 @@ from ldm.modules.encoders.tokenizers import clip_tokenizer
 logger = logging.getLogger(__name__)
 
 
-class Token(NamedTuple):
+class AddedToken(NamedTuple):
     """A token of a file, with the names that prompts may call it by and its vectors (N, D)."""
 
     path: Path
@@ -25,12 +25,11 @@ class Token(NamedTuple):
     vectors: Tensor
 
 
-def read_tokens(files: Sequence[tuple[str | Path, str | None]]) -> list[Token]:
+def read_tokens(files: Sequence[tuple[str | Path, str | None]]) -> list[AddedToken]:
     """Read the tokens of (file, name). Raises ValueError or CheckpointError, with the file.
 
-    Without a name, a prompt calls the token of a file by its name in the file or by that of the file in angle brackets;
-    also by the bare name of the file, an ordinary word perhaps, if the name in the file has no brackets either. The
-    tokens of a file with several have their own names alone.
+    Prompts call a token by `name`. Without one, they call it by its name in the file and by <STEM> of the file's name;
+    by STEM too, unless the name in the file has brackets. Several tokens of a file have their names in the file alone.
     """
     tokens = []
     for file, name in files:
@@ -43,12 +42,12 @@ def read_tokens(files: Sequence[tuple[str | Path, str | None]]) -> list[Token]:
             own = [] if embedding.token is None else [embedding.token]
             bare = [] if own and own[0].startswith("<") else [path.stem]
             names = own if len(found) > 1 else [*own, *bare, f"<{path.stem}>"]
-            tokens.append(Token(path, [name] if name else names, embedding.vectors))
+            tokens.append(AddedToken(path, [name] if name else names, embedding.vectors))
     return tokens
 
 
 @torch.no_grad()
-def add_tokens(encoder: Any, tokens: Sequence[Token]) -> None:
+def add_tokens(encoder: Any, tokens: Sequence[AddedToken]) -> None:
     """Add tokens to a text encoder; raise ValueError, with the file, for one that does not fit."""
     for path, names, vectors in tokens:
         if not isinstance(encoder, CLIPTokensEncoder):
