@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from ldm.checkpoint import MissingWeightsError, WeightsSource, open_weights
     from ldm.config.instantiate import allow_targets
     from ldm.config.model_info import ModelInfo, model_info, read_model_info
+    from ldm.inference.embeddings import warn_unused
     from ldm.inference.inputs import (
         check_image,
         check_pairs,
@@ -74,6 +75,7 @@ _LIGHT = {
 }
 _HEAVY = {  # these import torch and Lightning
     "ldm.checkpoint": "MissingWeightsError WeightsSource open_weights",
+    "ldm.inference.embeddings": "warn_unused",
     "ldm.inference.pipeline": "Pipeline load_model",
     "ldm.inference.precision": "choose_device",
     "ldm.inference.quantize": "check_quantization",

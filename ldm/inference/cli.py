@@ -308,11 +308,9 @@ def load(opt: Namespace, prepared: Prepared, **files: Files) -> inference.Pipeli
     if hasattr(pipeline.model, "control_model") and "control_image" not in opt:
         logger.warning("%s has a ControlNet, which is not used here; control2img.py uses it", opt.ckpt)
     if prepared.embeddings and "prompt" in opt:
-        from ldm.inference.embeddings import warn_unused  # late: it imports torch
-
         prompts = prompts_of(opt) if "from_file" in opt else opt.prompt
         prompts = [prompts] if isinstance(prompts, str) else prompts
-        warn_unused(pipeline.model.cond_stage_model, [*prompts, opt.negative_prompt or ""])
+        inference.warn_unused(pipeline.model.cond_stage_model, [*prompts, opt.negative_prompt or ""])
     pipeline.identity = {**pipeline.identity, **record_files(**files)}
     return pipeline
 
