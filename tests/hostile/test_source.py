@@ -9,7 +9,7 @@ FILES = sorted((*(ROOT / "ldm").rglob("*.py"), *(ROOT / "scripts").rglob("*.py")
 NEVER = {
     "eval", "exec", "compile", "__import__", "pickle.load", "pickle.loads", "pickle.Unpickler", "marshal.loads",
     "shelve.open", "torch.jit.load", "torch.hub.load", "joblib.load", "yaml.load", "yaml.unsafe_load", "yaml.full_load",
-    "runpy.run_path", "os.system", "os.popen", "shutil.unpack_archive", "tempfile.mktemp", "ctypes.CDLL",
+    "runpy.run_path", "os.system", "os.popen", "shutil.unpack_archive", "tempfile.mktemp",
 }  # fmt: skip
 ONLY_IN = {  # a call -> the files that may contain it
     "torch.load": {"ldm/checkpoint/formats.py"},
@@ -20,6 +20,7 @@ ONLY_IN = {  # a call -> the files that may contain it
     "subprocess.run": set(),
     "subprocess.call": set(),
     "tarfile.open": {"ldm/data/archives.py"},
+    "ctypes.CDLL": {"ldm/training/devices.py"},  # of the process itself
 }
 ASKS_FOR = {  # a call -> a required argument
     "torch.load": ("weights_only", True),
