@@ -194,6 +194,19 @@ class TerminalHandler(logging.Handler):
             write(self.format(record), file=sys.stderr)
 
 
+def _own_lock() -> None:
+    """Give a forked process a lock of its own for progress bars.
+
+    tqdm shares one with its forks: a data worker that is killed while it logs would block its parent for ever.
+    """
+    if tqdm := sys.modules.get("tqdm"):
+        tqdm.tqdm.set_lock(threading.RLock())
+
+
+if hasattr(os, "register_at_fork"):  # not on Windows
+    os.register_at_fork(after_in_child=_own_lock)
+
+
 # Advice for too little memory, by flag. `--n_samples` is a batch size only in scripts without `--batch_size`.
 _LESS_MEMORY = {
     "--batch_size": "a smaller batch (--batch_size 1)",

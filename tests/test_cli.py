@@ -1,13 +1,17 @@
 """Exact flags, one-line errors and exit codes of all command lines; paths from any folder."""
 
 import importlib
+import logging
+import os
 import re
+import signal
 import sys
+import threading
 
 import pytest
 from tqdm import tqdm
 
-from ldm.cli import EXIT_INTERRUPTED, EXIT_USAGE, Parser, less_memory, run_command
+from ldm.cli import EXIT_INTERRUPTED, EXIT_USAGE, Parser, TerminalHandler, less_memory, run_command
 from ldm.paths import ROOT, find_file, in_checkout
 
 
@@ -166,3 +170,28 @@ def test_an_empty_path_is_refused(capsys):
         with pytest.raises(SystemExit):
             words.parse_args(given)
         assert f"{given[0].rstrip('=')} '': expected a path" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
+def test_a_forked_process_logs_whatever_its_parent_does_with_progress_bars(capfd):
+    line = logging.LogRecord("ldm", logging.INFO, "", 0, "a line of the fork", (), None)
+    held, done = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with tqdm.get_lock():
+            held.set()
+            done.wait()
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    held.wait()
+    pid = os.fork()
+    if not pid:
+        signal.alarm(20)  # ends a process that waits for the lock
+        TerminalHandler().emit(line)
+        os._exit(0)
+    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    done.set()
+    thread.join()
+    assert code == 0
+    assert "a line of the fork" in capfd.readouterr().err

@@ -14,7 +14,9 @@ from tests.convert.test_diffusers import close, our_image, their_image
 
 diffusers = pytest.importorskip("diffusers", reason="pip install -e '.[test]' installs it")
 peft = pytest.importorskip("peft", reason="pip install -e '.[test]' installs it")
-pytestmark = pytest.mark.filterwarnings("ignore:::peft")  # of adapters that are added twice, of patterns without a layer
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:::peft"
+)  # of adapters that are added twice, of patterns without a layer
 
 LORA = ("attention", "feed_forward", "text_encoder")
 LOCON = (*LORA, "convolutions")
