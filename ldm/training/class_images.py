@@ -16,9 +16,9 @@ from omegaconf import DictConfig, OmegaConf
 from tqdm import tqdm
 
 from ldm.checkpoint.source import base_of
+from ldm.config.consistency import ADAPTERS
 from ldm.config.instantiate import ConfigError, accepted_params, convert_params, get_obj_from_str, resolve_alias
 from ldm.config.model_info import model_info
-from ldm.config.validate import ADAPTERS
 from ldm.data.image import height_and_width
 from ldm.data.listing import scan
 from ldm.inference.pipeline import load_model

@@ -15,10 +15,9 @@ from torch import Tensor, nn
 
 from ldm.checkpoint.diffusers.plan import CONTROL
 from ldm.checkpoint.names import use_ema_weights
-from ldm.config.consistency import HINT_BLOCK_CHANNELS
+from ldm.config.consistency import ADAPTERS, HINT_BLOCK_CHANNELS
 from ldm.config.instantiate import instantiate_from_config
 from ldm.config.types import PositiveInt
-from ldm.config.validate import ADAPTERS
 from ldm.models.diffusion.conditioning import Conditioning, Parts, normalize_condition
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.models.diffusion.image_log import log_latent_images
