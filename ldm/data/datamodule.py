@@ -205,7 +205,7 @@ class DataModuleFromConfig(pl.LightningDataModule):
         if not len(dataset):
             raise ConfigError(f"data.params.{split}: {type(dataset).__name__} is empty")
         shuffle = self._shuffle.get(split, False)
-        sampler = EpochSampler(dataset, self.batch_size, self.seed, shuffle, rank, world_size, position)
+        sampler = EpochSampler(_unwrapped(dataset), self.batch_size, self.seed, shuffle, rank, world_size, position)
         self._loaders[split] = sampler
         # Its own generator seeds the workers: the global one belongs to the training.
         options["generator"] = torch.Generator().manual_seed(self.seed)

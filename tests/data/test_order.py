@@ -83,6 +83,24 @@ def test_a_position_leaves_out_what_was_used():
     assert [epoch for epoch, _ in rest] == [4] * 4
 
 
+class Backwards(Draws):
+    def order(self, seed, epoch, batch, shuffle):
+        assert (seed, shuffle, batch) == (7, True, 4)
+        return np.arange(10)[::-1] + 100 * epoch
+
+
+def test_a_dataset_may_have_an_order_of_its_own():
+    shares = [list(EpochSampler(Backwards(), 2, 7, True, rank, 2, lambda: Position(1, 4))) for rank in range(2)]
+    assert shares == [[(1, 105), (1, 103), (1, 101)], [(1, 104), (1, 102), (1, 100)]]
+
+
+def test_an_order_of_another_length_is_refused():
+    dataset = Backwards()
+    dataset.order = lambda *_: np.arange(9)
+    with pytest.raises(ValueError, match="Backwards.order has 9 indices for 10 samples"):
+        list(EpochSampler(dataset, 2, 7, True))
+
+
 def batches(workers, epoch, repeat=False, seed=3):
     sampler = EpochSampler(range(10), 3, seed, True)
     sampler.set_epoch(epoch)
