@@ -76,6 +76,9 @@ class Purpose(IntEnum):
     LOW_SCALE_LEVEL = 26
     LOW_SCALE_NOISE = 27
     IMAGE_SIDE = 28
+    OFFSET_NOISE = 29
+    MULTIRES_NOISE = 30
+    INPUT_PERTURBATION = 31
 
 
 @dataclass
@@ -87,6 +90,7 @@ class BatchSamples:
 
     indices: of the samples in the dataset, one for each row of the batch.
     total: number of samples of all ranks' batches.
+    start: samples of the epoch before this batch. places: of the rows in the batch of all ranks, from 0.
     weight: samples of this rank's batch, relative to the mean over the ranks; 0 if they only fill the last round.
     gradient_scale: factor of this rank's gradients with which an optimizer step averages over all its samples, as
         ranks and accumulated batches may be of different sizes.
@@ -98,6 +102,8 @@ class BatchSamples:
     total: int = 0
     weight: float = 1.0
     gradient_scale: float = 1.0
+    start: int = 0
+    places: Sequence[int] = ()
     calls: dict[int, int] = field(default_factory=dict)
 
     def normal(self, shape: Sequence[int], purpose: Purpose, device: torch.device) -> Tensor:
@@ -117,10 +123,22 @@ class BatchSamples:
         """Numbers in [0, 1), (rows,) float32."""
         return self.integers(1 << 24, rows, purpose, device) * 2.0**-24
 
-    def _bits(self, rows: int, columns: int, purpose: Purpose, device: torch.device) -> Tensor:
-        """Random 64 bits, (rows, columns) int64; rows beyond the batch continue with its first samples."""
+    def stratified(self, rows: int, purpose: Purpose, device: torch.device) -> Tensor:
+        """Numbers in [0, 1), (rows,) float32: (u + place / total) mod 1, one u for the batch of all ranks."""
+        key = mix(self.seed, purpose, self.epoch, self._next_call(purpose), self.start)
+        places = list(self.places or range(len(self.indices)))
+        places = [places[row % len(places)] for row in range(rows)]
+        values = (key * 2.0**-63 + torch.tensor(places, dtype=torch.float64) / (self.total or len(places))) % 1.0
+        return values.float().to(device, non_blocking=device.type == "cuda")
+
+    def _next_call(self, purpose: Purpose) -> int:
         call = self.calls.get(purpose, 0)
         self.calls[purpose] = call + 1
+        return call
+
+    def _bits(self, rows: int, columns: int, purpose: Purpose, device: torch.device) -> Tensor:
+        """Random 64 bits, (rows, columns) int64; rows beyond the batch continue with its first samples."""
+        call = self._next_call(purpose)
         index = torch.tensor(self.indices[:rows], dtype=torch.int64)
         index = index.to(device, non_blocking=device.type == "cuda") * _GOLDEN  # the CPU does not wait for a GPU's step
         turns = range(-(-rows // len(self.indices)))
@@ -186,3 +204,14 @@ def uniform(rows: int, purpose: Purpose, device: torch.device) -> Tensor:
     """Uniform numbers in [0, 1), (rows,) float32, of the current samples if there are any."""
     samples = current_samples()
     return torch.rand(rows, device=device) if samples is None else samples.uniform(rows, purpose, device)
+
+
+def stratified(rows: int, purpose: Purpose, device: torch.device) -> Tensor:
+    """Evenly spaced numbers in [0, 1) from a random start, (rows,) float32 (VDM, arXiv 2107.00630).
+
+    With current samples they are spaced over the batch of all ranks.
+    """
+    samples = current_samples()
+    if samples is None:
+        return (torch.rand(1, device=device) + torch.arange(rows, device=device) / rows) % 1.0
+    return samples.stratified(rows, purpose, device)

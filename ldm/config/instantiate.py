@@ -8,11 +8,13 @@ import os
 import re
 import sys
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from ldm.atomic import is_out_of_memory
 from ldm.config.suggest import closest, did_you_mean, log_unused
 from ldm.config.types import convert, or_none, shown
+
+Built = TypeVar("Built")
 
 FIRST_STAGE_AS_CONDITION = "__is_first_stage__"
 UNCONDITIONAL = "__is_unconditional__"
@@ -186,6 +188,15 @@ def instantiate_from_config(config: Any, **extra: Any) -> Any:
         if not (path and str(error).startswith(f"{path}.")):
             error.add_note(f"while building {target}" + (f" ({path})" if path else ""))
         raise
+
+
+def build_section(name: str, config: Any, base: type[Built]) -> Built:
+    """Build the object of a section `name` of a class's arguments; raise ValueError unless it is a `base`."""
+    built = instantiate_from_config(config)
+    if not isinstance(built, base):
+        choices = ", ".join(f"{cls.__module__}.{cls.__name__}" for cls in (base, *base.__subclasses__()))
+        raise ValueError(f"{name}.target {config['target']}: expected {base.__name__} or a subclass, such as {choices}")
+    return built
 
 
 def _located(error: Exception, target: str, path: str, params: Mapping[str, Any]) -> ConfigError | None:

@@ -21,7 +21,7 @@ from ldm.config.instantiate import ConfigError, get_obj_from_str, instantiate_fr
 from ldm.config.types import NonNegativeInt, PositiveInt
 from ldm.data.base import DataConfigError, Txt2ImgIterableBaseDataset
 from ldm.data.folder import ImageFolder
-from ldm.data.order import EpochSampler, Position, SeededDataset, StreamLoader, usable_cpus
+from ldm.data.order import EpochSampler, Position, SeededDataset, Slice, StreamLoader, usable_cpus
 from ldm.data.splits import split_of
 from ldm.data.workers import Loader, Traced
 from ldm.rng import BatchSamples
@@ -284,7 +284,7 @@ class DataModuleFromConfig(pl.LightningDataModule):
         part = loader.slice_at(position)
         if not part.indices:
             return None
-        samples = BatchSamples(self.seed, position.epoch, part.indices, part.total)
+        samples = self._batch_samples(position.epoch, position, part)
         per_pass = trainer.fit_loop.max_batches if trainer is not None else math.inf
         if trainer is None or not math.isfinite(per_pass):
             return samples
@@ -307,10 +307,18 @@ class DataModuleFromConfig(pl.LightningDataModule):
         if loader is None:
             return None
         epoch = loader.epoch if isinstance(loader, EpochSampler) else 0
-        part = loader.slice_at(Position(epoch, batch * self._global_batch_size()))
+        position = Position(epoch, batch * self._global_batch_size())
+        part = loader.slice_at(position)
         if not part.indices:
             return None
-        return BatchSamples(self.seed, EVALUATION, part.indices, part.total, weight=float(part.size > 0))
+        samples = self._batch_samples(EVALUATION, position, part)
+        samples.weight = float(part.size > 0)
+        return samples
+
+    def _batch_samples(self, epoch: int, position: Position, part: Slice) -> BatchSamples:
+        rank, ranks = self._ranks()
+        places = range(rank, part.total, ranks) if part.size else (0,)
+        return BatchSamples(self.seed, epoch, part.indices, part.total, start=position.samples, places=places)
 
     def _ranks(self) -> tuple[int, int]:
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer is not None else (0, 1)

@@ -248,3 +248,21 @@ def test_the_numbers_of_the_classes_are_logged_and_known(tmp_path, caplog):
     lines = [message for message in caplog.messages if message.startswith("classes")]
     assert len(lines) == 1 and lines[0].endswith("18 class 18, 19 class 19, ... 25 in all")
     assert "0 class 00, 1 class 01, " in lines[0] and module.class_names[24] == "class 24"
+
+
+def test_samples_know_their_places_in_the_batch_of_all_ranks(monkeypatch):
+    batches = []
+    for rank in (0, 1):
+        module = data(batch_size=2, validation={"target": TARGET})
+        monkeypatch.setattr(module, "_ranks", lambda rank=rank: (rank, 2))
+        loader = module.val_dataloader()
+        batches.append([module.evaluation_samples("validation", number) for number in range(len(loader))])
+    for number, pair in enumerate(zip(*batches)):
+        assert [samples.start for samples in pair] == [4 * number] * 2
+        found = {
+            4 * number + place: index
+            for samples in pair
+            if samples.weight
+            for place, index in zip(samples.places, samples.indices, strict=True)
+        }
+        assert found == {index: index for index in range(4 * number, min(LENGTH, 4 * number + 4))}

@@ -8,13 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
 from ldm import rng
-from ldm.config.instantiate import FIRST_STAGE_AS_CONDITION, UNCONDITIONAL, instantiate_from_config
+from ldm.config.instantiate import (
+    FIRST_STAGE_AS_CONDITION,
+    UNCONDITIONAL,
+    build_section,
+    instantiate_from_config,
+)
 from ldm.config.types import Dropout, NonNegativeFloat, PositiveFloat, PositiveInt, Probability
 from ldm.models.diffusion.adapters import AdapterTraining
 from ldm.models.diffusion.condition_stage import ConditionStage, drop_condition
@@ -29,6 +34,8 @@ from ldm.models.diffusion.latent_scale import BATCHES, measure_latent_std
 from ldm.models.diffusion.loss_weighting import make_loss_weighting
 from ldm.models.diffusion.published import PublishedDDPM, PublishedLatentDiffusion
 from ldm.models.diffusion.samplers.ddim import DDIMSampler
+from ldm.models.diffusion.timesteps import UniformTimesteps
+from ldm.models.diffusion.training_noise import TrainingNoise
 from ldm.models.training import Losses, TrainedModule, fixed_noise, freeze
 from ldm.models.training import disabled_train as disabled_train
 from ldm.modules.diffusionmodules.parameterization import get_parameterization
@@ -36,7 +43,8 @@ from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
 from ldm.published import published_names
 from ldm.rng import Purpose
 
-LOSSES = {"l1": nn.functional.l1_loss, "l2": nn.functional.mse_loss}
+LOSSES = ("l1", "l2", "pseudo_huber")
+HUBER_C = 0.1  # default of huber_c
 
 
 # The variants among these are built on this module and live in others, which therefore cannot be imported above.
@@ -49,6 +57,11 @@ class DDPM(TrainedModule, PublishedDDPM):
     Batches are dicts; `batch[first_stage_key]` holds images (B, H, W, C) in [-1, 1].
     original_elbo_weight, l_simple_weight, learn_logvar, logvar_init: the published loss, see SimpleLossWeighting;
     loss_weighting_config replaces it. load_only_unet: `ckpt_path` gives the network's weights alone.
+    loss_type: l2, l1, or pseudo_huber, 2c (sqrt(d^2 + c^2) - c) for each difference d with c = huber_c, 0.1 by default
+        (arXiv 2403.16728; that of arXiv 2310.14189 takes the norm of a sample's difference instead).
+    noise_config, timestep_config: noise and timesteps of training, see training_noise.py and timesteps.py.
+    loss_mask_key: masks of the batch, (B, H, W[, 1]): the error of a sample is the mean weighted by its mask, averaged
+        down to the latent's size. Values below 0 count as 0; a mask without a positive value gives the error 0.
     """
 
     model: DiffusionWrapper
@@ -58,7 +71,7 @@ class DDPM(TrainedModule, PublishedDDPM):
         unet_config: Mapping[str, Any],
         timesteps: PositiveInt = 1000,
         beta_schedule: str = "linear",
-        loss_type: str = "l2",
+        loss_type: Literal["l1", "l2", "pseudo_huber"] = "l2",
         ckpt_path: str | Path | None = None,
         ignore_keys: Sequence[str] = (),
         load_only_unet: bool = False,
@@ -84,6 +97,10 @@ class DDPM(TrainedModule, PublishedDDPM):
         logvar_init: float = 0.0,
         *,
         loss_weighting_config: Mapping[str, Any] | None = None,
+        noise_config: Mapping[str, Any] | None = None,
+        timestep_config: Mapping[str, Any] | None = None,
+        loss_mask_key: str | None = None,
+        huber_c: PositiveFloat | None = None,
         ema_decay: Probability = 0.9999,
         zero_terminal_snr: bool = False,
     ) -> None:
@@ -91,10 +108,20 @@ class DDPM(TrainedModule, PublishedDDPM):
         get_parameterization(parameterization)
         if loss_type not in LOSSES:
             raise ValueError(f"loss_type {loss_type!r}: choose one of {', '.join(LOSSES)}")
+        if huber_c is not None and loss_type != "pseudo_huber":
+            raise ValueError(
+                f"huber_c {huber_c}: loss_type {loss_type} does not use it; choose pseudo_huber or remove it"
+            )
         if use_positional_encodings:
             raise ValueError("use_positional_encodings: not supported, no published model uses it; leave it false")
         self.parameterization, self.loss_type, self.v_posterior = parameterization, loss_type, v_posterior
         self.first_stage_key, self.image_size, self.channels = first_stage_key, image_size, channels
+        self.huber_c, self.loss_mask_key = HUBER_C if huber_c is None else huber_c, loss_mask_key
+        self.training_noise = self.timestep_sampler = None
+        if noise_config is not None:
+            self.training_noise = build_section("noise_config", noise_config, TrainingNoise)
+        if timestep_config is not None:
+            self.timestep_sampler = build_section("timestep_config", timestep_config, UniformTimesteps)
         self.log_every_t, self.clip_denoised, self.monitor = log_every_t, clip_denoised, monitor
         self.scheduler_config, self.load_only_unet = scheduler_config, load_only_unet
         self.use_scheduler = scheduler_config is not None
@@ -140,7 +167,17 @@ class DDPM(TrainedModule, PublishedDDPM):
 
     def shared_step(self, batch: Mapping[str, Any]) -> Losses:
         """Return the loss of a batch and its named logs."""
-        return self(self.get_input(batch, self.first_stage_key))
+        return self(self.get_input(batch, self.first_stage_key), **self.loss_options(batch))
+
+    def loss_options(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
+        """Return the arguments of `denoising_loss` in a batch: `loss_weight` (B,), if it has any, and the masks."""
+        options = {}
+        if "loss_weight" in batch:
+            options["sample_weight"] = batch["loss_weight"].to(self.device)
+        if self.loss_mask_key is not None:
+            self.batch_value(batch, self.loss_mask_key, "loss_mask_key")
+            options["mask"] = self.get_images(batch, self.loss_mask_key)
+        return options
 
     def get_input(self, batch: Mapping[str, Any], k: str, *, bs: int | None = None) -> Any:
         """Return the inputs of `forward` from a batch: images (B, C, H, W)."""
@@ -151,7 +188,9 @@ class DDPM(TrainedModule, PublishedDDPM):
         return self.p_losses(x, self.random_timesteps(x.shape[0]), *args, **kwargs)
 
     def random_timesteps(self, batch_size: int) -> Tensor:
-        """Sample timesteps (B,) int64, uniform in [0, T)."""
+        """Sample timesteps (B,) int64, uniform in [0, T); in training as `timestep_config` says."""
+        if self.training and self.timestep_sampler is not None:
+            return self.timestep_sampler(batch_size, self.num_timesteps, self.device)
         return rng.integers(self.num_timesteps, batch_size, Purpose.TIMESTEP, self.device)
 
     def p_losses(self, x_start: Tensor, *args: Any, **kwargs: Any) -> Losses:
@@ -165,16 +204,13 @@ class DDPM(TrainedModule, PublishedDDPM):
         t: Tensor,
         noise: Tensor | None = None,
         sample_weight: Tensor | None = None,
+        mask: Tensor | None = None,
     ) -> Losses:
         """Return the loss of x_start (B, C, H, W) at t (B,) and its logs (DDPM eq. 12 and 14, LDM eq. 2 and 3).
 
-        sample_weight: factors (B,) of the samples' errors.
+        sample_weight: factors (B,) of the samples' errors. mask: weights of positions, see `denoising_errors`.
         """
-        noise = rng.normal_like(x_start, Purpose.NOISE) if noise is None else noise
-        x_noisy = self.q_sample(x_start, t, noise)  # (B, C, H, W)
-        out = self.apply_model(x_noisy, t, cond)  # (B, C, H, W)
-        target = self.training_target(x_start, noise, t)
-        errors = self.get_loss(out, target, mean=False).mean(dim=(1, 2, 3))  # (B,)
+        errors = self.denoising_errors(x_start, cond, t, noise, mask)
         errors = errors if sample_weight is None else errors * sample_weight
         loss, logs = self.loss_weighting(errors, t, self)
         prefix = "train" if self.training else "val"
@@ -183,13 +219,40 @@ class DDPM(TrainedModule, PublishedDDPM):
             logs["logvar"] = self.logvar.detach().mean()
         return loss, logs
 
+    def denoising_errors(
+        self,
+        x_start: Tensor,
+        cond: Conditioning,
+        t: Tensor,
+        noise: Tensor | None = None,
+        mask: Tensor | None = None,
+    ) -> Tensor:
+        """Return the mean errors (B,) of the network's output for x_start (B, C, H, W) at t (B,).
+
+        mask: (B, 1, H', W'), weights of the mean, see `loss_mask_key`.
+        """
+        seen = noise
+        if noise is None and self.training and self.training_noise is not None:
+            noise, seen = self.training_noise(x_start)
+        elif noise is None:
+            noise = seen = rng.normal_like(x_start, Purpose.NOISE)
+        x_noisy = self.q_sample(x_start, t, seen)  # (B, C, H, W)
+        out = self.apply_model(x_noisy, t, cond)  # (B, C, H, W)
+        errors = self.get_loss(out, self.training_target(x_start, noise, t), mean=False)  # (B, C, H, W)
+        return errors.mean(dim=(1, 2, 3)) if mask is None else masked_mean(errors, mask)
+
     def apply_model(self, x_noisy: Tensor, t: Tensor, cond: Conditioning = None) -> Tensor:
         """Return the network output at x_noisy (B, C, H, W) and t (B,), under a condition in any published form."""
         return self.model(x_noisy, t, **normalize_condition(cond, self.model.conditioning_key))
 
     def get_loss(self, pred: Tensor, target: Tensor, mean: bool = True) -> Tensor:
         """Return the loss of `loss_type`, averaged or (B, C, H, W)."""
-        return LOSSES[self.loss_type](pred, target, reduction="mean" if mean else "none")
+        if self.loss_type == "pseudo_huber":
+            square, c = (pred - target).square(), self.huber_c
+            losses = 2.0 * c * square / ((square + c**2).sqrt() + c)  # 2c (sqrt(d^2 + c^2) - c) without cancellation
+            return losses.mean() if mean else losses
+        loss = nn.functional.l1_loss if self.loss_type == "l1" else nn.functional.mse_loss
+        return loss(pred, target, reduction="mean" if mean else "none")
 
     # ---------------------------------------------------------------------------------------------------- validation
 
@@ -287,6 +350,12 @@ class LatentDiffusion(AdapterTraining, ConditionStage, PublishedLatentDiffusion,
         if self.shorten_cond_schedule:
             self.make_cond_schedule()
         if adapters is not None or token_embeddings is not None:
+            if any(True for _ in self.loss_weighting.parameters()):
+                name = type(self.loss_weighting).__name__
+                raise ValueError(
+                    f"loss_weighting_config: {name} has parameters of its own, and adapters train on a frozen base; "
+                    "choose a weighting without"
+                )
             self.freeze_base()
         if token_embeddings is not None:
             self.add_tokens(token_embeddings)
@@ -322,11 +391,8 @@ class LatentDiffusion(AdapterTraining, ConditionStage, PublishedLatentDiffusion,
     # ------------------------------------------------------------------------------------------------- training step
 
     def shared_step(self, batch: Mapping[str, Any], **kwargs: Any) -> Losses:
-        """As in the base class; `loss_weight` of a batch (B,), if it has any, are factors of its samples' errors."""
         z, c = self.get_input(batch, self.first_stage_key)
-        if "loss_weight" in batch:
-            kwargs["sample_weight"] = batch["loss_weight"].to(self.device)
-        return self(z, c, **kwargs)
+        return self(z, c, **{**kwargs, **self.loss_options(batch)})
 
     def get_input(
         self,
@@ -403,9 +469,10 @@ class LatentDiffusion(AdapterTraining, ConditionStage, PublishedLatentDiffusion,
         t: Tensor,
         noise: Tensor | None = None,
         sample_weight: Tensor | None = None,
+        mask: Tensor | None = None,
     ) -> Losses:
         """Return the loss of latents x_start (B, c, h, w) at t (B,), see `denoising_loss`."""
-        return self.denoising_loss(x_start, cond, t, noise, sample_weight)
+        return self.denoising_loss(x_start, cond, t, noise, sample_weight, mask)
 
     # ------------------------------------------------------------------------------------------- weights, first stage
 
@@ -487,6 +554,18 @@ class LatentDiffusion(AdapterTraining, ConditionStage, PublishedLatentDiffusion,
     def further_images(self, batch: Mapping[str, Any], inputs: Tensor, cond: Any) -> dict[str, Tensor]:
         """Return what a subclass adds to the image log of `inputs` (B, C, H, W) under their encoded condition."""
         return {}
+
+
+def masked_mean(errors: Tensor, mask: Tensor) -> Tensor:
+    """Return the means (B,) of errors (B, C, h, w) weighted by a mask (B, 1, H, W), averaged down to h x w.
+
+    Mask values below 0 count as 0. The mean of a sample without a positive value is 0, without a gradient.
+    """
+    if mask.shape[1] != 1:
+        raise ValueError(f"loss_mask_key: expected masks of one channel, got {mask.shape[1]}")
+    weights = nn.functional.adaptive_avg_pool2d(mask.clamp(min=0.0), (errors.shape[2], errors.shape[3]))  # (B, 1, h, w)
+    total = errors.shape[1] * weights.sum(dim=(1, 2, 3))
+    return (errors * weights).sum(dim=(1, 2, 3)) / total.clamp(min=torch.finfo(total.dtype).tiny)
 
 
 def require_weights(module: Any, name: str, advice: str) -> None:

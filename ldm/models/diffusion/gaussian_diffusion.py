@@ -38,6 +38,8 @@ class GaussianDiffusion(nn.Module):
     betas: Tensor
     alphas_cumprod: Tensor
     alphas_cumprod_prev: Tensor
+    posterior_variance: Tensor
+    posterior_mean_coef1: Tensor
     lvlb_weights: Tensor
     logvar: Tensor  # (T,) log-variance of the network's error, see loss_weighting
 

@@ -261,7 +261,7 @@ def test_the_ancestral_sampler_takes_the_first_conditions_and_refuses_too_few(mo
     "changes, message",
     [
         ({"parameterization": "score"}, "choose one of eps, x0, v"),
-        ({"loss_type": "l3"}, "choose one of l1, l2"),
+        ({"loss_type": "l3"}, "expected one of l1, l2, pseudo_huber"),
         ({"cond_dropout": 1.5}, r"cond_dropout 1.5: expected a number in \[0, 1\)"),
         ({"scale_by_std": True}, "scale_by_std measures it"),
         ({"beta_schedule": "exponential"}, "choose one of linear"),
@@ -272,3 +272,82 @@ def test_the_ancestral_sampler_takes_the_first_conditions_and_refuses_too_few(mo
 def test_wrong_settings_are_refused(changes, message):
     with pytest.raises(ValueError, match=message):
         latent_diffusion("crossattn", ATTEND, CAPTIONS, **changes)
+
+
+# -------------------------------------------------------------------------------------------- loss types, masked loss
+
+
+@pytest.mark.parametrize("c", [0.001, 0.1, 30.0])
+def test_pseudo_huber_has_its_closed_form_between_l1_and_l2(c):
+    model = pixel_model(loss_type="pseudo_huber", huber_c=c)
+    pred, target = randn(1, 2, 3, 4, 4), randn(2, 2, 3, 4, 4)
+    d = (pred - target).double()
+    found = model.get_loss(pred, target, mean=False)
+    torch.testing.assert_close(found.double(), 2 * c * ((d**2 + c**2).sqrt() - c), rtol=1e-4, atol=1e-7)
+    assert torch.equal(model.get_loss(pred, target), found.mean())
+    if c > 1:
+        torch.testing.assert_close(found.double(), d**2, rtol=0.02, atol=0)
+    if c < 0.01:
+        torch.testing.assert_close(found.double(), 2 * c * d.abs(), rtol=0.02, atol=2 * c**2)
+
+
+def test_huber_c_of_another_loss_is_refused():
+    with pytest.raises(ValueError, match=r"huber_c 0.2: loss_type l1 does not use it"):
+        pixel_model(loss_type="l1", huber_c=0.2)
+
+
+def test_a_masked_loss_is_the_mean_over_the_mask_averaged_to_the_latents_size():
+    errors = randn(3, 2, 4, 8, 8).square()
+    mask = torch.zeros(2, 1, 32, 32)
+    mask[0, :, :16] = 1.0  # the upper half
+    mask[1, :, :4, :2] = 0.5  # a quarter of the first cell
+    found = ddpm.masked_mean(errors, mask)
+    torch.testing.assert_close(found, torch.stack([errors[0, :, :4].mean(), errors[1, :, 0, 0].mean()]))
+    torch.testing.assert_close(ddpm.masked_mean(errors, torch.ones(2, 1, 32, 32)), errors.mean(dim=(1, 2, 3)))
+    torch.testing.assert_close(ddpm.masked_mean(errors, 2 * mask - 1), ddpm.masked_mean(errors, (mask > 0.5).float()))
+
+
+def test_a_mask_of_zeros_gives_no_loss_and_no_gradient():
+    errors = randn(3, 2, 4, 8, 8).square().requires_grad_()
+    mask = torch.stack([torch.zeros(1, 16, 16), torch.ones(1, 16, 16)])
+    loss = ddpm.masked_mean(errors, mask)
+    loss.sum().backward()
+    assert loss[0] == 0 and (errors.grad[0] == 0).all() and (errors.grad[1] > 0).all()
+
+
+def test_masks_of_the_batch_are_weights_of_the_loss():
+    model, samples = latent_diffusion("crossattn", ATTEND, CLASSES, loss_mask_key="loss_mask", **CLASS), batch()
+    plain = latent_diffusion("crossattn", ATTEND, CLASSES, **CLASS)
+    losses = []
+    for each, mask in ((plain, None), (model, 0.3), (model, 0.0)):
+        torch.manual_seed(4)
+        given = {} if mask is None else {"loss_mask": torch.full((2, 32, 32, 1), mask)}
+        losses.append(each.shared_step({**samples, **given})[0])
+    torch.testing.assert_close(losses[0], losses[1])
+    assert losses[2] == 0
+    with pytest.raises(ValueError, match=r"no 'loss_mask', .* set loss_mask_key"):
+        model.shared_step(samples)
+
+
+def test_a_model_in_pixel_space_takes_weights_and_masks_of_the_batch():
+    model, image = pixel_model(loss_mask_key="mask"), randn(5, 2, 8, 8, 3)
+    half = torch.zeros(2, 8, 8, 1)
+    half[:, :4] = 1.0
+    losses = []
+    for mask, weight in (
+        (half, None),
+        (1 - half, None),
+        (torch.ones_like(half), None),
+        (half, torch.tensor([3.0, 3.0])),
+    ):
+        torch.manual_seed(1)
+        given = {} if weight is None else {"loss_weight": weight}
+        losses.append(model.shared_step({"image": image, "mask": mask, **given})[0])
+    torch.testing.assert_close((losses[0] + losses[1]) / 2, losses[2])
+    torch.testing.assert_close(losses[3], 3 * losses[0])
+
+
+def test_a_learned_weighting_is_refused_for_adapters():
+    weighting = {"target": "ldm.models.diffusion.loss_weighting.LearnedLogVariance"}
+    with pytest.raises(ValueError, match="loss_weighting_config: LearnedLogVariance has parameters"):
+        latent_diffusion("crossattn", ATTEND, CLASSES, loss_weighting_config=weighting, adapters={"rank": 2})
