@@ -10,6 +10,7 @@ EXTRAS = {
     "retrieval": ["faiss-cpu>=1.9"],
     "safety": ["diffusers>=0.36"],
     "quantize": ["torchao>=0.18"],
+    "streams": ["webdataset>=1.0", "fsspec>=2024.6"],
 }
 EXTRAS["test"] = [
     "pytest>=8.0",
@@ -23,6 +24,7 @@ EXTRAS["test"] = [
     *EXTRAS["retrieval"],
     *EXTRAS["safety"],
     *EXTRAS["quantize"],
+    *EXTRAS["streams"],
     "peft>=0.17",  # LoRA files, compared with diffusers'
 ]
 

@@ -152,7 +152,7 @@ def temporary_next_to(path: Path, folder: bool = False) -> Iterator[Path]:
             temporary.mkdir() if folder else temporary.touch(exist_ok=False)
             stack.callback(_delete, temporary)
             with contextlib.suppress(FileNotFoundError):
-                stack.enter_context(_locked(temporary))
+                stack.enter_context(locked(temporary))
             if temporary.exists():  # else another process has swept it before it was locked
                 break
         yield temporary
@@ -206,7 +206,7 @@ def sweep_temporaries(folder: str | os.PathLike) -> int:
             with contextlib.suppress(OSError):  # another process may sweep or finish it at the same time, or hold it
                 if sys.platform == "win32" and time.time() - temporary.stat().st_mtime < _STALE_HOURS * 3600:
                     continue
-                with _locked(temporary, wait=False):
+                with locked(temporary, wait=False):
                     _delete(temporary)
                     swept += 1
     if swept:
@@ -215,7 +215,7 @@ def sweep_temporaries(folder: str | os.PathLike) -> int:
 
 
 @contextlib.contextmanager
-def _locked(path: Path, wait: bool = True) -> Iterator[None]:
+def locked(path: Path, wait: bool = True) -> Iterator[None]:
     """Hold the lock of a file or folder; without `wait`, OSError if another process holds it or there are no locks."""
     if sys.platform == "win32":  # an open file cannot be renamed there
         yield

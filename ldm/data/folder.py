@@ -2,48 +2,30 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import os
-import random
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 from PIL import Image
-from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from ldm.config.types import PathText, PositiveInt, Probability
+from ldm.config.types import PathText
 from ldm.data.base import DataConfigError, check_choice
 from ldm.data.captions import (
     COLUMNS,
     SIDECAR,
     TABLES,
-    CaptionPolicy,
-    PromptTemplates,
     Row,
     read_sidecar,
     read_table,
     usual_table,
 )
-from ldm.data.image import (
-    EXTENSIONS,
-    MAX_PIXELS,
-    RESAMPLING,
-    BadImageError,
-    Size,
-    View,
-    cover,
-    crop_box,
-    height_and_width,
-    load_image,
-    to_array,
-)
+from ldm.data.image import EXTENSIONS, BadImageError, Size, load_image
+from ldm.data.image_dataset import ImageDataset, digest
 from ldm.data.listing import FileNames, existing_folder, read_list, scan
 from ldm.data.order import usable_cpus
 from ldm.data.splits import (
@@ -62,8 +44,6 @@ from ldm.paths import expand_user
 
 logger = logging.getLogger(__name__)
 
-_REPLACEMENTS = 20  # images that are tried in the place of one that became unusable
-
 
 class Item(NamedTuple):
     """An image: its path below the root, and its captions (none if the dataset has none)."""
@@ -72,28 +52,18 @@ class Item(NamedTuple):
     captions: tuple[str, ...] = ()
 
 
-class ImageFolder(Dataset):
-    """Images below a folder, at any depth, sorted by name.
+class ImageFolder(ImageDataset):
+    """Images below a folder, at any depth, sorted by name; sizes, crops, captions and errors as in ImageDataset.
 
-    An item holds `image` float32 (H, W, 3) in [-1, 1] and `file_path_`; with captions also `caption`, repeated as
-    `txt`; with class labels also `class_label` (int64 in a batch) and `human_label`.
+    With class labels an item also holds `class_label` (int64 in a batch) and `human_label`.
 
     root: the folder. files: a text file that lists the images, one path below root on each line, instead of a split.
-    size: images are scaled, keeping their proportions, to cover this (a side, or [height, width]); None keeps images
-    that cover crop_size at their own size. crop_size: the size of the crop (None means `size`), central or, with
-    random_crop, at a random position.
-    flip_p: probability of a horizontal flip. interpolation: bicubic, lanczos, bilinear, box or nearest; antialiased
-    when shrinking.
 
     captions: None; "sidecar" (cat.txt next to cat.jpg, one caption per line); or a .csv, .tsv or .jsonl table, which
     then also selects the images (paths relative to root, or to the folder of the split; a column `split` with the names
     of splits selects too). image_column, caption_column: its columns; None takes the first match of file_name,
     filename, file, image, image_path, path, and of text, caption, captions, prompt, txt. An image may have several
-    captions (lines, records, a JSON list): each sample takes a random one. caption_encoding: if not UTF-8.
-    missing_caption (blank counts as missing): raise, skip the image, or use an empty caption. long_caption, for more
-    than max_caption_chars: truncate (with one warning), raise or skip.
-    templates: captions such as "a photo of {}", of which each sample takes a random one; {} stands for `subject` or, if
-    that is None, for the caption of the image. subject: the caption of all images if there are no templates.
+    captions (lines, records, a JSON list). caption_encoding: if not UTF-8.
 
     class_labels: number the folders directly below root, or below the folder of the training split, sorted by name.
     classes: another order, as a list of names, as a .txt file with one on each line, or as a folder of class folders.
@@ -103,10 +73,8 @@ class ImageFolder(Dataset):
     validation. None uses all of root, which then has no such sub-folders. No class is made of a folder that is named
     like a split, unless `classes` lists it.
 
-    on_error: raise stops at the first unusable file. skip decodes every image once when the dataset is built, leaves
-    out the unusable ones and logs their number; `skipped` lists the reasons. An image that becomes unusable later is
-    replaced by the next one. min_size: images with a shorter side below this are unusable (1x1 placeholders), and those
-    above max_pixels. image_key, caption_key: names in the batch (Stable Diffusion's YAML uses jpg and txt).
+    on_error: skip decodes every image once when the dataset is built, leaves out the unusable ones and logs their
+    number; `skipped` lists the reasons.
     """
 
     content = "images"  # of the folder, for error messages
@@ -118,43 +86,20 @@ class ImageFolder(Dataset):
         self,
         root: PathText | None = None,
         size: Size | None = 256,
-        crop_size: Size | None = None,
-        random_crop: bool = False,
-        flip_p: Probability = 0.0,
-        interpolation: str = "bicubic",
         files: PathText | None = None,
         captions: PathText | None = None,
         image_column: str | None = None,
         caption_column: str | None = None,
         caption_encoding: str = "utf-8",
-        missing_caption: str = "raise",
-        max_caption_chars: PositiveInt = 4000,
-        long_caption: str = "truncate",
-        templates: Sequence[str] = (),
-        subject: str | None = None,
         class_labels: bool = False,
         classes: PathText | Sequence[str] | None = None,
         split: str | None = None,
         validation_fraction: float = 0.05,
-        on_error: str = "raise",
-        min_size: PositiveInt = 2,
-        max_pixels: PositiveInt = MAX_PIXELS,
-        image_key: str = "image",
-        caption_key: str = "caption",
+        **options: Any,
     ) -> None:
-        check_choice("interpolation", interpolation, RESAMPLING)
-        check_choice("missing_caption", missing_caption, ("raise", "skip", "empty"))
-        check_choice("long_caption", long_caption, ("truncate", "raise", "skip"))
+        self.captioned, self.caption_encoding = captions is not None, caption_encoding
+        super().__init__(size, **options)
         check_choice("split", split, (None, *SPLITS))
-        check_choice("on_error", on_error, ("raise", "skip"))
-        self.size, self.crop_size = _sizes(size, crop_size)
-        self.random_crop, self.flip_p, self.interpolation = random_crop, flip_p, interpolation
-        self.on_error, self.min_size, self.max_pixels = on_error, min_size, max_pixels
-        self.image_key, self.caption_key, self.captioned = image_key, caption_key, captions is not None
-        self.caption_encoding = caption_encoding
-        self.caption_policy = CaptionPolicy(missing_caption, max_caption_chars, long_caption)
-        self.prompts = PromptTemplates(templates, subject, self.captioned)
-        self.skipped: dict[str, str] = {}  # name -> reason
         self.paired: dict[str, str] = {}  # name -> that of its second image, of tables that pair images
 
         self.whole = whole = existing_folder("root", root, self.content)
@@ -188,7 +133,7 @@ class ImageFolder(Dataset):
         if place.shared:
             names = names_of_split(names, split, validation_fraction, class_labels)
         items = [item for name in names if (item := self._item(name, texts)) is not None]
-        self.items = self._readable(items) if on_error == "skip" else items
+        self.items = self._readable(items) if self.on_error == "skip" else items
         numbers = {name: i for i, name in enumerate(self.class_names or ())}
         self.labels = [numbers[class_of(item.name)] for item in self.items] if class_labels else None
         if not self.items:
@@ -203,33 +148,14 @@ class ImageFolder(Dataset):
     def __len__(self) -> int:
         return len(self.items)
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        try:
-            return self._sample(index)
-        except BadImageError as error:
-            if self.on_error == "raise":
-                advice = "repair or remove it, or set on_error to skip"
-                raise BadImageError(error.path, f"{error.reason}; {advice}") from error
-            return self._replacement(index, error)
+    def _load(self, index: int) -> Image.Image:
+        return self._read(self.items[index].name)
 
-    def _replacement(self, index: int, error: BadImageError) -> dict[str, Any]:
-        """Return the next sample that can be read, for an image that became unusable after it was checked."""
-        if error.path not in self.skipped:
-            self.skipped[error.path] = error.reason or str(error)
-            logger.warning("%s; the next image takes its place (%d skipped)", error, len(self.skipped))
-        for step in range(1, min(len(self), _REPLACEMENTS + 1)):
-            with suppress(BadImageError):
-                return self._sample((index + step) % len(self))
-        tried = f"nor can the {min(len(self) - 1, _REPLACEMENTS)} images after it be read"
-        raise BadImageError(error.path, f"{error.reason}; {tried}: is {self.root} still there?") from error
+    def _captions(self, index: int) -> Sequence[str]:
+        return self.items[index].captions
 
     def _sample(self, index: int) -> dict[str, Any]:
-        name, captions = self.items[index]
-        sample = {**self._values(self._read(name), index), "file_path_": str(self.root / name)}
-        if self.captioned or self.prompts:
-            caption = random.choice(captions) if len(captions) > 1 else "".join(captions)
-            caption = self.prompts(caption)
-            sample |= {"caption": caption, "txt": caption, self.caption_key: caption}
+        sample = super()._sample(index)
         if self.labels is not None and self.class_names is not None:
             sample |= {"class_label": self.labels[index], "human_label": self.class_names[self.labels[index]]}
         return sample
@@ -241,7 +167,7 @@ class ImageFolder(Dataset):
         labels += [self.prompts.templates, self.prompts.subject] if self.prompts else []
         if pairs := self._pairs():
             labels.append(pairs)
-        return {"files": _digest([item.name for item in self.items]), "labels": _digest(labels)}
+        return {"files": digest([item.name for item in self.items]), "labels": digest(labels)}
 
     def _pairs(self) -> list[str]:
         """Return the names of the files that belong to the images, in their order; empty if there are none."""
@@ -254,26 +180,12 @@ class ImageFolder(Dataset):
     def _read(self, name: str) -> Image.Image:
         path = self.root / name
         image = load_image(path, self.max_pixels)
-        if min(image.size) < self.min_size:
-            raise BadImageError(path, f"{image.width}x{image.height} pixels, below min_size {self.min_size}")
+        self._check_size(path, *image.size)
         return image
 
     def _check(self, name: str) -> None:
         """Raise BadImageError if the image is unusable."""
         self._read(name)
-
-    def _values(self, image: Image.Image, index: int) -> dict[str, Any]:
-        """Return the entries of a sample that come from its image; subclasses override this."""
-        return {self.image_key: to_array(self._view(image).apply(image, self.interpolation))}
-
-    def _view(self, image: Image.Image) -> View:
-        """Return the scaling, crop and flip of a sample, random as configured."""
-        target = self.size
-        if target is None and (image.height < self.crop_size[0] or image.width < self.crop_size[1]):
-            target = self.crop_size
-        scaled = cover(image, target) if target is not None else image.size
-        box = crop_box(scaled, self.crop_size, self.random_crop)
-        return View(scaled, box, bool(self.flip_p) and random.random() < self.flip_p)
 
     def _listed(self, files: str) -> dict[str, None]:
         """Return the existing images of a list, each once."""
@@ -447,31 +359,6 @@ class ListedImages(Defaults):
     ) -> None:
         listed = (files or self.defaults["files"]) if split is None else None
         super().__init__(size=size, files=listed, split=split, **options)
-
-
-def _digest(content: object) -> str:
-    return hashlib.blake2b(json.dumps(content).encode(), digest_size=16).hexdigest()
-
-
-def _sizes(size: Size | None, crop_size: Size | None) -> tuple[tuple[int, int] | None, tuple[int, int]]:
-    """Return the (height, width) that an image is scaled to cover, and the (height, width) of the crop."""
-
-    def pair(param: str, value: Size | None) -> tuple[int, int]:
-        try:
-            if value is None:
-                raise ValueError("not set")
-            return height_and_width(value)
-        except (TypeError, ValueError) as error:
-            advice = "set {param} to a positive integer or [height, width]"
-            raise DataConfigError(param, value, "not a size", advice) from error
-
-    if size is None and crop_size is not None:
-        return None, pair("crop_size", crop_size)
-    scaled = pair("size", size)
-    kept = scaled if crop_size is None else pair("crop_size", crop_size)
-    if kept[0] > scaled[0] or kept[1] > scaled[1]:
-        raise DataConfigError("crop_size", crop_size, f"larger than size {size}", f"set {{param}} to at most {size}")
-    return scaled, kept
 
 
 def _table(captions: str | None, folders: Sequence[Path]) -> Path | None:

@@ -16,6 +16,7 @@
 
 from __future__ import annotations
 
+import io
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -36,6 +37,7 @@ MAX_PIXELS = 178_956_970  # 0.5 GiB as RGB; PIL itself refuses more
 MAX_STRETCH = 1.02  # of the sides' ratio, between two images that belong together
 WHITE = (255, 255, 255)
 _PHOTOMETRIC = 262  # TIFF tag; 0 means WhiteIsZero
+_ORIENTATION, _QUARTER_TURNS = 274, (5, 6, 7, 8)  # EXIF tag; its values that swap width and height
 RESAMPLING = {name: Image.Resampling[name.upper()] for name in ("nearest", "box", "bilinear", "bicubic", "lanczos")}
 Size = int | tuple[int, int]  # the side of a square, or (height, width)
 PathType = str | PathLike[str]
@@ -68,15 +70,29 @@ class BadImageError(ValueError):
         return type(self), (self.path, self.reason)
 
 
-def load_image(path: PathType, max_pixels: int = MAX_PIXELS, background: tuple[int, int, int] = WHITE) -> Image.Image:
+def load_image(
+    path: PathType,
+    max_pixels: int = MAX_PIXELS,
+    background: tuple[int, int, int] = WHITE,
+    content: bytes | None = None,
+) -> Image.Image:
     """Load an image as 8-bit RGB, upright and opaque (see the table above).
 
+    content: the bytes of the file, where `path` only names it (a member of an archive).
     Raises BadImageError with the path for a file that is missing, empty, truncated, not an image, or larger than
     `max_pixels`.
     """
-    with _opened(path, max_pixels) as image:
+    with _opened(path, max_pixels, content) as image:
         loaded = to_rgb(_decoded(image), background)
     return loaded
+
+
+def image_size(path: PathType, content: bytes | None = None) -> tuple[int, int]:
+    """Return (width, height) of an upright image from its header, without decoding it; errors as in `load_image`."""
+    with _opened(path, MAX_PIXELS, content) as image:
+        in_header = "exif" in image.info or image.format == "TIFF"  # for others, Pillow would decode the image
+        turned = in_header and image.getexif().get(_ORIENTATION, 1) in _QUARTER_TURNS
+        return (image.height, image.width) if turned else (image.width, image.height)
 
 
 def load_like(path: PathType, image: Image.Image, max_pixels: int = MAX_PIXELS) -> Image.Image:
@@ -199,11 +215,11 @@ def height_and_width(size: Size) -> tuple[int, int]:
 
 
 @contextmanager
-def _opened(path: PathType, max_pixels: int) -> Iterator[Image.Image]:
+def _opened(path: PathType, max_pixels: int, content: bytes | None = None) -> Iterator[Image.Image]:
     """Open an image without decoding it; any error inside the block becomes a BadImageError with the path."""
     try:
         # An open file, not its name: PIL 13.0 memory-maps uncompressed TIFFs by name and misrotates orientations 5..8.
-        with Path(path).open("rb") as file, Image.open(file) as image:
+        with Path(path).open("rb") if content is None else io.BytesIO(content) as file, Image.open(file) as image:
             size, pixels = f"{image.width}x{image.height}", image.width * image.height
             if pixels > max_pixels:
                 raise BadImageError(path, f"{size} is {pixels:,} pixels, more than max_pixels {max_pixels:,}")
@@ -211,7 +227,7 @@ def _opened(path: PathType, max_pixels: int) -> Iterator[Image.Image]:
     except (BadImageError, MemoryError):
         raise
     except Exception as error:  # PIL's decoders share no base class of errors: a broken file can raise nearly anything
-        raise BadImageError(path, _why_broken(Path(path), error)) from error
+        raise BadImageError(path, _why_broken(Path(path), error, content)) from error
 
 
 def _decoded(image: Image.Image) -> Image.Image:
@@ -269,17 +285,19 @@ def _grey_from_floats(image: Image.Image) -> np.ndarray:
     return np.clip(np.rint(values * scale), 0, 255).astype(np.uint8)
 
 
-def _why_broken(path: Path, error: Exception) -> str:
+def _why_broken(path: Path, error: Exception, content: bytes | None) -> str:
     if isinstance(error, FileNotFoundError):
         return "no such file"
-    if path.is_dir():
+    if content is None and path.is_dir():
         return "a folder, not a file"
     if isinstance(error, Image.DecompressionBombError):
         return f"too many pixels (a decompression bomb?): {error}"
     if not isinstance(error, UnidentifiedImageError):
         return f"cannot be decoded ({str(error) or type(error).__name__})"
-    with path.open("rb") as file:
-        head = file.read(512).lstrip(b"\xef\xbb\xbf \t\r\n").lower()
+    if content is None:
+        with path.open("rb") as file:
+            content = file.read(512)
+    head = content[:512].lstrip(b"\xef\xbb\xbf \t\r\n").lower()
     if not head:
         return "empty file"
     if head.startswith((b"<!doctype html", b"<html", b"<head", b"<body")):

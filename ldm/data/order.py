@@ -48,6 +48,21 @@ def epoch_order(length: int, seed: int, epoch: int, shuffle: bool) -> np.ndarray
     return np.random.RandomState([key & 0xFFFFFFFF, key >> 32]).permutation(length)
 
 
+def order_of(dataset: Any, seed: int, epoch: int, batch: int, shuffle: bool) -> np.ndarray:
+    """Return the indices of a dataset in the order of the epoch -> (len(dataset),) int64.
+
+    That of its method `order(seed, epoch, batch, shuffle)` if it has one, which returns len(dataset) different indices;
+    else `epoch_order`. batch: number of samples in a batch of all ranks.
+    """
+    if not hasattr(dataset, "order"):
+        return epoch_order(len(dataset), seed, epoch, shuffle)
+    order = dataset.order(seed, epoch, batch, shuffle)
+    if len(order) != len(dataset):
+        problem = f"{type(dataset).__name__}.order has {len(order)} indices for {len(dataset)} samples"
+        raise ValueError(f"{problem}; it must name each sample of the epoch once")
+    return order
+
+
 class EpochSampler(DistributedSampler):
     """(epoch, index) pairs of one rank in the order of the epoch, starting from a position.
 
@@ -55,9 +70,7 @@ class EpochSampler(DistributedSampler):
     their number. All ranks get equally many batches: one that would have no sample of the last slice gets the first
     index of the order, which `slice_at` does not count. Lightning does not replace a DistributedSampler.
 
-    A dataset may have an order of its own (shards kept together, batches of one size), by a method
-    `order(seed, epoch, batch, shuffle)` that returns len(dataset) different indices; `batch` is the number of samples in
-    a batch of all ranks. The others have `epoch_order`.
+    A dataset may have an order of its own (shards kept together, batches of one size), see `order_of`.
 
     position: called when a pass begins; without one, a pass is the whole epoch given by `set_epoch`.
     """
@@ -74,7 +87,6 @@ class EpochSampler(DistributedSampler):
     ) -> None:
         super().__init__(dataset, num_replicas=world_size, rank=rank, shuffle=shuffle, seed=seed)
         self.length, self.batch_size, self.position = len(dataset), batch_size, position
-        self._own_order = getattr(dataset, "order", None)
         self._order = -1, np.arange(0)  # an epoch and its order
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
@@ -87,19 +99,12 @@ class EpochSampler(DistributedSampler):
         """Return the batch of this rank at a position."""
         epoch, start = position
         if self._order[0] != epoch:
-            self._order = epoch, self._order_of(epoch)
+            step = self.batch_size * self.num_replicas
+            self._order = epoch, order_of(self.dataset, self.seed, epoch, step, self.shuffle)
         order = self._order[1]
         together = order[start : start + self.batch_size * self.num_replicas]
         own = together[self.rank :: self.num_replicas].tolist()
         return Slice(own or [int(order[0])], len(own), len(together))
-
-    def _order_of(self, epoch: int) -> np.ndarray:
-        if self._own_order is None:
-            return epoch_order(self.length, self.seed, epoch, self.shuffle)
-        order = self._own_order(self.seed, epoch, self.batch_size * self.num_replicas, self.shuffle)
-        if len(order) != self.length:
-            raise ValueError(f"{type(self.dataset).__name__}.order has {len(order)} indices for {self.length} samples")
-        return order
 
     def __len__(self) -> int:
         return self.num_samples  # of a whole epoch, resumed or not: Lightning counts batches against it

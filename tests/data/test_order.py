@@ -97,7 +97,7 @@ def test_a_dataset_may_have_an_order_of_its_own():
 def test_an_order_of_another_length_is_refused():
     dataset = Backwards()
     dataset.order = lambda *_: np.arange(9)
-    with pytest.raises(ValueError, match="Backwards.order has 9 indices for 10 samples"):
+    with pytest.raises(ValueError, match=r"Backwards.order has 9 indices for 10 samples"):
         list(EpochSampler(dataset, 2, 7, True))
 
 

@@ -1,0 +1,181 @@
+"""The base of datasets of images, with captions if they have any: scaling, crop, flip, keys, unusable images."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import random
+from abc import abstractmethod
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from torch.utils.data import Dataset
+
+from ldm.config.types import PositiveInt, Probability
+from ldm.data.base import DataConfigError, check_choice
+from ldm.data.captions import CaptionPolicy, PromptTemplates
+from ldm.data.image import (
+    MAX_PIXELS,
+    RESAMPLING,
+    BadImageError,
+    Size,
+    View,
+    cover,
+    crop_box,
+    height_and_width,
+    to_array,
+)
+
+logger = logging.getLogger(__name__)
+
+_REPLACEMENTS = 20  # images that are tried in the place of one that became unusable
+
+
+class ImageDataset(Dataset):
+    """Images that a subclass finds and loads; it sets `captioned` before it calls this constructor.
+
+    An item holds `image` float32 (H, W, 3) in [-1, 1] and `file_path_`; with captions also `caption`, repeated as
+    `txt`.
+
+    size: images are scaled, keeping their proportions, to cover this (a side, or [height, width]); None keeps images
+    that cover crop_size at their own size. crop_size: the size of the crop (None means `size`), central or, with
+    random_crop, at a random position.
+    flip_p: probability of a horizontal flip. interpolation: bicubic, lanczos, bilinear, box or nearest; antialiased
+    when shrinking.
+
+    missing_caption (blank counts as missing): raise, skip the image, or use an empty caption. long_caption, for more
+    than max_caption_chars: truncate (with one warning), raise or skip. An image may have several captions: each sample
+    takes a random one.
+    templates: captions such as "a photo of {}", of which each sample takes a random one; {} stands for `subject` or, if
+    that is None, for the caption of the image. subject: the caption of all images if there are no templates.
+
+    on_error: raise stops at the first unusable file, skip leaves it out. An image that becomes unusable later is
+    replaced by the next one. min_size: images with a shorter side below this are unusable (1x1 placeholders), and those
+    above max_pixels. image_key, caption_key: names in the batch (Stable Diffusion's YAML uses jpg and txt).
+    """
+
+    captioned: bool
+
+    def __init__(
+        self,
+        size: Size | None = 256,
+        crop_size: Size | None = None,
+        random_crop: bool = False,
+        flip_p: Probability = 0.0,
+        interpolation: str = "bicubic",
+        missing_caption: str = "raise",
+        max_caption_chars: PositiveInt = 4000,
+        long_caption: str = "truncate",
+        templates: Sequence[str] = (),
+        subject: str | None = None,
+        on_error: str = "raise",
+        min_size: PositiveInt = 2,
+        max_pixels: PositiveInt = MAX_PIXELS,
+        image_key: str = "image",
+        caption_key: str = "caption",
+    ) -> None:
+        check_choice("interpolation", interpolation, RESAMPLING)
+        check_choice("missing_caption", missing_caption, ("raise", "skip", "empty"))
+        check_choice("long_caption", long_caption, ("truncate", "raise", "skip"))
+        check_choice("on_error", on_error, ("raise", "skip"))
+        self.size, self.crop_size = _sizes(size, crop_size)
+        self.random_crop, self.flip_p, self.interpolation = random_crop, flip_p, interpolation
+        self.on_error, self.min_size, self.max_pixels = on_error, min_size, max_pixels
+        self.image_key, self.caption_key = image_key, caption_key
+        self.caption_policy = CaptionPolicy(missing_caption, max_caption_chars, long_caption)
+        self.prompts = PromptTemplates(templates, subject, self.captioned)
+        self.skipped: dict[str, str] = {}  # name -> reason
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def file_of(self, index: int) -> Path | str:
+        """Return the file of a sample."""
+
+    @abstractmethod
+    def _load(self, index: int) -> Image.Image:
+        """Return an image as 8-bit RGB; BadImageError if it is unusable."""
+
+    @abstractmethod
+    def _captions(self, index: int) -> Sequence[str]:
+        """Return the captions of an image."""
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        try:
+            return self._sample(index)
+        except BadImageError as error:
+            if self.on_error == "raise":
+                advice = "repair or remove it, or set on_error to skip"
+                raise BadImageError(error.path, f"{error.reason}; {advice}") from error
+            return self._replacement(index, error)
+
+    def _replacement(self, index: int, error: BadImageError) -> dict[str, Any]:
+        """Return the next sample that can be read, for an image that became unusable after it was checked."""
+        if error.path not in self.skipped:
+            self.skipped[error.path] = error.reason or str(error)
+            logger.warning("%s; the next image takes its place (%d skipped)", error, len(self.skipped))
+        for step in range(1, min(len(self), _REPLACEMENTS + 1)):
+            with suppress(BadImageError):
+                return self._sample((index + step) % len(self))
+        tried = f"nor can the {min(len(self) - 1, _REPLACEMENTS)} images after it be read"
+        raise BadImageError(
+            error.path, f"{error.reason}; {tried}: is {Path(error.path).parent} still there?"
+        ) from error
+
+    def _sample(self, index: int) -> dict[str, Any]:
+        sample = {**self._values(self._load(index), index), "file_path_": str(self.file_of(index))}
+        if self.captioned or self.prompts:
+            captions = self._captions(index)
+            caption = random.choice(captions) if len(captions) > 1 else "".join(captions)
+            caption = self.prompts(caption)
+            sample |= {"caption": caption, "txt": caption, self.caption_key: caption}
+        return sample
+
+    def _check_size(self, path: str | Path, width: int, height: int) -> None:
+        """Raise BadImageError for an image below min_size."""
+        if min(width, height) < self.min_size:
+            raise BadImageError(path, f"{width}x{height} pixels, below min_size {self.min_size}")
+
+    def _values(self, image: Image.Image, index: int) -> dict[str, Any]:
+        """Return the entries of a sample that come from its image; subclasses override this."""
+        return {self.image_key: to_array(self._view(image).apply(image, self.interpolation))}
+
+    def _view(self, image: Image.Image) -> View:
+        """Return the scaling, crop and flip of a sample, random as configured."""
+        target = self.size
+        if target is None and (image.height < self.crop_size[0] or image.width < self.crop_size[1]):
+            target = self.crop_size
+        scaled = cover(image, target) if target is not None else image.size
+        box = crop_box(scaled, self.crop_size, self.random_crop)
+        return View(scaled, box, bool(self.flip_p) and random.random() < self.flip_p)
+
+
+def digest(content: object) -> str:
+    """Return a hash of anything that JSON can hold, for a dataset's `fingerprint`."""
+    return hashlib.blake2b(json.dumps(content).encode(), digest_size=16).hexdigest()
+
+
+def _sizes(size: Size | None, crop_size: Size | None) -> tuple[tuple[int, int] | None, tuple[int, int]]:
+    """Return the (height, width) that an image is scaled to cover, and the (height, width) of the crop."""
+
+    def pair(param: str, value: Size | None) -> tuple[int, int]:
+        try:
+            if value is None:
+                raise ValueError("not set")
+            return height_and_width(value)
+        except (TypeError, ValueError) as error:
+            advice = "set {param} to a positive integer or [height, width]"
+            raise DataConfigError(param, value, "not a size", advice) from error
+
+    if size is None and crop_size is not None:
+        return None, pair("crop_size", crop_size)
+    scaled = pair("size", size)
+    kept = scaled if crop_size is None else pair("crop_size", crop_size)
+    if kept[0] > scaled[0] or kept[1] > scaled[1]:
+        raise DataConfigError("crop_size", crop_size, f"larger than size {size}", f"set {{param}} to at most {size}")
+    return scaled, kept

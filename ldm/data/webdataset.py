@@ -1,0 +1,305 @@
+"""Images and captions from tar shards, in the layout that img2dataset and the webdataset library write."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+from collections import Counter, OrderedDict
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from ldm.config.instantiate import instantiate_from_config
+from ldm.config.suggest import did_you_mean
+from ldm.config.types import PathText, PositiveFloat, PositiveInt
+from ldm.data.base import DataConfigError, check_choice
+from ldm.data.image import EXTENSIONS, BadImageError, Size, load_image
+from ldm.data.image_dataset import ImageDataset, digest
+from ldm.data.order import ORDER
+from ldm.data.shards import CACHE, Index, ShardError, Store, build_indices, expand, read_captions
+from ldm.rng import mix
+
+logger = logging.getLogger(__name__)
+
+_JSON = "json."  # begins `captions` that are in a field of the JSON
+_MEASURED = ("width", "height", "side", "ratio")  # fields of every image; `side` is the shorter one
+
+
+class _Selected(NamedTuple):
+    """The samples of a shard that are used, n of them."""
+
+    rows: np.ndarray  # int32 (n,), in the index of the shard
+    sizes: np.ndarray  # int32 (n, 2), width and height
+    digest: str  # of their keys and the sizes of their captions
+
+
+class _Open(NamedTuple):
+    """An open shard."""
+
+    file: BinaryIO
+    keys: list[str]
+    images: np.ndarray  # int64 (N, 4), see Index.members
+    captions: np.ndarray
+
+
+class ImageShards(ImageDataset):
+    """Images of tar shards; sizes, crops, captions and errors as in ImageDataset. An item also holds `__key__`.
+
+    shards: .tar files as paths, URLs (https://, s3://, gs://), patterns such as `data/{00000..00039}.tar` and
+    `data/*.tar`, folders, or a list of them. Each gets an index of its samples the first time (ldm.data.shards).
+    captions: the suffix of the text next to each image; `json.FIELD` for a field of its JSON, a text or a list of
+    texts, of which each sample takes a random one; null for none. image: the suffix of the image, if samples hold
+    several.
+
+    filters: {field: [least, most]} of images to use; null for no limit. Fields are the numeric ones of the JSON, such
+    as AESTHETIC_SCORE, and width, height, side (the shorter one) and ratio (width / height) of the image itself.
+    missing_fields: skip images without such a field, keep them, or raise. on_error: skip also leaves out damaged shards
+    and records. The log counts what is left out, by reason.
+
+    lanes: shards that are read at a time, see `order`; with a multiple of the number of ranks, each rank reads shards
+    of its own. cache: folder for copies of remote shards, cache_gb: their size in GB, and for indices that cannot be
+    next to their shards. postprocess: config of a callable that takes and returns each item.
+    """
+
+    def __init__(
+        self,
+        shards: PathText | Sequence[str],
+        size: Size | None = 256,
+        captions: str | None = "txt",
+        image: str | None = None,
+        filters: Mapping[str, Any] | None = None,
+        missing_fields: str = "skip",
+        lanes: PositiveInt = 64,
+        cache: PathText = CACHE,
+        cache_gb: PositiveFloat = 100.0,
+        postprocess: Mapping[str, Any] | None = None,
+        **options: Any,
+    ) -> None:
+        self.captioned = captions is not None
+        super().__init__(size, **options)
+        check_choice("missing_fields", missing_fields, ("skip", "keep", "raise"))
+        self.filters = {name: _limits(name, limits) for name, limits in (filters or {}).items()}
+        self.missing_fields, self.lanes = missing_fields, lanes
+        text = captions or ""
+        self._field = text.removeprefix(_JSON) if text.startswith(_JSON) else None
+        self._caption_suffix = "json" if self._field is not None else text
+        self._image_suffixes = [image] if image is not None else sorted(each[1:] for each in EXTENSIONS)
+        self.postprocess = None if postprocess is None else instantiate_from_config(postprocess)
+        self.store = Store(cache, cache_gb * 1e9)
+        self.shards = expand(shards)
+        self.left_out: Counter[str] = Counter()  # samples by reason
+        build_indices(self.shards, self.store)
+        selected = self._select_all()
+        self._rows = [each.rows for each in selected]
+        self._starts = np.cumsum([0, *(len(rows) for rows in self._rows)])
+        self.sizes = np.concatenate([each.sizes for each in selected])  # int32 (N, 2), width and height
+        self._digests = [each.digest for each in selected]
+        self._open: OrderedDict[int, _Open] = OrderedDict()
+        self._process = os.getpid()
+        counts = ", ".join(f"{count:,} {reason}" for reason, count in self.left_out.most_common())
+        total = len(self) + self.left_out.total()
+        kept = f"{len(self):,} of {total:,} images" + (f", left out: {counts}" if counts else "")
+        if not len(self):
+            advice = "set {param} to shards with images, or filters and captions to what they hold"
+            raise DataConfigError("shards", shards, f"none of {total:,} images can be used ({counts})", advice)
+        logger.info("%d shards: %s", len(self.shards), kept)
+        if self.skipped:
+            first = "; ".join(f"{what}: {reason}" for what, reason in list(self.skipped.items())[:3])
+            logger.warning("skipped %d damaged shards or records (first: %s)", len(self.skipped), first)
+
+    @classmethod
+    def prepare_data(cls, shards: str | Sequence[str], cache: str = CACHE, cache_gb: float = 100.0, **_: Any) -> None:
+        """Build the missing indices, once on each machine."""
+        build_indices(expand(shards), Store(cache, cache_gb * 1e9))
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def order(self, seed: int, epoch: int, batch: int, shuffle: bool) -> np.ndarray:
+        """Return the indices of an epoch -> (N,) int64: one from each lane in turn.
+
+        All shards in a random order, the samples of each permuted, are cut into lanes of equal length, which are read
+        side by side. Rank r of w takes every w-th index from r on: if w divides the number of lanes, these are lanes
+        of its own, and only a shard that is cut is read by two ranks.
+        """
+        if not shuffle:
+            return np.arange(len(self))
+        key = mix(seed, ORDER, epoch)
+        random = np.random.RandomState([key & 0xFFFFFFFF, key >> 32])  # its stream never changes, see `epoch_order`
+        shards = random.permutation(len(self.shards))
+        samples = [self._starts[shard] + random.permutation(len(self._rows[shard])) for shard in shards]
+        lanes = min(self.lanes, len(self.shards))
+        padding = np.full(-len(self) % lanes, -1)
+        order = np.concatenate([*samples, padding]).reshape(lanes, -1).T.ravel()
+        return order[order >= 0]
+
+    @cached_property
+    def fingerprint(self) -> dict[str, int | str]:
+        """Hashes of the shards' names and the keys of their samples, and of how they are captioned."""
+        names = [Path(shard).name for shard in self.shards]
+        labels = [self._caption_suffix, self._field, self.prompts.templates, self.prompts.subject]
+        return {"files": digest([names, self._digests]), "labels": digest(labels)}
+
+    def file_of(self, index: int) -> str:
+        """Return the shard of a sample and its key: data/00003.tar/000030017."""
+        shard, row = self._place(index)
+        return f"{self.shards[shard]}/{self._opened(shard).keys[row]}"
+
+    def _sample(self, index: int) -> dict[str, Any]:
+        shard, row = self._place(index)
+        sample = {**super()._sample(index), "__key__": self._opened(shard).keys[row]}
+        return sample if self.postprocess is None else self.postprocess(sample)
+
+    def _load(self, index: int) -> Image.Image:
+        shard, row = self._place(index)
+        content = self._read(shard, self._opened(shard).images[row])
+        image = load_image(self.file_of(index), self.max_pixels, content=content)
+        self._check_size(self.file_of(index), *image.size)
+        return image
+
+    def _captions(self, index: int) -> Sequence[str]:
+        shard, row = self._place(index)
+        place = self._opened(shard).captions[row]
+        found = read_captions(self._read(shard, place), self._field) if place[1] >= 0 else []
+        return self.caption_policy.apply(self.file_of(index), found, "it was blanked after its shard was indexed")[0]
+
+    def _place(self, index: int) -> tuple[int, int]:
+        """Return the number of a sample's shard, and its row there."""
+        shard = int(np.searchsorted(self._starts, index, "right")) - 1
+        return shard, int(self._rows[shard][index - self._starts[shard]])
+
+    def _read(self, shard: int, place: np.ndarray) -> bytes:
+        offset, size = map(int, place[:2])
+        file = self._opened(shard).file
+        file.seek(offset)
+        return file.read(size)
+
+    def _opened(self, shard: int) -> _Open:
+        if self._process != os.getpid():  # a forked data worker shares the positions in the files of its parent
+            self._open, self._process = OrderedDict(), os.getpid()
+        if shard in self._open:
+            self._open.move_to_end(shard)
+            return self._open[shard]
+        while len(self._open) >= self.lanes:
+            self._open.popitem(last=False)[1].file.close()
+        name = self.shards[shard]
+        try:
+            index = self.store.index(name)
+            file = self.store.path(name).open("rb")
+        except (OSError, ShardError) as error:
+            raise BadImageError(name, str(error)) from error
+        if os.fstat(file.fileno()).st_size != index.size:
+            raise BadImageError(name, f"has another size than its index, {index.size:,} bytes: delete the index")
+        captions = index.member([self._caption_suffix])
+        self._open[shard] = _Open(file, index.keys, index.member(self._image_suffixes), captions)
+        return self._open[shard]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_open": OrderedDict()}  # open files cannot be pickled
+
+    # ------------------------------------------------------------------------------------------------- which samples
+
+    def _select_all(self) -> list[_Selected]:
+        selected, known = [], set(_MEASURED)
+        for shard in tqdm(self.shards, "selecting images", leave=False, delay=3, disable=None):
+            try:
+                index = self.store.index(shard)
+            except ShardError as error:
+                self._unusable(shard, str(error).removeprefix(f"{shard}: "))
+                index = Index([], {}, {}, {}, {}, "", 0)
+            known |= index.numbers.keys()
+            selected.append(self._select(shard, index))
+        for name in self.filters:
+            if name not in known:
+                problem = f"no image has this field{did_you_mean(name, known)}"
+                raise DataConfigError("filters", name, problem, "set {param} to fields that the shards have")
+        return selected
+
+    def _select(self, shard: str, index: Index) -> _Selected:
+        """Return the samples of a shard that can be used; count the others by reason."""
+        images = index.member(self._image_suffixes)
+        width, height = images[:, 2], images[:, 3]
+        kept = np.ones(len(index.keys), bool)
+
+        def leave_out(which: np.ndarray, reason: str) -> None:
+            self.left_out[reason] += int((kept & which).sum())
+            kept[which] = False
+
+        if index.damage:
+            self._unusable(shard, index.damage)
+        for row, reason in index.problems.items():
+            self._unusable(f"{shard}/{index.keys[row]}", reason)
+        for reason in dict.fromkeys(index.problems.values()):
+            these = [row for row, each in index.problems.items() if each == reason]
+            leave_out(np.isin(np.arange(len(kept)), these), f"damaged ({reason})")
+        without = images[:, 1] < 0
+        if self.on_error == "raise" and without.any():
+            self._unusable(f"{shard}/{index.keys[int(without.argmax())]}", f"has no .{self._image_suffixes[0]}")
+        leave_out(without, "without an image")
+        leave_out(width * height > self.max_pixels, f"above {self.max_pixels:,} pixels")
+        side = np.minimum(width, height)
+        leave_out(side < self.min_size, f"with a side below min_size {self.min_size}")
+        ratio = width / np.maximum(height, 1)
+        measured = {"width": width, "height": height, "side": side, "ratio": ratio}
+        for name, (least, most) in self.filters.items():
+            values = measured.get(name, index.numbers.get(name, np.full(len(kept), np.nan)))
+            missing = np.isnan(values)
+            if self.missing_fields == "raise" and (kept & missing).any():
+                problem = f"{shard}/{index.keys[int((kept & missing).argmax())]} has no field {name!r}"
+                raise DataConfigError("missing_fields", "raise", problem, "set {param} to skip or keep")
+            if self.missing_fields == "skip":
+                leave_out(missing, f"without {name}")
+            leave_out(values < least, f"with {name} below {least:g}")
+            leave_out(values > most, f"with {name} above {most:g}")
+        captions = index.member([self._caption_suffix])
+        if self.captioned:
+            self._select_captions(shard, index, captions, kept, leave_out)
+        rows = np.flatnonzero(kept).astype(np.int32)
+        content = "\n".join(index.keys[row] for row in rows).encode() + captions[rows, 1].tobytes()
+        key = hashlib.blake2b(content, digest_size=16).hexdigest()
+        return _Selected(rows, images[rows, 2:].astype(np.int32), key)
+
+    def _select_captions(
+        self, shard: str, index: Index, captions: np.ndarray, kept: np.ndarray, leave_out: Any
+    ) -> None:
+        """Apply the policies for missing and long captions."""
+        if self._field is None:
+            chars, where = captions[:, 2], f"its .{self._caption_suffix}"
+        else:
+            chars = index.texts.get(self._field, np.zeros(len(kept), np.int32))
+            where = f"the field {self._field!r} of its .json"
+        policy = self.caption_policy
+        missing, long = chars <= 0, chars > policy.max_chars
+        if policy.missing != "empty":
+            for row in np.flatnonzero(kept & missing)[:1]:
+                policy.apply(f"{shard}/{index.keys[row]}", [], f"no text in {where}")  # raises if it is to
+            leave_out(missing, "without a caption")
+        if policy.long != "truncate":
+            for row in np.flatnonzero(kept & long)[:1]:
+                policy.apply(f"{shard}/{index.keys[row]}", ["x" * int(chars[row])], "")
+            leave_out(long, f"with a caption over {policy.max_chars:,} characters")
+
+    def _unusable(self, what: str, reason: str) -> None:
+        if self.on_error == "raise":
+            raise DataConfigError("on_error", "raise", f"{what}: {reason}", "repair it, or set {param} to skip")
+        self.skipped[what] = reason
+
+
+def _limits(name: str, limits: Any) -> tuple[float, float]:
+    """Return (least, most) of a filter."""
+    pair = list(limits) if isinstance(limits, Sequence) and not isinstance(limits, str) else []
+    numbers = all(each is None or (isinstance(each, int | float) and not isinstance(each, bool)) for each in pair)
+    if len(pair) != 2 or not numbers:
+        advice = f"set {{param}}.{name} to [least, most], with null for no limit"
+        raise DataConfigError("filters", {name: limits}, "not two limits", advice)
+    least = -np.inf if pair[0] is None else pair[0]
+    most = np.inf if pair[1] is None else pair[1]
+    if least > most:
+        raise DataConfigError("filters", {name: limits}, "leaves nothing", f"set {{param}}.{name} to [least, most]")
+    return float(least), float(most)
