@@ -1,4 +1,4 @@
-"""Captions, grids and segmentation maps as PIL images, in Pillow's built-in font."""
+"""Captions, grids, plots and segmentation maps as PIL images, in Pillow's built-in font."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import math
 import unicodedata
 from bisect import bisect_right
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageColor, ImageDraw, ImageFont
@@ -86,6 +86,65 @@ def grid(
         if texts:
             _write_rows(draw, texts[k], font, (x, y + height + gap), color, width=width)
     return sheet
+
+
+class Curve(NamedTuple):
+    """Points (x, y) of a line, its label and its color."""
+
+    points: Sequence[tuple[float, float]]
+    label: str
+    color: tuple[int, ...]
+
+
+def plot(
+    curves: Sequence[Curve],
+    title: str,
+    x_label: str,
+    limits: tuple[float, float],
+    size: tuple[int, int] = (560, 400),
+) -> Image.Image:
+    """Return curves as one image of `size` (width, height), with a logarithmic y axis that spans `limits`.
+
+    Points without a positive finite y are left out, and limits without one are 0.1 to 1.
+    """
+    scale = 2  # drawn larger, then reduced: smooth lines
+    width, height = (scale * side for side in size)
+    font, gap = ImageFont.load_default(12 * scale), 8 * scale
+    left, top, right, bottom = 56 * scale, 32 * scale, width - 100 * scale, height - 48 * scale
+    image = Image.new("RGB", (width, height), WHITE)
+    draw = ImageDraw.Draw(image)
+    xs = sorted({x for curve in curves for x, _ in curve.points}) or [0.0]
+    x0, x1 = (xs[0], xs[-1]) if xs[-1] > xs[0] else (xs[0] - 1, xs[0] + 1)
+    ends = [math.log10(y) for y in limits if math.isfinite(y) and y > 0] or [-1.0, 0.0]
+    margin = max(0.05, 0.05 * (ends[-1] - ends[0]))
+    y0, y1 = ends[0] - margin, ends[-1] + margin
+
+    def at(x: float, y: float) -> tuple[float, float]:
+        return left + (x - x0) / (x1 - x0) * (right - left), bottom - (y - y0) / (y1 - y0) * (bottom - top)
+
+    steps = range(1, 10) if y1 - y0 < 0.5 else (1, 2, 5) if y1 - y0 < 3 else (1,)
+    ticks = [m * 10.0**k for k in range(math.floor(y0), math.ceil(y1) + 1) for m in steps]
+    for tick in (tick for tick in ticks if y0 <= math.log10(tick) <= y1):
+        _, y = at(x0, math.log10(tick))
+        draw.line((left, y, right, y), fill=FRAME, width=scale)
+        draw.text((left - gap, y), f"{tick:g}", fill=DARK, font=font, anchor="rm")
+    every = -(-len(xs) // 12)
+    for x_value in xs[::every]:
+        x, _ = at(x_value, y0)
+        draw.line((x, bottom, x, bottom + gap / 2), fill=DARK, width=scale)
+        draw.text((x, bottom + gap), f"{x_value:g}", fill=DARK, font=font, anchor="ma")
+    draw.line((left, top, left, bottom, right, bottom), fill=DARK, width=scale)
+    draw.text(((left + right) / 2, height - gap), x_label, fill=DARK, font=font, anchor="mb")
+    draw.text((left, gap), title, fill=DARK, font=font)
+    for number, curve in enumerate(curves):
+        points = [at(x, math.log10(y)) for x, y in curve.points if math.isfinite(y) and y > 0]
+        draw.line(points, fill=curve.color, width=2 * scale, joint="curve")
+        for x, y in points:
+            draw.ellipse((x - 2 * scale, y - 2 * scale, x + 2 * scale, y + 2 * scale), fill=curve.color)
+        y = top + gap + number * 16 * scale
+        draw.line((right + gap, y, right + 3 * gap, y), fill=curve.color, width=3 * scale)
+        draw.text((right + 4 * gap, y), curve.label, fill=DARK, font=font, anchor="lm")
+    return image.resize(size, Image.Resampling.LANCZOS)
 
 
 def to_image(image: ImageLike) -> Image.Image:

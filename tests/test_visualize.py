@@ -1,11 +1,13 @@
 """Laws of captions, grids and label maps."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageFont
 
-from ldm.visualize import _wrap, grid, labels_to_rgb, palette, text_image, to_image
+from ldm.visualize import Curve, _wrap, grid, labels_to_rgb, palette, plot, text_image, to_image
 
 
 def solid(color: int, width: int = 8, height: int = 8) -> Image.Image:
@@ -103,3 +105,17 @@ def test_labels_get_one_color_each_the_same_in_every_map_and_form():
     one_hot = torch.nn.functional.one_hot(labels, 24).permute(0, 3, 1, 2).float()
     assert torch.equal(labels_to_rgb(one_hot), rgb)
     assert torch.equal(labels_to_rgb(labels[:, :1], 24), rgb[:, :, :1])
+
+
+def test_a_plot_has_its_curves_colors_at_the_points_and_survives_values_without_a_logarithm():
+    points = [(-2.0, 0.1), (0.0, 0.3), (2.0, 1.0)]
+    image = np.asarray(plot([Curve(points, "a", (200, 0, 0))], "title", "x", (0.1, 1.0), size=(300, 200)))
+    red = np.argwhere((image[..., 0] > 150) & (image[..., 1] < 60))
+    inside = red[red[:, 1] < 200]  # not the legend
+    rows = [inside[inside[:, 1] == column, 0].mean() for column in (inside[:, 1].min() + 2, inside[:, 1].max() - 2)]
+    assert image.shape == (200, 300, 3) and rows[0] > 130 and rows[1] < 60  # the larger value is higher
+    broken = [(0.0, math.nan), (1.0, 0.0), (2.0, math.inf)]
+    assert plot([Curve(broken, "b", (0, 0, 0)), Curve([], "c", (0, 0, 0))], "title", "x", (math.nan, 0.0)).size == (
+        560,
+        400,
+    )

@@ -18,7 +18,10 @@ from torch import Tensor, nn
 
 from ldm.atomic import save_bytes
 from ldm.callbacks.signals import SignalCallback
+from ldm.config.instantiate import ConfigError
 from ldm.config.types import NonNegativeInt
+from ldm.models.diffusion.ddpm import DDPM
+from ldm.models.diffusion.fixed_samples import FixedSamples
 from ldm.output.images import png_bytes
 from ldm.rng import preserve_rng, samples_set, seed_generators
 from ldm.visualize import grid
@@ -36,6 +39,8 @@ class ImageLogger(pl.Callback):
     log_on_batch_idx: count batches instead of steps. log_first_step: also log step 0.
     clamp: clamp to [-1, 1]. rescale: images are in [-1, 1]; False if they are in [0, 1].
     Validation logs its first batch, at most once in `batch_frequency` steps.
+    fixed_samples: also sample fixed prompts from fixed noise at every validation, see FixedSamples, as a grid with
+    captions, `images/val/fixed_gs-<step>_e-<epoch>.png`.
     Files are `images/<split>/<key>_gs-<step>_e-<epoch>_b-<batch>.png`; steps count from 0.
     """
 
@@ -51,6 +56,7 @@ class ImageLogger(pl.Callback):
         log_first_step: bool = False,
         log_images_kwargs: Mapping[str, Any] | None = None,
         early_factor: Annotated[int, ">= 2"] = 2,
+        fixed_samples: Annotated[Mapping[str, Any], "ldm.models.diffusion.fixed_samples.FixedSamples"] | None = None,
     ) -> None:
         super().__init__()
         if batch_frequency < 1:
@@ -64,7 +70,19 @@ class ImageLogger(pl.Callback):
         self.clamp, self.rescale, self.disabled = clamp, rescale, disabled
         self.log_on_batch_idx, self.log_first_step = log_on_batch_idx, log_first_step
         self.log_images_kwargs = dict(log_images_kwargs or {})
+        self.fixed_samples = None if fixed_samples is None else FixedSamples(**fixed_samples)
         self._seen: dict[str, int] = {}  # split -> the last step that was considered or logged
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        if self.fixed_samples is None:
+            return
+        place = "lightning.callbacks.image_logger.params.fixed_samples"
+        if not isinstance(pl_module, DDPM):
+            raise ConfigError(f"{place}: {type(pl_module).__name__} is no diffusion model; remove the section")
+        try:
+            self.fixed_samples.check(pl_module)
+        except ValueError as error:
+            raise ConfigError(f"{place}.{error}") from error
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if not self.log_on_batch_idx:
@@ -103,6 +121,22 @@ class ImageLogger(pl.Callback):
             self._seen["val"] = step
             self._log(trainer, pl_module, batch, batch_idx, "val", step)
 
+    def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        step = training_step_index(trainer, pl_module)
+        if self.fixed_samples is None or self.disabled or not trainer.is_global_zero:
+            return
+        if trainer.sanity_checking or trainer.state.fn != "fit" or step < 0:
+            return
+        assert isinstance(pl_module, DDPM)
+        with never_stops_training("fixed", step):
+            with _unchanged(pl_module, pl_module.device), _cut_short_by_signals(trainer):
+                seed_generators(SEED)
+                images, captions = self.fixed_samples.sample(pl_module)
+            image = grid([self._grid(each) for each in images], captions, columns=GRID_COLUMNS)
+            name = f"fixed_gs-{step:06}_e-{trainer.current_epoch:06}.png"
+            save_image(trainer, image, name, "val/fixed", step)
+            logger.info("%-11s fixed, step %d: %d samples", "images", step, len(images))
+
     def is_due(self, index: int) -> bool:
         """True if the step (or batch) with this index, counted from 0, is logged."""
         if index < 0 or (index == 0 and not self.log_first_step):
@@ -115,24 +149,15 @@ class ImageLogger(pl.Callback):
         log_images = getattr(pl_module, "log_images", None)
         if self.disabled or not callable(log_images) or self.max_images < 1 or not trainer.is_global_zero:
             return
-        try:
+        with never_stops_training(split, step):
             with _unchanged(pl_module, pl_module.device), _cut_short_by_signals(trainer), torch.no_grad():
                 seed_generators(SEED)
                 images = log_images(batch, split=split, **self.log_images_kwargs)
             grids = {key: self._grid(value) for key, value in images.items()}
-            folder = Path(trainer.default_root_dir) / "images" / split
             for key, image in grids.items():
                 name = f"{key.replace('/', '_')}_gs-{step:06}_e-{trainer.current_epoch:06}_b-{batch_idx:06}.png"
-                save_bytes(folder / name, png_bytes(image))
-                for board in trainer.loggers:
-                    if isinstance(board, TensorBoardLogger):
-                        board.experiment.add_image(f"{split}/{key}", np.asarray(image), step, dataformats="HWC")
-        except Exception as error:
-            reason = f"{type(error).__name__}: {error}"
-            logger.warning("%-11s %s, step %d: failed, training continues: %s", "images", split, step, reason)
-            logger.debug("traceback of the failed image log:", exc_info=True)
-            return
-        logger.info("%-11s %s, step %d: %s", "images", split, step, ", ".join(grids))
+                save_image(trainer, image, name, f"{split}/{key}", step)
+            logger.info("%-11s %s, step %d: %s", "images", split, step, ", ".join(grids))
 
     def _grid(self, images: Tensor) -> Image.Image:
         """Return the first `max_images` of (B, C, H, W), or a finished (C, H, W), as one image on black."""
@@ -145,6 +170,25 @@ class ImageLogger(pl.Callback):
         if images.shape[1] == 2:  # as red and green
             images = torch.cat([images, torch.full_like(images[:, :1], -1.0)], dim=1)
         return grid(list(images[:, :3]), columns=GRID_COLUMNS, background="black")
+
+
+def save_image(trainer: pl.Trainer, image: Image.Image, name: str, tag: str, step: int) -> None:
+    """Save an image as `images/<split>/<name>` of the run and in TensorBoard, under a tag `<split>/...`."""
+    save_bytes(Path(trainer.default_root_dir) / "images" / tag.partition("/")[0] / name, png_bytes(image))
+    for board in trainer.loggers:
+        if isinstance(board, TensorBoardLogger):
+            board.experiment.add_image(tag, np.asarray(image), step, dataformats="HWC")
+
+
+@contextmanager
+def never_stops_training(split: str, step: int) -> Iterator[None]:
+    """Log errors within the block as one line."""
+    try:
+        yield
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}"
+        logger.warning("%-11s %s, step %d: failed, training continues: %s", "images", split, step, reason)
+        logger.debug("traceback of the failed image log:", exc_info=True)
 
 
 def training_step_index(trainer: pl.Trainer, pl_module: pl.LightningModule) -> int:

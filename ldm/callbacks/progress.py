@@ -88,8 +88,9 @@ class ProgressBar(pl.Callback):
         monitor = getattr(pl_module, "monitor", None)
         shown: dict[str, float] = {}
         for name in sorted(values, key=lambda name: (name != monitor, name)):
-            # The loggers have all of them; here a loss that is switched off or another's double says nothing.
-            if name == monitor or (values[name] != 0 and values[name] not in shown.values()):
+            # The loggers have all of them; here a loss that is switched off or another's double says nothing, and those
+            # of each noise level are a plot.
+            if name == monitor or ("_logsnr_" not in name and values[name] != 0 and values[name] not in shown.values()):
                 shown[name] = values[name]
         text = ", ".join(f"{name} {value:.4g}{_unit(name, pl_module)}" for name, value in shown.items())
         seconds = time.monotonic() - self._validation_time

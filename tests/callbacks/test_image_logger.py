@@ -9,7 +9,10 @@ import pytorch_lightning as pl
 import torch
 
 from ldm.callbacks import ImageLogger, StepSeed
+from ldm.config.instantiate import ConfigError
 from tests.callbacks.fit import fit
+from tests.models.diffusion.test_ddpm import pixel_model
+from tests.models.diffusion.test_fixed_samples import UNET
 from tests.reference import randn
 from tests.toys import Toy
 
@@ -126,3 +129,18 @@ def test_clamp_and_rescale_are_the_published_ones():
 def test_an_invalid_frequency_is_refused(frequency):
     with pytest.raises(ValueError, match=f"batch_frequency {frequency}"):
         ImageLogger(frequency, 1)
+
+
+def test_fixed_samples_are_logged_at_every_validation(tmp_path):
+    model = pixel_model(unet_config=UNET, timesteps=5)
+    settings = {"count": 2, "steps": 2}
+    logger = ImageLogger(1000, 2, increase_log_steps=False, fixed_samples=settings, log_images_kwargs={"sample": False})
+    fit(tmp_path, [logger], model, batches=1, max_epochs=2, num_sanity_val_steps=1)
+    names = sorted(path.name for path in (tmp_path / "images" / "val").glob("fixed*"))
+    assert names == ["fixed_gs-000000_e-000000.png", "fixed_gs-000001_e-000001.png"]
+
+
+def test_fixed_samples_of_a_model_that_they_do_not_fit_are_refused(tmp_path):
+    for model, words in ((Toy(), "Toy is no diffusion model"), (pixel_model(unet_config=UNET), "remove them")):
+        with pytest.raises(ConfigError, match=f"lightning.callbacks.image_logger.params.fixed_samples.*{words}"):
+            fit(tmp_path, [ImageLogger(8, 2, fixed_samples={"prompts": ["a cat"]})], model)

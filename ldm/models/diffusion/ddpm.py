@@ -183,6 +183,10 @@ class DDPM(TrainedModule, PublishedDDPM):
         """Return the inputs of `forward` from a batch: images (B, C, H, W)."""
         return self.get_images(batch, k, bs)
 
+    def clean_inputs(self, batch: Mapping[str, Any], bs: int | None = None) -> tuple[Tensor, Conditioning]:
+        """Return what `denoising_errors` takes of the first `bs` samples: (x_start, encoded condition)."""
+        return self.get_input(batch, self.first_stage_key, bs=bs), None
+
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Losses:
         """Return the loss at random timesteps."""
         return self.p_losses(x, self.random_timesteps(x.shape[0]), *args, **kwargs)
@@ -432,6 +436,10 @@ class LatentDiffusion(AdapterTraining, ConditionStage, PublishedLatentDiffusion,
         if return_x:
             out.append(x)
         return [*out, raw] if return_original_cond else out
+
+    def clean_inputs(self, batch: Mapping[str, Any], bs: int | None = None) -> tuple[Tensor, Conditioning]:
+        z, c, *_ = self.get_input(batch, self.first_stage_key, force_c_encode=True, bs=bs)
+        return z, c
 
     def latents_of(self, x: Tensor) -> Tensor:
         """Encode images (B, C, H, W) in [-1, 1] to scaled latents (B, c, h, w)."""
