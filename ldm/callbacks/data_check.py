@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Iterable, Iterator
 from typing import Any
 
 import pytorch_lightning as pl
 
 from ldm.config.consistency import check_size
-from ldm.data.folder import ImageFolder
+from ldm.data.image_dataset import ImageDataset
 from ldm.modules.encoders import tokenizers
 from ldm.modules.encoders.base import AbstractEncoder
 
@@ -23,7 +22,7 @@ class DataCheck(pl.Callback):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         datasets = getattr(getattr(trainer, "datamodule", None), "datasets", {})
         folders = {split: getattr(data, "data", data) for split, data in datasets.items()}
-        folders = {split: data for split, data in folders.items() if isinstance(data, ImageFolder)}
+        folders = {split: data for split, data in folders.items() if isinstance(data, ImageDataset)}
         core = getattr(pl_module, "diffusion_model", pl_module)  # of a classifier
         key = getattr(core, "first_stage_key", None) or getattr(core, "image_key", None)
         for split, data in folders.items():
@@ -34,7 +33,8 @@ class DataCheck(pl.Callback):
         if isinstance(encoder, AbstractEncoder) and stage == "fit":
             captioned = [data for data in folders.values() if key in (data.caption_key, "caption", "txt")]
             if trainer.is_global_zero:
-                encoder.warn_of_long_texts(itertools.islice(_captions(captioned), _CAPTIONS))
+                captions = itertools.chain.from_iterable(data.captions() for data in captioned)
+                encoder.warn_of_long_texts(itertools.islice(captions, _CAPTIONS))
             tokenizers.logger.setLevel(logging.ERROR)  # not again in every batch
 
     def teardown(self, *_: object, **__: object) -> None:
@@ -49,7 +49,3 @@ def pixel_multiple(model: Any) -> tuple[int, int]:
     unet = getattr(getattr(model, "model", None), "diffusion_model", None)
     levels = getattr(encoder, "num_resolutions", 1), len(getattr(unet, "channel_mult", (1,)))
     return 2 ** (levels[0] - 1), 2 ** (levels[1] - 1)
-
-
-def _captions(folders: Iterable[ImageFolder]) -> Iterator[str]:
-    return (caption for data in folders for item in data.items for caption in item.captions)

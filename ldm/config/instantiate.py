@@ -44,6 +44,7 @@ ALIASES = {
 MODULE_ALIASES = {
     "taming.modules.losses.vqperceptual": "ldm.modules.losses.vqperceptual",
     "taming.data.faceshq": "ldm.data.faceshq",
+    "torchvision.transforms": "ldm.data.laion",  # the four that published configs of shards use
     "cldm.cldm": "ldm.models.diffusion.controlnet",
 }
 
@@ -59,7 +60,7 @@ _BUILT_IN_PREFIXES = (
 )
 _user_prefixes: list[str] = []
 ENVIRONMENT = "LDM_ALLOW_TARGETS"  # packages like those of --allow-targets, separated by commas
-_NODE_KEYS = ("target", "params", "base_learning_rate")
+_NODE_KEYS = ("target", "params", "base_learning_rate", "weight")  # the weight of a dataset in a mixture
 
 # Errors of a constructor, its own or torch's, that say that its arguments are wrong together.
 _BUILD_ERRORS = (AssertionError, ArithmeticError, TypeError, AttributeError, LookupError, RuntimeError)

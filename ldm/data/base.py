@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import logging
 from abc import abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from torch.utils.data import IterableDataset, get_worker_info
 
-from ldm.config.instantiate import ConfigError
+from ldm.config.instantiate import ConfigError, instantiate_from_config
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +39,18 @@ def check_choice(param: str, value: object, choices: Iterable[str | None]) -> No
     if value not in (choices := list(choices)):
         names = ", ".join(choice or "null" for choice in choices)
         raise DataConfigError(param, value, "unknown", f"set {{param}} to one of {names}")
+
+
+def build_part(name: str, config: Mapping[str, Any]) -> Any:
+    """Build a dataset that is part of another; errors name its parameters below `name`, and it must not be empty."""
+    try:
+        dataset = instantiate_from_config(config)
+    except DataConfigError as error:
+        param = f"{name}.params.{error.param}"
+        raise DataConfigError(param, error.value, error.problem, error.advice) from error
+    if not len(dataset):
+        raise DataConfigError(name, config["target"], "is empty", "set {param} to a dataset with images")
+    return dataset
 
 
 class Txt2ImgIterableBaseDataset(IterableDataset):

@@ -8,9 +8,8 @@ from typing import Any
 import numpy as np
 from torch.utils.data import Dataset
 
-from ldm.config.instantiate import instantiate_from_config
 from ldm.config.types import NonNegativeFloat, PathText, PositiveFloat, PositiveInt
-from ldm.data.base import DataConfigError
+from ldm.data.base import DataConfigError, build_part
 from ldm.data.folder import ImageFolder
 from ldm.data.image import Size
 from ldm.rng import preserve_rng
@@ -58,10 +57,10 @@ class DreamBooth(Dataset):
         prior: Mapping[str, Any] | None = None,
         prior_weight: NonNegativeFloat = 1.0,
     ) -> None:
-        self.parts = {"instance": _build("instance", instance)}
+        self.parts = {"instance": build_part("instance", instance)}
         self.weights = {"instance": 1.0}
         if prior is not None:
-            self.parts["prior"], self.weights["prior"] = _build("prior", prior), prior_weight
+            self.parts["prior"], self.weights["prior"] = build_part("prior", prior), prior_weight
         with preserve_rng():
             first = [set(dataset[0]) for dataset in self.parts.values()]
         self.keys = sorted(set.intersection(*first))
@@ -80,15 +79,3 @@ class DreamBooth(Dataset):
         """Those of both datasets, as far as they have one."""
         each = ((name, getattr(dataset, "fingerprint", {})) for name, dataset in self.parts.items())
         return {f"{name} {key}": value for name, values in each for key, value in values.items()}
-
-
-def _build(name: str, config: Mapping[str, Any]) -> Any:
-    """Build one of the two datasets; errors name its parameters below `name`."""
-    try:
-        dataset = instantiate_from_config(config)
-    except DataConfigError as error:
-        param = f"{name}.params.{error.param}"
-        raise DataConfigError(param, error.value, error.problem, error.advice) from error
-    if not len(dataset):
-        raise DataConfigError(name, config["target"], "is empty", "set {param} to a dataset with images")
-    return dataset

@@ -7,7 +7,7 @@ import json
 import logging
 import random
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -104,6 +104,10 @@ class ImageDataset(Dataset):
     @abstractmethod
     def _captions(self, index: int) -> Sequence[str]:
         """Return the captions of an image."""
+
+    def captions(self) -> Iterator[str]:
+        """Yield the captions of all images, as they are before templates; none for images without captions."""
+        return (caption for index in range(len(self) if self.captioned else 0) for caption in self._captions(index))
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         try:

@@ -44,6 +44,7 @@ class RunOptions:
     scale_lr: bool | None = None
     strict_data: bool = False
     allow_targets: tuple[str, ...] = ()
+    allow_pipe: bool = False
     trainer: dict[str, Any] = field(default_factory=dict)
     overrides: tuple[str, ...] = ()
 
@@ -91,6 +92,8 @@ def _parser() -> Parser:
     add("--strict-data", **boolean, help="refuse to resume if the files, captions or classes of a dataset changed")
     text = "let configs name classes of this package too; may be repeated"
     add("--allow-targets", action="append", metavar="PACKAGE", help=text)
+    text = "run the commands of shards that are named by one (pipe:aws s3 cp ... -)"
+    add("--allow-pipe", **boolean, help=text)
 
     texts = argument_help(TRAINER)
     group = parser.add_argument_group("flags of Lightning's Trainer")

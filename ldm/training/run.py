@@ -30,6 +30,7 @@ from ldm.config.model_info import model_info
 from ldm.config.validate import check_class_count
 from ldm.data.captions import usual_table
 from ldm.data.datamodule import DataModuleFromConfig
+from ldm.data.shards import allow_pipes
 from ldm.inference.requests import script_for
 from ldm.paths import expand_user, shown_path
 from ldm.training.class_images import generate_class_images
@@ -62,6 +63,8 @@ def execute(options: RunOptions, directory: RunDirectory, config: DictConfig, se
     if options.train:
         generate_class_images(config, settings.seed, devices.first)
     pl.seed_everything(settings.seed, verbose=False)
+    if options.allow_pipe:
+        allow_pipes()
     data = _build_data(config, settings, options.strict_data)
     check_batches(settings.trainer, _batches(data, devices.processes * settings.num_nodes))
     check_class_count(config, getattr(data, "datasets", {}))

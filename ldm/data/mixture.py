@@ -1,0 +1,116 @@
+"""Several datasets mixed by weight, with an order and an epoch that resume exactly."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch.utils.data import Dataset
+
+from ldm.config.instantiate import get_obj_from_str
+from ldm.config.types import PositiveInt
+from ldm.data.base import DataConfigError, build_part
+from ldm.data.order import ORDER, order_of
+from ldm.rng import mix, preserve_rng
+
+
+class Mixture(Dataset):
+    """Samples of several datasets, in proportion to their weights, which need not add up to 1.
+
+    datasets: a list of {weight, target, params}; a missing weight is 1. samples: number in an epoch; None means that of
+    all datasets together.
+
+    An epoch holds round(samples * weight / sum of weights) samples of each dataset, which goes on in the next epoch
+    where it stopped: each of its samples is used before one is used again, however large its weight. The order of the
+    datasets in an epoch is random, and that in validation is the order of the list. An item holds the keys that items
+    of all have.
+    """
+
+    def __init__(self, datasets: Sequence[Mapping[str, Any]], samples: PositiveInt | None = None) -> None:
+        if not datasets:
+            raise DataConfigError("datasets", [], "is empty", "set {param} to a list of {weight, target, params}")
+        configs = [dict(config) for config in datasets]
+        weights = np.array([_weight(number, config.pop("weight", 1)) for number, config in enumerate(configs)])
+        self.parts = [build_part(f"datasets[{number}]", config) for number, config in enumerate(configs)]
+        self._starts = np.cumsum([0, *map(len, self.parts)])
+        total = samples or int(self._starts[-1])
+        self.counts = _shares(total, weights)
+        if not self.counts.all():
+            problem = f"an epoch of {total} samples has none of datasets[{int(self.counts.argmin())}]"
+            raise DataConfigError("samples", samples, problem, "set {param} to more, or give it a larger weight")
+        with preserve_rng():
+            self.keys = sorted(set.intersection(*(set(part[0]) for part in self.parts)))
+
+    @classmethod
+    def prepare_data(cls, datasets: Sequence[Mapping[str, Any]], **_: Any) -> None:
+        """Call `prepare_data` of the datasets that have it."""
+        for config in datasets:
+            if (prepare := getattr(get_obj_from_str(config["target"]), "prepare_data", None)) is not None:
+                prepare(**(config.get("params") or {}))
+
+    def __len__(self) -> int:
+        return int(self.counts.sum())
+
+    def order(self, seed: int, epoch: int, batch: int, shuffle: bool) -> np.ndarray:
+        """Return the indices of an epoch -> (len(self),) int64.
+
+        Index p * L + i is the i-th sample of the L of all datasets, in the p-th pass over its dataset that this epoch
+        takes part in: a sample that an epoch holds twice has another index, and so other random numbers.
+        """
+        epoch = epoch if shuffle else 0  # validation sees the same samples every time
+        parts = []
+        for number, (part, count) in enumerate(zip(self.parts, self.counts)):
+            begin, length, own = epoch * int(count), len(part), mix(seed, ORDER, number)
+            first, last = begin // length, (begin + int(count) - 1) // length
+            passes = [
+                (each - first) * self._starts[-1] + self._starts[number] + order_of(part, own, each, batch, shuffle)
+                for each in range(first, last + 1)
+            ]
+            parts.append(np.concatenate(passes)[begin - first * length :][:count])
+        dataset = np.repeat(np.arange(len(parts)), self.counts)  # of each place in the epoch
+        if shuffle:
+            key = mix(seed, ORDER, epoch)
+            dataset = np.random.RandomState([key & 0xFFFFFFFF, key >> 32]).permutation(dataset)
+        order = np.empty(len(self), np.int64)
+        for number, indices in enumerate(parts):
+            order[dataset == number] = indices
+        return order
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        part, own = self._place(index)
+        sample = part[own]
+        return {key: sample[key] for key in self.keys}
+
+    def file_of(self, index: int) -> Path | str:
+        """Return the file of a sample, or its number where the dataset does not know it."""
+        part, own = self._place(index)
+        return part.file_of(own) if hasattr(part, "file_of") else f"sample {own} of a {type(part).__name__}"
+
+    def _place(self, index: int) -> tuple[Any, int]:
+        within = index % int(self._starts[-1])
+        number = int(np.searchsorted(self._starts, within, "right")) - 1
+        return self.parts[number], within - int(self._starts[number])
+
+    @property
+    def fingerprint(self) -> dict[str, int | str]:
+        """Those of the datasets, and their shares."""
+        each = ((number, getattr(part, "fingerprint", {})) for number, part in enumerate(self.parts))
+        own: dict[str, int | str] = {"shares": "/".join(map(str, self.counts))}
+        return own | {f"{number} {key}": value for number, values in each for key, value in values.items()}
+
+
+def _weight(number: int, weight: Any) -> float:
+    if not isinstance(weight, int | float) or isinstance(weight, bool) or not 0 < weight < np.inf:
+        raise DataConfigError(f"datasets[{number}].weight", weight, "not a weight", "set {param} to a positive number")
+    return float(weight)
+
+
+def _shares(total: int, weights: np.ndarray) -> np.ndarray:
+    """Return `total` divided in proportion to the weights, int64: rounded so that the sum is exact."""
+    exact = total * weights / weights.sum()
+    shares = np.floor(exact).astype(np.int64)
+    largest = np.argsort(shares - exact, kind="stable")[: total - int(shares.sum())]
+    shares[largest] += 1
+    return shares
