@@ -11,6 +11,7 @@ EXTRAS = {
     "safety": ["diffusers>=0.36"],
     "quantize": ["torchao>=0.18"],
     "streams": ["webdataset>=1.0", "fsspec>=2024.6"],
+    "deepspeed": ["deepspeed>=0.16"],
 }
 EXTRAS["test"] = [
     "pytest>=8.0",

@@ -17,9 +17,11 @@ import torch
 from omegaconf import OmegaConf
 from torch.utils.data import Dataset
 
-from ldm.callbacks import ExactResume, RunReport, StepSeed
+from ldm.callbacks import ExactResume, RunReport, StepSeed, StopOnNonFinite
+from ldm.checkpoint.resume import AtomicCheckpointIO
 from ldm.data.datamodule import DataModuleFromConfig
 from ldm.models.autoencoder import AutoencoderKL, VQModel
+from ldm.training.strategies import make_strategy
 from ldm.util import instantiate_from_config
 from tests.models.first_stages import DDCONFIG, loss_config, vq_config
 from tests.tiny import UNET, text_model_config
@@ -98,10 +100,11 @@ def train(
     learning_rate: float = 1e-4,
     save: str | None = None,
     resume: str | None = None,
+    strategy: str | None = None,
 ) -> dict[str, Any]:
     """Train to a number of optimizer steps -> {"curves", "samples", "validations"} of this rank.
 
-    validate_every: epochs between validations.
+    validate_every: epochs between validations. strategy: by default `ddp` if there are several ranks.
     """
     torch.manual_seed(0)
     model: Any = MODELS[kind]()
@@ -113,8 +116,9 @@ def train(
         options["accumulate_grad_batches"] = accumulate
     else:
         model.accumulate_grad_batches = accumulate
-    if ranks > 1:
-        options["strategy"] = "ddp" if model.automatic_optimization else "ddp_find_unused_parameters_true"
+    if ranks > 1 or strategy:
+        unused = "" if model.automatic_optimization else "_find_unused_parameters_true"
+        options["strategy"] = make_strategy(strategy or f"ddp{unused}")
     record = Record()
     trainer = pl.Trainer(
         accelerator="cpu",
@@ -123,8 +127,9 @@ def train(
         limit_val_batches=1.0 if validation else 0,
         num_sanity_val_steps=0,
         check_val_every_n_epoch=validate_every,
-        callbacks=[StepSeed(11), ExactResume(), RunReport(), record],
+        callbacks=[StepSeed(11), ExactResume(), StopOnNonFinite(), RunReport(), record],
         inference_mode=False,
+        plugins=[AtomicCheckpointIO()],
         **dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False),
         **options,
     )

@@ -506,7 +506,7 @@ def test_mistakes_are_one_line_and_exit_code_2(run, capsys, words, message):
         ("lightning.trainer.max_time=00:00:99:99", "expected a duration 'DD:HH:MM:SS'", False),
         ("lightning.trainer.max_time={hour: 2}", "expected a duration 'DD:HH:MM:SS'", False),
         ("--strategy=ddp_find_unused_parameter", "expected one of auto, ddp, ", False),
-        ("lightning.trainer.strategy=fsdp", "requires a GPU accelerator", False),
+        ("lightning.trainer.strategy=fspd", "did you mean 'fsdp'", False),
         ("lightning.trainer.profiler=potato", "expected one of simple, advanced, pytorch, xla", False),
         ("lightning.trainer.profiler=xla", "choose simple, advanced or pytorch", False),
         ("lightning.trainer.barebones=true", "barebones", False),

@@ -14,8 +14,10 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import ModelCheckpoint
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 
 from ldm.atomic import atomic_file
+from ldm.checkpoint.formats import part_files
 from ldm.cli import Stopped
 from ldm.config.instantiate import ConfigError
 from ldm.config.suggest import closest
@@ -39,7 +41,7 @@ class CheckpointPolicy(ModelCheckpoint):
     updated after every validation (or epoch, without validation) and every `every_n_train_steps`. Only a state that
     was validated at its step is ranked; a value that is not finite never is. The newest state is in two files that
     share no inode: `last.ckpt` and the best-of file of the same step or else `last-copy.ckpt` (not with
-    `copy_last: false`).
+    `copy_last: false`). In a sharded run these are indices of the same parts, and `last-copy.ckpt` is the state before.
     """
 
     def __init__(self, *args: Any, copy_last: bool = True, **kwargs: Any) -> None:
@@ -172,11 +174,16 @@ class CheckpointPolicy(ModelCheckpoint):
 
     def save_last_state(self, trainer: pl.Trainer) -> Path:
         """Write `last.ckpt`, and `last-copy.ckpt` unless `copy_last` is false -> the path of the former."""
-        self.last_model_path = str(self.last_path)
-        self._write(trainer, self.last_path)
-        if self.copy_last and trainer.is_global_zero:
+        self._write_last(trainer)
+        if self.copy_last and trainer.is_global_zero and not _is_sharded(trainer):
             copy_file(self.last_path, self.copy_path)
         return self.last_path
+
+    def _write_last(self, trainer: pl.Trainer) -> None:
+        if self.copy_last and trainer.is_global_zero and _is_sharded(trainer):
+            copy_file(self.last_path, self.copy_path)
+        self.last_model_path = str(self.last_path)
+        self._write(trainer, self.last_path)
 
     def _save_checkpoint(self, trainer: pl.Trainer, filepath: str) -> None:
         """Write a best-of file: `last.ckpt` first, then an independent copy of it under the file's name.
@@ -186,11 +193,12 @@ class CheckpointPolicy(ModelCheckpoint):
         if not self.save_last:
             self._write(trainer, Path(filepath))
             return
-        self.last_model_path = str(self.last_path)
-        self._write(trainer, self.last_path)
-        if not trainer.strategy.broadcast(trainer.is_global_zero and copy_file(self.last_path, Path(filepath))):
+        self._write_last(trainer)
+        copies = not _is_sharded(trainer) or Path(filepath).parent == self.last_path.parent  # where its parts are
+        copied = copies and trainer.is_global_zero and copy_file(self.last_path, Path(filepath))
+        if not trainer.strategy.broadcast(copied):
             self._write(trainer, Path(filepath))
-        if trainer.is_global_zero:
+        if trainer.is_global_zero and not _is_sharded(trainer):
             self.copy_path.unlink(missing_ok=True)  # the best-of file is the second copy now
 
     def _write(self, trainer: pl.Trainer, path: Path) -> None:
@@ -202,7 +210,7 @@ class CheckpointPolicy(ModelCheckpoint):
         if path == self.last_path and callable(write_adapter_files):
             write_adapter_files(path.parent)
         seconds, step = time.monotonic() - start, trainer.global_step
-        size = path.stat().st_size / MIB if path.is_file() else None
+        size = sum(file.stat().st_size for file in (path, *part_files(path))) / MIB if path.is_file() else None
         text = "a folder" if size is None else f"{size:.1f} MiB"
         logger.info("%-11s step %d -> %s (%s in %.1f s)", "checkpoint", step, shown_path(path), text, seconds)
         if size is not None and self.save_top_k >= 0:
@@ -254,6 +262,11 @@ def _relocated(state: dict[str, Any], folder: str) -> dict[str, Any]:
     return {**state, **single, "dirpath": folder, "best_k_models": best, "replaced": replaced}
 
 
+def _is_sharded(trainer: pl.Trainer) -> bool:
+    """True if checkpoints are indices, whose parts never change and may belong to several of them."""
+    return isinstance(trainer.lightning_module, FSDPModule)
+
+
 def copy_file(source: Path, target: Path) -> bool:
     """Replace `target` by an independent copy of a finished file; return False for a folder.
 
@@ -289,6 +302,9 @@ class CrashCheckpoint(pl.Callback):
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         no_crash = isinstance(exception, ConfigError | Stopped | KeyboardInterrupt | SystemExit)
         if no_crash or not self.started or getattr(trainer, "fast_dev_run", False):
+            return
+        if _is_sharded(trainer):
+            logger.error("%-11s a sharded state at an error cannot be saved; last.ckpt is intact", "checkpoint")
             return
         try:
             # Not trainer.save_checkpoint: it waits for the other ranks, which may continue without this one.

@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 from pytorch_lightning.loggers import TensorBoardLogger
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from ldm.atomic import save_bytes
 from ldm.callbacks.signals import SignalCallback
@@ -123,7 +124,7 @@ class ImageLogger(pl.Callback):
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         step = training_step_index(trainer, pl_module)
-        if self.fixed_samples is None or self.disabled or not trainer.is_global_zero:
+        if self.fixed_samples is None or self.disabled or not _takes_part(trainer):
             return
         if trainer.sanity_checking or trainer.state.fn != "fit" or step < 0:
             return
@@ -132,6 +133,8 @@ class ImageLogger(pl.Callback):
             with _unchanged(pl_module, pl_module.device), _cut_short_by_signals(trainer):
                 seed_generators(SEED)
                 images, captions = self.fixed_samples.sample(pl_module)
+            if not trainer.is_global_zero:
+                return
             image = grid([self._grid(each) for each in images], captions, columns=GRID_COLUMNS)
             name = f"fixed_gs-{step:06}_e-{trainer.current_epoch:06}.png"
             save_image(trainer, image, name, "val/fixed", step)
@@ -147,12 +150,14 @@ class ImageLogger(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, split: str, step: int
     ) -> None:
         log_images = getattr(pl_module, "log_images", None)
-        if self.disabled or not callable(log_images) or self.max_images < 1 or not trainer.is_global_zero:
+        if self.disabled or not callable(log_images) or self.max_images < 1 or not _takes_part(trainer):
             return
         with never_stops_training(split, step):
             with _unchanged(pl_module, pl_module.device), _cut_short_by_signals(trainer), torch.no_grad():
                 seed_generators(SEED)
                 images = log_images(batch, split=split, **self.log_images_kwargs)
+            if not trainer.is_global_zero:
+                return
             grids = {key: self._grid(value) for key, value in images.items()}
             for key, image in grids.items():
                 name = f"{key.replace('/', '_')}_gs-{step:06}_e-{trainer.current_epoch:06}_b-{batch_idx:06}.png"
@@ -196,10 +201,17 @@ def training_step_index(trainer: pl.Trainer, pl_module: pl.LightningModule) -> i
     return int(getattr(pl_module, "logging_step", trainer.global_step)) - 1
 
 
+def _takes_part(trainer: pl.Trainer) -> bool:
+    """True on the first rank, which writes the images, and on all ranks if networks compute on all of them together."""
+    return trainer.is_global_zero or isinstance(trainer.lightning_module, FSDPModule)
+
+
 def _cut_short_by_signals(trainer: pl.Trainer) -> AbstractContextManager[None]:
     callbacks: list[pl.Callback] = getattr(trainer, "callbacks", [])  # Lightning does not declare it
     signals = next((each for each in callbacks if isinstance(each, SignalCallback)), None)
-    return nullcontext() if signals is None else signals.cutting_short()
+    # The ranks of a sharded model would stop at different calls and wait for each other.
+    alone = not isinstance(trainer.lightning_module, FSDPModule)
+    return signals.cutting_short() if signals is not None and alone else nullcontext()
 
 
 @contextmanager
@@ -208,8 +220,12 @@ def _unchanged(module: nn.Module, device: torch.device) -> Iterator[None]:
     modes = {part: part.training for part in module.modules()}
     with preserve_rng(device), samples_set(None):  # as published: noise of the global generators
         module.eval()
+        if isinstance(module, FSDPModule):  # the weights that only its own forward pass would gather
+            module.unshard()
         try:
             yield
         finally:
+            if isinstance(module, FSDPModule):
+                module.reshard()
             for part, training in modes.items():
                 part.training = training

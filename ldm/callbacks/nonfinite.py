@@ -8,6 +8,7 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.utilities.model_helpers import is_overridden
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.nn.utils import get_total_norm
 
 from ldm.models.training import NonFiniteError
@@ -44,6 +45,7 @@ class StopOnNonFinite(pl.Callback):
             gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
             # The norm of all gradients, which is five times faster than their maximum.
             norm = get_total_norm([_values(each) for each in gradients]).float() if gradients else torch.zeros(())
+            norm = norm.full_tensor() if isinstance(norm, DTensor) else norm  # of sharded gradients
             fine = bool((loss.to(norm.device) + norm).isfinite())  # one read from the device for both
         if not fine:
             raise NonFiniteError(_message(trainer, pl_module, losses))
@@ -52,6 +54,7 @@ class StopOnNonFinite(pl.Callback):
 def _message(trainer: pl.Trainer, pl_module: pl.LightningModule, losses: list[Tensor]) -> str:
     place = f"epoch {trainer.current_epoch}, step {trainer.global_step}, rank {trainer.global_rank}"
     gradients = [(name, p.grad) for name, p in pl_module.named_parameters() if p.grad is not None]
+    gradients = [(name, each.to_local() if isinstance(each, DTensor) else each) for name, each in gradients]
     bad = [name for name, gradient in gradients if not bool(_values(gradient).isfinite().all())]
     bad_losses = [value for value in map(float, losses) if not math.isfinite(value)]
     what = f"the loss is {bad_losses[0]:g}" if bad_losses else f"the loss is finite ({sum(map(float, losses)):g})"

@@ -11,8 +11,8 @@ import re
 import struct
 import warnings
 import zipfile
-from collections.abc import Iterable, Iterator, Mapping
-from pathlib import Path
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
 import torch
@@ -60,6 +60,13 @@ def existing_file(path: str | os.PathLike) -> Path:
 
 
 def verify_checkpoint(path: str | os.PathLike) -> None:
+    """Raise CheckpointError unless a file and the parts that it names are intact, see `verify_file`."""
+    verify_file(path)
+    for part in part_files(Path(path)):
+        verify_file(part)
+
+
+def verify_file(path: str | os.PathLike) -> None:
     """Raise CheckpointError unless every entry of a file can be read and a zip file's checksums match."""
     path = existing_file(path)
     if not _is_safetensors(path):
@@ -67,15 +74,21 @@ def verify_checkpoint(path: str | os.PathLike) -> None:
     _read_content(path)
 
 
-def read_checkpoint(path: str | os.PathLike, map_location: Any = "cpu", verify: bool = True) -> dict[str, Any]:
-    """A whole Lightning checkpoint (weights, optimizers, loops); `verify` checks the checksum of every byte first."""
+def read_checkpoint(
+    path: str | os.PathLike, map_location: Any = "cpu", verify: bool = True, whole: bool = True
+) -> dict[str, Any]:
+    """A whole Lightning checkpoint (weights, optimizers, loops); `verify` checks the checksum of every byte first.
+
+    whole: False leaves the tensors of a sharded checkpoint in their files, as SplitTensor.
+    """
     path = existing_file(path)
     if verify:
-        check_archive(path)
+        for file in (path, *part_files(path)):
+            check_archive(file)
     content = load_pickle(path, map_location=map_location, mmap=False)
     if not isinstance(content, dict):
         raise CheckpointError(f"{path}: not a checkpoint: it holds a {type(content).__name__}")
-    return content
+    return with_parts(path, content, whole)
 
 
 def read_entry(path: Path, key: str) -> Any:
@@ -109,7 +122,8 @@ def read_state(path: Path) -> Mapping[Any, Any]:
     """Every entry of a file's state dict, also those that are not tensors; CheckpointError if the file has none."""
     content = _read_content(existing_file(path))
     if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
-        content = content["state_dict"]
+        wanted = {key: content[key] for key in ("state_dict", PARTS) if key in content}
+        content = with_parts(path, wanted)["state_dict"]
     if not isinstance(content, Mapping):
         raise CheckpointError(f"{path}: holds a {type(content).__name__}; expected a state dict")
     return content
@@ -167,6 +181,81 @@ def preview(names: Iterable[str], count: int = 3) -> str:
     """The first few names, for a message."""
     names = list(names)
     return ", ".join(names[:count]) + (", ..." if len(names) > count else "")
+
+
+# ------------------------------------------------------------------------------------------- sharded checkpoints
+# The checkpoint of a sharded run is an index: an ordinary .ckpt file whose weights and optimizer states have no values
+# (they are on the meta device), and an entry with the names of the files that do: one of each rank, in a new folder for
+# each save. The rows of a tensor (its first axis) are divided among the ranks in their order. Parts never change.
+
+PARTS = "parts"  # the entry, and the folder next to the index
+SPLIT_ENTRIES = ("state_dict", "optimizer_states")  # of a checkpoint
+
+
+class SplitTensor:
+    """A tensor whose rows are in several files, memory-mapped and in their order."""
+
+    def __init__(self, shape: torch.Size, parts: Iterable[Tensor]) -> None:
+        self.shape, self.parts = shape, tuple(parts)
+
+    def __getitem__(self, rows: slice) -> Tensor:
+        pieces, first = [self.parts[0][:0]], 0
+        for part in self.parts:
+            start, stop = max(rows.start - first, 0), min(rows.stop - first, len(part))
+            pieces += [part[start:stop]] if start < stop else []
+            first += len(part)
+        return torch.cat(pieces)
+
+    def whole(self) -> Tensor:
+        return self.parts[0] if len(self.parts) == 1 else torch.cat(self.parts)
+
+
+def map_tensors(f: Callable[[str, Tensor], Any], value: Any, place: str = "") -> Any:
+    """`value` with f(place, tensor) for each tensor in its dictionaries, lists and tuples; place: "['x'][0]"."""
+    if isinstance(value, Tensor):
+        return f(place, value)
+    if isinstance(value, Mapping):
+        return {key: map_tensors(f, item, f"{place}[{key!r}]") for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(map_tensors(f, item, f"{place}[{i}]") for i, item in enumerate(value))
+    return value
+
+
+def part_files(path: Path, content: Any = None) -> list[Path]:
+    """The files of an index (`content`, if it is read already), which exist; none for other checkpoints."""
+    names = read_entry(path, PARTS) if content is None else content.get(PARTS)
+    if names is None:
+        return []
+    if not (isinstance(names, list) and names and all(map(_is_part, names))):
+        raise CheckpointError(f"{path}: invalid names of its parts: {names!r:.80}")
+    files = [path.parent / name for name in names]
+    if missing := [file for file in files if not file.is_file()]:
+        raise CheckpointError(f"{path}: its part {missing[0]} is missing: an index needs the folder {PARTS} next to it")
+    return files
+
+
+def _is_part(name: Any) -> bool:
+    where = PurePosixPath(name).parts if isinstance(name, str) else ()
+    return len(where) == 3 and where[0] == PARTS and ".." not in where
+
+
+def with_parts(path: Path, content: dict[str, Any], whole: bool = True) -> dict[str, Any]:
+    """An index with the tensors of its parts in their places; other checkpoints as they are."""
+    if not (files := part_files(path, content)):
+        return content
+    parts = [load_pickle(file, map_location="cpu", mmap=True) for file in files]
+    tensors = [each.get("tensors") if isinstance(each, Mapping) else None for each in parts]
+
+    def find(place: str, empty: Tensor) -> Any:
+        own = [each[place] for each in tensors if isinstance(each, Mapping) and place in each]
+        fine = bool(own) and all(isinstance(each, Tensor) and each.shape[1:] == empty.shape[1:] for each in own)
+        if not fine or (sum(map(len, own)) != len(empty) if empty.ndim else len(own) != 1):
+            raise CheckpointError(f"{path}: its parts lack rows of {place}")
+        split = SplitTensor(empty.shape, own)
+        return split.whole() if whole else split
+
+    filled = {key: map_tensors(find, content[key], f"[{key!r}]") for key in SPLIT_ENTRIES if key in content}
+    return {**{key: value for key, value in content.items() if key != PARTS}, **filled}
 
 
 # ------------------------------------------------------------------------------------------------------- formats

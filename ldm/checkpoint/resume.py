@@ -11,9 +11,11 @@ from pytorch_lightning.plugins.io import CheckpointIO
 
 from ldm.atomic import sweep_temporaries
 from ldm.checkpoint.formats import (
+    PARTS,
     CheckpointError,
     global_step,
     is_full_state,
+    part_files,
     read_checkpoint,
     saved_at,
     verify_checkpoint,
@@ -48,6 +50,19 @@ class AtomicCheckpointIO(CheckpointIO):
             shutil.rmtree(path)
         else:
             path.unlink(missing_ok=True)
+            remove_unused_parts(path.parent)
+
+
+def remove_unused_parts(folder: Path) -> None:
+    """Delete the parts that no index in a folder names: those of replaced checkpoints and of killed saves."""
+    if not (folder / PARTS).is_dir():
+        return
+    try:
+        used = {part.parent for index in folder.glob("*.ckpt") for part in part_files(index)}
+    except (CheckpointError, OSError):
+        return  # of a damaged index nobody knows which parts are its own
+    for unused in set((folder / PARTS).iterdir()) - used:
+        shutil.rmtree(unused, ignore_errors=True)
 
 
 def checkpoint_files(run_folder: str | os.PathLike) -> list[Path]:

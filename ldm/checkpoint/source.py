@@ -14,6 +14,7 @@ from ldm.checkpoint.formats import (
     CheckpointError,
     existing_file,
     global_step,
+    part_files,
     read_entry,
     read_index,
     read_shards,
@@ -103,6 +104,10 @@ class WeightsFile(WeightsSource):
 
     def step(self) -> int | None:
         return global_step(self.path)
+
+    @property
+    def files(self) -> Sequence[Path]:
+        return [self.path, *part_files(self.path)]
 
 
 class ShardedWeights(WeightsSource):

@@ -15,7 +15,7 @@ from torch import Tensor
 from typing_extensions import Buffer
 
 from ldm.atomic import WriteError, atomic_file
-from ldm.checkpoint.formats import CheckpointError, verify_checkpoint
+from ldm.checkpoint.formats import SPLIT_ENTRIES, CheckpointError, map_tensors, verify_file
 
 _PLAIN = (type(None), bool, int, float, complex, str, bytes, torch.Size, torch.dtype, torch.device)
 
@@ -48,6 +48,25 @@ def write_weights(
         write_checkpoint({"state_dict": dict(weights)}, path)
 
 
+def split_tensors(
+    checkpoint: Mapping[str, Any], own: Callable[[Tensor], Tensor | None]
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """-> (the tensors of this rank's part by their places, the index), see `ldm.checkpoint.formats`.
+
+    own: the rows of a tensor that this rank writes; None if it writes none.
+    """
+    part: dict[str, Tensor] = {}
+
+    def take(place: str, tensor: Tensor) -> Tensor:
+        rows = own(tensor.detach())
+        if rows is not None:
+            part[place] = rows
+        return torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
+
+    split = {key: map_tensors(take, checkpoint[key], f"[{key!r}]") for key in SPLIT_ENTRIES if key in checkpoint}
+    return part, {**checkpoint, **split}
+
+
 def _without_shared_memory(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Copy tensors that share memory with an earlier one or are not contiguous: safetensors stores no views."""
     seen: set[int] = set()
@@ -68,7 +87,7 @@ def _write(path: Path, write: Callable[[Path], None], size: int, in_folder: bool
                 write(temporary)
                 if in_folder:  # safetensors creates files that only their owner may read
                     temporary.chmod(temporary.parent.stat().st_mode & 0o666)
-                verify_checkpoint(temporary)
+                verify_file(temporary)
             except (CheckpointError, SafetensorError) as error:
                 raise OSError(str(error)) from error
     except WriteError as error:

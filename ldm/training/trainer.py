@@ -15,7 +15,6 @@ from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.callbacks import Callback, Checkpoint, LearningRateMonitor
 from pytorch_lightning.callbacks import ProgressBar as LightningBar
 from pytorch_lightning.loggers import Logger, TensorBoardLogger
-from pytorch_lightning.strategies import StrategyRegistry
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 from ldm.callbacks import (
@@ -32,11 +31,11 @@ from ldm.checkpoint.resume import AtomicCheckpointIO
 from ldm.cli import one_line
 from ldm.config.instantiate import ConfigError, accepted_params, get_obj_from_str, instantiate_from_config
 from ldm.config.merge import DEFAULT_CALLBACKS, DEFAULT_CHECKPOINT, DEFAULT_STEP_CHECKPOINTS, STEP_CHECKPOINTS
-from ldm.config.suggest import did_you_mean
 from ldm.training.devices import Devices
 from ldm.training.loggers import MetricsFile, never_fail
 from ldm.training.run_directory import RunDirectory
 from ldm.training.settings import LearningRate, RunSettings
+from ldm.training.strategies import make_strategy
 
 logger = logging.getLogger(__name__)
 
@@ -83,7 +82,8 @@ def build_trainer(
         logger=loggers or False,
         callbacks=callbacks,
         enable_progress_bar=own_bar,  # ours spans the whole run
-        plugins=[AtomicCheckpointIO()],
+        # DeepSpeed writes its own checkpoints and refuses the plugin.
+        plugins=[] if str(arguments.get("strategy")).startswith("deepspeed") else [AtomicCheckpointIO()],
         default_root_dir=str(directory.path),
         **arguments,
     )
@@ -91,12 +91,6 @@ def build_trainer(
 
 def check_trainer(settings: RunSettings, devices: Devices) -> None:
     """Raise ConfigError for settings that the Trainer refuses, before data and model are built."""
-    strategy = settings.trainer.get("strategy", "auto")
-    known = ("auto", *StrategyRegistry.available_strategies())
-    if strategy not in known:
-        choices = ", ".join(name for name in known if name.count("_") < 2)  # the others are variants of these
-        near = did_you_mean(str(strategy), known)
-        raise ConfigError(f"lightning.trainer.strategy {strategy}: expected one of {choices} or a variant{near}")
     if settings.trainer.get("profiler") == "xla" and importlib.util.find_spec("torch_xla") is None:
         raise ConfigError(
             "lightning.trainer.profiler xla: torch_xla is not installed; choose simple, advanced or pytorch"
@@ -105,6 +99,7 @@ def check_trainer(settings: RunSettings, devices: Devices) -> None:
 
 
 def _trainer(devices: Devices, **arguments: Any) -> pl.Trainer:
+    arguments["strategy"] = make_strategy(str(arguments.get("strategy", "auto")))
     try:
         return pl.Trainer(accelerator=devices.accelerator, devices=devices.devices, **arguments)
     except (MisconfigurationException, TypeError, ValueError, ImportError) as error:

@@ -5,6 +5,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from ldm.checkpoint import write_checkpoint
+from ldm.checkpoint.formats import PARTS
+from ldm.checkpoint.write import split_tensors
 from tests.reference import randn
 
 WEIGHTS = {
@@ -13,6 +16,13 @@ WEIGHTS = {
     "half": randn(3, 5).half(),
     "count": torch.tensor(7),
     "none": torch.zeros(0, 2),
+}
+
+SPLIT = {
+    "state_dict": {"weight": randn(1, 5, 3), "scale": torch.tensor(0.5)},
+    "optimizer_states": [{"state": {0: {"step": torch.tensor(4.0), "exp_avg": randn(2, 5, 3)}}, "param_groups": []}],
+    "global_step": 7,
+    "callbacks": {"best": torch.tensor(1.0)},
 }
 
 
@@ -47,4 +57,18 @@ def same(one: dict, other: dict) -> bool:
 
 def save(path: Path, weights: dict, **extra: object) -> Path:
     torch.save({"state_dict": weights, **extra}, path)
+    return path
+
+
+def save_split(path, ranks, checkpoint=SPLIT, name="a"):
+    """Write a checkpoint as `ranks` ranks do, with rows 0-2 and 3-4 of five on two."""
+    size = -(-5 // ranks)
+    for rank in range(ranks):
+
+        def own(tensor, rank=rank):
+            return tensor[rank * size : rank * size + size] if tensor.ndim else tensor if rank == 0 else None
+
+        part, index = split_tensors(checkpoint, own)
+        write_checkpoint({"tensors": part}, path.parent / PARTS / name / f"{rank}.ckpt")
+    write_checkpoint({**index, PARTS: [f"{PARTS}/{name}/{rank}.ckpt" for rank in range(ranks)]}, path)
     return path

@@ -16,7 +16,8 @@ from ldm.checkpoint import (
     write_checkpoint,
     write_weights,
 )
-from tests.checkpoint.models import WEIGHTS, same, save
+from ldm.checkpoint.formats import PARTS
+from tests.checkpoint.models import SPLIT, WEIGHTS, same, save, save_split
 from tests.hostile.weights import rename_in_pickle
 from tests.reference import randn
 
@@ -151,3 +152,58 @@ def test_any_flipped_bit_at_the_end_of_a_zip_file_is_a_checkpoint_error(tmp_path
         path.write_bytes(damaged)
         with contextlib.suppress(CheckpointError):  # a bit without meaning is no damage
             verify_checkpoint(path)
+
+
+# ------------------------------------------------------------------------------------------- sharded checkpoints
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 7])  # seven ranks: some have no row
+def test_a_sharded_checkpoint_reads_as_a_whole_one(tmp_path, ranks):
+    path = save_split(tmp_path / "last.ckpt", ranks)
+    verify_checkpoint(path)
+    read, expected = read_checkpoint(path), SPLIT["state_dict"]
+    assert read.keys() == SPLIT.keys() and read["global_step"] == 7
+    assert same(read["state_dict"], expected) and same(read_weights(path), expected)
+    state = read["optimizer_states"][0]["state"][0]
+    assert same(state, SPLIT["optimizer_states"][0]["state"][0])
+    split = read_checkpoint(path, whole=False)["state_dict"]["weight"]
+    for start, stop in ((0, 5), (0, 2), (1, 4), (3, 5), (4, 9), (5, 9)):
+        assert torch.equal(split[start:stop], expected["weight"][start:stop])
+
+
+@pytest.mark.parametrize("name", ["../x.ckpt", "/etc/x/x.ckpt", "parts/../x.ckpt", "parts/x.ckpt", 3])
+def test_an_index_names_only_files_of_its_own_folder(tmp_path, name):
+    write_checkpoint({"state_dict": {}, PARTS: [name]}, tmp_path / "x.ckpt")
+    for use in (verify_checkpoint, read_checkpoint, read_weights):
+        with pytest.raises(CheckpointError, match="invalid names of its parts"):
+            use(tmp_path / "x.ckpt")
+
+
+@pytest.mark.parametrize("damage", ["missing", "cut", "flipped", "code", "rows", "other"])
+def test_a_damaged_part_is_a_checkpoint_error(tmp_path, damage):
+    path = save_split(tmp_path / "last.ckpt", 2)
+    part = tmp_path / PARTS / "a" / "1.ckpt"
+    content = part.read_bytes()
+    if damage == "missing":
+        part.unlink()
+    elif damage == "cut":
+        part.write_bytes(content[:-50])
+    elif damage == "flipped":
+        at = content.index(SPLIT["state_dict"]["weight"][4].numpy().tobytes())
+        part.write_bytes(content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :])
+    elif damage == "code":
+        torch.save({"tensors": Unsafe()}, part)
+    elif damage == "rows":
+        write_checkpoint({"tensors": {}}, part)
+    else:
+        write_checkpoint({"tensors": [1]}, part)
+    with pytest.raises(
+        CheckpointError, match=r"1\.ckpt" if damage in ("missing", "cut", "flipped", "code") else "lack rows"
+    ):
+        verify_checkpoint(path)
+        read_checkpoint(path)
+
+
+class Unsafe:
+    def __reduce__(self):
+        return print, ("code ran",)

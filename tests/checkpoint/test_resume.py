@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from ldm.checkpoint import CheckpointError, write_checkpoint
-from ldm.checkpoint.resume import AtomicCheckpointIO, find_checkpoint
-from tests.checkpoint.models import WEIGHTS, same, save
+from ldm.checkpoint.formats import PARTS
+from ldm.checkpoint.resume import AtomicCheckpointIO, find_checkpoint, remove_unused_parts
+from tests.checkpoint.models import SPLIT, WEIGHTS, same, save, save_split
 
 
 def test_the_unsafe_loader_cannot_be_asked_for(tmp_path):
@@ -72,3 +73,20 @@ def test_damaged_checkpoints_are_counted_and_one_is_named(tmp_path):
     ) as error:
         find_checkpoint(folder)
     assert len(str(error.value)) < 300 + 2 * len(str(folder))
+
+
+def test_parts_live_as_long_as_an_index_names_them(tmp_path):
+    folder = tmp_path / "checkpoints"
+    for step, name in ((1, "epoch=000001.ckpt"), (2, "last-copy.ckpt"), (3, "last.ckpt")):
+        save_split(folder / name, 2, {**SPLIT, "global_step": step}, str(step))
+    (folder / PARTS / "killed").mkdir()
+
+    def parts():
+        return sorted(each.name for each in (folder / PARTS).iterdir())
+
+    AtomicCheckpointIO().remove_checkpoint(folder / "epoch=000001.ckpt")
+    assert parts() == ["2", "3"]
+    (folder / PARTS / "3" / "0.ckpt").unlink()
+    remove_unused_parts(folder)  # a damaged index: nothing is deleted
+    assert parts() == ["2", "3"]
+    assert find_checkpoint(tmp_path, full_state=True).name == "last-copy.ckpt"

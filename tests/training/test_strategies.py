@@ -1,0 +1,118 @@
+"""Strategies: sharded training equals one process, its checkpoints open anywhere, no frozen weight is sent around."""
+
+from collections import Counter
+
+import pytest
+import torch
+import torch.distributed as dist
+from pytorch_lightning.plugins.environments import LightningEnvironment
+
+from ldm.checkpoint import read_checkpoint
+from ldm.config.instantiate import ConfigError
+from ldm.training.strategies import DDPStrategy, make_strategy
+from tests.ranks import MODELS, largest_difference, train, train_on
+
+KIND = "latent diffusion"
+JOB = {"kind": KIND, "length": 21, "validation": 5}
+SHARDED = {**JOB, "batch_size": 4, "strategy": "fsdp"}
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Records and checkpoints of one process and of two ranks, by name; 6 steps, or 3 and 3 with a resume between."""
+    folder = tmp_path_factory.mktemp("strategies")
+    paths = {
+        name: str(folder / f"{name}.ckpt") for name in ("one", "one-3", "two", "two-3", "one-two", "two-two", "two-one")
+    }
+    records = {
+        "one": [train(batch_size=8, steps=6, save=paths["one"], **JOB)],
+        "one-3": [train(batch_size=8, steps=3, save=paths["one-3"], **JOB)],
+    }
+    jobs = {
+        "two": {"steps": 6},
+        "two-3": {"steps": 3},
+        "one-two": {"steps": 6, "resume": paths["one-3"]},
+        "two-two": {"steps": 6, "resume": paths["two-3"]},
+    }
+    sharded = train_on(2, [{**SHARDED, **job, "save": paths[name]} for name, job in jobs.items()], folder)
+    records |= dict(zip(jobs, sharded))
+    records["two-one"] = [train(batch_size=8, steps=6, resume=paths["two-3"], save=paths["two-one"], **JOB)]
+    return records, paths
+
+
+def differences(path, other):
+    """Relative difference of trained weights, averages and optimizer states of two checkpoints."""
+    one, two = read_checkpoint(path), read_checkpoint(other)
+    assert one["global_step"] == two["global_step"] and one["state_dict"].keys() == two["state_dict"].keys()
+
+    def values(checkpoint):
+        weights = checkpoint["state_dict"]
+        for prefix in ("model.", "model_ema.", "cond_stage_model."):
+            yield [tensor for name, tensor in weights.items() if name.startswith(prefix)]
+        yield [tensor for state in checkpoint["optimizer_states"][0]["state"].values() for tensor in state.values()]
+
+    def flat(tensors):
+        return torch.cat([tensor.double().flatten() for tensor in tensors])
+
+    pairs = [(flat(a), flat(b)) for a, b in zip(values(one), values(two))]
+    return [float((a - b).norm() / a.norm()) for a, b in pairs]
+
+
+def test_sharded_ranks_train_as_one_process(runs):
+    records, paths = runs
+    for record in records["two"]:
+        assert largest_difference(records["one"][0]["curves"], record["curves"]) < 1e-5
+        assert largest_difference(records["one"][0]["validations"], record["validations"]) < 1e-5
+    assert max(differences(paths["one"], paths["two"])) < 1e-5
+
+
+@pytest.mark.parametrize("path", ["one-two", "two-one"])
+def test_a_sharded_run_resumes_on_another_number_of_ranks(runs, path):
+    records, paths = runs
+    assert max(differences(paths["one"], paths[path])) < 1e-5
+    before = path.split("-")[0] + "-3"
+    used = Counter(tuple(sample) for record in (*records[before], *records[path]) for sample in record["samples"])
+    assert set(used.values()) == {1} and {(0, index) for index in range(21)} < set(used)
+
+
+def test_a_sharded_resume_is_exact(runs):
+    assert max(differences(runs[1]["two"], runs[1]["two-two"])) == 0
+
+
+def test_replicas_send_neither_frozen_weights_nor_averages():
+    model = MODELS[KIND]()
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        strategy = DDPStrategy(parallel_devices=[torch.device("cpu")], cluster_environment=LightningEnvironment())
+        replica = strategy._setup_model(model)
+        ignored = replica.parameters_to_ignore
+    finally:
+        dist.destroy_process_group()
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert {name for name in model.state_dict() if name.startswith(("first_stage_model.", "model_ema."))} <= ignored
+    assert not ignored & trained and sum(map(torch.numel, replica.modules_buffers)) < 2000  # the noise schedule
+
+
+@pytest.mark.parametrize(
+    "name, message",
+    [
+        ("potato", "expected one of auto, ddp, fsdp"),
+        ("fspd", "did you mean 'fsdp'"),
+        ("fsdp_cpu_offload", "expected one of auto, ddp, fsdp"),
+        ("deepspeed_stage_2", r'pip install -e "\.\[deepspeed\]"'),
+    ],
+)
+def test_an_unknown_or_missing_strategy_is_refused_with_the_choices(monkeypatch, name, message):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=message):
+        make_strategy(name)
+
+
+@pytest.mark.parametrize("kind", ["autoencoder", "autoencoder with GAN"])
+def test_only_diffusion_models_are_sharded(kind):
+    strategy = make_strategy("fsdp")
+    strategy.connect(MODELS[kind]())
+    with pytest.raises(ConfigError, match="AutoencoderKL is no diffusion model; choose ddp"):
+        strategy._shard()
