@@ -7,12 +7,14 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from ldm.config.instantiate import FIRST_STAGE_AS_CONDITION, UNCONDITIONAL, ConfigError, resolve_alias, value_at
+from ldm.config.signature import constructor_arguments
 from ldm.config.text_shapes import OPEN_CLIP_ARCH, OPEN_CLIP_SHAPES, VIT_L_14
 
 logger = logging.getLogger(__name__)
 
 HINT_BLOCK_CHANNELS = (16, 32, 96, 256)  # of a ControlNet's hint convolutions, as published
 ADAPTERS = ("adapters", "token_embeddings")  # sections of a LatentDiffusion whose checkpoints lack the base weights
+LOSS_MASK = "loss_mask"  # the masks of ImageFolder, in the batch
 _LATENT_MODELS = "ldm.models.diffusion."
 _UNET = (
     "ldm.modules.diffusionmodules.openaimodel.UNetModel",
@@ -53,6 +55,7 @@ def check_consistency(config: Mapping[str, Any]) -> None:
             raise ConfigError(
                 f"model.params.{name} true: model.params.{sections[0]} trains on a frozen base; set it to false{advice}"
             )
+    _check_masks(params, config.get("data") or {})
     sizes = dict(_data_sizes(config.get("data") or {}))
     if not latent:
         _compare_sizes("model.params.ddconfig.resolution", ddconfig.get("resolution"), 1, sizes)
@@ -67,6 +70,22 @@ def check_consistency(config: Mapping[str, Any]) -> None:
         )
     for path, size in sizes.items():
         check_size(path, (size, size), (2 ** (len(levels or [0]) - 1), cells))
+
+
+def _check_masks(params: Mapping[str, Any], data: Mapping[str, Any]) -> None:
+    """Raise ConfigError for a masked loss without masks in the data; log masks that the loss does not use."""
+    wanted = params.get("loss_mask_key")
+    for split in ("train", "validation"):
+        dataset = value_at(data, "params", split)
+        place, masks = f"data.params.{split}.params.masks", value_at(dataset, "params", "masks")
+        takes_masks = "masks" in (constructor_arguments(str(value_at(dataset, "target"))) or ())
+        if wanted == LOSS_MASK and takes_masks and masks is None:
+            raise ConfigError(
+                f"model.params.loss_mask_key {wanted}: set {place} to a folder of masks, or remove the key"
+            )
+        if masks is not None and wanted is None:
+            text = "%-11s %s has no effect: set model.params.loss_mask_key=%s for a masked loss"
+            logger.warning(text, "config", place, LOSS_MASK)
 
 
 def check_size(path: str, size: tuple[int, int], factors: tuple[int, int]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -17,8 +16,8 @@ from ldm.data.captions import Columns
 from ldm.data.detectors import canny_edges, is_depth_model, level_ranges, make_detector, to_hint
 from ldm.data.digits import Digits
 from ldm.data.folder import ImageFolder, Item
-from ldm.data.image import EXTENSIONS, BadImageError, from_array, load_like, to_array
-from ldm.data.listing import existing_folder, scan
+from ldm.data.image import BadImageError, View, from_array, load_like, to_array
+from ldm.data.listing import NamedAlike
 
 
 class ControlFolder(ImageFolder):
@@ -72,45 +71,25 @@ class ControlFolder(ImageFolder):
         super().__init__(root, **options)
 
     @cached_property
-    def _listed_hints(self) -> dict[str, list[Path]]:
-        """The files in the folder of hints, by their names without suffix."""
-        assert self._hints is not None
-        folder, found = existing_folder("hints", self._hints, "hints"), dict[str, list[Path]]()
-        for name in scan(folder, EXTENSIONS):
-            found.setdefault(str(Path(name).with_suffix("")), []).append(folder / name)
-        return found
-
-    @cached_property
-    def _hints_in_root(self) -> tuple[str, ...]:
-        """Beginnings of the names of images that are in the folder of hints."""
-        hints, root = (os.path.realpath(path) for path in (self._hints or os.devnull, self.root))
-        return (f"{os.path.relpath(hints, root)}/".removeprefix("./"),) if f"{hints}/".startswith(f"{root}/") else ()
+    def _named_alike(self) -> NamedAlike | None:
+        return None if self._hints is None else NamedAlike("hints", self._hints, self.root, self.whole)
 
     def _hints_of(self, name: str) -> list[Path]:
-        """The files of an image's hint, which should be one.
-
-        A table and a folder of hints name it relative to the split's folder or root, with any suffix.
-        """
-        if self._hints is None:
-            return [path] if (path := self.paired_file(name)) else []
-        stem = Path(name).with_suffix("")
-        inside = self.root.relative_to(self.whole) if self.root.is_relative_to(self.whole) else Path()
-        found = self._listed_hints.get(str(inside / stem)) or self._listed_hints.get(str(stem)) or []
-        same = [path for path in found if path.name == Path(name).name]
-        return same or found
+        """The files of an image's hint, which should be one."""
+        if self._named_alike is not None:
+            return self._named_alike.of(name)
+        return [path] if (path := self.paired_file(name)) else []
 
     def _item(self, name: str, texts: dict[str, list[str]] | None) -> Item | None:
         item = super()._item(name, texts)
         if item is None or self.detected:
             return item
-        if name.startswith(self._hints_in_root):
-            problem = f"is in the folder of the images, so that the hint {name} is an image too"
-            raise DataConfigError("hints", self._hints, problem, "move it out of root, and set {param} to it")
-        hints = self._hints_of(name)
-        if len(hints) != 1:
-            place = self._hints or f"{self.whole / self.paired[name]}: no such file"
-            problem = f"has no hint in {place}" if self._hints else f"has no hint: {place}"
-            self._unusable(name, f"has several hints: {', '.join(map(str, hints))}" if hints else problem)
+        if self._named_alike is not None:
+            problem = self._named_alike.problem(name)
+        else:
+            problem = "" if self._hints_of(name) else f"has no hint: {self.whole / self.paired[name]}: no such file"
+        if problem:
+            self._unusable(name, problem)
             return None
         return item
 
@@ -119,8 +98,7 @@ class ControlFolder(ImageFolder):
         if not self.detected:
             self._read_hint(name, image)
 
-    def _values(self, image: Image.Image, index: int) -> dict[str, Any]:
-        view = self._view(image)
+    def _views(self, image: Image.Image, view: View, index: int) -> dict[str, Any]:
         seen = view.apply(image, self.interpolation)
         if self.detected:
             hint = self._detect(seen)

@@ -67,8 +67,8 @@ class EditFolder(ImageFolder):
         sample["edit"]["c_crossattn"] = sample["caption"]
         return sample
 
-    def _values(self, image: Image.Image, index: int) -> dict[str, Any]:
-        before, view = self._read_before(self.items[index].name, image), self._view(image)
+    def _views(self, image: Image.Image, view: View, index: int) -> dict[str, Any]:
+        before = self._read_before(self.items[index].name, image)
         arrays = (to_array(view.apply(each, self.interpolation)) for each in (image, before))
         return {"edited": next(arrays), "edit": {"c_concat": next(arrays)}}
 

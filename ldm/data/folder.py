@@ -10,9 +10,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
+import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from ldm.config.consistency import LOSS_MASK
 from ldm.config.types import PathText
 from ldm.data.base import DataConfigError, check_choice
 from ldm.data.captions import (
@@ -24,9 +26,9 @@ from ldm.data.captions import (
     read_table,
     usual_table,
 )
-from ldm.data.image import EXTENSIONS, BadImageError, Size, load_image
+from ldm.data.image import EXTENSIONS, BadImageError, Size, load_image, load_like
 from ldm.data.image_dataset import ImageDataset, digest
-from ldm.data.listing import FileNames, existing_folder, read_list, scan
+from ldm.data.listing import FileNames, NamedAlike, existing_folder, read_list, scan
 from ldm.data.order import usable_cpus
 from ldm.data.splits import (
     FORCE,
@@ -73,6 +75,9 @@ class ImageFolder(ImageDataset):
     validation. None uses all of root, which then has no such sub-folders. No class is made of a folder that is named
     like a split, unless `classes` lists it.
 
+    masks: a folder of masks, named as the images are (`a/cat.png` for `a/cat.jpg`), for the `loss_mask_key` of a model.
+    An item then holds `loss_mask` float32 (H, W, 1) in [0, 1], 1 where the mask is white, in the view of the image.
+
     on_error: skip decodes every image once when the dataset is built, leaves out the unusable ones and logs their
     number; `skipped` lists the reasons.
     """
@@ -95,6 +100,7 @@ class ImageFolder(ImageDataset):
         classes: PathText | Sequence[str] | None = None,
         split: str | None = None,
         validation_fraction: float = 0.05,
+        masks: PathText | None = None,
         **options: Any,
     ) -> None:
         self.captioned, self.caption_encoding = captions is not None, caption_encoding
@@ -106,6 +112,7 @@ class ImageFolder(ImageDataset):
         declared = listed_classes(classes) or ()
         place = split_folder(whole, split, declared) if files is None else SplitFolder(whole)
         self.root, self.split = place.path, split
+        self.masks = None if masks is None else NamedAlike("masks", masks, self.root, whole)
         table = _table(captions, (self.root, whole))
         texts = None
         rows: list[Row] = []
@@ -151,6 +158,21 @@ class ImageFolder(ImageDataset):
     def _load(self, index: int) -> Image.Image:
         return self._read(self.items[index].name)
 
+    def _values(self, image: Image.Image, index: int) -> dict[str, Any]:
+        if self.masks is None:
+            return super()._values(image, index)
+        view, mask = self._view(image), self._read_mask(self.items[index].name, image)
+        levels = np.asarray(view.apply(mask, "bilinear"), dtype=np.float32)
+        return {**self._views(image, view, index), LOSS_MASK: levels[..., None] / 255}
+
+    def _read_mask(self, name: str, image: Image.Image) -> Image.Image:
+        assert self.masks is not None
+        (path,) = self.masks.of(name)
+        mask = load_like(path, image, self.max_pixels).convert("L")
+        if mask.getextrema()[1] == 1:
+            raise BadImageError(path, "its largest value is 1 of 255, nearly black: save masks with 255 for white")
+        return mask
+
     def _captions(self, index: int) -> Sequence[str]:
         return self.items[index].captions
 
@@ -167,6 +189,8 @@ class ImageFolder(ImageDataset):
         labels += [self.prompts.templates, self.prompts.subject] if self.prompts else []
         if pairs := self._pairs():
             labels.append(pairs)
+        if self.masks is not None:
+            labels.append([self.masks.of(item.name)[0].name for item in self.items])
         return {"files": digest([item.name for item in self.items]), "labels": digest(labels)}
 
     def _pairs(self) -> list[str]:
@@ -268,6 +292,9 @@ class ImageFolder(ImageDataset):
 
     def _item(self, name: str, texts: dict[str, list[str]] | None) -> Item | None:
         """Return an image with its captions; None if the policies skip it."""
+        if self.masks is not None and (problem := self.masks.problem(name)):
+            self._unusable(name, problem)
+            return None
         if not self.captioned:
             return Item(name)
         if texts is not None:
@@ -300,6 +327,8 @@ class ImageFolder(ImageDataset):
         def problem(item: Item) -> str:
             try:
                 self._check(item.name)
+                if self.masks is not None:
+                    self._read_mask(item.name, self._read(item.name))
             except BadImageError as error:
                 return error.reason or str(error)
             return ""

@@ -146,8 +146,12 @@ class ImageDataset(Dataset):
             raise BadImageError(path, f"{width}x{height} pixels, below min_size {self.min_size}")
 
     def _values(self, image: Image.Image, index: int) -> dict[str, Any]:
-        """Return the entries of a sample that come from its image; subclasses override this."""
-        return {self.image_key: to_array(self._view(image).apply(image, self.interpolation))}
+        """Return the entries of a sample that come from its image."""
+        return self._views(image, self._view(image), index)
+
+    def _views(self, image: Image.Image, view: View, index: int) -> dict[str, Any]:
+        """Return the entries of a sample in a view of its image; subclasses override this."""
+        return {self.image_key: to_array(view.apply(image, self.interpolation))}
 
     def _view(self, image: Image.Image) -> View:
         """Return the scaling, crop and flip of a sample, random as configured."""

@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw
 from ldm.config.types import PathText, Probability
 from ldm.data.base import DataConfigError, check_choice
 from ldm.data.folder import ImageFolder
-from ldm.data.image import to_array
+from ldm.data.image import View, to_array
 
 
 class Convention(NamedTuple):
@@ -53,8 +53,8 @@ class Inpainting(ImageFolder):
         self.convention = CONVENTIONS[convention]
         super().__init__(root, **options)
 
-    def _values(self, image: Image.Image, index: int) -> dict[str, Any]:
-        pixels = to_array(self._view(image).apply(image, self.interpolation))
+    def _views(self, image: Image.Image, view: View, index: int) -> dict[str, Any]:
+        pixels = to_array(view.apply(image, self.interpolation))
         height, width = pixels.shape[:2]
         if self.whole_p > 0 and random.random() < self.whole_p:
             hole = np.ones((height, width), bool)

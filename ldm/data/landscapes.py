@@ -19,7 +19,7 @@ from PIL import Image
 from ldm.config.types import PathText
 from ldm.data.base import DataConfigError
 from ldm.data.folder import Defaults, ImageFolder
-from ldm.data.image import BadImageError, Size, load_labels, to_array
+from ldm.data.image import BadImageError, Size, View, load_labels, to_array
 from ldm.data.listing import existing_folder
 from ldm.paths import expand_user
 
@@ -54,9 +54,9 @@ class SegmentedImages(ImageFolder):
         self.image_root = expand_user(root or "")
         super().__init__(root, size, **options)
 
-    def _values(self, image: Image.Image, index: int) -> dict[str, Any]:
+    def _views(self, image: Image.Image, view: View, index: int) -> dict[str, Any]:
         path = self._map(self.items[index].name)
-        labels, view = self._labels(path, image), self._view(image)
+        labels = self._labels(path, image)
         one_hot = np.eye(256, self.n_labels, dtype=self.dtype)  # row k: class k; rows past the last class are zeros
         return {
             self.image_key: to_array(view.apply(image, self.interpolation)),

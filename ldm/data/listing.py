@@ -27,6 +27,46 @@ def existing_folder(param: str, value: str | None, content: str) -> Path:
     return folder
 
 
+class NamedAlike:
+    """Files of another folder, named as the images of `root` are, with any suffix: `a/cat.png` for `a/cat.jpg`.
+
+    param: the setting that names the folder, e.g. "masks". whole: the folder that holds root, if root is that of a
+    split; the files are named relative to either.
+    """
+
+    def __init__(self, param: str, folder: str, root: Path, whole: Path) -> None:
+        self.param, self.folder, self.kind = param, folder, param.removesuffix("s")
+        path = existing_folder(param, folder, param)
+        self._inside = root.relative_to(whole) if root.is_relative_to(whole) else Path()
+        self._files: dict[str, list[Path]] = {}  # by their names without suffix
+        for name in scan(path):
+            self._files.setdefault(str(Path(name).with_suffix("")), []).append(path / name)
+        own, images = (os.path.realpath(each) for each in (path, root))
+        among = f"{own}/".startswith(f"{images}/")
+        self._among: str | None = f"{os.path.relpath(own, images)}/".removeprefix("./") if among else None
+
+    def of(self, name: str) -> list[Path]:
+        """Return the files of an image, which should be one."""
+        stem = Path(name).with_suffix("")
+        found = self._files.get(str(self._inside / stem)) or self._files.get(str(stem)) or []
+        same = [path for path in found if path.name == Path(name).name]
+        return same or found
+
+    def problem(self, name: str) -> str:
+        """Return why an image has not one file; empty if it has. DataConfigError if the files are images of root."""
+        if self._among is not None and name.startswith(self._among):
+            problem = f"is in the folder of the images, so that the {self.kind} {name} is an image too"
+            raise DataConfigError(self.param, self.folder, problem, "move it out of root, and set {param} to it")
+        found = self.of(name)
+        if len(found) == 1:
+            return ""
+        return (
+            f"has several {self.param}: {', '.join(map(str, found))}"
+            if found
+            else f"has no {self.kind} in {self.folder}"
+        )
+
+
 def is_hidden(name: str) -> bool:
     """True for hidden files and folders, and for those that macOS adds to archives."""
     return name.startswith(".") or name == "__MACOSX"

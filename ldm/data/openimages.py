@@ -202,8 +202,7 @@ class Layouts(ImageFolder):
         """Return the name of a class, e.g. "Tortoise"."""
         return list(self.object_names.values())[number]
 
-    def _values(self, image: Image.Image, index: int) -> dict[str, Any]:
-        view = self._view(image)
+    def _views(self, image: Image.Image, view: View, index: int) -> dict[str, Any]:
         boxes = self.boxes.of(self.rows[index])
         random.shuffle(boxes)
         tokens = self.conditional_builders["coordinates_bbox"].encode(boxes, _region(view), view.mirrored)

@@ -119,3 +119,15 @@ def test_networks_of_other_packages_use_the_same_names_as_they_like():
     latent = {"first_stage_config": own, "cond_stage_config": "__is_unconditional__", "unet_config": unet}
     target = "ldm.models.diffusion.ddpm.LatentDiffusion"
     check_consistency({"model": {"target": target, "params": {**latent, "image_size": 30}}, "data": data})
+
+
+def test_a_masked_loss_needs_masks_and_masks_need_it(caplog):
+    place = "data.params.{}.params.masks=/masks"
+    key = "model.params.loss_mask_key=loss_mask"
+    with pytest.raises(ConfigError, match=r"loss_mask_key loss_mask: set data\.params\.validation\.params\.masks to"):
+        check(FOLDER, key, place.format("train"))
+    with caplog.at_level(logging.WARNING):
+        check(FOLDER, key, place.format("train"), place.format("validation"))
+        assert not caplog.records
+        check(FOLDER, place.format("train"))
+    assert "data.params.train.params.masks has no effect: set model.params.loss_mask_key=loss_mask" in caplog.text

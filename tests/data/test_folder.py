@@ -376,3 +376,60 @@ def test_the_fingerprint_covers_templates_and_is_the_old_one_without(captioned):
     plain = ImageFolder(str(captioned), size=8, captions="sidecar").fingerprint
     assert plain == ImageFolder(str(captioned), size=8, captions="sidecar", templates=[]).fingerprint
     assert plain != ImageFolder(str(captioned), size=8, captions="sidecar", templates=["a {}"]).fingerprint
+
+
+@pytest.fixture
+def masked(tmp_path):
+    """Images whose masks are their red channel, in other formats."""
+    for i, name in enumerate(["a.png", "sub/b.png"]):
+        red = np.kron(np.random.RandomState(i).randint(0, 256, (4, 5)), np.ones((5, 5))).astype(np.uint8)
+        image, mask = tmp_path / "images" / name, (tmp_path / "masks" / name).with_suffix(".bmp")
+        image.parent.mkdir(parents=True, exist_ok=True)
+        mask.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.stack([red, red * 0, red * 0], axis=-1)).save(image)
+        Image.fromarray(red).save(mask)
+    return tmp_path
+
+
+def masked_folder(masked, **options):
+    return ImageFolder(str(masked / "images"), masks=str(masked / "masks"), **{"size": 16, **options})
+
+
+def test_a_mask_has_the_crop_and_the_flip_of_its_image(masked):
+    dataset = masked_folder(masked, size=20, crop_size=16, random_crop=True, flip_p=0.5)
+    for sample in [dataset[index] for index in (0, 1) * 8]:
+        assert sample["loss_mask"].shape == (16, 16, 1) and sample["loss_mask"].dtype == np.float32
+        np.testing.assert_allclose(sample["loss_mask"][..., 0], (sample["image"][..., 0] + 1) / 2, atol=1e-6)
+
+
+def test_masks_do_not_change_the_views_of_the_images(masked):
+    options = {"size": 20, "crop_size": 16, "random_crop": True, "flip_p": 0.5}
+    with_masks = SeededDataset(masked_folder(masked, **options), seed=1)
+    without = SeededDataset(ImageFolder(str(masked / "images"), **options), seed=1)
+    assert all(np.array_equal(with_masks[k]["image"], without[k]["image"]) for k in (0, 1))
+
+
+def test_a_missing_or_unusable_mask_is_an_error_or_leaves_its_image_out(masked):
+    (masked / "masks" / "sub" / "b.bmp").unlink()
+    with pytest.raises(DataConfigError, match=r"sub/b\.png: has no mask in .*masks"):
+        masked_folder(masked)
+    dataset = masked_folder(masked, on_error="skip")
+    assert names(dataset) == ["a.png"] and "no mask" in dataset.skipped["sub/b.png"]
+    for image, problem in (
+        (Image.new("L", (5, 25)), "is 5x25, but its image is 25x20"),
+        (Image.new("L", (25, 20), 1), "its largest value is 1 of 255"),
+    ):
+        image.save(masked / "masks" / "sub" / "b.png")
+        with pytest.raises(BadImageError, match=problem):
+            masked_folder(masked)[1]
+        assert problem in masked_folder(masked, on_error="skip").skipped["sub/b.png"]
+
+
+def test_masks_are_not_images_and_a_change_of_them_changes_the_fingerprint(masked):
+    with pytest.raises(DataConfigError, match=r"is in the folder of the images, so that the mask .* is an image too"):
+        ImageFolder(str(masked / "masks"), masks=str(masked / "masks"))
+    before, plain = masked_folder(masked).fingerprint, ImageFolder(str(masked / "images")).fingerprint
+    (masked / "masks" / "a.bmp").rename(masked / "masks" / "a.png")
+    after = masked_folder(masked).fingerprint
+    assert before["files"] == after["files"] == plain["files"]
+    assert len({each["labels"] for each in (before, after, plain)}) == 3
