@@ -8,10 +8,11 @@ from __future__ import annotations
 import codecs
 import logging
 import random
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 from ldm.data.base import DataConfigError
 from ldm.data.image import EXTENSIONS
@@ -50,6 +51,7 @@ class Row(NamedTuple):
     problem: str = ""
     split: str | None = None  # of a column `split` with such a name, see ldm.data.splits
     paired: str = ""
+    fields: Mapping[str, Any] = MappingProxyType({})  # the other columns
 
 
 def usual_table(folder: Path) -> str | None:
@@ -175,7 +177,9 @@ def _row(
     except ValueError as error:
         return Row(line, image, [], str(error))
     split = next((split_of(str(value)) for key, value in values.items() if key.casefold() == "split"), None)
-    return Row(line, name, [text.strip() for text in captions if text.strip()], split=split, paired=paired)
+    used = (image_column, caption_column, paired_column)
+    fields = {key: value for key, value in values.items() if key not in used and key.casefold() != "split"}
+    return Row(line, name, [text.strip() for text in captions if text.strip()], "", split, paired, fields)
 
 
 def _column(param: str, name: str | None, defaults: tuple[str, ...], values: dict, path: Path) -> str:

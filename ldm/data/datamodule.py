@@ -402,9 +402,9 @@ def _check_training_data(datasets: Mapping[str, Any]) -> None:
     """Raise ConfigError for training on a validation or test split; log images that are also in another split."""
     train = _unwrapped(datasets.get("train"))
     for name, other in datasets.items():
-        common = set(getattr(train, "shards", ())) & set(getattr(_unwrapped(other), "shards", ()))
-        if common and name in ("validation", "test"):
-            logger.warning("%-11s %d shards of %s are trained on too, e.g. %s", "data", len(common), name, min(common))
+        shared = set(getattr(train, "shards", ())) & set(getattr(_unwrapped(other), "shards", ()))
+        if shared and name in ("validation", "test"):
+            logger.warning("%-11s %d shards of %s are trained on too, e.g. %s", "data", len(shared), name, min(shared))
     if not isinstance(train, ImageFolder):
         return
     root = train.root.resolve()

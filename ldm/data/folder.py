@@ -263,6 +263,7 @@ class ImageFolder(ImageDataset):
             if name is None:
                 self._unusable(f"{table} line {row.line}", problem or f"no such file: {whole / row.image}")
                 continue
+            self._use_row(name, row)
             known = texts.setdefault(name, {})
             repeated += sum(caption in known for caption in row.captions)
             known.update(dict.fromkeys(row.captions))
@@ -270,6 +271,9 @@ class ImageFolder(ImageDataset):
             if count:
                 logger.info("%s: %d rows %s", table, count, what)
         return {name: list(captions) for name, captions in texts.items()}, place
+
+    def _use_row(self, name: str, row: Row) -> None:
+        """Keep what a subclass needs of the record of an image."""
 
     def paired_file(self, name: str) -> Path | None:
         """Return the file that the table pairs with an image; its path is relative to the split's folder or to root."""

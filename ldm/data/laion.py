@@ -95,7 +95,7 @@ class WebDataModuleFromConfig(DataModuleFromConfig):
         common = {"filters": filters, "cache": cache, "cache_gb": cache_gb}
         splits = {"train": train, "validation": validation, "test": test}
         parsed = {name: _parsed(name, split) for name, split in splits.items() if split is not None}
-        datasets = {name: _dataset(tar_base, split, common) for name, split in parsed.items()}
+        datasets: dict[str, Any] = {name: _dataset(tar_base, split, common) for name, split in parsed.items()}
         super().__init__(batch_size, num_workers=num_workers, **datasets)
         self._shuffle = {name: split.shuffle > 0 for name, split in parsed.items()}
 

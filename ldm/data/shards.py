@@ -416,9 +416,9 @@ def _write(path: Path, index: Index, modified: int) -> None:
         np.savez_compressed(
             file,
             head=np.frombuffer(json.dumps(head).encode(), np.uint8),
-            members=np.array([*index.members.values()], np.int64).reshape(-1, count, 4),
-            numbers=np.array([*index.numbers.values()], np.float64).reshape(-1, count),
-            texts=np.array([*index.texts.values()], np.int32).reshape(-1, count),
+            members=np.array([*index.members.values()], np.int64).reshape(len(index.members), count, 4),
+            numbers=np.array([*index.numbers.values()], np.float64).reshape(len(index.numbers), count),
+            texts=np.array([*index.texts.values()], np.int32).reshape(len(index.texts), count),
         )
 
 
