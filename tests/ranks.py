@@ -9,6 +9,7 @@ import os
 import socket
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,11 @@ import torch
 from omegaconf import OmegaConf
 from torch.utils.data import Dataset
 
-from ldm.callbacks import ExactResume, RunReport, StepSeed, StopOnNonFinite
+from ldm.callbacks import ExactResume, LossBySNR, RunReport, StepSeed, StopOnNonFinite
 from ldm.checkpoint.resume import AtomicCheckpointIO
 from ldm.data.datamodule import DataModuleFromConfig
 from ldm.models.autoencoder import AutoencoderKL, VQModel
+from ldm.models.diffusion.ddpm import DDPM
 from ldm.training.strategies import make_strategy
 from ldm.util import instantiate_from_config
 from tests.models.first_stages import DDCONFIG, loss_config, vq_config
@@ -120,14 +122,17 @@ def train(
         unused = "" if model.automatic_optimization else "_find_unused_parameters_true"
         options["strategy"] = make_strategy(strategy or f"ddp{unused}")
     record = Record()
+    by_noise = [LossBySNR(samples=3, bin_width=4, timesteps_per_bin=1)] if isinstance(model, DDPM) else []
+    place = tempfile.TemporaryDirectory()  # of the plots
     trainer = pl.Trainer(
+        default_root_dir=place.name,
         accelerator="cpu",
         devices=ranks,
         max_steps=steps,
         limit_val_batches=1.0 if validation else 0,
         num_sanity_val_steps=0,
         check_val_every_n_epoch=validate_every,
-        callbacks=[StepSeed(11), ExactResume(), StopOnNonFinite(), RunReport(), record],
+        callbacks=[StepSeed(11), ExactResume(), StopOnNonFinite(), RunReport(), *by_noise, record],
         inference_mode=False,
         plugins=[AtomicCheckpointIO()],
         **dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False),
@@ -136,6 +141,7 @@ def train(
     trainer.fit(model, datamodule=data, ckpt_path=resume, weights_only=True if resume else None)
     if save:
         trainer.save_checkpoint(save)
+    place.cleanup()
     return {"curves": record.curves, "samples": record.samples, "validations": record.validations}
 
 

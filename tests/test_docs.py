@@ -12,9 +12,12 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 import main
+from ldm.config.validate import check_config
 from ldm.inference.settings import PRECISIONS, SEED_MODES
+from ldm.models.diffusion import loss_weighting
 from ldm.models.diffusion.conditioning import ROUTES
 from ldm.models.diffusion.ddim import DDIMSampler
+from ldm.models.diffusion.loss_weighting import LossWeighting, SNRWeighting
 from ldm.models.diffusion.samplers.registry import SAMPLERS
 from ldm.paths import ROOT
 from ldm.training.flags import _parser as training_parser
@@ -166,3 +169,17 @@ def test_links_between_documents_exist():
         (page, link) for page in pages for link in re.findall(r"\]\((?!http)([^)#]+)", page.read_text(encoding="utf-8"))
     ]
     assert links and not [(page.name, link) for page, link in links if not (page.parent / link).exists()]
+
+
+def test_the_sections_of_objectives_are_valid_and_its_table_has_every_weighting():
+    page = (ROOT / "docs" / "objectives.md").read_text(encoding="utf-8")
+    base = OmegaConf.load(ROOT / "configs" / "recipes" / "text-to-image-folder.yaml")
+    blocks = [OmegaConf.create(block) for block in re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)]
+    sections = [block if "lightning" in block else {"model": {"params": block}} for block in blocks]
+    config = OmegaConf.merge(base, *sections)
+    check_config(config, weights=False)
+    for section in ("loss_weighting_config", "noise_config", "timestep_config"):
+        assert instantiate_from_config(config.model.params[section])
+    classes = {each.__name__ for base in (LossWeighting, SNRWeighting) for each in base.__subclasses__()}
+    named = {name for name in classes if f"| `{name}`" in page}
+    assert {name for name in classes if name != "SNRWeighting" and hasattr(loss_weighting, name)} <= named

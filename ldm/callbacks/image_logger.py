@@ -215,17 +215,26 @@ def _cut_short_by_signals(trainer: pl.Trainer) -> AbstractContextManager[None]:
 
 
 @contextmanager
+def gathered(module: nn.Module) -> Iterator[None]:
+    """Gather the weights of a sharded model that only its own forward pass would gather."""
+    if isinstance(module, FSDPModule):
+        module.unshard()
+    try:
+        yield
+    finally:
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+@contextmanager
 def _unchanged(module: nn.Module, device: torch.device) -> Iterator[None]:
     """Put the module into eval mode; restore its modes and the random generators afterwards."""
     modes = {part: part.training for part in module.modules()}
     with preserve_rng(device), samples_set(None):  # as published: noise of the global generators
         module.eval()
-        if isinstance(module, FSDPModule):  # the weights that only its own forward pass would gather
-            module.unshard()
         try:
-            yield
+            with gathered(module):
+                yield
         finally:
-            if isinstance(module, FSDPModule):
-                module.reshard()
             for part, training in modes.items():
                 part.training = training

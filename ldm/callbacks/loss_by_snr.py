@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ldm.callbacks.image_logger import never_stops_training, save_image, training_step_index
+from ldm.callbacks.image_logger import gathered, never_stops_training, save_image, training_step_index
 from ldm.config.instantiate import ConfigError
 from ldm.config.types import PositiveFloat, PositiveInt
 from ldm.models.diffusion.ddpm import DDPM
@@ -94,26 +94,35 @@ class LossBySNR(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         assert isinstance(pl_module, DDPM)
-        number = self._wanted(batch_idx, pl_module.batch_size_of(batch)) if dataloader_idx == 0 else 0
-        if self._sums is None or number == 0:
+        size = pl_module.batch_size_of(batch)
+        if self._sums is None or dataloader_idx > 0 or not self._is_wanted(batch_idx, size):
             return
+        counted = self._counted(batch_idx, size)
+        number = max(counted, 1)  # every rank calls the network: together, if it is sharded
         start, mask = time.monotonic(), pl_module.loss_options(batch).get("mask")
         context = trainer.precision_plugin.val_step_context()
         with torch.no_grad(), context, fixed_noise(batch_idx, pl_module.device):
-            x, cond = pl_module.clean_inputs(batch, number)
+            with gathered(pl_module):
+                x, cond = pl_module.clean_inputs(batch, number)
             noise, mask = normal_like(x, Purpose.NOISE), None if mask is None else mask[:number]
             sums = []
             for scope in (nullcontext(), pl_module.ema_scope()) if pl_module.use_ema else (nullcontext(),):
-                with scope:
+                with scope, gathered(pl_module):
                     for each in self.bins:
                         at = [torch.full((number,), t, device=x.device, dtype=torch.int64) for t in each.timesteps]
                         errors = torch.stack([pl_module.denoising_errors(x, cond, t, noise, mask) for t in at])
-                        sums.append(errors.float().mean(dim=0).sum())
+                        sums.append(errors[:, :counted].float().mean(dim=0).sum())
         self._sums[: len(sums)] += torch.stack(sums).cpu()
-        self._sums[-1] += number
+        self._sums[-1] += counted
         self._seconds += time.monotonic() - start
 
-    def _wanted(self, batch_idx: int, batch_size: int) -> int:
+    def _is_wanted(self, batch_idx: int, batch_size: int) -> bool:
+        """Return whether any rank's batch has one of the first `samples` samples; the same on all ranks."""
+        samples = current_samples()
+        known = samples is not None and samples.places
+        return (samples.start if samples is not None and known else batch_idx * batch_size) < self.samples
+
+    def _counted(self, batch_idx: int, batch_size: int) -> int:
         """Return how many of the batch's first samples are among the first `samples` of all ranks."""
         samples = current_samples()
         if samples is None or not samples.places:

@@ -131,10 +131,13 @@ def test_metrics_are_in_the_csv_and_the_plot_continues_after_a_resume(tmp_path):
     assert Image.open(tmp_path / "images" / "val" / "loss_by_logsnr.png").size[0] > 1000
 
 
-def test_it_is_evaluated_every_few_validations(tmp_path):
-    callback = LossBySNR(samples=1, bin_width=9, timesteps_per_bin=1, every=2)
-    train(tmp_path, callback, epochs=3)
-    assert [each["step"] for each in callback.history] == [2, 8]
+def test_it_is_evaluated_every_few_validations_and_not_in_the_sanity_check():
+    callback, due = LossBySNR(every=3), []
+    for sanity_checking in (True, False, False, False, False):
+        trainer = SimpleNamespace(state=SimpleNamespace(fn="fit"), sanity_checking=sanity_checking)
+        callback.on_validation_epoch_start(trainer, None)
+        due.append(callback._sums is not None)
+    assert due == [False, True, False, False, True]
 
 
 def test_a_model_without_noise_levels_is_refused(tmp_path):
