@@ -55,14 +55,21 @@ class Inpainting(ImageFolder):
 
     def _views(self, image: Image.Image, view: View, index: int) -> dict[str, Any]:
         pixels = to_array(view.apply(image, self.interpolation))
-        height, width = pixels.shape[:2]
-        if self.whole_p > 0 and random.random() < self.whole_p:
-            hole = np.ones((height, width), bool)
-        else:
-            hole = random_hole(height, width, random.uniform(self.min_masked, self.max_masked))
-        masked = np.where(hole[..., None], np.float32(self.convention.hole), pixels)
-        mask = np.where(hole[..., None], 1, self.convention.outside).astype(np.float32)
-        return {self.image_key: pixels, "mask": mask, "masked_image": masked}
+        parts = masked(pixels, self.min_masked, self.max_masked, self.whole_p, self.convention)
+        return {self.image_key: pixels, **parts}
+
+
+def masked(
+    image: np.ndarray, least: float, most: float, whole_p: float, convention: Convention
+) -> dict[str, np.ndarray]:
+    """Return `mask` (H, W, 1) and `masked_image` of an image (H, W, 3) in [-1, 1], see Inpainting."""
+    height, width = image.shape[:2]
+    if whole_p > 0 and random.random() < whole_p:
+        hole = np.ones((height, width), bool)
+    else:
+        hole = random_hole(height, width, random.uniform(least, most))
+    mask = np.where(hole[..., None], 1, convention.outside).astype(np.float32)
+    return {"mask": mask, "masked_image": np.where(hole[..., None], np.float32(convention.hole), image)}
 
 
 def random_hole(height: int, width: int, share: float) -> np.ndarray:

@@ -8,14 +8,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
 
+import numpy as np
 from PIL import Image, ImageOps
 
 from ldm.config.instantiate import ConfigError, instantiate_from_config
 from ldm.config.types import NonNegativeInt, PathText, PositiveFloat, PositiveInt, Probability
-from ldm.data.base import DataConfigError
+from ldm.data.base import DataConfigError, check_choice
 from ldm.data.datamodule import DataModuleFromConfig
-from ldm.data.image import Size, crop_box, height_and_width, to_array
+from ldm.data.image import Size, crop_box, from_array, height_and_width, to_array
+from ldm.data.inpainting import CONVENTIONS, masked
 from ldm.data.shards import CACHE
+from ldm.data.superres import degrade
 from ldm.data.webdataset import ImageShards
 
 _TARGET = f"{__name__}.PublishedShards"
@@ -29,7 +32,7 @@ class Split:
     shards; any other number shuffles all samples (published: the size of a buffer). image_key: the suffix of the image,
     and its name in the batch. image_transforms: configs of torchvision.transforms.{Resize, CenterCrop, RandomCrop,
     RandomHorizontalFlip}, applied in this order; others, and those of your own packages, need --allow-targets.
-    postprocess: config of a callable that takes and returns each item.
+    postprocess: config of a callable that takes and returns each item, such as AddMask and AddLR.
     """
 
     def __init__(
@@ -129,6 +132,52 @@ def _dataset(tar_base: str | None, split: Split, common: Mapping[str, Any]) -> d
         **common,
     }
     return {"target": _TARGET, "params": params}
+
+
+# Shares of the image that a mask covers. The published modes are sizes of strokes and boxes in pixels; these are close.
+MASK_MODES = {
+    **dict.fromkeys(("256train", "512train"), (0.1, 0.5)),
+    **dict.fromkeys(("256train-large", "512train-large"), (0.3, 0.7)),
+}
+
+
+@dataclass
+class AddMask:
+    """Adds `mask` (H, W, 1), 1 in the hole, else 0, and `masked_image`, which is grey (0) in the hole.
+
+    mode: one of MASK_MODES. p_drop: probability of masking the whole image. image_key: the image, in [-1, 1].
+    """
+
+    mode: str = "512train"
+    p_drop: Probability = 0.0
+    image_key: str = "jpg"
+
+    def __post_init__(self) -> None:
+        check_choice("mode", self.mode, MASK_MODES)
+
+    def __call__(self, sample: dict[str, Any]) -> dict[str, Any]:
+        image = sample[self.image_key]
+        return {**sample, **masked(image, *MASK_MODES[self.mode], self.p_drop, CONVENTIONS["stable-diffusion"])}
+
+
+@dataclass
+class AddLR:
+    """Adds `lr` (output_size, output_size, 3) in [-1, 1]: the image after the light degradation by `factor`.
+
+    initial_size: the image is scaled to this side before. image_key: the image, in [-1, 1].
+    """
+
+    factor: PositiveInt
+    output_size: PositiveInt
+    initial_size: PositiveInt | None = None
+    image_key: str = "jpg"
+
+    def __call__(self, sample: dict[str, Any]) -> dict[str, Any]:
+        image = from_array(sample[self.image_key])
+        if self.initial_size is not None:
+            image = image.resize((self.initial_size,) * 2, Image.Resampling.BICUBIC)
+        small = Image.fromarray(degrade(np.asarray(image), "bsrgan_light", self.factor))
+        return {**sample, "lr": to_array(small.resize((self.output_size,) * 2, Image.Resampling.BICUBIC))}
 
 
 @dataclass

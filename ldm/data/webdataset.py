@@ -148,12 +148,19 @@ class ImageShards(ImageDataset):
 
     def file_of(self, index: int) -> str:
         """Return the shard of a sample and its key: data/00003.tar/000030017."""
+        return f"{self.shards[self.shard_of(index)]}/{self.key(index)}"
+
+    def key(self, index: int) -> str:
+        """Return the key of a sample, the name of its files without their suffixes."""
         shard, row = self._place(index)
-        return f"{self.shards[shard]}/{self._opened(shard).keys[row]}"
+        return self._opened(shard).keys[row]
+
+    def shard_of(self, index: int) -> int:
+        """Return the number of a sample's shard in `shards`."""
+        return int(np.searchsorted(self._starts, index, "right")) - 1
 
     def _sample(self, index: int) -> dict[str, Any]:
-        shard, row = self._place(index)
-        sample = {**super()._sample(index), "__key__": self._opened(shard).keys[row]}
+        sample = {**super()._sample(index), "__key__": self.key(index)}
         return sample if self.postprocess is None else self.postprocess(sample)
 
     def _load(self, index: int) -> Image.Image:
@@ -171,7 +178,7 @@ class ImageShards(ImageDataset):
 
     def _place(self, index: int) -> tuple[int, int]:
         """Return the number of a sample's shard, and its row there."""
-        shard = int(np.searchsorted(self._starts, index, "right")) - 1
+        shard = self.shard_of(index)
         return shard, int(self._rows[shard][index - self._starts[shard]])
 
     def _read(self, shard: int, place: np.ndarray) -> bytes:

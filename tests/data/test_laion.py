@@ -9,7 +9,7 @@ from PIL import Image
 import main
 from ldm.checkpoint import read_checkpoint
 from ldm.config.instantiate import ConfigError
-from ldm.data.laion import CenterCrop, RandomCrop, RandomHorizontalFlip, Resize, WebDataModuleFromConfig
+from ldm.data.laion import AddMask, CenterCrop, RandomCrop, RandomHorizontalFlip, Resize, WebDataModuleFromConfig
 from ldm.util import instantiate_from_config
 from tests import toys
 from tests.data.layouts import image_bytes, pixels, save_shard, save_shards
@@ -93,6 +93,27 @@ def test_transforms_are_those_of_torchvision():
     assert RandomHorizontalFlip(0.0)(image) is image
     resized = Resize(15, 3)(image)
     assert resized.tobytes() == image.resize((25, 15), Image.Resampling.BICUBIC).tobytes()
+
+
+def test_masks_and_small_images_are_added_to_the_items_of_a_split(tmp_path):
+    save_shards(tmp_path, 3, 2, height=16, width=16)
+    for target, params in (("AddMask", {"mode": "512train-large", "p_drop": 0.25}), ("AddLR", LOW)):
+        split = {"shards": "00000.tar", "image_key": "png"}
+        split["postprocess"] = {"target": f"ldm.data.laion.{target}", "params": {**params, "image_key": "png"}}
+        module = instantiate_from_config(published(tmp_path, train=split, validation=None))
+        module.setup()
+        [batch] = module.train_dataloader()
+        if target == "AddLR":
+            assert batch["lr"].shape == (2, 12, 12, 3) and batch["lr"].abs().max() <= 1
+            continue
+        mask, masked = batch["mask"], batch["masked_image"]
+        assert mask.shape == (2, 16, 16, 1) and set(mask.unique().tolist()) <= {0.0, 1.0} and mask.mean() > 0.2
+        assert torch.equal(masked, batch["png"] * (1 - mask))
+    with pytest.raises(ConfigError, match="mode 'large': unknown; set mode to one of 256train"):
+        AddMask("large")
+
+
+LOW = {"factor": 2, "output_size": 12, "initial_size": 8}
 
 
 class Toy(toys.Toy):

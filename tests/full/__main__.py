@@ -14,6 +14,7 @@ CHECKS = {
     "kills": "1 minute",
     "stops": "10 minutes",
     "run_kills": "10 minutes",
+    "shards": "5 minutes",
     "long_run": "45 minutes, or --minutes",
 }
 
