@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import itertools
 import logging
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import pytorch_lightning as pl
 
-from ldm.config.consistency import check_size
+from ldm.config.consistency import size_problems
+from ldm.config.instantiate import ConfigError
 from ldm.data.image_dataset import ImageDataset
 from ldm.modules.encoders import tokenizers
 from ldm.modules.encoders.base import AbstractEncoder
@@ -21,21 +23,14 @@ class DataCheck(pl.Callback):
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         datasets = getattr(getattr(trainer, "datamodule", None), "datasets", {})
-        folders = {split: getattr(data, "data", data) for split, data in datasets.items()}
-        folders = {split: data for split, data in folders.items() if isinstance(data, ImageDataset)}
         core = getattr(pl_module, "diffusion_model", pl_module)  # of a classifier
-        key = getattr(core, "first_stage_key", None) or getattr(core, "image_key", None)
-        for split, data in folders.items():
-            if key in (data.image_key, "segmentation"):
-                param = "size" if data.size == data.crop_size else "crop_size"
-                check_size(f"data.params.{split}.params.{param}", data.crop_size, pixel_multiple(core))
-        encoder, key = getattr(core, "cond_stage_model", None), getattr(core, "cond_stage_key", None)
-        if isinstance(encoder, AbstractEncoder) and stage == "fit":
-            captioned = [data for data in folders.values() if key in (data.caption_key, "caption", "txt")]
+        for problem in image_size_problems(core, datasets):
+            raise ConfigError(problem)
+        if stage == "fit":
             if trainer.is_global_zero:
-                captions = itertools.chain.from_iterable(data.captions() for data in captioned)
-                encoder.warn_of_long_texts(itertools.islice(captions, _CAPTIONS))
-            tokenizers.logger.setLevel(logging.ERROR)  # not again in every batch
+                warn_of_long_captions(core, datasets)
+            if isinstance(getattr(core, "cond_stage_model", None), AbstractEncoder):
+                tokenizers.logger.setLevel(logging.ERROR)  # not again in every batch
 
     def teardown(self, *_: object, **__: object) -> None:
         tokenizers.logger.setLevel(logging.NOTSET)
@@ -49,3 +44,26 @@ def pixel_multiple(model: Any) -> tuple[int, int]:
     unet = getattr(getattr(model, "model", None), "diffusion_model", None)
     levels = getattr(encoder, "num_resolutions", 1), len(getattr(unet, "channel_mult", (1,)))
     return 2 ** (levels[0] - 1), 2 ** (levels[1] - 1)
+
+
+def image_size_problems(model: Any, datasets: Mapping[str, Any]) -> Iterator[str]:
+    """Yield a line for every dataset whose image size the model cannot process."""
+    key = getattr(model, "first_stage_key", None) or getattr(model, "image_key", None)
+    for split, data in _folders(datasets).items():
+        if key in (data.image_key, "segmentation"):
+            param = "size" if data.size == data.crop_size else "crop_size"
+            yield from size_problems(f"data.params.{split}.params.{param}", data.crop_size, pixel_multiple(model))
+
+
+def warn_of_long_captions(model: Any, datasets: Mapping[str, Any]) -> None:
+    """Log one warning for the captions that the model's text encoder truncates."""
+    encoder, key = getattr(model, "cond_stage_model", None), getattr(model, "cond_stage_key", None)
+    if isinstance(encoder, AbstractEncoder):
+        captioned = [data for data in _folders(datasets).values() if key in (data.caption_key, "caption", "txt")]
+        captions = itertools.chain.from_iterable(data.captions() for data in captioned)
+        encoder.warn_of_long_texts(itertools.islice(captions, _CAPTIONS))
+
+
+def _folders(datasets: Mapping[str, Any]) -> dict[str, ImageDataset]:
+    inner = {split: getattr(data, "data", data) for split, data in datasets.items()}  # `wrap` nests it in `data`
+    return {split: data for split, data in inner.items() if isinstance(data, ImageDataset)}

@@ -33,7 +33,13 @@ _ENCODER_WIDTH = {  # of the vectors that an encoder returns, by its parameter
 
 
 def check_consistency(config: Mapping[str, Any]) -> None:
-    """Raise ConfigError for two keys of a training config that exclude each other, naming both paths and values.
+    """Raise ConfigError for the first of `consistency_problems`."""
+    for problem in consistency_problems(config):
+        raise ConfigError(problem)
+
+
+def consistency_problems(config: Mapping[str, Any]) -> Iterator[str]:
+    """Yield a line for every two keys of a training config that exclude each other, with both paths and values.
 
     Logs a warning for sizes that differ although training works with them. Networks of other packages are not checked.
     """
@@ -43,19 +49,16 @@ def check_consistency(config: Mapping[str, Any]) -> None:
     stage = "model.params.first_stage_config.params" if latent else "model.params"
     ddconfig = _own_params(params["first_stage_config"] if latent else model, _AUTOENCODERS).get("ddconfig") or {}
     unet = _own_params(params.get("unet_config"), _UNET)
-    for problem in _channel_problems(target, params, f"{stage}.ddconfig", ddconfig, unet):
-        raise ConfigError(problem)
+    yield from _channel_problems(target, params, f"{stage}.ddconfig", ddconfig, unet)
     levels = ddconfig.get("ch_mult")
-    for problem in _control_problems(_own_params(params.get("control_stage_config"), _CONTROLNET), unet, levels):
-        raise ConfigError(problem)
+    yield from _control_problems(_own_params(params.get("control_stage_config"), _CONTROLNET), unet, levels)
     sections = [name for name in ADAPTERS if params.get(name) is not None]
     for name in ("cond_stage_trainable", "learn_logvar") if sections else ():
         if params.get(name):
             advice = "; targets of adapters may have text_encoder" if name == "cond_stage_trainable" else ""
-            raise ConfigError(
-                f"model.params.{name} true: model.params.{sections[0]} trains on a frozen base; set it to false{advice}"
-            )
-    _check_masks(params, config.get("data") or {})
+            base = f"model.params.{sections[0]} trains on a frozen base"
+            yield f"model.params.{name} true: {base}; set it to false{advice}"
+    yield from _mask_problems(params, config.get("data") or {})
     sizes = dict(_data_sizes(config.get("data") or {}))
     if not latent:
         _compare_sizes("model.params.ddconfig.resolution", ddconfig.get("resolution"), 1, sizes)
@@ -65,31 +68,27 @@ def check_consistency(config: Mapping[str, Any]) -> None:
     side, cells = params.get("image_size"), 2 ** (len(unet.get("channel_mult") or [0]) - 1)
     if isinstance(side, int) and side % cells:
         path = "model.params.unet_config.params.channel_mult"
-        raise ConfigError(
-            f"model.params.image_size {side}: expected a multiple of {cells}, for {path} {list(unet['channel_mult'])}"
-        )
+        yield f"model.params.image_size {side}: expected a multiple of {cells}, for {path} {list(unet['channel_mult'])}"
     for path, size in sizes.items():
-        check_size(path, (size, size), (2 ** (len(levels or [0]) - 1), cells))
+        yield from size_problems(path, (size, size), (2 ** (len(levels or [0]) - 1), cells))
 
 
-def _check_masks(params: Mapping[str, Any], data: Mapping[str, Any]) -> None:
-    """Raise ConfigError for a masked loss without masks in the data; log masks that the loss does not use."""
+def _mask_problems(params: Mapping[str, Any], data: Mapping[str, Any]) -> Iterator[str]:
+    """Yield a line for a masked loss without masks in the data; log masks that the loss does not use."""
     wanted = params.get("loss_mask_key")
     for split in ("train", "validation"):
         dataset = value_at(data, "params", split)
         place, masks = f"data.params.{split}.params.masks", value_at(dataset, "params", "masks")
         takes_masks = "masks" in (constructor_arguments(str(value_at(dataset, "target"))) or ())
         if wanted == LOSS_MASK and takes_masks and masks is None:
-            raise ConfigError(
-                f"model.params.loss_mask_key {wanted}: set {place} to a folder of masks, or remove the key"
-            )
+            yield f"model.params.loss_mask_key {wanted}: set {place} to a folder of masks, or remove the key"
         if masks is not None and wanted is None:
             text = "%-11s %s has no effect: set model.params.loss_mask_key=%s for a masked loss"
             logger.warning(text, "config", place, LOSS_MASK)
 
 
-def check_size(path: str, size: tuple[int, int], factors: tuple[int, int]) -> None:
-    """Raise ConfigError unless height and width of the images are multiples of the product of `factors`.
+def size_problems(path: str, size: tuple[int, int], factors: tuple[int, int]) -> Iterator[str]:
+    """Yield a line unless height and width of the images are multiples of the product of `factors`.
 
     path: of the size in the YAML. factors: by which the first stage and the UNet shrink an image; 1 for a missing one.
     """
@@ -99,7 +98,7 @@ def check_size(path: str, size: tuple[int, int], factors: tuple[int, int]) -> No
     below = [max(multiple, side // multiple * multiple) for side in size]
     above = [-(-side // multiple) * multiple for side in size]
     nearest = " or ".join(dict.fromkeys(f"{height}x{width}" for height, width in (below, above)))
-    raise ConfigError(
+    yield (
         f"{path}: images of {size[0]}x{size[1]} pixels (height x width); this model needs multiples of {multiple} "
         f"(first stage {factors[0]} x UNet {factors[1]}), the nearest are {nearest}"
     )

@@ -99,27 +99,36 @@ def convert_types(config: DictConfig) -> None:
                 OmegaConf.update(config, f"{where}.{key}", value, merge=False)
 
 
-def check_config(config: DictConfig, weights: bool = True) -> None:
+def check_config(config: DictConfig, weights: bool = True, problems: bool = True) -> None:
     """Raise ConfigError if a merged training config lacks a section or has an invalid target or parameter.
 
-    weights: also check that the files of weights exist.
+    weights: also check that the files of weights exist. problems: False leaves `consistency_problems` and
+    `weights_problems` to the caller.
     """
     for section in ("model", "data"):
         node = config.get(section)
         if not isinstance(node, DictConfig) or "target" not in node:
             raise ConfigError(f"{section}: missing; add a YAML with {section}.target and {section}.params to --base")
     check_targets(plain := _plain(config))
+    if not problems:
+        return
     check_consistency(plain)
-    if weights:
-        params, target = plain["model"].get("params") or {}, resolve_alias(plain["model"]["target"])
-        if not params.get("ckpt_path") and target.startswith("ldm.") and any(params.get(name) for name in ADAPTERS):
-            place = "model.params.ckpt_path"
-            raise ConfigError(f"{place}: not set; adapters and tokens train on a base: set {place} to its weights")
-        for place, file in _missing_weights(config):
-            raise ConfigError(f"{place}: no such file: {file}; {_source(file)}, or choose another with {place}=FILE")
-        for place, file in _paths_of_weights(config):
-            if (Path(file) / "checkpoints" / "last.ckpt").is_file():
-                raise ConfigError(f"{place}: {file} is a run directory; set {place}={file}/checkpoints/last.ckpt")
+    for problem in weights_problems(config) if weights else ():
+        raise ConfigError(problem)
+
+
+def weights_problems(config: DictConfig) -> Iterator[str]:
+    """Yield a line for every file of weights that a merged training config needs and that is missing."""
+    plain = _plain(config)
+    params, target = plain["model"].get("params") or {}, resolve_alias(plain["model"]["target"])
+    if not params.get("ckpt_path") and target.startswith("ldm.") and any(params.get(name) for name in ADAPTERS):
+        place = "model.params.ckpt_path"
+        yield f"{place}: not set; adapters and tokens train on a base: set {place} to its weights"
+    for place, file in _missing_weights(config):
+        yield f"{place}: no such file: {file}; {_source(file)}, or choose another with {place}=FILE"
+    for place, file in _paths_of_weights(config):
+        if (Path(file) / "checkpoints" / "last.ckpt").is_file():
+            yield f"{place}: {file} is a run directory; set {place}={file}/checkpoints/last.ckpt"
 
 
 def check_targets(config: Mapping[str, Any]) -> None:

@@ -137,11 +137,7 @@ class AdversarialAutoencoder(TrainedModule):
 
     def _prepare_loss(self) -> None:
         """Raise ValueError if the loss cannot train, PerceptualWeightsError if its perceptual weights are missing."""
-        if isinstance(self.loss, (nn.Identity, DummyLoss)):
-            raise ValueError(
-                f"lossconfig.target is {type(self.loss).__name__}, which cannot train: this config only encodes and "
-                f"decodes; set it to {self.trainable_loss} with its params to train"
-            )
+        self.require_loss()
         load = getattr(self.loss, "load_pretrained", None)
         if load is None:
             return
@@ -155,6 +151,14 @@ class AdversarialAutoencoder(TrainedModule):
         if failure:
             raise PerceptualWeightsError(failure)
         load()
+
+    def require_loss(self) -> None:
+        """Raise ValueError if the loss cannot train."""
+        if isinstance(self.loss, (nn.Identity, DummyLoss)):
+            raise ValueError(
+                f"lossconfig.target is {type(self.loss).__name__}, which cannot train: this config only encodes and "
+                f"decodes; set it to {self.trainable_loss} with its params to train"
+            )
 
     def generator_parameters(self) -> list[nn.Parameter]:
         """Return all trainable parameters except the discriminator's, those of the loss last.

@@ -35,6 +35,7 @@ class RunOptions:
     resume: str | None = None
     base: tuple[str, ...] = ()
     train: bool = False
+    doctor: bool = False
     no_test: bool = False
     project: str = ""
     debug: bool = False
@@ -81,6 +82,8 @@ def _parser() -> Parser:
     add("-r", "--resume", metavar="PATH", help=text)
     add("-b", "--base", nargs="*", action="extend", metavar="YAML", help="configs, merged left to right")
     add("-t", "--train", **boolean, help="train")
+    text = "examine the run without starting it: its costs, problems and notes; exit code 2 if there is a problem"
+    add("--doctor", **boolean, help=text)
     add("--no-test", **boolean, help="skip the test set after training")
     add("-p", "--project", metavar="NAME", help="folder between the log folder and the run directory")
     add("-d", "--debug", **boolean, help="show tracebacks, open a debugger on errors, put the run under debug_runs/")

@@ -49,24 +49,19 @@ SMALL_RESOLUTION = 64  # pixels; the recipe to continue with is the small one up
 def execute(options: RunOptions, directory: RunDirectory, config: DictConfig, settings: RunSettings) -> int:
     """Build data, model and Trainer, train if `options.train`, evaluate the test set if any; return the exit code."""
     directory = replace(directory, checkpoint=_checkpoint(directory, settings))
-    if torch.backends.mps.is_available():
-        machine = Machine(1, "mps")
-    else:
-        machine = Machine(torch.cuda.device_count() if torch.cuda.is_available() else 0)
-    devices = choose_devices(settings.devices, machine, settings.devices_where)
+    devices = choose_devices(settings.devices, this_machine(), settings.devices_where)
     if devices.accelerator == "cpu":
         keep_freed_memory()
     rate = learning_rate(config, settings, devices.processes * settings.num_nodes) if options.train else None
-    for name in ("pytorch_lightning", "lightning_fabric"):  # their INFO lines repeat ours; their import enabled them
-        logging.getLogger(name).setLevel(logging.INFO if options.debug else logging.WARNING)
+    quiet_lightning(options.debug)
     check_trainer(settings, devices)
     if options.train:
         generate_class_images(config, settings.seed, devices.first)
     pl.seed_everything(settings.seed, verbose=False)
     if options.allow_pipe:
         allow_pipes()
-    data = _build_data(config, settings, options.strict_data)
-    check_batches(settings.trainer, _batches(data, devices.processes * settings.num_nodes))
+    data = build_data(config, settings, options.strict_data)
+    check_batches(settings.trainer, batches_of(data, devices.processes * settings.num_nodes))
     check_class_count(config, getattr(data, "datasets", {}))
     model = instantiate_from_config(config.model)
     if rate is not None:
@@ -85,6 +80,19 @@ def execute(options: RunOptions, directory: RunDirectory, config: DictConfig, se
         untrained = not options.train and directory.checkpoint is not None
         test(trainer, model, data, config, str(directory.checkpoint) if untrained else None)
     return code
+
+
+def quiet_lightning(debug: bool) -> None:
+    """Hide Lightning's INFO lines, which repeat ours, unless `debug`; its import enabled them."""
+    for name in ("pytorch_lightning", "lightning_fabric"):
+        logging.getLogger(name).setLevel(logging.INFO if debug else logging.WARNING)
+
+
+def this_machine() -> Machine:
+    """Return the GPUs of this machine."""
+    if torch.backends.mps.is_available():
+        return Machine(1, "mps")
+    return Machine(torch.cuda.device_count() if torch.cuda.is_available() else 0)
 
 
 def fit(trainer: pl.Trainer, model: pl.LightningModule, data: Any, directory: RunDirectory) -> int:
@@ -239,13 +247,17 @@ def _checkpoint(directory: RunDirectory, settings: RunSettings) -> Path | None:
     return file
 
 
-def _build_data(config: DictConfig, settings: RunSettings, strict: bool) -> Any:
-    """Build the data module and its datasets, so that a missing folder is found before the model is built."""
+def build_data(config: DictConfig, settings: RunSettings, strict: bool, prepare: bool = True) -> Any:
+    """Build the data module and its datasets, so that a missing folder is found before the model is built.
+
+    prepare: unpack and download what datasets need for that.
+    """
     data = instantiate_from_config(config.data)
     data.seed, data.strict = settings.seed, strict
     # Not under a launcher: there every rank would prepare the data, while Lightning lets one rank do it.
     if isinstance(data, DataModuleFromConfig) and is_main_process() and "WORLD_SIZE" not in os.environ:
-        data.prepare_data()
+        if prepare:
+            data.prepare_data()
         data.setup("fit")
         for name, dataset in data.datasets.items():
             size = f"{len(dataset):,} samples" if hasattr(dataset, "__len__") else "a stream"
@@ -253,7 +265,7 @@ def _build_data(config: DictConfig, settings: RunSettings, strict: bool) -> Any:
     return data
 
 
-def _batches(data: Any, ranks: int) -> dict[str, int]:
+def batches_of(data: Any, ranks: int) -> dict[str, int]:
     """Return the number of batches in an epoch of each rank, by split, of the datasets whose length is known."""
     if not isinstance(data, DataModuleFromConfig):
         return {}

@@ -5,11 +5,12 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 from omegaconf import OmegaConf
 
-from ldm.cli import EXIT_INTERRUPTED, Stopped, import_lightning, stop_on_signals
+from ldm.cli import EXIT_INTERRUPTED, EXIT_USAGE, Stopped, import_lightning, stop_on_signals
 from ldm.config.instantiate import ConfigError, allow_targets
 from ldm.config.merge import find_config, merge
 from ldm.config.validate import check_config, forget_missing_weights
@@ -44,6 +45,7 @@ def run_training(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(options: RunOptions, words: list[str]) -> int:
+    options = replace(options, train=options.train or options.doctor)
     for prefix in options.allow_targets:
         allow_targets(prefix.rstrip("."))
     base = [find_config(path) for path in options.base]
@@ -56,7 +58,7 @@ def _run(options: RunOptions, words: list[str]) -> int:
         typed = [override.partition("=")[0].lstrip("+~") for override in options.overrides]
         for missing in forget_missing_weights(config, typed):
             logger.info("%-11s %s: no such file; the run's checkpoint holds its weights", "weights", missing)
-    check_config(config)
+    check_config(config, problems=not options.doctor)
     if config.get("lightning") is None:
         config["lightning"] = {}
     settings = resolve_settings(options, config.lightning)
@@ -73,6 +75,14 @@ def _run(options: RunOptions, words: list[str]) -> int:
 
     import_lightning()  # imported here, after all checks that need neither torch nor Lightning
     from ldm.training.run import execute
+
+    if options.doctor:
+        from ldm.training.doctor import examine
+
+        with stop_on_signals():
+            report, found = examine(options, directory, config, settings)
+        print(report)
+        return EXIT_USAGE if found else 0
 
     with stop_on_signals(), hold(directory, launch if options.train else None) as held:
         return execute(options, held, config, settings)

@@ -1,0 +1,205 @@
+"""`main.py --doctor`: what it says about sound and about broken configs, on a tiny model."""
+
+import shutil
+from copy import deepcopy
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from omegaconf import OmegaConf
+from PIL import Image
+
+import main
+from ldm.modules.ema import LitEma
+from ldm.training import doctor as doctor_module
+from tests.models.first_stages import loss_config
+from tests.tiny import FIRST_STAGE, save_text_model, text_model_config
+
+STAGE = "model.params.first_stage_config.params.ckpt_path"
+SCHEDULE = {
+    "target": "ldm.lr_scheduler.LambdaLinearScheduler",
+    "params": {"warm_up_steps": [2], "cycle_lengths": [10**12], "f_start": [0.0], "f_max": [1.0], "f_min": [1.0]},
+}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with 24 captioned images of 40x32 pixels, and the YAMLs of a text model and of an autoencoder."""
+    folder = tmp_path_factory.mktemp("doctor")
+    random = np.random.default_rng(0)
+    (folder / "images").mkdir()
+    for k in range(24):
+        pixels = random.integers(0, 256, (32, 40, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / "images" / f"{k:02}.png")
+        (folder / "images" / f"{k:02}.txt").write_text("many words " * 20 if k == 0 else f"image {k}")
+    saved = save_text_model(folder, scale_factor=1.0)
+    torch.save({"state_dict": saved.model.first_stage_model.state_dict()}, folder / "stage.ckpt")
+    with torch.no_grad():
+        std = saved.model.first_stage_model.encode(torch.rand(4, 3, 32, 32) * 2 - 1).sample().std()
+    params = {"scheduler_config": SCHEDULE, "scale_factor": float(1 / std), "cond_dropout": 0.1}
+    config = text_model_config(**params, monitor="val/loss_simple_ema")
+    config["model"]["params"]["first_stage_config"]["params"]["ckpt_path"] = str(folder / "stage.ckpt")
+    images = {"target": "ldm.data.folder.ImageFolder"}
+    images["params"] = {"root": str(folder / "images"), "captions": "sidecar", "size": 32, "split": "train"}
+    data = {"batch_size": 4, "num_workers": 0, "train": images, "validation": deepcopy(images)}
+    data["validation"]["params"]["split"] = "validation"
+    config["model"]["base_learning_rate"] = 1e-4
+    config["data"] = {"target": "main.DataModuleFromConfig", "params": data}
+    config["lightning"] = {"trainer": {"accelerator": "cpu", "max_steps": 40}, "scale_lr": False}
+    OmegaConf.save(OmegaConf.create(config), folder / "text.yaml")
+    autoencoder = {"base_learning_rate": 1e-4, **deepcopy(FIRST_STAGE)}
+    autoencoder["params"]["lossconfig"] = loss_config(disc_start=10)
+    OmegaConf.save(OmegaConf.create({**config, "model": autoencoder}), folder / "stage.yaml")
+    return folder
+
+
+@pytest.fixture
+def doctor(place, tmp_path, monkeypatch, capsys):
+    """A function that runs the doctor with the words of a command line -> (exit code, report, its problems).
+
+    steps: also the steps without data and with numbers, which take a second.
+    """
+    monkeypatch.chdir(tmp_path)
+
+    def call(*words, base="text", steps=True):
+        if not steps:
+            monkeypatch.setattr(doctor_module, "_step_without_data", lambda run: None)
+        code = main.main(["--base", str(place / f"{base}.yaml"), "-t", "--doctor", *words])
+        report = capsys.readouterr()
+        lines = (report.out + report.err).splitlines()
+        start = next((k for k, line in enumerate(lines) if line.startswith("problems: ")), None)
+        if start is None:
+            return code, report.out, [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
+        problems = []
+        for line in lines[start + 1 :]:
+            if not line.startswith("  "):
+                break
+            problems.append(line.strip())
+        assert list(Path().iterdir()) == []  # neither run directory nor logs
+        return code, report.out, problems
+
+    return call
+
+
+def test_a_sound_run_has_no_problem_and_its_costs_are_listed(doctor):
+    code, report, problems = doctor()
+    assert code == 0 and problems == [] and "problems: none" in report
+    rows = {line[:28].strip(): line[28:].split() for line in report.partition("memory")[0].splitlines()}
+    trainable, frozen = rows["model"][1:], rows["first_stage_model"][1:]
+    assert int(trainable[0].replace(",", "")) > 0 and trainable[1] == "0" and frozen[0] == "0"
+    assert rows["effective batch"] == ["4", "=", "4", "x", "1", "device", "x", "1", "accumulated"]
+    assert rows["optimizer"][:4] == ["AdamW,", "learning", "rate", "1.000e-04,"]
+    assert rows["run"] == ["40", "steps,", "6.7", "epochs"] and rows["epoch"] == ["6", "batches,", "6", "steps"]
+    assert rows["latents"][0] == "std" and rows["step"][:3] == ["2", "samples:", "loss"]
+    assert "1 of 24 texts truncated to 10 tokens" in report
+
+
+UNET, DATA = "model.params.unet_config.params", "data.params.train.params"
+GPUS = ("~lightning.trainer.accelerator", "--gpus", "0,1,2,3")
+# [words of the command line, what the one problem begins with, what it advises]; {} is the folder of the test.
+BROKEN = {
+    "context width": ([f"{UNET}.context_dim=24"], f"{UNET}.context_dim 24: model.params.cond_stage_config", "equal"),
+    "weights missing": ([f"{STAGE}=gone.ckpt"], f"{STAGE}: no such file: gone.ckpt", f"with {STAGE}=FILE"),
+    "frozen first stage": ([f"{STAGE}=null"], f"{STAGE}: not set, and the first stage is frozen", f"set {STAGE}"),
+    "frozen text encoder": (
+        ["model.params.cond_stage_trainable=false"],
+        "model.params.cond_stage_trainable false: CaptionEmbedder has random weights",
+        "set model.params.cond_stage_trainable=true",
+    ),
+    "key of the batch": (
+        ["model.params.cond_stage_key=caption_text"],
+        "model.params.cond_stage_key caption_text: the samples have no such key, but image, file_path_, caption, txt",
+        "set model.params.cond_stage_key=caption",
+    ),
+    "latent scale": (
+        ["model.params.scale_factor=20"],
+        "model.params.scale_factor 20: scaled latents have a standard deviation of ",
+        "set it to 0.9",
+    ),
+    "small images": ([f"{DATA}.size=64"], f"{DATA}.size 64: 23 of 23 images are smaller", "set it to "),
+    "broken image": (
+        [f"{DATA}.root={{}}/broken"],
+        "{}/broken/11.png: not an image",
+        "repair or remove it, or set on_error to skip",
+    ),
+    "warm-up": (
+        ["model.params.scheduler_config.params.warm_up_steps=[10000]"],
+        "model.params.scheduler_config.params.warm_up_steps [10000]: the run ends at step 40, when the rate is 0%",
+        "set it to [2]",
+    ),
+    "scaled learning rate": (
+        ["model.base_learning_rate=0.05", "--scale_lr", "true"],
+        "model.base_learning_rate 0.05: multiplied by the effective batch it is 0.2",
+        "set lightning.scale_lr=false",
+    ),
+    "validation": (
+        ["--max_steps", "4"],
+        "lightning.trainer.val_check_interval 1.0: the run ends at batch 4, before the first validation at 6",
+        "set lightning.trainer.val_check_interval=1",
+    ),
+    "devices": (GPUS, "--gpus 0,1,2,3: no GPU 0; this machine has no GPU", "--gpus 0 is the CPU"),
+    "setting of the Trainer": (
+        ["--strategy", "dpp"],
+        "lightning.trainer.strategy dpp: expected one of auto, ",
+        "did you mean 'ddp'?",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_broken_config_is_one_problem_with_its_path_and_the_value_to_set(name, doctor, place):
+    words, begins, advice = BROKEN[name]
+    if name == "broken image" and not (place / "broken").exists():
+        shutil.copytree(place / "images", place / "broken")
+        (place / "broken" / "11.png").write_bytes(b"no image")
+    code, _, problems = doctor(*(word.replace("{}", str(place)) for word in words), steps=False)
+    assert code == 2 and len(problems) == 1, problems
+    assert problems[0].startswith(begins.replace("{}", str(place))) and advice in problems[0]
+
+
+def test_a_discriminator_that_the_run_never_reaches_is_a_problem(doctor):
+    code, report, problems = doctor("model.params.lossconfig.params.disc_start=50001", base="stage")
+    (line,) = problems
+    assert code == 2 and report.count("Adam, learning rate") == 2
+    assert line == (
+        "model.params.lossconfig.params.disc_start 50001: the run ends at step 40, before the discriminator starts; "
+        "set it to 20, or lightning.trainer.max_steps higher"
+    )
+
+
+def test_a_first_stage_for_sampling_cannot_train(doctor):
+    words = ["model.params.lossconfig={_replace_: true, target: torch.nn.Identity}"]
+    code, _, problems = doctor(*words, base="stage")
+    (line,) = problems
+    assert code == 2 and line.startswith("a training step fails: lossconfig.target is Identity, which cannot train")
+
+
+def test_a_run_that_does_not_fit_into_memory_and_on_the_disk_has_two_problems(doctor, monkeypatch):
+    monkeypatch.setattr("ldm.training.doctor.shutil.disk_usage", lambda folder: SimpleNamespace(free=2**24))
+    monkeypatch.setattr(doctor_module, "device_memory", lambda run: 9 * 2**20)
+    code, _, problems = doctor()
+    memory, disk = problems
+    assert code == 2 and memory.startswith("data.params.batch_size 4: needs 10.4 MiB, the device has 9.0 MiB; set it")
+    assert memory.endswith("set it to 1, with lightning.trainer.accumulate_grad_batches=4 for the same step")
+    assert disk.startswith("lightning.modelcheckpoint.params.save_top_k 3: 5 checkpoints of ")
+    assert disk.endswith("set it to 0")
+
+
+def test_several_problems_are_all_listed(doctor):
+    words = [f"{UNET}.context_dim=24", f"{STAGE}=gone.ckpt", "--gpus", "2", GPUS[0]]
+    code, _, problems = doctor(*words, steps=False)
+    assert code == 2 and len(problems) == 3
+
+
+def test_an_average_without_warm_up_that_keeps_its_first_weights_is_a_problem():
+    model = torch.nn.Module()
+    model.model_ema = LitEma(torch.nn.Linear(2, 2), decay=0.999, use_num_upates=False)
+    (found,) = doctor_module.check_ema(SimpleNamespace(model=model, steps=100))
+    assert (
+        found.is_problem and "90% of the average model_ema are still the initial weights; set it to 0.9" in found.text
+    )
+    assert not list(doctor_module.check_ema(SimpleNamespace(model=model, steps=10_000)))
+    model.model_ema = LitEma(torch.nn.Linear(2, 2), decay=0.9999)  # warms up
+    assert not list(doctor_module.check_ema(SimpleNamespace(model=model, steps=100)))
