@@ -103,7 +103,8 @@ def write_shards(selection: Selection, folder: Path, layout: Layout, workers: in
             raise
     build_indices([str(path) for path in paths], Store())
     summary = _summary(selection, paths, len(missing))
-    save_text(folder / PLAN, json.dumps({"plan": plan, **summary._asdict()}, indent=2) + "\n")
+    totals = {name: value for name, value in summary._asdict().items() if name != "written"}
+    save_text(folder / PLAN, json.dumps({"plan": plan, **totals}, indent=2) + "\n")
     return summary
 
 

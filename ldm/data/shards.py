@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from ldm.atomic import WriteError, atomic_file, locked
+from ldm.atomic import WriteError, atomic_file, locked, publish, temporary_next_to
 from ldm.data.base import DataConfigError
 from ldm.data.image import EXTENSIONS, BadImageError, image_size
 from ldm.data.order import usable_cpus
@@ -215,7 +215,7 @@ class Store:
     def _fetch(self, shard: str, copy: Path) -> None:
         logger.debug("copying %s", shard)
         try:
-            with atomic_file(copy) as temporary:
+            with temporary_next_to(copy) as temporary:
                 if shard.startswith(PIPE):
                     with temporary.open("wb") as file:
                         subprocess.run(shard.removeprefix(PIPE), shell=True, stdout=file, check=True)
@@ -223,6 +223,7 @@ class Store:
                     filesystem, path = _filesystem(shard)
                     filesystem.get_file(path, str(temporary))
                 self._make_room(temporary.stat().st_size)
+                publish(temporary, copy)
         except (OSError, ValueError, subprocess.SubprocessError) as error:
             raise ShardError(f"{shard}: cannot be copied: {error}") from error
 

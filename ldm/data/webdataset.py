@@ -235,8 +235,9 @@ class ImageShards(ImageDataset):
         kept = np.ones(len(index.keys), bool)
 
         def leave_out(which: np.ndarray, reason: str) -> None:
-            self.left_out[reason] += int((kept & which).sum())
-            kept[which] = False
+            if (kept & which).any():
+                self.left_out[reason] += int((kept & which).sum())
+                kept[which] = False
 
         if index.damage:
             self._unusable(shard, index.damage)

@@ -134,7 +134,7 @@ def test_remote_shards_are_copied_once_and_the_copies_keep_a_size(tmp_path, remo
     os.utime(second, (2, 2))
     store.path(remote[2])
     assert first.exists() and not second.exists()
-    with pytest.raises(ShardError, match=r"memory://shards/9.tar: cannot be copied"):
+    with pytest.raises(ShardError, match=r"memory://shards/9.tar: cannot be copied: (?!.*written)"):
         store.path("memory://shards/9.tar")
 
 
