@@ -209,7 +209,7 @@ class DataModuleFromConfig(pl.LightningDataModule):
         self._loaders[split] = sampler
         # Its own generator seeds the workers: the global one belongs to the training.
         options["generator"] = torch.Generator().manual_seed(self.seed)
-        seeded: Dataset = SeededDataset(dataset, self.seed, repeat=split != "train")
+        seeded: Dataset = SeededDataset(_unwrapped(dataset), self.seed, repeat=split != "train")
         return Loader(Traced(seeded, workers) if workers else seeded, sampler=sampler, **options)
 
     # ------------------------------------------------------------------------------------------- position and samples

@@ -119,6 +119,7 @@ class SeededDataset(Dataset):
 
     def __init__(self, dataset: Any, seed: int, repeat: bool = False) -> None:
         self.dataset, self.seed, self.repeat = dataset, seed, repeat
+        self._read = getattr(dataset, "sample_of", None)  # (epoch, index) -> sample, of datasets that know the epoch
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -132,8 +133,9 @@ class SeededDataset(Dataset):
             return [self._sample(*key) if isinstance(key, tuple) else self._sample(0, key) for key in keys]
 
     def _sample(self, epoch: int, index: int) -> Any:
-        _seed_sample(self.seed, 0 if self.repeat else epoch, index)
-        return self.dataset[index]
+        epoch = 0 if self.repeat else epoch
+        _seed_sample(self.seed, epoch, index)
+        return self.dataset[index] if self._read is None else self._read(epoch, index)
 
 
 def _seed_sample(seed: int, epoch: int, index: int) -> None:

@@ -30,6 +30,7 @@ from ldm.config.model_info import model_info
 from ldm.config.validate import check_class_count
 from ldm.data.captions import usual_table
 from ldm.data.datamodule import DataModuleFromConfig
+from ldm.data.latents import use_cached_stages
 from ldm.data.shards import allow_pipes
 from ldm.inference.requests import script_for
 from ldm.paths import expand_user, shown_path
@@ -63,7 +64,7 @@ def execute(options: RunOptions, directory: RunDirectory, config: DictConfig, se
     data = build_data(config, settings, options.strict_data)
     check_batches(settings.trainer, batches_of(data, devices.processes * settings.num_nodes))
     check_class_count(config, getattr(data, "datasets", {}))
-    model = instantiate_from_config(config.model)
+    model = instantiate_from_config(use_cached_stages(config))
     if rate is not None:
         model.learning_rate = rate.value
     trainer = build_trainer(config, settings, devices, directory, model, rate)

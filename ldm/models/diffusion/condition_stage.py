@@ -162,5 +162,5 @@ def drop_condition(raw: Any, null: Any, dropped: Tensor) -> Any:
     if isinstance(raw, Mapping):
         return {key: drop_condition(value, null[key], dropped) if key in null else value for key, value in raw.items()}
     if torch.is_tensor(raw):
-        return torch.where(dropped.reshape(-1, *(1 for _ in raw.shape[1:])), null.to(raw.dtype), raw)
+        return torch.where(dropped.to(raw.device).reshape(-1, *(1 for _ in raw.shape[1:])), null.to(raw.dtype), raw)
     return [empty if drop else item for item, empty, drop in zip(raw, null, dropped.tolist(), strict=True)]

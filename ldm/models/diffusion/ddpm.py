@@ -21,6 +21,7 @@ from ldm.config.instantiate import (
     instantiate_from_config,
 )
 from ldm.config.types import Dropout, NonNegativeFloat, PositiveFloat, PositiveInt, Probability
+from ldm.models.cached import EMBEDDING, LATENT, MOMENTS
 from ldm.models.diffusion.adapters import AdapterTraining
 from ldm.models.diffusion.condition_stage import ConditionStage, drop_condition
 from ldm.models.diffusion.conditioning import (
@@ -163,7 +164,8 @@ class DDPM(TrainedModule, PublishedDDPM):
         return loss
 
     def batch_size_of(self, batch: Mapping[str, Any]) -> int:
-        return len(self.batch_value(batch, self.first_stage_key))
+        key = next((key for key in (MOMENTS, LATENT) if key in batch), self.first_stage_key)
+        return len(self.batch_value(batch, key))
 
     def shared_step(self, batch: Mapping[str, Any]) -> Losses:
         """Return the loss of a batch and its named logs."""
@@ -415,31 +417,43 @@ class LatentDiffusion(AdapterTraining, ConditionStage, PublishedLatentDiffusion,
         fraction `cond_dropout` of the conditions is dropped here. The condition of a trained encoder stays raw, so that
         `forward` encodes it with gradients, unless `force_c_encode`.
         """
-        x = self.get_images(batch, k, bs)  # (B, C, H, W)
-        z = self.latents_of(x)  # (B, c, h, w)
+        z = self.latents_of_batch(batch, k, bs)  # (B, c, h, w)
         c = raw = None
         if self.model.conditioning_key is not None and self.cond_stage_model is not None:
             raw = main = self.raw_condition(batch, cond_key or self.cond_stage_key, bs)
-            chance = None
+            cached, chance = EMBEDDING in batch, None
+            if cached:
+                main = batch[EMBEDDING][:bs].to(self.device).float()  # (B, L, D)
             if self.training and self.cond_dropout > 0:
                 device = rng.CPU if isinstance(raw, list | tuple) else self.device  # lists of texts wait for no GPU
-                chance = rng.uniform(len(x), Purpose.CONDITION_DROPOUT, device)
-                main = drop_condition(raw, self.unconditional_input_like(raw, len(x)), self.drops_main(chance))
-            if force_c_encode or not self.cond_stage_trainable:
+                chance = rng.uniform(len(z), Purpose.CONDITION_DROPOUT, device)
+                null = self.unconditional_input_like(raw, len(z))
+                null = self.get_learned_conditioning(null) if cached else null
+                main = drop_condition(main, null, self.drops_main(chance))
+            if not cached and (force_c_encode or not self.cond_stage_trainable):
                 main = self.get_learned_conditioning(main)
             further = self.further_parts(batch, z.shape[2:], bs)
             further = further if chance is None else self.drop_further(further, chance)
             c = compose_condition(main, self.model.conditioning_key, further)
         out = [z, c]
-        if return_first_stage_outputs:
-            out += [x, self.decode_first_stage(z)]
-        if return_x:
-            out.append(x)
+        if return_first_stage_outputs or return_x:
+            x = self.get_images(batch, k, bs) if k in batch else self.decode_first_stage(z)  # a cache has no images
+            out += [x, self.decode_first_stage(z)] if return_first_stage_outputs else []
+            out += [x] if return_x else []
         return [*out, raw] if return_original_cond else out
 
     def clean_inputs(self, batch: Mapping[str, Any], bs: int | None = None) -> tuple[Tensor, Conditioning]:
         z, c, *_ = self.get_input(batch, self.first_stage_key, force_c_encode=True, bs=bs)
         return z, c
+
+    def latents_of_batch(self, batch: Mapping[str, Any], k: str, bs: int | None = None) -> Tensor:
+        """Return the scaled latents (B, c, h, w) of the images `batch[k]`, or those that a cache provides."""
+        if MOMENTS in batch:
+            posterior = DiagonalGaussianDistribution(batch[MOMENTS][:bs].to(self.device).float())
+            return self.get_first_stage_encoding(posterior)
+        if LATENT in batch:
+            return self.get_first_stage_encoding(batch[LATENT][:bs].to(self.device).float())
+        return self.latents_of(self.get_images(batch, k, bs))
 
     def latents_of(self, x: Tensor) -> Tensor:
         """Encode images (B, C, H, W) in [-1, 1] to scaled latents (B, c, h, w)."""
@@ -516,7 +530,7 @@ class LatentDiffusion(AdapterTraining, ConditionStage, PublishedLatentDiffusion,
             batches: Any = self.trainer.train_dataloader
 
             def encode(batch: Mapping[str, Any]) -> Tensor:
-                return self.latents_of(self.get_images(batch, key))
+                return self.latents_of_batch(batch, key)
 
             samples_of = getattr(getattr(self.trainer, "datamodule", None), "training_samples", lambda number: None)
             number = BATCHES * self.trainer.accumulate_grad_batches

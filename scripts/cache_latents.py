@@ -1,0 +1,78 @@
+"""Encode the images and captions of a training config once: cache_latents.py --base config.yaml --out cache."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout of this script, installed or not
+
+from ldm.cli import Parser, import_lightning, run_command
+from ldm.config.instantiate import allow_targets
+from ldm.config.merge import find_config, merge
+from ldm.config.validate import check_config
+from ldm.inference.settings import PRECISIONS, check_positive
+from ldm.training.flags import DEFAULT_SEED
+
+DESCRIPTION = """Write the first stage's latents and the text encoder's outputs of a training config to a folder.
+
+main.py then trains on them without these two: add the data.yaml of the folder to its --base. The same command
+continues after an interruption. Overrides are those of main.py: model.params.ckpt_path=sd-v1-4.ckpt ..."""
+DATASETS = ("data.params.train.", "data.params.validation.")  # overrides of what the cache replaces
+
+
+def parser() -> Parser:
+    parser = Parser(takes_overrides=True, prog="cache_latents.py", description=DESCRIPTION)
+    add = parser.add_argument
+    add("-b", "--base", nargs="+", action="extend", required=True, metavar="YAML", help="configs, merged left to right")
+    add("--out", required=True, metavar="DIR", help="folder of the cache, new or of an interrupted command")
+    text = "epochs whose random crops, flips and captions are cached; training uses them in turn"
+    add("--variants", type=int, default=1, metavar="N", help=text)
+    add("--batch_size", type=int, default=8, metavar="N", help="images, and captions, that are encoded at once")
+    add("--num_workers", type=int, default=2, metavar="N", help="processes that load images")
+    add("--device", default="auto", metavar="NAME", help="auto, cpu, cuda, cuda:1 or mps")
+    add("--precision", default="full", choices=PRECISIONS, help="precision of the encoders")
+    add("--dtype", default="float16", choices=("float16", "float32"), help="precision of the cached values")
+    add("--no-text", action="store_true", help="cache latents only; training then builds the text encoder")
+    add("--seed", type=int, metavar="N", help=f"of crops and flips (default: lightning.seed, else {DEFAULT_SEED})")
+    text = "let configs name classes of this package too; may be repeated"
+    add("--allow-targets", action="append", default=[], metavar="PACKAGE", help=text)
+    add("--debug", action="store_true", help="show the traceback of an error")
+    return parser
+
+
+def main(argv: Sequence[str]) -> None:
+    opt = parser().parse_args(argv)
+    allow_targets(*(prefix.rstrip(".") for prefix in opt.allow_targets))
+    check_positive({"--variants": opt.variants, "--batch_size": opt.batch_size})
+    if opt.num_workers < 0:
+        raise ValueError(f"--num_workers {opt.num_workers}: expected at least 0")
+    config = merge([find_config(path) for path in opt.base], opt.overrides)
+    check_config(config)
+    given = (config.get("lightning") or {}).get("seed")
+    seed = next(value for value in (opt.seed, given, DEFAULT_SEED) if value is not None)
+    import_lightning()
+    # Imported here because it brings torch, which --help does not need.
+    from ldm.training.cache_latents import CacheOptions, cache_latents
+
+    options = CacheOptions(
+        out=Path(opt.out),
+        seed=seed,
+        variants=opt.variants,
+        batch_size=opt.batch_size,
+        num_workers=opt.num_workers,
+        device=opt.device,
+        precision=opt.precision,
+        dtype=opt.dtype,
+        text=not opt.no_text,
+    )
+    overlay = cache_latents(config, options)
+    kept = [override for override in opt.overrides if not override.lstrip("+~").startswith(DATASETS)]
+    words = [*opt.base, str(overlay), "-t", *kept]
+    print(f"next: python main.py --base {shlex.join(words)}")
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))

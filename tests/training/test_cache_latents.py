@@ -1,0 +1,246 @@
+"""Cached latents and embeddings: training on them is training on the images, and they belong to their stages."""
+
+import csv
+from pathlib import Path
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+from torch.utils.data import default_collate
+
+import main
+from ldm.checkpoint import CheckpointError, read_checkpoint, write_weights
+from ldm.config.instantiate import instantiate_from_config
+from ldm.config.merge import merge
+from ldm.data.base import DataConfigError
+from ldm.data.latents import CachedLatents, read_index, use_cached_stages
+from ldm.data.order import SeededDataset
+from ldm.models.cached import LATENT, MOMENTS, CachedEncoder, CachedFirstStage, CachedStage
+from ldm.training.cache_latents import CacheOptions, cache_latents
+from scripts import cache_latents as script
+from tests.data.layouts import save_image
+from tests.test_main import folder_of, last
+from tests.tiny import save_text_model
+
+QUIET = ["lightning.callbacks.image_logger=null", "lightning.callbacks.cuda_callback=null"]
+
+
+@pytest.fixture(scope="module")
+def here(tmp_path_factory):
+    """A folder with images of several captions, a YAML, a checkpoint, and a cache of two variants in float32."""
+    folder = tmp_path_factory.mktemp("cached")
+    for number in range(4):
+        save_image(folder / "images" / "train" / f"{number}.png", number)
+        save_image(folder / "images" / "val" / f"{number}.png", 10 + number)
+        for split in ("train", "val"):
+            (folder / "images" / split / f"{number}.txt").write_text(f"image {number}\nnumber {number}\n")
+    frozen = {"cond_stage_trainable": False, "cond_dropout": 0.4, "timesteps": 8, "image_size": 4}
+    saved = save_text_model(folder, **frozen)
+    config = OmegaConf.load(saved.config)
+    config.model.base_learning_rate = 1e-3
+    config.model.params.ckpt_path = str(saved.ckpt)
+    params = {"root": str(folder / "images"), "size": 16, "captions": "sidecar", "flip_p": 0.5, "random_crop": True}
+    folders = {
+        split: {"target": "ldm.data.folder.ImageFolder", "params": {**params, "split": split}}
+        for split in ("train", "validation")
+    }
+    config.data = {"target": "main.DataModuleFromConfig", "params": {"batch_size": 2, "num_workers": 0, **folders}}
+    config.lightning = {
+        "scale_lr": False,
+        "trainer": {"max_steps": 4, "accelerator": "cpu", "num_sanity_val_steps": 0, "log_every_n_steps": 1},
+    }
+    OmegaConf.save(config, folder / "run.yaml")
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.chdir(folder)
+        assert cache("--variants", "2") == 0
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def inside(here, monkeypatch):
+    monkeypatch.chdir(here)
+
+
+def cache(*words, out="cache", base="run.yaml"):
+    flags = ["--base", base, "--out", out, "--dtype", "float32", "--num_workers", "0", "--batch_size", "4"]
+    return script.run_command(script.main, [*flags, "--device", "cpu", *words])
+
+
+def train(name, *words, base=("run.yaml",)):
+    assert main.main(["-b", *base, "-t", "-n", name, *words]) == 0
+    return folder_of(name)
+
+
+def losses(folder, key="train/loss_step"):
+    with (folder / "csv" / "metrics.csv").open() as file:
+        return [float(row[key]) for row in csv.DictReader(file) if row.get(key)]
+
+
+def model_of(*files):
+    return instantiate_from_config(use_cached_stages(merge([Path(file) for file in files])))
+
+
+def batch_of(dataset, indices=(0, 1, 2), epoch=0):
+    return default_collate([SeededDataset(dataset, 23)[(epoch, index)] for index in indices])
+
+
+def refusal(*words, **options):
+    """Return the one line of a refused command."""
+    with pytest.raises(ValueError) as error:
+        script.main(["--base", "run.yaml", "--out", "cache", "--dtype", "float32", "--num_workers", "0", *words])
+    return str(error.value)
+
+
+def test_the_loss_on_a_cache_is_the_loss_on_the_images_of_the_same_draws(here, monkeypatch):
+    online = train("online", *QUIET)
+    for stage in (CachedFirstStage, CachedEncoder):  # training builds neither
+        monkeypatch.setattr(stage, "stage", None)
+    cached = train("cached", "lightning.trainer.max_steps=2", *QUIET, base=("run.yaml", "cache/data.yaml"))
+    assert main.main(["-r", str(cached), "-t", "--max_steps", "4"]) == 0
+    assert len(set(losses(online))) == 4
+    assert losses(cached) == pytest.approx(losses(online), rel=1e-5)
+    for key in ("val/loss", "val/loss_ema"):
+        assert losses(cached, key) == pytest.approx(losses(online, key), rel=1e-5)
+    before, after = last(online)["state_dict"], last(cached)["state_dict"]
+    assert before.keys() == after.keys()  # complete: txt2img.py needs no other file
+    assert all(torch.equal(before[name], after[name]) for name in before if "_stage_model." in name)
+    assert all(torch.allclose(before[name], after[name], rtol=1e-3, atol=1e-5) for name in before)
+
+
+def test_each_epoch_has_its_variant_and_validation_the_first(here):
+    data, images = CachedLatents("cache/train"), instantiate_from_config(merge([Path("run.yaml")]).data)
+    images.setup()
+    for epoch in (0, 1, 2, 5):
+        cached, online = batch_of(data, epoch=epoch), batch_of(images.datasets["train"], epoch=epoch % 2)
+        assert cached["caption"] == online["caption"] and cached["file_path_"] == online["file_path_"]
+    assert not torch.equal(batch_of(data, epoch=0)[MOMENTS], batch_of(data, epoch=1)[MOMENTS])
+    assert (
+        read_index(Path("cache/validation"))["variants"] == 1
+        and data.fingerprint == images.datasets["train"].fingerprint
+    )
+
+
+def test_the_image_log_builds_the_stages_of_the_cache(here):
+    model = model_of("run.yaml", "cache/data.yaml").eval()
+    log = model.log_images(batch_of(CachedLatents("cache/train")), N=2, ddim_steps=2, plot_denoise_rows=False)
+    assert log["inputs"].shape == log["reconstruction"].shape == (2, 3, 16, 16) and "conditioning" in log
+    whole = instantiate_from_config(merge([Path("run.yaml")]).model).eval()
+    z = torch.randn(1, 4, 4, 4)
+    assert torch.equal(model.decode_first_stage(z), whole.decode_first_stage(z))
+    assert torch.equal(model.get_learned_conditioning(["new"]), whole.get_learned_conditioning(["new"]))
+    assert torch.equal(model.get_unconditional_conditioning(2), whole.get_unconditional_conditioning(2))
+    assert not any(True for _ in model.first_stage_model.parameters())
+
+
+@pytest.mark.parametrize("stage", ["first_stage", "cond_stage"])
+def test_weights_of_another_stage_are_refused_by_name(here, tmp_path, stage):
+    model = model_of("run.yaml", "cache/data.yaml")
+    state = model.state_dict()
+    name = next(key for key in state if key.startswith(f"{stage}_model."))
+    model.load_state_dict({**state, name: state[name].half()})  # the same in half precision
+    with pytest.raises(CheckpointError, match=f"cache was made with another {stage}, .* make a new cache"):
+        model.load_state_dict({**state, name: state[name] + 1})
+    changed = OmegaConf.load("run.yaml")
+    OmegaConf.update(changed, "model.params.ckpt_path", None)
+    file = tmp_path / "own.ckpt"
+    prefix = f"{stage}_model."
+    own = {key.removeprefix(prefix): x + 1 for key, x in state.items() if key.startswith(prefix)}
+    torch.save({"state_dict": own}, file)
+    if stage == "first_stage":
+        changed.model.params.first_stage_config.params.ckpt_path = str(file)
+    else:
+        changed.model.params.cond_stage_config.params.n_layer = 2
+    OmegaConf.save(changed, tmp_path / "changed.yaml")
+    with pytest.raises(ValueError, match=f"another {stage}|{stage}_config.params.n_layer 2: .* made with 1"):
+        model_of(tmp_path / "changed.yaml", "cache/data.yaml")
+
+
+def test_a_cache_beside_images_or_of_other_channels_is_refused(here, tmp_path):
+    config = merge([Path("run.yaml"), Path("cache/data.yaml")])
+    config.data.params.validation = OmegaConf.load("run.yaml").data.params.validation
+    with pytest.raises(ValueError, match=r"params.validation: encodes images, but data.params.train is a cache"):
+        use_cached_stages(config)
+    config.data.params.validation = None
+    config.model.params.channels = 8
+    with pytest.raises(ValueError, match="its latents have 4 channels, the model 8"):
+        use_cached_stages(config)
+
+
+def test_another_command_for_the_same_folder_is_refused_by_name(here, tmp_path):
+    assert "its variants is 2, now 1; choose another folder" in refusal()
+    assert "its dataset is " in refusal(
+        "--variants", "2", "data.params.train.params.size=32", "model.params.image_size=8"
+    )
+    other = save_text_model(tmp_path, cond_stage_trainable=False, cond_dropout=0.4, timesteps=8, image_size=4)
+    state = read_checkpoint(other.ckpt)["state_dict"]
+    state["first_stage_model.quant_conv.bias"] += 1
+    torch.save({"state_dict": state}, other.ckpt)
+    assert "was made with another first_stage" in refusal("--variants", "2", f"model.params.ckpt_path={other.ckpt}")
+
+
+def test_an_interrupted_cache_is_refused_and_continues_to_the_same_files(here, tmp_path, monkeypatch):
+    config = merge([Path("run.yaml")])
+
+    def build(out, **options):
+        cache_latents(config, CacheOptions(out, 23, 2, 2, 0, "cpu", shard=3, text_shard=2, **options))
+
+    build(tmp_path / "whole")
+    written = []
+
+    def write(tensors, path, *args):
+        if len(written) == 2:
+            raise KeyboardInterrupt
+        written.append(path)
+        return write_weights(tensors, path, *args)
+
+    monkeypatch.setattr("ldm.training.cache_latents.write_weights", write)
+    with pytest.raises(KeyboardInterrupt):
+        build(tmp_path / "stopped")
+    with pytest.raises(DataConfigError, match="not complete; run the same command"):
+        CachedLatents(tmp_path / "stopped" / "train")
+    monkeypatch.undo()
+    monkeypatch.chdir(here)
+    build(tmp_path / "stopped")
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    files = sorted(file.relative_to(whole) for file in whole.rglob("*.safetensors"))
+    assert files == sorted(file.relative_to(stopped) for file in stopped.rglob("*.safetensors"))
+    assert len(files) > 8 and len(list((whole / "train").glob("0*.safetensors"))) == 3
+    assert all((whole / file).read_bytes() == (stopped / file).read_bytes() for file in files if file.parent.name)
+    assert (whole / "train" / "index.json").read_bytes() == (stopped / "train" / "index.json").read_bytes()
+    assert len(CachedLatents(stopped / "train")) == 4
+
+
+def test_latents_without_texts_keep_the_text_encoder_and_16_bits_half_the_size(here):
+    config = merge([Path("run.yaml")])
+    out = Path("latents")
+    cache_latents(config, CacheOptions(out, 23, 1, 8, 0, "cpu", dtype="float16", text=False))
+    model = model_of("run.yaml", "latents/data.yaml").eval()
+    assert isinstance(model.first_stage_model, CachedFirstStage) and not isinstance(model.cond_stage_model, CachedStage)
+    batch, exact = batch_of(CachedLatents("latents/train")), batch_of(CachedLatents("cache/train"))
+    assert batch[MOMENTS].dtype == torch.float16 and torch.allclose(batch[MOMENTS].float(), exact[MOMENTS], atol=2e-3)
+    z, c = model.get_input(batch, "image")
+    assert z.shape == (3, 4, 4, 4) and torch.equal(c, model.get_learned_conditioning(batch["caption"]))
+
+
+def test_latents_of_a_vq_stage_have_no_noise(here, tmp_path):
+    config = merge([Path("run.yaml")])
+    stage = OmegaConf.to_container(config.model.params.first_stage_config)
+    stage["target"] = "ldm.models.autoencoder.VQModelInterface"
+    stage["params"] |= {"n_embed": 8}
+    stage["params"]["ddconfig"]["double_z"] = False
+    vq = save_text_model(tmp_path, first_stage_config=stage, cond_stage_trainable=False, timesteps=8, image_size=4)
+    config.model = OmegaConf.load(vq.config).model
+    config.model.params.ckpt_path = str(vq.ckpt)
+    overlay = cache_latents(config, CacheOptions(tmp_path / "vq", 23, 1, 8, 0, "cpu", dtype="float32"))
+    config = OmegaConf.merge(config, {"data": {"params": {"train": None, "validation": None}}})
+    config = merge([overlay], onto=config)
+    model = instantiate_from_config(use_cached_stages(config)).eval()
+    batch = batch_of(CachedLatents(tmp_path / "vq" / "train"))
+    assert batch[LATENT].shape == (3, 4, 4, 4)
+    assert torch.equal(model.get_input(batch, "image")[0], model.scale_factor * batch[LATENT])
+
+
+def test_what_a_cache_cannot_hold_is_refused_by_name(here):
+    depth = ["data.params.train.target=ldm.data.control.ControlFolder", "+data.params.train.params.detector=canny"]
+    assert "samples have 'hint', a " in refusal(*depth, "data.params.train.params.random_crop=false")
+    assert "condition cannot be cached" in refusal("model.params.cond_stage_config=__is_first_stage__")
