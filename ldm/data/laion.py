@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import posixpath
 import random
 import re
 from collections.abc import Mapping, Sequence
@@ -64,7 +65,7 @@ class PublishedShards(ImageShards):
 class WebDataModuleFromConfig(DataModuleFromConfig):
     """Image-text shards with captions in `.txt`; order, random numbers and resume as in DataModuleFromConfig.
 
-    tar_base: begins the names of all shards, with a / if it is a folder; null if they are whole. batch_size: samples
+    tar_base: folder or URL of the shards; null if their names are whole. batch_size: samples
     per batch and rank. train, validation, test: see Split.
     min_size: least original_width and original_height of the JSON. max_pwatermark: most of its `pwatermark`, from 1 on
     without effect; p_unsafe_threshold: most of its `punsafe`. Samples without such a field, without image or caption,
@@ -122,7 +123,7 @@ def _dataset(tar_base: str | None, split: Split, common: Mapping[str, Any]) -> d
     """Return the config of a split's dataset."""
     shards = [split.shards] if isinstance(split.shards, str) else list(split.shards)
     params = {
-        "shards": [f"{tar_base or ''}{name}" for name in shards],
+        "shards": [posixpath.join(tar_base or "", name) for name in shards],
         "image": split.image_key,
         "image_key": split.image_key,
         "image_transforms": list(split.image_transforms),

@@ -24,7 +24,7 @@ def published(folder, **params):
     """The `data` of a published YAML."""
     split = {"shards": "{00000..00001}.tar", "shuffle": 100, "image_key": "png", "image_transforms": TRANSFORMS}
     validation = {**split, "shards": ["00002.tar"], "shuffle": 0, "image_transforms": [*TRANSFORMS[:1], CENTER]}
-    params = {"tar_base": f"{folder}/", "batch_size": 2, "num_workers": 0, "multinode": True, **params}
+    params = {"tar_base": str(folder), "batch_size": 2, "num_workers": 0, "multinode": True, **params}
     params = {"train": split, "validation": validation, "cache": str(folder / "cache"), **params}
     return {"target": "ldm.data.laion.WebDataModuleFromConfig", "params": params}
 
