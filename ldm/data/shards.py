@@ -207,7 +207,7 @@ class Store:
         """Return the index that lies next to a remote shard; None if there is none."""
         if shard.startswith(PIPE):
             return None
-        with suppress(OSError, ValueError), atomic_file(kept) as temporary:
+        with suppress(Exception), atomic_file(kept) as temporary:  # each protocol has errors of its own
             filesystem, path = _filesystem(shard)
             filesystem.get_file(f"{path.removesuffix('.tar')}.index.npz", str(temporary))
         return _read(kept)
@@ -224,14 +224,17 @@ class Store:
                     filesystem.get_file(path, str(temporary))
                 self._make_room(temporary.stat().st_size)
                 publish(temporary, copy)
-        except (OSError, ValueError, subprocess.SubprocessError) as error:
+        except Exception as error:  # each protocol has errors of its own
             raise ShardError(f"{shard}: cannot be copied: {error}") from error
 
     def _make_room(self, needed: int) -> None:
         """Delete the copies that were unused longest, until `needed` bytes more are within the limit."""
-        copies = sorted((each.stat().st_mtime_ns, each.stat().st_size, each) for each in self.cache.glob("*.tar"))
+        copies = []
+        for copy in self.cache.glob("*.tar"):
+            with suppress(OSError):  # another process has deleted it
+                copies.append((copy.stat().st_mtime_ns, copy.stat().st_size, copy))
         total = needed + sum(size for _, size, _ in copies)
-        for _, size, copy in copies:
+        for _, size, copy in sorted(copies):
             if total <= self.limit:
                 break
             copy.unlink(missing_ok=True)  # a process that has it open reads on

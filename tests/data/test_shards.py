@@ -138,6 +138,18 @@ def test_remote_shards_are_copied_once_and_the_copies_keep_a_size(tmp_path, remo
         store.path("memory://shards/9.tar")
 
 
+def test_any_error_of_a_protocol_names_the_shard(tmp_path, remote, monkeypatch):
+    class Forbidden(Exception):
+        pass
+
+    def refuse(*_):
+        raise Forbidden("403")
+
+    monkeypatch.setattr(type(fsspec.filesystem("memory")), "get_file", refuse)
+    with pytest.raises(ShardError, match=r"memory://shards/00000.tar: cannot be copied: 403"):
+        Store(tmp_path / "cache").index(remote[0])
+
+
 def test_an_index_next_to_a_remote_shard_spares_copying_it(tmp_path, remote):
     Store(tmp_path / "x").index(str(tmp_path / "made/00000.tar"))
     published = tmp_path / "made/00000.index.npz"
