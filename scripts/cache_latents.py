@@ -31,6 +31,8 @@ def parser() -> Parser:
     text = "epochs whose random crops, flips and captions are cached; training uses them in turn"
     add("--variants", type=int, default=1, metavar="N", help=text)
     add("--batch_size", type=int, default=8, metavar="N", help="images, and captions, that are encoded at once")
+    text = "batch of all devices of the training, for images in buckets (default: data.params.batch_size)"
+    add("--global_batch", type=int, metavar="N", help=text)
     add("--num_workers", type=int, default=2, metavar="N", help="processes that load images")
     add("--device", default="auto", metavar="NAME", help="auto, cpu, cuda, cuda:1 or mps")
     add("--precision", default="full", choices=PRECISIONS, help="precision of the encoders")
@@ -46,13 +48,14 @@ def parser() -> Parser:
 def main(argv: Sequence[str]) -> None:
     opt = parser().parse_args(argv)
     allow_targets(*(prefix.rstrip(".") for prefix in opt.allow_targets))
-    check_positive({"--variants": opt.variants, "--batch_size": opt.batch_size})
+    given = {} if opt.global_batch is None else {"--global_batch": opt.global_batch}
+    check_positive({"--variants": opt.variants, "--batch_size": opt.batch_size, **given})
     if opt.num_workers < 0:
         raise ValueError(f"--num_workers {opt.num_workers}: expected at least 0")
     config = merge([find_config(path) for path in opt.base], opt.overrides)
     check_config(config)
-    given = (config.get("lightning") or {}).get("seed")
-    seed = next(value for value in (opt.seed, given, DEFAULT_SEED) if value is not None)
+    saved = (config.get("lightning") or {}).get("seed")
+    seed = next(value for value in (opt.seed, saved, DEFAULT_SEED) if value is not None)
     import_lightning()
     # Imported here because it brings torch, which --help does not need.
     from ldm.training.cache_latents import CacheOptions, cache_latents
@@ -67,6 +70,7 @@ def main(argv: Sequence[str]) -> None:
         precision=opt.precision,
         dtype=opt.dtype,
         text=not opt.no_text,
+        global_batch=opt.global_batch,
     )
     overlay = cache_latents(config, options)
     kept = [override for override in opt.overrides if not override.lstrip("+~").startswith(DATASETS)]

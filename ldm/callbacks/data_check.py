@@ -51,8 +51,10 @@ def image_size_problems(model: Any, datasets: Mapping[str, Any]) -> Iterator[str
     key = getattr(model, "first_stage_key", None) or getattr(model, "image_key", None)
     for split, data in _folders(datasets).items():
         if key in (data.image_key, "segmentation"):
-            param = "size" if data.size == data.crop_size else "crop_size"
-            yield from size_problems(f"data.params.{split}.params.{param}", data.crop_size, pixel_multiple(model))
+            param, sides = "size" if data.size == data.crop_size else "crop_size", data.crop_size
+            if data.buckets is not None:
+                param, sides = "buckets.step", (data.buckets.step,) * 2
+            yield from size_problems(f"data.params.{split}.params.{param}", sides, pixel_multiple(model))
 
 
 def warn_of_long_captions(model: Any, datasets: Mapping[str, Any]) -> None:

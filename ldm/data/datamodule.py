@@ -152,6 +152,11 @@ class DataModuleFromConfig(pl.LightningDataModule):
         _check_class_numbers(state_dict.get("class_names", []), self.class_names)
         self._compare_data(state_dict.get("datasets", {}))
         saved_size, size, seed = state_dict["global_batch_size"], self._global_batch_size(), state_dict["seed"]
+        if saved_size != size and getattr(_unwrapped(self.datasets.get("train")), "buckets", None) is not None:
+            raise ConfigError(
+                f"data: batches of {size} samples of all devices, previously {saved_size}: with buckets a run resumes "
+                "with the same data.params.batch_size x devices; accumulate_grad_batches changes the effective batch"
+            )
         if saved_size != size:
             problem = f"batch size {size}, previously {saved_size}: the epoch continues after the used samples"
             logger.warning("%-11s %s", "data", problem)

@@ -161,9 +161,9 @@ class ImageFolder(ImageDataset):
     def _values(self, image: Image.Image, index: int) -> dict[str, Any]:
         if self.masks is None:
             return super()._values(image, index)
-        view, mask = self._view(image), self._read_mask(self.items[index].name, image)
+        view, mask = self._view(image, index), self._read_mask(self.items[index].name, image)
         levels = np.asarray(view.apply(mask, "bilinear"), dtype=np.float32)
-        return {**self._views(image, view, index), LOSS_MASK: levels[..., None] / 255}
+        return {**self._views(image, view, index), **self._geometry(image, view), LOSS_MASK: levels[..., None] / 255}
 
     def _read_mask(self, name: str, image: Image.Image) -> Image.Image:
         assert self.masks is not None
@@ -191,7 +191,8 @@ class ImageFolder(ImageDataset):
             labels.append(pairs)
         if self.masks is not None:
             labels.append([self.masks.of(item.name)[0].name for item in self.items])
-        return {"files": digest([item.name for item in self.items]), "labels": digest(labels)}
+        files = digest([item.name for item in self.items])
+        return {"files": files, "labels": digest(labels), **self.bucket_fingerprint}
 
     def _pairs(self) -> list[str]:
         """Return the names of the files that belong to the images, in their order; empty if there are none."""

@@ -7,16 +7,22 @@ import json
 import logging
 import random
 from abc import abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from dataclasses import asdict
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import numpy as np
 from PIL import Image
 from torch.utils.data import Dataset
+from tqdm import tqdm
 
 from ldm.config.types import PositiveInt, Probability
 from ldm.data.base import DataConfigError, check_choice
+from ldm.data.buckets import Buckets, assign, bucket_order, table, too_small
 from ldm.data.captions import CaptionPolicy, PromptTemplates
 from ldm.data.image import (
     MAX_PIXELS,
@@ -27,8 +33,10 @@ from ldm.data.image import (
     cover,
     crop_box,
     height_and_width,
+    image_size,
     to_array,
 )
+from ldm.data.order import epoch_order, usable_cpus
 
 logger = logging.getLogger(__name__)
 
@@ -56,6 +64,10 @@ class ImageDataset(Dataset):
     on_error: raise stops at the first unusable file, skip leaves it out. An image that becomes unusable later is
     replaced by the next one. min_size: images with a shorter side below this are unusable (1x1 placeholders), and those
     above max_pixels. image_key, caption_key: names in the batch (Stable Diffusion's YAML uses jpg and txt).
+
+    buckets: train on sizes of several proportions, see Buckets, with an area of at most `size` x `size`; all images of
+    a batch have one size (ldm.data.buckets). An item then also holds `original_size`, `target_size` (height, width) and
+    `crop_top_left`, the place of the crop in the scaled (and flipped) image, each int64 (2,) in pixels.
     """
 
     captioned: bool
@@ -77,6 +89,7 @@ class ImageDataset(Dataset):
         max_pixels: PositiveInt = MAX_PIXELS,
         image_key: str = "image",
         caption_key: str = "caption",
+        buckets: Annotated[Mapping[str, Any], "ldm.data.buckets.Buckets"] | None = None,
     ) -> None:
         check_choice("interpolation", interpolation, RESAMPLING)
         check_choice("missing_caption", missing_caption, ("raise", "skip", "empty"))
@@ -89,6 +102,8 @@ class ImageDataset(Dataset):
         self.caption_policy = CaptionPolicy(missing_caption, max_caption_chars, long_caption)
         self.prompts = PromptTemplates(templates, subject, self.captioned)
         self.skipped: dict[str, str] = {}  # name -> reason
+        self.buckets, self.bucket_sizes = _buckets(buckets, size, crop_size)
+        self.batch, self.bucket_of = 0, np.zeros(0, np.int64)  # of all ranks; the row of `bucket_sizes` of each image
 
     @abstractmethod
     def __len__(self) -> int: ...
@@ -109,6 +124,46 @@ class ImageDataset(Dataset):
         """Yield the captions of all images, as they are before templates; none for images without captions."""
         return (caption for index in range(len(self) if self.captioned else 0) for caption in self._captions(index))
 
+    @cached_property
+    def sizes(self) -> np.ndarray:
+        """Width and height of each upright image, from its header -> int32 (N, 2)."""
+        files = [self.file_of(index) for index in range(len(self))]
+        with ThreadPoolExecutor(usable_cpus()) as pool:
+            found = pool.map(image_size, files)
+            bar = tqdm(found, "reading image sizes", len(files), leave=False, delay=3, disable=None)
+            return np.array(list(bar), np.int32).reshape(-1, 2)
+
+    def set_batch(self, batch: int) -> None:
+        """Choose the bucket of each image for batches of this many samples of all ranks; before data workers start."""
+        if self.buckets is None or batch == self.batch:
+            return
+        small = np.flatnonzero(too_small(self.sizes, self.bucket_sizes))
+        if len(small) and not self.buckets.upscale:
+            first = "x".join(map(str, self.sizes[small[0]]))
+            problem = f"{len(small)} images are smaller than all sizes, first {self.file_of(small[0])}: {first}"
+            advice = "set {param}.upscale to true or {param}.min_side to less, or remove them"
+            raise DataConfigError("buckets", asdict(self.buckets), problem, advice)
+        self.batch = batch
+        self.bucket_of = assign(self.sizes, self.bucket_sizes, batch, self.buckets.upscale)
+        logger.info("buckets: %s", table(self.bucket_sizes.tolist(), self.bucket_of, batch))
+
+    def order(self, seed: int, epoch: int, batch: int, shuffle: bool) -> np.ndarray:
+        """Return the indices of an epoch -> (N,) int64; with buckets, each batch of all ranks has one size."""
+        order = self.sample_order(seed, epoch, shuffle)
+        if self.buckets is None:
+            return order
+        self.set_batch(batch)
+        return bucket_order(order, self.bucket_of, batch)
+
+    @property
+    def bucket_fingerprint(self) -> dict[str, int | str]:
+        """The part of a `fingerprint` that tells buckets apart; empty without them."""
+        return {} if self.buckets is None else {"buckets": digest([asdict(self.buckets), self.bucket_sizes.tolist()])}
+
+    def sample_order(self, seed: int, epoch: int, shuffle: bool) -> np.ndarray:
+        """Return the indices of an epoch without buckets -> (N,) int64."""
+        return epoch_order(len(self), seed, epoch, shuffle)
+
     def __getitem__(self, index: int) -> dict[str, Any]:
         try:
             return self._sample(index)
@@ -123,10 +178,15 @@ class ImageDataset(Dataset):
         if error.path not in self.skipped:
             self.skipped[error.path] = error.reason or str(error)
             logger.warning("%s; the next image takes its place (%d skipped)", error, len(self.skipped))
-        for step in range(1, min(len(self), _REPLACEMENTS + 1)):
+        alike = np.arange(len(self))
+        if self.buckets is not None:
+            self.set_batch(self.batch or 1)
+            alike = np.flatnonzero(self.bucket_of == self.bucket_of[index])
+        others = np.roll(alike, -int(np.searchsorted(alike, index)) - 1)[:-1][:_REPLACEMENTS]
+        for other in others.tolist():
             with suppress(BadImageError):
-                return self._sample((index + step) % len(self))
-        tried = f"nor can the {min(len(self) - 1, _REPLACEMENTS)} images after it be read"
+                return self._sample(other)
+        tried = f"nor can the {len(others)} images after it be read"
         raise BadImageError(
             error.path, f"{error.reason}; {tried}: is {Path(error.path).parent} still there?"
         ) from error
@@ -147,20 +207,55 @@ class ImageDataset(Dataset):
 
     def _values(self, image: Image.Image, index: int) -> dict[str, Any]:
         """Return the entries of a sample that come from its image."""
-        return self._views(image, self._view(image), index)
+        view = self._view(image, index)
+        return {**self._views(image, view, index), **self._geometry(image, view)}
 
     def _views(self, image: Image.Image, view: View, index: int) -> dict[str, Any]:
         """Return the entries of a sample in a view of its image; subclasses override this."""
         return {self.image_key: to_array(view.apply(image, self.interpolation))}
 
-    def _view(self, image: Image.Image) -> View:
+    def _geometry(self, image: Image.Image, view: View) -> dict[str, Any]:
+        """Return the sizes and the crop of a sample, as SDXL's embeddings take them (arXiv 2307.01952); see `buckets`.
+
+        Empty without buckets.
+        """
+        if self.buckets is None:
+            return {}
+        left, top, right, bottom = view.box
+        left = view.scaled[0] - right if view.mirrored else left
+        pairs = {"original_size": image.size[::-1], "crop_top_left": (top, left)}
+        pairs["target_size"] = (bottom - top, right - view.box[0])
+        return {name: np.array(pair) for name, pair in pairs.items()}
+
+    def _view(self, image: Image.Image, index: int) -> View:
         """Return the scaling, crop and flip of a sample, random as configured."""
-        target = self.size
+        target, crop_size = self.size, self.crop_size
+        if self.buckets is not None:
+            self.set_batch(self.batch or 1)
+            height, width = self.bucket_sizes[self.bucket_of[index]].tolist()
+            target = crop_size = height, width
         if target is None and (image.height < self.crop_size[0] or image.width < self.crop_size[1]):
             target = self.crop_size
         scaled = cover(image, target) if target is not None else image.size
-        box = crop_box(scaled, self.crop_size, self.random_crop)
+        box = crop_box(scaled, crop_size, self.random_crop)
         return View(scaled, box, bool(self.flip_p) and random.random() < self.flip_p)
+
+
+def _buckets(
+    section: Mapping[str, Any] | None, size: Size | None, crop_size: Size | None
+) -> tuple[Buckets | None, np.ndarray]:
+    """Return the section `buckets` and its sizes, (height, width), int64 (K, 2)."""
+    if section is None:
+        return None, np.zeros((0, 2), np.int64)
+    if not isinstance(size, int) or crop_size not in (None, size):
+        param, value = ("size", size) if not isinstance(size, int) else ("crop_size", crop_size)
+        advice = "set size to one number, the side of the square with the largest area, and crop_size to null"
+        raise DataConfigError(param, value, "cannot be used with buckets", advice)
+    try:
+        buckets = Buckets(**section)
+        return buckets, buckets.sizes(size)
+    except (TypeError, ValueError) as error:
+        raise DataConfigError("buckets", dict(section), str(error), "change {param}, or size") from error
 
 
 def digest(content: object) -> str:

@@ -26,6 +26,8 @@ from ldm.checkpoint import open_weights
 from ldm.config.instantiate import ConfigError, resolve_alias
 from ldm.config.types import PathText
 from ldm.data.base import DataConfigError
+from ldm.data.buckets import bucket_order
+from ldm.data.order import epoch_order
 from ldm.models.cached import EMBEDDING, CachedStage
 from ldm.paths import expand_user
 
@@ -64,6 +66,9 @@ class CacheIndex(TypedDict):
     dataset: dict[str, Any]  # its target and params
     fingerprint: dict[str, Any]
     class_names: list[str] | None
+    batch: int  # samples of all ranks for which buckets were chosen; 0 without buckets
+    bucket_sizes: list[list[int]]  # height and width of the images
+    bucket_of: list[int]  # the row of `bucket_sizes` of each sample
 
 
 class CachedLatents(Dataset):
@@ -72,6 +77,9 @@ class CachedLatents(Dataset):
     root: the folder of the split in the cache. In epoch e each sample is in variant e mod V of the V that were cached:
     with crop, flip and choice of the caption as in epoch e mod V of a run that encodes the images itself with the seed
     of the cache. Validation uses variant 0. Posterior samples, noise and dropped conditions are new in each epoch.
+
+    Images in buckets keep the sizes that they have in the cache, so the batch of all ranks must divide that of the
+    cache.
     """
 
     def __init__(self, root: PathText) -> None:
@@ -79,6 +87,7 @@ class CachedLatents(Dataset):
         self.index = read_index(self.root)
         self.class_names = self.index["class_names"]
         self.fingerprint: dict[str, Any] = self.index["fingerprint"]
+        self.buckets = np.array(self.index["bucket_of"]) if self.index["batch"] else None
         self._open: dict[str, Any] = {}
         self._process = os.getpid()
         self._digests, self._rows = self._captions()
@@ -87,6 +96,18 @@ class CachedLatents(Dataset):
 
     def __len__(self) -> int:
         return self.index["samples"]
+
+    def set_batch(self, batch: int) -> None:
+        """Raise DataConfigError unless the buckets of the cache consist of batches of this many samples."""
+        if self.buckets is not None and self.index["batch"] % batch:
+            problem = f"its buckets are of batches of {self.index['batch']} samples or its divisors, not of {batch}"
+            advice = f"make a cache with --global_batch {batch}, or change data.params.batch_size x devices"
+            raise DataConfigError("root", str(self.root), problem, advice)
+
+    def order(self, seed: int, epoch: int, batch: int, shuffle: bool) -> np.ndarray:
+        """Return the indices of an epoch -> (N,) int64; with buckets, each batch of all ranks has one size."""
+        order = epoch_order(len(self), seed, epoch, shuffle)
+        return order if self.buckets is None else bucket_order(order, self.buckets, batch)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         return self.sample_of(0, index)

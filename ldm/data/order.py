@@ -87,6 +87,8 @@ class EpochSampler(DistributedSampler):
     ) -> None:
         super().__init__(dataset, num_replicas=world_size, rank=rank, shuffle=shuffle, seed=seed)
         self.length, self.batch_size, self.position = len(dataset), batch_size, position
+        if hasattr(dataset, "set_batch"):  # of images in buckets; data workers get the dataset as it is now
+            dataset.set_batch(batch_size * world_size)
         self._order = -1, np.arange(0)  # an epoch and its order
 
     def __iter__(self) -> Iterator[tuple[int, int]]:

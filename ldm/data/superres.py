@@ -58,7 +58,7 @@ class SuperResolution(ImageFolder):
         if not 0 < min_crop_f <= max_crop_f <= 1:
             problem = f"expected 0 < min_crop_f <= max_crop_f <= 1, and max_crop_f is {max_crop_f}"
             raise DataConfigError("min_crop_f", min_crop_f, problem, "set {param} to a share of the shorter side")
-        for param in ("crop_size", "interpolation", "masks"):
+        for param in ("crop_size", "interpolation", "masks", "buckets"):
             if param in options:
                 raise DataConfigError(param, options[param], "has no effect on these pairs", "remove {param}")
         check_choice("degradation", degradation, DEGRADATIONS)

@@ -121,7 +121,7 @@ class ImageShards(ImageDataset):
     def __len__(self) -> int:
         return int(self._starts[-1])
 
-    def order(self, seed: int, epoch: int, batch: int, shuffle: bool) -> np.ndarray:
+    def sample_order(self, seed: int, epoch: int, shuffle: bool) -> np.ndarray:
         """Return the indices of an epoch -> (N,) int64: one from each lane in turn.
 
         All shards in a random order, the samples of each permuted, are cut into lanes of equal length, which are read
@@ -144,7 +144,7 @@ class ImageShards(ImageDataset):
         """Hashes of the shards' names and the keys of their samples, and of how they are captioned."""
         names = [Path(shard).name for shard in self.shards]
         labels = [self._caption_suffix, self._field, self.prompts.templates, self.prompts.subject]
-        return {"files": digest([names, self._digests]), "labels": digest(labels)}
+        return {"files": digest([names, self._digests]), "labels": digest(labels), **self.bucket_fingerprint}
 
     def file_of(self, index: int) -> str:
         """Return the shard of a sample and its key: data/00003.tar/000030017."""

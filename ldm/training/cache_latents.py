@@ -64,6 +64,7 @@ class CacheOptions:
 
     variants: epochs whose crops, flips and captions are cached. dtype: of the cached tensors, a key of DTYPES.
     text: cache the text encoder's outputs too, if it is frozen. precision: as in scripts/txt2img.py.
+    global_batch: samples of a batch of all ranks, which decides the buckets of images; None is data.params.batch_size.
     """
 
     out: Path
@@ -75,6 +76,7 @@ class CacheOptions:
     precision: str = "full"
     dtype: str = "float16"
     text: bool = True
+    global_batch: int | None = None
     shard: int = SHARD
     text_shard: int = TEXT_SHARD
 
@@ -99,7 +101,7 @@ def cache_latents(config: DictConfig, options: CacheOptions) -> Path:
     with _one_writer(options.out):
         encoder = _Encoder(params, options)
         for split, dataset in data.datasets.items():
-            _cache_split(split, dataset, config.data.params[split], encoder, options)
+            _cache_split(split, dataset, config.data.params[split], encoder, options, data.batch_size)
         datasets: Any = {
             split: {"_replace_": True, "target": TARGET, "params": {"root": str((options.out / split).absolute())}}
             for split in data.datasets
@@ -224,11 +226,16 @@ def _entries(sample: Mapping[str, Any], image_key: str) -> dict[str, Any]:
     return kept
 
 
-def _cache_split(split: str, dataset: Any, config: Any, encoder: _Encoder, options: CacheOptions) -> None:
+def _cache_split(
+    split: str, dataset: Any, config: Any, encoder: _Encoder, options: CacheOptions, batch_size: int
+) -> None:
     place, folder = f"data.params.{split}", options.out / split
     dataset = getattr(dataset, "data", dataset)  # of a WrappedDataset
     if isinstance(dataset, IterableDataset):
         raise ConfigError(f"{place}: is a stream; shards are read by ldm.data.webdataset.ImageShards")
+    buckets = getattr(dataset, "buckets", None) is not None
+    if buckets:
+        dataset.set_batch(options.global_batch or batch_size)
     seeded = SeededDataset(dataset, options.seed, repeat=split != "train")
     first = seeded[(0, 0)]
     if encoder.image_key not in first:
@@ -255,6 +262,9 @@ def _cache_split(split: str, dataset: Any, config: Any, encoder: _Encoder, optio
         "dataset": json.loads(json.dumps(OmegaConf.to_container(config, resolve=True))),
         "fingerprint": dict(getattr(dataset, "fingerprint", {})),
         "class_names": list(names) if (names := getattr(dataset, "class_names", None)) is not None else None,
+        "batch": dataset.batch if buckets else 0,
+        "bucket_sizes": dataset.bucket_sizes.tolist() if buckets else [],
+        "bucket_of": dataset.bucket_of.tolist() if buckets else [],
     }
     index = json.loads(json.dumps(index))
     before = load_index(folder)
@@ -283,12 +293,13 @@ def _cache_images(
     """Write the missing files of latents."""
     total, size = index["samples"] * index["variants"], index["shard"]
     pending = [number for number, file in enumerate(_files(folder, index)) if not file.is_file()]
-    rows = {number: range(number * size, min((number + 1) * size, total)) for number in pending}
-    batches = [
-        list(rows[number][k : k + options.batch_size])
-        for number in pending
-        for k in range(0, len(rows[number]), options.batch_size)
-    ]
+    batches: list[list[int]] = []
+    for number in pending:
+        rows = np.arange(number * size, min((number + 1) * size, total))
+        bucket_of = np.array(index["bucket_of"] or [0] * index["samples"])[rows % index["samples"]]
+        for bucket in np.unique(bucket_of):  # the images of a batch have one size
+            alike = rows[bucket_of == bucket].tolist()
+            batches += [alike[k : k + options.batch_size] for k in range(0, len(alike), options.batch_size)]
     keys = [[divmod(n, index["samples"]) for n in batch] for batch in batches]
     workers = options.num_workers if options.num_workers is not None else 2
     loader = Loader(
@@ -308,7 +319,7 @@ def _cache_images(
                 tensors[str(n % size)] = latent.to(DTYPES[index["dtype"]])
                 tensors[f"{n % size}.entries"] = torch.tensor(bytearray(entry.encode()), dtype=torch.uint8)
             number = batch[0] // size
-            if batch[-1] == rows[number][-1]:
+            if len(tensors) == 2 * min(size, total - number * size):
                 write_weights(tensors, folder / f"{number:05}.safetensors")
                 tensors = {}
             bar.update(len(batch))

@@ -244,3 +244,33 @@ def test_what_a_cache_cannot_hold_is_refused_by_name(here):
     depth = ["data.params.train.target=ldm.data.control.ControlFolder", "+data.params.train.params.detector=canny"]
     assert "samples have 'hint', a " in refusal(*depth, "data.params.train.params.random_crop=false")
     assert "condition cannot be cached" in refusal("model.params.cond_stage_config=__is_first_stage__")
+
+
+def test_a_cache_of_buckets_has_their_batches_and_the_same_latents(here, tmp_path):
+    for number, (height, width) in enumerate([(16, 32), (32, 16), (24, 24), (16, 32), (32, 16), (40, 40), (20, 30)]):
+        save_image(tmp_path / "images" / f"{number}.png", number, height, width)
+    config = merge([Path("run.yaml")])
+    train = config.data.params.train.params
+    config.data.params.validation = None
+    train.update({"root": str(tmp_path / "images"), "split": None, "captions": None, "subject": "a b", "size": 24})
+    train.buckets = {"step": 8}
+    cache_latents(config, CacheOptions(tmp_path / "cache", 23, 1, 3, 0, "cpu", dtype="float32", shard=4))
+    images = instantiate_from_config(config.data)
+    images.setup()
+    cached, online = CachedLatents(tmp_path / "cache" / "train"), images.datasets["train"]
+    model = instantiate_from_config(config.model).eval()
+    order = online.order(5, 1, 2, True)
+    assert order.tolist() == cached.order(5, 1, 2, True).tolist()
+    shapes = set()
+    for k in range(0, 7, 2):
+        batch, pictures = batch_of(cached, order[k : k + 2].tolist()), batch_of(online, order[k : k + 2].tolist())
+        posterior = model.encode_first_stage(model.get_images(pictures, "image"))
+        assert torch.allclose(batch[MOMENTS], torch.cat([posterior.mean, posterior.logvar], 1), atol=1e-5)
+        for key in ("original_size", "crop_top_left", "target_size"):
+            assert torch.equal(batch[key], pictures[key])
+        shapes.add(tuple(batch[MOMENTS].shape[2:]))
+        assert model.shared_step(batch)[0].isfinite()
+    assert len(shapes) > 1 and cached.fingerprint == online.fingerprint and "buckets" in cached.fingerprint
+    cached.set_batch(1)
+    with pytest.raises(DataConfigError, match=r"batches of 2 samples or its divisors, not of 4; make a cache"):
+        cached.set_batch(4)
