@@ -42,6 +42,14 @@ STABLE_DIFFUSION = {
     "configs/stable-diffusion/x4-upscaling.yaml": 473.4,
 }
 
+# Recipes of Stable Diffusion: {config: the config of the released model}.
+TRAINING = {
+    "configs/stable-diffusion/v1-train.yaml": "configs/stable-diffusion/v1-inference.yaml",
+    "configs/stable-diffusion/v1-finetune.yaml": "configs/stable-diffusion/v1-inference.yaml",
+    "configs/stable-diffusion/v2-train.yaml": "configs/stable-diffusion/v2-inference.yaml",
+    "configs/stable-diffusion/v2-finetune.yaml": "configs/stable-diffusion/v2-inference-v.yaml",
+}
+
 FIRST_STAGE = "model.params.first_stage_config.params.ckpt_path"
 ABSENT = "(absent)"
 # Differences between a shipped YAML and the published one, {path: (published, shipped)}; a comment in the YAML says so.
@@ -196,6 +204,13 @@ def test_a_published_config_builds_the_published_model(name):
 def test_later_stable_diffusion_models_have_the_released_size(name):
     assert built(name).network_millions == STABLE_DIFFUSION[name]
     assert built(name).text_tensors == (294 if any(word in name for word in ("/v2-", "/x4-", "_v21")) else 197)
+
+
+@pytest.mark.parametrize("name, released", TRAINING.items())
+def test_a_training_config_builds_the_released_model_and_its_average(name, released):
+    blocks = dict(built(name).digest)
+    average, parameters = blocks.pop("model_ema"), blocks["model.diffusion_model"]
+    assert blocks == built(released).digest and average[1] == parameters[1] + 2  # decay and num_updates
 
 
 def test_the_first_stages_of_published_configs_are_those_that_the_scripts_download():

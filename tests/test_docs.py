@@ -3,6 +3,7 @@
 import importlib
 import re
 import runpy
+import shlex
 import sys
 
 import pytest
@@ -12,6 +13,7 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 import main
+from ldm.config.merge import merge
 from ldm.config.validate import check_config
 from ldm.inference.settings import PRECISIONS, SEED_MODES
 from ldm.models.diffusion import loss_weighting
@@ -21,6 +23,8 @@ from ldm.models.diffusion.loss_weighting import LossWeighting, SNRWeighting
 from ldm.models.diffusion.samplers.registry import SAMPLERS
 from ldm.paths import ROOT
 from ldm.training.flags import _parser as training_parser
+from ldm.training.flags import parse as parse_training
+from ldm.training.settings import resolve_settings
 from ldm.util import instantiate_from_config
 from tests.models.first_stages import QUIET
 from tests.reference import randn, seed_weights
@@ -146,16 +150,7 @@ def test_the_tables_of_samplers_match_the_code():
 
 def test_every_flag_in_the_documents_exists():
     named = set(re.findall(r"(?<![\w-])--[a-zA-Z][\w-]+", DOCUMENTS))
-    known = {"--help", *training_parser().flags}
-    known |= {
-        "--nnodes",
-        "--nproc-per-node",
-        "--rdzv-id",
-        "--rdzv-backend",
-        "--rdzv-endpoint",
-        "--max-restarts",
-    }  # torchrun
-    known |= {"--nodes", "--ntasks-per-node", "--requeue"}  # sbatch
+    known = {"--help", *training_parser().flags, "--rdzv-id", "--max-restarts", "--requeue"}  # of torchrun, sbatch
     scripts = [path.stem for path in (ROOT / "scripts").glob("*.py") if "\ndef parser(" in path.read_text()]
     for name in (*scripts, "tests.test_watermark"):
         known |= set(importlib.import_module(f"scripts.{name}").parser().flags)
@@ -192,3 +187,23 @@ def test_the_sections_of_objectives_are_valid_and_its_table_has_every_weighting(
     classes = {each.__name__ for base in (LossWeighting, SNRWeighting) for each in base.__subclasses__()}
     named = {name for name in classes if f"| `{name}`" in page}
     assert {name for name in classes if name != "SNRWeighting" and hasattr(loss_weighting, name)} <= named
+
+
+def test_the_commands_that_train_stable_diffusion_are_valid():
+    page = (ROOT / "docs" / "train-stable-diffusion.md").read_text(encoding="utf-8")
+    commands = [
+        shlex.split(command.replace("\\\n", " "))
+        for block in re.findall(r"```bash\n(.*?)```", page, re.DOTALL)
+        for command in re.findall(r"^python main.py (?:.*\\\n)*.*", block, re.MULTILINE)
+    ]
+    assert len(commands) >= 5
+    for words in commands:
+        options = parse_training(words[2:])
+        assert options.train
+        base = [
+            ROOT / path for path in options.base if path != "cache/data.yaml"
+        ]  # which scripts/cache_latents.py writes
+        config = merge(base, options.overrides)
+        check_config(config, weights=False)
+        resolve_settings(options, config.lightning)
+        instantiate_from_config(config.data)

@@ -35,8 +35,11 @@ from ldm.config.validate import WEIGHTS, check_class_count, weights_problems
 from ldm.data.folder import ImageFolder
 from ldm.data.image import BadImageError, load_image
 from ldm.data.image_dataset import ImageDataset
+from ldm.data.latents import use_cached_stages
 from ldm.data.order import SeededDataset, usable_cpus
 from ldm.data.shards import allow_pipes
+from ldm.data.webdataset import ImageShards
+from ldm.models.cached import LATENT, MOMENTS
 from ldm.models.training import TrainedModule
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
 from ldm.modules.ema import LitEma
@@ -49,7 +52,6 @@ from ldm.training.footprint import Footprint, losses_of, make_optimizers, nbytes
 from ldm.training.run import batches_of, build_data, quiet_lightning, this_machine
 from ldm.training.run_directory import RunDirectory
 from ldm.training.settings import LearningRate, RunSettings, check_batches, learning_rate
-from ldm.training.strategies import REPLICAS
 from ldm.training.trainer import build_trainer, check_trainer
 
 logger = logging.getLogger(__name__)
@@ -258,7 +260,7 @@ def _examined(config: DictConfig, settings: RunSettings, directory: RunDirectory
 
 def _build_without_weights(config: DictConfig) -> Any:
     """Build the model with parameters on the meta device, and without reading a file of weights."""
-    node = _without_files(config.model)
+    node = _without_files(use_cached_stages(config))
     with weights_on_meta():
         return instantiate_from_config(node)
 
@@ -293,6 +295,8 @@ def _read_samples(run: Examined) -> None:
     start = time.perf_counter()
     if dataset is None or not len(getattr(dataset, "items", [1])):
         return
+    if hasattr(dataset, "set_batch"):  # of images in buckets
+        dataset.set_batch(run.batch_size * run.ranks)
     if hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__"):
         seeded, count = SeededDataset(dataset, run.settings.seed), min(SAMPLES, len(dataset))
         places = [k * len(dataset) // count for k in range(count)]
@@ -302,6 +306,8 @@ def _read_samples(run: Examined) -> None:
     with preserve_rng():
         run.samples = list(samples)
     run.sample_seconds = (time.perf_counter() - start) / max(1, len(run.samples))
+    if run.samples and getattr(dataset, "buckets", None) is not None:  # images have several sizes: the largest
+        run.samples = [max(run.samples, key=lambda sample: sum(getattr(x, "nbytes", 0) for x in sample.values()))]
     try:
         run.batch = default_collate(run.samples)
     except (TypeError, RuntimeError) as error:
@@ -336,7 +342,8 @@ def _step_with_numbers(run: Examined) -> None:
     logger.info("%-11s a step of %d samples", "computing", rows)
     files = not any(each.is_problem and "ckpt_path" in each.text for each in run.findings)
     with preserve_rng():
-        node = run.config.model if files else _without_files(run.config.model)
+        node = use_cached_stages(run.config)
+        node = node if files else _without_files(node)
         model = run.attempt(lambda: instantiate_from_config(node))
         if model is None:
             return
@@ -399,6 +406,8 @@ def _key_problems(run: Examined) -> Iterator[str]:
         wanted["cond_stage_key"] = numbers if labels else texts if isinstance(encoder, AbstractEncoder) else images
         if labels and encoder.key in sample:
             del wanted["cond_stage_key"]
+    if {MOMENTS, LATENT} & set(sample):  # of a cache
+        del wanted["first_stage_key"]
     for name, choices in wanted.items() if sample else ():
         key = getattr(run.model, name, None)
         if isinstance(key, str) and key not in sample:
@@ -410,18 +419,19 @@ def check_image_sizes(run: Examined) -> Iterator[Finding]:
     """Images whose size the model cannot process, and files that are smaller than the size."""
     yield from map(problem, image_size_problems(run.model, run.datasets))
     data = run.datasets.get("train")
-    if not isinstance(data, ImageFolder):
+    if not isinstance(data, ImageDataset) or data.buckets is not None:
         return
     name, sides = ("crop_size", data.crop_size) if data.size is None else ("size", data.size)
-    found = []
-    for item in data.items[:: max(1, len(data) // IMAGES)][:IMAGES]:
+    found: list[int] = []
+    every = max(1, len(data) // IMAGES)
+    if isinstance(data, ImageShards):
+        found = [int(side) for side in data.sizes[::every].min(axis=1)]
+    elif isinstance(data, ImageFolder):
         try:
-            found.append(min(load_image(data.root / item.name, data.max_pixels).size))
+            found = [min(load_image(data.root / each.name, data.max_pixels).size) for each in data.items[::every]]
         except BadImageError as error:
-            if run.batch is None:  # reading the samples failed already
-                return
-            yield problem(f"data.params.train.params.on_error raise: {one_line(error)}")
-            break
+            if run.batch is not None:  # else reading the samples reported it
+                yield problem(f"data.params.train.params.on_error raise: {one_line(error)}")
     small = [side for side in found if side < min(sides)]
     if small:
         text = f"data.params.train.params.{name} {min(sides)}: {len(small)} of {len(found)} images are smaller and are "
@@ -723,7 +733,7 @@ def memory_rows(run: Examined) -> list[tuple[str, int]]:
     rows["optimizer"] = 2 * run.footprint.gradients if state is None else state
     rows["EMA"] = sum(nbytes(tensor) for module in averages for tensor in module.buffers())
     strategy = str(run.settings.trainer.get("strategy", "ddp" if run.ranks > 1 else "auto"))
-    if strategy.startswith("ddp") and strategy not in REPLICAS and run.ranks > 1:
+    if strategy.startswith("ddp") and run.ranks > 1:
         rows["gradients, exchanged by DDP"] = run.footprint.gradients
     if strategy.startswith("fsdp"):
         for row in ("weights, trained", "gradients", "optimizer", "EMA"):

@@ -1,5 +1,7 @@
 """Every recipe asks for its folder and trains in tiny sizes; tests/test_configs.py builds it at full size."""
 
+import tarfile
+
 import numpy as np
 import pytest
 import pytorch_lightning as pl
@@ -12,6 +14,8 @@ from ldm.paths import ROOT
 from ldm.util import instantiate_from_config
 
 RECIPES = sorted((ROOT / "configs" / "recipes").glob("*.yaml"))
+RECIPES += sorted((ROOT / "configs" / "stable-diffusion").glob("*-finetune.yaml"))
+SHARDS = sorted((ROOT / "configs" / "stable-diffusion").glob("*-train.yaml"))  # recipes for tar files
 ADAPTERS = {"adapters", "token_embeddings"}
 CLASS_CONDITIONAL = next(path for path in RECIPES if path.stem == "class-conditional-folder")
 SMALL_UNET = {
@@ -78,6 +82,9 @@ def small(config, root):
         prior = data.train.params.prior.params
         prior.root, prior.count = str(root / "ape"), 3
         datasets = [data.train.params.instance.params, prior]
+    elif "shards" in data.train.params:
+        data.train.params.shards = data.validation.params.shards = str(root / "images.tar")
+        datasets = [data.train.params]
     else:
         data.train.params.root = str(root)
         datasets = [data.train.params, data.validation.params]
@@ -102,6 +109,9 @@ def folder(tmp_path):
         path.with_suffix(".txt").write_text(f"image {i}\nanother caption of {i}")
     rows = [f"tench/{5 - i % 3 * 2}.png,make it {i},{('ape', 'tench')[i % 2]}/{i}.png" for i in range(6)]
     (tmp_path / "triples.csv").write_text("\n".join(["before,instruction,after", *rows]))
+    with tarfile.open(tmp_path / "images.tar", "w") as shard:
+        for path in sorted(tmp_path.glob("*/*.*")):
+            shard.add(path, path.name)
     return tmp_path
 
 
@@ -116,7 +126,7 @@ def test_a_recipe_without_a_folder_asks_for_it(path):
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", RECIPES + SHARDS, ids=lambda path: path.stem)
 def test_a_small_recipe_trains_validates_and_logs_images(path, folder):
     config = small(load(path), folder)
     torch.manual_seed(0)

@@ -12,6 +12,7 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 import main
+from ldm.models.cached import MOMENTS
 from ldm.modules.ema import LitEma
 from ldm.training import doctor as doctor_module
 from tests.models.first_stages import loss_config
@@ -203,3 +204,11 @@ def test_an_average_without_warm_up_that_keeps_its_first_weights_is_a_problem():
     assert not list(doctor_module.check_ema(SimpleNamespace(model=model, steps=10_000)))
     model.model_ema = LitEma(torch.nn.Linear(2, 2), decay=0.9999)  # warms up
     assert not list(doctor_module.check_ema(SimpleNamespace(model=model, steps=100)))
+
+
+def test_cached_latents_need_no_images_in_the_batch():
+    model = SimpleNamespace(first_stage_key="jpg", cond_stage_model=None)
+    cached = SimpleNamespace(model=model, samples=[{MOMENTS: torch.zeros(8, 4, 4), "txt": "a caption"}])
+    assert not list(doctor_module._key_problems(cached))
+    (line,) = doctor_module._key_problems(SimpleNamespace(model=model, samples=[{"image": torch.zeros(4, 4, 3)}]))
+    assert line.endswith("set model.params.first_stage_key=image")
