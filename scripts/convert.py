@@ -1,4 +1,4 @@
-"""Convert weights to diffusers' layout and back: convert.py --ckpt sd-v1-4.ckpt --out sd-v1-4-diffusers."""
+"""Convert weights: to diffusers' layout and back, or a run to one file: convert.py --ckpt logs/RUN --out model.ckpt."""
 
 from __future__ import annotations
 
@@ -14,11 +14,13 @@ from ldm.cli import Parser, run_command
 from ldm.config.instantiate import allow_targets
 from ldm.config.model_info import model_info, read_config
 from ldm.inference.cli import SD_CONFIG
+from ldm.inference.runs import run_of
 from ldm.paths import find_file
 
 DESCRIPTION = """Convert a weights file to a diffusers folder or back; diffusers need not be installed.
 
---ckpt a file (.ckpt, .safetensors, *.index.json of shards): --out is the folder to create.
+--ckpt a file (.ckpt, .safetensors, *.index.json of shards) or a run directory: --out is the folder to create, or a
+.ckpt or .safetensors file: all weights in one file under the published keys, as from a sharded run (--strategy fsdp).
 --ckpt a folder (a pipeline, a UNet, a first stage or a ControlNet): --out is the .ckpt or .safetensors file to create.
 --config is the YAML of the model: Stable Diffusion v1, v2 or inpainting, unconditional or class-conditional latent
 diffusion, a KL or VQ first stage, or a ControlNet with its model, of which the ControlNet is converted. Every block is
@@ -55,7 +57,7 @@ def parser() -> Parser:
     )
     text = "folder, or .ckpt or .safetensors file, to create; must not exist"
     add("--out", required=True, metavar="PATH", help=text)
-    add("--config", metavar="YAML", help=f"config of the model (default: config.yaml in the folder, else {SD_CONFIG})")
+    add("--config", metavar="YAML", help=f"config of the model (default: the folder's or run's, else {SD_CONFIG})")
     add("--dtype", choices=("fp32", "fp16", "bf16"), help="precision of the written weights (default: unchanged)")
     text = "convert the EMA weights of a file instead of the trained ones (default: as in the config)"
     add("--use_ema", action=BooleanOptionalAction, help=text)
@@ -83,18 +85,30 @@ def main(argv: Sequence[str]) -> None:
         return
     # Imported here because they bring torch, which --help does not need.
     from ldm.checkpoint.diffusers.plan import plan_of
+    from ldm.checkpoint.diffusers.write import WEIGHTS
     from ldm.checkpoint.source import DiffusersFolder, open_weights
-    from ldm.convert.convert import to_file, to_folder
+    from ldm.convert.convert import to_file, to_folder, to_one_file
 
-    source = open_weights(path)
+    run = run_of(path)
+    source = open_weights(run.ckpt if run else path)
     from_folder = isinstance(source, DiffusersFolder)
+    if not from_folder and target.suffix in WEIGHTS:
+        for flag in ("config", "scheduler"):
+            if getattr(opt, flag) is not None:
+                raise ValueError(f"--{flag}: only for converting from or to a diffusers folder, but --out is a file")
+        count = to_one_file(source, target, opt.dtype, bool(opt.use_ema))
+        print(f"{count} tensors\n{target}")
+        return
     for flag in ("use_ema", "scheduler") if from_folder else ():
         if getattr(opt, flag) is not None:
             raise ValueError(f"--{flag}: only for converting a file to a folder, but --ckpt {path} is a folder")
     own = path / "config.yaml"
-    config = read_config(
-        own if from_folder and opt.config is None and own.is_file() else find_file(opt.config or SD_CONFIG)
-    )
+    if run is not None and opt.config is None:
+        config = read_config(run.configs)
+    else:
+        config = read_config(
+            own if from_folder and opt.config is None and own.is_file() else find_file(opt.config or SD_CONFIG)
+        )
     scheduler = opt.scheduler or "ddim"
     if opt.scheduler is not None and plan_of(config, scheduler).scheduler is None:
         raise ValueError(f"--scheduler {opt.scheduler}: this model is converted without a scheduler; remove the flag")

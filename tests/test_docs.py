@@ -150,7 +150,16 @@ def test_the_tables_of_samplers_match_the_code():
 
 def test_every_flag_in_the_documents_exists():
     named = set(re.findall(r"(?<![\w-])--[a-zA-Z][\w-]+", DOCUMENTS))
-    known = {"--help", *training_parser().flags, "--rdzv-id", "--max-restarts", "--requeue"}  # of torchrun, sbatch
+    known = {"--help", *training_parser().flags}
+    known |= {
+        "--nnodes",
+        "--nproc-per-node",
+        "--rdzv-id",
+        "--rdzv-backend",
+        "--rdzv-endpoint",
+        "--max-restarts",
+    }  # torchrun
+    known |= {"--nodes", "--ntasks-per-node", "--requeue"}  # sbatch
     scripts = [path.stem for path in (ROOT / "scripts").glob("*.py") if "\ndef parser(" in path.read_text()]
     for name in (*scripts, "tests.test_watermark"):
         known |= set(importlib.import_module(f"scripts.{name}").parser().flags)

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import numpy as np
 import pytorch_lightning as pl
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from pytorch_lightning.loggers import TensorBoardLogger
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
@@ -135,7 +135,9 @@ class ImageLogger(pl.Callback):
                 images, captions = self.fixed_samples.sample(pl_module)
             if not trainer.is_global_zero:
                 return
-            image = grid([self._grid(each) for each in images], captions, columns=GRID_COLUMNS)
+            cells = [self._grid(each) for each in images]
+            cells = [ImageOps.scale(each, max(1, 96 // each.width), Image.Resampling.NEAREST) for each in cells]
+            image = grid(cells, captions, columns=GRID_COLUMNS)  # large enough for captions
             name = f"fixed_gs-{step:06}_e-{trainer.current_epoch:06}.png"
             save_image(trainer, image, name, "val/fixed", step)
             logger.info("%-11s fixed, step %d: %d samples", "images", step, len(images))

@@ -105,6 +105,22 @@ def to_file(config: Mapping[str, Any], folder: Path, target: Path, dtype: str | 
     return Conversion(target, len(weights), worst, time.perf_counter() - start)
 
 
+def to_one_file(source: WeightsSource, target: Path, dtype: str | None = None, use_ema: bool = False) -> int:
+    """Write all weights of a file or of a sharded checkpoint as one file, `target` -> the number of tensors.
+
+    use_ema: the averages in place of the trained weights; without it a file has both, as published.
+    Raises CheckpointError or ConversionError in one line; then nothing is written.
+    """
+    check_target(target, WEIGHTS)
+    weights = _cast(read_weights(source, use_ema), dtype)
+    refuse_adapters(source.path, weights)
+    positions = weights.get(text.POSITION_IDS.replace("position_ids", "position_embedding.weight"))
+    if positions is not None:
+        weights[text.POSITION_IDS] = torch.arange(len(positions))[None]  # published files hold it
+    write_weights(weights, target)
+    return len(weights)
+
+
 # ------------------------------------------------------------------------------------------------------------- weights
 
 

@@ -50,6 +50,11 @@ class Mixture(Dataset):
             if (prepare := getattr(get_obj_from_str(config["target"]), "prepare_data", None)) is not None:
                 prepare(**(config.get("params") or {}))
 
+    @property
+    def shards(self) -> list[str]:
+        """The shards of those datasets that have some."""
+        return [shard for part in self.parts for shard in getattr(part, "shards", ())]
+
     def __len__(self) -> int:
         return int(self.counts.sum())
 

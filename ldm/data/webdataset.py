@@ -108,7 +108,7 @@ class ImageShards(ImageDataset):
         if not len(self):
             advice = "set {param} to shards with images, or filters and captions to what they hold"
             raise DataConfigError("shards", shards, f"none of {total:,} images can be used ({counts})", advice)
-        logger.info("%d shards: %s", len(self.shards), kept)
+        logger.info("%s: %s", "1 shard" if len(self.shards) == 1 else f"{len(self.shards)} shards", kept)
         if self.skipped:
             first = "; ".join(f"{what}: {reason}" for what, reason in list(self.skipped.items())[:3])
             logger.warning("skipped %d damaged shards or records (first: %s)", len(self.skipped), first)

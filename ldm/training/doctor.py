@@ -52,6 +52,7 @@ from ldm.training.footprint import Footprint, losses_of, make_optimizers, nbytes
 from ldm.training.run import batches_of, build_data, quiet_lightning, this_machine
 from ldm.training.run_directory import RunDirectory
 from ldm.training.settings import LearningRate, RunSettings, check_batches, learning_rate
+from ldm.training.strategies import REPLICAS
 from ldm.training.trainer import build_trainer, check_trainer
 
 logger = logging.getLogger(__name__)
@@ -733,7 +734,7 @@ def memory_rows(run: Examined) -> list[tuple[str, int]]:
     rows["optimizer"] = 2 * run.footprint.gradients if state is None else state
     rows["EMA"] = sum(nbytes(tensor) for module in averages for tensor in module.buffers())
     strategy = str(run.settings.trainer.get("strategy", "ddp" if run.ranks > 1 else "auto"))
-    if strategy.startswith("ddp") and run.ranks > 1:
+    if strategy.startswith("ddp") and strategy not in REPLICAS and run.ranks > 1:
         rows["gradients, exchanged by DDP"] = run.footprint.gradients
     if strategy.startswith("fsdp"):
         for row in ("weights, trained", "gradients", "optimizer", "EMA"):

@@ -37,7 +37,8 @@ BLOCKS = (ResBlock, SpatialTransformer, AttentionBlock, UNetTrunk, AttentionLaye
 """Modules whose weights `fsdp` gathers together, for as long as they compute; a network is one for what its own blocks
 do not hold."""
 
-_UNUSED = {"ddp": False, "ddp_find_unused_parameters_false": False, "ddp_find_unused_parameters_true": True}
+REPLICAS = {"ddp": False, "ddp_find_unused_parameters_false": False, "ddp_find_unused_parameters_true": True}
+"""Names of `DDPStrategy`, and whether it looks for unused parameters."""
 
 
 def make_strategy(name: str) -> str | strategies.Strategy:
@@ -53,8 +54,8 @@ def make_strategy(name: str) -> str | strategies.Strategy:
             f'lightning.trainer.strategy {name}: DeepSpeed is not installed: pip install -e ".[deepspeed]", or choose '
             "fsdp, which needs no further package"
         )
-    if name in _UNUSED:
-        return DDPStrategy(find_unused_parameters=_UNUSED[name])
+    if name in REPLICAS:
+        return DDPStrategy(find_unused_parameters=REPLICAS[name], gradient_as_bucket_view=True)
     return FSDPStrategy() if name == "fsdp" else name
 
 
@@ -63,7 +64,7 @@ class DDPStrategy(strategies.DDPStrategy):
 
     By default torch sends all weights from the first rank to the others at the start, frozen ones too, and all buffers
     in every forward pass, among them the averages of EMA, as large as the model. Frozen weights and averages are equal
-    on all ranks already: each computes them from the same values.
+    on all ranks already: each computes them from the same values. Gradients have no second copy for the exchange.
     """
 
     def _setup_model(self, model: nn.Module) -> DistributedDataParallel:
@@ -92,7 +93,7 @@ class FSDPStrategy(strategies.DDPStrategy):
     def setup(self, trainer: pl.Trainer) -> None:
         assert self.accelerator is not None and self.model is not None
         self.accelerator.setup(trainer)
-        self.model = self.precision_plugin.convert_module(self.model)
+        self.precision_plugin.convert_module(self.model)
         if trainer.state.fn == TrainerFn.FITTING:
             self._shard()
         self.model_to_device()
@@ -111,8 +112,15 @@ class FSDPStrategy(strategies.DDPStrategy):
         if not isinstance(module, DDPM) or adapters:
             reason = "trains only adapters" if adapters else "is no diffusion model"
             raise ConfigError(f"lightning.trainer.strategy fsdp: {type(module).__name__} {reason}; choose ddp")
-        self._mesh = init_device_mesh(self.root_device.type, (self.world_size,))
-        shard_module(module, self._mesh)
+        self.precision_plugin.convert_module(module)
+        shard_module(module, init_device_mesh(self.root_device.type, (self.world_size,)))
+
+    def teardown(self) -> None:
+        """As the base class, but leave the module on its devices, which the layout of its weights names."""
+        assert self.cluster_environment is not None and self.accelerator is not None
+        self.cluster_environment.teardown()
+        self.precision_plugin.teardown()
+        self.accelerator.teardown()
 
     # ---------------------------------------------------------------------------------------------------- checkpoints
 
@@ -172,6 +180,8 @@ def shard_module(module: DDPM, mesh: DeviceMesh) -> None:
         fully_shard(block, mesh=mesh, reshard_after_forward=True, ignored_params=frozen)
     parameters = dict(module.averaged_module().named_parameters())
     for average in (each for each in module.modules() if isinstance(each, LitEma)):
+        if getattr(average, "on_cpu", False) and mesh.device_type != "cpu":
+            raise ConfigError("model.params.ema_config.on_cpu: strategy fsdp shards the averages instead; remove it")
         for name, shadow in average.m_name2s_name.items():
             if isinstance(weight := parameters[name], DTensor):
                 setattr(average, shadow, shard_rows(getattr(average, shadow), weight))

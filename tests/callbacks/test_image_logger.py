@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import pytorch_lightning as pl
 import torch
+from PIL import Image
 
 from ldm.callbacks import ImageLogger, StepSeed
 from ldm.config.instantiate import ConfigError
@@ -138,6 +139,7 @@ def test_fixed_samples_are_logged_at_every_validation(tmp_path):
     fit(tmp_path, [logger], model, batches=1, max_epochs=2, num_sanity_val_steps=1)
     names = sorted(path.name for path in (tmp_path / "images" / "val").glob("fixed*"))
     assert names == ["fixed_gs-000000_e-000000.png", "fixed_gs-000001_e-000001.png"]
+    assert Image.open(tmp_path / "images" / "val" / names[0]).width > 2 * 90  # large enough for captions
 
 
 def test_fixed_samples_of_a_model_that_they_do_not_fit_are_refused(tmp_path):

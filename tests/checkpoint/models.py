@@ -60,15 +60,18 @@ def save(path: Path, weights: dict, **extra: object) -> Path:
     return path
 
 
-def save_split(path, ranks, checkpoint=SPLIT, name="a"):
-    """Write a checkpoint as `ranks` ranks do, with rows 0-2 and 3-4 of five on two."""
-    size = -(-5 // ranks)
-    for rank in range(ranks):
+def save_split(path: Path, ranks: int, checkpoint: dict = SPLIT, name: str = "a") -> Path:
+    """Write a checkpoint as `ranks` ranks do; five rows on two of them are rows 0-2 and 3-4."""
+    files = [f"{PARTS}/{name}/{rank}.ckpt" for rank in range(ranks)]
+    for rank, file in enumerate(files):
 
-        def own(tensor, rank=rank):
-            return tensor[rank * size : rank * size + size] if tensor.ndim else tensor if rank == 0 else None
+        def own(tensor: torch.Tensor, rank: int = rank) -> torch.Tensor | None:
+            if not tensor.ndim:
+                return tensor if rank == 0 else None
+            size = -(-len(tensor) // ranks)
+            return tensor[rank * size : rank * size + size]
 
         part, index = split_tensors(checkpoint, own)
-        write_checkpoint({"tensors": part}, path.parent / PARTS / name / f"{rank}.ckpt")
-    write_checkpoint({**index, PARTS: [f"{PARTS}/{name}/{rank}.ckpt" for rank in range(ranks)]}, path)
+        write_checkpoint({"tensors": part}, path.parent / file)
+    write_checkpoint({**index, PARTS: files}, path)
     return path

@@ -45,6 +45,13 @@ def test_a_published_config_builds_and_gives_batches(tmp_path):
     assert [key for batch in module.val_dataloader() for key in batch["__key__"]] == ["008", "009", "010", "011"]
 
 
+def test_shards_of_both_training_and_validation_are_a_warning(tmp_path, caplog):
+    save_shards(tmp_path, 3, 1)
+    split = {"shards": ["00001.tar", "00002.tar"], "image_key": "png"}
+    instantiate_from_config(published(tmp_path, validation=split)).setup()
+    assert "1 shards of validation are trained on too, e.g. " in caplog.text and "00001.tar" in caplog.text
+
+
 def test_filters_are_those_of_the_published_module(tmp_path):
     members = {}
     for i, fields in enumerate(

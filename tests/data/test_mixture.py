@@ -82,7 +82,7 @@ def test_folders_and_shards_mix_and_items_hold_the_keys_of_both(tmp_path):
     mixture = module.datasets["train"]
     assert mixture.keys == ["caption", "file_path_", "image", "txt"] and np.isfinite(mixture[3]["image"]).all()
     assert mixture.file_of(0) == tmp_path / "folder/0.png" and mixture.file_of(3).endswith("00000.tar/000")
-    assert {"0 files", "1 labels", "shares"} <= mixture.fingerprint.keys()
+    assert mixture.shards == mixture.parts[1].shards and {"0 files", "1 labels", "shares"} <= mixture.fingerprint.keys()
 
 
 @pytest.mark.parametrize(

@@ -100,7 +100,7 @@ def test_filters_leave_out_images_and_their_counts_are_logged(tmp_path, caplog):
     with caplog.at_level(logging.INFO, "ldm.data.webdataset"):
         assert keys(shards(tmp_path, filters=filters)) == ["1"]
     [line] = [record.getMessage() for record in caplog.records]
-    assert line.startswith("1 shards: 1 of 5 images, left out: 1 ") and line.count(", 1 ") == 3
+    assert line.startswith("1 shard: 1 of 5 images, left out: 1 ") and line.count(", 1 ") == 3
     reasons = ("1 with score below 5", "1 with side below 6", "1 with ratio above 2", "1 without score")
     assert all(reason in line for reason in reasons)
     assert keys(shards(tmp_path, filters=filters, missing_fields="keep")) == ["1", "4"]

@@ -33,7 +33,7 @@ WAYS = {
 # Functions before whose call number n the process is killed.
 FAULTS: dict[str, tuple[Any, str]] = {
     "checkpoint": (write, "_torch_save"),
-    "verification": (write, "verify_checkpoint"),
+    "verification": (write, "verify_file"),
     "rename": (os, "replace"),
     "copy": (checkpoints, "copy_file"),
     "removal": (checkpoints.CheckpointPolicy, "_remove_checkpoint"),

@@ -10,11 +10,14 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from ldm.checkpoint.formats import read_tensors
+from ldm.checkpoint.names import use_ema_weights
 from ldm.cli import run_command
 from ldm.inference.runs import find_run
 from ldm.output.images import read_metadata
 from scripts.convert import main
 from scripts.txt2img import main as txt2img
+from tests.checkpoint.models import save_split
 from tests.convert.models import save
 from tests.scripts.refusals import help_without_heavy_imports, refused
 from tests.tiny import model_flags
@@ -43,6 +46,40 @@ def test_there_and_back_again(saved, folder, tmp_path, capsys):
     assert str(back) in out and "tensors in" in out and "largest block difference" in out
     one, other = saved.model.state_dict(), torch.load(back, weights_only=True)["state_dict"]
     assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.fixture(scope="module")
+def sharded(saved, tmp_path_factory):
+    """The directory of a run on two ranks, with the weights of `saved`."""
+    run = tmp_path_factory.mktemp("sharded")
+    shutil.copy(saved.config, run / "config.yaml")
+    weights = torch.load(saved.ckpt, weights_only=True)["state_dict"]
+    save_split(run / "checkpoints" / "last.ckpt", 2, {"state_dict": weights, "global_step": 3})
+    return run
+
+
+@pytest.mark.parametrize("name", ["one.ckpt", "one.safetensors"])
+def test_a_sharded_run_becomes_one_file_under_the_published_keys(saved, sharded, tmp_path, name):
+    assert run_command(main, ["--ckpt", str(sharded), "--out", str(tmp_path / name)]) == 0
+    weights, read = saved.model.state_dict(), read_tensors(tmp_path / name)
+    assert weights.keys() == read.keys() and all(torch.equal(weights[key], read[key]) for key in weights)
+    assert run_command(main, ["--ckpt", str(sharded), "--out", str(tmp_path / f"ema-{name}"), "--use_ema"]) == 0
+    averages, _ = use_ema_weights(weights)
+    read = read_tensors(tmp_path / f"ema-{name}")
+    assert averages.keys() == read.keys() and all(torch.equal(averages[key], read[key]) for key in averages)
+
+
+def test_a_sharded_run_is_sampled_from_and_converted_as_it_is(saved, sharded, folder, tmp_path):
+    flags = ["--prompt", "a cat", "--H", "16", "--W", "16", "--ddim_steps", "2", "--n_samples", "1", "--n_iter", "1"]
+    end = [*flags, "--skip_grid", "--safety", "off", "--device", "cpu", "--precision", "full"]
+    for name, ckpt in (("run", ["--ckpt", str(sharded)]), ("file", model_flags(saved)[:4])):
+        assert run_command(txt2img, [*ckpt, *end, "--outdir", str(tmp_path / name)]) == 0
+    one, other = (np.asarray(Image.open(tmp_path / name / "samples" / "00000.png")) for name in ("run", "file"))
+    assert np.array_equal(one, other)
+    target = tmp_path / "folder"
+    assert run_command(main, ["--ckpt", str(sharded), "--out", str(target)]) == 0
+    for file in folder.rglob("*.safetensors"):
+        assert file.read_bytes() == (target / file.relative_to(folder)).read_bytes()
 
 
 def test_txt2img_generates_the_same_image_from_the_folder(saved, folder, tmp_path):

@@ -1,15 +1,20 @@
 """Strategies: sharded training equals one process, its checkpoints open anywhere, no frozen weight is sent around."""
 
 from collections import Counter
+from unittest.mock import Mock
 
 import pytest
 import torch
 import torch.distributed as dist
 from pytorch_lightning.plugins.environments import LightningEnvironment
 
-from ldm.checkpoint import read_checkpoint
+from ldm.checkpoint import read_checkpoint, verify_checkpoint
+from ldm.checkpoint.formats import PARTS
+from ldm.checkpoint.resume import AtomicCheckpointIO
 from ldm.config.instantiate import ConfigError
-from ldm.training.strategies import DDPStrategy, make_strategy
+from ldm.training import strategies
+from ldm.training.strategies import DDPStrategy, FSDPStrategy, make_strategy
+from tests.checkpoint.models import SPLIT
 from tests.ranks import MODELS, largest_difference, train, train_on
 
 KIND = "latent diffusion"
@@ -79,6 +84,24 @@ def test_a_sharded_run_resumes_on_another_number_of_ranks(runs, path):
 
 def test_a_sharded_resume_is_exact(runs):
     assert max(differences(runs[1]["two"], runs[1]["two-two"])) == 0
+
+
+@pytest.mark.parametrize("place", ["part", "index"])
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError("no space")])
+def test_an_interrupted_save_leaves_the_checkpoint_before(tmp_path, monkeypatch, place, error):
+    environment, io, path = LightningEnvironment(), AtomicCheckpointIO(), tmp_path / "last.ckpt"
+    strategy = FSDPStrategy(parallel_devices=[torch.device("cpu")], cluster_environment=environment, checkpoint_io=io)
+    strategy.save_checkpoint({**SPLIT, "global_step": 1}, path)
+    with monkeypatch.context() as patch:
+        owner, name = (strategies, "write_checkpoint") if place == "part" else (io, "save_checkpoint")
+        patch.setattr(owner, name, Mock(side_effect=error))
+        with pytest.raises(type(error) if isinstance(error, Exception) else error):
+            strategy.save_checkpoint({**SPLIT, "global_step": 2}, path)
+    verify_checkpoint(path)
+    assert read_checkpoint(path)["global_step"] == 1
+    strategy.save_checkpoint({**SPLIT, "global_step": 3}, path)
+    assert read_checkpoint(path)["global_step"] == 3
+    assert [each.name.split("-")[0] for each in (tmp_path / PARTS).iterdir()] == ["3"]
 
 
 def test_replicas_send_neither_frozen_weights_nor_averages():
