@@ -18,7 +18,7 @@ from tests.checkpoint.models import SPLIT
 from tests.ranks import MODELS, largest_difference, train, train_on
 
 KIND = "latent diffusion"
-JOB = {"kind": KIND, "length": 21, "validation": 5}
+JOB = {"kind": KIND, "length": 21}
 SHARDED = {**JOB, "batch_size": 4, "strategy": "fsdp"}
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -26,24 +26,24 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """Records and checkpoints of one process and of two ranks, by name; 6 steps, or 3 and 3 with a resume between."""
+    """Records and checkpoints of one process and of two ranks, by name; 4 steps, or 2 and 2 with a resume between."""
     folder = tmp_path_factory.mktemp("strategies")
     paths = {
-        name: str(folder / f"{name}.ckpt") for name in ("one", "one-3", "two", "two-3", "one-two", "two-two", "two-one")
+        name: str(folder / f"{name}.ckpt") for name in ("one", "one-2", "two", "two-2", "one-two", "two-two", "two-one")
     }
     records = {
-        "one": [train(batch_size=8, steps=6, save=paths["one"], **JOB)],
-        "one-3": [train(batch_size=8, steps=3, save=paths["one-3"], **JOB)],
+        "one": [train(batch_size=8, steps=4, validation=5, save=paths["one"], **JOB)],
+        "one-2": [train(batch_size=8, steps=2, save=paths["one-2"], **JOB)],
     }
     jobs = {
-        "two": {"steps": 6},
-        "two-3": {"steps": 3},
-        "one-two": {"steps": 6, "resume": paths["one-3"]},
-        "two-two": {"steps": 6, "resume": paths["two-3"]},
+        "two": {"steps": 4, "validation": 5},
+        "two-2": {"steps": 2},
+        "one-two": {"steps": 4, "resume": paths["one-2"]},
+        "two-two": {"steps": 4, "resume": paths["two-2"]},
     }
     sharded = train_on(2, [{**SHARDED, **job, "save": paths[name]} for name, job in jobs.items()], folder)
     records |= dict(zip(jobs, sharded))
-    records["two-one"] = [train(batch_size=8, steps=6, resume=paths["two-3"], save=paths["two-one"], **JOB)]
+    records["two-one"] = [train(batch_size=8, steps=4, resume=paths["two-2"], save=paths["two-one"], **JOB)]
     return records, paths
 
 
@@ -77,7 +77,7 @@ def test_sharded_ranks_train_as_one_process(runs):
 def test_a_sharded_run_resumes_on_another_number_of_ranks(runs, path):
     records, paths = runs
     assert max(differences(paths["one"], paths[path])) < 1e-5
-    before = path.split("-")[0] + "-3"
+    before = path.split("-")[0] + "-2"
     used = Counter(tuple(sample) for record in (*records[before], *records[path]) for sample in record["samples"])
     assert set(used.values()) == {1} and {(0, index) for index in range(21)} < set(used)
 
