@@ -87,7 +87,8 @@ class CachedLatents(Dataset):
         self.index = read_index(self.root)
         self.class_names = self.index["class_names"]
         self.fingerprint: dict[str, Any] = self.index["fingerprint"]
-        self.buckets = np.array(self.index["bucket_of"]) if self.index["batch"] else None
+        self.buckets = self.index["bucket_sizes"] or None
+        self.bucket_of = np.array(self.index["bucket_of"], np.int64)  # of each sample
         self._open: dict[str, Any] = {}
         self._process = os.getpid()
         self._digests, self._rows = self._captions()
@@ -107,7 +108,7 @@ class CachedLatents(Dataset):
     def order(self, seed: int, epoch: int, batch: int, shuffle: bool) -> np.ndarray:
         """Return the indices of an epoch -> (N,) int64; with buckets, each batch of all ranks has one size."""
         order = epoch_order(len(self), seed, epoch, shuffle)
-        return order if self.buckets is None else bucket_order(order, self.buckets, batch)
+        return order if self.buckets is None else bucket_order(order, self.bucket_of, batch)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         return self.sample_of(0, index)

@@ -18,6 +18,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
+import numpy as np
 import pytorch_lightning as pl
 import torch
 from omegaconf import DictConfig, OmegaConf
@@ -301,6 +302,9 @@ def _read_samples(run: Examined) -> None:
     if hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__"):
         seeded, count = SeededDataset(dataset, run.settings.seed), min(SAMPLES, len(dataset))
         places = [k * len(dataset) // count for k in range(count)]
+        if getattr(dataset, "buckets", None) is not None:  # the images of a batch have one size
+            dataset.set_batch(1)
+            places = np.flatnonzero(dataset.bucket_of == dataset.bucket_of[0])[:count].tolist()
         samples = (seeded[place] for place in places)
     else:
         samples = (sample for sample, _ in zip(iter(dataset), range(SAMPLES)))

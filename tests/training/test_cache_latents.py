@@ -107,6 +107,10 @@ def test_the_loss_on_a_cache_is_the_loss_on_the_images_of_the_same_draws(here, m
     assert all(torch.allclose(before[name], after[name], rtol=1e-3, atol=1e-5) for name in before)
 
 
+def test_the_doctor_finds_nothing_wrong_with_a_cache(here):
+    assert main.main(["-b", "run.yaml", "cache/data.yaml", "-t", "--doctor", *QUIET]) == 0
+
+
 def test_each_epoch_has_its_variant_and_validation_the_first(here):
     data, images = CachedLatents("cache/train"), instantiate_from_config(merge([Path("run.yaml")]).data)
     images.setup()
