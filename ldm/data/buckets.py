@@ -117,4 +117,4 @@ def table(sizes: Sequence[tuple[int, int]], buckets: np.ndarray, batch: int) -> 
     """Return the number of images of each bucket in use, one line."""
     counts = np.bincount(buckets, minlength=len(sizes))
     used = [f"{w}x{h} {n:,}" for (h, w), n in zip(sizes, counts.tolist()) if n]
-    return f"{len(used)} sizes in batches of {batch} (width x height, images): {', '.join(used)}"
+    return f"batches of {batch}, in sizes (width x height, images): {', '.join(used)}"
