@@ -10,6 +10,7 @@ EXTRAS = {
     "retrieval": ["faiss-cpu>=1.9"],
     "safety": ["diffusers>=0.36"],
     "quantize": ["torchao>=0.18"],
+    "bitsandbytes": ["bitsandbytes>=0.50"],
     "streams": ["webdataset>=1.0", "fsspec>=2024.6"],
     "deepspeed": ["deepspeed>=0.16"],
 }

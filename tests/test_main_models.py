@@ -13,10 +13,12 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 import main
+from ldm.checkpoint import read_weights
+from ldm.inference import find_run, load_model, read_model_info
 from ldm.models.diffusion.classifier import ClassifierGuidance
 from ldm.models.diffusion.ddim import DDIMSampler
 from ldm.util import instantiate_from_config
-from tests.reference import seed_weights
+from tests.reference import rel_error, seed_weights
 from tests.test_main import differences, folder_of, last, training_state
 from tests.tiny import FIRST_STAGE, KINDS, UNET, text_model_config
 
@@ -224,3 +226,43 @@ def test_a_classifier_trains_on_a_runs_latents_by_its_recipe_and_guides_samples(
 
     guided = sample(score_corrector=ClassifierGuidance(classifier, labels, 50.0))
     assert torch.isfinite(guided).all() and not torch.allclose(guided, sample(), atol=1e-3)
+
+
+def test_muon_with_groups_and_several_averages_resumes_bitwise_and_its_snapshots_combine(here, monkeypatch, capsys):
+    """From main.py to weights of another EMA width, which sampling loads."""
+    from ldm.models.diffusion.ddpm import LatentDiffusion
+    from scripts import posthoc_ema
+
+    optimizer, averages = "model.params.optimizer_config", "[{decay: 0.99}, {sigma_rel: 0.05}, {sigma_rel: 0.1}]"
+    words = [
+        f"{optimizer}.target=torch.optim.Muon",
+        f"{optimizer}.no_decay=true",
+        f"{optimizer}.groups=[{{match: attn2, lr_factor: 0.1}}]",
+        f"model.params.ema_config={{averages: {averages}, device: cpu, snapshot_every: 1}}",
+        "lightning.callbacks.image_logger=null",
+        "data.params.validation=null",
+    ]
+    code, whole = start("whole", "diffusion", *words)
+    assert code == 0
+    stop_after(monkeypatch, LatentDiffusion, 3)
+    code, folder = start("stopped", "diffusion", *words)
+    assert code == 143 and main.main(["-r", str(folder), "-t"]) == 0
+    assert differences(training_state(last(whole)), training_state(last(folder))) == []
+    steps = [[each.name for each in sorted((run / "ema_snapshots").iterdir())] for run in (whole, folder)]
+    assert steps[0] == steps[1] == [f"step={step:09}.safetensors" for step in (1, 2, 3, 4)]
+    assert main.main(["-r", str(folder), "-t", f"~{optimizer}", "--max_steps", "6"]) == 2
+    assert "the checkpoint's optimizer is" in capsys.readouterr().err
+
+    posthoc_ema.main([str(folder), "--sigma-rel", "0.1", "0.15"])
+    state = last(folder)["state_dict"]
+    made = read_weights(folder / "checkpoints" / "ema_sigma_rel_0.1.safetensors")
+    name, average = "model.diffusion_model.out.2.weight", "model_ema.averages.sigma_rel_0_1.diffusion_modelout2weight"
+    assert rel_error(made[name], state[average]) < 2e-3 and set(made) == {key for key in state if "ema." not in key}
+    pipeline = load_model(
+        read_model_info(find_run(folder).configs), folder / "checkpoints" / "ema_sigma_rel_0.15.safetensors"
+    )
+    assert "no EMA weights" not in capsys.readouterr().err
+    loaded = pipeline.model.model.diffusion_model.time_embed[0].weight.float()  # 16 bit; the average of few steps
+    assert rel_error(loaded, made["model.diffusion_model.time_embed.0.weight"]) < 0.05
+    with pytest.raises(ValueError, match="already exists"):
+        posthoc_ema.main([str(folder), "--sigma-rel", "0.1"])

@@ -7,6 +7,7 @@ import math
 import sys
 import time
 from collections import deque
+from collections.abc import Mapping
 from datetime import timedelta
 from typing import Any
 
@@ -14,6 +15,8 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
+
+from ldm.modules.ema import PowerEma
 
 try:
     import resource
@@ -137,19 +140,18 @@ def _clock(seconds: float) -> str:
 
 
 class RunReport(pl.Callback):
-    """Log data, parameters, batch size and learning rate at the start of training, and steps and time at its end.
+    """Log data, parameters, batch size and optimizers at the start of training, and steps and time at its end.
 
-    expected_rate: the learning rate of the command line and configs; a resumed optimizer may have another.
-    rule: the text that explains it.
+    rule: the text that explains the learning rate.
     """
 
-    def __init__(self, expected_rate: float | None = None, rule: str = "") -> None:
+    def __init__(self, rule: str = "") -> None:
         super().__init__()
-        self.expected_rate, self.rule = expected_rate, rule
+        self.rule = rule
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Keep the configs' settings of the optimizers: loading a checkpoint replaces them."""
-        self._options = [_options(optimizer) for optimizer in trainer.optimizers]
+        self._options = [[_options(group) for group in each.param_groups] for each in trainer.optimizers]
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         self._decay = _ema_decay(pl_module)
@@ -186,24 +188,32 @@ class RunReport(pl.Callback):
             logger.info("%-11s %s, from %s", "resumed", place, trainer.ckpt_path)
 
     def _log_optimizer(self, trainer: pl.Trainer, optimizer: torch.optim.Optimizer, number: int) -> None:
-        now, tensors = optimizer.param_groups[0]["lr"], sum(len(group["params"]) for group in optimizer.param_groups)
-        rate = float(optimizer.param_groups[0].get("initial_lr", now))
+        groups, total = optimizer.param_groups, len(trainer.optimizers)
+        now, rate = groups[0]["lr"], _rate(groups[0])
         scheduled = "" if now == rate else f", scheduled: {now:.3e} at step {trainer.global_step}"
-        total = len(trainer.optimizers)
-        name = type(optimizer).__name__ + (f" ({number} of {total})" if total > 1 else "")
+        classes = dict.fromkeys(str(group.get("optimizer", type(optimizer).__name__)) for group in groups)
+        name = " + ".join(each.rpartition(".")[2] for each in classes) + (
+            f" ({number} of {total})" if total > 1 else ""
+        )
+        tensors = sum(len(group["params"]) for group in groups)
         logger.info("%-11s %s, learning rate %.3e%s, %d tensors", "optimizer", name, rate, scheduled, tensors)
-        expected = self.expected_rate
-        if expected is not None and trainer.ckpt_path and not math.isclose(rate, expected, rel_tol=1e-6):
-            text = f"the checkpoint's learning rate {rate:.3e} is used, not the configs' {expected:.3e}"
-            logger.warning("%-11s %s", "optimizer", text)
+        for group in groups if len(groups) > 1 else ():
+            kind = str(group["optimizer"]).rpartition(".")[2] if len(classes) > 1 else ""
+            name = group.get("name", "")
+            label = name if kind in name else f"{kind}, {name}".removesuffix(", ")
+            options = "".join(f", {key} {group[key]:g}" for key in ("weight_decay",) if key in group)
+            size = f"{len(group['params'])} tensors, {_count(group['params'])} parameters"
+            logger.info("%-11s %s: learning rate %.3e%s, %s", "group", label, _rate(group), options, size)
 
     def _log_kept(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Log what the checkpoint decides although the configs differ."""
-        for before, optimizer in zip(self._options, trainer.optimizers):
-            for name, value in _options(optimizer).items():
-                if name in before and before[name] != value:
-                    text = f"the checkpoint's {name} {value} is used, not the configs' {before[name]}"
-                    logger.warning("%-11s %s", "optimizer", text)
+        for configured, optimizer in zip(self._options, trainer.optimizers):
+            for before, group in zip(configured, optimizer.param_groups):
+                of = f" of {group['name']}" if "name" in group else ""
+                for name, value in _options(group).items():
+                    if name in before and before[name] != value:
+                        text = f"the checkpoint's {name} {value}{of} is used, not the configs' {before[name]}"
+                        logger.warning("%-11s %s", "optimizer", text)
         decay = _ema_decay(pl_module)
         if decay is not None and self._decay is not None and decay != self._decay:
             text = f"the checkpoint's decay {decay:.6g} is used, not the configs' {self._decay:.6g}"
@@ -217,17 +227,45 @@ class RunReport(pl.Callback):
             logger.info("%-11s %d steps in %s%s; %s", "trained", steps, _clock(seconds), rate, place)
 
 
-def _options(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Return the settings of an optimizer except the learning rate, which has its own line."""
-    group = optimizer.param_groups[0]
+def _rate(group: Mapping[str, Any]) -> float:
+    """Return the learning rate of a group of parameters without its schedule."""
+    return float(group.get("initial_lr", group["lr"]))
+
+
+def _options(group: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings of a group of parameters."""
     named = ("betas", "eps", "weight_decay", "momentum", "amsgrad", "nesterov", "alpha")
-    return {
+    values = {
         name: tuple(group[name]) if isinstance(group[name], list) else group[name] for name in named if name in group
     }
+    return {"learning rate": f"{_rate(group):.3e}", **values}
+
+
+class CompileTime(pl.Callback):
+    """Log how long the first step took, in which the network is compiled, and the second, in which it is not."""
+
+    def __init__(self, backend: str) -> None:
+        super().__init__()
+        self.backend = backend
+        self._seconds: list[float] = []
+
+    def on_train_batch_start(self, *args: Any, **kwargs: Any) -> None:
+        self._start = time.monotonic()
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
+        if len(self._seconds) > 1 or not trainer.is_global_zero:
+            return
+        if trainer.strategy.root_device.type == "cuda":
+            torch.cuda.synchronize(trainer.strategy.root_device)
+        self._seconds.append(time.monotonic() - self._start)
+        if len(self._seconds) == 2:
+            text = "the first batch took %.1f s with compilation by %s, the second %.2f s"
+            logger.info(f"%-11s {text}", "compile", self._seconds[0], self.backend, self._seconds[1])
 
 
 def _ema_decay(pl_module: pl.LightningModule) -> float | None:
-    decay = getattr(getattr(pl_module, "model_ema", None), "decay", None)
+    average = getattr(pl_module, "model_ema", None)
+    decay = None if isinstance(average, PowerEma) else getattr(average, "decay", None)
     return float(decay) if isinstance(decay, Tensor) else None
 
 

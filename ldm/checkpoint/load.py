@@ -15,7 +15,7 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from ldm.checkpoint.formats import CheckpointError, preview
 from ldm.checkpoint.names import EMA, LORA, OPTIONAL_KEYS, TOKENS, published_name, start_ema, use_ema_weights
-from ldm.checkpoint.source import DiffusersFolder, WeightsSource, open_weights
+from ldm.checkpoint.source import WeightsSource, open_weights
 
 logger = logging.getLogger(__name__)
 
@@ -172,7 +172,7 @@ def _choose_ema(source: WeightsSource, weights: Mapping[str, Tensor], wanted: It
     chosen, taken = use_ema_weights(weights, wanted)
     if not chosen:
         raise CheckpointError(f"{source.path}: holds only EMA weights, and none of them belongs to this model")
-    if not taken and not isinstance(source, DiffusersFolder):
+    if not taken and not source.averaged:
         logger.warning("%s: no EMA weights in the file; using the regular weights", source.path)
     return chosen
 

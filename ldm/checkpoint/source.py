@@ -17,6 +17,7 @@ from ldm.checkpoint.formats import (
     part_files,
     read_entry,
     read_index,
+    read_metadata,
     read_shards,
     read_tensors,
 )
@@ -40,6 +41,11 @@ class WeightsSource:
     def step(self) -> int | None:
         """The optimizer step at which Lightning wrote the weights; None if it is not recorded."""
         return None
+
+    @property
+    def averaged(self) -> bool:
+        """True if the weights themselves are averages, beside which there are no others."""
+        return False
 
     @property
     def files(self) -> Sequence[Path]:
@@ -103,7 +109,12 @@ class WeightsFile(WeightsSource):
         return {**weights, **own}
 
     def step(self) -> int | None:
-        return global_step(self.path)
+        recorded = read_metadata(self.path).get("step", "")
+        return int(recorded) if recorded.isdecimal() else global_step(self.path)
+
+    @property
+    def averaged(self) -> bool:
+        return "average" in read_metadata(self.path)
 
     @property
     def files(self) -> Sequence[Path]:
@@ -123,6 +134,10 @@ class ShardedWeights(WeightsSource):
 
 class DiffusersFolder(WeightsSource):
     """A folder in diffusers' layout: a pipeline, a UNet or a first stage. It holds no averages."""
+
+    @property
+    def averaged(self) -> bool:
+        return True
 
     def tensors(self) -> dict[str, Tensor]:
         return published_names(read_folder(self.path))

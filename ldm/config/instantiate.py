@@ -48,7 +48,11 @@ MODULE_ALIASES = {
     "cldm.cldm": "ldm.models.diffusion.controlnet",
 }
 
+EXTRAS = {
+    "bitsandbytes": "bitsandbytes"
+}  # packages that configs may name, and the extra of setup.py that installs each
 _BUILT_IN_PREFIXES = (
+    "bitsandbytes.optim",
     "ldm",
     "torch.nn",
     "torch.optim",
@@ -320,6 +324,8 @@ def _import_module(module_name: str, target: str) -> Any:
         return importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         missing = error.name or module_name
+        if missing in EXTRAS:
+            raise ConfigError(f"target {target!r}{missing_extra(missing)}") from error
         if f"{module_name}.".startswith(f"{missing}.") or missing in module_name.split("."):
             advice = "" if "." in missing else "; is the folder that holds it on PYTHONPATH?"
             raise ConfigError(f"target {target!r}: no module named {missing}{advice}") from error
@@ -327,6 +333,11 @@ def _import_module(module_name: str, target: str) -> Any:
         raise ConfigError(
             f"target {target!r} needs the package {missing!r}, which is not installed: pip install {package}"
         ) from error
+
+
+def missing_extra(package: str) -> str:
+    """Return the end of a message about a package of EXTRAS that is not installed."""
+    return f': {package} is not installed; pip install -e ".[{EXTRAS[package]}]" adds it'
 
 
 def _annotation(parameter: inspect.Parameter) -> str:

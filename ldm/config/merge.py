@@ -15,7 +15,7 @@ from ldm.config.instantiate import ConfigError, join_path, resolve_alias
 from ldm.config.signature import constructor_arguments
 from ldm.config.suggest import closest, did_you_mean
 from ldm.config.trainer_keys import trainer_keys
-from ldm.config.types import shown
+from ldm.config.types import arguments_of, shown
 from ldm.config.validate import SECTIONS, check_sections, convert_types, error_line
 from ldm.paths import ROOT, find_file
 
@@ -200,17 +200,19 @@ def _check_path(config: DictConfig, keys: list[str]) -> None:
     path = ".".join(keys)
     node: Any = OmegaConf.merge(_schema(), config)
     parent: Any = None
+    section: set[str] = set()  # keys that the class around `node` reads in it
     for depth, key in enumerate(keys):
         above = ".".join(keys[:depth])
         if not isinstance(node, DictConfig):
             raise ConfigError(f"{path}: {above} is {node!r}, not a mapping")
         if key in node:
+            section = _section_keys(parent, key) if above.endswith(".params") else set()
             parent, node = node, node[key] if not OmegaConf.is_missing(node, key) else None
             continue
         if key == "params" and "target" in node:
             parent, node = node, OmegaConf.create({})
             continue
-        allowed, is_open = _new_keys(above, node, parent)
+        allowed, is_open = (section, False) if section else _new_keys(above, node, parent)
         if allowed is None or key in allowed:
             return
         choices = list(dict.fromkeys([*map(str, node), *sorted(allowed)]))
@@ -240,9 +242,16 @@ def _check_lists(config: DictConfig, keys: list[str], override: str) -> None:
 
 def _schema() -> DictConfig:
     """Paths that an override may name although no YAML does."""
-    lightning: dict[str, Any] = dict.fromkeys(("seed", "scale_lr"))
+    lightning: dict[str, Any] = dict.fromkeys(("seed", "scale_lr", "compile"))
     lightning |= {"trainer": {}, "logger": {}, "callbacks": DEFAULT_CALLBACKS, "modelcheckpoint": DEFAULT_CHECKPOINT}
     return OmegaConf.create({"model": {"base_learning_rate": None}, "lightning": lightning})
+
+
+def _section_keys(parent: Any, key: str) -> set[str]:
+    """Return the keys of a mapping that is the argument `key` of the class at the node `parent`, if they are known."""
+    target = parent.get("target") if isinstance(parent, DictConfig) else None
+    inner = arguments_of((constructor_arguments(str(target)) or {}).get(key, ""))
+    return set((constructor_arguments(inner) if inner else None) or ())
 
 
 def _new_keys(above: str, node: DictConfig, parent: Any) -> tuple[set[str] | None, bool]:

@@ -77,12 +77,13 @@ def class_attributes(target: str) -> dict[str, Any]:
 
 
 def classes_of_module(module: str) -> list[str] | None:
-    """Return the public classes of this package that a module defines or imports; None if there is no such module."""
+    """Return the public classes of this package or torch.optim that a module defines or imports; None without it."""
     found = _module(module)
     if found is None:
         return None
     names = [node.name for node in found.tree.body if isinstance(node, ast.ClassDef)]
-    names += [name for name, home in found.imports.items() if home.startswith("ldm.") and class_exists(home)]
+    homes = {name: home for name, home in found.imports.items() if home.startswith(("ldm.", "torch.optim."))}
+    names += [name for name, home in homes.items() if class_exists(home)]
     names += [alias.rpartition(".")[2] for alias in ALIASES if alias.startswith(f"{module}.")]
     return [name for name in dict.fromkeys(names) if name[:1].isupper()]
 

@@ -16,6 +16,7 @@ UNSUPPORTED = {
     "default_root_dir": "outputs go to the run directory; move it with --logdir",
     "model_registry": "Lightning's model hub is not supported",
 }
+COMPILERS = ("inductor", "aot_eager", "eager")  # backends of torch.compile, fastest first
 DEVICE_KEYS = ("gpus", "num_processes", "accelerator", "devices")
 
 

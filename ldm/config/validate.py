@@ -5,6 +5,7 @@ Classes are read as source text: nothing is imported or built, so a mistake show
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,30 +15,36 @@ from omegaconf.errors import OmegaConfBaseException
 
 from ldm.config.consistency import ADAPTERS, check_consistency
 from ldm.config.instantiate import (
+    EXTRAS,
     ConfigError,
     check_allowed,
     check_keys,
     check_params,
     convert_params,
     join_path,
+    missing_extra,
     resolve_alias,
     value_at,
 )
 from ldm.config.signature import class_exists, classes_of_module, constructor_arguments
 from ldm.config.suggest import did_you_mean
-from ldm.config.trainer_keys import LOGGER_TYPES, UNSUPPORTED, trainer_keys, trainer_types
+from ldm.config.trainer_keys import COMPILERS, LOGGER_TYPES, UNSUPPORTED, trainer_keys, trainer_types
 from ldm.config.types import arguments_of, shown
 from ldm.paths import ROOT, SD_CKPT, SD_SOURCE
 
 SECTIONS = ("model", "data", "lightning")
-_LIGHTNING = ("trainer", "callbacks", "modelcheckpoint", "logger", "seed", "scale_lr")
+_LIGHTNING = ("trainer", "callbacks", "modelcheckpoint", "logger", "seed", "scale_lr", "compile")
 
 # Folders below the checkout that the download scripts fill.
 DOWNLOADS = {
     "models/first_stage_models": "scripts/download_first_stages.sh",
     "models/ldm": "scripts/download_models.sh",
 }
-_RUN_TYPES = {"seed": "Annotated[int, '[0, 4294967295]'] | None", "scale_lr": "bool | None"}
+_RUN_TYPES = {
+    "seed": "Annotated[int, '[0, 4294967295]'] | None",
+    "scale_lr": "bool | None",
+    "compile": f"Literal{list(COMPILERS)} | None",
+}
 _MODEL_TYPES = {"base_learning_rate": "PositiveFloat | None"}
 WEIGHTS = ("ckpt_path", "diffusion_ckpt_path")  # parameters of our classes that name a file of weights
 
@@ -110,6 +117,10 @@ def check_config(config: DictConfig, weights: bool = True, problems: bool = True
         if not isinstance(node, DictConfig) or "target" not in node:
             raise ConfigError(f"{section}: missing; add a YAML with {section}.target and {section}.params to --base")
     check_targets(plain := _plain(config))
+    for path, target, *_ in _nodes(plain, ""):
+        package = target.split(".")[0]
+        if package in EXTRAS and importlib.util.find_spec(package) is None:
+            raise ConfigError(f"{path}.target {target}{missing_extra(package)}")
     if not problems:
         return
     check_consistency(plain)
@@ -134,19 +145,21 @@ def weights_problems(config: DictConfig) -> Iterator[str]:
 def check_targets(config: Mapping[str, Any]) -> None:
     """Raise ConfigError for a target that is not allowed or does not exist, and for parameters it does not take."""
     nodes = list(_nodes(config, ""))
+    sections: dict[str, Mapping[str, str]] = {}  # by path: keys of the sections that an outer class reads
     for path, target, params, keys in nodes:
         try:
             _check_exists(target, check_allowed(target))
         except ConfigError as error:
             raise ConfigError(f"{path}.target: {error}") from error
         arguments = constructor_arguments(target)
-        check_keys(keys, arguments or (), target, path)
+        check_keys([key for key in keys if key not in sections.get(path, ())], arguments or (), target, path)
         if arguments is not None:
             check_params(params, arguments, (), target, path)  # the class that builds the node may add required ones
         for name, annotation in (arguments or {}).items():
             inner, section = arguments_of(annotation), params.get(name)
             known = constructor_arguments(inner) if inner is not None else None
             if known is not None and isinstance(section, Mapping):
+                sections[join_path(path, f"params.{name}")] = known
                 _check_known(section, known, join_path(path, "params"), f"{name}.")
                 convert_params(section, known, join_path(path, f"params.{name}"))
     for path, target, params, _ in nodes:
@@ -247,8 +260,8 @@ def _nodes(node: Any, path: str) -> Iterator[_Node]:
 
 
 def _check_exists(target: str, resolved: str) -> None:
-    if not resolved.startswith("ldm.") or class_exists(resolved):  # other packages may build classes at run time
-        return
+    if not resolved.startswith(("ldm.", "torch.optim.")) or class_exists(resolved):
+        return  # other packages may build classes at run time
     module, _, name = resolved.rpartition(".")
     classes = classes_of_module(module)
     if classes is None:

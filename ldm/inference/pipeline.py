@@ -290,7 +290,7 @@ def for_inference(config: Mapping[str, Any], names: set[str]) -> DictConfig:
     params = inference.model.setdefault("params", {})
     with open_dict(inference):
         params.use_ema = False
-        for name in ("ckpt_path", "adapters"):
+        for name in ("ckpt_path", "adapters", "optimizer_config", "ema_config"):
             params.pop(name, None)
         for block in ("first_stage", "cond_stage"):
             stage = value_at(params, f"{block}_config", "params")

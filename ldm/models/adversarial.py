@@ -38,6 +38,8 @@ class AdversarialAutoencoder(TrainedModule):
 
     ddconfig: arguments of Encoder and Decoder. monitor: logged value that selects checkpoints.
     scheduler_config: schedule of ldm.lr_scheduler over generator updates, for both optimizers.
+    optimizer_config: of both optimizers, see OptimizerConfig; names of the discriminator's parameters begin with
+    `loss.discriminator`, so that a group can give it other settings.
 
     main.py sets `learning_rate`, `accumulate_grad_batches`, `gradient_clip_val` and `gradient_clip_algorithm`; the
     Trainer refuses the last three under manual optimization. `generator_updates` counts batches / accumulation, as
@@ -60,8 +62,10 @@ class AdversarialAutoencoder(TrainedModule):
         colorize_nlabels: PositiveInt | None = None,
         monitor: str | None = None,
         scheduler_config: Mapping[str, Any] | None = None,
+        optimizer_config: Annotated[Mapping[str, Any], "ldm.models.optimizers.OptimizerConfig"] | None = None,
     ) -> None:
-        super().__init__(ckpt_path, ignore_keys)
+        super().__init__(ckpt_path, ignore_keys, optimizer_config)
+        self.optimizer_options = {"betas": ADAM_BETAS}
         self.automatic_optimization = False
         self.accumulate_grad_batches = 1
         self.gradient_clip_val: float | None = None
@@ -173,7 +177,7 @@ class AdversarialAutoencoder(TrainedModule):
         discriminator = getattr(self.loss, "discriminator", None)
         if discriminator is not None:
             parts.append((list(discriminator.parameters()), 1.0))
-        return self.with_schedule([self.make_optimizer(torch.optim.Adam, *part, betas=ADAM_BETAS) for part in parts])
+        return self.with_schedule(self.make_optimizers(torch.optim.Adam, parts))
 
     # --------------------------------------------------------------------------------------------------- training step
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from abc import ABCMeta
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import pytorch_lightning as pl
 import torch
@@ -16,8 +16,10 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from ldm import checkpoint
-from ldm.config.instantiate import instantiate_from_config
-from ldm.modules.ema import LitEma
+from ldm.checkpoint.names import EMA
+from ldm.config.instantiate import ConfigError, instantiate_from_config
+from ldm.models.optimizers import OptimizerConfig, make_optimizers
+from ldm.modules.ema import EMAConfig, LitEma, PowerEma
 from ldm.modules.ranks import average_over_ranks, number_of_ranks, rank_weight
 from ldm.rng import current_samples, preserve_torch_rng, samples_set
 
@@ -53,6 +55,7 @@ class TrainedModule(pl.LightningModule, metaclass=_WeightsAfterConstruction):
     """Base of the modules that main.py trains. Subclasses pass unknown keywords to this constructor.
 
     ckpt_path, ignore_keys: initial weights, loaded by `init_from_ckpt` after construction.
+    optimizer_config: the optimizer and its groups of parameters, see OptimizerConfig.
     """
 
     model: nn.Module
@@ -60,12 +63,18 @@ class TrainedModule(pl.LightningModule, metaclass=_WeightsAfterConstruction):
     load_only_unet = False
     key_settings = "first_stage_key or cond_stage_key"  # settings that name keys of the batch, for error messages
 
-    def __init__(self, ckpt_path: str | Path | None = None, ignore_keys: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        ckpt_path: str | Path | None = None,
+        ignore_keys: Sequence[str] = (),
+        optimizer_config: Annotated[Mapping[str, Any], "ldm.models.optimizers.OptimizerConfig"] | None = None,
+    ) -> None:
         super().__init__()
         self._initial_weights = (ckpt_path, ignore_keys)
         self.learning_rate: float | None = None  # main.py computes it from base_learning_rate
         self.scheduler_config: Mapping[str, Any] | None = None
-        self.optimizer_options: dict[str, Any] = {}
+        self.optimizer_config = None if optimizer_config is None else OptimizerConfig(**optimizer_config)
+        self.optimizer_options: dict[str, Any] = {}  # of the published optimizer, and of others that take them
         self._loaded: set[str] = set()
         self._initial: dict[str, tuple[int, Tensor]] = {}  # version and leading values of each weight at first
         self.use_ema = False
@@ -84,7 +93,13 @@ class TrainedModule(pl.LightningModule, metaclass=_WeightsAfterConstruction):
     ) -> None:
         """Load the tensors of the file at `path`."""
         only = "model." if only_model else None
+        widths = [name for name in tensors if name.startswith(EMA) and name.endswith(".sigma_rel")]
+        tensors = {name: tensor for name, tensor in tensors.items() if name not in widths}
         checkpoint.load_weights(self, path, ignore_keys, only=only, weights=tensors)
+        if self.use_ema:  # a published file has the first average alone, and its count is not of this run
+            for average in self.model_ema.all_averages():
+                if average is not self.model_ema or isinstance(average, PowerEma):
+                    average.restart(self.averaged_module())
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args)
@@ -141,17 +156,19 @@ class TrainedModule(pl.LightningModule, metaclass=_WeightsAfterConstruction):
         named = sorted(self.named_parameters(), key=lambda item: "." not in item[0])
         return [parameter for _, parameter in named if parameter.requires_grad]
 
-    def make_optimizer(
-        self, cls: type[torch.optim.Adam], parameters: Iterable[nn.Parameter], lr_factor: float = 1.0, **options: Any
-    ) -> torch.optim.Adam:
-        """Return an Adam or AdamW at `learning_rate` * `lr_factor`. Raises ValueError if no learning rate is set."""
+    def make_optimizers(
+        self, cls: type[torch.optim.Optimizer], parts: Sequence[tuple[Sequence[nn.Parameter], float]]
+    ) -> list[torch.optim.Optimizer]:
+        """Return an optimizer for each of (parameters, factor of `learning_rate`), see `optimizer_config`.
+
+        cls: the published optimizer. Raises ValueError if no learning rate is set.
+        """
         if self.learning_rate is None:
             raise ValueError(
                 "learning_rate is not set: assign model.learning_rate first (main.py takes it from base_learning_rate)"
             )
-        # On the CPU the fused step avoids a Python loop over hundreds of small tensors; on a GPU the default is fast.
-        fused = True if self.device.type == "cpu" else None
-        return cls(parameters, lr=lr_factor * self.learning_rate, fused=fused, **options)
+        rates = [(parameters, factor * self.learning_rate) for parameters, factor in parts]
+        return make_optimizers(self, rates, self.optimizer_config, cls, self.optimizer_options)
 
     def with_schedule(self, optimizers: Sequence[torch.optim.Optimizer]) -> Any:
         """Return `optimizers` in Lightning's form, each with the schedule of `scheduler_config` if there is one."""
@@ -161,8 +178,11 @@ class TrainedModule(pl.LightningModule, metaclass=_WeightsAfterConstruction):
         return optimizers, [{"scheduler": LambdaLR(o, lr_lambda=schedule), "interval": "step"} for o in optimizers]
 
     def configure_optimizers(self) -> Any:
-        optimizer = self.make_optimizer(torch.optim.AdamW, self.trainable_parameters(), **self.optimizer_options)
-        return self.with_schedule([optimizer])
+        return self.with_schedule(self.make_optimizers(torch.optim.AdamW, [(self.trainable_parameters(), 1.0)]))
+
+    def compile_network(self, backend: str) -> None:
+        """Compile the denoising network (`torch.compile`). Raises ConfigError for a model without one."""
+        raise ConfigError(f"--compile: {type(self).__name__} has no denoising network to compile; leave it out")
 
     @property
     def grad_scaler(self) -> torch.amp.GradScaler | None:
@@ -199,10 +219,16 @@ class TrainedModule(pl.LightningModule, metaclass=_WeightsAfterConstruction):
         """Return the module whose weights `model_ema` averages."""
         return self.model
 
-    def add_ema(self, **options: Any) -> None:
-        """Average the trainable weights that exist now, as `model_ema`."""
-        self.use_ema, self._ema_options = True, options
-        self.model_ema = LitEma(self.averaged_module(), **options)
+    def add_ema(self, config: EMAConfig | None = None, **options: Any) -> None:
+        """Average the trainable weights that exist now, as `model_ema`; options: those of LitEma, without a config."""
+        self.use_ema, self._ema_options = True, {"config": config, **options}
+        module = self.averaged_module()
+        self.model_ema = LitEma(module, **options) if config is None else config.build(module)
+
+    @property
+    def ema_config(self) -> EMAConfig | None:
+        """The section `ema_config`, if this model has one."""
+        return self._ema_options.get("config")
 
     def restart_ema(self) -> None:
         """Average the weights that are trainable now, from their present values on."""
@@ -210,7 +236,8 @@ class TrainedModule(pl.LightningModule, metaclass=_WeightsAfterConstruction):
 
     def update_ema(self) -> None:
         if self.use_ema:
-            self.model_ema(self.averaged_module())
+            for average in self.model_ema.all_averages():
+                average(self.averaged_module())
 
     @contextmanager
     def ema_scope(self, context: str | None = None) -> Iterator[None]:

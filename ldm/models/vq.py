@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ldm.config.types import PositiveFloat, PositiveInt
 from ldm.models.adversarial import AdversarialAutoencoder
 from ldm.models.training import Losses
+from ldm.modules.ema import checked_ema
 from ldm.modules.losses.reconstruction import GENERATOR
 from ldm.modules.losses.vqperceptual import codebook_use
 from ldm.modules.ranks import rank_weight
@@ -29,7 +30,8 @@ class VQModel(AdversarialAutoencoder):
     ddconfig: `double_z` false; n_embed, embed_dim: number and width of the codebook's entries.
     batch_resize_range: [smallest, largest] side of training batches, chosen at random each time in steps of 16.
     lr_g_factor: the generator's learning rate as a multiple of the discriminator's.
-    remap, sane_index_shape: see VectorQuantizer2. use_ema: average all trained weights and validate the averages too.
+    remap, sane_index_shape: see VectorQuantizer2. use_ema: average all trained weights and validate the averages too;
+    ema_config: see EMAConfig.
     Other arguments: see AdversarialAutoencoder.
     """
 
@@ -52,12 +54,22 @@ class VQModel(AdversarialAutoencoder):
         remap: str | Path | None = None,
         sane_index_shape: bool = False,
         use_ema: bool = False,
+        optimizer_config: Annotated[Mapping[str, Any], "ldm.models.optimizers.OptimizerConfig"] | None = None,
+        ema_config: Annotated[Mapping[str, Any], "ldm.modules.ema.EMAConfig"] | None = None,
     ) -> None:
         # Needs taming, which configs without a codebook work without.
         from ldm.modules.quantize import VectorQuantizer2
 
         super().__init__(
-            ddconfig, lossconfig, ckpt_path, ignore_keys, image_key, colorize_nlabels, monitor, scheduler_config
+            ddconfig,
+            lossconfig,
+            ckpt_path,
+            ignore_keys,
+            image_key,
+            colorize_nlabels,
+            monitor,
+            scheduler_config,
+            optimizer_config,
         )
         if ddconfig.get("double_z", True):
             raise ValueError("ddconfig.double_z=True: a quantized latent has no variance; set it false")
@@ -72,7 +84,9 @@ class VQModel(AdversarialAutoencoder):
         if getattr(self.loss, "n_classes", self.n_codes) is None:
             self.loss.n_classes = self.n_codes
         self._counts: dict[str, Tensor] = {}  # split -> occurrences of each code in this epoch, (n_codes,)
-        if use_ema:
+        if config := checked_ema(ema_config, use_ema):
+            self.add_ema(config=config)
+        elif use_ema:
             self.add_ema()
 
     def averaged_module(self) -> nn.Module:

@@ -11,7 +11,7 @@ from typing import Any
 
 from ldm.cli import Parser
 from ldm.config.signature import argument_help, constructor_arguments
-from ldm.config.trainer_keys import REMOVED_SETTINGS, TRAINER, TRANSLATED, UNSUPPORTED
+from ldm.config.trainer_keys import COMPILERS, REMOVED_SETTINGS, TRAINER, TRANSLATED, UNSUPPORTED
 from ldm.config.types import convert
 
 DEFAULT_SEED = 23
@@ -43,6 +43,7 @@ class RunOptions:
     postfix: str = ""
     logdir: str = "logs"
     scale_lr: bool | None = None
+    compile: str | None = None
     strict_data: bool = False
     allow_targets: tuple[str, ...] = ()
     allow_pipe: bool = False
@@ -92,6 +93,8 @@ def _parser() -> Parser:
     add("-l", "--logdir", metavar="DIR", help=f"folder of the run directories (default: {RunOptions.logdir})")
     text = "multiply the base learning rate by accumulation x devices x batch size (default: true)"
     add("--scale_lr", **boolean, help=text)
+    text = f"compile the denoising network with this backend of torch.compile (default of the flag: {COMPILERS[0]})"
+    add("--compile", nargs="?", const=COMPILERS[0], choices=COMPILERS, metavar="BACKEND", help=text)
     add("--strict-data", **boolean, help="refuse to resume if the files, captions or classes of a dataset changed")
     text = "let configs name classes of this package too; may be repeated"
     add("--allow-targets", action="append", metavar="PACKAGE", help=text)

@@ -7,6 +7,7 @@ import math
 import os
 import re
 import shlex
+import shutil
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -67,12 +68,15 @@ def execute(options: RunOptions, directory: RunDirectory, config: DictConfig, se
     model = instantiate_from_config(use_cached_stages(config))
     if rate is not None:
         model.learning_rate = rate.value
+    if options.train and settings.compile is not None:
+        compile_network(model, settings.compile, devices.accelerator)
     trainer = build_trainer(config, settings, devices, directory, model, rate)
     logger.info("%-11s %s, %s", "device", devices.text, _precision_text(trainer, devices.accelerator))
     logger.info("%-11s %s", "directory", directory.path)
     code = fit(trainer, model, data, directory) if options.train else 0
     saved = options.train and code == 0 and (directory.checkpoints / "last.ckpt").is_file()
-    adapters = sorted(map(str, directory.checkpoints.glob("*.safetensors"))) if saved else []
+    saved_adapters = saved and getattr(model, "trains_adapters", False)
+    adapters = sorted(map(str, directory.checkpoints.glob("*.safetensors"))) if saved_adapters else []
     if adapters:
         logger.info("%-11s %s", "adapter", ", ".join(adapters))
     if saved and (command := next_command(config, directory.path)):
@@ -87,6 +91,8 @@ def quiet_lightning(debug: bool) -> None:
     """Hide Lightning's INFO lines, which repeat ours, unless `debug`; its import enabled them."""
     for name in ("pytorch_lightning", "lightning_fabric"):
         logging.getLogger(name).setLevel(logging.INFO if debug else logging.WARNING)
+    if not debug:
+        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns about kernels that training does not use
 
 
 def this_machine() -> Machine:
@@ -94,6 +100,20 @@ def this_machine() -> Machine:
     if torch.backends.mps.is_available():
         return Machine(1, "mps")
     return Machine(torch.cuda.device_count() if torch.cuda.is_available() else 0)
+
+
+def compile_network(model: pl.LightningModule, backend: str, accelerator: str) -> None:
+    """Compile the denoising network of a model. Raises ConfigError if this is not possible."""
+    compile_model = getattr(model, "compile_network", None)
+    if compile_model is None:
+        raise ConfigError(f"--compile: {type(model).__name__} has no method compile_network; leave it out")
+    compilers = [os.environ.get("CXX"), "g++", "clang++", "cl"]
+    if backend == "inductor" and accelerator == "cpu" and not any(each and shutil.which(each) for each in compilers):
+        raise ConfigError("--compile inductor: needs a C++ compiler on the CPU; install g++, or choose aot_eager")
+    try:
+        compile_model(backend)
+    except RuntimeError as error:  # no support of this Python or system
+        raise ConfigError(f"--compile {backend}: {one_line(error)}") from error
 
 
 def fit(trainer: pl.Trainer, model: pl.LightningModule, data: Any, directory: RunDirectory) -> int:

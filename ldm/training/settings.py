@@ -25,6 +25,7 @@ class RunSettings:
     scale_lr: bool
     start_from: str | None  # a checkpoint whose full state a run without checkpoints starts from
     lightning: DictConfig
+    compile: str | None = None  # backend of torch.compile
 
     @property
     def num_nodes(self) -> int:
@@ -56,9 +57,12 @@ def resolve_settings(options: RunOptions, lightning: DictConfig) -> RunSettings:
     kept = from_yaml | from_flags
     if start_from:  # for a restart before the first checkpoint
         kept["resume_from_checkpoint"] = str(expand_user(start_from).absolute())
+    compiler = options.compile or saved.get("compile")
     kept_lightning = OmegaConf.create({**lightning, "seed": seed, "scale_lr": scale_lr, "trainer": kept})
+    if compiler:
+        kept_lightning["compile"] = compiler
     devices = {name: trainer.pop(name) for name in DEVICE_KEYS if name in trainer}
-    return RunSettings(trainer, devices, devices_where, seed, scale_lr, start_from, kept_lightning)
+    return RunSettings(trainer, devices, devices_where, seed, scale_lr, start_from, kept_lightning, compiler)
 
 
 def check_batches(trainer: Mapping[str, Any], batches: Mapping[str, int]) -> None:

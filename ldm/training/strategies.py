@@ -112,6 +112,9 @@ class FSDPStrategy(strategies.DDPStrategy):
         if not isinstance(module, DDPM) or adapters:
             reason = "trains only adapters" if adapters else "is no diffusion model"
             raise ConfigError(f"lightning.trainer.strategy fsdp: {type(module).__name__} {reason}; choose ddp")
+        if any(each.on_cpu for each in module.modules() if isinstance(each, LitEma)):
+            place = "model.params.ema_config.device"
+            raise ConfigError(f"{place} cpu: strategy fsdp shards the averages as it shards the weights; remove it")
         self.precision_plugin.convert_module(module)
         shard_module(module, init_device_mesh(self.root_device.type, (self.world_size,)))
 

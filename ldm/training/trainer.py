@@ -18,8 +18,10 @@ from pytorch_lightning.loggers import Logger, TensorBoardLogger
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 from ldm.callbacks import (
+    CompileTime,
     CrashCheckpoint,
     DataCheck,
+    EMASnapshots,
     ExactResume,
     ProgressBar,
     RunReport,
@@ -28,9 +30,11 @@ from ldm.callbacks import (
     StopOnNonFinite,
 )
 from ldm.checkpoint.resume import AtomicCheckpointIO
+from ldm.checkpoint.snapshots import SNAPSHOTS
 from ldm.cli import one_line
 from ldm.config.instantiate import ConfigError, accepted_params, get_obj_from_str, instantiate_from_config
 from ldm.config.merge import DEFAULT_CALLBACKS, DEFAULT_CHECKPOINT, DEFAULT_STEP_CHECKPOINTS, STEP_CHECKPOINTS
+from ldm.modules.ema import EMAConfig
 from ldm.training.devices import Devices
 from ldm.training.loggers import MetricsFile, never_fail
 from ldm.training.run_directory import RunDirectory
@@ -71,7 +75,12 @@ def build_trainer(
     own_bar = any(isinstance(callback, LightningBar) for callback in configured)
     if arguments.pop("enable_progress_bar", True) not in (False, None) and not own_bar:
         callbacks.append(ProgressBar())
-    callbacks.append(RunReport(rate.value, rate.rule) if rate else RunReport())
+    callbacks.append(RunReport(rate.rule if rate else ""))
+    if settings.compile is not None:
+        callbacks.append(CompileTime(settings.compile))
+    ema: EMAConfig | None = getattr(model, "ema_config", None)
+    if saves and ema is not None and ema.snapshot_every:
+        callbacks.append(EMASnapshots(directory.path / SNAPSHOTS, ema.snapshot_every, ema.snapshots))
     callbacks += configured
     # After the image logs and before Lightning's checkpoints, which come last: a signal's save ends the step.
     callbacks.append(SignalCallback(directory.checkpoints / "last.ckpt" if saves else None))

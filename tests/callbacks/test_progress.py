@@ -15,7 +15,7 @@ from tests.toys import Toy
 
 def test_the_report_reads_the_objects_themselves(tmp_path, caplog):
     caplog.set_level("INFO", logger="ldm")
-    fit(tmp_path, [RunReport(1e-3, "the rule"), CUDACallback()], batches=3)
+    fit(tmp_path, [RunReport("the rule"), CUDACallback()], batches=3)
     text = "\n".join(record.message for record in caplog.records)
     for line in (
         r"data +3 batches per epoch, 2 of validation",

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 from ldm.config.instantiate import ConfigError
 from ldm.config.signature import constructor_arguments
 from ldm.models.training import TrainedModule, fixed_noise, freeze
+from ldm.modules.ema import EMAConfig
 from ldm.util import instantiate_from_config
 from tests.models.first_stages import QUIET
 
@@ -160,6 +161,24 @@ def test_averages_stand_still_if_the_scaler_skipped_the_step():
     for updates in (0, 1):
         model.optimizer_step(0, 0, optimizer, None)
         assert int(model.model_ema.num_updates) == updates
+
+
+def test_in_a_new_run_the_published_average_continues_and_the_others_start_anew(tmp_path):
+    class Averaged(Toy):
+        def __init__(self, widths, **weights) -> None:
+            super().__init__(**weights)
+            self.add_ema(config=EMAConfig([{"decay": 0.5}, *({"sigma_rel": width} for width in widths)]))
+
+    source = Averaged([0.1])
+    with torch.no_grad():
+        source.model.weight.add_(1.0)
+    source.update_ema()
+    torch.save({"state_dict": source.state_dict()}, tmp_path / "a.ckpt")
+    for widths in ([0.1], [0.2], [0.1, 0.2]):
+        first, *others = Averaged(widths, ckpt_path=str(tmp_path / "a.ckpt")).model_ema.all_averages()
+        assert torch.equal(first.weight, source.model_ema.weight) and int(first.num_updates) == 1
+        for average in others:
+            assert torch.equal(average.weight, source.model.weight) and int(average.num_updates) == 0
 
 
 # ---------------------------------------------------------------------------------------------------------------- noise

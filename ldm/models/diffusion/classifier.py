@@ -86,6 +86,9 @@ class NoisyLatentImageClassifier(TrainedModule):
         }
         return network(**params) if whole else network(**params, pool=pool)
 
+    def compile_network(self, backend: str) -> None:
+        self.model.compile(backend=backend)
+
     def on_fit_start(self) -> None:
         super().on_fit_start()
         if not getattr(self.diffusion_model, "untrained_first_stage", False):

@@ -23,6 +23,7 @@ from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.models.diffusion.image_log import log_latent_images
 from ldm.modules.diffusionmodules.openaimodel import Context, TimestepEmbedSequential, UNetModel, UNetTrunk
 from ldm.modules.diffusionmodules.util import conv_nd, zero_module
+from ldm.modules.ema import EMAConfig
 
 logger = logging.getLogger(__name__)
 
@@ -209,10 +210,10 @@ class ControlLDM(LatentDiffusion):
     def averaged_module(self) -> nn.Module:
         return self
 
-    def add_ema(self, **options: Any) -> None:
-        self.use_ema, self._ema_options = True, options
+    def add_ema(self, config: EMAConfig | None = None, **options: Any) -> None:
+        self.use_ema, self._ema_options = True, {"config": config, **options}
         if hasattr(self, "control_model"):  # not yet in the constructor of the base
-            super().add_ema(**options)
+            super().add_ema(config, **options)
 
     # ------------------------------------------------------------------------------------------------------ condition
 

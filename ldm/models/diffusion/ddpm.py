@@ -41,6 +41,7 @@ from ldm.models.training import Losses, TrainedModule, fixed_noise, freeze
 from ldm.models.training import disabled_train as disabled_train
 from ldm.modules.diffusionmodules.parameterization import get_parameterization
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
+from ldm.modules.ema import PUBLISHED_DECAY, checked_ema
 from ldm.published import published_names
 from ldm.rng import Purpose
 
@@ -63,6 +64,7 @@ class DDPM(TrainedModule, PublishedDDPM):
     noise_config, timestep_config: noise and timesteps of training, see training_noise.py and timesteps.py.
     loss_mask_key: masks of the batch, (B, H, W[, 1]): the error of a sample is the mean weighted by its mask, averaged
         down to the latent's size. Values below 0 count as 0; a mask without a positive value gives the error 0.
+    optimizer_config: see OptimizerConfig. ema_config: see EMAConfig; it replaces ema_decay.
     """
 
     model: DiffusionWrapper
@@ -102,10 +104,12 @@ class DDPM(TrainedModule, PublishedDDPM):
         timestep_config: Mapping[str, Any] | None = None,
         loss_mask_key: str | None = None,
         huber_c: PositiveFloat | None = None,
-        ema_decay: Probability = 0.9999,
+        optimizer_config: Annotated[Mapping[str, Any], "ldm.models.optimizers.OptimizerConfig"] | None = None,
+        ema_config: Annotated[Mapping[str, Any], "ldm.modules.ema.EMAConfig"] | None = None,
+        ema_decay: Probability = PUBLISHED_DECAY,
         zero_terminal_snr: bool = False,
     ) -> None:
-        super().__init__(ckpt_path, ignore_keys)
+        super().__init__(ckpt_path, ignore_keys, optimizer_config)
         get_parameterization(parameterization)
         if loss_type not in LOSSES:
             raise ValueError(f"loss_type {loss_type!r}: choose one of {', '.join(LOSSES)}")
@@ -128,7 +132,9 @@ class DDPM(TrainedModule, PublishedDDPM):
         self.use_scheduler = scheduler_config is not None
         self.cond_stage_model: Any = None
         self.model = DiffusionWrapper(unet_config, conditioning_key)
-        if use_ema:
+        if config := checked_ema(ema_config, use_ema, ema_decay):
+            self.add_ema(config=config)
+        elif use_ema:
             self.add_ema(decay=ema_decay)
         # Overrides in research code have the published arguments only.
         further = {"zero_terminal_snr": True} if zero_terminal_snr else {}
@@ -155,6 +161,9 @@ class DDPM(TrainedModule, PublishedDDPM):
         else:
             self.register_buffer("logvar", logvar, persistent=False)
             self.register_load_state_dict_pre_hook(_take_logvar)
+
+    def compile_network(self, backend: str) -> None:
+        self.model.diffusion_model.compile(backend=backend)  # unlike torch.compile(module), it keeps the keys
 
     # ------------------------------------------------------------------------------------------------- training step
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ldm.config.types import Dropout, NonNegativeInt, PositiveInt
 from ldm.modules.attention import LinearAttention
 from ldm.modules.attention import SpatialSelfAttention as AttnBlock
+from ldm.modules.diffusionmodules.util import checkpoint
 from ldm.published import published_names
 
 ATTENTION_TYPES = ("vanilla", "vanilla-xformers", "linear", "none")
@@ -142,9 +143,9 @@ class _Level(nn.Module):
     downsample: nn.Module
     upsample: nn.Module
 
-    def __init__(self, block: nn.ModuleList, attn: nn.ModuleList) -> None:
+    def __init__(self, block: nn.ModuleList, attn: nn.ModuleList, use_checkpoint: bool) -> None:
         super().__init__()
-        self.block, self.attn = block, attn
+        self.block, self.attn, self.use_checkpoint = block, attn, use_checkpoint
 
     def forward(
         self,
@@ -155,9 +156,10 @@ class _Level(nn.Module):
     ) -> Tensor:
         """skips: each block concatenates the last one and removes it. outputs: receives every layer's output."""
         for i, block in enumerate(self.block):
-            h = block(h if skips is None else torch.cat((h, skips.pop()), dim=1), temb)  # (B, out, H, W)
+            h = h if skips is None else torch.cat((h, skips.pop()), dim=1)
+            h = checkpoint(block, (h, temb), flag=self.use_checkpoint)  # (B, out, H, W)
             if len(self.attn):
-                h = self.attn[i](h)
+                h = checkpoint(self.attn[i], (h,), flag=self.use_checkpoint)
             if outputs is not None:
                 outputs.append(h)
         if hasattr(self, "upsample"):
@@ -172,15 +174,18 @@ class _Level(nn.Module):
 class _Middle(nn.Module):
     """Layers at the lowest resolution: residual block, attention, residual block."""
 
-    def __init__(self, channels: int, attn_type: str, norm_num_groups: int, **block: Any) -> None:
+    def __init__(self, channels: int, attn_type: str, norm_num_groups: int, use_checkpoint: bool, **block: Any) -> None:
         super().__init__()
+        self.use_checkpoint = use_checkpoint
         block |= {"in_channels": channels, "norm_num_groups": norm_num_groups}
         self.block_1 = ResnetBlock(**block)
         self.attn_1 = make_attn(channels, attn_type, norm_num_groups)
         self.block_2 = ResnetBlock(**block)
 
     def forward(self, h: Tensor, temb: Tensor | None = None) -> Tensor:
-        return self.block_2(self.attn_1(self.block_1(h, temb)), temb)
+        h = checkpoint(self.block_1, (h, temb), flag=self.use_checkpoint)
+        h = checkpoint(self.attn_1, (h,), flag=self.use_checkpoint)
+        return checkpoint(self.block_2, (h, temb), flag=self.use_checkpoint)
 
 
 class Network(nn.Module):
@@ -188,6 +193,7 @@ class Network(nn.Module):
 
     norm_num_groups: groups of every GroupNorm. With fewer than four channels a group, the norm removes
         most of an image's color from the features: networks of 32 or 64 channels keep it with 4 or 8 groups.
+    use_checkpoint: recompute the activations of the blocks in the backward pass instead of storing them.
     """
 
     takes_timesteps = False
@@ -207,6 +213,7 @@ class Network(nn.Module):
         use_linear_attn: bool = False,
         attn_type: str = "vanilla",
         norm_num_groups: PositiveInt = NORM_GROUPS,
+        use_checkpoint: bool = False,
     ) -> None:
         super().__init__()
         if not ch_mult:
@@ -229,6 +236,7 @@ class Network(nn.Module):
         self._attn_resolutions = tuple(attn_resolutions)
         self._attn_type = "linear" if use_linear_attn else attn_type
         self._resamp_with_conv, self._norm_num_groups = resamp_with_conv, norm_num_groups
+        self._use_checkpoint = use_checkpoint
         self._block: dict[str, Any] = {
             "dropout": dropout,
             "temb_channels": self.temb_ch,
@@ -242,7 +250,7 @@ class Network(nn.Module):
             block.append(ResnetBlock(in_channels=in_channels, out_channels=out_channels, **self._block))
             if size in self._attn_resolutions:
                 attn.append(make_attn(out_channels, self._attn_type, self._norm_num_groups))
-        return _Level(block, attn)
+        return _Level(block, attn, self._use_checkpoint)
 
     def _down(self) -> nn.ModuleList:
         """Contracting half, from `ch` channels at full size."""
@@ -257,7 +265,7 @@ class Network(nn.Module):
         return levels
 
     def _middle(self) -> _Middle:
-        return _Middle(self._widths[-1], self._attn_type, **self._block)
+        return _Middle(self._widths[-1], self._attn_type, use_checkpoint=self._use_checkpoint, **self._block)
 
     def _up(self, with_skips: bool) -> nn.ModuleList:
         """Expanding half, stored under the index of the resolution: `up.0` is the full size and runs last.

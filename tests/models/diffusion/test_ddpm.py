@@ -351,3 +351,20 @@ def test_a_learned_weighting_is_refused_for_adapters():
     weighting = {"target": "ldm.models.diffusion.loss_weighting.LearnedLogVariance"}
     with pytest.raises(ValueError, match="loss_weighting_config: LearnedLogVariance has parameters"):
         latent_diffusion("crossattn", ATTEND, CLASSES, loss_weighting_config=weighting, adapters={"rank": 2})
+
+
+def test_a_compiled_network_keeps_its_keys_and_gradients_with_recomputed_activations():
+    """Traced by the backend `eager`: the others compile the same graph."""
+    found = []
+    for compiled in (False, True):
+        network = {"channel_mult": [1], "attention_resolutions": [], "use_checkpoint": True}
+        model = pixel_model(unet_config=unet(in_channels=3, out_channels=3, **network))
+        keys = list(model.state_dict())
+        if compiled:
+            model.compile_network("eager")
+        x, t = randn(1, 2, 3, 8, 8), torch.tensor([3, 20])
+        loss, _ = model.train().p_losses(x, t, randn(2, 2, 3, 8, 8))
+        loss.backward()
+        assert list(model.state_dict()) == keys
+        found.append([loss.detach(), *(p.grad for p in model.parameters() if p.grad is not None)])
+    assert all(rel_error(b, a) < 1e-5 for a, b in zip(*found, strict=True))

@@ -192,3 +192,21 @@ def test_levels_of_other_widths_need_residual_blocks():
         Encoder(**{**TINY, "num_res_blocks": 0, "ch_mult": [1, 2]})
     with pytest.raises(ValueError, match=r"ch_mult \[\]: expected at least one level"):
         Decoder(**{**TINY, "ch_mult": []})
+
+
+@pytest.mark.parametrize("network", [Encoder, Decoder, Model])
+def test_checkpointing_changes_no_gradient_and_stores_less(network):
+    options = UNET if network is Model else {**DDCONFIG, "dropout": 0.2}
+    inputs = {Encoder: (randn(1, 1, 3, 32, 32),), Decoder: (randn(1, 1, 4, 8, 8),)}
+    inputs[Model] = (randn(1, 1, 3, 16, 16), torch.tensor([3]))
+    gradients, stored = [], []
+    for flag in (False, True):
+        model, kept = seed_weights(network(**options, use_checkpoint=flag)).train(), []
+        torch.manual_seed(0)
+        with torch.autograd.graph.saved_tensors_hooks(lambda x, kept=kept: kept.append(x.nbytes) or x, lambda x: x):
+            loss = model(*inputs[network]).square().mean()
+        stored.append(sum(kept))
+        loss.backward()
+        gradients.append([p.grad for p in model.parameters() if p.grad is not None])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+    assert stored[1] < 0.7 * stored[0]

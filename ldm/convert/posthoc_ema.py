@@ -1,0 +1,153 @@
+"""Averages of any width from stored snapshots (Karras et al. 2024, arXiv 2312.02696, section 3.2 and appendix C)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from torch import Tensor
+
+from ldm.checkpoint import open_weights, write_weights
+from ldm.checkpoint.formats import CheckpointError
+from ldm.checkpoint.names import EMA, use_ema_weights
+from ldm.checkpoint.snapshots import Profile, Snapshot, find_snapshots
+from ldm.checkpoint.source import base_of
+from ldm.modules.ema import power_gamma
+
+AVERAGES = f"{EMA}averages."
+
+
+class Reconstructed(NamedTuple):
+    """A written average. error: relative L2 distance of its profile over training from the one asked for."""
+
+    sigma_rel: float
+    path: Path
+    error: float
+
+
+class _Source(NamedTuple):
+    """An average in a snapshot, or in the run's checkpoint (no snapshot)."""
+
+    profile: Profile
+    snapshot: Snapshot | None
+    prefix: str  # of its tensors
+
+
+def reconstruct(
+    folder: Path, ckpt: Path, targets: Mapping[float, Path], until: int | None = None, every: int = 1
+) -> list[Reconstructed]:
+    """Write weights averaged with each width: {sigma_rel: file}; the files must not exist.
+
+    folder: of the snapshots. ckpt: the run's checkpoint, which gives all other weights, and its own averages if they
+    are newer than the snapshots. until: the average ends at the last snapshot up to this optimizer step. every: of the
+    section ema_config.
+    Raises CheckpointError without snapshots, ValueError for a width out of range.
+    """
+    gammas = [power_gamma(sigma_rel) for sigma_rel in targets]
+    if base_of(ckpt) is not None:
+        raise CheckpointError(f"{ckpt}: holds adapters alone, whose averages cannot be combined afterwards")
+    weights = open_weights(ckpt).tensors()
+    snapshots = [each for each in find_snapshots(folder) if until is None or each.step <= until]
+    sources = [
+        _Source(profile, each, f"{name}.") for each in snapshots for name, profile in sorted(each.profiles().items())
+    ]
+    if not sources:
+        raise CheckpointError(
+            f"{folder}: no snapshots{'' if until is None else f' up to step {until}'}: train with "
+            "model.params.ema_config.snapshot_every and power-function averages (docs/ema.md)"
+        )
+    end = max(source.profile.time for source in sources)
+    if until is None:
+        own = [each for each in _in_checkpoint(weights, every) if each.profile.time > end]
+        end = max([end, *(each.profile.time for each in own)])
+        sources += own
+    x = coefficients([source.profile for source in sources], gammas, end)  # (sources, targets)
+    sums: list[dict[str, Tensor]] = [{} for _ in gammas]
+    cached: tuple[Snapshot | None, dict[str, Tensor]] = (None, weights)
+    for source, row in zip(sources, x):
+        if source.snapshot is not cached[0]:
+            cached = (source.snapshot, weights if source.snapshot is None else source.snapshot.tensors())
+        for name, value in _shadows(cached[1], source.prefix).items():
+            for total, factor in zip(sums, row):
+                total[name] = total[name].add(value.float(), alpha=factor) if name in total else value.float() * factor
+    step = max((each.step for each in snapshots), default=0)
+    return [
+        _write(weights, total, sigma_rel, path, step, _relative_error(sources, column, power_gamma(sigma_rel), end))
+        for (sigma_rel, path), total, column in zip(targets.items(), sums, x.T)
+    ]
+
+
+def coefficients(profiles: Sequence[Profile], gammas: Sequence[float], end: float) -> np.ndarray:
+    """Return X (profiles, gammas): column j is the least-squares combination for p(t) ~ t^gamma_j on [0, end]."""
+    A = inner_products(profiles, profiles_of=profiles)
+    targets = np.array(gammas), np.full(len(gammas), float(end))
+    B = _inner(*_arrays(profiles), *targets)
+    return np.linalg.lstsq(A, B, rcond=None)[0]
+
+
+def inner_products(profiles: Sequence[Profile], profiles_of: Sequence[Profile]) -> np.ndarray:
+    """Return the inner products of the profiles, see `_inner`."""
+    return _inner(*_arrays(profiles), *_arrays(profiles_of))
+
+
+def _arrays(profiles: Sequence[Profile]) -> tuple[np.ndarray, np.ndarray]:
+    return np.array([power_gamma(each.sigma_rel) for each in profiles]), np.array(
+        [float(each.time) for each in profiles]
+    )
+
+
+def _inner(gamma_a: np.ndarray, time_a: np.ndarray, gamma_b: np.ndarray, time_b: np.ndarray) -> np.ndarray:
+    """Integral of p_a p_b over time, (a, b), where p(t) = (gamma + 1) t^gamma / T^(gamma + 1) on [0, T].
+
+    With m = min(T_a, T_b): (g_a + 1) (g_b + 1) / (g_a + g_b + 1) m^(g_a + g_b + 1) / (T_a^(g_a + 1) T_b^(g_b + 1)).
+    """
+    ga, ta, gb, tb = gamma_a[:, None], time_a[:, None], gamma_b[None], time_b[None]
+    m = np.minimum(ta, tb)
+    powers = (ga + 1) * np.log(m / ta) + (gb + 1) * np.log(m / tb)
+    return (ga + 1) * (gb + 1) / (ga + gb + 1) * np.exp(powers) / m
+
+
+def _relative_error(sources: Sequence[_Source], x: np.ndarray, gamma: float, end: float) -> float:
+    profiles = [source.profile for source in sources]
+    A, target = inner_products(profiles, profiles), (np.array([gamma]), np.array([float(end)]))
+    norm = _inner(*target, *target)[0, 0]
+    squared = norm - 2.0 * x @ _inner(*_arrays(profiles), *target)[:, 0] + x @ A @ x
+    return float(np.sqrt(max(squared, 0.0) / norm))
+
+
+def _in_checkpoint(weights: Mapping[str, Tensor], every: int) -> list[_Source]:
+    """Return the power-function averages of a checkpoint."""
+    widths = {
+        name: float(value) for name, value in weights.items() if name.startswith(EMA) and name.endswith("sigma_rel")
+    }
+    found = []
+    for name, width in widths.items():
+        prefix = name.removesuffix("sigma_rel")
+        calls = int(weights[f"{prefix}num_updates"])
+        found.append(_Source(Profile(round(width, 6), calls // every * every), None, prefix))
+    return found
+
+
+def _shadows(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """Return the averaged parameters of an average, without counters and further averages."""
+    named = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+    counters = ("decay", "num_updates", "sigma_rel")
+    return {name: value for name, value in named.items() if "." not in name and name not in counters}
+
+
+def _write(
+    weights: Mapping[str, Tensor], average: Mapping[str, Tensor], sigma_rel: float, path: Path, step: int, error: float
+) -> Reconstructed:
+    kept = {name: value for name, value in weights.items() if not name.startswith(EMA)}
+    chosen, taken = use_ema_weights({**kept, **{f"{EMA}{name}": value for name, value in average.items()}})
+    if taken != len(average):
+        raise CheckpointError(f"{len(average) - taken} averaged parameters of the snapshots are not in the checkpoint")
+    metadata = {"average": f"sigma_rel {sigma_rel:g}", "step": str(step)}
+    write_weights(
+        {name: value.to(weights[name].dtype) if name in weights else value for name, value in chosen.items()},
+        path,
+        metadata,
+    )
+    return Reconstructed(sigma_rel, path, error)
