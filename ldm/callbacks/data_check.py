@@ -11,6 +11,7 @@ import pytorch_lightning as pl
 
 from ldm.config.consistency import size_problems
 from ldm.config.instantiate import ConfigError
+from ldm.data.datamodule import unwrapped
 from ldm.data.image_dataset import ImageDataset
 from ldm.modules.encoders import tokenizers
 from ldm.modules.encoders.base import AbstractEncoder
@@ -49,7 +50,7 @@ def pixel_multiple(model: Any) -> tuple[int, int]:
 def image_size_problems(model: Any, datasets: Mapping[str, Any]) -> Iterator[str]:
     """Yield a line for every dataset whose image size the model cannot process."""
     key = getattr(model, "first_stage_key", None) or getattr(model, "image_key", None)
-    for split, data in _folders(datasets).items():
+    for split, data in _image_datasets(datasets).items():
         if key in (data.image_key, "segmentation"):
             param, sides = "size" if data.size == data.crop_size else "crop_size", data.crop_size
             if data.buckets is not None:
@@ -61,11 +62,11 @@ def warn_of_long_captions(model: Any, datasets: Mapping[str, Any]) -> None:
     """Log one warning for the captions that the model's text encoder truncates."""
     encoder, key = getattr(model, "cond_stage_model", None), getattr(model, "cond_stage_key", None)
     if isinstance(encoder, AbstractEncoder):
-        captioned = [data for data in _folders(datasets).values() if key in (data.caption_key, "caption", "txt")]
+        captioned = [data for data in _image_datasets(datasets).values() if key in (data.caption_key, "caption", "txt")]
         captions = itertools.chain.from_iterable(data.captions() for data in captioned)
         encoder.warn_of_long_texts(itertools.islice(captions, _CAPTIONS))
 
 
-def _folders(datasets: Mapping[str, Any]) -> dict[str, ImageDataset]:
-    inner = {split: getattr(data, "data", data) for split, data in datasets.items()}  # `wrap` nests it in `data`
+def _image_datasets(datasets: Mapping[str, Any]) -> dict[str, ImageDataset]:
+    inner = {split: unwrapped(data) for split, data in datasets.items()}
     return {split: data for split, data in inner.items() if isinstance(data, ImageDataset)}

@@ -10,13 +10,12 @@ import pytorch_lightning as pl
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from ldm.callbacks.checkpoints import MIB
 from ldm.checkpoint.snapshots import Profile, find_snapshots, snapshot_interval, write_snapshot
 from ldm.modules.ema import LitEma, PowerEma, average_name
 from ldm.paths import shown_path
 
 logger = logging.getLogger(__name__)
-
-MIB = 2**20
 
 
 class EMASnapshots(pl.Callback):

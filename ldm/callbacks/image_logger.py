@@ -79,7 +79,7 @@ class ImageLogger(pl.Callback):
             return
         place = "lightning.callbacks.image_logger.params.fixed_samples"
         if not isinstance(pl_module, DDPM):
-            raise ConfigError(f"{place}: {type(pl_module).__name__} is no diffusion model; remove the section")
+            raise ConfigError(f"{place}: {type(pl_module).__name__} is not a diffusion model; remove the section")
         try:
             self.fixed_samples.check(pl_module)
         except ValueError as error:
@@ -136,8 +136,9 @@ class ImageLogger(pl.Callback):
             if not trainer.is_global_zero:
                 return
             cells = [self._grid(each) for each in images]
+            # Large enough for captions.
             cells = [ImageOps.scale(each, max(1, 96 // each.width), Image.Resampling.NEAREST) for each in cells]
-            image = grid(cells, captions, columns=GRID_COLUMNS)  # large enough for captions
+            image = grid(cells, captions, columns=GRID_COLUMNS)
             name = f"fixed_gs-{step:06}_e-{trainer.current_epoch:06}.png"
             save_image(trainer, image, name, "val/fixed", step)
             logger.info("%-11s fixed, step %d: %d samples", "images", step, len(images))
@@ -189,7 +190,7 @@ def save_image(trainer: pl.Trainer, image: Image.Image, name: str, tag: str, ste
 
 @contextmanager
 def never_stops_training(split: str, step: int) -> Iterator[None]:
-    """Log errors within the block as one line."""
+    """Log an error within the block as one line instead of raising it."""
     try:
         yield
     except Exception as error:

@@ -69,7 +69,7 @@ class LossBySNR(pl.Callback):
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if not isinstance(pl_module, DDPM):
-            raise ConfigError(f"LossBySNR: {type(pl_module).__name__} is no diffusion model; remove the callback")
+            raise ConfigError(f"LossBySNR: {type(pl_module).__name__} is not a diffusion model; remove the callback")
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         assert isinstance(pl_module, DDPM)
@@ -89,7 +89,7 @@ class LossBySNR(pl.Callback):
         self._sums, self._seconds = torch.zeros(2 * len(self.bins) + 1) if due else None, 0.0
         self.validations += trainer.state.fn == "fit" and not trainer.sanity_checking
 
-    # While the batch is current: its samples have their random numbers here, and not any more after it.
+    # At the start of the batch: its samples have their random numbers until its end.
     def on_validation_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
@@ -146,9 +146,9 @@ class LossBySNR(pl.Callback):
         if trainer.is_global_zero:
             logger.info("%-11s by log-SNR, step %d: %.1f s", "loss", step, self._seconds)
             with never_stops_training("val", step):
-                save_image(trainer, self.picture(pl_module), "loss_by_logsnr.png", "val/loss_by_logsnr", step)
+                save_image(trainer, self.render(pl_module), "loss_by_logsnr.png", "val/loss_by_logsnr", step)
 
-    def picture(self, model: DDPM) -> Image.Image:
+    def render(self, model: DDPM) -> Image.Image:
         """Plot the losses of some validations, from the first to the last, over log-SNR."""
         chosen = sorted({round(k) for k in np.linspace(0, len(self.history) - 1, CURVES)})
         panels = {"trained weights": ""} | ({"averaged weights (EMA)": "_ema"} if model.use_ema else {})

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from ldm.models.optimizers import class_names
 from ldm.modules.ema import PowerEma
 
 try:
@@ -191,14 +192,12 @@ class RunReport(pl.Callback):
         groups, total = optimizer.param_groups, len(trainer.optimizers)
         now, rate = groups[0]["lr"], _rate(groups[0])
         scheduled = "" if now == rate else f", scheduled: {now:.3e} at step {trainer.global_step}"
-        classes = dict.fromkeys(str(group.get("optimizer", type(optimizer).__name__)) for group in groups)
-        name = " + ".join(each.rpartition(".")[2] for each in classes) + (
-            f" ({number} of {total})" if total > 1 else ""
-        )
+        classes = class_names(optimizer)
+        name = classes + (f" ({number} of {total})" if total > 1 else "")
         tensors = sum(len(group["params"]) for group in groups)
         logger.info("%-11s %s, learning rate %.3e%s, %d tensors", "optimizer", name, rate, scheduled, tensors)
         for group in groups if len(groups) > 1 else ():
-            kind = str(group["optimizer"]).rpartition(".")[2] if len(classes) > 1 else ""
+            kind = str(group["optimizer"]).rpartition(".")[2] if "+" in classes else ""
             name = group.get("name", "")
             label = name if kind in name else f"{kind}, {name}".removesuffix(", ")
             options = "".join(f", {key} {group[key]:g}" for key in ("weight_decay",) if key in group)

@@ -60,7 +60,7 @@ def remove_unused_parts(folder: Path) -> None:
     try:
         used = {part.parent for index in folder.glob("*.ckpt") for part in part_files(index)}
     except (CheckpointError, OSError):
-        return  # of a damaged index nobody knows which parts are its own
+        return  # the parts of a damaged index are unknown
     for unused in set((folder / PARTS).iterdir()) - used:
         shutil.rmtree(unused, ignore_errors=True)
 

@@ -44,7 +44,7 @@ class WeightsSource:
 
     @property
     def averaged(self) -> bool:
-        """True if the weights themselves are averages, beside which there are no others."""
+        """True if the only weights are used as averages: no warning about missing ones."""
         return False
 
     @property
@@ -133,7 +133,7 @@ class ShardedWeights(WeightsSource):
 
 
 class DiffusersFolder(WeightsSource):
-    """A folder in diffusers' layout: a pipeline, a UNet or a first stage. It holds no averages."""
+    """A folder in diffusers' layout: a pipeline, a UNet or a first stage. It holds one set of weights."""
 
     @property
     def averaged(self) -> bool:

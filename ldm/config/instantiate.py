@@ -48,9 +48,7 @@ MODULE_ALIASES = {
     "cldm.cldm": "ldm.models.diffusion.controlnet",
 }
 
-EXTRAS = {
-    "bitsandbytes": "bitsandbytes"
-}  # packages that configs may name, and the extra of setup.py that installs each
+EXTRAS = {"bitsandbytes": "bitsandbytes"}  # optional packages that configs may name -> the extra of setup.py
 _BUILT_IN_PREFIXES = (
     "bitsandbytes.optim",
     "ldm",
@@ -64,7 +62,7 @@ _BUILT_IN_PREFIXES = (
 )
 _user_prefixes: list[str] = []
 ENVIRONMENT = "LDM_ALLOW_TARGETS"  # packages like those of --allow-targets, separated by commas
-_NODE_KEYS = ("target", "params", "base_learning_rate", "weight")  # the weight of a dataset in a mixture
+_NODE_KEYS = ("target", "params", "base_learning_rate")
 
 # Errors of a constructor, its own or torch's, that say that its arguments are wrong together.
 _BUILD_ERRORS = (AssertionError, ArithmeticError, TypeError, AttributeError, LookupError, RuntimeError)
@@ -258,9 +256,10 @@ def check_keys(node: Iterable[Any], accepted: Collection[str], target: str, path
     accepted: arguments of the target. Raises ConfigError for one of them, and for a misspelt `params`.
     """
     params = join_path(path, "params")
-    unknown = [str(key) for key in node if key not in _NODE_KEYS]
+    known = (*_NODE_KEYS, "weight") if path.endswith("]") else _NODE_KEYS  # the weight of a dataset in a mixture's list
+    unknown = [str(key) for key in node if key not in known]
     for key in unknown:
-        if key in accepted or closest(key, _NODE_KEYS, cutoff=0.7):
+        if key in accepted or closest(key, known, cutoff=0.7):
             place = join_path(path, key)
             raise ConfigError(f"{place}: unknown key next to target; arguments of {target} go under {params}")
     log_unused(path or "config", unknown)

@@ -81,25 +81,25 @@ def reconstruct(
 
 def coefficients(profiles: Sequence[Profile], gammas: Sequence[float], end: float) -> np.ndarray:
     """Return X (profiles, gammas): column j is the least-squares combination for p(t) ~ t^gamma_j on [0, end]."""
-    A = inner_products(profiles, profiles_of=profiles)
+    A = inner_products(profiles, profiles)
     targets = np.array(gammas), np.full(len(gammas), float(end))
     B = _inner(*_arrays(profiles), *targets)
     return np.linalg.lstsq(A, B, rcond=None)[0]
 
 
-def inner_products(profiles: Sequence[Profile], profiles_of: Sequence[Profile]) -> np.ndarray:
-    """Return the inner products of the profiles, see `_inner`."""
-    return _inner(*_arrays(profiles), *_arrays(profiles_of))
+def inner_products(a: Sequence[Profile], b: Sequence[Profile]) -> np.ndarray:
+    """Return the inner products of profiles (len(a), len(b)), see `_inner`."""
+    return _inner(*_arrays(a), *_arrays(b))
 
 
 def _arrays(profiles: Sequence[Profile]) -> tuple[np.ndarray, np.ndarray]:
-    return np.array([power_gamma(each.sigma_rel) for each in profiles]), np.array(
-        [float(each.time) for each in profiles]
-    )
+    """Return gamma and time of the profiles."""
+    gammas = [power_gamma(each.sigma_rel) for each in profiles]
+    return np.array(gammas), np.array([float(each.time) for each in profiles])
 
 
 def _inner(gamma_a: np.ndarray, time_a: np.ndarray, gamma_b: np.ndarray, time_b: np.ndarray) -> np.ndarray:
-    """Integral of p_a p_b over time, (a, b), where p(t) = (gamma + 1) t^gamma / T^(gamma + 1) on [0, T].
+    """Return the integrals of p_a p_b over time, (a, b), where p(t) = (gamma + 1) t^gamma / T^(gamma + 1) on [0, T].
 
     With m = min(T_a, T_b): (g_a + 1) (g_b + 1) / (g_a + g_b + 1) m^(g_a + g_b + 1) / (T_a^(g_a + 1) T_b^(g_b + 1)).
     """

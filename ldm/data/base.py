@@ -49,8 +49,10 @@ def build_part(name: str, config: Mapping[str, Any]) -> Any:
         param = f"{name}.params.{error.param}"
         raise DataConfigError(param, error.value, error.problem, error.advice) from error
     if getattr(dataset, "buckets", None) is not None:
-        problem = "its batches have one size, but it is a part of another dataset"
-        raise DataConfigError(f"{name}.params.buckets", "", problem, "remove {param}")
+        buckets, problem = (config.get("params") or {}).get("buckets"), "a part of another dataset cannot have buckets"
+        if buckets is None:  # of a cache
+            raise DataConfigError(name, config["target"], problem, "set {param} to a cache without them")
+        raise DataConfigError(f"{name}.params.buckets", dict(buckets), problem, "remove {param}")
     if not len(dataset):
         raise DataConfigError(name, config["target"], "is empty", "set {param} to a dataset with images")
     return dataset

@@ -2,21 +2,18 @@
 
 A sample has the same size in every epoch. It belongs to the bucket that keeps most of its image (`kept`). Of each
 bucket the samples beyond whole batches, those that fit it worst, are sorted by their ratio and form batches with those
-of the other buckets, each in the size that keeps most of all its images. So all batches of an epoch are full, except
-one if the number of samples is no multiple of the batch, and every sample comes once.
+of the other buckets, each in the size that keeps most of its images. So all batches of an epoch are full, except
+one if the number of samples is not a multiple of the batch, and every sample is used once.
 """
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from ldm.config.types import PositiveInt
-
-logger = logging.getLogger(__name__)
 
 _CHUNK = 1 << 16  # images that are compared with all sizes at once
 
@@ -63,7 +60,7 @@ def kept(images: np.ndarray, sizes: np.ndarray, upscale: bool) -> np.ndarray:
 
 
 def too_small(images: np.ndarray, sizes: np.ndarray) -> np.ndarray:
-    """Return which images (N, 2), width and height, all sizes (K, 2), height and width, enlarge -> bool (N,)."""
+    """Return whether every size (K, 2), height and width, enlarges an image (N, 2), width and height -> bool (N,)."""
     fits = np.zeros(len(images), bool)
     for height, width in sizes:
         fits |= (images[:, 0] >= width) & (images[:, 1] >= height)
@@ -95,8 +92,8 @@ def assign(images: np.ndarray, sizes: np.ndarray, batch: int, upscale: bool) -> 
 def bucket_order(order: np.ndarray, buckets: np.ndarray, batch: int) -> np.ndarray:
     """Return the indices of an epoch, rearranged so that each batch has one bucket -> int64 (N,).
 
-    order: the indices of the epoch. buckets: (N,), that of each sample; the number of samples of at most one bucket is
-    no multiple of `batch`. Batches are in the order in which they become full, and the one that does not is last.
+    order: the indices of the epoch. buckets: (N,), that of each sample; all but one consist of whole batches. Batches
+    are in the order in which they become full, and the one that does not is last.
     """
     place = np.argsort(buckets[order], kind="stable")  # places in the epoch, by bucket
     counts = np.bincount(buckets)
@@ -113,8 +110,8 @@ def bucket_order(order: np.ndarray, buckets: np.ndarray, batch: int) -> np.ndarr
     return order[np.concatenate([batches.ravel(), last])]
 
 
-def table(sizes: Sequence[tuple[int, int]], buckets: np.ndarray, batch: int) -> str:
-    """Return the number of images of each bucket in use, one line."""
+def summary(sizes: Sequence[tuple[int, int]], buckets: np.ndarray, batch: int) -> str:
+    """Return the number of images of each bucket in use, in one line."""
     counts = np.bincount(buckets, minlength=len(sizes))
     used = [f"{w}x{h} {n:,}" for (h, w), n in zip(sizes, counts.tolist()) if n]
     return f"batches of {batch}, in sizes (width x height, images): {', '.join(used)}"

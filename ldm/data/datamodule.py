@@ -152,7 +152,7 @@ class DataModuleFromConfig(pl.LightningDataModule):
         _check_class_numbers(state_dict.get("class_names", []), self.class_names)
         self._compare_data(state_dict.get("datasets", {}))
         saved_size, size, seed = state_dict["global_batch_size"], self._global_batch_size(), state_dict["seed"]
-        if saved_size != size and getattr(_unwrapped(self.datasets.get("train")), "buckets", None) is not None:
+        if saved_size != size and getattr(unwrapped(self.datasets.get("train")), "buckets", None) is not None:
             raise ConfigError(
                 f"data: batches of {size} samples of all devices, previously {saved_size}: with buckets a run resumes "
                 "with the same data.params.batch_size x devices; accumulate_grad_batches changes the effective batch"
@@ -210,11 +210,11 @@ class DataModuleFromConfig(pl.LightningDataModule):
         if not len(dataset):
             raise ConfigError(f"data.params.{split}: {type(dataset).__name__} is empty")
         shuffle = self._shuffle.get(split, False)
-        sampler = EpochSampler(_unwrapped(dataset), self.batch_size, self.seed, shuffle, rank, world_size, position)
+        sampler = EpochSampler(unwrapped(dataset), self.batch_size, self.seed, shuffle, rank, world_size, position)
         self._loaders[split] = sampler
         # Its own generator seeds the workers: the global one belongs to the training.
         options["generator"] = torch.Generator().manual_seed(self.seed)
-        seeded: Dataset = SeededDataset(_unwrapped(dataset), self.seed, repeat=split != "train")
+        seeded: Dataset = SeededDataset(unwrapped(dataset), self.seed, repeat=split != "train")
         return Loader(Traced(seeded, workers) if workers else seeded, sampler=sampler, **options)
 
     # ------------------------------------------------------------------------------------------- position and samples
@@ -359,17 +359,18 @@ def _located(split: str) -> Iterator[None]:
         raise error.at(f"data.params.{split}") from error
 
 
-def _unwrapped(dataset: Any) -> Any:
+def unwrapped(dataset: Any) -> Any:
+    """Return a dataset without its WrappedDataset, if it has one."""
     return dataset.data if isinstance(dataset, WrappedDataset) else dataset
 
 
 def _class_names(dataset: Any) -> Sequence[str] | None:
-    return getattr(_unwrapped(dataset), "class_names", None)
+    return getattr(unwrapped(dataset), "class_names", None)
 
 
 def _fingerprint(dataset: Any) -> dict[str, int | str]:
     """Return the number of `samples` of a dataset, and what its own `fingerprint` tells apart."""
-    dataset = _unwrapped(dataset)
+    dataset = unwrapped(dataset)
     count = getattr(dataset, "num_records", None)  # of a stream, over all ranks
     if count is None:
         count = len(dataset) if hasattr(dataset, "__len__") else -1
@@ -405,9 +406,9 @@ def _check_classes(datasets: Mapping[str, Any]) -> None:
 
 def _check_training_data(datasets: Mapping[str, Any]) -> None:
     """Raise ConfigError for training on a validation or test split; log images that are also in another split."""
-    train = _unwrapped(datasets.get("train"))
+    train = unwrapped(datasets.get("train"))
     for name, other in datasets.items():
-        shared = set(getattr(train, "shards", ())) & set(getattr(_unwrapped(other), "shards", ()))
+        shared = set(getattr(train, "shards", ())) & set(getattr(unwrapped(other), "shards", ()))
         if shared and name in ("validation", "test"):
             logger.warning("%-11s %d shards of %s are trained on too, e.g. %s", "data", len(shared), name, min(shared))
     if not isinstance(train, ImageFolder):
@@ -419,7 +420,7 @@ def _check_training_data(datasets: Mapping[str, Any]) -> None:
         raise ConfigError(f"data.params.train: {train.root} holds the {split} split; {advice}")
     trained = {f"{root}/{item.name}" for item in train.items}
     for name, other in datasets.items():
-        other = _unwrapped(other)
+        other = unwrapped(other)
         if name in ("validation", "test") and isinstance(other, ImageFolder):
             folder = other.root.resolve()
             if common := sum(f"{folder}/{item.name}" in trained for item in other.items):

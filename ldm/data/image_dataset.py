@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from ldm.config.types import PositiveInt, Probability
 from ldm.data.base import DataConfigError, check_choice
-from ldm.data.buckets import Buckets, assign, bucket_order, table, too_small
+from ldm.data.buckets import Buckets, assign, bucket_order, summary, too_small
 from ldm.data.captions import CaptionPolicy, PromptTemplates
 from ldm.data.image import (
     MAX_PIXELS,
@@ -103,7 +103,8 @@ class ImageDataset(Dataset):
         self.prompts = PromptTemplates(templates, subject, self.captioned)
         self.skipped: dict[str, str] = {}  # name -> reason
         self.buckets, self.bucket_sizes = _buckets(buckets, size, crop_size)
-        self.batch, self.bucket_of = 0, np.zeros(0, np.int64)  # of all ranks; the row of `bucket_sizes` of each image
+        self.batch = 0  # samples of all ranks for which the buckets were chosen
+        self.bucket_of = np.zeros(0, np.int64)  # the row of `bucket_sizes` of each image
 
     @abstractmethod
     def __len__(self) -> int: ...
@@ -145,7 +146,7 @@ class ImageDataset(Dataset):
             raise DataConfigError("buckets", asdict(self.buckets), problem, advice)
         self.batch = batch
         self.bucket_of = assign(self.sizes, self.bucket_sizes, batch, self.buckets.upscale)
-        logger.info("buckets: %s", table(self.bucket_sizes.tolist(), self.bucket_of, batch))
+        logger.info("buckets: %s", summary(self.bucket_sizes.tolist(), self.bucket_of, batch))
 
     def order(self, seed: int, epoch: int, batch: int, shuffle: bool) -> np.ndarray:
         """Return the indices of an epoch -> (N,) int64; with buckets, each batch of all ranks has one size."""

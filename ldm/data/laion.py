@@ -65,8 +65,8 @@ class PublishedShards(ImageShards):
 class WebDataModuleFromConfig(DataModuleFromConfig):
     """Image-text shards with captions in `.txt`; order, random numbers and resume as in DataModuleFromConfig.
 
-    tar_base: folder or URL of the shards; null if their names are whole. batch_size: samples
-    per batch and rank. train, validation, test: see Split.
+    tar_base: folder or URL of the shards; null if their names are whole. batch_size: samples per batch and rank.
+    train, validation, test: see Split.
     min_size: least original_width and original_height of the JSON. max_pwatermark: most of its `pwatermark`, from 1 on
     without effect; p_unsafe_threshold: most of its `punsafe`. Samples without such a field, without image or caption,
     and damaged ones are left out.

@@ -147,15 +147,15 @@ class CachedLatents(Dataset):
         if self._process != os.getpid():  # a forked data worker opens its own
             self._open, self._process = {}, os.getpid()
         if name not in self._open:
-            self._open[name] = open_shard(self.root / name)
+            self._open[name] = open_file(self.root / name)
         return self._open[name]
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_open": {}}  # open files cannot be pickled
 
 
-def open_shard(path: Path) -> Any:
-    """Return a memory-mapped file of a cache. Raises ConfigError."""
+def open_file(path: Path) -> Any:
+    """Open a file of a cache, memory-mapped. Raises ConfigError if it cannot be read."""
     try:
         return safe_open(path, "pt")
     except (OSError, SafetensorError) as error:
@@ -177,7 +177,7 @@ def read_index(root: Path) -> CacheIndex:
     """Return the index of a complete split of a cache. Raises DataConfigError."""
     index = load_index(root)
     if index is None:
-        raise DataConfigError("root", str(root), "is no cache of latents", _REMAKE)
+        raise DataConfigError("root", str(root), "is not a cache of latents", _REMAKE)
     if not index["complete"]:
         advice = "run the same command of scripts/cache_latents.py again, it continues"
         raise DataConfigError("root", str(root), "the cache is not complete", advice)

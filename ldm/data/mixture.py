@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 from ldm.config.instantiate import get_obj_from_str
 from ldm.config.types import PositiveInt
 from ldm.data.base import DataConfigError, build_part
-from ldm.data.order import ORDER, order_of
+from ldm.data.order import ORDER, order_generator, order_of
 from ldm.rng import mix, preserve_rng
 
 
@@ -22,8 +22,8 @@ class Mixture(Dataset):
     datasets: a list of {weight, target, params}; a missing weight is 1. samples: number in an epoch; None means that of
     all datasets together.
 
-    An epoch holds round(samples * weight / sum of weights) samples of each dataset, which goes on in the next epoch
-    where it stopped: each of its samples is used before one is used again, however large its weight. The order of the
+    An epoch holds round(samples * weight / sum of weights) samples of each dataset. The next epoch continues where it
+    stopped: each of its samples is used before one is used again, however large its weight. The order of the
     datasets in an epoch is random, and that in validation is the order of the list. An item holds the keys that items
     of all have.
     """
@@ -76,8 +76,7 @@ class Mixture(Dataset):
             parts.append(np.concatenate(passes)[begin - first * length :][:count])
         dataset = np.repeat(np.arange(len(parts)), self.counts)  # of each place in the epoch
         if shuffle:
-            key = mix(seed, ORDER, epoch)
-            dataset = np.random.RandomState([key & 0xFFFFFFFF, key >> 32]).permutation(dataset)
+            dataset = order_generator(seed, epoch).permutation(dataset)
         order = np.empty(len(self), np.int64)
         for number, indices in enumerate(parts):
             order[dataset == number] = indices

@@ -39,20 +39,23 @@ class Slice(NamedTuple):
     total: int  # of all ranks
 
 
-def epoch_order(length: int, seed: int, epoch: int, shuffle: bool) -> np.ndarray:
-    """Return the indices 0 .. length - 1 in the order of the epoch -> (length,) int64."""
-    if not shuffle:
-        return np.arange(length)
+def order_generator(seed: int, epoch: int) -> np.random.RandomState:
+    """Return the generator of the order of an epoch."""
     key = mix(seed, ORDER, epoch)
     # RandomState and not Generator: NumPy guarantees its stream across versions, so old runs resume exactly.
-    return np.random.RandomState([key & 0xFFFFFFFF, key >> 32]).permutation(length)
+    return np.random.RandomState([key & 0xFFFFFFFF, key >> 32])
+
+
+def epoch_order(length: int, seed: int, epoch: int, shuffle: bool) -> np.ndarray:
+    """Return the indices 0 .. length - 1 in the order of the epoch -> (length,) int64."""
+    return order_generator(seed, epoch).permutation(length) if shuffle else np.arange(length)
 
 
 def order_of(dataset: Any, seed: int, epoch: int, batch: int, shuffle: bool) -> np.ndarray:
     """Return the indices of a dataset in the order of the epoch -> (len(dataset),) int64.
 
-    That of its method `order(seed, epoch, batch, shuffle)` if it has one, which returns len(dataset) different indices;
-    else `epoch_order`. batch: number of samples in a batch of all ranks.
+    If the dataset has a method `order(seed, epoch, batch, shuffle)`, it returns them, len(dataset) different ones; else
+    `epoch_order` does. batch: number of samples in a batch of all ranks.
     """
     if not hasattr(dataset, "order"):
         return epoch_order(len(dataset), seed, epoch, shuffle)

@@ -45,7 +45,7 @@ class Selection(ImageFolder):
 
 @dataclass(frozen=True)
 class Layout:
-    """How images become shards.
+    """Layout of the shards.
 
     samples: images in a shard. shuffled: in a fixed random order, so that each shard is a mixture of all.
     size: larger images are scaled so that their shorter side has this many pixels, and saved as JPEG of `quality`; None
@@ -81,7 +81,7 @@ def write_shards(selection: Selection, folder: Path, layout: Layout, workers: in
     """
     order = np.arange(len(selection))
     if layout.shuffled:
-        order = np.random.RandomState(0).permutation(order)  # the same for ever: a killed run is continued
+        order = np.random.RandomState(0).permutation(order)  # always the same order: a killed run continues
     shards = [order[start : start + layout.samples] for start in range(0, len(order), layout.samples)]
     plan = {"images": len(selection), **selection.fingerprint, **asdict(layout), "on_error": selection.on_error}
     _check_plan(folder / PLAN, plan)

@@ -63,7 +63,7 @@ class Index(NamedTuple):
     numbers: dict[str, np.ndarray]  # numeric fields of the JSON: float64 (N,), NaN where missing
     texts: dict[str, np.ndarray]  # text fields of the JSON: int32 (N,), characters of the longest text
     problems: dict[int, str]  # why samples cannot be used
-    damage: str  # where the shard breaks off; "" if it is whole
+    damage: str  # where the shard is truncated or damaged; "" if it is whole
     size: int  # of the shard in bytes
 
     def member(self, suffixes: Sequence[str]) -> np.ndarray:
@@ -267,7 +267,7 @@ def build_indices(shards: Sequence[str], store: Store) -> None:
 
 
 def _try(store: Store, shard: str) -> None:
-    with suppress(ShardError):  # whoever reads it gets the error
+    with suppress(ShardError):  # raised again when the shard is read
         store.index(shard)
 
 

@@ -21,9 +21,8 @@ from ldm.config.types import PathText, PositiveFloat, PositiveInt
 from ldm.data.base import DataConfigError, check_choice
 from ldm.data.image import EXTENSIONS, BadImageError, Size, load_image
 from ldm.data.image_dataset import ImageDataset, digest
-from ldm.data.order import ORDER
+from ldm.data.order import order_generator
 from ldm.data.shards import CACHE, Index, ShardError, Store, build_indices, expand, read_captions
-from ldm.rng import mix
 
 logger = logging.getLogger(__name__)
 
@@ -130,8 +129,7 @@ class ImageShards(ImageDataset):
         """
         if not shuffle:
             return np.arange(len(self))
-        key = mix(seed, ORDER, epoch)
-        random = np.random.RandomState([key & 0xFFFFFFFF, key >> 32])  # its stream never changes, see `epoch_order`
+        random = order_generator(seed, epoch)
         shards = random.permutation(len(self.shards))
         samples = [self._starts[shard] + random.permutation(len(self._rows[shard])) for shard in shards]
         lanes = min(self.lanes, len(self.shards))
@@ -286,7 +284,7 @@ class ImageShards(ImageDataset):
         missing, long = chars <= 0, chars > policy.max_chars
         if policy.missing != "empty":
             for row in np.flatnonzero(kept & missing)[:1]:
-                policy.apply(f"{shard}/{index.keys[row]}", [], f"no text in {where}")  # raises if it is to
+                policy.apply(f"{shard}/{index.keys[row]}", [], f"no text in {where}")  # raises if the policy is raise
             leave_out(missing, "without a caption")
         if policy.long != "truncate":
             for row in np.flatnonzero(kept & long)[:1]:

@@ -1,4 +1,4 @@
-"""Stages of a model that trains on cached latents: their outputs come with the batch, so they are not built.
+"""Stages of a model that trains on cached latents: their outputs are in the batch, so they are not built.
 
 A cache (ldm.data.latents) keeps the weights of the stages that made it, `first_stage.safetensors` and
 `cond_stage.safetensors`.
@@ -75,7 +75,7 @@ class CachedStage(nn.Module):
 
 
 class CachedFirstStage(CachedStage):
-    """First stage of a model whose latents come with the batch."""
+    """First stage of a model whose latents are in the batch."""
 
     def encode(self, x: Tensor) -> Any:
         return self.stage(x.device).encode(x)
@@ -85,7 +85,7 @@ class CachedFirstStage(CachedStage):
 
 
 class CachedEncoder(CachedStage, AbstractEncoder):
-    """Text encoder of a model whose embeddings come with the batch; the cache has that of the empty text."""
+    """Text encoder of a model whose embeddings are in the batch; the cache has that of the empty text."""
 
     def __init__(self, file: PathText | Path) -> None:
         super().__init__(file)

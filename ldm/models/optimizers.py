@@ -1,4 +1,4 @@
-"""The section `optimizer_config`: any optimizer class, groups of parameters, Muon with AdamW for what is no matrix."""
+"""The section `optimizer_config`: any optimizer class, groups of parameters, AdamW beside Muon."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from ldm.config.instantiate import ConfigError, get_obj_from_str
 from ldm.config.suggest import did_you_mean
 
 PLACE = "model.params.optimizer_config"
-MATRICES_ONLY = "torch.optim.Muon"
-REST = "torch.optim.AdamW"
+MATRICES_ONLY = "torch.optim.Muon"  # refuses parameters that are not 2D
+REST = "torch.optim.AdamW"  # takes the parameters that Muon does not
 _GROUP_KEYS = ("match", "lr_factor", "params")
 _GIVEN = ("params", "lr")  # arguments of an optimizer that the run decides
 
@@ -29,8 +29,8 @@ class OptimizerConfig:
 
     target, params: class of the optimizer and its arguments, except the learning rate; without a target the module's
         published optimizer.
-    no_decay: no weight decay for biases, norms and embeddings: they are no matrices that multiply features, and rows of
-        an embedding that a batch lacks would shrink without a gradient.
+    no_decay: no weight decay for biases, norms and embeddings: rows of an embedding that a batch lacks would shrink
+        without a gradient.
     groups: a list of `{match: PATTERN, lr_factor: 0.1, params: {...}}` for the parameters whose names have the regular
         expression PATTERN anywhere; the first match counts. `params` are further arguments of the optimizer.
     rest: `{params: {...}}`, arguments of AdamW for the parameters that Muon does not take.
@@ -63,7 +63,7 @@ def make_optimizers(
     """Return an optimizer for each of (parameters of `module`, learning rate).
 
     published: the class without a config. published_options: its arguments, and those of another class that takes them.
-    Raises ConfigError for a class that is no optimizer, arguments that it lacks, and patterns that match nothing.
+    Raises ConfigError for a class that is not an optimizer, arguments that it lacks, and patterns that match nothing.
     """
     device = next((parameter.device for parameters, _ in parts for parameter in parameters), torch.device("cpu"))
     if config is None:
@@ -280,6 +280,12 @@ def _guarded(optimizer: Optimizer, published: type[Optimizer]) -> Optimizer:
 
     optimizer.register_load_state_dict_pre_hook(check)
     return optimizer
+
+
+def class_names(optimizer: Optimizer) -> str:
+    """Return the classes that step the parameters of an optimizer, such as "Muon + AdamW"."""
+    classes = (str(group.get("optimizer", type(optimizer).__name__)) for group in optimizer.param_groups)
+    return " + ".join(each.rpartition(".")[2] for each in dict.fromkeys(classes))
 
 
 class JointOptimizer(Optimizer):

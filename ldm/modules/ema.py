@@ -107,9 +107,7 @@ class LitEma(nn.Module):
 
     def _one_minus_decay(self) -> Tensor:
         """1 - d of this update, (), on the device of the counter."""
-        n = self.num_updates.float() - torch.arange(
-            self.every, device=self.num_updates.device
-        )  # of its calls, (every,)
+        n = self.num_updates.float() - torch.arange(self.every, device=self.num_updates.device)  # calls, (every,)
         limited = (1.0 + n) / (10.0 + n) if self.warm_up else torch.ones_like(n)
         warm_up = torch.where(self.num_updates >= 0, limited, torch.ones_like(n))
         return 1.0 - torch.minimum(self.decay, warm_up).prod()

@@ -28,7 +28,7 @@ from ldm.config.instantiate import (
     instantiate_from_config,
     value_at,
 )
-from ldm.data.datamodule import DataModuleFromConfig
+from ldm.data.datamodule import DataModuleFromConfig, unwrapped
 from ldm.data.latents import (
     FORMAT,
     INDEX,
@@ -37,7 +37,7 @@ from ldm.data.latents import (
     Stage,
     digest_of,
     load_index,
-    open_shard,
+    open_file,
     read_entries,
 )
 from ldm.data.order import SeededDataset
@@ -60,7 +60,7 @@ _SMALL = 64  # numbers in an array that is kept with a sample
 
 @dataclass(frozen=True)
 class CacheOptions:
-    """Where and how to encode.
+    """Settings of an encoding run.
 
     variants: epochs whose crops, flips and captions are cached. dtype: of the cached tensors, a key of DTYPES.
     text: cache the text encoder's outputs too, if it is frozen. precision: as in scripts/txt2img.py.
@@ -87,7 +87,8 @@ def cache_latents(config: DictConfig, options: CacheOptions) -> Path:
     A stopped command continues where it was. Raises ConfigError if the model needs more than latents and texts, or if
     the folder holds the cache of other data or stages.
     """
-    params: Any = OmegaConf.to_container(config.model, resolve=True)["params"]  # type: ignore[index, call-overload]
+    plain: Any = OmegaConf.to_container(config.model, resolve=True)
+    params = plain["params"]
     model = get_obj_from_str(config.model.target)
     if not issubclass(model, LatentDiffusion) or params["cond_stage_config"] == FIRST_STAGE_AS_CONDITION:
         raise ConfigError(f"model.target {config.model.target}: its condition cannot be cached, only texts and classes")
@@ -230,7 +231,7 @@ def _cache_split(
     split: str, dataset: Any, config: Any, encoder: _Encoder, options: CacheOptions, batch_size: int
 ) -> None:
     place, folder = f"data.params.{split}", options.out / split
-    dataset = getattr(dataset, "data", dataset)  # of a WrappedDataset
+    dataset = unwrapped(dataset)
     if isinstance(dataset, IterableDataset):
         raise ConfigError(f"{place}: is a stream; shards are read by ldm.data.webdataset.ImageShards")
     buckets = getattr(dataset, "buckets", None) is not None
@@ -268,9 +269,10 @@ def _cache_split(
     }
     index = json.loads(json.dumps(index))
     before = load_index(folder)
-    for key in index:
-        if before is not None and key not in ("complete", "captions") and before[key] != index[key]:  # type: ignore[literal-required]
-            problem = f"its {key} is {before[key]!r:.200}, now {index[key]!r:.200}"  # type: ignore[literal-required]
+    kept: dict[str, object] = {} if before is None else dict(before)
+    for key, value in index.items() if kept else ():
+        if key not in ("complete", "captions") and kept[key] != value:
+            problem = f"its {key} is {kept[key]!r:.200}, now {value!r:.200}"
             raise ConfigError(f"--out {options.out}: {folder} is of another cache, {problem}; choose another folder")
     if before is not None and before["complete"]:
         logger.info("%s: complete already", folder)
@@ -330,7 +332,7 @@ def _cache_texts(folder: Path, index: CacheIndex, encoder: _Encoder, options: Ca
     key, size = str(index["text_key"]), index["text_shard"]
     captions: dict[str, None] = {}
     for number, file in enumerate(tqdm(_files(folder, index), "captions", unit="file", leave=False, disable=None)):
-        tensors, total = open_shard(file), index["samples"] * index["variants"]
+        tensors, total = open_file(file), index["samples"] * index["variants"]
         for row in range(min(index["shard"], total - number * index["shard"])):
             captions[read_entries(tensors, row)[key]] = None
     texts = list(captions)

@@ -34,8 +34,7 @@ from ldm.modules.ema import LitEma
 from ldm.modules.x_transformer import AttentionLayers
 
 BLOCKS = (ResBlock, SpatialTransformer, AttentionBlock, UNetTrunk, AttentionLayers)
-"""Modules whose weights `fsdp` gathers together, for as long as they compute; a network is one for what its own blocks
-do not hold."""
+"""Modules whose weights `fsdp` gathers together while they compute; a UNetTrunk gathers those outside of its blocks."""
 
 REPLICAS = {"ddp": False, "ddp_find_unused_parameters_false": False, "ddp_find_unused_parameters_true": True}
 """Names of `DDPStrategy`, and whether it looks for unused parameters."""
@@ -62,9 +61,9 @@ def make_strategy(name: str) -> str | strategies.Strategy:
 class DDPStrategy(strategies.DDPStrategy):
     """Lightning's DDP without traffic for what no rank changes.
 
-    By default torch sends all weights from the first rank to the others at the start, frozen ones too, and all buffers
-    in every forward pass, among them the averages of EMA, as large as the model. Frozen weights and averages are equal
-    on all ranks already: each computes them from the same values. Gradients have no second copy for the exchange.
+    By default torch sends all weights from the first rank to the others at the start, frozen ones too. In every forward
+    pass it sends all buffers, among them the EMA averages, which are as large as the model. Frozen weights and averages
+    are equal on all ranks already: each computes them from the same values. Gradients have no second copy.
     """
 
     def _setup_model(self, model: nn.Module) -> DistributedDataParallel:
@@ -110,7 +109,7 @@ class FSDPStrategy(strategies.DDPStrategy):
             return
         adapters = bool(getattr(module, "trains_adapters", False))
         if not isinstance(module, DDPM) or adapters:
-            reason = "trains only adapters" if adapters else "is no diffusion model"
+            reason = "trains only adapters" if adapters else "is not a diffusion model"
             raise ConfigError(f"lightning.trainer.strategy fsdp: {type(module).__name__} {reason}; choose ddp")
         if any(each.on_cpu for each in module.modules() if isinstance(each, LitEma)):
             place = "model.params.ema_config.device"
@@ -183,8 +182,6 @@ def shard_module(module: DDPM, mesh: DeviceMesh) -> None:
         fully_shard(block, mesh=mesh, reshard_after_forward=True, ignored_params=frozen)
     parameters = dict(module.averaged_module().named_parameters())
     for average in (each for each in module.modules() if isinstance(each, LitEma)):
-        if getattr(average, "on_cpu", False) and mesh.device_type != "cpu":
-            raise ConfigError("model.params.ema_config.on_cpu: strategy fsdp shards the averages instead; remove it")
         for name, shadow in average.m_name2s_name.items():
             if isinstance(weight := parameters[name], DTensor):
                 setattr(average, shadow, shard_rows(getattr(average, shadow), weight))

@@ -143,6 +143,6 @@ def test_fixed_samples_are_logged_at_every_validation(tmp_path):
 
 
 def test_fixed_samples_of_a_model_that_they_do_not_fit_are_refused(tmp_path):
-    for model, words in ((Toy(), "Toy is no diffusion model"), (pixel_model(unet_config=UNET), "remove them")):
+    for model, words in ((Toy(), "Toy is not a diffusion model"), (pixel_model(unet_config=UNET), "remove them")):
         with pytest.raises(ConfigError, match=f"lightning.callbacks.image_logger.params.fixed_samples.*{words}"):
             fit(tmp_path, [ImageLogger(8, 2, fixed_samples={"prompts": ["a cat"]})], model)

@@ -141,5 +141,5 @@ def test_it_is_evaluated_every_few_validations_and_not_in_the_sanity_check():
 
 
 def test_a_model_without_noise_levels_is_refused(tmp_path):
-    with pytest.raises(ConfigError, match="LossBySNR: Toy is no diffusion model; remove the callback"):
+    with pytest.raises(ConfigError, match="LossBySNR: Toy is not a diffusion model; remove the callback"):
         fit(tmp_path, [LossBySNR()])

@@ -8,7 +8,7 @@ import torch
 from omegaconf import OmegaConf
 
 from ldm.config import instantiate as util
-from ldm.config.instantiate import ConfigError
+from ldm.config.instantiate import ConfigError, check_keys
 from ldm.config.validate import check_targets
 from ldm.util import get_obj_from_str, instantiate_from_config
 
@@ -133,6 +133,12 @@ def test_other_keys_beside_target_are_logged_once_and_unused(caplog):
     for _ in range(2):
         instantiate_from_config(config.model)
     assert [record.message for record in caplog.records] == ["model: cond_name has no effect"]
+
+
+def test_only_items_of_a_list_have_a_weight(caplog):
+    for path in ("data.params.train.params.datasets[0]", "data.params.train"):
+        check_keys(["target", "weight"], (), "torch.nn.Identity", path)
+    assert [record.message for record in caplog.records] == ["data.params.train: weight has no effect"]
 
 
 @pytest.mark.parametrize("value", ["src,{0}", " {0}. ", "{0}"])

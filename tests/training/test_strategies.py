@@ -137,5 +137,5 @@ def test_an_unknown_or_missing_strategy_is_refused_with_the_choices(monkeypatch,
 def test_only_diffusion_models_are_sharded(kind):
     strategy = make_strategy("fsdp")
     strategy.connect(MODELS[kind]())
-    with pytest.raises(ConfigError, match="AutoencoderKL is no diffusion model; choose ddp"):
+    with pytest.raises(ConfigError, match="AutoencoderKL is not a diffusion model; choose ddp"):
         strategy._shard()

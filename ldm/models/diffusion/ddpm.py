@@ -195,7 +195,7 @@ class DDPM(TrainedModule, PublishedDDPM):
         return self.get_images(batch, k, bs)
 
     def clean_inputs(self, batch: Mapping[str, Any], bs: int | None = None) -> tuple[Tensor, Conditioning]:
-        """Return what `denoising_errors` takes of the first `bs` samples: (x_start, encoded condition)."""
+        """Return (x_start, encoded condition) of the first `bs` samples, for `denoising_errors`."""
         return self.get_input(batch, self.first_stage_key, bs=bs), None
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Losses:

@@ -1,4 +1,4 @@
-"""Samples from fixed conditions and fixed noise, which show over validations what training changes."""
+"""Samples from fixed conditions and fixed noise: images of several validations differ by the training alone."""
 
 from __future__ import annotations
 
@@ -66,9 +66,10 @@ class FixedSamples:
         if further or main_part(model.model.conditioning_key) == "c_concat":
             raise ValueError("prompts: this model needs more than prompts; log its samples of a batch instead")
         if isinstance(stage := model.cond_stage_model, ClassEmbedder):
+            last = stage.n_classes - 1
             for each in self.conditions():
-                if not str(each).isdecimal() or int(each) >= stage.n_classes:
-                    raise ValueError(f"prompts: {each!r} is no class; expected numbers from 0 to {stage.n_classes - 1}")
+                if not str(each).isdecimal() or int(each) > last:
+                    raise ValueError(f"prompts: {each!r} is not a class; expected numbers from 0 to {last}")
 
     @torch.no_grad()
     def sample(self, model: DDPM) -> tuple[Tensor, list[str]]:

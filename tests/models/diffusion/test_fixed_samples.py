@@ -74,8 +74,8 @@ def test_settings_that_do_not_fit_are_refused(of_classes, of_texts, unconditiona
             FixedSamples(**options)
     concat = latent_diffusion("concat", {"in_channels": 8}, "__is_first_stage__")
     for model, prompts, words in (
-        (of_classes, ["cat"], "'cat' is no class; expected numbers from 0 to 9"),
-        (of_classes, [10], "10 is no class"),
+        (of_classes, ["cat"], "'cat' is not a class; expected numbers from 0 to 9"),
+        (of_classes, [10], "10 is not a class"),
         (of_texts, None, "missing; this model is conditional"),
         (unconditional, ["a"], "this model is unconditional; remove them"),
         (concat, ["a"], "this model needs more than prompts"),
