@@ -13,8 +13,8 @@ from PIL import Image
 
 import main
 from ldm.models.cached import MOMENTS
-from ldm.modules.ema import LitEma
-from ldm.training import doctor as doctor_module
+from ldm.modules.ema import EMAConfig, LitEma
+from ldm.training.doctor import checks, examination
 from tests.models.first_stages import loss_config
 from tests.tiny import FIRST_STAGE, save_text_model, text_model_config
 
@@ -66,7 +66,7 @@ def doctor(place, tmp_path, monkeypatch, capsys):
 
     def call(*words, base="text", steps=True):
         if not steps:
-            monkeypatch.setattr(doctor_module, "_step_without_data", lambda run: None)
+            monkeypatch.setattr(examination, "_step_without_data", lambda run: None)
         code = main.main(["--base", str(place / f"{base}.yaml"), "-t", "--doctor", *words])
         report = capsys.readouterr()
         lines = (report.out + report.err).splitlines()
@@ -178,8 +178,8 @@ def test_a_first_stage_for_sampling_cannot_train(doctor):
 
 
 def test_a_run_that_does_not_fit_into_memory_and_on_the_disk_has_two_problems(doctor, monkeypatch):
-    monkeypatch.setattr("ldm.training.doctor.shutil.disk_usage", lambda folder: SimpleNamespace(free=2**24))
-    monkeypatch.setattr(doctor_module, "device_memory", lambda run: 9 * 2**20)
+    monkeypatch.setattr(checks.shutil, "disk_usage", lambda folder: SimpleNamespace(free=2**24))
+    monkeypatch.setattr(checks, "device_memory", lambda run: 9 * 2**20)
     code, _, problems = doctor()
     memory, disk = problems
     assert code == 2 and memory.startswith("data.params.batch_size 4: needs 10.4 MiB, the device has 9.0 MiB; set it")
@@ -197,18 +197,32 @@ def test_several_problems_are_all_listed(doctor):
 def test_an_average_without_warm_up_that_keeps_its_first_weights_is_a_problem():
     model = torch.nn.Module()
     model.model_ema = LitEma(torch.nn.Linear(2, 2), decay=0.999, use_num_upates=False)
-    (found,) = doctor_module.check_ema(SimpleNamespace(model=model, steps=100))
-    assert (
-        found.is_problem and "90% of the average model_ema are still the initial weights; set it to 0.9" in found.text
-    )
-    assert not list(doctor_module.check_ema(SimpleNamespace(model=model, steps=10_000)))
+    (found,) = checks.check_ema(ema_run(model, 100))
+    assert found.is_problem and found.text.startswith("model.params.ema_decay 0.999: after 100 steps 90%")
+    assert "of the average are still the initial weights; set it to 0.9" in found.text
+    assert not list(checks.check_ema(ema_run(model, 10_000)))
     model.model_ema = LitEma(torch.nn.Linear(2, 2), decay=0.9999)  # warms up
-    assert not list(doctor_module.check_ema(SimpleNamespace(model=model, steps=100)))
+    assert not list(checks.check_ema(ema_run(model, 100)))
+
+
+def ema_run(model, steps, target="ldm.models.diffusion.ddpm.LatentDiffusion", **params):
+    return SimpleNamespace(model=model, steps=steps, params=params, plain={"model": {"target": target}})
+
+
+def test_an_average_is_named_by_the_key_that_the_config_has():
+    section = {"averages": [{"sigma_rel": 0.1}, {"decay": 0.999, "warm_up": False}]}
+    model = torch.nn.Module()
+    model.model_ema = EMAConfig(**section).build(torch.nn.Linear(2, 2))
+    (found,) = checks.check_ema(ema_run(model, 100, ema_config=section))
+    assert found.text.startswith("model.params.ema_config.averages[1].decay 0.999: ")
+    model.model_ema = LitEma(torch.nn.Linear(2, 2), decay=0.999, use_num_upates=False)
+    (found,) = checks.check_ema(ema_run(model, 100, "ldm.models.autoencoder.VQModel"))
+    assert "set model.params.ema_config={averages: [{decay: 0.9}]}, or model.params.use_ema=false" in found.text
 
 
 def test_cached_latents_need_no_images_in_the_batch():
     model = SimpleNamespace(first_stage_key="jpg", cond_stage_model=None)
     cached = SimpleNamespace(model=model, samples=[{MOMENTS: torch.zeros(8, 4, 4), "txt": "a caption"}])
-    assert not list(doctor_module._key_problems(cached))
-    (line,) = doctor_module._key_problems(SimpleNamespace(model=model, samples=[{"image": torch.zeros(4, 4, 3)}]))
+    assert not list(checks.key_problems(cached))
+    (line,) = checks.key_problems(SimpleNamespace(model=model, samples=[{"image": torch.zeros(4, 4, 3)}]))
     assert line.endswith("set model.params.first_stage_key=image")

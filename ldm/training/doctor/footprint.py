@@ -99,7 +99,7 @@ def step_footprint(model: pl.LightningModule, batch: Any, batch_size: int, preci
     gradients = sum(nbytes(p.grad) for p in trained if p.grad is not None)
     state = None
     with mode, contextlib.suppress(Exception):  # kernels of other libraries need data
-        optimizers = make_optimizers(model)[0]
+        optimizers = configured_optimizers(model)[0]
         for optimizer in optimizers:
             optimizer.step()
         values = (value for each in optimizers for state in each.state.values() for value in state.values())
@@ -107,7 +107,7 @@ def step_footprint(model: pl.LightningModule, batch: Any, batch_size: int, preci
     return Footprint(meter.peak, gradients, state, meter.flops, missing)
 
 
-def make_optimizers(model: pl.LightningModule) -> tuple[list[torch.optim.Optimizer], list[Any]]:
+def configured_optimizers(model: pl.LightningModule) -> tuple[list[torch.optim.Optimizer], list[Any]]:
     """Return the optimizers of a model and their learning-rate schedulers, from Lightning's forms."""
     made: Any = model.configure_optimizers()
     if isinstance(made, Mapping):
