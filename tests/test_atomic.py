@@ -198,6 +198,13 @@ INSIDE = {  # a file -> its calls that write to memory, or to a temporary file o
     "ldm/training/launch.py": {"open(file, 'a+')"},  # the lock of a run directory
     "ldm/training/class_images.py": {"open(folder / '.lock', 'a+')"},  # the lock of a folder
     "ldm/data/archives.py": {"part.open('wb')", "target.open('xb')"},
+    "ldm/data/shard_writer.py": {"temporary.open('wb')", "image.save(file, 'JPEG', quality=layout.quality)"},
+    "ldm/data/shards.py": {
+        "lock.touch()",
+        "temporary.open('wb')",
+        "np.savez_compressed(file, **arrays)",
+    },
+    "ldm/training/cache_latents.py": {"lock.touch()"},
     "ldm/output/images.py": {"image.save(data, 'PNG', pnginfo=info)"},
     "ldm/output/sample_array.py": {
         "self._temporary.open('wb')",

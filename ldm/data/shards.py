@@ -416,14 +416,14 @@ def _write(path: Path, index: Index, modified: int) -> None:
         "damage": index.damage,
     }
     count = len(index.keys)
+    arrays: dict[str, Any] = {
+        "head": np.frombuffer(json.dumps(head).encode(), np.uint8),
+        "members": np.array([*index.members.values()], np.int64).reshape(len(index.members), count, 4),
+        "numbers": np.array([*index.numbers.values()], np.float64).reshape(len(index.numbers), count),
+        "texts": np.array([*index.texts.values()], np.int32).reshape(len(index.texts), count),
+    }
     with atomic_file(path) as temporary, temporary.open("wb") as file:
-        np.savez_compressed(
-            file,
-            head=np.frombuffer(json.dumps(head).encode(), np.uint8),
-            members=np.array([*index.members.values()], np.int64).reshape(len(index.members), count, 4),
-            numbers=np.array([*index.numbers.values()], np.float64).reshape(len(index.numbers), count),
-            texts=np.array([*index.texts.values()], np.int32).reshape(len(index.texts), count),
-        )
+        np.savez_compressed(file, **arrays)
 
 
 def _read(path: Path, size: int | None = None, modified: int = 0) -> Index | None:
