@@ -53,6 +53,9 @@ def build_part(name: str, config: Mapping[str, Any]) -> Any:
         if buckets is None:  # of a cache
             raise DataConfigError(name, config["target"], problem, "set {param} to a cache without them")
         raise DataConfigError(f"{name}.params.buckets", dict(buckets), problem, "remove {param}")
+    if hasattr(dataset, "sample_of"):
+        problem = "a cache cannot be part of another dataset"
+        raise DataConfigError(name, config["target"], problem, "cache the whole, or set {param} to images")
     if not len(dataset):
         raise DataConfigError(name, config["target"], "is empty", "set {param} to a dataset with images")
     return dataset

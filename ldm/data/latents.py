@@ -37,7 +37,9 @@ TARGET = "ldm.data.latents.CachedLatents"
 INDEX, FORMAT = "index.json", 1
 STAGES = {"first_stage": "CachedFirstStage", "cond_stage": "CachedEncoder"}  # and their classes in ldm.models.cached
 _REMAKE = "make it with scripts/cache_latents.py, and set {param} to the folder of the split in it"
-_NOT_COMPARED = ("ckpt_path", "ignore_keys", "lossconfig", "monitor", "device", "freeze")  # params of stages
+_NOT_COMPARED = (  # params of stages
+    *("ckpt_path", "ignore_keys", "lossconfig", "learn_logvar", "monitor", "device", "freeze"),
+)
 
 
 class Stage(TypedDict):

@@ -124,7 +124,8 @@ def _local(name: str) -> list[str]:
     elif path.is_file():
         found = [str(path)]
     else:
-        found = sorted(glob.glob(str(path)))
+        beside = (".index.npz", ".json")  # of shards
+        found = sorted(each for each in glob.glob(str(path)) if not each.endswith(beside))
     if not found:
         problem = "has no .tar files" if path.is_dir() else "no such file"
         raise DataConfigError("shards", name, problem, "set {param} to .tar files, or to their folder")
@@ -230,7 +231,7 @@ class Store:
     def _make_room(self, needed: int) -> None:
         """Delete the copies that were unused longest, until `needed` bytes more are within the limit."""
         copies = []
-        for copy in self.cache.glob("*.tar"):
+        for copy in self.cache.glob(_COPIES):
             with suppress(OSError):  # another process has deleted it
                 copies.append((copy.stat().st_mtime_ns, copy.stat().st_size, copy))
         total = needed + sum(size for _, size, _ in copies)
@@ -244,6 +245,9 @@ class Store:
 def index_path(shard: Path) -> Path:
     """Return the place of a local shard's index: 00000.index.npz for 00000.tar."""
     return shard.with_name(f"{shard.name.removesuffix('.tar')}.index.npz")
+
+
+_COPIES = f"{'[0-9a-f]' * 16}-*.tar"  # names of copies; other tars in the folder of the cache are the user's
 
 
 def _file_name(shard: str, suffix: str) -> str:

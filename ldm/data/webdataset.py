@@ -306,6 +306,6 @@ def _limits(name: str, limits: Any) -> tuple[float, float]:
         raise DataConfigError("filters", {name: limits}, "not two limits", advice)
     least = -np.inf if pair[0] is None else pair[0]
     most = np.inf if pair[1] is None else pair[1]
-    if least > most:
+    if not least <= most:  # also of NaN
         raise DataConfigError("filters", {name: limits}, "leaves nothing", f"set {{param}}.{name} to [least, most]")
     return float(least), float(most)

@@ -40,6 +40,7 @@ from ldm.data.latents import (
     open_file,
     read_entries,
 )
+from ldm.data.mixture import Mixture
 from ldm.data.order import SeededDataset
 from ldm.data.workers import Loader, Traced
 from ldm.inference.precision import choose_device, resolve_precision
@@ -150,8 +151,7 @@ class _Encoder:
         config = self.params[f"{name}_config"]
         params, prefix = dict(config.get("params") or {}), f"{name}_model."
         own = {key.removeprefix(prefix): x for key, x in self.weights.items() if key.startswith(prefix)}
-        if own:
-            params.pop("ckpt_path", None)
+        file_of_stage, ignored = params.pop("ckpt_path", None), params.pop("ignore_keys", ())
         if "lossconfig" in params:
             params["lossconfig"] = {"target": "torch.nn.Identity"}
             params.pop("learn_logvar", None)  # a parameter of the loss
@@ -159,11 +159,13 @@ class _Encoder:
             stage = instantiate_from_config({"target": config["target"], "params": params})
         if own:
             load_weights(stage, self.params["ckpt_path"], weights=own)
+        elif file_of_stage is not None:  # after construction: within it, its tensors would lose their values too
+            load_weights(stage, expand_user(file_of_stage), ignored)
         ensure_weights(stage)
         if any(parameter.is_meta for parameter in stage.parameters()):
             raise ConfigError(f"{place}: has no weights; set model.params.ckpt_path or {place}.params.ckpt_path")
         freeze(stage).to(self.device)
-        config = {**config, "params": {key: x for key, x in params.items() if key not in ("ckpt_path", "ignore_keys")}}
+        config = {**config, "params": params}
         null = self._encode_texts(stage, [""]) if name == "cond_stage" else None
         file = self.options.out / f"{name}.safetensors"
         found = read_metadata(file).get("fingerprint") if file.is_file() else write_stage(file, stage, config, null)
@@ -234,6 +236,8 @@ def _cache_split(
     dataset = unwrapped(dataset)
     if isinstance(dataset, IterableDataset):
         raise ConfigError(f"{place}: is a stream; shards are read by ldm.data.webdataset.ImageShards")
+    if isinstance(dataset, Mixture):
+        raise ConfigError(f"{place}: a mixture cannot be cached, because its samples differ from epoch to epoch")
     buckets = getattr(dataset, "buckets", None) is not None
     if buckets:
         dataset.set_batch(options.global_batch or batch_size)

@@ -138,6 +138,22 @@ def test_remote_shards_are_copied_once_and_the_copies_keep_a_size(tmp_path, remo
         store.path("memory://shards/9.tar")
 
 
+def test_only_copies_make_room(tmp_path, remote):
+    mine = tmp_path / "cache/mine.tar"
+    mine.parent.mkdir()
+    mine.write_bytes(b"mine")
+    store = Store(mine.parent, 1.0)
+    copies = [store.path(url) for url in remote]
+    assert mine.is_file() and [copy.exists() for copy in copies] == [False, False, True]
+
+
+def test_a_pattern_leaves_out_what_is_written_beside_shards(tmp_path):
+    paths = [str(path) for path in save_shards(tmp_path, 2, 1)]
+    build_indices(paths, Store())
+    (tmp_path / "shards.json").write_text("{}")
+    assert expand(f"{tmp_path}/*") == paths
+
+
 def test_any_error_of_a_protocol_names_the_shard(tmp_path, remote, monkeypatch):
     class Forbidden(Exception):
         pass

@@ -108,7 +108,7 @@ def test_filters_leave_out_images_and_their_counts_are_logged(tmp_path, caplog):
         shards(tmp_path, filters=filters, missing_fields="raise")
     with pytest.raises(DataConfigError, match=r"filters 'scores': no image has this field; did you mean 'score'"):
         shards(tmp_path, filters={"scores": [1, 2]})
-    for wrong in (5, [1], ["a", "b"], [3, 2]):
+    for wrong in (5, [1], ["a", "b"], [3, 2], [float("nan"), None]):
         with pytest.raises(DataConfigError, match=r"set filters.score to \[least, most\]"):
             shards(tmp_path, filters={"score": wrong})
     with pytest.raises(DataConfigError, match=r"none of 5 images can be used \(.*4 with score below 9"):

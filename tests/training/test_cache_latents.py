@@ -14,6 +14,7 @@ from ldm.config.instantiate import instantiate_from_config
 from ldm.config.merge import merge
 from ldm.data.base import DataConfigError
 from ldm.data.latents import CachedLatents, read_index, use_cached_stages
+from ldm.data.mixture import Mixture
 from ldm.data.order import SeededDataset
 from ldm.models.cached import LATENT, MOMENTS, CachedEncoder, CachedFirstStage, CachedStage
 from ldm.training.cache_latents import CacheOptions, cache_latents
@@ -242,6 +243,28 @@ def test_latents_of_a_vq_stage_have_no_noise(here, tmp_path):
     batch = batch_of(CachedLatents(tmp_path / "vq" / "train"))
     assert batch[LATENT].shape == (3, 4, 4, 4)
     assert torch.equal(model.get_input(batch, "image")[0], model.scale_factor * batch[LATENT])
+
+
+def test_a_first_stage_from_its_own_file_gives_the_same_latents(here, tmp_path):
+    prefix, state = "first_stage_model.", read_checkpoint("tiny.ckpt")["state_dict"]
+    stage = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+    torch.save({"state_dict": stage}, tmp_path / "stage.ckpt")
+    own = f"model.params.first_stage_config.params.ckpt_path={tmp_path}/stage.ckpt"
+    words = ["--variants", "2", "model.params.ckpt_path=null", "model.params.cond_stage_trainable=true", own]
+    assert cache(*words, out=str(tmp_path / "own")) == 0
+    before, now = (CachedLatents(folder / "train")[0][MOMENTS] for folder in (here / "cache", tmp_path / "own"))
+    assert torch.equal(before, now)
+
+
+def test_a_cache_is_no_part_of_a_mixture_and_a_mixture_is_not_cached(here):
+    part = {"target": "ldm.data.latents.CachedLatents", "params": {"root": "cache/train"}}
+    with pytest.raises(DataConfigError, match=r"datasets\[0\] .* a cache cannot be part of another dataset"):
+        Mixture([part, part])
+    images = OmegaConf.to_container(OmegaConf.load("run.yaml").data.params.train)
+    mixed = OmegaConf.create({"data": {"params": {"train": {"_replace_": True, "target": "ldm.data.mixture.Mixture"}}}})
+    mixed.data.params.train.params = {"datasets": [images]}
+    OmegaConf.save(mixed, "mixed.yaml")
+    assert "data.params.train: a mixture cannot be cached" in refusal("--base", "mixed.yaml")
 
 
 def test_what_a_cache_cannot_hold_is_refused_by_name(here):
