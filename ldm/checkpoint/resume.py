@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 import shutil
 import time
 from pathlib import Path
@@ -23,6 +24,8 @@ from ldm.checkpoint.formats import (
 from ldm.checkpoint.write import write_checkpoint
 
 logger = logging.getLogger(__name__)
+
+_PART = re.compile(r"\.?\d+(-of-\d+)?\.ckpt")  # beginning of the name of a part, or of its temporary file
 
 
 class AtomicCheckpointIO(CheckpointIO):
@@ -54,15 +57,20 @@ class AtomicCheckpointIO(CheckpointIO):
 
 
 def remove_unused_parts(folder: Path) -> None:
-    """Delete the parts that no index in a folder names: those of replaced checkpoints and of killed saves."""
-    if not (folder / PARTS).is_dir():
+    """Delete the parts that no index in a folder names: those of replaced checkpoints and of killed saves.
+
+    Folders that hold anything but parts, and links, are not ours and stay.
+    """
+    if not (folder / PARTS).is_dir() or (folder / PARTS).is_symlink():
         return
     try:
         used = {part.parent for index in folder.glob("*.ckpt") for part in part_files(index)}
     except (CheckpointError, OSError):
         return  # the parts of a damaged index are unknown
     for unused in set((folder / PARTS).iterdir()) - used:
-        shutil.rmtree(unused, ignore_errors=True)
+        names = [path.name for path in unused.iterdir()] if unused.is_dir() and not unused.is_symlink() else []
+        if names and all(map(_PART.match, names)):
+            shutil.rmtree(unused, ignore_errors=True)
 
 
 def checkpoint_files(run_folder: str | os.PathLike) -> list[Path]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -142,7 +143,7 @@ def _groups(
                 raise ConfigError(f"{where}.{key}: unknown key{hint or did_you_mean(str(key), _GROUP_KEYS)}")
         patterns.append(_pattern(section.get("match"), f"{where}.match"))
         factor = section.get("lr_factor", 1.0)
-        if isinstance(factor, bool) or not isinstance(factor, int | float) or factor <= 0:
+        if isinstance(factor, bool) or not isinstance(factor, int | float) or not 0 < factor < math.inf:
             raise ConfigError(f"{where}.lr_factor {factor!r}: expected a number > 0")
         options = _options(cls, target, section.get("params") or {}, f"{where}.params")
         groups.append(_Group(patterns[-1].pattern, float(factor), options, []))
@@ -246,7 +247,7 @@ def _new(cls: type[Optimizer], parameters: Any, options: Mapping[str, Any]) -> O
 def _build(cls: type[Optimizer], target: str, groups: list[dict[str, Any]], options: Mapping[str, Any]) -> Optimizer:
     try:
         return _new(cls, groups, options)
-    except (TypeError, ValueError, RuntimeError) as error:
+    except (TypeError, ValueError, RuntimeError, IndexError) as error:  # e.g. of betas with one value
         raise ConfigError(f"{PLACE}: {target} cannot be built: {' '.join(str(error).split())}") from error
 
 

@@ -79,14 +79,26 @@ def test_parts_live_as_long_as_an_index_names_them(tmp_path):
     folder = tmp_path / "checkpoints"
     for step, name in ((1, "epoch=000001.ckpt"), (2, "last-copy.ckpt"), (3, "last.ckpt")):
         save_split(folder / name, 2, {**SPLIT, "global_step": step}, str(step))
-    (folder / PARTS / "killed").mkdir()
+    for name in ("killed/.0-of-2.ckpt.tmp", "wheel/mine.txt"):
+        (folder / PARTS / name).parent.mkdir()
+        (folder / PARTS / name).touch()
 
     def parts():
         return sorted(each.name for each in (folder / PARTS).iterdir())
 
     AtomicCheckpointIO().remove_checkpoint(folder / "epoch=000001.ckpt")
-    assert parts() == ["2", "3"]
+    assert parts() == ["2", "3", "wheel"]  # what is not ours stays
     (folder / PARTS / "3" / "0.ckpt").unlink()
     remove_unused_parts(folder)  # a damaged index: nothing is deleted
-    assert parts() == ["2", "3"]
+    assert parts() == ["2", "3", "wheel"]
     assert find_checkpoint(tmp_path, full_state=True).name == "last-copy.ckpt"
+
+
+def test_parts_behind_a_link_are_not_deleted(tmp_path):
+    folder, elsewhere = tmp_path / "checkpoints", tmp_path / "elsewhere"
+    (elsewhere / "1").mkdir(parents=True)
+    (elsewhere / "1" / "0-of-1.ckpt").touch()
+    folder.mkdir()
+    (folder / PARTS).symlink_to(elsewhere)
+    remove_unused_parts(folder)
+    assert (elsewhere / "1" / "0-of-1.ckpt").exists()

@@ -1,6 +1,7 @@
 """The section `optimizer_config`: classes, groups of parameters, schedules, resume."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -189,6 +190,8 @@ def test_eight_bit_states_take_a_quarter_of_the_memory():
         ),
         ({"groups": [{"match": "("}]}, "not a regular expression"),
         ({"groups": [{"match": "attn2", "lr_factor": 0}]}, r"lr_factor 0: expected a number > 0"),
+        ({"groups": [{"match": "attn2", "lr_factor": math.nan}]}, r"lr_factor nan: expected a number > 0"),
+        ({"params": {"betas": [0.9]}}, r"torch.optim.AdamW cannot be built: "),
         (
             {"groups": [{"match": "attn2", "lr_facto": 1}]},
             r"groups\[0\].lr_facto: unknown key; did you mean 'lr_factor'",

@@ -8,6 +8,7 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -57,7 +58,7 @@ class TrainingNoise:
             noise = noise + self.multires_discount**k * F.interpolate(small, size=(height, width), mode="bilinear")
             scales.append(self.multires_discount**k)
         if scales:
-            noise = noise / _standard_deviation(height, width, tuple(scales), x.device).to(x.dtype)
+            noise = noise / torch.as_tensor(_standard_deviation(height, width, tuple(scales))).to(x)
         if self.offset_strength > 0:
             noise = noise + self.offset_strength * normal_like(x.new_empty(*x.shape[:2], 1, 1), Purpose.OFFSET_NOISE)
         if self.input_perturbation > 0:
@@ -66,15 +67,17 @@ class TrainingNoise:
 
 
 @lru_cache(maxsize=32)
-def _standard_deviation(height: int, width: int, scales: tuple[float, ...], device: torch.device) -> Tensor:
+def _standard_deviation(height: int, width: int, scales: tuple[float, ...]) -> np.ndarray:
     """Standard deviation (H, W) of white noise plus scales[k] times noise upsampled from 2^-(k+1)."""
-    variance = torch.ones(height, width)
+    variance = np.ones((height, width))
     for k, scale in enumerate(scales, 1):
         rows, columns = (_squared_sums(side >> k, side) for side in (height, width))
         variance += scale**2 * rows[:, None] * columns  # bilinear weights are products of those of the two axes
-    return variance.sqrt().to(device)
+    return np.sqrt(variance)
 
 
-def _squared_sums(small: int, large: int) -> Tensor:
+def _squared_sums(small: int, large: int) -> np.ndarray:
     """Variance (large,) of white noise (small,) after linear interpolation to `large` positions."""
-    return F.interpolate(torch.eye(small)[None], size=large, mode="linear")[0].square().sum(dim=0)
+    place = np.maximum((np.arange(large) + 0.5) * small / large - 0.5, 0.0)  # as F.interpolate does
+    weight = place - np.floor(place)  # of the next value, except at the end
+    return np.where(place < small - 1, weight**2 + (1.0 - weight) ** 2, 1.0)
