@@ -36,6 +36,7 @@ EXTENSIONS = frozenset(
 MAX_PIXELS = 178_956_970  # 0.5 GiB as RGB; PIL itself refuses more
 MAX_STRETCH = 1.02  # of the sides' ratio, between two images that belong together
 WHITE = (255, 255, 255)
+_SIDES = (256, 257)  # TIFF tags: width and height as stored
 _PHOTOMETRIC = 262  # TIFF tag; 0 means WhiteIsZero
 _ORIENTATION, _QUARTER_TURNS = 274, (5, 6, 7, 8)  # EXIF tag; its values that swap width and height
 RESAMPLING = {name: Image.Resampling[name.upper()] for name in ("nearest", "box", "bilinear", "bicubic", "lanczos")}
@@ -90,8 +91,12 @@ def load_image(
 def image_size(path: PathType, content: bytes | None = None) -> tuple[int, int]:
     """Return (width, height) of an upright image from its header, without decoding it; errors as in `load_image`."""
     with _opened(path, MAX_PIXELS, content) as image:
-        in_header = "exif" in image.info or image.format == "TIFF"  # for others, Pillow would decode the image
+        # Pillow decodes a PNG that has nothing of this before its pixels.
+        in_header = image.format != "PNG" or image.info.keys() & {"exif", "Raw profile type exif", "XML:com.adobe.xmp"}
         turned = in_header and image.getexif().get(_ORIENTATION, 1) in _QUARTER_TURNS
+        if turned and image.format == "TIFF":  # recent versions of Pillow give the upright size
+            tags = dict(getattr(image, "tag_v2", {}))
+            turned = image.size == tuple(tags.get(tag) for tag in _SIDES)
         return (image.height, image.width) if turned else (image.width, image.height)
 
 

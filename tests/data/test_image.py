@@ -9,7 +9,7 @@ import zlib
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 from ldm.data.image import (
     BadImageError,
@@ -18,6 +18,7 @@ from ldm.data.image import (
     crop_box,
     from_array,
     from_tensor,
+    image_size,
     load_image,
     load_labels,
     to_array,
@@ -108,8 +109,17 @@ def test_every_mode_becomes_upright_opaque_rgb(tmp_path, mode):
         path = tmp_path / f"x.{suffix}"
         stored(image, orientation).save(path, exif=exif)
         loaded = load_image(path)
-        assert loaded.mode == "RGB" and loaded.size == (6, 4), orientation
+        assert loaded.mode == "RGB" and loaded.size == image_size(path) == (6, 4), orientation
         assert np.abs(np.asarray(loaded).astype(int) - expected).max() <= tolerance + 0.5, orientation
+
+
+def test_the_size_of_an_image_that_only_its_xmp_turns_is_that_of_the_loaded_one(tmp_path):
+    xmp = '<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:Description tiff:Orientation="6"/></x:xmpmeta>'
+    note = PngImagePlugin.PngInfo()
+    note.add_itxt("XML:com.adobe.xmp", xmp)
+    for path, options in ((tmp_path / "x.jpg", {"xmp": xmp.encode()}), (tmp_path / "x.png", {"pnginfo": note})):
+        Image.new("RGB", (6, 4)).save(path, **options)
+        assert load_image(path).size == image_size(path) == (4, 6)
 
 
 def test_stored_orientations_are_those_of_exif():
