@@ -184,7 +184,7 @@ class ImageFolder(ImageDataset):
 
     @cached_property
     def fingerprint(self) -> dict[str, int | str]:
-        """Hashes of the images' names in their order, and of their captions and class names."""
+        """Hashes of the images' names in their order, of their captions and class names, of their sizes in bytes."""
         labels: list[object] = [[item.captions for item in self.items], self.labels, self.class_names]
         labels += [self.prompts.templates, self.prompts.subject] if self.prompts else []
         if pairs := self._pairs():
@@ -192,7 +192,9 @@ class ImageFolder(ImageDataset):
         if self.masks is not None:
             labels.append([self.masks.of(item.name)[0].name for item in self.items])
         files = digest([item.name for item in self.items])
-        return {"files": files, "labels": digest(labels), **self.bucket_fingerprint}
+        with ThreadPoolExecutor(usable_cpus()) as pool:
+            sizes = list(pool.map(_bytes_of, map(self.file_of, range(len(self)))))
+        return {"files": files, "labels": digest(labels), "content": digest(sizes), **self.bucket_fingerprint}
 
     def _pairs(self) -> list[str]:
         """Return the names of the files that belong to the images, in their order; empty if there are none."""
@@ -393,6 +395,14 @@ class ListedImages(Defaults):
     ) -> None:
         listed = (files or self.defaults["files"]) if split is None else None
         super().__init__(size=size, files=listed, split=split, **options)
+
+
+def _bytes_of(path: Path) -> int:
+    """Return the size of a file; -1 if it is missing."""
+    try:
+        return path.stat().st_size
+    except OSError:
+        return -1
 
 
 def _table(captions: str | None, folders: Sequence[Path]) -> Path | None:

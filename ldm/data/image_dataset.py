@@ -40,7 +40,7 @@ from ldm.data.order import epoch_order, usable_cpus
 
 logger = logging.getLogger(__name__)
 
-_REPLACEMENTS = 20  # images that are tried in the place of one that became unusable
+_NEXT, _FURTHER = 3, 17  # images that are tried in the place of one that became unusable: after it, and anywhere
 
 
 class ImageDataset(Dataset):
@@ -159,7 +159,10 @@ class ImageDataset(Dataset):
     @property
     def bucket_fingerprint(self) -> dict[str, int | str]:
         """The part of a `fingerprint` that tells buckets apart; empty without them."""
-        return {} if self.buckets is None else {"buckets": digest([asdict(self.buckets), self.bucket_sizes.tolist()])}
+        if self.buckets is None:
+            return {}
+        sizes = hashlib.blake2b(self.sizes.tobytes(), digest_size=16).hexdigest()  # of the images
+        return {"buckets": digest([asdict(self.buckets), self.bucket_sizes.tolist()]), "sizes": sizes}
 
     def sample_order(self, seed: int, epoch: int, shuffle: bool) -> np.ndarray:
         """Return the indices of an epoch without buckets -> (N,) int64."""
@@ -175,7 +178,10 @@ class ImageDataset(Dataset):
             return self._replacement(index, error)
 
     def _replacement(self, index: int, error: BadImageError) -> dict[str, Any]:
-        """Return the next sample that can be read, for an image that became unusable after it was checked."""
+        """Return a sample that can be read, for an image that became unusable after it was checked.
+
+        It is one of the next ones or, as all of these may be in a lost shard or folder, one of some of all others.
+        """
         if error.path not in self.skipped:
             self.skipped[error.path] = error.reason or str(error)
             logger.warning("%s; the next image takes its place (%d skipped)", error, len(self.skipped))
@@ -183,11 +189,14 @@ class ImageDataset(Dataset):
         if self.buckets is not None:
             self.set_batch(self.batch or 1)
             alike = np.flatnonzero(self.bucket_of == self.bucket_of[index])
-        others = np.roll(alike, -int(np.searchsorted(alike, index)) - 1)[:-1][:_REPLACEMENTS]
+        others = np.roll(alike, -int(np.searchsorted(alike, index)) - 1)[:-1]
+        if len(others) > _NEXT + _FURTHER:
+            spread = np.linspace(_NEXT, len(others) - 1, _FURTHER).astype(np.int64)
+            others = others[[*range(_NEXT), *spread]]
         for other in others.tolist():
             with suppress(BadImageError):
                 return self._sample(other)
-        tried = f"nor can the {len(others)} images after it be read"
+        tried = f"nor can {len(others)} other images be read"
         raise BadImageError(
             error.path, f"{error.reason}; {tried}: is {Path(error.path).parent} still there?"
         ) from error

@@ -15,7 +15,6 @@ import math
 import os
 import subprocess
 import tarfile
-import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
@@ -37,9 +36,9 @@ logger = logging.getLogger(__name__)
 CACHE = "~/.cache/latent-diffusion/shards"
 PIPE = "pipe:"  # followed by a command that writes the shard to its standard output
 TEXTS = frozenset({"txt", "text", "caption"})  # suffixes of members that hold text
-_FORMAT = 1  # of the index; another one is rebuilt
+_FORMAT = 2  # of the index; another one is rebuilt
 _BLOCK = 512  # bytes of a tar file's header
-_BROKEN = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile)
+_CHUNK = 1 << 20  # bytes of a file that are read at once
 
 _pipes_allowed = False
 
@@ -58,8 +57,8 @@ class Index(NamedTuple):
     """The samples of a shard, N of them, in its order."""
 
     keys: list[str]
-    members: dict[str, np.ndarray]  # by suffix: int64 (N, 4), offset and size in bytes (-1: none), then for images
-    # their width and height, for texts the number of characters
+    members: dict[str, np.ndarray]  # by suffix: int64 (N, 5), offset and size in bytes (-1: none), then for images
+    # their width and height, for texts the number of characters, and a hash of images, texts and JSON
     numbers: dict[str, np.ndarray]  # numeric fields of the JSON: float64 (N,), NaN where missing
     texts: dict[str, np.ndarray]  # text fields of the JSON: int32 (N,), characters of the longest text
     problems: dict[int, str]  # why samples cannot be used
@@ -67,8 +66,8 @@ class Index(NamedTuple):
     size: int  # of the shard in bytes
 
     def member(self, suffixes: Sequence[str]) -> np.ndarray:
-        """Return the first of these members of each sample -> int64 (N, 4); size -1 for those that have none."""
-        found = np.full((len(self.keys), 4), -1, np.int64)
+        """Return the first of these members of each sample -> int64 (N, 5); size -1 for those that have none."""
+        found = np.full((len(self.keys), 5), -1, np.int64)
         for suffix in reversed(suffixes):
             rows = self.members.get(suffix)
             if rows is not None:
@@ -95,7 +94,15 @@ def expand(shards: str | Sequence[str]) -> list[str]:
             found += _pipe(name) if name.startswith(PIPE) else _remote(name) if is_remote(name) else _local(name)
     if not found:
         raise DataConfigError("shards", shards, "names no shards", "set {param} to .tar files, or to their folder")
-    return list(dict.fromkeys(found))
+    different: dict[str, str] = {}
+    for name in found:
+        different.setdefault(identity(name), name)
+    return list(different.values())
+
+
+def identity(shard: str) -> str:
+    """Return a name of a shard that is the same for every spelling of its path."""
+    return shard if is_remote(shard) else os.path.realpath(shard)
 
 
 def is_remote(name: str) -> bool:
@@ -162,14 +169,18 @@ class Store:
         if not is_remote(shard):
             return Path(shard)
         copy = self.cache / _file_name(shard, ".tar")
-        copy.parent.mkdir(parents=True, exist_ok=True)
         lock = copy.with_suffix(".lock")
-        lock.touch()
-        with locked(lock):  # ranks and workers on this machine copy it once
-            if copy.is_file():
-                os.utime(copy)  # the time of its last use
-            else:
-                self._fetch(shard, copy)
+        try:
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            lock.touch()
+            with locked(lock):  # ranks and workers on this machine copy it once
+                if copy.is_file():
+                    os.utime(copy)  # the time of its last use
+                else:
+                    self._fetch(shard, copy)
+        except OSError as error:
+            if not copy.is_file():  # a copy in a read-only cache can be used
+                raise self._unwritable(shard, error) from error
         return copy
 
     def has_index(self, shard: str) -> bool:
@@ -183,7 +194,7 @@ class Store:
         if is_remote(shard):
             if (index := _read(kept)) is None and (index := self._published(shard, kept)) is None:
                 index = _build(self.path(shard))
-                _write(kept, index, 0)
+                self._keep(shard, kept, index, 0)
             return index
         path = Path(shard)
         try:
@@ -198,8 +209,22 @@ class Store:
         try:
             _write(beside, index, stat.st_mtime_ns)
         except WriteError:  # a read-only folder
-            _write(kept, index, stat.st_mtime_ns)
+            self._keep(shard, kept, index, stat.st_mtime_ns)
         return index
+
+    def stale(self, shard: str) -> str:
+        """Return the files to delete after a shard was changed behind its index."""
+        return str(self.cache / _file_name(shard, ".*") if is_remote(shard) else index_path(Path(shard)))
+
+    def _keep(self, shard: str, kept: Path, index: Index, modified: int) -> None:
+        try:
+            _write(kept, index, modified)
+        except WriteError as error:
+            raise self._unwritable(shard, error) from error
+
+    def _unwritable(self, shard: str, error: OSError) -> DataConfigError:
+        problem = f"cannot take the copy or the index of {shard}: {error}"
+        return DataConfigError("cache", str(self.cache), problem, "set {param} to a folder that can be written to")
 
     def _cached_index(self, shard: str) -> Path:
         return self.cache / _file_name(shard if is_remote(shard) else os.path.abspath(shard), ".index.npz")
@@ -253,7 +278,7 @@ _COPIES = f"{'[0-9a-f]' * 16}-*.tar"  # names of copies; other tars in the folde
 def _file_name(shard: str, suffix: str) -> str:
     """Return the name of a shard's file in the cache."""
     stem = Path(shard.split("?")[0]).name.removesuffix(" -").removesuffix(".tar")[:40]
-    return f"{hashlib.blake2b(shard.encode(), digest_size=8).hexdigest()}-{stem}{suffix}"
+    return f"{hashlib.blake2b(shard.encode(errors='surrogateescape'), digest_size=8).hexdigest()}-{stem}{suffix}"
 
 
 def build_indices(shards: Sequence[str], store: Store) -> None:
@@ -308,8 +333,8 @@ def _build(path: Path) -> Index:
                 place = member.offset_data, member.size
                 try:
                     sample[suffix] = (*place, *_measured(file, key, suffix, *place, values))
-                except (BadImageError, ValueError) as error:
-                    sample[suffix] = (*place, 0, 0)
+                except (BadImageError, ValueError, RecursionError) as error:
+                    sample[suffix] = (*place, 0, 0, 0)
                     reason = error.reason if isinstance(error, BadImageError) else str(error)
                     problems.setdefault(key, f".{suffix}: {reason}")
     except (tarfile.TarError, OSError) as error:
@@ -329,32 +354,41 @@ def _members(tar: tarfile.TarFile, size: int) -> Iterator[tarfile.TarInfo]:
     end = tar.fileobj.read(_BLOCK)
     if end != bytes(_BLOCK):
         raise tarfile.ReadError(f"{'is damaged' if end else 'breaks off'} at byte {tar.offset:,}")
+    while rest := tar.fileobj.read(_CHUNK):
+        if rest.strip(b"\0"):
+            problem = f"holds more after its end at byte {tar.offset:,}"
+            raise tarfile.ReadError(f"{problem}: are these several tar files in one?")
 
 
 def _measured(
     file: Any, key: str, suffix: str, offset: int, size: int, values: dict[str, Mapping[str, Any]]
-) -> tuple[int, int]:
-    """Return (width, height) of an image, (characters, 0) of a text; keep the fields of a JSON in `values`.
+) -> tuple[int, int, int]:
+    """Return (width, height, hash) of an image, (characters, 0, hash) of a text; keep the fields of a JSON in `values`.
 
-    Raises BadImageError or ValueError for a member that is none.
+    Raises BadImageError, ValueError or RecursionError for a member that is none.
     """
     last = suffix.rpartition(".")[2]
     image = f".{last}" in EXTENSIONS
     if not image and suffix != "json" and last not in TEXTS:
-        return 0, 0
+        return 0, 0, 0
     at = file.tell()
     file.seek(offset)
     content = file.read(size)
     file.seek(at)
     if image:
-        return image_size(f"{key}.{suffix}", content)
+        return *image_size(f"{key}.{suffix}", content), content_hash(content)
     if suffix != "json":
-        return len(_text(content)), 0
+        return len(_text(content)), 0, content_hash(content)
     fields = json.loads(content)
     if not isinstance(fields, dict):
         raise ValueError(f"holds {type(fields).__name__}, expected an object")
     values[key] = fields
-    return 0, 0
+    return 0, 0, content_hash(content)
+
+
+def content_hash(content: bytes) -> int:
+    """Return a hash of 64 bits, signed."""
+    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little", signed=True)
 
 
 def _text(content: bytes) -> str:
@@ -375,7 +409,7 @@ def _tabulated(
     texts: dict[str, np.ndarray] = {}
     for key, sample in samples.items():
         for suffix, place in sample.items():
-            members.setdefault(suffix, np.full((len(keys), 4), -1, np.int64))[number[key]] = place
+            members.setdefault(suffix, np.full((len(keys), 5), -1, np.int64))[number[key]] = place
     for key, fields in values.items():
         for name, value in fields.items():
             if isinstance(value, int | float):
@@ -422,7 +456,7 @@ def _write(path: Path, index: Index, modified: int) -> None:
     count = len(index.keys)
     arrays: dict[str, Any] = {
         "head": np.frombuffer(json.dumps(head).encode(), np.uint8),
-        "members": np.array([*index.members.values()], np.int64).reshape(len(index.members), count, 4),
+        "members": np.array([*index.members.values()], np.int64).reshape(len(index.members), count, 5),
         "numbers": np.array([*index.numbers.values()], np.float64).reshape(len(index.numbers), count),
         "texts": np.array([*index.texts.values()], np.int32).reshape(len(index.texts), count),
     }
@@ -446,5 +480,5 @@ def _read(path: Path, size: int | None = None, modified: int = 0) -> Index | Non
                 head["damage"],
                 head["size"],
             )
-    except _BROKEN:
+    except Exception:  # a damaged file can raise nearly anything
         return None

@@ -22,7 +22,17 @@ from ldm.data.base import DataConfigError, check_choice
 from ldm.data.image import EXTENSIONS, BadImageError, Size, load_image
 from ldm.data.image_dataset import ImageDataset, digest
 from ldm.data.order import order_generator
-from ldm.data.shards import CACHE, Index, ShardError, Store, build_indices, expand, read_captions
+from ldm.data.shards import (
+    CACHE,
+    TEXTS,
+    Index,
+    ShardError,
+    Store,
+    build_indices,
+    content_hash,
+    expand,
+    read_captions,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -30,12 +40,20 @@ _JSON = "json."  # begins `captions` that are in a field of the JSON
 _MEASURED = ("width", "height", "side", "ratio")  # fields of every image; `side` is the shorter one
 
 
+class _Digests(NamedTuple):
+    """Hashes of the samples of a shard that are used."""
+
+    keys: str
+    images: str
+    captions: str
+
+
 class _Selected(NamedTuple):
     """The samples of a shard that are used, n of them."""
 
     rows: np.ndarray  # int32 (n,), in the index of the shard
     sizes: np.ndarray  # int32 (n, 2), width and height
-    digest: str  # of their keys and the sizes of their captions
+    digests: _Digests
 
 
 class _Open(NamedTuple):
@@ -43,7 +61,7 @@ class _Open(NamedTuple):
 
     file: BinaryIO
     keys: list[str]
-    images: np.ndarray  # int64 (N, 4), see Index.members
+    images: np.ndarray  # int64 (N, 3), offset, size and hash
     captions: np.ndarray
 
 
@@ -52,9 +70,9 @@ class ImageShards(ImageDataset):
 
     shards: .tar files as paths, URLs (https://, s3://, gs://), patterns such as `data/{00000..00039}.tar` and
     `data/*.tar`, folders, or a list of them. Each gets an index of its samples the first time (ldm.data.shards).
-    captions: the suffix of the text next to each image; `json.FIELD` for a field of its JSON, a text or a list of
-    texts, of which each sample takes a random one; null for none. image: the suffix of the image, if samples hold
-    several.
+    captions: the suffix of the text next to each image, txt, text or caption, perhaps after others (`long.txt`);
+    `json.FIELD` for a field of its JSON, a text or a list of texts, of which each sample takes a random one; null for
+    none. image: the suffix of the image, if samples hold several.
 
     filters: {field: [least, most]} of images to use; null for no limit. Fields are the numeric ones of the JSON, such
     as AESTHETIC_SCORE, and width, height, side (the shorter one) and ratio (width / height) of the image itself.
@@ -85,10 +103,10 @@ class ImageShards(ImageDataset):
         check_choice("missing_fields", missing_fields, ("skip", "keep", "raise"))
         self.filters = {name: _limits(name, limits) for name, limits in (filters or {}).items()}
         self.missing_fields, self.lanes = missing_fields, lanes
-        text = captions or ""
-        self._field = text.removeprefix(_JSON) if text.startswith(_JSON) else None
-        self._caption_suffix = "json" if self._field is not None else text
-        self._image_suffixes = [image] if image is not None else sorted(each[1:] for each in EXTENSIONS)
+        self._caption_suffix, self._field = _caption_place(captions)
+        given = None if image is None else image.lower().removeprefix(".")
+        self._image_suffixes = sorted(each[1:] for each in EXTENSIONS) if given is None else [given]
+        self._image_name = "an image" if given is None else f".{given}"
         self.postprocess = None if postprocess is None else instantiate_from_config(postprocess)
         self.store = Store(cache, cache_gb * 1e9)
         self.shards = expand(shards)
@@ -98,7 +116,7 @@ class ImageShards(ImageDataset):
         self._rows = [each.rows for each in selected]
         self._starts = np.cumsum([0, *(len(rows) for rows in self._rows)])
         self.sizes = np.concatenate([each.sizes for each in selected])  # int32 (N, 2), width and height
-        self._digests = [each.digest for each in selected]
+        self._digests = [each.digests for each in selected]
         self._open: OrderedDict[int, _Open] = OrderedDict()
         self._process = os.getpid()
         counts = ", ".join(f"{count:,} {reason}" for reason, count in self.left_out.most_common())
@@ -139,10 +157,16 @@ class ImageShards(ImageDataset):
 
     @cached_property
     def fingerprint(self) -> dict[str, int | str]:
-        """Hashes of the shards' names and the keys of their samples, and of how they are captioned."""
+        """Hashes of the shards' names and the keys of their samples, of captions and images; the lanes of the order."""
         names = [Path(shard).name for shard in self.shards]
         labels = [self._caption_suffix, self._field, self.prompts.templates, self.prompts.subject]
-        return {"files": digest([names, self._digests]), "labels": digest(labels), **self.bucket_fingerprint}
+        return {
+            "files": digest([names, [each.keys for each in self._digests]]),
+            "labels": digest([*labels, [each.captions for each in self._digests]]),
+            "content": digest([each.images for each in self._digests]),
+            "lanes": min(self.lanes, len(self.shards)),
+            **self.bucket_fingerprint,
+        }
 
     def file_of(self, index: int) -> str:
         """Return the shard of a sample and its key: data/00003.tar/000030017."""
@@ -172,7 +196,7 @@ class ImageShards(ImageDataset):
         shard, row = self._place(index)
         place = self._opened(shard).captions[row]
         found = read_captions(self._read(shard, place), self._field) if place[1] >= 0 else []
-        return self.caption_policy.apply(self.file_of(index), found, "it was blanked after its shard was indexed")[0]
+        return self.caption_policy.apply(self.file_of(index), found, "no text")[0]
 
     def _place(self, index: int) -> tuple[int, int]:
         """Return the number of a sample's shard, and its row there."""
@@ -180,10 +204,19 @@ class ImageShards(ImageDataset):
         return shard, int(self._rows[shard][index - self._starts[shard]])
 
     def _read(self, shard: int, place: np.ndarray) -> bytes:
-        offset, size = map(int, place[:2])
+        offset, size, expected = map(int, place)
         file = self._opened(shard).file
         file.seek(offset)
-        return file.read(size)
+        content = file.read(size)
+        if content_hash(content) != expected:
+            raise self._changed(shard)
+        return content
+
+    def _changed(self, shard: int) -> BadImageError:
+        name = self.shards[shard]
+        return BadImageError(
+            name, f"was changed after it was indexed: start again, after deleting {self.store.stale(name)}"
+        )
 
     def _opened(self, shard: int) -> _Open:
         if self._process != os.getpid():  # a forked data worker shares the positions in the files of its parent
@@ -199,10 +232,12 @@ class ImageShards(ImageDataset):
             file = self.store.path(name).open("rb")
         except (OSError, ShardError) as error:
             raise BadImageError(name, str(error)) from error
-        if os.fstat(file.fileno()).st_size != index.size:
-            raise BadImageError(name, f"has another size than its index, {index.size:,} bytes: delete the index")
-        captions = index.member([self._caption_suffix])
-        self._open[shard] = _Open(file, index.keys, index.member(self._image_suffixes), captions)
+        rows = self._rows[shard]
+        if index.size != os.fstat(file.fileno()).st_size or self._digests_of(index, rows) != self._digests[shard]:
+            file.close()
+            raise self._changed(shard)
+        images, captions = (index.member(each)[:, [0, 1, 4]] for each in (self._image_suffixes, [self._caption_suffix]))
+        self._open[shard] = _Open(file, index.keys, images, captions)
         return self._open[shard]
 
     def __getstate__(self) -> dict[str, Any]:
@@ -211,7 +246,7 @@ class ImageShards(ImageDataset):
     # ------------------------------------------------------------------------------------------------- which samples
 
     def _select_all(self) -> list[_Selected]:
-        selected, known = [], set(_MEASURED)
+        selected, known, texts = [], set(_MEASURED), set[str]()
         for shard in tqdm(self.shards, "selecting images", leave=False, delay=3, disable=None):
             try:
                 index = self.store.index(shard)
@@ -219,11 +254,14 @@ class ImageShards(ImageDataset):
                 self._unusable(shard, str(error).removeprefix(f"{shard}: "))
                 index = Index([], {}, {}, {}, {}, "", 0)
             known |= index.numbers.keys()
+            texts |= index.texts.keys()
             selected.append(self._select(shard, index))
         for name in self.filters:
             if name not in known:
-                problem = f"no image has this field{did_you_mean(name, known)}"
-                raise DataConfigError("filters", name, problem, "set {param} to fields that the shards have")
+                problem = (
+                    "this field holds text" if name in texts else f"no image has this field{did_you_mean(name, known)}"
+                )
+                raise DataConfigError("filters", name, problem, "set {param} to fields with numbers")
         return selected
 
     def _select(self, shard: str, index: Index) -> _Selected:
@@ -246,8 +284,10 @@ class ImageShards(ImageDataset):
             leave_out(np.isin(np.arange(len(kept)), these), f"damaged ({reason})")
         without = images[:, 1] < 0
         if self.on_error == "raise" and without.any():
-            self._unusable(f"{shard}/{index.keys[int(without.argmax())]}", f"has no .{self._image_suffixes[0]}")
-        leave_out(without, "without an image")
+            row = int(without.argmax())
+            found = ", ".join(f".{suffix}" for suffix, each in index.members.items() if each[row, 1] >= 0)
+            self._unusable(f"{shard}/{index.keys[row]}", f"has no {self._image_name} (it has {found})")
+        leave_out(without, f"without {self._image_name}")
         leave_out(width * height > self.max_pixels, f"above {self.max_pixels:,} pixels")
         side = np.minimum(width, height)
         leave_out(side < self.min_size, f"with a side below min_size {self.min_size}")
@@ -267,9 +307,14 @@ class ImageShards(ImageDataset):
         if self.captioned:
             self._select_captions(shard, index, captions, kept, leave_out)
         rows = np.flatnonzero(kept).astype(np.int32)
-        content = "\n".join(index.keys[row] for row in rows).encode() + captions[rows, 1].tobytes()
-        key = hashlib.blake2b(content, digest_size=16).hexdigest()
-        return _Selected(rows, images[rows, 2:].astype(np.int32), key)
+        return _Selected(rows, images[rows, 2:4].astype(np.int32), self._digests_of(index, rows))
+
+    def _digests_of(self, index: Index, rows: np.ndarray) -> _Digests:
+        """Return the hashes of the samples in these rows of a shard, as far as its index has them."""
+        rows = rows[rows < len(index.keys)]
+        keys = "\n".join(index.keys[row] for row in rows).encode(errors="surrogatepass")  # names may not be UTF-8
+        members = (index.member(each)[rows, 4].tobytes() for each in (self._image_suffixes, [self._caption_suffix]))
+        return _Digests(*(hashlib.blake2b(each, digest_size=16).hexdigest() for each in (keys, *members)))
 
     def _select_captions(
         self, shard: str, index: Index, captions: np.ndarray, kept: np.ndarray, leave_out: Any
@@ -295,6 +340,19 @@ class ImageShards(ImageDataset):
         if self.on_error == "raise":
             raise DataConfigError("on_error", "raise", f"{what}: {reason}", "repair it, or set {param} to skip")
         self.skipped[what] = reason
+
+
+def _caption_place(captions: str | None) -> tuple[str, str | None]:
+    """Return the suffix of the member with the captions, and the field of its JSON or None. Raises DataConfigError."""
+    if captions is None:
+        return "", None
+    if captions.lower().startswith(_JSON):
+        return "json", captions[len(_JSON) :]
+    suffix = captions.lower().removeprefix(".")
+    if suffix.rpartition(".")[2] not in TEXTS:
+        advice = f"set {{param}} to {', '.join(sorted(TEXTS))}, json.FIELD or null"
+        raise DataConfigError("captions", captions, "is no suffix of texts", advice)
+    return suffix, None
 
 
 def _limits(name: str, limits: Any) -> tuple[float, float]:

@@ -134,6 +134,13 @@ def test_images_smaller_than_all_sizes_and_invalid_sections_are_refused(tmp_path
         folder_of(tmp_path, buckets={"steps": 8})
 
 
+def test_the_fingerprint_tells_other_sizes_of_images_apart(tmp_path):
+    before = folder_of(tmp_path).fingerprint
+    save_image(tmp_path / "00.png", 0, 20, 40)
+    after = folder_of(tmp_path, count=0).fingerprint
+    assert {key for key in before if before[key] != after[key]} == {"content", "sizes"}
+
+
 def test_another_batch_at_resume_is_refused(tmp_path):
     folder_of(tmp_path)
     node = {"target": "ldm.data.folder.ImageFolder", "params": {"root": str(tmp_path), "size": 32}}
@@ -145,6 +152,10 @@ def test_another_batch_at_resume_is_refused(tmp_path):
         if refused:
             with pytest.raises(ConfigError, match="batches of 2 samples of all devices, previously 4"):
                 data.load_state_dict(state)
+            data.datasets["train"].buckets = Buckets(step=8, min_side=32)
+            data.datasets["train"].bucket_sizes = np.array([[64, 64]])
+            with pytest.raises(DataConfigError, match=r"set data.params.train.params.buckets.upscale to true"):
+                data.train_dataloader()
             continue
         data.load_state_dict(state)
 

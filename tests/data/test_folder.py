@@ -310,7 +310,7 @@ def test_an_image_that_becomes_unusable_under_skip_is_replaced_and_counted(tmp_p
         strict[1]
     for i in range(4):
         (tmp_path / f"{i}.png").unlink(missing_ok=True)
-    with pytest.raises(BadImageError, match=r"1.png: no such file; nor can the 3 images after it be read: is .* there"):
+    with pytest.raises(BadImageError, match=r"1.png: no such file; nor can 3 other images be read: is .* there"):
         dataset[1]
 
 

@@ -24,6 +24,9 @@ def test_names_may_be_ranges_patterns_folders_and_lists(tmp_path):
         [paths[0], str(tmp_path)],
     ):
         assert expand(given) == paths
+    (tmp_path / "link.tar").symlink_to(paths[2])  # one shard counts once, however its path is written
+    spellings = [paths[0], f"{tmp_path}/../{tmp_path.name}/00000.tar", paths[2], f"{tmp_path}/link.tar"]
+    assert expand(spellings) == [paths[0], paths[2]]
     assert expand("s3://bucket/{0..1}.tar") == ["s3://bucket/0.tar", "s3://bucket/1.tar"]
 
 
@@ -73,7 +76,8 @@ def test_an_index_holds_places_sizes_fields_and_lengths(tmp_path):
     }.items():
         offset, size = index.members[suffix][key, :2]
         assert content[offset : offset + size] == members[name]
-    assert index.member(["png"])[:, 2:].tolist() == [[7, 5], [4, 3]]
+        assert index.members[suffix][key, 4] == shards.content_hash(members[name])
+    assert index.member(["png"])[:, 2:4].tolist() == [[7, 5], [4, 3]]
     assert index.members["txt"][:, 2].tolist() == [4, -1] and index.member(["jpg"])[:, 1].tolist() == [-1, -1]
     assert index.numbers["x"][0] == 2 and index.numbers["ok"][0] == 1 and np.isnan(index.numbers["x"][1])
     assert index.texts["t"].tolist() == [3, 0]
@@ -89,9 +93,35 @@ def test_an_index_is_built_once_and_again_when_its_shard_changed(tmp_path, monke
     assert len(built) == 1 and index_path(path).name == "00000.index.npz"
     os.utime(path, ns=(0, 0))
     store.index(str(path))
-    index_path(path).write_bytes(b"half")
+    assert len(built) == 2
+
+
+def test_an_index_that_is_damaged_anywhere_is_built_again(tmp_path):
+    [path] = save_shards(tmp_path, 1, 2)
+    store, place = Store(tmp_path / "cache"), index_path(path)
     store.index(str(path))
-    assert len(built) == 3
+    whole, stat = place.read_bytes(), path.stat()
+    for at in range(0, len(whole), len(whole) // 40):
+        place.write_bytes(whole[:at] + bytes([whole[at] ^ 0xFF]) + whole[at + 1 :])
+        shards._read(place, stat.st_size, stat.st_mtime_ns)
+    np.savez_compressed(place, head=np.frombuffer(b"[1]", np.uint8))
+    assert store.index(str(path)).keys == ["000", "001"]
+
+
+def test_files_of_several_tars_are_damaged_after_the_first(tmp_path):
+    paths = save_shards(tmp_path, 2, 2)
+    path = tmp_path / "both.tar"
+    path.write_bytes(b"".join(each.read_bytes() for each in paths))
+    index = Store(tmp_path / "cache").index(str(path))
+    assert index.keys == ["000", "001"] and "are these several tar files in one?" in index.damage
+
+
+def test_names_that_are_not_utf8_and_deeply_nested_json_are_read(tmp_path):
+    members = {"caf\udce9.png": image_bytes(0), "b.png": image_bytes(1), "b.json": "[" * 100_000}
+    path = save_shard(tmp_path / "caf\udce9.tar", members)
+    index = Store(tmp_path / "cache").index(str(path))
+    assert index.keys == ["caf\udce9", "b"] and "maximum recursion depth" in index.problems[1]
+    assert Store(tmp_path / "cache").index(str(path)).keys == index.keys
 
 
 def test_an_index_is_in_the_cache_if_the_folder_is_read_only(tmp_path, monkeypatch):
@@ -106,8 +136,25 @@ def test_an_index_is_in_the_cache_if_the_folder_is_read_only(tmp_path, monkeypat
     monkeypatch.setattr(shards, "_write", refuse)
     store = Store(tmp_path / "cache")
     build_indices([str(path)], store)
-    monkeypatch.setattr(shards, "_build", None)
-    assert len(store.index(str(path)).keys) == 2 and not index_path(path).exists()
+    with monkeypatch.context() as patch:
+        patch.setattr(shards, "_build", None)
+        assert len(store.index(str(path)).keys) == 2 and not index_path(path).exists()
+    with pytest.raises(
+        DataConfigError, match=r"cannot take .* of .*00000.tar: read-only; set cache to a folder that can"
+    ):
+        Store(path.parent).index(str(path))
+
+
+def test_copies_in_a_read_only_cache_are_used(tmp_path, remote, monkeypatch):
+    def refuse(*_, **__):
+        raise PermissionError("read-only")
+
+    store = Store(tmp_path / "cache")
+    copy = store.path(remote[0])
+    monkeypatch.setattr(Path, "touch", refuse)
+    assert store.path(remote[0]) == copy
+    with pytest.raises(DataConfigError, match=r"cannot take .* of memory://shards/00001.tar: read-only; set cache to"):
+        store.path(remote[1])
 
 
 @pytest.fixture

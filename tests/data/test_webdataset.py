@@ -92,7 +92,13 @@ def test_shards_of_different_lengths_are_mixed_to_the_end_and_each_read_in_one_g
 def test_filters_leave_out_images_and_their_counts_are_logged(tmp_path, caplog):
     members = {}
     for i, (height, width, fields) in enumerate(
-        [(8, 8, {"score": 4}), (8, 8, {"score": 6.5}), (4, 8, {"score": 7}), (8, 20, {"score": 8}), (8, 8, {})]
+        [
+            (8, 8, {"score": 4}),
+            (8, 8, {"score": 6.5}),
+            (4, 8, {"score": 7}),
+            (8, 20, {"score": 8}),
+            (8, 8, {"note": "5"}),
+        ]
     ):
         members |= {f"{i}.png": image_bytes(i, height, width), f"{i}.txt": f"c{i}", f"{i}.json": fields}
     save_shard(tmp_path / "0.tar", members)
@@ -108,6 +114,8 @@ def test_filters_leave_out_images_and_their_counts_are_logged(tmp_path, caplog):
         shards(tmp_path, filters=filters, missing_fields="raise")
     with pytest.raises(DataConfigError, match=r"filters 'scores': no image has this field; did you mean 'score'"):
         shards(tmp_path, filters={"scores": [1, 2]})
+    with pytest.raises(DataConfigError, match=r"filters 'note': this field holds text; set filters to fields with num"):
+        shards(tmp_path, filters={"note": [1, 2]})
     for wrong in (5, [1], ["a", "b"], [3, 2], [float("nan"), None]):
         with pytest.raises(DataConfigError, match=r"set filters.score to \[least, most\]"):
             shards(tmp_path, filters={"score": wrong})
@@ -132,6 +140,14 @@ def test_captions_come_from_a_text_or_from_a_field_of_the_json(tmp_path):
     with pytest.raises(DataConfigError, match=r"0.tar/0 has no caption \(no text in its .txt\)"):
         shards(tmp_path)
     assert "txt" not in shards(tmp_path, captions=None)[0]
+    assert shards(tmp_path, captions="Caption.TXT", image=".JPG", **skip)[0]["txt"] == "long\ntext"
+    for wrong in ("prompt", "", "json"):
+        with pytest.raises(
+            DataConfigError, match=r"is no suffix of texts; set captions to caption, text, txt, json\.FIELD"
+        ):
+            shards(tmp_path, captions=wrong)
+    with pytest.raises(DataConfigError, match=r"0.tar/0: has no .avif \(it has .json, .jpg, .caption.txt\)"):
+        shards(tmp_path, captions="caption.txt", image="avif", **skip)
     assert shards(tmp_path, captions="caption.txt", max_caption_chars=4, **skip)[0]["txt"] == "long"
     assert (
         len(shards(tmp_path, captions="json.blip", max_caption_chars=2, long_caption="skip", missing_caption="empty"))
@@ -195,12 +211,54 @@ def test_a_shard_that_changed_after_it_was_opened_is_named(tmp_path):
         data[1]
 
 
-def test_the_fingerprint_tells_other_samples_and_captions_apart(tmp_path):
-    save_shards(tmp_path, 2, 3)
+def test_a_sample_is_that_which_was_selected_or_an_error(tmp_path):
+    fields = {name: {"score": score} for name, score in (("a", 0), ("b", 9))}
+    members = {
+        f"{name}.{suffix}": x for name in fields for suffix, x in (("png", image_bytes()), ("json", fields[name]))
+    }
+    path = save_shard(tmp_path / "0.tar", members)
+    data = shards(tmp_path, captions=None, filters={"score": [5, None]})
+    assert keys(data) == ["b"]
+    stat = path.stat()
+    with path.open("r+b") as file:  # behind its index
+        file.seek(int(data._opened(0).images[1, 0]) + 40)
+        file.write(b"\xff" * 8)
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    data._open.clear()
+    with pytest.raises(BadImageError, match=r"0.tar: was changed after it was indexed: start again"):
+        data[0]
+    data._open.clear()
+    save_shard(path, dict(reversed(members.items())))
+    with pytest.raises(BadImageError, match=r"0.tar: was changed after it was indexed: start again"):
+        data[0]
+
+
+def test_the_samples_of_a_lost_shard_are_replaced_by_those_of_others(tmp_path):
+    paths = save_shards(tmp_path, 2, 25, height=2, width=2)
+    data = shards(tmp_path, on_error="skip")
+    paths[0].unlink()
+    assert data[0]["__key__"] >= "025" and list(data.skipped) == [str(paths[0])]
+
+
+def test_the_fingerprint_tells_other_samples_captions_images_and_orders_apart(tmp_path):
+    [path, _] = save_shards(tmp_path, 2, 3)
+
+    def changes(**params):
+        now = shards(tmp_path, **params).fingerprint
+        return {key for key in now if now[key] != first[key]}
+
     first = shards(tmp_path).fingerprint
-    assert shards(tmp_path).fingerprint == first == shards(tmp_path, lanes=1).fingerprint
-    assert shards(tmp_path, filters={"score": [1, None]}).fingerprint["files"] != first["files"]
-    assert shards(tmp_path, captions=None, subject="a dog").fingerprint["labels"] != first["labels"]
+    assert not changes() and not changes(lanes=2) and changes(lanes=1) == {"lanes"}
+    assert "files" in changes(filters={"score": [1, None]})
+    assert changes(captions=None, subject="a dog") == {"labels"}
+    whole = path.read_bytes()
+    path.write_bytes(whole.replace(b"caption 1", b"another 1"))
+    assert changes() == {"labels"}
+    members = {
+        f"{i:03d}.{suffix}": x for i in range(3) for suffix, x in (("png", image_bytes(9)), ("txt", f"caption {i}"))
+    }
+    save_shard(path, members)
+    assert changes() == {"content"}
 
 
 def test_workers_do_not_share_the_positions_in_files_that_their_parent_opened(tmp_path):
