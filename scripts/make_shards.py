@@ -50,7 +50,8 @@ def parser() -> Parser:
 
 def main(argv: Sequence[str]) -> None:
     opt = parser().parse_args(argv)
-    limits = {"samples": (1, 1_000_000), "size": (1, 65_535), "quality": (1, 95), "workers": (1, 1024)}
+    limits = {"samples": (1, 1_000_000), "size": (1, 65_500), "quality": (1, 95), "workers": (1, 1024)}
+    limits["min_size"] = limits["size"]
     for name, (least, most) in limits.items():
         value = getattr(opt, name)
         if value is not None and not least <= value <= most:

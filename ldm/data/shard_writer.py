@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import io
 import json
+import math
+import re
 import threading
 from collections import Counter
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,9 +27,12 @@ from ldm.atomic import atomic_file, save_text
 from ldm.data.captions import Row
 from ldm.data.folder import ImageFolder, Item
 from ldm.data.image import BadImageError, cover, load_image
+from ldm.data.image_dataset import digest
 from ldm.data.shards import Store, build_indices
 
 PLAN = "shards.json"
+MAX_JPEG_SIDE = 65_500
+_NUMBER = re.compile(r"[+-]?(?!0\d)(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.ASCII | re.IGNORECASE)  # 007 is a name
 
 
 class Selection(ImageFolder):
@@ -37,7 +43,12 @@ class Selection(ImageFolder):
         super().__init__(root, **options)
 
     def _use_row(self, name: str, row: Row) -> None:
-        self.fields.setdefault(name, {key: _number(value) for key, value in row.fields.items()})
+        self.fields.setdefault(name, {key: _plain(value) for key, value in row.fields.items()})
+
+    @cached_property
+    def several(self) -> bool:
+        """True if an image has several captions."""
+        return any(len(item.captions) > 1 for item in self.items)
 
     def _readable(self, items: list[Item]) -> list[Item]:
         return items
@@ -83,7 +94,8 @@ def write_shards(selection: Selection, folder: Path, layout: Layout, workers: in
     if layout.shuffled:
         order = np.random.RandomState(0).permutation(order)  # always the same order: a killed run continues
     shards = [order[start : start + layout.samples] for start in range(0, len(order), layout.samples)]
-    plan = {"images": len(selection), **selection.fingerprint, **asdict(layout), "on_error": selection.on_error}
+    plan = {"images": len(selection), **selection.fingerprint, "fields": digest(list(selection.fields.items()))}
+    plan |= {**asdict(layout), "on_error": selection.on_error, "min_size": selection.min_size}
     _check_plan(folder / PLAN, plan)
     paths = [folder / f"{number:05d}.tar" for number in range(len(shards))]
     missing = [number for number, path in enumerate(paths) if not path.is_file()]
@@ -161,17 +173,21 @@ def _sample(selection: Selection, layout: Layout, index: int, key: str) -> tuple
     suffix, fields = path.suffix[1:].lower(), {"file_name": name, **selection.fields.get(name, {})}
     if layout.size is not None and min(image.size) > layout.size:
         fields |= {"original_width": image.width, "original_height": image.height}
-        file = io.BytesIO()
-        image = image.resize(cover(image, layout.size), 1)  # Lanczos
+        file, scaled = io.BytesIO(), cover(image, layout.size)
+        if max(scaled) > MAX_JPEG_SIDE:
+            reason = f"{scaled[0]}x{scaled[1]} pixels once scaled, a JPEG has at most {MAX_JPEG_SIDE:,}"
+            raise BadImageError(path, reason)
+        image = image.resize(scaled, 1)  # Lanczos
         image.save(file, "JPEG", quality=layout.quality)
         content, suffix = file.getvalue(), "jpg"
     fields |= {"width": image.width, "height": image.height}
-    if len(captions) > 1:
+    if selection.several:  # all images have the field, so that it can be trained on
         fields["captions"] = list(captions)
     sample: dict[str, Any] = {"__key__": key, suffix: content}
     if selection.captioned:
         sample["txt"] = captions[0].encode()
-    return {**sample, "json": json.dumps(fields, ensure_ascii=False).encode()}, min(image.size)
+    text = json.dumps(fields, ensure_ascii=False).encode(errors="backslashreplace")  # of names that are not UTF-8
+    return {**sample, "json": text}, min(image.size)
 
 
 def _summary(selection: Selection, paths: list[Path], written: int) -> Summary:
@@ -199,10 +215,13 @@ def _counts(values: list[int]) -> dict[str, int]:
     return {str(value): count for value, count in sorted(Counter(values).items())}
 
 
-def _number(value: Any) -> Any:
-    """Return a cell of a CSV table as a number, if it is one."""
-    if isinstance(value, str):
-        for kind in (int, float):
-            with suppress(ValueError):
-                return kind(value)
+def _plain(value: Any) -> Any:
+    """Return a cell of a table as JSON can hold it: text of a number as one, a number that is not finite as null."""
+    if not isinstance(value, str):
+        return json.loads(json.dumps(value), parse_constant=lambda _: None)
+    if _NUMBER.fullmatch(text := value.strip()):
+        with suppress(ValueError):  # more digits than Python reads
+            number = int(text) if text.lstrip("+-").isdigit() else float(text)
+            if abs(number) < math.inf:
+                return number
     return value

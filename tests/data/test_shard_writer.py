@@ -5,6 +5,7 @@ import tarfile
 import threading
 
 import pytest
+from PIL import Image
 
 from ldm.data import shard_writer
 from ldm.data.image import BadImageError, load_image
@@ -17,11 +18,11 @@ from tests.data.layouts import save_image
 def folder(tmp_path):
     """Ten captioned images, of which one is broken."""
     root = tmp_path / "images"
-    rows = ["file_name,text,score,note"]
+    rows = ["file_name,text,score,note,id"]
     for i in range(10):
         save_image(root / f"{i}.png", i, 8 + i, 12)
-        rows += [f"{i}.png,caption {i},{i / 2},n{i}"]
-    (root / "captions.csv").write_text("\n".join([*rows, "0.png,another,1,x"]))
+        rows += [f"{i}.png,caption {i},{i / 2},n{i},00{i}"]
+    (root / "captions.csv").write_text("\n".join([*rows, "0.png,another,1,x,000"]))
     (root / "3.png").write_bytes(b"")
     return root
 
@@ -51,8 +52,22 @@ def test_shards_hold_every_usable_image_with_its_captions_and_fields(folder, tmp
     assert set(members) >= {"000000000.png", "000000000.txt", "000000000.json"}
     fields = json.loads(members["000000000.json"])
     assert fields.keys() >= {"file_name", "width", "height", "score", "note"} and isinstance(fields["score"], float)
-    several = ImageShards(str(out), 8, captions="json.captions", missing_caption="skip")
-    assert len(several) == 1 and {several[0]["txt"] for _ in range(30)} == {"caption 0", "another"}
+    assert fields["id"] == f"00{fields['file_name'][0]}"
+    several = ImageShards(str(out), 8, captions="json.captions")  # of one or more for each image
+    captions = {i: {several[i]["txt"] for _ in range(30)} for i in range(9)}
+    assert sorted(map(len, captions.values())) == [1] * 8 + [2] and {"caption 0", "another"} in captions.values()
+
+
+@pytest.mark.parametrize(
+    ("cell", "field"),
+    [
+        ("12", 12), ("-3.50", -3.5), (" .5 ", 0.5), ("1e3", 1000.0), ("0", 0), ("007", "007"), ("1_000", "1_000"),
+        ("nan", "nan"), ("Infinity", "Infinity"), ("1e999", "1e999"), ("", ""), ("9" * 5000, "9" * 5000),
+        ("9" * 400, int("9" * 400)), ([float("nan"), "007"], [None, "007"]), (float("inf"), None), (None, None),
+    ],
+)  # fmt: skip
+def test_a_field_is_a_number_only_if_its_text_is_that_number_and_json_can_hold_it(cell, field):
+    assert shard_writer._plain(cell) == field and type(shard_writer._plain(cell)) is type(field)
 
 
 def test_a_killed_run_continues_and_ends_with_the_same_bytes(folder, tmp_path, monkeypatch):
@@ -81,6 +96,17 @@ def test_another_selection_or_layout_does_not_mix_with_existing_shards(folder, t
     write_shards(selection(folder), tmp_path / "out", Layout(samples=5), workers=1)
     with pytest.raises(ValueError, match=r"holds shards with other samples: choose another folder"):
         write_shards(selection(folder), tmp_path / "out", Layout(samples=4), workers=1)
+    with pytest.raises(ValueError, match=r"holds shards with other min_size: choose another folder"):
+        write_shards(selection(folder, min_size=9), tmp_path / "out", Layout(samples=5), workers=1)
+    table = folder / "captions.csv"
+    text = table.read_text()
+    table.write_text(text.replace(",n5,", ",other,"))
+    with pytest.raises(ValueError, match=r"holds shards with other fields: choose another folder"):
+        write_shards(selection(folder), tmp_path / "out", Layout(samples=5), workers=1)
+    table.write_text(text)
+    save_image(folder / "9.png", 9, 20, 20)
+    with pytest.raises(ValueError, match=r"holds shards with other content: choose another folder"):
+        write_shards(selection(folder), tmp_path / "out", Layout(samples=5), workers=1)
     (folder / "9.png").unlink()
     with pytest.raises(ValueError, match=r"holds shards with other images, files, labels"):
         write_shards(selection(folder), tmp_path / "out", Layout(samples=5), workers=1)
@@ -103,3 +129,12 @@ def test_larger_images_are_scaled_and_smaller_ones_stay_as_they_are(folder, tmp_
     assert sizes["9.png"] == (10, 14) and sizes["1.png"] == (12, 9) and load_image(folder / "1.png").size == (12, 9)
     index = data.store.index(data.shards[0])
     assert set(index.members) == {"png", "jpg", "txt", "json"} and "original_height" in index.numbers
+
+
+def test_names_that_are_not_utf8_and_sides_beyond_jpeg_are_handled(tmp_path):
+    save_image(tmp_path / "images/caf\udce9.png")
+    Image.new("1", (69_000, 20)).save(tmp_path / "images/wide.png")
+    done = write_shards(
+        Selection(str(tmp_path / "images"), on_error="skip"), tmp_path / "out", Layout(size=19), workers=1
+    )
+    assert done.samples == 1 and done.skipped == {"65550x19 pixels once scaled, a JPEG has at most 65,500": 1}
