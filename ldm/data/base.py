@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
-from torch.utils.data import IterableDataset, get_worker_info
+from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
-from ldm.config.instantiate import ConfigError, instantiate_from_config
+from ldm.config.instantiate import ConfigError, get_obj_from_str, instantiate_from_config
+from ldm.rng import preserve_rng
 
 logger = logging.getLogger(__name__)
 
@@ -41,13 +44,83 @@ def check_choice(param: str, value: object, choices: Iterable[str | None]) -> No
         raise DataConfigError(param, value, "unknown", f"set {{param}} to one of {names}")
 
 
-def build_part(name: str, config: Mapping[str, Any]) -> Any:
-    """Build a dataset that is part of another; errors name its parameters below `name`, and it must not be empty."""
+def prepare(config: Any) -> None:
+    """Call `prepare_data` (unpack, download) of a dataset's class, if it has it; building reports an invalid config."""
     try:
-        dataset = instantiate_from_config(config)
+        prepare_data = getattr(get_obj_from_str(config["target"]), "prepare_data", None)
+        params = dict(config.get("params") or {})
+        if prepare_data is not None:
+            inspect.signature(prepare_data).bind(**params)
+    except (ConfigError, KeyError, TypeError, ValueError, AttributeError):
+        return
+    if prepare_data is not None:
+        prepare_data(**params)
+
+
+@contextmanager
+def part_errors(name: str) -> Iterator[None]:
+    """Name the parameters in errors of a dataset that is part of another below `name`."""
+    try:
+        yield
     except DataConfigError as error:
-        param = f"{name}.params.{error.param}"
-        raise DataConfigError(param, error.value, error.problem, error.advice) from error
+        raise DataConfigError(f"{name}.params.{error.param}", error.value, error.problem, error.advice) from error
+
+
+class CombinedDataset(Dataset):
+    """Base of datasets that read others; an item holds the keys that items of all have.
+
+    parts: these datasets, by the path of their configs in the parameters, such as `datasets[0]`.
+    class_names: those of all parts, which must number their classes alike; None if a part has no classes.
+    """
+
+    def __init__(self, configs: Mapping[str, Any]) -> None:
+        self.parts = {name: _build_part(name, config) for name, config in configs.items()}
+        with preserve_rng():
+            items = {name: part[0] for name, part in self.parts.items()}
+        self.keys = sorted(set.intersection(*map(set, items.values())))
+        self.class_names: list[str] | None = None
+        first = next(iter(self.parts))
+        for name in self.parts:
+            self._compare(configs[name]["target"], first, name, items[first], items[name])
+        if all(getattr(part, "class_names", None) for part in self.parts.values()):
+            self.class_names = list(self.parts[first].class_names)
+        if left := sorted(set.union(*map(set, items.values())) - {*self.keys}):
+            logger.info("not in the samples, because some of the datasets lack it: %s", ", ".join(left))
+
+    def _compare(self, target: str, first: str, name: str, before: Mapping[str, Any], item: Mapping[str, Any]) -> None:
+        """Raise DataConfigError unless the images and classes of a part fit those of the first one."""
+        images = [{key for key, value in each.items() if getattr(value, "ndim", 0) > 1} for each in (before, item)]
+        if images[0] and images[1] and not images[0] & images[1]:
+            keys = [", ".join(sorted(each)) for each in images]
+            problem = f"its images have the keys {keys[1]}, those of {first} {keys[0]}"
+            raise DataConfigError(name, target, problem, "set {param}.params.image_key as in the others")
+        for key in sorted(images[0] & images[1]):
+            shapes = tuple(before[key].shape), tuple(item[key].shape)
+            if shapes[0] != shapes[1]:
+                problem = f"its {key!r} is {shapes[1]}, that of {first} {shapes[0]}"
+                raise DataConfigError(name, target, problem, "set {param}.params.size as in the others")
+        names = [list(getattr(self.parts[each], "class_names", None) or ()) for each in (first, name)]
+        if names[0] and names[1] and names[0] != names[1] and "class_label" in self.keys:
+            odd = ", ".join(sorted(set(names[0]) ^ set(names[1]))[:5]) or "their order"
+            problem = f"has {len(names[1])} classes and {first} {len(names[0])}, which differ in {odd}"
+            raise DataConfigError(name, target, problem, "set {param}.params.classes to one list of names in all")
+
+
+def leaves(dataset: Any, place: str) -> Iterator[tuple[str, Any]]:
+    """Yield the datasets of files that a dataset at a YAML path reads, itself or its parts, with their paths."""
+    if not isinstance(dataset, CombinedDataset):
+        yield place, dataset
+        return
+    for name, part in dataset.parts.items():
+        yield from leaves(part, f"{place}.params.{name}")
+
+
+def _build_part(name: str, config: Any) -> Any:
+    """Build a dataset that is part of another; it must not be empty, in buckets, or a cache."""
+    if not isinstance(config, Mapping) or "target" not in config:
+        raise DataConfigError(name, config, "has no target", "set {param} to {target: ..., params: {...}}")
+    with part_errors(name):
+        dataset = instantiate_from_config(config)
     if getattr(dataset, "buckets", None) is not None:
         buckets, problem = (config.get("params") or {}).get("buckets"), "a part of another dataset cannot have buckets"
         if buckets is None:  # of a cache

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -17,12 +17,14 @@ from pytorch_lightning.accelerators import CUDAAccelerator
 from pytorch_lightning.loops.progress import _ProcessedTracker
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from ldm.config.instantiate import ConfigError, get_obj_from_str, instantiate_from_config
+from ldm.config.instantiate import ConfigError, instantiate_from_config
 from ldm.config.types import NonNegativeInt, PositiveInt
-from ldm.data.base import DataConfigError, Txt2ImgIterableBaseDataset
+from ldm.data.base import DataConfigError, Txt2ImgIterableBaseDataset, leaves, prepare
 from ldm.data.folder import ImageFolder
 from ldm.data.order import EpochSampler, Position, SeededDataset, Slice, StreamLoader, usable_cpus
+from ldm.data.shards import identity
 from ldm.data.splits import split_of
+from ldm.data.webdataset import ImageShards
 from ldm.data.workers import Loader, Traced
 from ldm.rng import BatchSamples
 
@@ -30,6 +32,7 @@ logger = logging.getLogger(__name__)
 
 SPLITS = ("train", "validation", "test", "predict")
 _CLASSES_SHOWN = 20  # in the log
+_CONTENT = ("labels", "content")  # entries of fingerprints that have no effect on the order of the samples
 EVALUATION = -1  # in place of the epoch of training
 
 
@@ -104,9 +107,9 @@ class DataModuleFromConfig(pl.LightningDataModule):
         main and Lightning both call it, in one process per machine; datasets skip what is done already.
         """
         for split, config in self.dataset_configs.items():
-            if split not in self.datasets and (prepare := _preparation(config)) is not None:
+            if split not in self.datasets:
                 with _located(split):
-                    prepare(**(config.get("params") or {}))
+                    prepare(config)
 
     def setup(self, stage: str | None = None) -> None:
         """Build the datasets that are not built yet; main and Lightning both call it."""
@@ -181,7 +184,7 @@ class DataModuleFromConfig(pl.LightningDataModule):
                 problem = f"data.params.{split}: {change} ({now['samples']} samples, previously {before['samples']})"
                 if self.strict:
                     raise ConfigError(f"{problem}; restore them, or resume without --strict-data")
-                if split == "train" and changed != ["labels"]:
+                if split == "train" and any(key.split()[-1] not in _CONTENT for key in changed):
                     problem += "; the rest of this epoch may repeat or miss samples"
                 logger.warning("%-11s %s", "data", problem)
 
@@ -210,7 +213,8 @@ class DataModuleFromConfig(pl.LightningDataModule):
         if not len(dataset):
             raise ConfigError(f"data.params.{split}: {type(dataset).__name__} is empty")
         shuffle = self._shuffle.get(split, False)
-        sampler = EpochSampler(unwrapped(dataset), self.batch_size, self.seed, shuffle, rank, world_size, position)
+        with _located(split):  # buckets may not fit the batch
+            sampler = EpochSampler(unwrapped(dataset), self.batch_size, self.seed, shuffle, rank, world_size, position)
         self._loaders[split] = sampler
         # Its own generator seeds the workers: the global one belongs to the training.
         options["generator"] = torch.Generator().manual_seed(self.seed)
@@ -342,14 +346,6 @@ def _processed(tracker: object) -> int:
     return tracker.processed
 
 
-def _preparation(config: Any) -> Callable[..., None] | None:
-    """Return the `prepare_data` of a dataset's class, or None; `setup` reports an invalid config."""
-    try:
-        return getattr(get_obj_from_str(config["target"]), "prepare_data", None)
-    except (ConfigError, KeyError, TypeError):
-        return None
-
-
 @contextmanager
 def _located(split: str) -> Iterator[None]:
     """Add the YAML path of a dataset to its errors."""
@@ -406,26 +402,30 @@ def _check_classes(datasets: Mapping[str, Any]) -> None:
 
 def _check_training_data(datasets: Mapping[str, Any]) -> None:
     """Raise ConfigError for training on a validation or test split; log images that are also in another split."""
-    train = unwrapped(datasets.get("train"))
-    for name, other in datasets.items():
-        shared = set(getattr(train, "shards", ())) & set(getattr(unwrapped(other), "shards", ()))
-        if shared and name in ("validation", "test"):
-            logger.warning("%-11s %d shards of %s are trained on too, e.g. %s", "data", len(shared), name, min(shared))
-    if not isinstance(train, ImageFolder):
-        return
-    root = train.root.resolve()
-    split = train.split or split_of(root.name)
-    if split in ("validation", "test") and (train.split or _has_training_sibling(root)):
-        advice = "set data.params.train.params.split to train, and root to the folder with the splits"
-        raise ConfigError(f"data.params.train: {train.root} holds the {split} split; {advice}")
-    trained = {f"{root}/{item.name}" for item in train.items}
-    for name, other in datasets.items():
-        other = unwrapped(other)
-        if name in ("validation", "test") and isinstance(other, ImageFolder):
-            folder = other.root.resolve()
-            if common := sum(f"{folder}/{item.name}" in trained for item in other.items):
-                problem = f"{common} of {len(other)} images of {name} are trained on too; set split in both"
-                logger.warning("%-11s %s", "data", problem)
+    parts = {name: list(leaves(unwrapped(dataset), f"data.params.{name}")) for name, dataset in datasets.items()}
+    for place, part in parts.get("train", ()):
+        if isinstance(part, ImageFolder):
+            root = part.root.resolve()
+            split = part.split or split_of(root.name)
+            if split in ("validation", "test") and (part.split or _has_training_sibling(root)):
+                advice = f"set {place}.params.split to train, and root to the folder with the splits"
+                raise ConfigError(f"{place}: {part.root} holds the {split} split; {advice}")
+    trained_shards, trained_images = _files(parts.get("train", ()))
+    for name in ("validation", "test"):
+        shards, images = _files(parts.get(name, ()))
+        if common := shards & trained_shards:
+            logger.warning("%-11s %d shards of %s are trained on too, e.g. %s", "data", len(common), name, min(common))
+        if count := len(images & trained_images):
+            problem = f"{count} of {len(images)} images of {name} are trained on too; set split in both"
+            logger.warning("%-11s %s", "data", problem)
+
+
+def _files(parts: Iterable[tuple[str, Any]]) -> tuple[set[str], set[str]]:
+    """Return the shards and the images in folders that datasets read, with absolute paths."""
+    datasets = [part for _, part in parts]
+    shards = {identity(shard) for part in datasets if isinstance(part, ImageShards) for shard in part.shards}
+    folders = [(part.root.resolve(), part.items) for part in datasets if isinstance(part, ImageFolder)]
+    return shards, {f"{root}/{item.name}" for root, items in folders for item in items}
 
 
 def _has_training_sibling(root: Path) -> bool:

@@ -6,13 +6,11 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from torch.utils.data import Dataset
 
 from ldm.config.types import NonNegativeFloat, PathText, PositiveFloat, PositiveInt
-from ldm.data.base import DataConfigError, build_part
+from ldm.data.base import CombinedDataset, DataConfigError
 from ldm.data.folder import ImageFolder
 from ldm.data.image import Size
-from ldm.rng import preserve_rng
 
 
 class ClassImages(ImageFolder):
@@ -42,7 +40,7 @@ class ClassImages(ImageFolder):
             raise DataConfigError("count", count, problem, "set {param} to a smaller number, or let main.py generate")
 
 
-class DreamBooth(Dataset):
+class DreamBooth(CombinedDataset):
     """Images of a subject in turn with images of its class, whose errors count `prior_weight` times in the loss.
 
     instance: dataset of the subject, e.g. an ImageFolder with `subject: a photo of sks dog`. prior: dataset of its
@@ -57,13 +55,8 @@ class DreamBooth(Dataset):
         prior: Mapping[str, Any] | None = None,
         prior_weight: NonNegativeFloat = 1.0,
     ) -> None:
-        self.parts = {"instance": build_part("instance", instance)}
-        self.weights = {"instance": 1.0}
-        if prior is not None:
-            self.parts["prior"], self.weights["prior"] = build_part("prior", prior), prior_weight
-        with preserve_rng():
-            first = [set(dataset[0]) for dataset in self.parts.values()]
-        self.keys = sorted(set.intersection(*first))
+        super().__init__({"instance": instance} if prior is None else {"instance": instance, "prior": prior})
+        self.weights = {"instance": 1.0, "prior": prior_weight}
 
     def __len__(self) -> int:
         return len(self.parts) * max(map(len, self.parts.values()))

@@ -7,16 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torch.utils.data import Dataset
 
-from ldm.config.instantiate import get_obj_from_str
 from ldm.config.types import PositiveInt
-from ldm.data.base import DataConfigError, build_part
+from ldm.data.base import CombinedDataset, DataConfigError, part_errors, prepare
 from ldm.data.order import ORDER, order_generator, order_of
-from ldm.rng import mix, preserve_rng
+from ldm.rng import mix
 
 
-class Mixture(Dataset):
+class Mixture(CombinedDataset):
     """Samples of several datasets, in proportion to their weights, which need not add up to 1.
 
     datasets: a list of {weight, target, params}; a missing weight is 1. samples: number in an epoch; None means that of
@@ -31,29 +29,23 @@ class Mixture(Dataset):
     def __init__(self, datasets: Sequence[Mapping[str, Any]], samples: PositiveInt | None = None) -> None:
         if not datasets:
             raise DataConfigError("datasets", [], "is empty", "set {param} to a list of {weight, target, params}")
-        configs = [dict(config) for config in datasets]
+        configs = [dict(config) if isinstance(config, Mapping) else {} for config in datasets]
         weights = np.array([_weight(number, config.pop("weight", 1)) for number, config in enumerate(configs)])
-        self.parts = [build_part(f"datasets[{number}]", config) for number, config in enumerate(configs)]
-        self._starts = np.cumsum([0, *map(len, self.parts)])
+        super().__init__({_name(number): config for number, config in enumerate(configs)})
+        self._parts = list(self.parts.values())
+        self._starts = np.cumsum([0, *map(len, self._parts)])
         total = samples or int(self._starts[-1])
         self.counts = _shares(total, weights)
         if not self.counts.all():
             problem = f"an epoch of {total} samples has none of datasets[{int(self.counts.argmin())}]"
             raise DataConfigError("samples", samples, problem, "set {param} to more, or give it a larger weight")
-        with preserve_rng():
-            self.keys = sorted(set.intersection(*(set(part[0]) for part in self.parts)))
 
     @classmethod
     def prepare_data(cls, datasets: Sequence[Mapping[str, Any]], **_: Any) -> None:
         """Call `prepare_data` of the datasets that have it."""
-        for config in datasets:
-            if (prepare := getattr(get_obj_from_str(config["target"]), "prepare_data", None)) is not None:
-                prepare(**(config.get("params") or {}))
-
-    @property
-    def shards(self) -> list[str]:
-        """The shards of those datasets that have some."""
-        return [shard for part in self.parts for shard in getattr(part, "shards", ())]
+        for number, config in enumerate(datasets):
+            with part_errors(_name(number)):
+                prepare(config)
 
     def __len__(self) -> int:
         return int(self.counts.sum())
@@ -66,7 +58,7 @@ class Mixture(Dataset):
         """
         epoch = epoch if shuffle else 0  # validation sees the same samples every time
         parts = []
-        for number, (part, count) in enumerate(zip(self.parts, self.counts)):
+        for number, (part, count) in enumerate(zip(self._parts, self.counts)):
             begin, length, own = epoch * int(count), len(part), mix(seed, ORDER, number)
             first, last = begin // length, (begin + int(count) - 1) // length
             passes = [
@@ -95,19 +87,23 @@ class Mixture(Dataset):
     def _place(self, index: int) -> tuple[Any, int]:
         within = index % int(self._starts[-1])
         number = int(np.searchsorted(self._starts, within, "right")) - 1
-        return self.parts[number], within - int(self._starts[number])
+        return self._parts[number], within - int(self._starts[number])
 
     @property
     def fingerprint(self) -> dict[str, int | str]:
         """Those of the datasets, and their shares."""
-        each = ((number, getattr(part, "fingerprint", {})) for number, part in enumerate(self.parts))
+        each = ((number, getattr(part, "fingerprint", {})) for number, part in enumerate(self._parts))
         own: dict[str, int | str] = {"shares": "/".join(map(str, self.counts))}
         return own | {f"{number} {key}": value for number, values in each for key, value in values.items()}
 
 
+def _name(number: int) -> str:
+    return f"datasets[{number}]"
+
+
 def _weight(number: int, weight: Any) -> float:
     if not isinstance(weight, int | float) or isinstance(weight, bool) or not 0 < weight < np.inf:
-        raise DataConfigError(f"datasets[{number}].weight", weight, "not a weight", "set {param} to a positive number")
+        raise DataConfigError(f"{_name(number)}.weight", weight, "not a weight", "set {param} to a positive number")
     return float(weight)
 
 

@@ -13,7 +13,7 @@ from ldm.data.base import DataConfigError
 from ldm.data.datamodule import SPLITS, DataModuleFromConfig, WrappedDataset
 from ldm.data.order import usable_cpus
 from ldm.util import allow_targets, instantiate_from_config
-from tests.data.layouts import save_image
+from tests.data.layouts import save_image, save_shards
 from tests.data.toys import LENGTH, Numbers
 
 TARGET = "tests.data.toys.Numbers"
@@ -232,10 +232,27 @@ def test_nothing_is_trained_on_another_split(tmp_path, caplog):
     folders(part[0], part[1]).setup()
     assert "trained on too" not in caplog.text
     for wrong in ({**root, "split": "test"}, {**root, "split": "validation"}, part[1]):
-        with pytest.raises(ConfigError, match=r"holds the (test|validation) split; set data.params.train"):
+        with pytest.raises(ConfigError, match=r"holds the (test|validation) split; set data.params.train.params.split"):
             folders(wrong, {**root, "split": "validation"}).setup()
+        train = {"target": "ldm.data.folder.ImageFolder", "params": {"size": 4, **wrong}}
+        mixture = {"target": "ldm.data.mixture.Mixture", "params": {"datasets": [train]}}
+        with pytest.raises(
+            ConfigError, match=r"split; set data.params.train.params.datasets\[0\].params.split to train"
+        ):
+            data(train=mixture).setup()
     folders(part[0], part[0]).setup()
     assert "2 of 2 images of validation are trained on too; set split in both" in caplog.text
+
+
+def test_shards_that_are_trained_on_and_validated_on_are_logged_whatever_their_spelling(tmp_path, caplog):
+    [path, _] = save_shards(tmp_path, 2, 1)
+
+    def config(shards):
+        return {"target": "ldm.data.webdataset.ImageShards", "params": {"shards": str(shards), "size": 4}}
+
+    mixture = {"target": "ldm.data.mixture.Mixture", "params": {"datasets": [config(tmp_path)]}}
+    data(train=mixture, validation=config(tmp_path / "../" / tmp_path.name / "00000.tar")).setup()
+    assert f"1 shards of validation are trained on too, e.g. {path}" in caplog.text
 
 
 def test_the_numbers_of_the_classes_are_logged_and_known(tmp_path, caplog):

@@ -47,8 +47,10 @@ def test_without_a_prior_the_subject_is_alone(folders):
 
 
 def test_items_hold_the_keys_of_both(folders):
-    captioned = subject(folders, class_labels=False, image_key="jpg")
-    assert set(DreamBooth(captioned, prior(folders))[0]) == {"caption", "txt", "file_path_", "loss_weight"}
+    captioned = subject(folders, caption_key="words")
+    assert set(DreamBooth(captioned, prior(folders))[0]) == {"image", "caption", "txt", "file_path_", "loss_weight"}
+    with pytest.raises(DataConfigError, match=r"prior .*: its images have the keys image, those of instance jpg"):
+        DreamBooth(subject(folders, image_key="jpg"), prior(folders))
 
 
 def test_too_few_class_images_are_an_error_with_both_numbers(folders):
@@ -66,7 +68,7 @@ def test_the_fingerprint_covers_both(folders):
     first = DreamBooth(subject(folders), prior(folders)).fingerprint
     save_image(folders / "class/9.png", 3)
     changed = DreamBooth(subject(folders), prior(folders)).fingerprint
-    assert {key for key in first if first[key] != changed[key]} == {"prior files", "prior labels"}
+    assert {key for key in first if first[key] != changed[key]} == {"prior files", "prior labels", "prior content"}
 
 
 def test_class_images_have_the_prompt_as_caption(folders):

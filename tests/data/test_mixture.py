@@ -25,7 +25,7 @@ def numbers(length, weight=1.0):
 def used(mixture, order):
     """The (dataset, its index) of each sample."""
     places = [mixture._place(index) for index in order]
-    return [(mixture.parts.index(part), own) for part, own in places]
+    return [(mixture._parts.index(part), own) for part, own in places]
 
 
 def test_an_epoch_has_the_shares_of_the_weights_and_its_length_is_exact():
@@ -39,7 +39,7 @@ def test_an_epoch_has_the_shares_of_the_weights_and_its_length_is_exact():
 def test_each_sample_of_a_dataset_is_used_before_one_is_used_again():
     mixture = Mixture([numbers(10, 1), numbers(50, 2), numbers(7, 4)], samples=100)
     seen = [used(mixture, mixture.order(3, epoch, 8, True)) for epoch in range(5)]
-    for number, part in enumerate(mixture.parts):
+    for number, part in enumerate(mixture._parts):
         own = [index for epoch in seen for which, index in epoch if which == number]
         for start in range(0, len(own) - len(part), len(part)):
             assert sorted(own[start : start + len(part)]) == list(range(len(part)))
@@ -82,12 +82,13 @@ def test_folders_and_shards_mix_and_items_hold_the_keys_of_both(tmp_path):
     mixture = module.datasets["train"]
     assert mixture.keys == ["caption", "file_path_", "image", "txt"] and np.isfinite(mixture[3]["image"]).all()
     assert mixture.file_of(0) == tmp_path / "folder/0.png" and mixture.file_of(3).endswith("00000.tar/000")
-    assert mixture.shards == mixture.parts[1].shards and {"0 files", "1 labels", "shares"} <= mixture.fingerprint.keys()
+    assert {"0 files", "1 labels", "shares"} <= mixture.fingerprint.keys()
 
 
 @pytest.mark.parametrize(
     ("datasets", "samples", "message"),
     [
+        ([{"weight": 1}], None, r"datasets\[0\] {}: has no target; set .* to {target: ..., params: {...}}"),
         ([], None, "datasets [] *: is empty"),
         ([numbers(3, 0)], None, r"datasets\[0\].weight 0: not a weight; set .* to a positive number"),
         ([numbers(3), numbers(3, 100)], 5, r"samples 5: an epoch of 5 samples has none of datasets\[0\]"),
@@ -97,3 +98,32 @@ def test_folders_and_shards_mix_and_items_hold_the_keys_of_both(tmp_path):
 def test_mixtures_of_nothing_are_refused(datasets, samples, message):
     with pytest.raises(DataConfigError, match=message.replace("[] *", r"\[\] ?")):
         Mixture(datasets, samples)
+
+
+def folder(root, **params):
+    return {"target": "ldm.data.folder.ImageFolder", "params": {"root": str(root), "size": 8, **params}}
+
+
+def test_datasets_have_images_of_one_key_and_size_and_number_their_classes_alike(tmp_path):
+    for name in ("a/cat/0.png", "a/dog/0.png", "b/cat/0.png"):
+        save_image(tmp_path / name)
+    a, b = tmp_path / "a", tmp_path / "b"
+    assert Mixture([folder(a, class_labels=True)] * 2).class_names == ["cat", "dog"]
+    assert Mixture([folder(a, class_labels=True), folder(b)]).class_names is None
+    for other, message in (
+        (folder(b, class_labels=True), r"datasets\[1\] .*has 1 classes and datasets\[0\] 2, which differ in dog"),
+        (folder(b, class_labels=True, size=4), r"its 'image' is \(4, 4, 3\), that of datasets\[0\] \(8, 8, 3\)"),
+        (folder(b, image_key="jpg"), r"images have the keys jpg, .* image; set datasets\[1\].params.image_key as in"),
+    ):
+        with pytest.raises(DataConfigError, match=message):
+            Mixture([folder(a, class_labels=True), other])
+
+
+def test_errors_of_preparation_name_the_dataset():
+    missing = {"target": "ldm.data.webdataset.ImageShards", "params": {"shards": "no.tar"}}
+    config = {"target": "ldm.data.mixture.Mixture", "params": {"datasets": [missing]}}
+    with pytest.raises(
+        DataConfigError, match=r"set data.params.train.params.datasets\[0\].params.shards to .tar files"
+    ):
+        DataModuleFromConfig(4, train=config).prepare_data()
+    Mixture.prepare_data([{"target": missing["target"]}, {}])  # reported when they are built

@@ -200,7 +200,7 @@ def resumed(tmp_path):
     ("change", "message"),
     [
         (lambda root: (root / "ape/0.png").unlink(), "(2 samples, previously 3)"),
-        (lambda root: save_image(root / "ape/new.png"), "other samples, files, labels than when"),
+        (lambda root: save_image(root / "ape/new.png"), "other samples, files, labels, content than when"),
         (
             lambda root: (root / "ape/0.png").rename(root / "ape/7.png"),
             "other files than when the",
@@ -218,6 +218,13 @@ def test_data_that_changed_between_stop_and_resume_is_logged_or_refused(resumed,
     module.strict = True
     with pytest.raises(ConfigError, match="restore them, or resume without --strict-data"):
         module.load_state_dict(state)
+
+
+def test_changed_images_are_logged_without_a_word_about_their_order(resumed, caplog):
+    root, state = resumed
+    save_image(root / "ape/0.png", 0, 8, 8)
+    folder_data(root).load_state_dict(state)
+    assert "other content than when" in caplog.text and "this epoch" not in caplog.text
 
 
 def test_class_numbers_that_changed_are_refused_and_new_classes_at_the_end_are_not(resumed):
