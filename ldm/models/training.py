@@ -97,6 +97,7 @@ class TrainedModule(pl.LightningModule, metaclass=_WeightsAfterConstruction):
         tensors = {name: tensor for name, tensor in tensors.items() if name not in widths}
         checkpoint.load_weights(self, path, ignore_keys, only=only, weights=tensors)
         if self.use_ema:  # a published file has the first average alone, and its count is not of this run
+            self.model_ema.continue_with_own_settings()
             for average in self.model_ema.all_averages():
                 if average is not self.model_ema or isinstance(average, PowerEma):
                     average.restart(self.averaged_module())

@@ -45,12 +45,12 @@ class LitEma(nn.Module):
         if not 0.0 <= decay <= 1.0:
             raise ValueError(f"decay={decay}: must be between 0 and 1")
         self.every, self.on_cpu = every, on_cpu
-        self.warm_up = use_num_upates or every == 1  # a count is needed to skip calls
+        self.configured_decay, self.counts = decay, use_num_upates or every > 1  # a count is needed to skip calls
+        self.warm_up = use_num_upates or every == 1
         self._calls: int | None = None  # num_updates, known without waiting for the device
         self.m_name2s_name: dict[str, str] = {}
         self.register_buffer("decay", torch.tensor(decay, dtype=torch.float32))
-        counts = use_num_upates or every > 1
-        self.register_buffer("num_updates", torch.tensor(0 if counts else -1, dtype=torch.int))
+        self.register_buffer("num_updates", torch.tensor(0 if self.counts else -1, dtype=torch.int))
         for name, parameter in model.named_parameters():
             if parameter.requires_grad:
                 shadow_name = name.replace(".", "")
@@ -69,7 +69,7 @@ class LitEma(nn.Module):
             moved = fn(tensor)
             device = torch.device("cpu") if self.on_cpu and not moved.is_meta else moved.device
             if tensor.is_meta:
-                return moved.to(device)
+                return moved.to(device, tensor.dtype)
             return moved if (moved.dtype, moved.device) == (tensor.dtype, device) else tensor.to(device)
 
         return super()._apply(move, recurse)
@@ -98,12 +98,22 @@ class LitEma(nn.Module):
         return int(self.num_updates) // self.every * self.every
 
     @torch.no_grad()
+    def continue_with_own_settings(self) -> None:
+        """Continue averages of another run's file with this average's decay; their number of calls goes on."""
+        self.decay.fill_(self.configured_decay)
+        if self.counts:
+            self.num_updates.clamp_(min=0)
+        else:
+            self.num_updates.fill_(-1)
+        self._calls = None
+
+    @torch.no_grad()
     def restart(self, model: nn.Module) -> None:
         """Average from the present parameters of `model` on."""
         for shadow, parameter in zip(*self._pairs(model)):
             shadow.copy_(parameter)
-        self.num_updates.clamp_(max=0)
-        self._calls = None
+        self.num_updates.fill_(0)
+        self.continue_with_own_settings()
 
     def _one_minus_decay(self) -> Tensor:
         """1 - d of this update, (), on the device of the counter."""

@@ -181,6 +181,25 @@ def test_in_a_new_run_the_published_average_continues_and_the_others_start_anew(
             assert torch.equal(average.weight, source.model.weight) and int(average.num_updates) == 0
 
 
+@pytest.mark.parametrize(
+    "average, updates", [({"decay": 0.75}, 3), ({"decay": 0.75, "warm_up": False}, -1), ({"sigma_rel": 0.1}, 0)]
+)
+@pytest.mark.parametrize("saved", [{"decay": 0.5}, {"decay": 0.5, "warm_up": False}, {"sigma_rel": 0.2}])
+def test_in_a_new_run_the_decay_of_the_config_holds_and_not_that_of_its_weights(saved, average, updates, tmp_path):
+    class Averaged(Toy):
+        def __init__(self, each) -> None:
+            super().__init__()
+            self.add_ema(config=EMAConfig([each]))
+
+    source, model = Averaged(saved), Averaged(average)
+    for _ in range(3):
+        source.update_ema()
+    torch.save({"state_dict": source.state_dict()}, tmp_path / "a.ckpt")
+    model.init_from_ckpt(str(tmp_path / "a.ckpt"))
+    expected = max(0, int(source.model_ema.num_updates)) if updates == 3 else updates
+    assert float(model.model_ema.decay) == average.get("decay", 0.0) and int(model.model_ema.num_updates) == expected
+
+
 # ---------------------------------------------------------------------------------------------------------------- noise
 
 
