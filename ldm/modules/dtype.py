@@ -1,9 +1,27 @@
-"""Calls of networks with 16-bit weights: cast the input to their dtype, and the output back."""
+"""Networks with 16-bit weights: calls that cast the input to their dtype and the output back, tables in float32."""
+
+from __future__ import annotations
 
 from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+
+
+class Float32Tables(nn.Module):
+    """Base of modules whose own floating-point buffers stay in float32 when a cast to 16 bits changes their weights.
+
+    Half precision rounds the ends of a noise schedule away: the SNR of 1 - alphas_cumprod there, and loss weights.
+    """
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Float32Tables:
+        before = dict(self._buffers)
+        super()._apply(fn, recurse)
+        for name, table in before.items():
+            moved = self._buffers[name]
+            if table is not None and moved is not None and moved.itemsize < table.itemsize:
+                self._buffers[name] = table.to(moved.device)
+        return self
 
 
 def weights_dtype(module: nn.Module) -> torch.dtype | None:

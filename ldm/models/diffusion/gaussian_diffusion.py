@@ -8,10 +8,11 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ldm.modules.diffusionmodules.parameterization import get_parameterization
 from ldm.modules.diffusionmodules.schedule import Schedule, extract_into_tensor, make_beta_schedule
+from ldm.modules.dtype import Float32Tables
 from ldm.rng import Purpose, normal_like
 
 logger = logging.getLogger(__name__)
@@ -25,11 +26,11 @@ class Gaussian(NamedTuple):
     log_variance: Tensor
 
 
-class GaussianDiffusion(nn.Module):
+class GaussianDiffusion(Float32Tables):
     """Mixin with q(x_t | x_0), q(x_{t-1} | x_t, x_0) and their tables (DDPM, arXiv 2006.11239).
 
-    Tables are float32 buffers under their published names, computed in float64. `lvlb_weights`, the weight of each
-    timestep in the variational bound, is not saved, as published.
+    Tables are float32 buffers under their published names, in every precision, computed in float64. `lvlb_weights`, the
+    weight of each timestep in the variational bound, is not saved, as published.
     """
 
     parameterization: str

@@ -20,6 +20,7 @@ from ldm.config.types import NonNegativeFloat, PositiveFloat, PositiveInt
 from ldm.models.diffusion.gaussian_diffusion import GaussianDiffusion
 from ldm.models.training import Losses
 from ldm.modules.diffusionmodules.schedule import extract_into_tensor
+from ldm.modules.dtype import Float32Tables, in_dtype
 
 
 class LossWeighting(nn.Module):
@@ -52,6 +53,7 @@ class SimpleLossWeighting(LossWeighting):
     def forward(self, errors: Tensor, t: Tensor, diffusion: GaussianDiffusion) -> Losses:
         logs = {"loss_simple": errors.mean()}
         logvar = extract_into_tensor(diffusion.logvar, t, errors.shape)
+        logvar = _of_counted(errors, logvar) if self.learn_logvar else logvar
         weighted = errors / torch.exp(logvar) + logvar
         if self.learn_logvar:
             logs["loss_gamma"] = weighted.mean()
@@ -124,7 +126,7 @@ class P2Weighting(SNRWeighting):
         return snr * (self.k + snr) ** -self.gamma
 
 
-class LearnedLogVariance(LossWeighting):
+class LearnedLogVariance(Float32Tables, LossWeighting):
     """Loss exp(-u) * error + u with a log-variance u(SNR) trained with the model (EDM2, arXiv 2312.02696).
 
     At its optimum u is the logarithm of the mean error, so every noise level weighs the same, whatever the
@@ -148,12 +150,18 @@ class LearnedLogVariance(LossWeighting):
         """Return u at t (B,), (B,)."""
         c_noise = -_snr(t, diffusion).clamp(min=1e-9).log() / 8.0  # log(sigma / alpha) / 4
         features = math.sqrt(2.0) * torch.cos(c_noise[:, None] * self.frequencies + self.phases)  # (B, channels)
-        return self.linear(features)[:, 0]
+        return in_dtype(self.linear.weight.dtype, self.linear, features)[:, 0]
 
     def forward(self, errors: Tensor, t: Tensor, diffusion: GaussianDiffusion) -> Losses:
         u = self.log_variance(t, diffusion).float()
         logs = {"loss_simple": errors.mean(), "logvar": u.mean()}
+        u = _of_counted(errors, u)
         return (errors * (-u).exp() + u).mean(), logs
+
+
+def _of_counted(errors: Tensor, log_variance: Tensor) -> Tensor:
+    """Return log-variances (B,), 0 for samples that do not count: an empty mask or the weight 0 gives the error 0."""
+    return torch.where(errors == 0, 0.0, log_variance)
 
 
 def _snr(t: Tensor, diffusion: GaussianDiffusion) -> Tensor:

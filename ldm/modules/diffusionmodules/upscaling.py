@@ -6,16 +6,17 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ldm.config.types import PositiveInt
 from ldm.modules.diffusionmodules.schedule import Schedule, extract_into_tensor, make_beta_schedule
+from ldm.modules.dtype import Float32Tables
 from ldm.rng import Purpose, integers, normal_like
 
 OPTIONS = ("beta_schedule", "timesteps", "linear_start", "linear_end", "cosine_s")
 
 
-class ImageConcatWithNoiseAugmentation(nn.Module):
+class ImageConcatWithNoiseAugmentation(Float32Tables):
     """Adds noise to low-resolution images: q(x_s | x_0) at a level s of its own noise schedule.
 
     noise_schedule_config: any of OPTIONS, as for a model, by default 1000 levels. max_noise_level: upper limit of the

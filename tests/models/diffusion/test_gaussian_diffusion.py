@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from ldm.models.diffusion.ddpm import DDPM
+from ldm.modules.diffusionmodules.upscaling import ImageConcatWithNoiseAugmentation
 from tests.models.diffusion.tiny import unet
 from tests.reference import randn
 
@@ -24,6 +25,18 @@ def test_a_model_with_zero_terminal_snr_trains_samples_and_keeps_its_schedule_wh
     tables = model.alphas_cumprod.clone()
     model.load_state_dict(small_ddpm(parameterization="v").state_dict())
     assert torch.equal(model.alphas_cumprod, tables)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_cast_to_16_bits_keeps_the_tables_of_the_schedule_and_of_the_loss(dtype):
+    weighting = {"target": "ldm.models.diffusion.loss_weighting.LearnedLogVariance"}
+    model = small_ddpm(loss_weighting_config=weighting, logvar_init=0.1)
+    for module in (model, ImageConcatWithNoiseAugmentation()):
+        before = {name: buffer.clone() for name, buffer in module.named_buffers()}
+        assert all(torch.equal(buffer, before[name]) for name, buffer in module.to(dtype).named_buffers())
+    assert all(parameter.dtype == dtype for parameter in model.parameters())
+    loss, _ = model.p_losses(randn(1, 2, 4, 8, 8), torch.tensor([0, 19]))
+    assert loss.dtype == torch.float32 and torch.isfinite(loss)
 
 
 def test_zero_terminal_snr_with_eps_is_refused_when_the_model_is_built():

@@ -214,6 +214,18 @@ def test_a_learned_log_variance_weighs_all_noise_levels_alike_at_its_optimum():
     torch.testing.assert_close(weighting(errors, t, tables)[0], 1 + errors.log().mean(), atol=0.01, rtol=0)
 
 
+def test_samples_with_an_empty_mask_or_without_weight_do_not_train_a_log_variance():
+    tables = diffusion("eps")
+    del tables.logvar
+    tables.logvar = torch.nn.Parameter(torch.zeros(50))
+    for weighting in (LearnedLogVariance(), SimpleLossWeighting(learn_logvar=True)):
+        parameter = weighting.linear.bias if isinstance(weighting, LearnedLogVariance) else tables.logvar
+        for errors, trained in (([0.0, 0.0], False), ([0.0, 2.0], True)):
+            loss, _ = weighting(torch.tensor(errors), torch.tensor([3, 7]), tables)
+            (gradient,) = torch.autograd.grad(loss, parameter)
+            assert bool(gradient.any()) == trained and (len(gradient) == 1 or not gradient[3])
+
+
 def test_a_learned_log_variance_is_trained_and_saved_with_the_model():
     config = {"target": "ldm.models.diffusion.loss_weighting.LearnedLogVariance", "params": {"channels": 8}}
     model = latent_diffusion("crossattn", ATTEND, CLASSES, cond_stage_key="class_label", loss_weighting_config=config)
