@@ -38,9 +38,9 @@ class CheckpointPolicy(ModelCheckpoint):
 
     Lightning updates `last.ckpt` only with a best-of checkpoint, ranks a state by the metric of an earlier one, stops
     the run if the monitored metric is not logged, and may save between accumulated gradients. Here `last.ckpt` is
-    updated after every validation (or epoch, without validation) and every `every_n_train_steps`. Only a state that
-    was validated at its step is ranked; a value that is not finite never is. The newest state is in two files that
-    share no inode: `last.ckpt` and the best-of file of the same step or else `last-copy.ckpt` (not with
+    updated after every validation (or epoch, without validation) and every `every_n_train_steps`. Only a state whose
+    metric was measured at its step is ranked; a value that is not finite never is. The newest state is in two files
+    that share no inode: `last.ckpt` and the best-of file of the same step or else `last-copy.ckpt` (not with
     `copy_last: false`). In a sharded run these are indices of the same parts, and `last-copy.ckpt` is the state before.
     """
 
@@ -48,7 +48,8 @@ class CheckpointPolicy(ModelCheckpoint):
         super().__init__(*args, **kwargs)
         self.copy_last = copy_last
         self._validated = self._ranked = -1  # steps of the last validation and of the last ranking
-        self._of_validation: set[str] = set()  # names of the metrics that validation logs
+        self._of_validation: set[str] = set()  # names of the metrics that validations log
+        self._measured: set[str] = set()  # those of the last validation: a callback may not log in each
         self._ranked_before: set[str] = set()  # best-of files before the ranking that is being saved
         self._replaced: list[str] = []  # best-of files that the loaded state's save was about to delete
         self._logged: set[str] = set()
@@ -112,7 +113,8 @@ class CheckpointPolicy(ModelCheckpoint):
         if trainer.sanity_checking or trainer.state.fn != "fit":
             return
         self._validated = trainer.global_step
-        self._of_validation |= set(trainer._logger_connector.metrics["callback"])
+        self._measured = set(trainer._logger_connector.metrics["callback"])  # callback_metrics has older values too
+        self._of_validation |= self._measured
         if not self._should_save_on_train_epoch_end(trainer):
             self._save(trainer, self._ranks_epoch(trainer))
 
@@ -147,7 +149,8 @@ class CheckpointPolicy(ModelCheckpoint):
         """True without a monitor, or if its value is finite and of this step. The ranks agree: they use rank 0's."""
         if self.monitor is None:
             return True
-        stale = self.monitor in self._of_validation and self._validated != trainer.global_step
+        measured = self._validated == trainer.global_step and self.monitor in self._measured
+        stale = self.monitor in self._of_validation and not measured
         value = None if stale or self.monitor not in candidates else float(candidates[self.monitor])
         value = trainer.strategy.broadcast(value)
         if value is None:

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ldm.callbacks.image_logger import gathered, never_stops_training, save_image, training_step_index
+from ldm.callbacks.image_logger import gathered, never_stops_training, save_image
 from ldm.config.instantiate import ConfigError
 from ldm.config.types import PositiveFloat, PositiveInt
 from ldm.models.diffusion.ddpm import DDPM
@@ -141,7 +141,7 @@ class LossBySNR(pl.Callback):
             names += [f"{name}_ema" for name in names]
         losses = dict(zip(names, (sums[:-1] / sums[-1].clamp(min=1e-30)).tolist()))
         pl_module.log_dict(losses, on_epoch=True, sync_dist=True, batch_size=1)
-        step = training_step_index(trainer, pl_module)
+        step = trainer.global_step
         self.history.append({"step": step, "losses": losses})
         if trainer.is_global_zero:
             logger.info("%-11s by log-SNR, step %d: %.1f s", "loss", step, self._seconds)

@@ -14,9 +14,10 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from tqdm import tqdm
 
-from ldm.models.optimizers import class_names
+from ldm.models.optimizers import arguments_of, class_names
 from ldm.modules.ema import PowerEma
 
 try:
@@ -88,7 +89,8 @@ class ProgressBar(pl.Callback):
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.sanity_checking or not trainer.is_global_zero:
             return
-        values = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val")}
+        logged = trainer._logger_connector.metrics["callback"]  # callback_metrics has those of earlier validations too
+        values = {name: float(value) for name, value in logged.items() if name.startswith("val")}
         monitor = getattr(pl_module, "monitor", None)
         shown: dict[str, float] = {}
         for name in sorted(values, key=lambda name: (name != monitor, name)):
@@ -152,7 +154,7 @@ class RunReport(pl.Callback):
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Keep the configs' settings of the optimizers: loading a checkpoint replaces them."""
-        self._options = [[_options(group) for group in each.param_groups] for each in trainer.optimizers]
+        self._options = [_options(each) for each in trainer.optimizers]
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         self._decay = _ema_decay(pl_module)
@@ -177,7 +179,7 @@ class RunReport(pl.Callback):
         parameters = list(pl_module.parameters())
         sizes = _count(parameters), _count([p for p in parameters if p.requires_grad])
         dtypes = "/".join(sorted({str(p.dtype).removeprefix("torch.") for p in parameters if p.is_floating_point()}))
-        name = type(pl_module).__name__
+        name = next(cls.__name__ for cls in type(pl_module).__mro__ if not issubclass(cls, FSDPModule))
         logger.info("%-11s %s, %s parameters, %s trainable, %s", "model", name, *sizes, dtypes)
         if self.rule:
             logger.info("%-11s %s", "batch", self.rule)
@@ -207,9 +209,9 @@ class RunReport(pl.Callback):
     def _log_kept(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Log what the checkpoint decides although the configs differ."""
         for configured, optimizer in zip(self._options, trainer.optimizers):
-            for before, group in zip(configured, optimizer.param_groups):
+            for before, now, group in zip(configured, _options(optimizer), optimizer.param_groups):
                 of = f" of {group['name']}" if "name" in group else ""
-                for name, value in _options(group).items():
+                for name, value in now.items():
                     if name in before and before[name] != value:
                         text = f"the checkpoint's {name} {value}{of} is used, not the configs' {before[name]}"
                         logger.warning("%-11s %s", "optimizer", text)
@@ -231,13 +233,10 @@ def _rate(group: Mapping[str, Any]) -> float:
     return float(group.get("initial_lr", group["lr"]))
 
 
-def _options(group: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the settings of a group of parameters."""
-    named = ("betas", "eps", "weight_decay", "momentum", "amsgrad", "nesterov", "alpha")
-    values = {
-        name: tuple(group[name]) if isinstance(group[name], list) else group[name] for name in named if name in group
-    }
-    return {"learning rate": f"{_rate(group):.3e}", **values}
+def _options(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
+    """Return the settings of each group of parameters."""
+    groups = zip(optimizer.param_groups, arguments_of(optimizer))
+    return [{"learning rate": f"{_rate(group):.3e}", **arguments} for group, arguments in groups]
 
 
 class CompileTime(pl.Callback):

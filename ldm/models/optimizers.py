@@ -22,6 +22,7 @@ MATRICES_ONLY = "torch.optim.Muon"  # refuses parameters that are not 2D
 REST = "torch.optim.AdamW"  # takes the parameters that Muon does not
 _GROUP_KEYS = ("match", "lr_factor", "params")
 _GIVEN = ("params", "lr")  # arguments of an optimizer that the run decides
+_KERNELS = ("foreach", "fused", "capturable", "differentiable")  # arguments that choose an implementation
 
 
 @dataclass(frozen=True)
@@ -137,6 +138,8 @@ def _groups(
     patterns: list[re.Pattern[str]] = []
     for place, section in enumerate(config.groups):
         where = f"{PLACE}.groups[{place}]"
+        if not isinstance(section, Mapping):
+            raise ConfigError(f"{where} {section!r}: expected {{match: PATTERN}} with lr_factor or params")
         for key in section:
             if key not in _GROUP_KEYS:
                 hint = f"; arguments of the optimizer go under {where}.params" if key in _arguments(cls) else ""
@@ -205,6 +208,8 @@ def _optimizer_class(target: str) -> type[Optimizer]:
     cls = get_obj_from_str(target)
     if not (inspect.isclass(cls) and issubclass(cls, Optimizer)):
         raise ConfigError(f"{PLACE}.target: {target} is not an optimizer (a subclass of torch.optim.Optimizer)")
+    if cls is torch.optim.SparseAdam:
+        raise ConfigError(f"{PLACE}.target {target}: takes sparse gradients, which no model here has; choose {REST}")
     return cls
 
 
@@ -214,13 +219,22 @@ def _arguments(cls: type[Optimizer]) -> list[str]:
 
 def _options(cls: type[Optimizer], target: str, params: Mapping[str, Any], where: str) -> dict[str, Any]:
     """Return checked arguments of an optimizer as plain values."""
-    accepted = [name for name in _arguments(cls) if name not in _GIVEN]
-    takes_more = any(p.kind is p.VAR_KEYWORD for p in inspect.signature(cls).parameters.values())
-    for key in params:
+    if not isinstance(params, Mapping):
+        raise ConfigError(f"{where} {params!r}: expected a mapping of arguments")
+    arguments = inspect.signature(cls).parameters
+    accepted = [name for name in arguments if name not in _GIVEN]
+    takes_more = any(p.kind is p.VAR_KEYWORD for p in arguments.values())
+    for key, value in params.items():
         if key == "lr":
             raise ConfigError(f"{where}.lr: set model.base_learning_rate, and lr_factor of groups")
         if key not in accepted and not takes_more:
             raise ConfigError(f"{where}.{key}: {target} takes no such argument{did_you_mean(str(key), accepted)}")
+        several = isinstance(value, Sequence) and not isinstance(value, str)
+        if any(isinstance(each, float) and not math.isfinite(each) for each in (value if several else [value])):
+            raise ConfigError(f"{where}.{key} {value}: expected finite numbers")
+        default = arguments[key].default if key in arguments else None
+        if isinstance(default, tuple) and not (several and len(value) == len(default)):
+            raise ConfigError(f"{where}.{key} {value}: expected {len(default)} values, such as {list(default)}")
     # Lists of a YAML, such as betas: a tuple compares equal to what a checkpoint holds.
     return {
         key: tuple(value) if isinstance(value, Sequence) and not isinstance(value, str) else value
@@ -246,6 +260,9 @@ def _new(cls: type[Optimizer], parameters: Any, options: Mapping[str, Any]) -> O
 
 def _build(cls: type[Optimizer], target: str, groups: list[dict[str, Any]], options: Mapping[str, Any]) -> Optimizer:
     try:
+        for group in groups:  # torch checks the defaults alone
+            own = {name: group[name] for name in _arguments(cls) if name in group and name != "params"}
+            _new(cls, [nn.Parameter(torch.zeros(1, 1))], {**options, **own})
         return _new(cls, groups, options)
     except (TypeError, ValueError, RuntimeError, IndexError) as error:  # e.g. of betas with one value
         raise ConfigError(f"{PLACE}: {target} cannot be built: {' '.join(str(error).split())}") from error
@@ -281,6 +298,17 @@ def _guarded(optimizer: Optimizer, published: type[Optimizer]) -> Optimizer:
 
     optimizer.register_load_state_dict_pre_hook(check)
     return optimizer
+
+
+def arguments_of(optimizer: Optimizer) -> list[dict[str, Any]]:
+    """Return the arguments of each group of parameters, without the learning rate and those of an implementation."""
+    found = []
+    for group in optimizer.param_groups:
+        part = optimizer.parts[group["optimizer"]] if isinstance(optimizer, JointOptimizer) else optimizer
+        names = [name for name in _arguments(type(part)) if name in group and name not in (*_GIVEN, *_KERNELS)]
+        plain = ((name, group[name]) for name in names)
+        found.append({name: tuple(value) if isinstance(value, list) else value for name, value in plain})
+    return found
 
 
 def class_names(optimizer: Optimizer) -> str:

@@ -36,7 +36,8 @@ class Scored(Toy):
         self.score = next(self.scores)
 
     def validation_step(self, batch, batch_idx):
-        self.log("val/loss", self.score)
+        if self.score is not None:
+            self.log("val/loss", self.score)
 
 
 @pytest.mark.parametrize("monitor", ["val/loss", None])
@@ -66,6 +67,13 @@ def test_only_a_state_that_was_validated_at_its_step_is_ranked(tmp_path):
     assert names(tmp_path) == {"last.ckpt", "last-copy.ckpt", "step=5.ckpt", "step=10.ckpt"}
     assert [step_of(tmp_path / f"step={step}.ckpt") for step in (5, 10)] == [5, 10]
     assert step_of(tmp_path / "last.ckpt") == 13
+
+
+def test_the_value_of_an_earlier_validation_ranks_no_state(tmp_path):
+    policy = policy_of(tmp_path, filename="{step}")
+    options = {"val_check_interval": 2, "num_sanity_val_steps": 0, "enable_checkpointing": True}
+    fit(tmp_path, [policy], Scored(3.0, None, None, 2.0), **options)
+    assert names(tmp_path) == {"last.ckpt", "step=2.ckpt", "step=8.ckpt"}
 
 
 def test_a_value_that_is_not_finite_is_never_among_the_best(tmp_path, caplog):

@@ -84,7 +84,8 @@ def test_a_resume_reports_what_it_validates_and_what_the_checkpoint_decides(tmp_
             self.model_ema.register_buffer("decay", torch.tensor(self.decay))
 
         def configure_optimizers(self):
-            return torch.optim.AdamW(self.net.parameters(), lr=1e-3, weight_decay=self.weight_decay)
+            options = {"weight_decay": self.weight_decay, "maximize": self.weight_decay > 0}
+            return torch.optim.AdamW(self.net.parameters(), lr=1e-3, **options)
 
     class Changed(Decayed):
         decay, weight_decay = 0.25, 0.1
@@ -99,6 +100,7 @@ def test_a_resume_reports_what_it_validates_and_what_the_checkpoint_decides(tmp_
     lines = [record.message for record in caplog.records]
     assert "data        3 batches per epoch, 2 of validation" in lines
     assert "optimizer   the checkpoint's weight_decay 0.0 is used, not the configs' 0.1" in lines
+    assert "optimizer   the checkpoint's maximize False is used, not the configs' True" in lines
     assert "EMA         the checkpoint's decay 0.5 is used, not the configs' 0.25" in lines
 
 

@@ -191,7 +191,11 @@ def test_eight_bit_states_take_a_quarter_of_the_memory():
         ({"groups": [{"match": "("}]}, "not a regular expression"),
         ({"groups": [{"match": "attn2", "lr_factor": 0}]}, r"lr_factor 0: expected a number > 0"),
         ({"groups": [{"match": "attn2", "lr_factor": math.nan}]}, r"lr_factor nan: expected a number > 0"),
-        ({"params": {"betas": [0.9]}}, r"torch.optim.AdamW cannot be built: "),
+        ({"params": {"betas": [0.9, 0.99, 0.999]}}, r"params.betas \[.*\]: expected 2 values, such as \[0.9, 0.999\]"),
+        ({"params": {"eps": math.inf}}, "params.eps inf: expected finite numbers"),
+        ({"groups": [5]}, r"groups\[0\] 5: expected {match: PATTERN}"),
+        ({"groups": [{"match": "attn2", "params": {"weight_decay": -1.0}}]}, "cannot be built: Invalid weight_decay"),
+        ({"target": "torch.optim.SparseAdam"}, "takes sparse gradients"),
         (
             {"groups": [{"match": "attn2", "lr_facto": 1}]},
             r"groups\[0\].lr_facto: unknown key; did you mean 'lr_factor'",
