@@ -35,10 +35,15 @@ def main(argv: Sequence[str]) -> None:
     opt = parser().parse_args(argv)
     run = find_run(opt.run, "RUN")
     out = Path(opt.out) if opt.out else run.ckpt.parent
+    if out.suffix in (".ckpt", ".pt", ".pth", ".bin"):
+        raise ValueError(f"--out {out}: expected a folder or a .safetensors file")
     if out.suffix == ".safetensors" and len(opt.sigma_rel) > 1:
         raise ValueError(f"--out {out}: a file, but --sigma-rel has {len(opt.sigma_rel)} widths; pass a folder")
     single = out.suffix == ".safetensors"
     targets = {width: out if single else out / f"ema_sigma_rel_{width:g}.safetensors" for width in opt.sigma_rel}
+    if len(set(targets.values())) < len(targets):
+        widths = " ".join(map(str, opt.sigma_rel))
+        raise ValueError(f"--sigma-rel {widths}: two of them agree to 6 digits and would be one file; remove one")
     for path in targets.values():
         if path.exists():
             raise ValueError(f"{path}: already exists; choose another --out or remove it first")

@@ -12,6 +12,7 @@ from torch.distributed.tensor import DTensor
 
 from ldm.callbacks.checkpoints import MIB
 from ldm.checkpoint.snapshots import Profile, find_snapshots, snapshot_interval, write_snapshot
+from ldm.cli import one_line
 from ldm.modules.ema import LitEma, PowerEma, average_name
 from ldm.paths import shown_path
 
@@ -21,8 +22,8 @@ logger = logging.getLogger(__name__)
 class EMASnapshots(pl.Callback):
     """Write a snapshot every `every` optimizer steps, and keep at most `limit` of them, evenly spaced.
 
-    A snapshot is written before the checkpoint of its step. A resumed run deletes those after its step, which it will
-    write again, so that their set is that of an uninterrupted run.
+    A snapshot is written before the checkpoint of its step; an error of its file ends no run. A resumed run deletes
+    those after its step, which it will write again, so that their set is that of an uninterrupted run.
     """
 
     def __init__(self, folder: Path, every: int, limit: int) -> None:
@@ -63,10 +64,15 @@ class EMASnapshots(pl.Callback):
         if not trainer.is_global_zero:
             return
         profiles = {name: Profile(average.width, average.time) for name, average in zip(names, powers)}
-        path = write_snapshot(self.folder, step, shadows, profiles)
-        for snapshot in find_snapshots(self.folder):
-            if snapshot.step % interval:
-                snapshot.path.unlink()
+        try:
+            path = write_snapshot(self.folder, step, shadows, profiles)
+            found = find_snapshots(self.folder)
+            if len(found) > self.limit:  # not before: those of another `every` may lie between
+                for snapshot in (each for each in found if each.step % interval):
+                    snapshot.path.unlink()
+        except OSError as error:
+            logger.warning("%-11s step %d: failed, training continues: %s", "snapshots", step, one_line(error))
+            return
         if step == self.every:
             size = path.stat().st_size / MIB
             logger.info("%-11s every %d steps, at most %d of %.1f MiB", "snapshots", self.every, self.limit, size)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -16,7 +17,10 @@ from ldm.checkpoint.snapshots import Profile, Snapshot, find_snapshots
 from ldm.checkpoint.source import base_of
 from ldm.modules.ema import power_gamma
 
+logger = logging.getLogger(__name__)
+
 AVERAGES = f"{EMA}averages."
+FAR = 0.1  # a relative error of the profile beyond which the average has not the width that was asked for
 
 
 class Reconstructed(NamedTuple):
@@ -141,6 +145,9 @@ def _write(
     weights: Mapping[str, Tensor], average: Mapping[str, Tensor], sigma_rel: float, path: Path, step: int, error: float
 ) -> Reconstructed:
     kept = {name: value for name, value in weights.items() if not name.startswith(EMA)}
+    if error > FAR:
+        text = "sigma_rel %g: the nearest profile has a relative error of %.2g; more or later snapshots are needed"
+        logger.warning(text, sigma_rel, error)
     chosen, taken = use_ema_weights({**kept, **{f"{EMA}{name}": value for name, value in average.items()}})
     if taken != len(average):
         raise CheckpointError(f"{len(average) - taken} averaged parameters of the snapshots are not in the checkpoint")

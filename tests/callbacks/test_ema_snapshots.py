@@ -34,10 +34,10 @@ class SaveAt(pl.Callback):
             trainer.save_checkpoint(self.path)
 
 
-def run(folder, steps, checkpoint=None, limit=3, callbacks=()):
+def run(folder, steps, checkpoint=None, limit=3, callbacks=(), every=2):
     module, data = Averaged(), DataLoader([randn(0, 3)] * 40, batch_size=1)
     options = {**QUIET, "max_steps": steps, "plugins": [AtomicCheckpointIO()], "max_epochs": 1}
-    options["callbacks"] = [ExactResume(), EMASnapshots(folder, 2, limit), *callbacks]
+    options["callbacks"] = [ExactResume(), EMASnapshots(folder, every, limit), *callbacks]
     pl.Trainer(**options).fit(module, data, ckpt_path=checkpoint, weights_only=True)
     return {each.step: each.tensors() for each in find_snapshots(folder)}
 
@@ -61,3 +61,17 @@ def test_a_resumed_run_has_the_snapshots_of_an_uninterrupted_one(tmp_path):
 def test_a_run_that_starts_again_deletes_the_snapshots_of_its_first_try(tmp_path):
     run(tmp_path, 9)
     assert list(run(tmp_path, 2)) == [2]
+
+
+def test_a_resume_with_another_interval_keeps_the_snapshots_so_far(tmp_path):
+    run(tmp_path, 5, callbacks=[SaveAt(5, tmp_path / "5.ckpt")])
+    assert list(run(tmp_path, 9, checkpoint=tmp_path / "5.ckpt", every=3, limit=4)) == [2, 4, 6, 9]
+
+
+def test_a_snapshot_that_cannot_be_written_ends_no_run(tmp_path, monkeypatch, caplog):
+    def fail(*_):
+        raise OSError(28, "No space left on device", "step=2")
+
+    monkeypatch.setattr("ldm.callbacks.ema_snapshots.write_snapshot", fail)
+    assert run(tmp_path, 3) == {}
+    assert "step 2: failed, training continues: step=2: No space left on device" in caplog.text

@@ -59,6 +59,12 @@ def test_an_average_may_end_before_the_training_does(training, tmp_path):
     assert read_metadata(done.path) == {"average": "sigma_rel 0.1", "step": "150"}
 
 
+def test_a_profile_far_from_the_one_asked_for_is_a_warning(training, tmp_path, caplog):
+    folder, ckpt, _ = training
+    (done,) = reconstruct(folder, ckpt, {0.01: tmp_path / "a.safetensors"}, until=10)
+    assert done.error > 0.1 and "sigma_rel 0.01: the nearest profile has a relative error of" in caplog.text
+
+
 def test_a_stored_profile_is_reconstructed_from_itself_alone():
     profiles = [Profile(width, time) for time in (10, 20, 30) for width in (0.05, 0.1)]
     x = coefficients(profiles, [power_gamma(0.1)], 30.0)[:, 0]
