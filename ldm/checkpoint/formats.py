@@ -223,15 +223,19 @@ def map_tensors(f: Callable[[str, Tensor], Any], value: Any, place: str = "") ->
 
 def part_files(path: Path, content: Any = None) -> list[Path]:
     """The files of an index (`content`, if it is read already), which exist; none for other checkpoints."""
-    names = read_entry(path, PARTS) if content is None else content.get(PARTS)
+    files = named_parts(path, read_entry(path, PARTS) if content is None else content.get(PARTS))
+    if missing := [file for file in files if not file.is_file()]:
+        raise CheckpointError(f"{path}: its part {missing[0]} is missing: an index needs the folder {PARTS} next to it")
+    return files
+
+
+def named_parts(path: Path, names: Any) -> list[Path]:
+    """The files that the entry `parts` of an index names, also missing ones."""
     if names is None:
         return []
     if not (isinstance(names, list) and names and all(map(_is_part, names))):
         raise CheckpointError(f"{path}: invalid names of its parts: {names!r:.80}")
-    files = [path.parent / name for name in names]
-    if missing := [file for file in files if not file.is_file()]:
-        raise CheckpointError(f"{path}: its part {missing[0]} is missing: an index needs the folder {PARTS} next to it")
-    return files
+    return [path.parent / name for name in names]
 
 
 def _is_part(name: Any) -> bool:

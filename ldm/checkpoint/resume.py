@@ -16,8 +16,9 @@ from ldm.checkpoint.formats import (
     CheckpointError,
     global_step,
     is_full_state,
-    part_files,
+    named_parts,
     read_checkpoint,
+    read_entry,
     saved_at,
     verify_checkpoint,
 )
@@ -59,17 +60,22 @@ class AtomicCheckpointIO(CheckpointIO):
 def remove_unused_parts(folder: Path) -> None:
     """Delete the parts that no index in a folder names: those of replaced checkpoints and of killed saves.
 
-    Folders that hold anything but parts, and links, are not ours and stay.
+    Folders that hold anything but parts, and links, are not ours and stay. So do parts that are older than an index
+    that cannot be read: they may be its own.
     """
     if not (folder / PARTS).is_dir() or (folder / PARTS).is_symlink():
         return
-    try:
-        used = {part.parent for index in folder.glob("*.ckpt") for part in part_files(index)}
-    except (CheckpointError, OSError):
-        return  # the parts of a damaged index are unknown
+    used, of_damaged = set[Path](), 0.0
+    for index in folder.glob("*.ckpt"):
+        if index.is_dir():
+            continue
+        try:
+            used |= {part.parent for part in named_parts(index, read_entry(index, PARTS))}
+        except (CheckpointError, OSError):
+            of_damaged = max(of_damaged, index.lstat().st_mtime)  # it was written after its parts
     for unused in set((folder / PARTS).iterdir()) - used:
         names = [path.name for path in unused.iterdir()] if unused.is_dir() and not unused.is_symlink() else []
-        if names and all(map(_PART.match, names)):
+        if names and all(map(_PART.match, names)) and unused.stat().st_mtime > of_damaged:
             shutil.rmtree(unused, ignore_errors=True)
 
 

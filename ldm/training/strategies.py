@@ -107,13 +107,8 @@ class FSDPStrategy(strategies.DDPStrategy):
         assert module is not None
         if isinstance(module, FSDPModule):
             return
-        adapters = bool(getattr(module, "trains_adapters", False))
-        if not isinstance(module, DDPM) or adapters:
-            reason = "trains only adapters" if adapters else "is not a diffusion model"
-            raise ConfigError(f"lightning.trainer.strategy fsdp: {type(module).__name__} {reason}; choose ddp")
-        if any(each.on_cpu for each in module.modules() if isinstance(each, LitEma)):
-            place = "model.params.ema_config.device"
-            raise ConfigError(f"{place} cpu: strategy fsdp shards the averages as it shards the weights; remove it")
+        check_shardable(module)
+        assert isinstance(module, DDPM)
         self.precision_plugin.convert_module(module)
         shard_module(module, init_device_mesh(self.root_device.type, (self.world_size,)))
 
@@ -165,12 +160,23 @@ class FSDPStrategy(strategies.DDPStrategy):
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         for optimizer, saved in zip(self.optimizers, checkpoint["optimizer_states"]):
-            parameters = [each for group in optimizer.param_groups for each in group["params"]]
-            state = {
-                number: {name: _like(value, parameters[number]) for name, value in entries.items()}
+            parameters = dict(enumerate(each for group in optimizer.param_groups for each in group["params"]))
+            state = {  # of more parameters than there are now: the optimizer refuses it
+                number: {name: _like(value, parameters.get(number)) for name, value in entries.items()}
                 for number, entries in saved["state"].items()
             }
             optimizer.load_state_dict({**saved, "state": state})
+
+
+def check_shardable(module: nn.Module) -> None:
+    """Raise ConfigError for a module that `fsdp` cannot train."""
+    adapters = bool(getattr(module, "trains_adapters", False))
+    if not isinstance(module, DDPM) or adapters:
+        reason = "trains only adapters" if adapters else "is not a diffusion model"
+        raise ConfigError(f"lightning.trainer.strategy fsdp: {type(module).__name__} {reason}; choose ddp")
+    if any(each.on_cpu for each in module.modules() if isinstance(each, LitEma)):
+        place = "model.params.ema_config.device"
+        raise ConfigError(f"{place} cpu: strategy fsdp shards the averages as it shards the weights; remove it")
 
 
 def shard_module(module: DDPM, mesh: DeviceMesh) -> None:

@@ -89,9 +89,19 @@ def test_parts_live_as_long_as_an_index_names_them(tmp_path):
     AtomicCheckpointIO().remove_checkpoint(folder / "epoch=000001.ckpt")
     assert parts() == ["2", "3", "wheel"]  # what is not ours stays
     (folder / PARTS / "3" / "0.ckpt").unlink()
-    remove_unused_parts(folder)  # a damaged index: nothing is deleted
+    remove_unused_parts(folder)  # an index without one of its parts
     assert parts() == ["2", "3", "wheel"]
     assert find_checkpoint(tmp_path, full_state=True).name == "last-copy.ckpt"
+
+
+def test_an_index_that_cannot_be_read_keeps_only_parts_that_may_be_its_own(tmp_path):
+    save_split(damaged := tmp_path / "last.ckpt", 2, SPLIT, "1")
+    damaged.write_bytes(damaged.read_bytes()[:-100])
+    for index, replaced in ((tmp_path / "a.ckpt", "2"), (tmp_path / "a.ckpt", "3")):
+        save_split(index, 2, SPLIT, replaced)
+        os.utime(tmp_path / PARTS / replaced, (damaged.stat().st_mtime + 60,) * 2)
+    remove_unused_parts(tmp_path)
+    assert sorted(each.name for each in (tmp_path / PARTS).iterdir()) == ["1", "3"]
 
 
 def test_parts_behind_a_link_are_not_deleted(tmp_path):

@@ -1,12 +1,14 @@
 """Strategies: sharded training equals one process, its checkpoints open anywhere, no frozen weight is sent around."""
 
 from collections import Counter
+from types import SimpleNamespace
 from unittest.mock import Mock
 
 import pytest
 import torch
 import torch.distributed as dist
 from pytorch_lightning.plugins.environments import LightningEnvironment
+from torch import nn
 
 from ldm.checkpoint import read_checkpoint, verify_checkpoint
 from ldm.checkpoint.formats import PARTS
@@ -139,3 +141,14 @@ def test_only_diffusion_models_are_sharded(kind):
     strategy.connect(MODELS[kind]())
     with pytest.raises(ConfigError, match="AutoencoderKL is not a diffusion model; choose ddp"):
         strategy._shard()
+
+
+def test_the_state_of_more_parameters_than_there_are_is_refused_by_the_optimizer():
+    saved, fewer = (torch.optim.AdamW([nn.Parameter(torch.ones(2)) for _ in range(count)]) for count in (2, 1))
+    for parameter in saved.param_groups[0]["params"]:
+        parameter.grad = torch.ones(2)
+    saved.step()
+    with pytest.raises(ValueError, match="loaded state dict"):
+        FSDPStrategy.load_optimizer_state_dict(
+            SimpleNamespace(optimizers=[fewer]), {"optimizer_states": [saved.state_dict()]}
+        )
