@@ -119,7 +119,7 @@ BROKEN = {
         "model.params.scale_factor 20: scaled latents have a standard deviation of ",
         "set it to 0.9",
     ),
-    "small images": ([f"{DATA}.size=64"], f"{DATA}.size 64: 23 of 23 images are smaller", "set it to "),
+    "small images": ([f"{DATA}.size=64"], f"{DATA}.size 64: 23 of 23 images are smaller", "set it to 32, or"),
     "broken image": (
         [f"{DATA}.root={{}}/broken"],
         "{}/broken/11.png: not an image",
@@ -192,6 +192,23 @@ def test_several_problems_are_all_listed(doctor):
     words = [f"{UNET}.context_dim=24", f"{STAGE}=gone.ckpt", "--gpus", "2", GPUS[0]]
     code, _, problems = doctor(*words, steps=False)
     assert code == 2 and len(problems) == 3
+
+
+def test_what_the_run_refuses_once_its_model_is_built_is_a_problem(doctor):
+    callbacks = "lightning.callbacks"
+    words = [
+        f"+{callbacks}.loss_by_snr={{target: ldm.callbacks.LossBySNR}}",
+        f"{callbacks}.image_logger={{params: {{fixed_samples: {{count: 2}}}}}}",
+        "model.params.optimizer_config={groups: [{match: atn}]}",
+    ]
+    code, _, problems = doctor(*words, "--strategy", "fsdp", "--compile", "eager", base="stage", steps=False)
+    assert code == 2 and [line.partition(":")[0] for line in sorted(problems)] == [
+        "--compile",
+        "LossBySNR",
+        f"{callbacks}.image_logger.params.fixed_samples",
+        "lightning.trainer.strategy fsdp",
+        "model.params.optimizer_config.groups[0].match 'atn'",
+    ]
 
 
 def test_an_average_without_warm_up_that_keeps_its_first_weights_is_a_problem():

@@ -15,6 +15,7 @@ from ldm.models.diffusion.conditioning import main_part
 from ldm.models.diffusion.ddpm import DDPM, LatentDiffusion
 from ldm.models.diffusion.image_log import GUIDANCE_SCALE
 from ldm.models.diffusion.samplers.registry import SAMPLERS, make_sampler
+from ldm.modules.encoders.base import AbstractEncoder
 from ldm.modules.encoders.modules import ClassEmbedder
 from ldm.paths import expand_user, lines_of
 
@@ -42,6 +43,9 @@ class FixedSamples:
     def __post_init__(self) -> None:
         if self.sampler not in SAMPLERS:
             raise ValueError(f"sampler {self.sampler!r}: choose one of {', '.join(SAMPLERS)}")
+        if self.eta is not None and not SAMPLERS[self.sampler].takes_eta:
+            takers = ", ".join(name for name, sampler in SAMPLERS.items() if sampler.takes_eta)
+            raise ValueError(f"eta {self.eta:g}: {self.sampler} has none; remove it, or choose one of {takers}")
         if isinstance(self.prompts, str) and not expand_user(self.prompts).is_file():
             raise ValueError(f"prompts {self.prompts}: no such file; set it to a list, or a file with one on each line")
         if self.prompts is not None and not self.conditions():
@@ -89,7 +93,8 @@ class FixedSamples:
 
     def _condition(self, model: LatentDiffusion, given: Sequence[str | int]) -> dict[str, Any]:
         """Return the sampler's arguments of condition and guidance."""
-        numbers = isinstance(model.cond_stage_model, ClassEmbedder) or all(isinstance(each, int) for each in given)
+        stage, integers = model.cond_stage_model, all(isinstance(each, int) for each in given)
+        numbers = isinstance(stage, ClassEmbedder) or (integers and not isinstance(stage, AbstractEncoder))
         values = torch.tensor([int(each) for each in given]) if numbers else [str(each) for each in given]
         raw = model.raw_condition({model.cond_stage_key: values}, model.cond_stage_key)
         cond = model.get_learned_conditioning(raw)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ldm.callbacks import CheckpointPolicy, ImageLogger
-from ldm.callbacks.data_check import image_size_problems
+from ldm.callbacks.data_check import image_size_problems, pixel_multiple
 from ldm.checkpoint import CheckpointError, load_weights, read_weights, weights_on_meta
 from ldm.cli import one_line
 from ldm.config.instantiate import ConfigError, instantiate_from_config, value_at
@@ -101,7 +101,9 @@ def check_image_sizes(run: Examined) -> Iterator[Finding]:
         text = f"data.params.train.params.{name} {min(sides)}: {len(small)} of {len(found)} images are smaller and are "
         text += f"enlarged, the smallest has {min(small)} pixels; "
         if 2 * len(small) > len(found):
-            yield problem(f"{text}set it to {max(64, min(small) // 64 * 64)}, or use larger images")
+            multiple = math.prod(pixel_multiple(run.model))
+            fitting = min(small) // multiple * multiple
+            yield problem(f"{text}{f'set it to {fitting}, or ' if fitting else ''}use larger images")
         else:
             place = "data.params.train.params"
             yield note(f"{text}{place}.min_size={min(sides)} with {place}.on_error=skip leaves them out")

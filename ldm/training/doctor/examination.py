@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from torch.utils.data import default_collate
 
+from ldm.callbacks import ImageLogger, LossBySNR
 from ldm.callbacks.data_check import warn_of_long_captions
 from ldm.checkpoint import weights_on_meta
 from ldm.cli import one_line
@@ -35,9 +37,10 @@ from ldm.training.doctor.examined import Examined, note, problem
 from ldm.training.doctor.footprint import configured_optimizers, losses_of, step_footprint
 from ldm.training.doctor.report import report_lines
 from ldm.training.flags import RunOptions
-from ldm.training.run import batches_of, build_data, quiet_lightning, this_machine
+from ldm.training.run import batches_of, build_data, compile_network, quiet_lightning, this_machine
 from ldm.training.run_directory import RunDirectory
 from ldm.training.settings import RunSettings, check_batches, learning_rate
+from ldm.training.strategies import check_shardable
 from ldm.training.trainer import build_trainer, check_trainer
 
 logger = logging.getLogger(__name__)
@@ -115,11 +118,26 @@ def _examined(config: DictConfig, settings: RunSettings, directory: RunDirectory
     if run.batch is not None and not inconsistent and not any(key_problems(run)):
         _step_without_data(run)
         _step_with_numbers(run)
+    _refusals_of_the_run(run)
     try:
         run.optimizers, run.schedulers = configured_optimizers(run.model)
+    except ConfigError as error:
+        run.findings.append(problem(one_line(error)))
     except Exception as error:  # some need parameters with data
         run.findings.append(note(f"the optimizer is not examined: {one_line(error)}"))
     return run
+
+
+def _refusals_of_the_run(run: Examined) -> None:
+    """Call the checks of strategy, compilation and callbacks, which a run makes once its model is built."""
+    if run.strategy == "fsdp":
+        run.attempt(lambda: check_shardable(run.model))
+    if (backend := run.settings.compile) is not None:
+        run.attempt(lambda: compile_network(run.model, backend, run.devices.accelerator))
+    callbacks: list[pl.Callback] = getattr(run.trainer, "callbacks", [])  # Lightning does not declare it
+    for callback in callbacks:
+        if run.trainer is not None and isinstance(callback, ImageLogger | LossBySNR):
+            run.attempt(partial(callback.setup, run.trainer, run.model, "fit"))
 
 
 def _build_without_weights(config: DictConfig) -> Any:

@@ -48,6 +48,10 @@ def test_a_sample_depends_on_its_prompt_its_seed_and_the_weights_alone(of_texts)
     torch.testing.assert_close(alone[0], whole[1])
 
 
+def test_a_number_in_the_prompts_of_a_text_model_is_a_text(of_texts):
+    assert torch.equal(images(of_texts, prompts=[1984])[0], images(of_texts, prompts=["1984"])[0])
+
+
 def test_classes_are_guided_where_the_model_is_trained_for_it(of_classes):
     default, captions = images(of_classes, prompts=[1, 7])
     assert captions == ["1", "7"] and torch.equal(default, images(of_classes, prompts=["1", "7"], scale=3.0)[0])
@@ -69,6 +73,7 @@ def test_settings_that_do_not_fit_are_refused(of_classes, of_texts, unconditiona
         ({"sampler": "dimm"}, "sampler 'dimm': choose one of ddim, plms"),
         ({"prompts": str(tmp_path / "none.txt")}, r"prompts .*none\.txt: no such file"),
         ({"prompts": []}, "prompts: none; set at least one"),
+        ({"sampler": "plms", "eta": 0.5}, "eta 0.5: plms has none; remove it, or choose one of ddim, "),
     ):
         with pytest.raises(ValueError, match=words):
             FixedSamples(**options)
