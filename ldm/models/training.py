@@ -129,13 +129,13 @@ class TrainedModule(pl.LightningModule, metaclass=_WeightsAfterConstruction):
     # ------------------------------------------------------------------------------------------------------ batches
 
     def batch_value(self, batch: Mapping[str, Any], key: str, settings: str | None = None) -> Any:
-        """Return `batch[key]`. Raises ValueError with the keys of the batch if it is missing.
+        """Return `batch[key]`. Raises ConfigError with the keys of the batch if it is missing.
 
         settings: those that name the key, for the message.
         """
         if key not in batch:
             keys = ", ".join(sorted(batch))
-            raise ValueError(
+            raise ConfigError(
                 f"the batch has no {key!r}, it has {keys}: set {settings or self.key_settings} to one of these, "
                 f"or let the dataset return {key!r}"
             )

@@ -11,7 +11,7 @@ CHECKS = {
     "strengths": "17 minutes",
     "sizes": "7 minutes",
     "ranks": "10 minutes",
-    "engines": "3 minutes",
+    "engines": "8 minutes",
     "kills": "1 minute",
     "stops": "10 minutes",
     "run_kills": "10 minutes",

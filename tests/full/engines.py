@@ -1,4 +1,4 @@
-"""Strategies on two ranks: curves, weights and averages of one process; runs by main.py from training to an image."""
+"""Strategies on two ranks: curves, weights and averages of one process; runs by main.py on images, shards, caches."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from ldm.checkpoint import read_checkpoint
 from tests.ranks import ROOT, largest_difference, train, train_on
 from tests.tiny import text_model_config
 
-PARTS = ("curves", "resume", "run")
+PARTS = ("curves", "resume", "run", "data")
 JOB = {"kind": "latent diffusion", "length": 47, "validation": 11}
 GROUPS = {"trained weights": "model.", "EMA weights": "model_ema.", "text encoder": "cond_stage_model."}
 
@@ -32,7 +32,7 @@ def run(parts: Sequence[str] = PARTS) -> Iterator[str]:
     logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
     with tempfile.TemporaryDirectory() as folder:
         for part in parts:
-            yield from {"curves": _curves, "resume": _resume, "run": _run}[part](Path(folder))
+            yield from {"curves": _curves, "resume": _resume, "run": _run, "data": _data}[part](Path(folder))
 
 
 def weight_differences(path: Path, other: Path) -> str:
@@ -116,6 +116,42 @@ def _run(folder: Path) -> Iterator[str]:
         shutil.rmtree(place / strategy)
 
 
+def _data(folder: Path) -> Iterator[str]:
+    """Train with main.py on shards in buckets and on their cache: two ranks as one, stopped on two and ended on one."""
+    place = folder / "data"
+    _images(place / "images", sizes=((32, 32), (32, 48), (48, 32)))
+    shards = ["--captions", "sidecar", "--samples", "12", "--workers", "1"]
+    command(place, "scripts/make_shards.py", "--root", "images", "--out", "shards", *shards)
+    config = _config(place / "images")
+    config["model"]["params"]["cond_stage_trainable"] = False
+    buckets = {"step": 16, "min_side": 16, "max_side": 64}
+    params = {"shards": str(place / "shards"), "size": 32, "buckets": buckets}
+    dataset = {"target": "ldm.data.webdataset.ImageShards", "params": params}
+    config["data"]["params"] |= {"train": dataset, "validation": dataset}
+    OmegaConf.save(OmegaConf.create(config), place / "tiny.yaml")
+    trained = yield from _on_ranks(place, "shards in buckets", ["tiny.yaml"])
+    weights = f"model.params.ckpt_path={trained}"
+    cached = ["--out", "cache", "--dtype", "float32", "--global_batch", "4", "--device", "cpu", "--variants", "2"]
+    command(place, "scripts/cache_latents.py", "--base", "tiny.yaml", *cached, weights)
+    yield from _on_ranks(place, "their cache", ["tiny.yaml", "cache/data.yaml"], weights)
+
+
+def _on_ranks(place: Path, name: str, base: Sequence[str], *overrides: str) -> Generator[str, None, Path]:
+    """Compare runs of main.py -> the last checkpoint of one rank."""
+    runs = {ranks: place / f"{name}-{ranks}" for ranks in (1, 2)}
+    for ranks, steps in ((1, 10), (2, 5)):
+        flags = ["--base", *base, "-t", "--accelerator", "cpu", "--num_sanity_val_steps", "0", "--scale_lr", "false"]
+        flags += ["--devices", str(ranks), "--strategy", "ddp" if ranks > 1 else "auto", "--max_steps", str(steps)]
+        more = [f"data.params.batch_size={4 // ranks}", "lightning.callbacks.image_logger=null", *overrides]
+        command(place, "main.py", *flags, "--logdir", str(runs[ranks]), *more)
+    (stopped,) = runs[2].iterdir()
+    alone = ["--devices", "1", "--strategy", "auto", "--max_steps", "10", "data.params.batch_size=4"]
+    command(place, "main.py", "-r", str(stopped), "-t", *alone)
+    one, two = (next(run.iterdir()) / "checkpoints" / "last.ckpt" for run in runs.values())
+    yield f"{name}, 5 steps on 2 ranks and 5 on 1 against 10 on 1: {weight_differences(one, two)}"
+    return one
+
+
 def command(folder: Path, script: str, *words: str) -> str:
     """Run a script in a folder -> its output; RuntimeError with its last lines if it fails."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
@@ -129,11 +165,12 @@ def command(folder: Path, script: str, *words: str) -> str:
     return done.stderr
 
 
-def _images(folder: Path) -> None:
+def _images(folder: Path, sizes: Sequence[tuple[int, int]] = ((32, 32),)) -> None:
     folder.mkdir(parents=True)
     random = np.random.default_rng(0)
     for number in range(24):
-        Image.fromarray(random.integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(folder / f"{number}.png")
+        pixels = random.integers(0, 256, (*sizes[number % len(sizes)], 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{number}.png")
         (folder / f"{number}.txt").write_text("a cat")
 
 
