@@ -121,7 +121,7 @@ class BatchSamples:
 
     def uniform(self, rows: int, purpose: Purpose, device: torch.device) -> Tensor:
         """Numbers in [0, 1), (rows,) float32."""
-        return self.integers(1 << 24, rows, purpose, device) * 2.0**-24
+        return self.integers(1 << 24, rows, purpose, device).float() * 2.0**-24
 
     def stratified(self, rows: int, purpose: Purpose, device: torch.device) -> Tensor:
         """Numbers in [0, 1), (rows,) float32: (u + place / total) mod 1, one u for the batch of all ranks."""
@@ -203,7 +203,9 @@ def integers(high: int, rows: int, purpose: Purpose, device: torch.device) -> Te
 def uniform(rows: int, purpose: Purpose, device: torch.device) -> Tensor:
     """Uniform numbers in [0, 1), (rows,) float32, of the current samples if there are any."""
     samples = current_samples()
-    return torch.rand(rows, device=device) if samples is None else samples.uniform(rows, purpose, device)
+    if samples is None:
+        return torch.rand(rows, dtype=torch.float32, device=device)  # the default is 16-bit where all weights are
+    return samples.uniform(rows, purpose, device)
 
 
 def stratified(rows: int, purpose: Purpose, device: torch.device) -> Tensor:
@@ -213,5 +215,6 @@ def stratified(rows: int, purpose: Purpose, device: torch.device) -> Tensor:
     """
     samples = current_samples()
     if samples is None:
-        return (torch.rand(1, device=device) + torch.arange(rows, device=device) / rows) % 1.0
+        start = torch.rand(1, dtype=torch.float32, device=device)
+        return (start + torch.arange(rows, dtype=torch.float32, device=device) / rows) % 1.0
     return samples.stratified(rows, purpose, device)

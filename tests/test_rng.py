@@ -1,6 +1,7 @@
 """Laws of restoring the random generators, on the CPU and on the device of a model."""
 
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from ldm.rng import (
     preserve_rng,
     preserve_torch_rng,
     samples_set,
+    stratified,
     uniform,
 )
 
@@ -127,3 +129,20 @@ def test_without_samples_the_global_generator_is_used_as_published():
         assert normal_like(x, Purpose.NOISE).dtype == torch.float64
         assert torch.equal(torch.randn_like(x), wanted[0])  # untouched
     assert current_samples() is None
+
+
+@pytest.mark.parametrize("numbers", [uniform, stratified])
+@pytest.mark.parametrize("given", [None, samples(range(300))])
+def test_fractions_are_float32_whatever_the_default_dtype(numbers, given):
+    def call():
+        torch.manual_seed(0)
+        with samples_set(given and replace(given, calls={})):
+            return numbers(300, Purpose.TIMESTEP, CPU)
+
+    wanted = call()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        found = call()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert found.dtype == torch.float32 and torch.equal(found, wanted)
