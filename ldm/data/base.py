@@ -64,6 +64,8 @@ def part_errors(name: str) -> Iterator[None]:
         yield
     except DataConfigError as error:
         raise DataConfigError(f"{name}.params.{error.param}", error.value, error.problem, error.advice) from error
+    except ConfigError as error:
+        raise ConfigError(f"{name}.{error}") from error
 
 
 class CombinedDataset(Dataset):

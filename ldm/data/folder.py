@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 from collections.abc import Sequence
@@ -45,6 +46,8 @@ from ldm.data.splits import (
 from ldm.paths import expand_user
 
 logger = logging.getLogger(__name__)
+
+_HASHED = 16  # images, at most, whose content is in the fingerprint
 
 
 class Item(NamedTuple):
@@ -184,7 +187,10 @@ class ImageFolder(ImageDataset):
 
     @cached_property
     def fingerprint(self) -> dict[str, int | str]:
-        """Hashes of the images' names in their order, of their captions and class names, of their sizes in bytes."""
+        """Hashes of the images' names in their order, of their captions and class names, and of their content.
+
+        The content is that of some images, and the sizes in bytes of all.
+        """
         labels: list[object] = [[item.captions for item in self.items], self.labels, self.class_names]
         labels += [self.prompts.templates, self.prompts.subject] if self.prompts else []
         if pairs := self._pairs():
@@ -193,8 +199,9 @@ class ImageFolder(ImageDataset):
             labels.append([self.masks.of(item.name)[0].name for item in self.items])
         files = digest([item.name for item in self.items])
         with ThreadPoolExecutor(usable_cpus()) as pool:
-            sizes = list(pool.map(_bytes_of, map(self.file_of, range(len(self)))))
-        return {"files": files, "labels": digest(labels), "content": digest(sizes), **self.bucket_fingerprint}
+            content: list[object] = [*pool.map(_bytes_of, map(self.file_of, range(len(self))))]
+        content += [_hash_of(self.file_of(index)) for index in range(0, len(self), len(self) // _HASHED + 1)]
+        return {"files": files, "labels": digest(labels), "content": digest(content), **self.bucket_fingerprint}
 
     def _pairs(self) -> list[str]:
         """Return the names of the files that belong to the images, in their order; empty if there are none."""
@@ -403,6 +410,14 @@ def _bytes_of(path: Path) -> int:
         return path.stat().st_size
     except OSError:
         return -1
+
+
+def _hash_of(path: Path) -> str:
+    """Return a hash of the content of a file; "" if it cannot be read."""
+    try:
+        return hashlib.blake2b(path.read_bytes(), digest_size=16).hexdigest()
+    except OSError:
+        return ""
 
 
 def _table(captions: str | None, folders: Sequence[Path]) -> Path | None:

@@ -98,7 +98,7 @@ def write_shards(selection: Selection, folder: Path, layout: Layout, workers: in
     plan |= {**asdict(layout), "on_error": selection.on_error, "min_size": selection.min_size}
     _check_plan(folder / PLAN, plan)
     paths = [folder / f"{number:05d}.tar" for number in range(len(shards))]
-    missing = [number for number, path in enumerate(paths) if not path.is_file()]
+    missing = [number for number, path in enumerate(paths) if not (path.is_file() and _stats(path).is_file())]
     stop = threading.Event()
     total = sum(len(shards[number]) for number in missing)
     with ThreadPoolExecutor(workers) as pool, tqdm(total=total, unit="image", leave=False, disable=None) as bar:

@@ -106,11 +106,12 @@ class ImageShards(ImageDataset):
         self._caption_suffix, self._field = _caption_place(captions)
         given = None if image is None else image.lower().removeprefix(".")
         self._image_suffixes = sorted(each[1:] for each in EXTENSIONS) if given is None else [given]
-        self._image_name = "an image" if given is None else f".{given}"
+        self._image_name = "image" if given is None else f".{given}"
         self.postprocess = None if postprocess is None else instantiate_from_config(postprocess)
         self.store = Store(cache, cache_gb * 1e9)
         self.shards = expand(shards)
         self.left_out: Counter[str] = Counter()  # samples by reason
+        self._suffixes: set[str] = set()  # of the files in all shards
         build_indices(self.shards, self.store)
         selected = self._select_all()
         self._rows = [each.rows for each in selected]
@@ -124,7 +125,10 @@ class ImageShards(ImageDataset):
         kept = f"{len(self):,} of {total:,} images" + (f", left out: {counts}" if counts else "")
         if not len(self):
             advice = "set {param} to shards with images, or filters and captions to what they hold"
-            raise DataConfigError("shards", shards, f"none of {total:,} images can be used ({counts})", advice)
+            problem = f"none of {total:,} images can be used ({counts})"
+            if suffixes := ", ".join(f".{suffix}" for suffix in sorted(self._suffixes)[:10]):
+                problem += f"; their files end in {suffixes}"
+            raise DataConfigError("shards", shards, problem, advice)
         logger.info("%s: %s", "1 shard" if len(self.shards) == 1 else f"{len(self.shards)} shards", kept)
         if self.skipped:
             first = "; ".join(f"{what}: {reason}" for what, reason in list(self.skipped.items())[:3])
@@ -214,9 +218,8 @@ class ImageShards(ImageDataset):
 
     def _changed(self, shard: int) -> BadImageError:
         name = self.shards[shard]
-        return BadImageError(
-            name, f"was changed after it was indexed: start again, after deleting {self.store.stale(name)}"
-        )
+        reason = f"was changed after it was indexed: delete {self.store.stale(name)} and start again"
+        return BadImageError(name, reason)
 
     def _opened(self, shard: int) -> _Open:
         if self._process != os.getpid():  # a forked data worker shares the positions in the files of its parent
@@ -231,7 +234,7 @@ class ImageShards(ImageDataset):
             index = self.store.index(name)
             file = self.store.path(name).open("rb")
         except (OSError, ShardError) as error:
-            raise BadImageError(name, str(error)) from error
+            raise BadImageError(name, str(error).removeprefix(f"{name}: ")) from error
         rows = self._rows[shard]
         if index.size != os.fstat(file.fileno()).st_size or self._digests_of(index, rows) != self._digests[shard]:
             file.close()
@@ -255,6 +258,7 @@ class ImageShards(ImageDataset):
                 index = Index([], {}, {}, {}, {}, "", 0)
             known |= index.numbers.keys()
             texts |= index.texts.keys()
+            self._suffixes |= index.members.keys()
             selected.append(self._select(shard, index))
         for name in self.filters:
             if name not in known:
@@ -287,7 +291,7 @@ class ImageShards(ImageDataset):
             row = int(without.argmax())
             found = ", ".join(f".{suffix}" for suffix, each in index.members.items() if each[row, 1] >= 0)
             self._unusable(f"{shard}/{index.keys[row]}", f"has no {self._image_name} (it has {found})")
-        leave_out(without, f"without {self._image_name}")
+        leave_out(without, "without an image" if self._image_name == "image" else f"without {self._image_name}")
         leave_out(width * height > self.max_pixels, f"above {self.max_pixels:,} pixels")
         side = np.minimum(width, height)
         leave_out(side < self.min_size, f"with a side below min_size {self.min_size}")

@@ -6,6 +6,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
+from ldm.config.instantiate import ConfigError
 from ldm.data.base import DataConfigError
 from ldm.data.datamodule import DataModuleFromConfig
 from ldm.data.mixture import Mixture
@@ -127,3 +128,5 @@ def test_errors_of_preparation_name_the_dataset():
     ):
         DataModuleFromConfig(4, train=config).prepare_data()
     Mixture.prepare_data([{"target": missing["target"]}, {}])  # reported when they are built
+    with pytest.raises(ConfigError, match=r"^datasets\[0\].params: ldm.data.webdataset.ImageShards needs shards"):
+        Mixture([{"target": missing["target"]}])

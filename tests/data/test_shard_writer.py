@@ -88,6 +88,8 @@ def test_a_killed_run_continues_and_ends_with_the_same_bytes(folder, tmp_path, m
     monkeypatch.setattr(shard_writer, "_sample", sample)
     done = write_shards(selection(folder), parts, Layout(samples=3), workers=2)
     assert done.written == 3 and done.shards == 4 and done.skipped == {"empty file": 1}
+    (parts / "00001_stats.json").unlink()
+    assert write_shards(selection(folder), parts, Layout(samples=3), workers=1).written == 1
     assert files(whole) == files(parts) and len(list(parts.glob("*.npz"))) == 4
     assert not list(parts.glob(".*"))
 
