@@ -113,6 +113,10 @@ class ControlFolder(ImageFolder):
             raise BadImageError(path, "its largest value is 1 of 255, nearly black: save hints with 255 for white")
         return hint
 
+    def _files(self, index: int) -> list[Path]:
+        hints = [] if self._named_alike is None else self._named_alike.of(self.items[index].name)
+        return [*super()._files(index), *hints]
+
     def _pairs(self) -> list[str]:
         if self._hints is None:
             return super()._pairs()

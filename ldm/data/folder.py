@@ -48,6 +48,7 @@ from ldm.paths import expand_user
 logger = logging.getLogger(__name__)
 
 _HASHED = 16  # images, at most, whose content is in the fingerprint
+_THREADS = 16  # for the sizes of files, which a network file system takes long for
 
 
 class Item(NamedTuple):
@@ -189,7 +190,7 @@ class ImageFolder(ImageDataset):
     def fingerprint(self) -> dict[str, int | str]:
         """Hashes of the images' names in their order, of their captions and class names, and of their content.
 
-        The content is that of some images, and the sizes in bytes of all.
+        The content is that of some images and of the files that belong to them, and the sizes in bytes of all.
         """
         labels: list[object] = [[item.captions for item in self.items], self.labels, self.class_names]
         labels += [self.prompts.templates, self.prompts.subject] if self.prompts else []
@@ -198,10 +199,22 @@ class ImageFolder(ImageDataset):
         if self.masks is not None:
             labels.append([self.masks.of(item.name)[0].name for item in self.items])
         files = digest([item.name for item in self.items])
-        with ThreadPoolExecutor(usable_cpus()) as pool:
-            content: list[object] = [*pool.map(_bytes_of, map(self.file_of, range(len(self))))]
-        content += [_hash_of(self.file_of(index)) for index in range(0, len(self), len(self) // _HASHED + 1)]
+        with ThreadPoolExecutor(_THREADS) as pool:
+            content: list[object] = [*pool.map(self._bytes, range(_THREADS))]
+        some = range(0, len(self), len(self) // _HASHED + 1)
+        content += [_hash_of(path) for index in some for path in self._files(index)]
         return {"files": files, "labels": digest(labels), "content": digest(content), **self.bucket_fingerprint}
+
+    def _bytes(self, first: int) -> list[int]:
+        """Return the sizes in bytes of the files of every _THREADS-th image."""
+        return [_bytes_of(path) for index in range(first, len(self), _THREADS) for path in self._files(index)]
+
+    def _files(self, index: int) -> list[Path]:
+        """Return the file of a sample and those that belong to it."""
+        name = self.items[index].name
+        masks = [] if self.masks is None else self.masks.of(name)
+        paired = self.paired_file(name) if self.paired.get(name) else None
+        return [self.file_of(index), *masks, *([] if paired is None else [paired])]
 
     def _pairs(self) -> list[str]:
         """Return the names of the files that belong to the images, in their order; empty if there are none."""

@@ -139,6 +139,10 @@ def test_a_change_of_the_hints_changes_the_fingerprint(folder):
     options = {"captions": "table.csv", "hints": str(folder / "hints")}
     before = ControlFolder(str(folder / "images"), **options).fingerprint
     assert ControlFolder(str(folder / "images"), **options).fingerprint == before
+    hint = (folder / "hints" / "2.bmp").read_bytes()
+    (folder / "hints" / "2.bmp").write_bytes(hint[:-1] + b"\1")
+    changed = ControlFolder(str(folder / "images"), **options).fingerprint
+    assert {key for key in before if before[key] != changed[key]} == {"content"}
     (folder / "hints" / "2.bmp").rename(folder / "hints" / "2.png")
     after = ControlFolder(str(folder / "images"), **options).fingerprint
     assert after["labels"] != before["labels"] and after["files"] == before["files"]

@@ -99,6 +99,9 @@ def test_another_image_before_changes_the_fingerprint(folder):
     assert text != (folder / "triples.csv").read_text()
     after = EditFolder(str(folder), size=16).fingerprint
     assert after["labels"] != before["labels"] and after["files"] == before["files"]
+    (folder / "c.png").write_bytes((folder / "c.png").read_bytes() + b"\0")
+    changed = EditFolder(str(folder), size=16).fingerprint
+    assert {key for key in after if after[key] != changed[key]} == {"content"}
 
 
 def test_images_of_other_proportions_are_unusable(folder):
