@@ -259,7 +259,8 @@ class UNetTrunk(nn.Module):
     channel_mult: channels of each level in units of `model_channels`.
     conv_resample: resample by learned convolutions; resblock_updown: by residual blocks instead.
     num_classes: size of a table of class embeddings, added to the timestep's (input `y`).
-    use_checkpoint: recompute activations in the backward pass instead of storing them. use_fp16: the blocks in float16.
+    use_checkpoint: recompute activations in the backward pass instead of storing them, of all blocks, or of the
+        `residual` or `attention` ones. use_fp16: the blocks in float16.
     num_heads, num_head_channels: set one of them; the second has precedence.
     num_heads_upsample: heads in the expanding half; used by plain attention with `legacy`, without `num_head_channels`.
     use_spatial_transformer, transformer_depth: attention to a context, by that many blocks.
@@ -283,7 +284,7 @@ class UNetTrunk(nn.Module):
         conv_resample: bool = True,
         dims: Literal[1, 2, 3] = 2,
         num_classes: PositiveInt | None = None,
-        use_checkpoint: bool = False,
+        use_checkpoint: bool | Literal["residual", "attention"] = False,
         use_fp16: bool = False,
         num_heads: Literal[-1] | PositiveInt = -1,
         num_head_channels: Literal[-1] | PositiveInt = -1,
@@ -400,7 +401,7 @@ class UNetTrunk(nn.Module):
             self.dropout,
             out_channels=out_channels,
             dims=self.dims,
-            use_checkpoint=self.use_checkpoint,
+            use_checkpoint=self.use_checkpoint in (True, "residual"),
             use_scale_shift_norm=self.use_scale_shift_norm,
             up=up,
             down=down,
@@ -425,13 +426,13 @@ class UNetTrunk(nn.Module):
                 context_dim=self.context_dim,
                 disable_self_attn=disable_self_attn,
                 use_linear=self.use_linear_in_transformer,
-                use_checkpoint=self.use_checkpoint,
+                use_checkpoint=self.use_checkpoint in (True, "attention"),
             )
         return AttentionBlock(
             channels,
             num_heads=heads if num_heads is None else num_heads,
             num_head_channels=dim_head,
-            use_checkpoint=self.use_checkpoint,
+            use_checkpoint=self.use_checkpoint in (True, "attention"),
             use_new_attention_order=self.use_new_attention_order,
         )
 
@@ -625,7 +626,7 @@ class EncoderUNetModel(UNetTrunk):
         channel_mult: Sequence[PositiveInt] = (1, 2, 4, 8),
         conv_resample: bool = True,
         dims: Literal[1, 2, 3] = 2,
-        use_checkpoint: bool = False,
+        use_checkpoint: bool | Literal["residual", "attention"] = False,
         use_fp16: bool = False,
         num_heads: Literal[-1] | PositiveInt = 1,
         num_head_channels: Literal[-1] | PositiveInt = -1,

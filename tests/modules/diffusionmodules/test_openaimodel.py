@@ -475,18 +475,21 @@ def test_channels_last_gives_the_same_and_stays(options):
 
 
 @pytest.mark.parametrize("options", [{"dropout": 0.2}, {**ATTEND, "use_scale_shift_norm": True}])
-def test_checkpointing_changes_no_gradient(options):
-    gradients = []
-    for flag in (False, True):
-        model = unet(**options, use_checkpoint=flag).train()
+def test_checkpointing_changes_no_gradient_and_stores_less(options):
+    gradients, stored = [], {}
+    for flag in (False, "residual", "attention", True):
+        model, kept = unet(**options, use_checkpoint=flag).train(), []
         for p in model.input_blocks[1].parameters():
             p.requires_grad_(False)  # a frozen block in the middle
         torch.manual_seed(0)
-        model(
-            randn(1, 2, 4, 8, 8), T, randn(2, 2, 3, 12) if "context_dim" in options else None
-        ).square().mean().backward()
+        with torch.autograd.graph.saved_tensors_hooks(lambda x, kept=kept: kept.append(x.nbytes) or x, lambda x: x):
+            out = model(randn(1, 2, 4, 8, 8), T, randn(2, 2, 3, 12) if "context_dim" in options else None)
+        stored[flag] = sum(kept)
+        out.square().mean().backward()
         gradients.append({name: p.grad for name, p in model.named_parameters() if p.requires_grad})
-    assert all(torch.equal(gradients[0][name], gradients[1][name]) for name in gradients[0])
+    assert all(torch.equal(gradients[0][name], each[name]) for each in gradients[1:] for name in each)
+    assert stored[True] < min(stored["residual"], stored["attention"])
+    assert max(stored["residual"], stored["attention"]) < stored[False]
 
 
 def test_model_can_be_copied_and_run_on_the_meta_device():
