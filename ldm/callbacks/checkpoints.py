@@ -213,7 +213,8 @@ class CheckpointPolicy(ModelCheckpoint):
         if path == self.last_path and callable(write_adapter_files):
             write_adapter_files(path.parent)
         seconds, step = time.monotonic() - start, trainer.global_step
-        size = sum(file.stat().st_size for file in (path, *part_files(path))) / MIB if path.is_file() else None
+        parts = part_files(path) if _is_sharded(trainer) and path.is_file() else []
+        size = sum(file.stat().st_size for file in (path, *parts)) / MIB if path.is_file() else None
         text = "a folder" if size is None else f"{size:.1f} MiB"
         logger.info("%-11s step %d -> %s (%s in %.1f s)", "checkpoint", step, shown_path(path), text, seconds)
         if size is not None and self.save_top_k >= 0:

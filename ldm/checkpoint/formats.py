@@ -61,17 +61,17 @@ def existing_file(path: str | os.PathLike) -> Path:
 
 def verify_checkpoint(path: str | os.PathLike) -> None:
     """Raise CheckpointError unless a file and the parts that it names are intact, see `verify_file`."""
-    verify_file(path)
-    for part in part_files(Path(path)):
+    content = verify_file(path)
+    for part in part_files(Path(path), content) if isinstance(content, Mapping) else ():
         verify_file(part)
 
 
-def verify_file(path: str | os.PathLike) -> None:
-    """Raise CheckpointError unless every entry of a file can be read and a zip file's checksums match."""
+def verify_file(path: str | os.PathLike) -> Any:
+    """Return the content of a file; CheckpointError unless all of it can be read and a zip file's checksums match."""
     path = existing_file(path)
     if not _is_safetensors(path):
         check_archive(path)
-    _read_content(path)
+    return _read_content(path)
 
 
 def read_checkpoint(
@@ -83,11 +83,12 @@ def read_checkpoint(
     """
     path = existing_file(path)
     if verify:
-        for file in (path, *part_files(path)):
-            check_archive(file)
+        check_archive(path)
     content = load_pickle(path, map_location=map_location, mmap=False)
     if not isinstance(content, dict):
         raise CheckpointError(f"{path}: not a checkpoint: it holds a {type(content).__name__}")
+    for part in part_files(path, content) if verify else ():
+        check_archive(part)
     return with_parts(path, content, whole)
 
 
