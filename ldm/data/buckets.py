@@ -15,7 +15,7 @@ import numpy as np
 
 from ldm.config.types import PositiveInt
 
-_CHUNK = 1 << 16  # images that are compared with all sizes at once
+_COMPARED = 1 << 20  # images times sizes that are compared at once, in arrays of 8 MB
 
 
 @dataclass(frozen=True)
@@ -72,8 +72,9 @@ def assign(images: np.ndarray, sizes: np.ndarray, batch: int, upscale: bool) -> 
 
     images: (N, 2), width and height; each must have a size that does not enlarge it, unless `upscale`.
     """
-    chunks = [kept(images[k : k + _CHUNK], sizes, upscale) for k in range(0, len(images), _CHUNK)]
-    best = np.concatenate([each.argmax(axis=1) for each in chunks])
+    step = max(1, _COMPARED // len(sizes))
+    parts = [images[k : k + step] for k in range(0, len(images), step)]
+    best = np.concatenate([kept(part, sizes, upscale).argmax(axis=1) for part in parts])
     fraction = images[:, 0] / images[:, 1] * sizes[best, 0] / sizes[best, 1]
     fit = np.minimum(fraction, 1 / fraction)  # of the image's area that is inside the crop
     left = []

@@ -27,6 +27,18 @@ def folder_of(path, count=11, **params):
     return ImageFolder(path, **{"size": 32, "buckets": {"step": 8}, **params})
 
 
+def test_the_comparison_with_sizes_takes_memory_for_a_part_of_the_images_at_once(monkeypatch):
+    expected, most = assign(images(50), SIZES, 4, True), []
+
+    def counted(images, sizes, upscale):
+        most.append(len(images) * len(sizes))
+        return kept(images, sizes, upscale)
+
+    monkeypatch.setattr("ldm.data.buckets.kept", counted)
+    monkeypatch.setattr("ldm.data.buckets._COMPARED", 5 * len(SIZES))
+    assert assign(images(50), SIZES, 4, True).tolist() == expected.tolist() and max(most) == 5 * len(SIZES)
+
+
 def test_sizes_are_all_multiples_of_the_step_within_the_limits():
     sizes = {tuple(size) for size in Buckets(step=64).sizes(512).tolist()}
     assert {(512, 512), (448, 576), (384, 640), (640, 384), (256, 256)} <= sizes
