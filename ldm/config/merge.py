@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import logging
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,6 +19,8 @@ from ldm.config.trainer_keys import trainer_keys
 from ldm.config.types import arguments_of, shown
 from ldm.config.validate import SECTIONS, check_sections, convert_types, error_line
 from ldm.paths import ROOT, find_file
+
+logger = logging.getLogger(__name__)
 
 # Callbacks of every run; a YAML's `lightning.callbacks` is merged over them, and `NAME: null` removes one.
 DEFAULT_CALLBACKS: dict[str, dict[str, Any]] = {
@@ -122,6 +125,7 @@ class _OldClass(NamedTuple):
 def _merge(base: DictConfig, part: DictConfig, changed: dict[str, _OldClass]) -> DictConfig:
     """Merge `part` over `base`; `~key` deletes a key and `_replace_: true` the mapping of `base`.
 
+    `_replace_: {...}` replaces a mapping too, and logs how it differs from the given one.
     changed: receives the former class at the path of each node whose target changes.
     """
     below: Any = OmegaConf.to_container(base, resolve=False)
@@ -135,7 +139,9 @@ def _merge(base: DictConfig, part: DictConfig, changed: dict[str, _OldClass]) ->
 def _take_out(below: dict[Any, Any], above: dict[Any, Any], path: str, changed: dict[str, _OldClass]) -> None:
     """Delete from `below` what the marks in `above` ask for, and the marks."""
     if (replace := above.pop("_replace_", False)) is not False:
-        if replace is not True:
+        if isinstance(replace, dict):
+            _warn_of_changes(path, replace, below, above)
+        elif replace is not True:
             raise ConfigError(f"{join_path(path, '_replace_')} {shown(replace)}: expected true or false")
         below.clear()
     for key in [key for key in above if str(key).startswith("~")]:
@@ -157,6 +163,31 @@ def _take_out(below: dict[Any, Any], above: dict[Any, Any], path: str, changed: 
     ):
         inherited = set(below.get("params") or ()) - set(above.get("params") or ())
         changed.setdefault(path, _OldClass(old, inherited))
+
+
+def _warn_of_changes(path: str, expected: dict[Any, Any], found: dict[Any, Any], above: dict[Any, Any]) -> None:
+    """Log how a mapping that is replaced by `above` differs from the one that `above` was made from."""
+    if found and found.get("target") != above.get("target"):
+        for name, old, new in changes(expected, found):
+            text = "%-11s %s: is %s, but what replaces it was made with %s"
+            logger.warning(text, "config", join_path(path, name), new, old)
+
+
+def changes(before: Any, after: Any) -> Iterator[tuple[str, Any, Any]]:
+    """Yield (path, value in `before`, value in `after`) of each value that differs; "default" stands for none."""
+    old, new = dict(_leaves(before)), dict(_leaves(after))
+    for name in sorted(old.keys() | new.keys()):
+        values = old.get(name, "default"), new.get(name, "default")
+        if values[0] != values[1]:
+            yield name, *values
+
+
+def _leaves(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(node, dict) and node:
+        for key, value in node.items():
+            yield from _leaves(value, f"{path}.{key}" if path else str(key))
+    elif node != {}:
+        yield path, node
 
 
 def _check_changed_targets(config: DictConfig, changed: Mapping[str, _OldClass]) -> None:

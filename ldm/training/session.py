@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 
 from ldm.cli import EXIT_INTERRUPTED, EXIT_USAGE, Stopped, import_lightning, stop_on_signals
 from ldm.config.instantiate import ConfigError, allow_targets
-from ldm.config.merge import find_config, merge
+from ldm.config.merge import changes, find_config, merge
 from ldm.config.validate import check_config, forget_missing_weights
 from ldm.training.flags import RunOptions, parse
 from ldm.training.launch import Launch, hold
@@ -90,18 +90,8 @@ def _run(options: RunOptions, words: list[str]) -> int:
 
 def log_changes(before: Any, after: Any) -> None:
     """Log every value of a config that differs from the one that the run was saved with, one line each."""
-    old, new = dict(_leaves(before)), dict(_leaves(after))
-    for name in sorted(old.keys() | new.keys()):
-        values = old.get(name, "default"), new.get(name, "default")
-        if values[0] != values[1] and name not in _NOT_CHANGES:
-            logger.warning("%-11s %s: %s -> %s", "changed", name, *values)
+    for name, old, new in changes(before, after):
+        if name not in _NOT_CHANGES:
+            logger.warning("%-11s %s: %s -> %s", "changed", name, old, new)
             if name == "lightning.seed":
                 logger.warning("%-11s resuming with another seed is not exact", "changed")
-
-
-def _leaves(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    if isinstance(node, dict) and node:
-        for key, value in node.items():
-            yield from _leaves(value, f"{path}.{key}" if path else str(key))
-    elif node != {}:
-        yield path, node

@@ -1,5 +1,6 @@
 """YAML files and dotted overrides become one config."""
 
+import logging
 import re
 
 import pytest
@@ -143,6 +144,15 @@ def test_a_yaml_replaces_a_mapping_or_deletes_a_key(yaml):
     config = merge([base, yaml(marks, "b.yaml")])
     assert config.model.params == {"monitor": "x"} and config.model.target == "tests.toys.Toy"
     assert config.lightning == {"callbacks": {"b": {"y": 2, "z": 3}}} and "target" in config.data.params.train
+
+
+def test_a_mapping_that_differs_from_the_one_to_be_replaced_is_logged(yaml, caplog):
+    above = yaml("model: {target: own.Net, _replace_: {target: tests.toys.Toy, params: {width: 8}}}", "b.yaml")
+    for width, logged in ((8, []), (4, ["config      model.params.width: is 4, but what replaces it was made with 8"])):
+        below = yaml(f"model: {{target: tests.toys.Toy, params: {{width: {width}}}}}", "a.yaml")
+        with caplog.at_level(logging.WARNING, "ldm"):
+            assert merge([below, above]).model == {"target": "own.Net"}
+        assert caplog.messages == logged
 
 
 def test_the_command_line_deletes_a_key_too(yaml):
