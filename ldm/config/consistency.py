@@ -65,12 +65,25 @@ def consistency_problems(config: Mapping[str, Any]) -> Iterator[str]:
     elif levels:
         _compare_sizes("model.params.image_size", params.get("image_size"), 2 ** (len(levels) - 1), sizes)
     _check_attention(unet, ddconfig, stage)
-    side, cells = params.get("image_size"), 2 ** (len(unet.get("channel_mult") or [0]) - 1)
+    factors = pixel_factors(model)
+    side, cells = params.get("image_size"), factors[1]
     if isinstance(side, int) and side % cells:
         path = "model.params.unet_config.params.channel_mult"
         yield f"model.params.image_size {side}: expected a multiple of {cells}, for {path} {list(unet['channel_mult'])}"
+    place = "data.params.train.params.buckets"
+    if isinstance(buckets := value_at(config, *place.split(".")), Mapping):  # then all sides are multiples of `step`
+        sizes = {f"{place}.step": step} if isinstance(step := buckets.get("step"), int) else {}
     for path, size in sizes.items():
-        yield from size_problems(path, (size, size), (2 ** (len(levels or [0]) - 1), cells))
+        yield from size_problems(path, (size, size), factors)
+
+
+def pixel_factors(model: Mapping[str, Any]) -> tuple[int, int]:
+    """Return the factors by which the first stage and the UNet of a config's model shrink an image; 1 if unknown."""
+    params = model.get("params") or {}
+    ddconfig = _own_params(params.get("first_stage_config", model), _AUTOENCODERS).get("ddconfig")
+    unet = _own_params(params.get("unet_config"), _UNET)
+    first, second = (2 ** (len(each or [0]) - 1) for each in (value_at(ddconfig, "ch_mult"), unet.get("channel_mult")))
+    return first, second
 
 
 def _mask_problems(params: Mapping[str, Any], data: Mapping[str, Any]) -> Iterator[str]:

@@ -71,6 +71,11 @@ def check(file, *overrides):
             ("train.params.size: images of 260x260", "multiples of 64", "nearest are 256x256 or 320x320"),
         ),
         (
+            FOLDER,
+            "+data.params.train.params.buckets={step: 8}",
+            ("train.params.buckets.step: images of 8x8", "multiples of 64", "nearest are 64x64"),
+        ),
+        (
             AUTOENCODER,
             "data.params.train.params.crop_size=30",
             ("crop_size: images of 30x30", "multiples of 8 ", "24x24 or 32x32"),
