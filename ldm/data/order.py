@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from typing import Any, NamedTuple
 
@@ -49,6 +49,20 @@ def order_generator(seed: int, epoch: int) -> np.random.RandomState:
 def epoch_order(length: int, seed: int, epoch: int, shuffle: bool) -> np.ndarray:
     """Return the indices 0 .. length - 1 in the order of the epoch -> (length,) int64."""
     return order_generator(seed, epoch).permutation(length) if shuffle else np.arange(length)
+
+
+def lane_order(lengths: Sequence[int], lanes: int, seed: int, epoch: int) -> np.ndarray:
+    """Return the indices of the samples of shards of these lengths in a random order -> (sum of lengths,) int64.
+
+    All shards in a random order, the samples of each permuted, are cut into lanes of equal length, which are read side
+    by side: one sample from each in turn. Rank r of w takes every w-th index from r on: if w divides the number of
+    lanes, these are lanes of its own, and only a shard that is cut is read by two ranks.
+    """
+    random, starts = order_generator(seed, epoch), np.cumsum([0, *lengths])
+    samples = [starts[shard] + random.permutation(lengths[shard]) for shard in random.permutation(len(lengths))]
+    lanes = min(lanes, len(lengths))
+    order = np.concatenate([*samples, np.full(-starts[-1] % lanes, -1)]).reshape(lanes, -1).T.ravel()
+    return order[order >= 0]
 
 
 def order_of(dataset: Any, seed: int, epoch: int, batch: int, shuffle: bool) -> np.ndarray:

@@ -21,7 +21,7 @@ from ldm.config.types import PathText, PositiveFloat, PositiveInt
 from ldm.data.base import DataConfigError, check_choice
 from ldm.data.image import EXTENSIONS, BadImageError, Size, load_image
 from ldm.data.image_dataset import ImageDataset, digest
-from ldm.data.order import order_generator
+from ldm.data.order import lane_order
 from ldm.data.shards import (
     CACHE,
     TEXTS,
@@ -79,9 +79,9 @@ class ImageShards(ImageDataset):
     missing_fields: skip images without such a field, keep them, or raise. on_error: skip also leaves out damaged shards
     and records. The log counts what is left out, by reason.
 
-    lanes: shards that are read at a time, see `order`; with a multiple of the number of ranks, each rank reads shards
-    of its own. cache: folder for copies of remote shards, cache_gb: their size in GB, and for indices that cannot be
-    next to their shards. postprocess: config of a callable that takes and returns each item.
+    lanes: shards that are read at a time, see `lane_order`; with a multiple of the number of ranks, each rank reads
+    shards of its own. cache: folder for copies of remote shards, cache_gb: their size in GB, and for indices that
+    cannot be next to their shards. postprocess: config of a callable that takes and returns each item.
     """
 
     def __init__(
@@ -143,21 +143,13 @@ class ImageShards(ImageDataset):
         return int(self._starts[-1])
 
     def sample_order(self, seed: int, epoch: int, shuffle: bool) -> np.ndarray:
-        """Return the indices of an epoch -> (N,) int64: one from each lane in turn.
+        """Return the indices of an epoch -> (N,) int64, see `lane_order`."""
+        return lane_order(self.shard_lengths, self.lanes, seed, epoch) if shuffle else np.arange(len(self))
 
-        All shards in a random order, the samples of each permuted, are cut into lanes of equal length, which are read
-        side by side. Rank r of w takes every w-th index from r on: if w divides the number of lanes, these are lanes
-        of its own, and only a shard that is cut is read by two ranks.
-        """
-        if not shuffle:
-            return np.arange(len(self))
-        random = order_generator(seed, epoch)
-        shards = random.permutation(len(self.shards))
-        samples = [self._starts[shard] + random.permutation(len(self._rows[shard])) for shard in shards]
-        lanes = min(self.lanes, len(self.shards))
-        padding = np.full(-len(self) % lanes, -1)
-        order = np.concatenate([*samples, padding]).reshape(lanes, -1).T.ravel()
-        return order[order >= 0]
+    @property
+    def shard_lengths(self) -> list[int]:
+        """The number of samples of each shard that are used."""
+        return [len(rows) for rows in self._rows]
 
     @cached_property
     def fingerprint(self) -> dict[str, int | str]:
