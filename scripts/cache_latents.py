@@ -5,22 +5,27 @@ from __future__ import annotations
 import shlex
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout of this script, installed or not
 
+from omegaconf import OmegaConf
+
 from ldm.cli import Parser, import_lightning, run_command
-from ldm.config.instantiate import allow_targets
+from ldm.config.instantiate import ConfigError, allow_targets
 from ldm.config.merge import find_config, merge
 from ldm.config.validate import check_config
 from ldm.inference.settings import PRECISIONS, check_positive
 from ldm.training.flags import DEFAULT_SEED
+from ldm.training.settings import resolve_seed
 
 DESCRIPTION = """Write the first stage's latents and the text encoder's outputs of a training config to a folder.
 
 main.py then trains on them without these two: add the data.yaml of the folder to its --base. The same command
 continues after an interruption. Overrides are those of main.py: model.params.ckpt_path=sd-v1-4.ckpt ..."""
-DATASETS = ("data.params.train.", "data.params.validation.")  # overrides of what the cache replaces
+DATASETS = ("data.params.train.", "data.params.validation.", "data.params.test.")  # overrides of what is replaced
 
 
 def parser() -> Parser:
@@ -41,6 +46,8 @@ def parser() -> Parser:
     add("--seed", type=int, metavar="N", help=f"of crops and flips (default: lightning.seed, else {DEFAULT_SEED})")
     text = "let configs name classes of this package too; may be repeated"
     add("--allow-targets", action="append", default=[], metavar="PACKAGE", help=text)
+    text = "run the commands of shards that are named by one (pipe:aws s3 cp ... -)"
+    add("--allow-pipe", action="store_true", help=text)
     add("--debug", action="store_true", help="show the traceback of an error")
     return parser
 
@@ -52,14 +59,17 @@ def main(argv: Sequence[str]) -> None:
     check_positive({"--variants": opt.variants, "--batch_size": opt.batch_size, **given})
     if opt.num_workers < 0:
         raise ValueError(f"--num_workers {opt.num_workers}: expected at least 0")
-    config = merge([find_config(path) for path in opt.base], opt.overrides)
+    base = [find_config(path) for path in opt.base]
+    config = merge(base, opt.overrides)
     check_config(config)
-    saved = (config.get("lightning") or {}).get("seed")
-    seed = next(value for value in (opt.seed, saved, DEFAULT_SEED) if value is not None)
+    seed = resolve_seed(opt.seed, config.get("lightning") or {})
     import_lightning()
-    # Imported here because it brings torch, which --help does not need.
+    # Imported here because they bring torch, which --help does not need.
+    from ldm.data.shards import allow_pipes
     from ldm.training.cache_latents import CacheOptions, cache_latents
 
+    if opt.allow_pipe:
+        allow_pipes()
     options = CacheOptions(
         out=Path(opt.out),
         seed=seed,
@@ -72,8 +82,12 @@ def main(argv: Sequence[str]) -> None:
         text=not opt.no_text,
         global_batch=opt.global_batch,
     )
-    overlay = cache_latents(config, options)
-    kept = [override for override in opt.overrides if not override.lstrip("+~").startswith(DATASETS)]
+    written: Any = {}
+    with suppress(ConfigError):  # of configs that are complete with overrides only
+        written = OmegaConf.to_container(merge(base), resolve=False)
+    overlay = cache_latents(config, options, written.get("data"))
+    replaced = "data." if str(config.data.target).endswith(".WebDataModuleFromConfig") else DATASETS
+    kept = [override for override in opt.overrides if not override.lstrip("+~").startswith(replaced)]
     words = [*opt.base, str(overlay), "-t", *kept]
     print(f"next: python main.py --base {shlex.join(words)}")
 

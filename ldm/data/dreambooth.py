@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -62,10 +63,20 @@ class DreamBooth(CombinedDataset):
         return len(self.parts) * max(map(len, self.parts.values()))
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        place, turn = divmod(index, len(self.parts))
-        name, dataset = list(self.parts.items())[turn]
-        sample = dataset[place % len(dataset)]
+        name, own = self._place(index)
+        sample = self.parts[name][own]
         return {**{key: sample[key] for key in self.keys}, "loss_weight": np.float32(self.weights[name])}
+
+    def file_of(self, index: int) -> Path | str:
+        """Return the file of a sample, or its number where the dataset does not know it."""
+        name, own = self._place(index)
+        part = self.parts[name]
+        return part.file_of(own) if hasattr(part, "file_of") else f"sample {own} of {name}"
+
+    def _place(self, index: int) -> tuple[str, int]:
+        place, turn = divmod(index, len(self.parts))
+        name = list(self.parts)[turn]
+        return name, place % len(self.parts[name])
 
     @property
     def fingerprint(self) -> dict[str, int | str]:

@@ -22,21 +22,25 @@ from omegaconf import DictConfig, OmegaConf
 from safetensors import SafetensorError, safe_open
 from torch.utils.data import Dataset
 
-from ldm.checkpoint import open_weights
-from ldm.config.instantiate import ConfigError, resolve_alias
+from ldm.checkpoint import CheckpointError, open_weights
+from ldm.checkpoint.formats import read_metadata
+from ldm.config.consistency import pixel_factors, size_problems
+from ldm.config.instantiate import ConfigError, resolve_alias, value_at
 from ldm.config.types import PathText
 from ldm.data.base import DataConfigError
 from ldm.data.buckets import bucket_order
-from ldm.data.order import epoch_order
+from ldm.data.order import epoch_order, lane_order
 from ldm.models.cached import EMBEDDING, CachedStage
 from ldm.paths import expand_user
 
 logger = logging.getLogger(__name__)
 
 TARGET = "ldm.data.latents.CachedLatents"
-INDEX, FORMAT = "index.json", 1
+INDEX, FORMAT = "index.json", 2
 STAGES = {"first_stage": "CachedFirstStage", "cond_stage": "CachedEncoder"}  # and their classes in ldm.models.cached
 _REMAKE = "make it with scripts/cache_latents.py, and set {param} to the folder of the split in it"
+_REPAIR = "run the same command of scripts/cache_latents.py again, it writes what is missing"
+_UNET_LAYERS = ("attention", "feed_forward", "convolutions")  # targets of adapters, and all that begin with unet
 _NOT_COMPARED = (  # params of stages
     *("ckpt_path", "ignore_keys", "lossconfig", "learn_logvar", "monitor", "device", "freeze"),
 )
@@ -61,6 +65,7 @@ class CacheIndex(TypedDict):
     text_shard: int  # captions in a file
     captions: int  # different ones; 0 if the text is not cached
     dtype: str
+    precision: str  # dtype in which the stages computed
     kind: str  # key of the latents in a batch
     text_key: str | None  # of the entry whose embedding is cached
     channels: int  # of a latent
@@ -68,9 +73,12 @@ class CacheIndex(TypedDict):
     dataset: dict[str, Any]  # its target and params
     fingerprint: dict[str, Any]
     class_names: list[str] | None
+    dtypes: dict[str, str]  # of the numeric entries that are arrays
+    sizes: list[list[int]]  # height and width of the images: one, or those of the buckets
     batch: int  # samples of all ranks for which buckets were chosen; 0 without buckets
-    bucket_sizes: list[list[int]]  # height and width of the images
-    bucket_of: list[int]  # the row of `bucket_sizes` of each sample
+    bucket_of: list[int]  # the row of `sizes` of each sample, with buckets
+    shard_lengths: list[int]  # samples of each shard of ImageShards; else empty
+    lanes: int  # of ImageShards
 
 
 class CachedLatents(Dataset):
@@ -78,7 +86,8 @@ class CachedLatents(Dataset):
 
     root: the folder of the split in the cache. In epoch e each sample is in variant e mod V of the V that were cached:
     with crop, flip and choice of the caption as in epoch e mod V of a run that encodes the images itself with the seed
-    of the cache. Validation uses variant 0. Posterior samples, noise and dropped conditions are new in each epoch.
+    of the cache. Validation uses variant 0. Posterior samples, noise and dropped conditions are new in each epoch. The
+    order of an epoch is that of the dataset.
 
     Images in buckets keep the sizes that they have in the cache, so the batch of all ranks must divide that of the
     cache.
@@ -89,7 +98,7 @@ class CachedLatents(Dataset):
         self.index = read_index(self.root)
         self.class_names = self.index["class_names"]
         self.fingerprint: dict[str, Any] = self.index["fingerprint"]
-        self.buckets = self.index["bucket_sizes"] or None
+        self.buckets = self.index["sizes"] if self.index["batch"] else None
         self.bucket_of = np.array(self.index["bucket_of"], np.int64)  # of each sample
         self._open: dict[str, Any] = {}
         self._process = os.getpid()
@@ -109,7 +118,11 @@ class CachedLatents(Dataset):
 
     def order(self, seed: int, epoch: int, batch: int, shuffle: bool) -> np.ndarray:
         """Return the indices of an epoch -> (N,) int64; with buckets, each batch of all ranks has one size."""
-        order = epoch_order(len(self), seed, epoch, shuffle)
+        lengths = self.index["shard_lengths"] if shuffle else []
+        if lengths:
+            order = lane_order(lengths, self.index["lanes"], seed, epoch)
+        else:
+            order = epoch_order(len(self), seed, epoch, shuffle)
         return order if self.buckets is None else bucket_order(order, self.bucket_of, batch)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
@@ -121,7 +134,8 @@ class CachedLatents(Dataset):
         tensors = self._opened(f"{file:05}.safetensors")
         item: dict[str, Any] = {self.index["kind"]: tensors.get_tensor(str(row)).clone()}  # writable, in own memory
         for key, value in read_entries(tensors, row).items():
-            item[key] = np.asarray(value) if isinstance(value, list) else value
+            dtype = self.index["dtypes"].get(key)
+            item[key] = np.asarray(value, dtype)[()] if dtype or isinstance(value, list) else value
         if (text_key := self.index["text_key"]) is not None:
             file, row = divmod(self._row_of(item[text_key]), self.index["text_shard"])
             item[EMBEDDING] = self._opened(f"text-{file:05}.safetensors").get_slice("embeddings")[row]
@@ -161,7 +175,15 @@ def open_file(path: Path) -> Any:
     try:
         return safe_open(path, "pt")
     except (OSError, SafetensorError) as error:
-        raise ConfigError(f"{path}: cannot be read ({error}); delete it and run cache_latents.py again") from error
+        raise ConfigError(f"{path}: cannot be read ({error}); {_REPAIR}") from error
+
+
+def metadata_of(path: Path) -> dict[str, str]:
+    """Return the metadata of a file of a cache; empty if it is missing or damaged."""
+    try:
+        return read_metadata(path)
+    except CheckpointError:
+        return {}
 
 
 def read_entries(tensors: Any, row: int) -> dict[str, Any]:
@@ -181,8 +203,7 @@ def read_index(root: Path) -> CacheIndex:
     if index is None:
         raise DataConfigError("root", str(root), "is not a cache of latents", _REMAKE)
     if not index["complete"]:
-        advice = "run the same command of scripts/cache_latents.py again, it continues"
-        raise DataConfigError("root", str(root), "the cache is not complete", advice)
+        raise DataConfigError("root", str(root), "the cache is not complete", _REPAIR)
     return index
 
 
@@ -194,8 +215,8 @@ def load_index(root: Path) -> CacheIndex | None:
         return None
     except (OSError, ValueError) as error:
         raise DataConfigError("root", str(root), f"{INDEX} cannot be read ({error})", _REMAKE) from error
-    if not isinstance(index, dict) or index.get("format") != FORMAT:
-        raise DataConfigError("root", str(root), f"is of another version of the cache than {FORMAT}", _REMAKE)
+    if not isinstance(index, dict) or index.get("format") != FORMAT or CacheIndex.__annotations__.keys() - index.keys():
+        raise DataConfigError("root", str(root), f"its {INDEX} is not of version {FORMAT} of the cache", _REMAKE)
     return index
 
 
@@ -221,14 +242,15 @@ def use_cached_stages(config: DictConfig) -> DictConfig:
         if split in roots and indices[split]["stages"] != stages:
             raise ConfigError(f"{place}.params.root {roots[split]}: was made with other stages than {roots[first]}")
     model: Any = OmegaConf.create(OmegaConf.to_container(config.model, resolve=True))
-    channels = model.params.get("channels", 3)
-    if indices[first]["channels"] != channels:
-        place = f"data.params.{first}.params.root {roots[first]}"
-        raise ConfigError(f"{place}: its latents have {indices[first]['channels']} channels, the model {channels}")
+    for split, root in roots.items():
+        _check_model(model, indices[split], f"data.params.{split}.params.root {root}")
     for name, cls in STAGES.items():
         if name not in stages:
             continue
         file, place = roots[first].parent / f"{name}.safetensors", f"model.params.{name}_config"
+        if metadata_of(file).get("fingerprint") != stages[name]["fingerprint"]:
+            problem = "is not of this cache" if file.exists() else "no such file"
+            raise ConfigError(f"{file}: {problem}; {_REPAIR}")
         given: Any = model.params[f"{name}_config"]
         _compare(place, given, stages[name]["config"], roots[first])
         weights = (given.get("params") or {}).get("ckpt_path")
@@ -237,6 +259,33 @@ def use_cached_stages(config: DictConfig) -> DictConfig:
         model.params[f"{name}_config"] = {"target": f"ldm.models.cached.{cls}", "params": {"file": str(file)}}
         logger.info("%-11s %s: outputs from %s", "cache", name, roots[first].parent)
     return model
+
+
+def _check_model(model: DictConfig, index: CacheIndex, place: str) -> None:
+    """Raise ConfigError if a model cannot use a split of a cache; place: its path in the YAML, and the folder."""
+    channels = model.params.get("channels", 3)
+    if index["channels"] != channels:
+        raise ConfigError(f"{place}: its latents have {index['channels']} channels, the model {channels}")
+    for size in index["sizes"]:
+        for problem in size_problems(place, (size[0], size[1]), pixel_factors(model)):
+            raise ConfigError(problem)
+    if (cached := index["text_key"]) is None:
+        return
+    if (param := needs_encoder(model.params)) is not None:
+        problem = f"model.params.{param} needs the text encoder, of which the cache has outputs only"
+        raise ConfigError(f"{place}: {problem}; make another cache with it, or with --no-text")
+    if (key := model.params.get("cond_stage_key", "image")) != cached:
+        raise ConfigError(f"{place}: holds embeddings of {cached!r}, but model.params.cond_stage_key is {key!r}")
+
+
+def needs_encoder(params: Mapping[str, Any]) -> str | None:
+    """Return the parameter for which a model trains its text encoder, or calls a method of it; None without one."""
+    for name in ("cond_stage_trainable", "cond_stage_forward", "token_embeddings"):
+        if params.get(name):
+            return name
+    targets = value_at(params, "adapters", "targets") or ()
+    other = [target for target in targets if target not in _UNET_LAYERS and not str(target).startswith("unet")]
+    return "adapters.targets" if other else None
 
 
 def _roots(config: DictConfig) -> Iterator[tuple[str, Path]]:

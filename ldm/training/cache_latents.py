@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ from tqdm import tqdm
 
 from ldm.atomic import locked, save_text
 from ldm.checkpoint import ensure_weights, load_weights, open_weights, weights_on_meta, write_weights
-from ldm.checkpoint.formats import read_metadata
+from ldm.config.consistency import pixel_factors, size_problems
 from ldm.config.instantiate import (
     FIRST_STAGE_AS_CONDITION,
     UNCONDITIONAL,
@@ -28,7 +30,10 @@ from ldm.config.instantiate import (
     instantiate_from_config,
     value_at,
 )
+from ldm.config.merge import changes
 from ldm.data.datamodule import DataModuleFromConfig, unwrapped
+from ldm.data.image_dataset import ImageDataset, digest
+from ldm.data.laion import WebDataModuleFromConfig
 from ldm.data.latents import (
     FORMAT,
     INDEX,
@@ -37,10 +42,11 @@ from ldm.data.latents import (
     Stage,
     digest_of,
     load_index,
+    metadata_of,
+    needs_encoder,
     open_file,
     read_entries,
 )
-from ldm.data.mixture import Mixture
 from ldm.data.order import SeededDataset
 from ldm.data.workers import Loader, Traced
 from ldm.inference.precision import choose_device, resolve_precision
@@ -48,15 +54,17 @@ from ldm.models.cached import LATENT, MOMENTS, encode_texts, fingerprint_of, wri
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.models.training import freeze
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
+from ldm.output.images import make_folder
 from ldm.paths import expand_user
 
 logger = logging.getLogger(__name__)
 
-SPLITS = ("train", "validation")
+SPLITS = ("train", "validation", "test")
 DTYPES = {"float16": torch.float16, "float32": torch.float32}
 DATA_CONFIG = "data.yaml"  # in the cache: replaces the datasets of the config
 SHARD, TEXT_SHARD = 1024, 1024  # samples and captions in a file
 _SMALL = 64  # numbers in an array that is kept with a sample
+_CONTENT = "content"  # in the metadata of a file: a hash of what was encoded
 
 
 @dataclass(frozen=True)
@@ -82,14 +90,16 @@ class CacheOptions:
     text_shard: int = TEXT_SHARD
 
 
-def cache_latents(config: DictConfig, options: CacheOptions) -> Path:
-    """Write the cache of a checked config's training and validation data; return the YAML that trains on it.
+def cache_latents(config: DictConfig, options: CacheOptions, written: Mapping[str, Any] | None = None) -> Path:
+    """Write the cache of a checked config's data for training and evaluation; return the YAML that trains on it.
 
-    A stopped command continues where it was. Raises ConfigError if the model needs more than latents and texts, or if
-    the folder holds the cache of other data or stages.
+    A stopped command continues where it was; files that are missing, damaged or of images that have changed are written
+    again. written: section `data` of the YAMLs, without overrides, whose later changes training warns of. Raises
+    ConfigError if the model needs more than latents and texts, or if the folder holds the cache of other data or
+    stages.
     """
-    plain: Any = OmegaConf.to_container(config.model, resolve=True)
-    params = plain["params"]
+    plain: Any = OmegaConf.to_container(config, resolve=True)
+    params = plain["model"]["params"]
     model = get_obj_from_str(config.model.target)
     if not issubclass(model, LatentDiffusion) or params["cond_stage_config"] == FIRST_STAGE_AS_CONDITION:
         raise ConfigError(f"model.target {config.model.target}: its condition cannot be cached, only texts and classes")
@@ -99,21 +109,32 @@ def cache_latents(config: DictConfig, options: CacheOptions) -> Path:
     data.dataset_configs = {split: data.dataset_configs[split] for split in SPLITS if split in data.dataset_configs}
     data.prepare_data()
     data.setup()
-    options.out.mkdir(parents=True, exist_ok=True)
+    overlay = _overlay(config.data, data, options.out, written or {})
     with _one_writer(options.out):
-        encoder = _Encoder(params, options)
+        encoder = _Encoder(plain["model"], options)
         for split, dataset in data.datasets.items():
-            _cache_split(split, dataset, config.data.params[split], encoder, options, data.batch_size)
-        datasets: Any = {
-            split: {"_replace_": True, "target": TARGET, "params": {"root": str((options.out / split).absolute())}}
-            for split in data.datasets
-        }
-        save_text(options.out / DATA_CONFIG, OmegaConf.to_yaml(OmegaConf.create({"data": {"params": datasets}})))
+            _cache_split(split, dataset, plain["data"]["params"][split], encoder, options, data.batch_size)
+        save_text(options.out / DATA_CONFIG, OmegaConf.to_yaml(OmegaConf.create({"data": overlay})))
     return options.out / DATA_CONFIG
+
+
+def _overlay(config: DictConfig, data: DataModuleFromConfig, out: Path, written: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the section `data` that replaces the datasets of a config by those of the cache."""
+    caches = {split: {"target": TARGET, "params": {"root": str((out / split).absolute())}} for split in data.datasets}
+    if not isinstance(data, WebDataModuleFromConfig):
+        before = value_at(written, "params")
+        return {"params": {split: {"_replace_": value_at(before, split) or True, **caches[split]} for split in caches}}
+    shuffled = {split: bool(config.params[split].get("shuffle")) for split in caches}
+    if not shuffled.get("train", True):
+        raise ConfigError("data.params.train.shuffle 0: training on a cache shuffles its samples; set it to e.g. 1000")
+    params = {"batch_size": data.batch_size, "num_workers": data.num_workers, **caches}
+    params |= {"shuffle_val_dataloader": shuffled.get("validation", False)}
+    return {"_replace_": dict(written) or True, "target": "main.DataModuleFromConfig", "params": params}
 
 
 @contextmanager
 def _one_writer(out: Path) -> Iterator[None]:
+    make_folder(out)
     lock = out / ".lock"
     lock.touch()
     try:
@@ -126,8 +147,9 @@ def _one_writer(out: Path) -> Iterator[None]:
 class _Encoder:
     """The stages of a model, with their files in the cache."""
 
-    def __init__(self, params: Mapping[str, Any], options: CacheOptions) -> None:
-        self.params, self.options = params, options
+    def __init__(self, model: Mapping[str, Any], options: CacheOptions) -> None:
+        self.params, self.options, self.pixel_factors = model["params"], options, pixel_factors(model)
+        params = self.params
         self.image_key, self.text_key = params.get("first_stage_key", "image"), params.get("cond_stage_key", "image")
         self.device = choose_device(options.device)
         chosen = resolve_precision(options.precision, self.device)
@@ -135,9 +157,8 @@ class _Encoder:
         self.weights = open_weights(expand_user(path)).tensors() if (path := params.get("ckpt_path")) else {}
         self.stages: dict[str, Stage] = {}
         self.first_stage = self._stage("first_stage")
-        frozen = not params.get("cond_stage_trainable") and not params.get("token_embeddings")
-        frozen &= "text_encoder" not in (value_at(params, "adapters", "targets") or ())
-        self.caches_text = options.text and frozen and params["cond_stage_config"] != UNCONDITIONAL
+        conditional = params["cond_stage_config"] != UNCONDITIONAL
+        self.caches_text = options.text and conditional and needs_encoder(params) is None
         self.cond_stage: nn.Module | None = None
 
     def use_texts(self) -> None:
@@ -168,7 +189,7 @@ class _Encoder:
         config = {**config, "params": params}
         null = self._encode_texts(stage, [""]) if name == "cond_stage" else None
         file = self.options.out / f"{name}.safetensors"
-        found = read_metadata(file).get("fingerprint") if file.is_file() else write_stage(file, stage, config, null)
+        found = metadata_of(file).get("fingerprint") or write_stage(file, stage, config, null)
         if found != fingerprint_of({f"stage.{key}": x for key, x in stage.state_dict().items()}):
             raise ConfigError(f"--out {self.options.out}: was made with another {name}; choose another folder")
         self.stages[name] = {"config": config, "fingerprint": found}
@@ -236,8 +257,9 @@ def _cache_split(
     dataset = unwrapped(dataset)
     if isinstance(dataset, IterableDataset):
         raise ConfigError(f"{place}: is a stream; shards are read by ldm.data.webdataset.ImageShards")
-    if isinstance(dataset, Mixture):
-        raise ConfigError(f"{place}: a mixture cannot be cached, because its samples differ from epoch to epoch")
+    if hasattr(dataset, "order") and not isinstance(dataset, ImageDataset):
+        name = type(dataset).__name__
+        raise ConfigError(f"{place}: a {name} cannot be cached, because its epochs may hold other samples")
     buckets = getattr(dataset, "buckets", None) is not None
     if buckets:
         dataset.set_batch(options.global_batch or batch_size)
@@ -245,12 +267,17 @@ def _cache_split(
     first = seeded[(0, 0)]
     if encoder.image_key not in first:
         raise ConfigError(f"model.params.first_stage_key {encoder.image_key!r}: {place} has {', '.join(sorted(first))}")
-    _entries(first, encoder.image_key)
+    kept, image = _entries(first, encoder.image_key), torch.as_tensor(first[encoder.image_key])
+    arrays = {key: np.asarray(first[key]).dtype for key in kept if not isinstance(first[key], str | int | float | list)}
+    sizes = dataset.bucket_sizes.tolist() if buckets else [list(image.shape[:2])]
+    for size in sizes:
+        for problem in size_problems(place, (size[0], size[1]), encoder.pixel_factors):
+            raise ConfigError(problem)
     text_key = encoder.text_key if encoder.caches_text and isinstance(first.get(encoder.text_key), str) else None
     if text_key is not None:
         encoder.use_texts()
-    kind, latent = encoder.encode_images(torch.as_tensor(first[encoder.image_key])[None])
-    index: CacheIndex = {
+    kind, latent = encoder.encode_images(image[None])
+    index: Any = {
         "format": FORMAT,
         "complete": False,
         "samples": len(dataset),
@@ -260,45 +287,115 @@ def _cache_split(
         "text_shard": options.text_shard,
         "captions": 0,
         "dtype": options.dtype,
+        "precision": str(encoder.dtype).removeprefix("torch."),
         "kind": kind,
         "text_key": text_key,
         "channels": latent.shape[1] // (2 if kind == MOMENTS else 1),
         "stages": dict(encoder.stages),
-        "dataset": json.loads(json.dumps(OmegaConf.to_container(config, resolve=True))),
+        "dataset": config,
         "fingerprint": dict(getattr(dataset, "fingerprint", {})),
         "class_names": list(names) if (names := getattr(dataset, "class_names", None)) is not None else None,
+        "dtypes": {key: str(dtype) for key, dtype in arrays.items() if dtype.kind in "biuf"},
+        "sizes": sizes,
         "batch": dataset.batch if buckets else 0,
-        "bucket_sizes": dataset.bucket_sizes.tolist() if buckets else [],
         "bucket_of": dataset.bucket_of.tolist() if buckets else [],
+        "shard_lengths": getattr(dataset, "shard_lengths", []),
+        "lanes": getattr(dataset, "lanes", 0),
     }
-    index = json.loads(json.dumps(index))
+    index = json.loads(json.dumps(index))  # as it is read
     before = load_index(folder)
-    kept: dict[str, object] = {} if before is None else dict(before)
-    for key, value in index.items() if kept else ():
-        if key not in ("complete", "captions") and kept[key] != value:
-            problem = f"its {key} is {kept[key]!r:.200}, now {value!r:.200}"
-            raise ConfigError(f"--out {options.out}: {folder} is of another cache, {problem}; choose another folder")
+    contents = _contents(dataset, index)
+    pending = {number: each for number, each in enumerate(contents) if _content_of(_file(folder, number)) != each}
+    if before is not None:
+        _compare(before, index, bool(pending), f"--out {options.out}: {folder} is of another cache")
     if before is not None and before["complete"]:
-        logger.info("%s: complete already", folder)
-        return
+        texts = [_file(folder, number, "text-") for number in range(-(-before["captions"] // before["text_shard"]))]
+        missing = len(pending) + sum(_content_of(file) is None for file in texts)
+        if not missing:
+            logger.info("%s: complete already", folder)
+            return
+        logger.info("%s: %d files are missing, damaged or of images that have changed", folder, missing)
     folder.mkdir(parents=True, exist_ok=True)
     save_text(folder / INDEX, json.dumps(index))
-    _cache_images(split, seeded, folder, index, encoder, options)
+    _cache_images(split, seeded, folder, index, pending, encoder, options)
     if text_key is not None:
         index["captions"] = _cache_texts(folder, index, encoder, options)
     save_text(folder / INDEX, json.dumps({**index, "complete": True}))
 
 
-def _files(folder: Path, index: CacheIndex) -> list[Path]:
-    return [folder / f"{n:05}.safetensors" for n in range(-(-index["samples"] * index["variants"] // index["shard"]))]
+def _compare(before: CacheIndex, now: CacheIndex, pending: bool, where: str) -> None:
+    """Raise ConfigError if a folder holds another cache than the one that is to be written.
+
+    pending: there are files to be written, perhaps because images have changed.
+    """
+    for name, old, new in changes(before, now):
+        section, _, key = name.partition(".")
+        if section in ("complete", "captions") or (pending and _is_content(section, key)):
+            continue
+        problem = f"its {name} is {old!r:.100}, now {new!r:.100}"
+        if section == "fingerprint":  # of hashes
+            problem = f"the {key} of its dataset have changed"
+        raise ConfigError(f"{where}, {problem}; delete it or choose another folder")
+
+
+def _is_content(section: str, key: str) -> bool:
+    """True for the part of a fingerprint that tells images of the same names apart."""
+    return section == "fingerprint" and key.split()[-1] == "content"
+
+
+def _file(folder: Path, number: int, prefix: str = "") -> Path:
+    return folder / f"{prefix}{number:05}.safetensors"
+
+
+def _content_of(file: Path) -> str | None:
+    return metadata_of(file).get(_CONTENT)
+
+
+def _contents(dataset: Any, index: CacheIndex) -> list[str]:
+    """Return, for each file of latents, a hash of the sizes and times of the files that its samples are read from."""
+    images = [value for key, value in index["fingerprint"].items() if _is_content("fingerprint", key)]
+
+    @cache
+    def state(path: str) -> list[Any]:
+        try:
+            found = os.stat(path)
+        except OSError:  # a remote shard
+            return images
+        return [found.st_size, found.st_mtime_ns]
+
+    def source(row: int) -> str:
+        number = row % index["samples"]
+        if hasattr(dataset, "shard_of"):
+            return dataset.shards[dataset.shard_of(number)]
+        return str(dataset.file_of(number)) if hasattr(dataset, "file_of") else ""
+
+    total, size = index["samples"] * index["variants"], index["shard"]
+    starts = range(0, total, size)
+    files = (dict.fromkeys(map(source, range(start, min(start + size, total)))) for start in starts)
+    return [digest([state(path) for path in each]) for each in files]
+
+
+def _finite(values: Tensor, dtype: torch.dtype, name: Callable[[int], str]) -> Tensor:
+    """Return values (B, ...) in a dtype; raise ConfigError, with the name of the row, for NaN and infinite ones."""
+    values = values.to(dtype)
+    finite = values.isfinite().flatten(1).all(dim=1)
+    if not finite.all():
+        advice = "check the weights, and the image or caption, or use --precision full --dtype float32"
+        raise ConfigError(f"{name(int(finite.int().argmin()))}: is encoded to values that are not finite; {advice}")
+    return values
 
 
 def _cache_images(
-    split: str, seeded: SeededDataset, folder: Path, index: CacheIndex, encoder: _Encoder, options: CacheOptions
+    split: str,
+    seeded: SeededDataset,
+    folder: Path,
+    index: CacheIndex,
+    pending: Mapping[int, str],
+    encoder: _Encoder,
+    options: CacheOptions,
 ) -> None:
-    """Write the missing files of latents."""
+    """Write files of latents. pending: their numbers, and the hash of what they hold."""
     total, size = index["samples"] * index["variants"], index["shard"]
-    pending = [number for number, file in enumerate(_files(folder, index)) if not file.is_file()]
     batches: list[list[int]] = []
     for number in pending:
         rows = np.arange(number * size, min((number + 1) * size, total))
@@ -320,34 +417,38 @@ def _cache_images(
     tensors: dict[str, Tensor] = {}
     with bar:
         for batch, (images, entries) in zip(batches, loader, strict=True):
-            _, latents = encoder.encode_images(images)
+            _, encoded = encoder.encode_images(images)
+            paths = [json.loads(entry).get("file_path_", f"sample {n}") for n, entry in zip(batch, entries)]
+            latents = _finite(encoded, DTYPES[index["dtype"]], paths.__getitem__)
             for n, latent, entry in zip(batch, latents, entries, strict=True):
-                tensors[str(n % size)] = latent.to(DTYPES[index["dtype"]])
+                tensors[str(n % size)] = latent
                 tensors[f"{n % size}.entries"] = torch.tensor(bytearray(entry.encode()), dtype=torch.uint8)
             number = batch[0] // size
             if len(tensors) == 2 * min(size, total - number * size):
-                write_weights(tensors, folder / f"{number:05}.safetensors")
+                write_weights(tensors, _file(folder, number), {_CONTENT: pending[number]})
                 tensors = {}
             bar.update(len(batch))
 
 
 def _cache_texts(folder: Path, index: CacheIndex, encoder: _Encoder, options: CacheOptions) -> int:
-    """Write the missing files of embeddings, each different caption once; return the number of captions."""
+    """Write the files of embeddings that do not exist, each different caption once; return the number of captions."""
     key, size = str(index["text_key"]), index["text_shard"]
     captions: dict[str, None] = {}
-    for number, file in enumerate(tqdm(_files(folder, index), "captions", unit="file", leave=False, disable=None)):
-        tensors, total = open_file(file), index["samples"] * index["variants"]
-        for row in range(min(index["shard"], total - number * index["shard"])):
+    total, rows = index["samples"] * index["variants"], index["shard"]
+    for start in tqdm(range(0, total, rows), "captions", unit="file", leave=False, disable=None):
+        tensors = open_file(_file(folder, start // rows))
+        for row in range(min(rows, total - start)):
             captions[read_entries(tensors, row)[key]] = None
     texts = list(captions)
     bar = tqdm(desc="captions", total=len(texts), unit="caption", disable=None)
     with bar:
         for first in range(0, len(texts), size):
-            own, file = texts[first : first + size], folder / f"text-{first // size:05}.safetensors"
-            if not file.is_file():
+            own, file = texts[first : first + size], _file(folder, first // size, "text-")
+            if _content_of(file) != (content := digest(own)):
                 parts = [own[k : k + options.batch_size] for k in range(0, len(own), options.batch_size)]
-                embeddings = [encoder.encode_texts(part).to(DTYPES[index["dtype"]]) for part in parts]
+                embeddings = torch.cat([encoder.encode_texts(part) for part in parts])
+                embeddings = _finite(embeddings, DTYPES[index["dtype"]], own.__getitem__)
                 digests = torch.tensor([digest_of(text) for text in own])
-                write_weights({"embeddings": torch.cat(embeddings), "digests": digests}, file)
+                write_weights({"embeddings": embeddings, "digests": digests}, file, {_CONTENT: content})
             bar.update(len(own))
     return len(texts)

@@ -14,6 +14,15 @@ from ldm.paths import expand_user
 from ldm.training.flags import DEFAULT_SEED, RunOptions
 
 
+def resolve_seed(flag: int | None, lightning: Mapping[str, Any]) -> int:
+    """Return the seed of a flag, else of the section `lightning`, else DEFAULT_SEED. Raises ConfigError."""
+    seed = next(value for value in (flag, lightning.get("seed"), DEFAULT_SEED) if value is not None)
+    if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 1 << 63:
+        place = "lightning.seed" if flag is None else "--seed"
+        raise ConfigError(f"{place} {seed!r}: expected an integer from 0 to 2^63 - 1")
+    return seed
+
+
 @dataclass(frozen=True)
 class RunSettings:
     """Settings of a run; `lightning` is the section as the run directory keeps it, in the user's words."""
@@ -48,9 +57,7 @@ def resolve_settings(options: RunOptions, lightning: DictConfig) -> RunSettings:
         raise ConfigError(
             "--resume continues in the old run directory, --resume_from_checkpoint starts a new run; give only one"
         )
-    seed = next(value for value in (options.seed, saved.get("seed"), DEFAULT_SEED) if value is not None)
-    if not isinstance(seed, int) or isinstance(seed, bool) or seed < 0:
-        raise ConfigError(f"lightning.seed {seed!r}: expected a non-negative integer")
+    seed = resolve_seed(options.seed, saved)
     scale_lr = next(value for value in (options.scale_lr, saved.get("scale_lr"), True) if value is not None)
     if not isinstance(scale_lr, bool):
         raise ConfigError(f"lightning.scale_lr {scale_lr!r}: expected true or false")

@@ -1,6 +1,8 @@
 """Cached latents and embeddings: training on them is training on the images, and they belong to their stages."""
 
 import csv
+import logging
+import shutil
 from pathlib import Path
 
 import pytest
@@ -12,17 +14,27 @@ import main
 from ldm.checkpoint import CheckpointError, read_checkpoint, write_weights
 from ldm.config.instantiate import instantiate_from_config
 from ldm.config.merge import merge
+from ldm.config.validate import check_config
+from ldm.data import shards
 from ldm.data.base import DataConfigError
 from ldm.data.latents import CachedLatents, read_index, use_cached_stages
 from ldm.data.mixture import Mixture
 from ldm.data.order import SeededDataset
 from ldm.models.cached import LATENT, MOMENTS, CachedEncoder, CachedFirstStage, CachedStage
-from ldm.training.cache_latents import CacheOptions, cache_latents
+from ldm.rng import preserve_rng
+from ldm.training.cache_latents import CacheOptions, _Encoder, cache_latents
 from scripts import cache_latents as script
-from tests.data.layouts import save_image
+from tests.data.layouts import save_image, save_shards
 from tests.test_main import folder_of, last
-from tests.tiny import save_text_model
+from tests.tiny import FIRST_STAGE, UNET, save_text_model
 
+# f = 2, few weights.
+STAGE = {**FIRST_STAGE["params"], "ddconfig": {**FIRST_STAGE["params"]["ddconfig"], "ch_mult": [1, 1]}}
+MODEL = {
+    "unet_config": {**UNET, "params": {**UNET["params"], "channel_mult": [1], "attention_resolutions": []}},
+    "first_stage_config": {**FIRST_STAGE, "params": STAGE},
+    **{"cond_stage_trainable": False, "cond_dropout": 0.4, "timesteps": 8, "image_size": 4},
+}
 QUIET = ["lightning.callbacks.image_logger=null", "lightning.callbacks.cuda_callback=null"]
 
 
@@ -35,12 +47,11 @@ def here(tmp_path_factory):
         save_image(folder / "images" / "val" / f"{number}.png", 10 + number)
         for split in ("train", "val"):
             (folder / "images" / split / f"{number}.txt").write_text(f"image {number}\nnumber {number}\n")
-    frozen = {"cond_stage_trainable": False, "cond_dropout": 0.4, "timesteps": 8, "image_size": 4}
-    saved = save_text_model(folder, **frozen)
+    saved = save_text_model(folder, **MODEL)
     config = OmegaConf.load(saved.config)
     config.model.base_learning_rate = 1e-3
     config.model.params.ckpt_path = str(saved.ckpt)
-    params = {"root": str(folder / "images"), "size": 16, "captions": "sidecar", "flip_p": 0.5, "random_crop": True}
+    params = {"root": str(folder / "images"), "size": 8, "captions": "sidecar", "flip_p": 0.5, "random_crop": True}
     folders = {
         split: {"target": "ldm.data.folder.ImageFolder", "params": {**params, "split": split}}
         for split in ("train", "validation")
@@ -128,7 +139,7 @@ def test_each_epoch_has_its_variant_and_validation_the_first(here):
 def test_the_image_log_builds_the_stages_of_the_cache(here):
     model = model_of("run.yaml", "cache/data.yaml").eval()
     log = model.log_images(batch_of(CachedLatents("cache/train")), N=2, ddim_steps=2, plot_denoise_rows=False)
-    assert log["inputs"].shape == log["reconstruction"].shape == (2, 3, 16, 16) and "conditioning" in log
+    assert log["inputs"].shape == log["reconstruction"].shape == (2, 3, 8, 8) and "conditioning" in log
     whole = instantiate_from_config(merge([Path("run.yaml")]).model).eval()
     z = torch.randn(1, 4, 4, 4)
     assert torch.equal(model.decode_first_stage(z), whole.decode_first_stage(z))
@@ -160,27 +171,77 @@ def test_weights_of_another_stage_are_refused_by_name(here, tmp_path, stage):
         model_of(tmp_path / "changed.yaml", "cache/data.yaml")
 
 
-def test_a_cache_beside_images_or_of_other_channels_is_refused(here, tmp_path):
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"channels": 8}, "its latents have 4 channels, the model 8"),
+        ({"unet_config.params.channel_mult": [1, 1, 1, 1]}, "images of 8x8 pixels .* needs multiples of 16"),
+        (
+            {"cond_stage_key": "human_label"},
+            "embeddings of 'caption', but model.params.cond_stage_key is 'human_label'",
+        ),
+        ({"cond_stage_trainable": True}, "cond_stage_trainable needs the text encoder"),
+        ({"cond_stage_forward": "unconditional_input"}, "cond_stage_forward needs the text encoder"),
+        ({"token_embeddings": {"token": "sks", "init": "cat"}}, "token_embeddings needs the text encoder"),
+        ({"adapters": {"targets": ["attention", ".*to_q"]}}, "adapters.targets needs the text encoder"),
+    ],
+)
+def test_a_model_that_needs_more_than_the_cache_has_is_refused(here, changes, message):
+    config = merge([Path("run.yaml"), Path("cache/data.yaml")])
+    for path, value in changes.items():
+        OmegaConf.update(config, f"model.params.{path}", value, force_add=True)
+    with pytest.raises(ValueError, match=rf"^data.params.train.params.root \S+/cache/train: .*{message}"):
+        use_cached_stages(config)
+
+
+def test_adapters_of_the_unet_alone_use_cached_embeddings(here):
+    config = merge([Path("run.yaml"), Path("cache/data.yaml")])
+    config.model.params.adapters = {"targets": ["attention", "feed_forward", r"unet\.out\..*"]}
+    assert "CachedEncoder" in use_cached_stages(config).params.cond_stage_config.target
+
+
+def test_a_cache_beside_images_or_without_its_stages_is_refused(here, tmp_path):
+    shutil.copytree("cache", tmp_path / "cache")
     config = merge([Path("run.yaml"), Path("cache/data.yaml")])
     config.data.params.validation = OmegaConf.load("run.yaml").data.params.validation
     with pytest.raises(ValueError, match=r"params.validation: encodes images, but data.params.train is a cache"):
         use_cached_stages(config)
     config.data.params.validation = None
-    config.model.params.channels = 8
-    with pytest.raises(ValueError, match="its latents have 4 channels, the model 8"):
+    config.data.params.train.params.root = str(tmp_path / "cache" / "train")
+    stage = tmp_path / "cache" / "first_stage.safetensors"
+    shutil.copy(tmp_path / "cache" / "cond_stage.safetensors", stage)
+    with pytest.raises(ValueError, match=r"first_stage\.safetensors: is not of this cache; run the same command"):
+        use_cached_stages(config)
+    stage.unlink()
+    with pytest.raises(ValueError, match=r"first_stage\.safetensors: no such file; run the same command"):
         use_cached_stages(config)
 
 
+def test_a_dataset_that_was_edited_after_it_was_cached_is_reported(here, caplog):
+    files, edited = [Path("run.yaml"), Path("cache/data.yaml")], OmegaConf.load("run.yaml")
+    with caplog.at_level(logging.WARNING, "ldm"):
+        before = merge(files)
+        assert not caplog.messages
+        edited.data.params.train.params.size = 16
+        del edited.data.params.validation.params.flip_p
+        OmegaConf.save(edited, "edited.yaml")
+        assert merge([Path("edited.yaml"), files[1]]).data == before.data
+    problems = ["train.params.size: is 16", "validation.params.flip_p: is default"]
+    assert [message.partition(", but")[0].split(" ", 1)[1].strip() for message in caplog.messages] == [
+        f"data.params.{problem}" for problem in problems
+    ]
+
+
 def test_another_command_for_the_same_folder_is_refused_by_name(here, tmp_path):
-    assert "its variants is 2, now 1; choose another folder" in refusal()
-    assert "its dataset is " in refusal(
-        "--variants", "2", "data.params.train.params.size=32", "model.params.image_size=8"
+    assert "its variants is 2, now 1; delete it or choose another folder" in refusal()
+    assert "its dataset.params.size is 8, now 16;" in refusal(
+        "--variants", "2", "data.params.train.params.size=16", "model.params.image_size=8"
     )
-    other = save_text_model(tmp_path, cond_stage_trainable=False, cond_dropout=0.4, timesteps=8, image_size=4)
-    state = read_checkpoint(other.ckpt)["state_dict"]
+    state = read_checkpoint("tiny.ckpt")["state_dict"]
     state["first_stage_model.quant_conv.bias"] += 1
-    torch.save({"state_dict": state}, other.ckpt)
-    assert "was made with another first_stage" in refusal("--variants", "2", f"model.params.ckpt_path={other.ckpt}")
+    torch.save({"state_dict": state}, tmp_path / "other.ckpt")
+    other = f"model.params.ckpt_path={tmp_path}/other.ckpt"
+    assert "was made with another first_stage" in refusal("--variants", "2", other)
 
 
 def test_an_interrupted_cache_is_refused_and_continues_to_the_same_files(here, tmp_path, monkeypatch):
@@ -205,6 +266,8 @@ def test_an_interrupted_cache_is_refused_and_continues_to_the_same_files(here, t
         CachedLatents(tmp_path / "stopped" / "train")
     monkeypatch.undo()
     monkeypatch.chdir(here)
+    with pytest.raises(ValueError, match="its precision is 'float32', now 'bfloat16'"):
+        build(tmp_path / "stopped", precision="bf16")
     build(tmp_path / "stopped")
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     files = sorted(file.relative_to(whole) for file in whole.rglob("*.safetensors"))
@@ -213,6 +276,77 @@ def test_an_interrupted_cache_is_refused_and_continues_to_the_same_files(here, t
     assert all((whole / file).read_bytes() == (stopped / file).read_bytes() for file in files if file.parent.name)
     assert (whole / "train" / "index.json").read_bytes() == (stopped / "train" / "index.json").read_bytes()
     assert len(CachedLatents(stopped / "train")) == 4
+
+
+def test_files_that_are_missing_damaged_or_of_changed_images_are_written_again(here, tmp_path):
+    config, folder = merge([Path("run.yaml")]), tmp_path / "cache" / "train"
+    shutil.copytree("images/train", tmp_path / "images")
+    config.data.params.validation = None
+    config.data.params.train.params.update({"root": str(tmp_path / "images"), "split": None})
+
+    def build():
+        cache_latents(config, CacheOptions(tmp_path / "cache", 23, 1, 8, 0, "cpu", shard=1, text_shard=2))
+        return {file.name: file.stat().st_mtime_ns for file in folder.iterdir()}
+
+    before, latents = build(), [CachedLatents(folder)[n][MOMENTS] for n in range(4)]
+    assert build() == before
+    save_image(tmp_path / "images" / "0.png", 99)
+    (folder / "00001.safetensors").unlink()
+    (folder / "text-00000.safetensors").write_bytes(b"")
+    after, again = build(), [CachedLatents(folder)[n][MOMENTS] for n in range(4)]
+    written = {name for name in after if after[name] != before[name]}
+    assert written == {"00000.safetensors", "00001.safetensors", "text-00000.safetensors", "index.json"}
+    assert [torch.equal(x, y) for x, y in zip(latents, again, strict=True)] == [False, True, True, True]
+    (tmp_path / "images" / "1.txt").write_text("other\n")
+    with pytest.raises(ValueError, match="the labels of its dataset have changed; delete it or choose another folder"):
+        build()
+
+
+def test_latents_that_are_not_finite_are_refused_by_the_name_of_their_image(here, tmp_path, monkeypatch):
+    moments = torch.zeros(4, 8, 4, 4)
+    moments[2, 5] = torch.tensor(1e6)  # infinite in 16 bits
+    monkeypatch.setattr(_Encoder, "encode_images", lambda self, x: (MOMENTS, moments[: len(x)]))
+    with pytest.raises(ValueError, match=r"images/train/2.png: is encoded to values that are not finite"):
+        cache_latents(merge([Path("run.yaml")]), CacheOptions(tmp_path, 23, 1, 8, 0, "cpu", text=False))
+
+
+def test_a_cache_of_published_shards_replaces_their_data_module_and_has_their_order(here, tmp_path):
+    config = OmegaConf.load("run.yaml")
+    config.model.params.update({"first_stage_key": "png", "cond_stage_key": "txt"})
+    params = {"tar_base": str(tmp_path), "batch_size": 2, "num_workers": 0}
+    split = {"shards": "{00000..00002}.tar", "image_key": "png", "shuffle": 9}
+    split["image_transforms"] = [{"target": "torchvision.transforms.CenterCrop", "params": {"size": 8}}]
+    save_shards(tmp_path)
+    config.data = {"target": "ldm.data.laion.WebDataModuleFromConfig", "params": {**params, "train": split}}
+    OmegaConf.save(config, tmp_path / "web.yaml")
+    assert cache("--no-text", base=str(tmp_path / "web.yaml"), out=str(tmp_path / "cache")) == 0
+    trained = merge([tmp_path / "web.yaml", tmp_path / "cache" / "data.yaml"])
+    check_config(trained)
+    online, cached = (instantiate_from_config(each.data) for each in (config, trained))
+    online.setup()
+    cached.setup()
+    images, latents = online.datasets["train"], cached.datasets["train"]
+    assert cached.batch_size == 2 and cached.num_workers == 0 and isinstance(latents, CachedLatents)
+    for epoch in (0, 1):
+        order = images.order(23, epoch, 2, True)
+        assert order.tolist() == latents.order(23, epoch, 2, True).tolist() != sorted(order)
+        assert [images.key(n) for n in order] == [latents[n]["__key__"] for n in order]
+
+
+def test_numbers_of_samples_keep_their_dtypes(here, tmp_path):
+    config = merge([Path("run.yaml")])
+    folder = OmegaConf.to_container(config.data.params.train)
+    config.data.params.validation = None
+    config.data.params.train = {
+        "target": "ldm.data.dreambooth.DreamBooth",
+        "params": {"instance": folder, "prior": folder, "prior_weight": 0.3},
+    }
+    cache_latents(config, CacheOptions(tmp_path, 23, 1, 8, 0, "cpu", text=False))
+    with preserve_rng():
+        images = instantiate_from_config(config.data.params.train)
+        cached, online = batch_of(CachedLatents(tmp_path / "train")), batch_of(images)
+    assert cached["loss_weight"].dtype == online["loss_weight"].dtype == torch.float32
+    assert torch.equal(cached["loss_weight"], online["loss_weight"])
 
 
 def test_latents_without_texts_keep_the_text_encoder_and_16_bits_half_the_size(here):
@@ -227,22 +361,24 @@ def test_latents_without_texts_keep_the_text_encoder_and_16_bits_half_the_size(h
     assert z.shape == (3, 4, 4, 4) and torch.equal(c, model.get_learned_conditioning(batch["caption"]))
 
 
-def test_latents_of_a_vq_stage_have_no_noise(here, tmp_path):
+def test_latents_of_a_vq_stage_have_no_noise_in_any_split(here, tmp_path):
     config = merge([Path("run.yaml")])
+    config.data.params.test = config.data.params.validation
     stage = OmegaConf.to_container(config.model.params.first_stage_config)
     stage["target"] = "ldm.models.autoencoder.VQModelInterface"
     stage["params"] |= {"n_embed": 8}
     stage["params"]["ddconfig"]["double_z"] = False
-    vq = save_text_model(tmp_path, first_stage_config=stage, cond_stage_trainable=False, timesteps=8, image_size=4)
+    vq = save_text_model(tmp_path, **{**MODEL, "first_stage_config": stage})
     config.model = OmegaConf.load(vq.config).model
     config.model.params.ckpt_path = str(vq.ckpt)
     overlay = cache_latents(config, CacheOptions(tmp_path / "vq", 23, 1, 8, 0, "cpu", dtype="float32"))
     config = OmegaConf.merge(config, {"data": {"params": {"train": None, "validation": None}}})
     config = merge([overlay], onto=config)
     model = instantiate_from_config(use_cached_stages(config)).eval()
-    batch = batch_of(CachedLatents(tmp_path / "vq" / "train"))
-    assert batch[LATENT].shape == (3, 4, 4, 4)
-    assert torch.equal(model.get_input(batch, "image")[0], model.scale_factor * batch[LATENT])
+    for split in ("train", "validation", "test"):
+        batch = batch_of(instantiate_from_config(config.data.params[split]))
+        assert batch[LATENT].shape == (3, 4, 4, 4)
+        assert torch.equal(model.get_input(batch, "image")[0], model.scale_factor * batch[LATENT])
 
 
 def test_a_first_stage_from_its_own_file_gives_the_same_latents(here, tmp_path):
@@ -264,7 +400,22 @@ def test_a_cache_is_no_part_of_a_mixture_and_a_mixture_is_not_cached(here):
     mixed = OmegaConf.create({"data": {"params": {"train": {"_replace_": True, "target": "ldm.data.mixture.Mixture"}}}})
     mixed.data.params.train.params = {"datasets": [images]}
     OmegaConf.save(mixed, "mixed.yaml")
-    assert "data.params.train: a mixture cannot be cached" in refusal("--base", "mixed.yaml")
+    assert "data.params.train: a Mixture cannot be cached" in refusal("--base", "mixed.yaml")
+
+
+def test_seeds_folders_and_indices_that_cannot_be_used_are_refused(here, tmp_path):
+    assert "--seed 9223372036854775808: expected an integer from 0 to 2^63 - 1" in refusal("--seed", str(1 << 63))
+    assert "run.yaml/cache is a file or inside one" in refusal("--out", "run.yaml/cache")
+    (tmp_path / "index.json").write_text('{"format": 2}')
+    with pytest.raises(DataConfigError, match=r"its index\.json is not of version 2 of the cache"):
+        CachedLatents(tmp_path)
+
+
+def test_a_flag_allows_commands_that_write_shards(here, monkeypatch, capsys):
+    monkeypatch.setattr(shards, "_pipes_allowed", False)
+    monkeypatch.setattr("ldm.training.cache_latents.cache_latents", lambda *_: shards._pipes_allowed)
+    for words, allowed in (((), "False"), (("--allow-pipe",), "True")):
+        assert cache(*words, out="none") == 0 and allowed in capsys.readouterr().out
 
 
 def test_what_a_cache_cannot_hold_is_refused_by_name(here):
