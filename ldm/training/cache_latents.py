@@ -31,6 +31,7 @@ from ldm.config.instantiate import (
     value_at,
 )
 from ldm.config.merge import changes
+from ldm.data.base import DataConfigError
 from ldm.data.datamodule import DataModuleFromConfig, unwrapped
 from ldm.data.image_dataset import ImageDataset, digest
 from ldm.data.laion import WebDataModuleFromConfig
@@ -303,7 +304,11 @@ def _cache_split(
         "lanes": getattr(dataset, "lanes", 0),
     }
     index = json.loads(json.dumps(index))  # as it is read
-    before = load_index(folder)
+    try:
+        before = load_index(folder)
+    except DataConfigError as error:
+        advice = "delete it or choose another folder"
+        raise ConfigError(f"--out {options.out}: {folder}: {error.problem}; {advice}") from error
     contents = _contents(dataset, index)
     pending = {number: each for number, each in enumerate(contents) if _content_of(_file(folder, number)) != each}
     if before is not None:

@@ -285,17 +285,20 @@ def test_files_that_are_missing_damaged_or_of_changed_images_are_written_again(h
     config.data.params.train.params.update({"root": str(tmp_path / "images"), "split": None})
 
     def build():
+        """Cache the images -> the names of the files that were written, and the latents."""
+        before = {file: file.stat().st_mtime_ns for file in folder.glob("*")}
         cache_latents(config, CacheOptions(tmp_path / "cache", 23, 1, 8, 0, "cpu", shard=1, text_shard=2))
-        return {file.name: file.stat().st_mtime_ns for file in folder.iterdir()}
+        written = {file.name for file in folder.iterdir() if file.stat().st_mtime_ns != before.get(file)}
+        return written - {"index.json"}, [CachedLatents(folder)[n][MOMENTS] for n in range(4)]
 
-    before, latents = build(), [CachedLatents(folder)[n][MOMENTS] for n in range(4)]
-    assert build() == before
+    written, latents = build()
+    assert len(written) == 4 + 2 and build()[0] == set()
+    (folder / "text-00000.safetensors").write_bytes(b"")
+    assert build()[0] == {"text-00000.safetensors"}
     save_image(tmp_path / "images" / "0.png", 99)
     (folder / "00001.safetensors").unlink()
-    (folder / "text-00000.safetensors").write_bytes(b"")
-    after, again = build(), [CachedLatents(folder)[n][MOMENTS] for n in range(4)]
-    written = {name for name in after if after[name] != before[name]}
-    assert written == {"00000.safetensors", "00001.safetensors", "text-00000.safetensors", "index.json"}
+    written, again = build()
+    assert written == {"00000.safetensors", "00001.safetensors"}
     assert [torch.equal(x, y) for x, y in zip(latents, again, strict=True)] == [False, True, True, True]
     (tmp_path / "images" / "1.txt").write_text("other\n")
     with pytest.raises(ValueError, match="the labels of its dataset have changed; delete it or choose another folder"):
@@ -406,9 +409,12 @@ def test_a_cache_is_no_part_of_a_mixture_and_a_mixture_is_not_cached(here):
 def test_seeds_folders_and_indices_that_cannot_be_used_are_refused(here, tmp_path):
     assert "--seed 9223372036854775808: expected an integer from 0 to 2^63 - 1" in refusal("--seed", str(1 << 63))
     assert "run.yaml/cache is a file or inside one" in refusal("--out", "run.yaml/cache")
-    (tmp_path / "index.json").write_text('{"format": 2}')
-    with pytest.raises(DataConfigError, match=r"its index\.json is not of version 2 of the cache"):
-        CachedLatents(tmp_path)
+    (tmp_path / "train").mkdir()
+    (tmp_path / "train" / "index.json").write_text('{"format": 2}')
+    with pytest.raises(DataConfigError, match=r"its index\.json is not of version 2 of the cache; make it"):
+        CachedLatents(tmp_path / "train")
+    problem = "its index.json is not of version 2 of the cache; delete it or choose another folder"
+    assert f"train: {problem}" in refusal("--out", str(tmp_path))
 
 
 def test_a_flag_allows_commands_that_write_shards(here, monkeypatch, capsys):
