@@ -21,6 +21,9 @@ from typing import Any, NoReturn
 from ldm.atomic import is_out_of_memory
 from ldm.config.suggest import closest
 
+only_samples = False
+"""True in a program that trains nothing, such as scripts/txt2img.py: `ldm.models` then needs no Lightning."""
+
 EXIT_USAGE = 2
 EXIT_INTERRUPTED = 130
 # dotted.path=value; + adds a new key, ~dotted.path deletes one
@@ -225,9 +228,13 @@ def run_command(
 ) -> int:
     """Call `main(argv)`, log to the terminal, and print errors that the user can fix as one line; return the exit code.
 
+    Without `argv` it is the program of this process, with the command line's, and `only_samples`.
+
     0: done; 2: such an error (ValueError, OSError, a missing package, out of memory); 130: Ctrl-C.
     With `--debug` on the command line, errors show their traceback. parser: returns main's parser, for advice on flags.
     """
+    global only_samples
+    only_samples = only_samples or argv is None
     argv = list(sys.argv[1:] if argv is None else argv)
     if not logging.getLogger().handlers:
         logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[TerminalHandler()])

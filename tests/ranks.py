@@ -19,10 +19,10 @@ from omegaconf import OmegaConf
 from torch.utils.data import Dataset
 
 from ldm.callbacks import ExactResume, LossBySNR, RunReport, StepSeed, StopOnNonFinite
-from ldm.checkpoint.resume import AtomicCheckpointIO
 from ldm.data.datamodule import DataModuleFromConfig
 from ldm.models.autoencoder import AutoencoderKL, VQModel
 from ldm.models.diffusion.ddpm import DDPM
+from ldm.training.checkpoint_io import AtomicCheckpointIO
 from ldm.training.strategies import make_strategy
 from ldm.util import instantiate_from_config
 from tests.models.first_stages import DDCONFIG, loss_config, vq_config

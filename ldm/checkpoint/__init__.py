@@ -1,7 +1,7 @@
 """Weights and checkpoints: open, load, write. They are data and never run code.
 
 `open_weights` knows every kind of path, `load_weights` fills a module, `write_weights` and `write_checkpoint` write
-atomically. `ldm.checkpoint.resume`, which needs Lightning, holds what training adds.
+atomically. `ldm.checkpoint.resume` finds the checkpoint of a run.
 """
 
 from ldm.atomic import sweep_temporaries

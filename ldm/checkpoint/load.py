@@ -7,11 +7,12 @@ import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
+from torch.overrides import TorchFunctionMode
 
 from ldm.checkpoint.formats import CheckpointError, preview
 from ldm.checkpoint.names import EMA, LORA, OPTIONAL_KEYS, TOKENS, published_name, start_ema, use_ema_weights
@@ -139,6 +140,18 @@ def ensure_weights(module: nn.Module) -> None:
             encoder.ensure_weights()
 
 
+class _NoInitialization(TorchFunctionMode):
+    """Leave tensors without data as they are: torch would import its compiler, for seconds, to "fill" them."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is Tensor.normal_ or getattr(func, "__module__", None) == nn.init.__name__:
+            tensor = args[0] if args else kwargs["tensor"]
+            if tensor.is_meta:
+                return tensor
+        return func(*args, **kwargs)
+
+
 @contextlib.contextmanager
 def weights_on_meta() -> Iterator[None]:
     """Create parameters on the meta device, without memory and initialization; buffers are real."""
@@ -150,7 +163,8 @@ def weights_on_meta() -> Iterator[None]:
 
     hook = register_module_parameter_registration_hook(to_meta)  # type: ignore[arg-type]  # the stub forbids a result
     try:
-        yield
+        with _NoInitialization():
+            yield
     finally:
         hook.remove()
 

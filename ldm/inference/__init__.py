@@ -12,7 +12,7 @@ Requests and the model's info need no torch, so scripts check their flags before
 # ruff: noqa: F401
 from typing import TYPE_CHECKING, Any
 
-from ldm.cli import import_lightning
+from ldm import cli as command_line
 from ldm.published import lazy_attributes
 
 if TYPE_CHECKING:
@@ -73,7 +73,7 @@ _LIGHT = {
     "ldm.inference.runs": "SavedRun find_run run_of",
     "ldm.inference.writing": "write_conditional write_images write_named write_samples",
 }
-_HEAVY = {  # these import torch and Lightning
+_HEAVY = {  # these import torch, and Lightning unless this program only samples
     "ldm.checkpoint": "MissingWeightsError WeightsSource open_weights",
     "ldm.inference.embeddings": "warn_unused",
     "ldm.inference.pipeline": "Pipeline load_model",
@@ -92,6 +92,6 @@ _lazy = lazy_attributes(__name__, _LIGHT | _HEAVY)
 
 
 def __getattr__(name: str) -> Any:
-    if any(name in names.split() for names in _HEAVY.values()):
-        import_lightning()  # reports a torchvision that does not fit torch
+    if not command_line.only_samples and any(name in names.split() for names in _HEAVY.values()):
+        command_line.import_lightning()  # reports a torchvision that does not fit torch
     return _lazy(name)

@@ -7,11 +7,9 @@ from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
-from pytorch_lightning.core.optimizer import LightningOptimizer, do_nothing_closure
-from pytorch_lightning.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_value_, clip_grads_with_norm_, get_total_norm
 from torch.optim.lr_scheduler import ReduceLROnPlateau
@@ -25,6 +23,9 @@ from ldm.modules.dtype import in_dtype, weights_dtype
 from ldm.modules.losses.contperceptual import DummyLoss
 from ldm.modules.losses.lpips import PerceptualWeightsError
 from ldm.modules.losses.reconstruction import DISCRIMINATOR, GENERATOR
+
+if TYPE_CHECKING:
+    from pytorch_lightning.core.optimizer import LightningOptimizer
 
 CLIP_ALGORITHMS = ("norm", "value")
 ADAM_BETAS = (0.5, 0.9)
@@ -136,7 +137,7 @@ class AdversarialAutoencoder(TrainedModule):
         self._prepare_loss()
 
     def on_validation_start(self) -> None:
-        if self.trainer.state.fn != TrainerFn.FITTING:
+        if self.trainer.state.fn != "fit":
             self._prepare_loss()
 
     def _prepare_loss(self) -> None:
@@ -231,7 +232,7 @@ class AdversarialAutoencoder(TrainedModule):
             return optimizers, None
         generator, discriminator = optimizers
         # The training loop sets these at every batch to count steps: otherwise max_steps would count each update twice.
-        discriminator._on_before_step = discriminator._on_after_step = do_nothing_closure
+        discriminator._on_before_step = discriminator._on_after_step = lambda: None
         return generator, discriminator
 
     @contextmanager

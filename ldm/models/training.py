@@ -10,7 +10,6 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
-import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
@@ -18,6 +17,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from ldm import checkpoint
 from ldm.checkpoint.names import EMA
 from ldm.config.instantiate import ConfigError, instantiate_from_config
+from ldm.models.lightning import LightningModule
 from ldm.models.optimizers import OptimizerConfig, make_optimizers
 from ldm.modules.ema import EMAConfig, LitEma, PowerEma
 from ldm.modules.ranks import average_over_ranks, number_of_ranks, rank_weight
@@ -51,7 +51,7 @@ class _WeightsAfterConstruction(ABCMeta):
         return module
 
 
-class TrainedModule(pl.LightningModule, metaclass=_WeightsAfterConstruction):
+class TrainedModule(LightningModule, metaclass=_WeightsAfterConstruction):
     """Base of the modules that main.py trains. Subclasses pass unknown keywords to this constructor.
 
     ckpt_path, ignore_keys: initial weights, loaded by `init_from_ckpt` after construction.

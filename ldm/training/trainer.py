@@ -29,12 +29,12 @@ from ldm.callbacks import (
     StepSeed,
     StopOnNonFinite,
 )
-from ldm.checkpoint.resume import AtomicCheckpointIO
 from ldm.checkpoint.snapshots import SNAPSHOTS
 from ldm.cli import one_line
 from ldm.config.instantiate import ConfigError, accepted_params, get_obj_from_str, instantiate_from_config
 from ldm.config.merge import DEFAULT_CALLBACKS, DEFAULT_CHECKPOINT, DEFAULT_STEP_CHECKPOINTS, STEP_CHECKPOINTS
 from ldm.modules.ema import EMAConfig
+from ldm.training.checkpoint_io import AtomicCheckpointIO
 from ldm.training.devices import Devices
 from ldm.training.loggers import MetricsFile, never_fail
 from ldm.training.run_directory import RunDirectory

@@ -3,7 +3,7 @@
 import pytorch_lightning as pl
 from torch.utils.data import DataLoader
 
-from ldm.checkpoint.resume import AtomicCheckpointIO
+from ldm.training.checkpoint_io import AtomicCheckpointIO
 from tests.toys import Images, Toy
 
 

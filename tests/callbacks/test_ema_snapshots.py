@@ -6,10 +6,10 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from ldm.callbacks import EMASnapshots, ExactResume
-from ldm.checkpoint.resume import AtomicCheckpointIO
 from ldm.checkpoint.snapshots import find_snapshots
 from ldm.models.training import TrainedModule
 from ldm.modules.ema import EMAConfig
+from ldm.training.checkpoint_io import AtomicCheckpointIO
 from tests.models.first_stages import QUIET
 from tests.reference import randn, seed_weights
 

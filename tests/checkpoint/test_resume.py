@@ -8,7 +8,8 @@ import pytest
 
 from ldm.checkpoint import CheckpointError, write_checkpoint
 from ldm.checkpoint.formats import PARTS
-from ldm.checkpoint.resume import AtomicCheckpointIO, find_checkpoint, remove_unused_parts
+from ldm.checkpoint.resume import find_checkpoint, remove_unused_parts
+from ldm.training.checkpoint_io import AtomicCheckpointIO
 from tests.checkpoint.models import SPLIT, WEIGHTS, same, save, save_split
 
 

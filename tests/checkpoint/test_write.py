@@ -15,7 +15,7 @@ from torch import nn
 
 from ldm import atomic
 from ldm.checkpoint import CheckpointError, CheckpointWriteError, write, write_checkpoint
-from ldm.checkpoint.resume import AtomicCheckpointIO
+from ldm.training.checkpoint_io import AtomicCheckpointIO
 
 
 def test_a_checkpoint_holds_plain_values_whatever_was_given(tmp_path):

@@ -24,7 +24,7 @@ from ldm.checkpoint import (
     verify_checkpoint,
 )
 from ldm.checkpoint.diffusers.files import read_component
-from ldm.checkpoint.resume import AtomicCheckpointIO, find_checkpoint
+from ldm.checkpoint.resume import find_checkpoint
 from ldm.cli import run_command
 from ldm.config.text_shapes import VIT_L_14
 from ldm.modules.encoders.modules import FrozenCLIPEmbedder, FrozenCLIPTextEmbedder
@@ -33,6 +33,7 @@ from ldm.modules.quantize import VectorQuantizer2
 from ldm.output.safety_checker import load_all_weights
 from ldm.retrieval.database import Database
 from ldm.retrieval.searcher import Searcher
+from ldm.training.checkpoint_io import AtomicCheckpointIO
 from ldm.util import instantiate_from_config
 from scripts import convert, sample_diffusion, txt2img
 from tests.hostile.weights import FILES, call, name, rename_in_pickle, system, unsafely, weights_and, zipped

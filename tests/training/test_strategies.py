@@ -12,9 +12,9 @@ from torch import nn
 
 from ldm.checkpoint import read_checkpoint, verify_checkpoint
 from ldm.checkpoint.formats import PARTS
-from ldm.checkpoint.resume import AtomicCheckpointIO
 from ldm.config.instantiate import ConfigError
 from ldm.training import strategies
+from ldm.training.checkpoint_io import AtomicCheckpointIO
 from ldm.training.strategies import DDPStrategy, FSDPStrategy, make_strategy
 from tests.checkpoint.models import SPLIT
 from tests.ranks import MODELS, largest_difference, train, train_on

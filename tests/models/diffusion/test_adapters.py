@@ -7,12 +7,12 @@ import torch
 from ldm.callbacks import ExactResume, StepSeed
 from ldm.checkpoint import CheckpointError, read_weights
 from ldm.checkpoint.diffusers.embeddings import read_embeddings
-from ldm.checkpoint.resume import AtomicCheckpointIO
 from ldm.checkpoint.source import base_of
 from ldm.config.instantiate import instantiate_from_config
 from ldm.data.datamodule import DataModuleFromConfig
 from ldm.inference import load_model
 from ldm.modules.adapters.token_embeddings import initial_vectors
+from ldm.training.checkpoint_io import AtomicCheckpointIO
 from tests.tiny import save_text_model, text_model_config
 
 TOKEN = {"token": "<me>", "init": "handwritten seven", "vectors": 2}

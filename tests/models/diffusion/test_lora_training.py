@@ -7,7 +7,6 @@ import torch
 from ldm.callbacks import ExactResume, StepSeed
 from ldm.checkpoint import CheckpointError, read_weights
 from ldm.checkpoint.diffusers.lora import LoraNames, read_lora
-from ldm.checkpoint.resume import AtomicCheckpointIO
 from ldm.checkpoint.source import base_of
 from ldm.config.instantiate import ConfigError, instantiate_from_config
 from ldm.config.model_info import read_config
@@ -15,6 +14,7 @@ from ldm.config.validate import check_targets
 from ldm.convert.lora import merge_lora
 from ldm.inference import load_model
 from ldm.modules.adapters.lora import adaptable, networks_of
+from ldm.training.checkpoint_io import AtomicCheckpointIO
 from tests.models.diffusion.test_adapters import Captions
 from tests.models.diffusion.test_variants import batch
 from tests.tiny import KINDS, save_model, save_text_model, text_model_config
