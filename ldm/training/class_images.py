@@ -59,6 +59,14 @@ def generate_class_images(config: DictConfig, seed: int, device: str = "auto") -
     return sum(_fill(plain, path, wanted, seed, device) for path, wanted in _class_images(plain["data"], "data"))
 
 
+def lacking_class_images(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Yield (path, "FOLDER lacks N images") of each ClassImages dataset that a run would fill."""
+    for path, wanted in _class_images(config["data"], "data"):
+        missing = wanted.count - (len(scan(wanted.root)) if wanted.root.is_dir() else 0)
+        if missing > 0:
+            yield path, f"{wanted.root} lacks {missing} images"
+
+
 def _class_images(node: Any, path: str) -> Iterator[tuple[str, _Wanted]]:
     """Yield (path, parameters) of each ClassImages below a node of a config."""
     if isinstance(node, Mapping):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import gc
 import logging
 import sys
 from collections.abc import Sequence
@@ -82,6 +84,7 @@ def _run(options: RunOptions, words: list[str]) -> int:
         with stop_on_signals():
             report, found = examine(options, directory, config, settings)
         print(report)
+        atexit.register(gc.freeze)  # else the end of the process looks for cycles in all of torch, for seconds
         return EXIT_USAGE if found else 0
 
     with stop_on_signals(), hold(directory, launch if options.train else None) as held:

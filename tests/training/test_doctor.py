@@ -10,11 +10,14 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 from PIL import Image
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import main
+from ldm.callbacks import ImageLogger
 from ldm.models.cached import MOMENTS
 from ldm.modules.ema import EMAConfig, LitEma
-from ldm.training.doctor import checks, examination
+from ldm.modules.encoders.modules import ClassEmbedder
+from ldm.training.doctor import checks, examination, footprint
 from tests.models.first_stages import loss_config
 from tests.tiny import FIRST_STAGE, save_text_model, text_model_config
 
@@ -209,6 +212,42 @@ def test_what_the_run_refuses_once_its_model_is_built_is_a_problem(doctor):
         "lightning.trainer.strategy fsdp",
         "model.params.optimizer_config.groups[0].match 'atn'",
     ]
+
+
+def test_class_images_that_the_run_generates_are_a_note_and_left_out(tmp_path):
+    prior = {"target": "ldm.data.dreambooth.ClassImages", "params": {"root": str(tmp_path), "prompt": "a dog"}}
+    train = {"target": "ldm.data.dreambooth.DreamBooth", "params": {"instance": {}, "prior": prior}}
+    for base, is_problem in (("base.ckpt", False), (None, True)):
+        config = {"model": {"params": {"ckpt_path": base}}, "data": {"params": {"train": deepcopy(train)}}}
+        left, (found,) = examination._without_missing_class_images(OmegaConf.create(config))
+        assert found.is_problem is is_problem and left.data.params.train.params.prior is None
+        assert found.text.startswith(f"data.params.train.params.prior: {tmp_path} lacks 200 images; ")
+
+
+def test_a_frozen_network_without_weights_is_one_problem_with_all_that_they_bring():
+    frozen = torch.nn.Linear(2, 2).requires_grad_(False)
+    directory = SimpleNamespace(resumed=False, has_checkpoints=False)
+    run = SimpleNamespace(model=torch.nn.ModuleDict({"model": frozen}), params={}, directory=directory)
+    (found,) = checks.check_frozen_stages(run)
+    assert found.text.startswith("model.params.ckpt_path: not set, and the network is frozen; set model.params.ckpt")
+    run.params = {"adapters": {"rank": 4}}  # which the config check reports
+    assert not list(checks.check_frozen_stages(run))
+
+
+@pytest.mark.parametrize("validates", [True, False])
+def test_a_run_whose_validations_log_images_has_no_note_about_them(validates):
+    trainer = SimpleNamespace(val_check_interval=1.0, check_val_every_n_epoch=1)
+    trainer.callbacks = [ImageLogger(200, 4, increase_log_steps=False)]
+    datasets = {"train": range(40), **({"validation": range(4)} if validates else {})}
+    run = {"trainer": trainer, "datasets": datasets, "steps": 20, "batches": 10, "accumulated": 1, "batch_size": 4}
+    notes = list(checks.check_intervals(SimpleNamespace(**run, ranks=1, model=None)))
+    assert bool(notes) is not validates
+
+
+def test_a_model_that_looks_at_values_takes_a_step_without_data():
+    with FakeTensorMode(allow_non_fake_inputs=True), footprint._Meter([]):
+        labels = torch.empty(3, dtype=torch.int64)
+        assert ClassEmbedder(4, n_classes=10)({"class": labels}).shape == (3, 1, 4)
 
 
 def test_an_average_without_warm_up_that_keeps_its_first_weights_is_a_problem():

@@ -15,6 +15,7 @@ from ldm.callbacks import CheckpointPolicy, ImageLogger
 from ldm.callbacks.data_check import image_size_problems, pixel_multiple
 from ldm.checkpoint import CheckpointError, load_weights, read_weights, weights_on_meta
 from ldm.cli import one_line
+from ldm.config.consistency import ADAPTERS
 from ldm.config.instantiate import ConfigError, instantiate_from_config, value_at
 from ldm.config.signature import constructor_arguments
 from ldm.data.folder import ImageFolder
@@ -112,6 +113,10 @@ def check_image_sizes(run: Examined) -> Iterator[Finding]:
 def check_text_dropout(run: Examined) -> Iterator[Finding]:
     """Captions that are never dropped, as classifier-free guidance needs."""
     encoder = getattr(run.model, "cond_stage_model", None)
+    subject = str(value_at(run.plain, "data", "params", "train", "target")).endswith(".DreamBooth")
+    tokens_alone = run.params.get("token_embeddings") is not None and run.params.get("adapters") is None
+    if subject or tokens_alone:  # published without: few steps, on a base that was trained with it
+        return
     if isinstance(encoder, AbstractEncoder) and not run.params.get("cond_dropout"):
         text = "no sample trains the unconditional network, which guidance needs; 0.1 is the published share"
         yield note(f"model.params.cond_dropout 0: {text}")
@@ -124,9 +129,17 @@ def check_frozen_stages(run: Examined) -> Iterator[Finding]:
     own = value_at(run.params, "first_stage_config", "params", "ckpt_path")
     if resumed:
         return
+    network = [parameter.requires_grad for parameter in getattr(run.model, "model", run.model).parameters()]
+    if not base and not any(network):
+        if not any(run.params.get(name) is not None for name in ADAPTERS):  # else `weights_problems` reported it
+            place = "model.params.ckpt_path"
+            yield problem(f"{place}: not set, and the network is frozen; set {place} to the weights of a whole model")
+        return
     if isinstance(first, TrainedModule) and not (base or own or run.params.get("untrained_first_stage")):
         place = "model.params.first_stage_config.params.ckpt_path"
-        yield problem(f"{place}: not set, and the first stage is frozen; set {place} to the weights of a first stage")
+        whole = ", or model.params.ckpt_path to those of a whole model" if "ckpt_path" in run.params else ""
+        text = "not set, and the first stage is frozen"
+        yield problem(f"{place}: {text}; set {place} to the weights of a first stage{whole}")
     if base and not Path(base).exists():
         return
     names = _names_in(base) if base else []
@@ -283,11 +296,13 @@ def check_intervals(run: Examined) -> Iterator[Finding]:
         yield note(f"{place}: the training data has {samples} samples, so an epoch is one batch of {samples}")
     if steps is None:
         return
+    validates = False
     if "validation" in run.datasets:
         every = trainer.val_check_interval
         epochs = trainer.check_val_every_n_epoch or 1
         first = every if isinstance(every, int) else math.ceil(batches * (epochs - 1 + (every or 1.0)))
-        if steps * run.accumulated < first:
+        validates = steps * run.accumulated >= first
+        if not validates:
             fitting = max(1, min(batches, steps * run.accumulated // 4))
             text = f"the run ends at batch {steps * run.accumulated:,}, before the first validation at {first:,}"
             advice = f"set lightning.trainer.val_check_interval={fitting}"
@@ -297,7 +312,8 @@ def check_intervals(run: Examined) -> Iterator[Finding]:
         yield note(f"data.params.validation: not set; {monitor} is not logged, so only last.ckpt is kept")
     callbacks: list[Any] = getattr(trainer, "callbacks", [])  # Lightning does not declare it
     for images in callbacks:
-        if isinstance(images, ImageLogger) and not images.disabled and not any(map(images.is_due, range(steps))):
+        idle = isinstance(images, ImageLogger) and not images.disabled and not any(map(images.is_due, range(steps)))
+        if idle and not validates:  # a validation logs images too
             place = "lightning.callbacks.image_logger.params.batch_frequency"
             text = f"the run of {steps:,} steps ends before the first image log; set it to {max(1, steps // 4)}"
             yield note(f"{place} {images.batch_freq}: {text}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import math
 import time
@@ -31,9 +32,10 @@ from ldm.data.shards import allow_pipes
 from ldm.modules.encoders import tokenizers
 from ldm.modules.encoders.base import AbstractEncoder
 from ldm.rng import preserve_rng
+from ldm.training.class_images import lacking_class_images
 from ldm.training.devices import Devices, Machine, choose_devices
 from ldm.training.doctor.checks import CHECKS, key_problems
-from ldm.training.doctor.examined import Examined, note, problem
+from ldm.training.doctor.examined import Examined, Finding, note, problem
 from ldm.training.doctor.footprint import configured_optimizers, losses_of, step_footprint
 from ldm.training.doctor.report import report_lines
 from ldm.training.flags import RunOptions
@@ -73,9 +75,9 @@ def examine(
 
 
 def _examined(config: DictConfig, settings: RunSettings, directory: RunDirectory) -> Examined:
+    config, findings = _without_missing_class_images(config)
     plain: Any = OmegaConf.to_container(config, resolve=True)
     machine, wanted, where = this_machine(), settings.devices, settings.devices_where
-    findings = []
     try:
         devices, here = choose_devices(wanted, machine, where), True
     except ConfigError as error:
@@ -126,6 +128,22 @@ def _examined(config: DictConfig, settings: RunSettings, directory: RunDirectory
     except Exception as error:  # some need parameters with data
         run.findings.append(note(f"the optimizer is not examined: {one_line(error)}"))
     return run
+
+
+def _without_missing_class_images(config: DictConfig) -> tuple[DictConfig, list[Finding]]:
+    """Return the config without the class images that the run generates first, and what is to be said about them."""
+    findings, config = [], copy.deepcopy(config)
+    plain: Any = OmegaConf.to_container(config, resolve=True)
+    base = OmegaConf.select(config, "model.params.ckpt_path")
+    for path, text in lacking_class_images(plain):
+        if base is None:
+            findings.append(problem(f"{path}: {text}; set model.params.ckpt_path to the weights that generate them"))
+        else:
+            findings.append(
+                note(f"{path}: {text}; the run generates them first; data and epochs are counted without them")
+            )
+        OmegaConf.update(config, path, None)
+    return config, findings
 
 
 def _refusals_of_the_run(run: Examined) -> None:
