@@ -53,7 +53,12 @@ class EditFolder(ImageFolder):
             if param in options:
                 raise DataConfigError(param, options[param], "triples do not take it", "remove {param}")
         self.paired_column = before_column
-        super().__init__(root, size, captions=triples, image_key="edited", **options)
+        try:
+            super().__init__(root, size, captions=triples, image_key="edited", **options)
+        except DataConfigError as error:
+            if error.param == "captions":  # its name here
+                raise DataConfigError("triples", error.value, error.problem, error.advice) from error
+            raise
 
     def _item(self, name: str, texts: dict[str, list[str]] | None) -> Item | None:
         item = super()._item(name, texts)

@@ -110,6 +110,8 @@ def test_images_of_other_proportions_are_unusable(folder):
         EditFolder(str(folder), size=16)[0]
     with pytest.raises(DataConfigError, match="2 skipped"):
         EditFolder(str(folder), size=16, on_error="skip")
+    with pytest.raises(DataConfigError, match=r"triples 'gone\.csv': no such file"):
+        EditFolder(str(folder), triples="gone.csv")
     with pytest.raises(DataConfigError, match="captions 'sidecar': triples do not take it"):
         EditFolder(str(folder), captions="sidecar")
 
