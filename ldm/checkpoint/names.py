@@ -19,7 +19,7 @@ RENAMES: tuple[tuple[re.Pattern[str], str | None], ...] = (  # name in a file ->
 )
 OPTIONAL_KEYS: tuple[re.Pattern[str], ...] = (  # names that may be missing from a file
     re.compile(r"(^|\.)model_ema\."),  # the average starts again from the loaded weights
-    re.compile(r"(^|\.)loss\."),  # used in training only
+    re.compile(r"(^|\.)loss(_weighting)?\."),  # used in training only
     re.compile(r"^(?!scale_factor$)[^.]+$"),  # noise schedule tables and scalars follow from the config
 )
 

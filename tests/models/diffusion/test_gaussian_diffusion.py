@@ -39,6 +39,13 @@ def test_a_cast_to_16_bits_keeps_the_tables_of_the_schedule_and_of_the_loss(dtyp
     assert loss.dtype == torch.float32 and torch.isfinite(loss)
 
 
+def test_training_starts_from_a_file_without_the_parameters_of_the_loss_weighting(tmp_path):
+    torch.save({"state_dict": small_ddpm().state_dict()}, tmp_path / "a.ckpt")
+    weighting = {"target": "ldm.models.diffusion.loss_weighting.LearnedLogVariance"}
+    model = small_ddpm(loss_weighting_config=weighting, ckpt_path=str(tmp_path / "a.ckpt"))
+    assert not model.loss_weighting.linear.weight.any()
+
+
 def test_zero_terminal_snr_with_eps_is_refused_when_the_model_is_built():
     with pytest.raises(ValueError, match="set parameterization v or x0"):
         small_ddpm(zero_terminal_snr=True)
