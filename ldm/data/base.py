@@ -7,6 +7,7 @@ import logging
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
@@ -73,6 +74,7 @@ class CombinedDataset(Dataset):
 
     parts: these datasets, by the path of their configs in the parameters, such as `datasets[0]`.
     class_names: those of all parts, which must number their classes alike; None if a part has no classes.
+    A subclass has `__len__`, and `_place` to say where a sample is.
     """
 
     def __init__(self, configs: Mapping[str, Any]) -> None:
@@ -88,6 +90,27 @@ class CombinedDataset(Dataset):
             self.class_names = list(self.parts[first].class_names)
         if left := sorted(set.union(*map(set, items.values())) - {*self.keys}):
             logger.info("not in the samples, because some of the datasets lack it: %s", ", ".join(left))
+
+    @abstractmethod
+    def _place(self, index: int) -> tuple[str, int]:
+        """Return the name of the part that holds a sample, and the index of the sample there."""
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        name, own = self._place(index)
+        sample = self.parts[name][own]
+        return {key: sample[key] for key in self.keys}
+
+    def file_of(self, index: int) -> Path | str:
+        """Return the file of a sample, or its index if the part has no files."""
+        name, own = self._place(index)
+        part = self.parts[name]
+        return part.file_of(own) if hasattr(part, "file_of") else f"sample {own} of {name}"
+
+    @property
+    def fingerprint(self) -> dict[str, int | str]:
+        """The fingerprints of the parts that have one."""
+        each = ((name, getattr(part, "fingerprint", {})) for name, part in self.parts.items())
+        return {f"{name} {key}": value for name, values in each for key, value in values.items()}
 
     def _compare(self, target: str, first: str, name: str, before: Mapping[str, Any], item: Mapping[str, Any]) -> None:
         """Raise DataConfigError unless the images and classes of a part fit those of the first one."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -63,23 +62,10 @@ class DreamBooth(CombinedDataset):
         return len(self.parts) * max(map(len, self.parts.values()))
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        name, own = self._place(index)
-        sample = self.parts[name][own]
-        return {**{key: sample[key] for key in self.keys}, "loss_weight": np.float32(self.weights[name])}
-
-    def file_of(self, index: int) -> Path | str:
-        """Return the file of a sample, or its number where the dataset does not know it."""
-        name, own = self._place(index)
-        part = self.parts[name]
-        return part.file_of(own) if hasattr(part, "file_of") else f"sample {own} of {name}"
+        weight = self.weights[self._place(index)[0]]
+        return {**super().__getitem__(index), "loss_weight": np.float32(weight)}
 
     def _place(self, index: int) -> tuple[str, int]:
         place, turn = divmod(index, len(self.parts))
         name = list(self.parts)[turn]
         return name, place % len(self.parts[name])
-
-    @property
-    def fingerprint(self) -> dict[str, int | str]:
-        """Those of both datasets, as far as they have one."""
-        each = ((name, getattr(dataset, "fingerprint", {})) for name, dataset in self.parts.items())
-        return {f"{name} {key}": value for name, values in each for key, value in values.items()}

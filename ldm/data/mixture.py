@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -32,8 +31,7 @@ class Mixture(CombinedDataset):
         configs = [dict(config) if isinstance(config, Mapping) else {} for config in datasets]
         weights = np.array([_weight(number, config.pop("weight", 1)) for number, config in enumerate(configs)])
         super().__init__({_name(number): config for number, config in enumerate(configs)})
-        self._parts = list(self.parts.values())
-        self._starts = np.cumsum([0, *map(len, self._parts)])
+        self._starts = np.cumsum([0, *map(len, self.parts.values())])
         total = samples or int(self._starts[-1])
         self.counts = _shares(total, weights)
         if not self.counts.all():
@@ -58,7 +56,7 @@ class Mixture(CombinedDataset):
         """
         epoch = epoch if shuffle else 0  # validation sees the same samples every time
         parts = []
-        for number, (part, count) in enumerate(zip(self._parts, self.counts)):
+        for number, (part, count) in enumerate(zip(self.parts.values(), self.counts)):
             begin, length, own = epoch * int(count), len(part), mix(seed, ORDER, number)
             first, last = begin // length, (begin + int(count) - 1) // length
             passes = [
@@ -74,27 +72,15 @@ class Mixture(CombinedDataset):
             order[dataset == number] = indices
         return order
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        part, own = self._place(index)
-        sample = part[own]
-        return {key: sample[key] for key in self.keys}
-
-    def file_of(self, index: int) -> Path | str:
-        """Return the file of a sample, or its number where the dataset does not know it."""
-        part, own = self._place(index)
-        return part.file_of(own) if hasattr(part, "file_of") else f"sample {own} of a {type(part).__name__}"
-
-    def _place(self, index: int) -> tuple[Any, int]:
+    def _place(self, index: int) -> tuple[str, int]:
         within = index % int(self._starts[-1])
         number = int(np.searchsorted(self._starts, within, "right")) - 1
-        return self._parts[number], within - int(self._starts[number])
+        return _name(number), within - int(self._starts[number])
 
     @property
     def fingerprint(self) -> dict[str, int | str]:
-        """Those of the datasets, and their shares."""
-        each = ((number, getattr(part, "fingerprint", {})) for number, part in enumerate(self._parts))
-        own: dict[str, int | str] = {"shares": "/".join(map(str, self.counts))}
-        return own | {f"{number} {key}": value for number, values in each for key, value in values.items()}
+        """The fingerprints of the datasets, and their shares."""
+        return {"shares": "/".join(map(str, self.counts)), **super().fingerprint}
 
 
 def _name(number: int) -> str:

@@ -26,7 +26,7 @@ def numbers(length, weight=1.0):
 def used(mixture, order):
     """The (dataset, its index) of each sample."""
     places = [mixture._place(index) for index in order]
-    return [(mixture._parts.index(part), own) for part, own in places]
+    return [(list(mixture.parts).index(part), own) for part, own in places]
 
 
 def test_an_epoch_has_the_shares_of_the_weights_and_its_length_is_exact():
@@ -40,7 +40,7 @@ def test_an_epoch_has_the_shares_of_the_weights_and_its_length_is_exact():
 def test_each_sample_of_a_dataset_is_used_before_one_is_used_again():
     mixture = Mixture([numbers(10, 1), numbers(50, 2), numbers(7, 4)], samples=100)
     seen = [used(mixture, mixture.order(3, epoch, 8, True)) for epoch in range(5)]
-    for number, part in enumerate(mixture._parts):
+    for number, part in enumerate(mixture.parts.values()):
         own = [index for epoch in seen for which, index in epoch if which == number]
         for start in range(0, len(own) - len(part), len(part)):
             assert sorted(own[start : start + len(part)]) == list(range(len(part)))
@@ -83,7 +83,7 @@ def test_folders_and_shards_mix_and_items_hold_the_keys_of_both(tmp_path):
     mixture = module.datasets["train"]
     assert mixture.keys == ["caption", "file_path_", "image", "txt"] and np.isfinite(mixture[3]["image"]).all()
     assert mixture.file_of(0) == tmp_path / "folder/0.png" and mixture.file_of(3).endswith("00000.tar/000")
-    assert {"0 files", "1 labels", "shares"} <= mixture.fingerprint.keys()
+    assert {"datasets[0] files", "datasets[1] labels", "shares"} <= mixture.fingerprint.keys()
 
 
 @pytest.mark.parametrize(
