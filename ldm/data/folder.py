@@ -343,11 +343,6 @@ class ImageFolder(ImageDataset):
             self.skipped[name] = reason
         return None if reason else Item(name, captions)
 
-    def _unusable(self, what: str, reason: str) -> None:
-        if self.on_error == "raise":
-            raise DataConfigError("on_error", "raise", f"{what}: {reason}", "repair it, or set {param} to skip")
-        self.skipped[what] = reason
-
     def _readable(self, items: list[Item]) -> list[Item]:
         """Return the items whose images can be decoded."""
 

@@ -210,6 +210,12 @@ class ImageDataset(Dataset):
             sample |= {"caption": caption, "txt": caption, self.caption_key: caption}
         return sample
 
+    def _unusable(self, what: str, reason: str) -> None:
+        """Leave out a file or record, or raise DataConfigError with `on_error` raise."""
+        if self.on_error == "raise":
+            raise DataConfigError("on_error", "raise", f"{what}: {reason}", "repair it, or set {param} to skip")
+        self.skipped[what] = reason
+
     def _check_size(self, path: str | Path, width: int, height: int) -> None:
         """Raise BadImageError for an image below min_size."""
         if min(width, height) < self.min_size:

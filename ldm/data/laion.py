@@ -26,6 +26,7 @@ _TARGET = f"{__name__}.PublishedShards"
 _PILLOW = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic", 4: "box", 5: "hamming"}  # its numbers of filters
 
 
+@dataclass(frozen=True)
 class Split:
     """A split of WebDataModuleFromConfig.
 
@@ -36,16 +37,11 @@ class Split:
     postprocess: config of a callable that takes and returns each item, such as AddMask and AddLR.
     """
 
-    def __init__(
-        self,
-        shards: str | Sequence[str],
-        shuffle: NonNegativeInt = 0,
-        image_key: str = "jpg",
-        image_transforms: Sequence[Any] = (),
-        postprocess: Mapping[str, Any] | None = None,
-    ) -> None:
-        self.shards, self.shuffle, self.image_key = shards, shuffle, image_key
-        self.image_transforms, self.postprocess = image_transforms, postprocess
+    shards: str | Sequence[str]
+    shuffle: NonNegativeInt = 0
+    image_key: str = "jpg"
+    image_transforms: Sequence[Any] = ()
+    postprocess: Mapping[str, Any] | None = None
 
 
 class PublishedShards(ImageShards):

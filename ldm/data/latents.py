@@ -8,7 +8,6 @@ Sample n = variant * samples + index is row r = n % shard of file n // shard: it
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
@@ -30,6 +29,7 @@ from ldm.config.types import PathText
 from ldm.data.base import DataConfigError
 from ldm.data.buckets import bucket_order
 from ldm.data.order import epoch_order, lane_order
+from ldm.data.shards import content_hash
 from ldm.models.cached import EMBEDDING, CachedStage
 from ldm.paths import expand_user
 
@@ -154,8 +154,9 @@ class CachedLatents(Dataset):
         return digests[rows], rows
 
     def _row_of(self, text: str) -> int:
-        place = int(np.searchsorted(self._digests, digest_of(text)))
-        assert place < len(self._digests) and self._digests[place] == digest_of(text)  # the cache is complete
+        digest = content_hash(text)
+        place = int(np.searchsorted(self._digests, digest))
+        assert place < len(self._digests) and self._digests[place] == digest  # the cache is complete
         return int(self._rows[place])
 
     def _opened(self, name: str) -> Any:
@@ -189,12 +190,6 @@ def metadata_of(path: Path) -> dict[str, str]:
 def read_entries(tensors: Any, row: int) -> dict[str, Any]:
     """Return the entries of a sample in an open file that are not its latent."""
     return json.loads(tensors.get_tensor(f"{row}.entries").numpy().tobytes())
-
-
-def digest_of(text: str) -> int:
-    """Return a 64-bit hash of a caption."""
-    digest = hashlib.blake2b(text.encode(errors="surrogatepass"), digest_size=8).digest()
-    return int.from_bytes(digest, "little", signed=True)
 
 
 def read_index(root: Path) -> CacheIndex:

@@ -313,30 +313,25 @@ def _build(path: Path) -> Index:
     size = path.stat().st_size
     try:
         with path.open("rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
-            members = _members(tar, size)
             damage = ""
-            while True:
-                try:
-                    member = next(members, None)
-                except tarfile.TarError as error:
-                    damage = str(error)
-                    break
-                if member is None:
-                    break
-                key, suffix = base_plus_ext(member.name)
-                if key is None:
-                    continue
-                suffix = suffix.lower()
-                sample = samples.setdefault(key, {})
-                if suffix in sample:
-                    problems[key] = f"the shard holds {key}.{suffix} twice"
-                place = member.offset_data, member.size
-                try:
-                    sample[suffix] = (*place, *_measured(file, key, suffix, *place, values))
-                except (BadImageError, ValueError, RecursionError) as error:
-                    sample[suffix] = (*place, 0, 0, 0)
-                    reason = error.reason if isinstance(error, BadImageError) else str(error)
-                    problems.setdefault(key, f".{suffix}: {reason}")
+            try:
+                for member in _members(tar, size):
+                    key, suffix = base_plus_ext(member.name)
+                    if key is None:
+                        continue
+                    suffix = suffix.lower()
+                    sample = samples.setdefault(key, {})
+                    if suffix in sample:
+                        problems[key] = f"the shard holds {key}.{suffix} twice"
+                    place = member.offset_data, member.size
+                    try:
+                        sample[suffix] = (*place, *_measured(file, key, suffix, *place, values))
+                    except (BadImageError, ValueError, RecursionError) as error:
+                        sample[suffix] = (*place, 0, 0, 0)
+                        reason = error.reason if isinstance(error, BadImageError) else str(error)
+                        problems.setdefault(key, f".{suffix}: {reason}")
+            except tarfile.TarError as error:
+                damage = str(error)
     except (tarfile.TarError, OSError) as error:
         raise ShardError(f"{path}: not an uncompressed tar file ({error})") from error
     return _tabulated(samples, values, problems, damage, size)
@@ -371,10 +366,8 @@ def _measured(
     image = f".{last}" in EXTENSIONS
     if not image and suffix != "json" and last not in TEXTS:
         return 0, 0, 0
-    at = file.tell()
-    file.seek(offset)
+    file.seek(offset)  # tarfile itself seeks the next member
     content = file.read(size)
-    file.seek(at)
     if image:
         return *image_size(f"{key}.{suffix}", content), content_hash(content)
     if suffix != "json":
@@ -386,8 +379,9 @@ def _measured(
     return 0, 0, content_hash(content)
 
 
-def content_hash(content: bytes) -> int:
+def content_hash(content: bytes | str) -> int:
     """Return a hash of 64 bits, signed."""
+    content = content.encode(errors="surrogatepass") if isinstance(content, str) else content
     return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little", signed=True)
 
 

@@ -332,11 +332,6 @@ class ImageShards(ImageDataset):
                 policy.apply(f"{shard}/{index.keys[row]}", ["x" * int(chars[row])], "")
             leave_out(long, f"with a caption over {policy.max_chars:,} characters")
 
-    def _unusable(self, what: str, reason: str) -> None:
-        if self.on_error == "raise":
-            raise DataConfigError("on_error", "raise", f"{what}: {reason}", "repair it, or set {param} to skip")
-        self.skipped[what] = reason
-
 
 def _caption_place(captions: str | None) -> tuple[str, str | None]:
     """Return the suffix of the member with the captions, and the field of its JSON or None. Raises DataConfigError."""

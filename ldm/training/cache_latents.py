@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +41,6 @@ from ldm.data.latents import (
     TARGET,
     CacheIndex,
     Stage,
-    digest_of,
     load_index,
     metadata_of,
     needs_encoder,
@@ -49,6 +48,7 @@ from ldm.data.latents import (
     read_entries,
 )
 from ldm.data.order import SeededDataset
+from ldm.data.shards import content_hash
 from ldm.data.workers import Loader, Traced
 from ldm.inference.precision import choose_device, resolve_precision
 from ldm.models.cached import LATENT, MOMENTS, encode_texts, fingerprint_of, write_stage
@@ -81,7 +81,7 @@ class CacheOptions:
     seed: int
     variants: int = 1
     batch_size: int = 8
-    num_workers: int | None = None
+    num_workers: int = 2
     device: str = "auto"
     precision: str = "full"
     dtype: str = "float16"
@@ -225,15 +225,10 @@ class _Encoder:
             return encode_texts(stage, texts).float().cpu()
 
 
-class _Collate:
-    """(images, other entries of each as JSON) of a batch."""
-
-    def __init__(self, image_key: str) -> None:
-        self.image_key = image_key
-
-    def __call__(self, samples: Sequence[Mapping[str, Any]]) -> tuple[Tensor, list[str]]:
-        images = torch.stack([torch.as_tensor(sample[self.image_key]) for sample in samples])
-        return images, [json.dumps(_entries(sample, self.image_key)) for sample in samples]
+def _collate(image_key: str, samples: Sequence[Mapping[str, Any]]) -> tuple[Tensor, list[str]]:
+    """Return the images of a batch, and the other entries of each sample as JSON."""
+    images = torch.stack([torch.as_tensor(sample[image_key]) for sample in samples])
+    return images, [json.dumps(_entries(sample, image_key)) for sample in samples]
 
 
 def _entries(sample: Mapping[str, Any], image_key: str) -> dict[str, Any]:
@@ -409,12 +404,12 @@ def _cache_images(
             alike = rows[bucket_of == bucket].tolist()
             batches += [alike[k : k + options.batch_size] for k in range(0, len(alike), options.batch_size)]
     keys = [[divmod(n, index["samples"]) for n in batch] for batch in batches]
-    workers = options.num_workers if options.num_workers is not None else 2
+    workers = options.num_workers
     loader = Loader(
         Traced(seeded, workers) if workers else seeded,
         batch_sampler=keys,
         num_workers=workers,
-        collate_fn=_Collate(encoder.image_key),
+        collate_fn=partial(_collate, encoder.image_key),
         pin_memory=encoder.device.type == "cuda",
     )
     done = total - sum(map(len, batches))
@@ -453,7 +448,7 @@ def _cache_texts(folder: Path, index: CacheIndex, encoder: _Encoder, options: Ca
                 parts = [own[k : k + options.batch_size] for k in range(0, len(own), options.batch_size)]
                 embeddings = torch.cat([encoder.encode_texts(part) for part in parts])
                 embeddings = _finite(embeddings, DTYPES[index["dtype"]], own.__getitem__)
-                digests = torch.tensor([digest_of(text) for text in own])
+                digests = torch.tensor([content_hash(text) for text in own])
                 write_weights({"embeddings": embeddings, "digests": digests}, file, {_CONTENT: content})
             bar.update(len(own))
     return len(texts)
