@@ -49,7 +49,8 @@ def reconstruct(
     section ema_config.
     Raises CheckpointError without snapshots, ValueError for a width out of range.
     """
-    gammas = [power_gamma(sigma_rel) for sigma_rel in targets]
+    for sigma_rel in targets:
+        power_gamma(sigma_rel)  # raises before anything is read
     if base_of(ckpt) is not None:
         raise CheckpointError(f"{ckpt}: holds adapters alone, whose averages cannot be combined afterwards")
     weights = open_weights(ckpt).tensors()
@@ -67,10 +68,11 @@ def reconstruct(
         own = [each for each in _in_checkpoint(weights, every) if each.profile.time > end]
         end = max([end, *(each.profile.time for each in own)])
         sources += own
-    x = coefficients([source.profile for source in sources], gammas, end)  # (sources, targets)
-    sums: list[dict[str, Tensor]] = [{} for _ in gammas]
+    wanted = [Profile(sigma_rel, end) for sigma_rel in targets]
+    factors, errors = combinations([source.profile for source in sources], wanted)
+    sums: list[dict[str, Tensor]] = [{} for _ in targets]
     cached: tuple[Snapshot | None, dict[str, Tensor]] = (None, weights)
-    for source, row in zip(sources, x):
+    for source, row in zip(sources, factors):
         if source.snapshot is not cached[0]:
             cached = (source.snapshot, weights if source.snapshot is None else source.snapshot.tensors())
         for name, value in _shadows(cached[1], source.prefix).items():
@@ -78,47 +80,34 @@ def reconstruct(
                 total[name] = total[name].add(value.float(), alpha=factor) if name in total else value.float() * factor
     step = max((each.step for each in snapshots), default=0)
     return [
-        _write(weights, total, sigma_rel, path, step, _relative_error(sources, column, power_gamma(sigma_rel), end))
-        for (sigma_rel, path), total, column in zip(targets.items(), sums, x.T)
+        _write(weights, total, sigma_rel, path, step, float(error))
+        for (sigma_rel, path), total, error in zip(targets.items(), sums, errors)
     ]
 
 
-def coefficients(profiles: Sequence[Profile], gammas: Sequence[float], end: float) -> np.ndarray:
-    """Return X (profiles, gammas): column j is the least-squares combination for p(t) ~ t^gamma_j on [0, end]."""
-    A = inner_products(profiles, profiles)
-    targets = np.array(gammas), np.full(len(gammas), float(end))
-    B = _inner(*_arrays(profiles), *targets)
-    return np.linalg.lstsq(A, B, rcond=None)[0]
+def combinations(profiles: Sequence[Profile], targets: Sequence[Profile]) -> tuple[np.ndarray, np.ndarray]:
+    """Return the factors (profiles, targets) whose sums of profiles are nearest to the targets, and their errors.
+
+    An error is the L2 distance from its target, relative to the target's norm: (targets,).
+    """
+    A, B = inner_products(profiles, profiles), inner_products(profiles, targets)
+    X = np.linalg.lstsq(A, B, rcond=None)[0]
+    norms = np.diag(inner_products(targets, targets))
+    squares = norms - 2.0 * (X * B).sum(axis=0) + (X * (A @ X)).sum(axis=0)
+    return X, np.sqrt(squares.clip(min=0.0) / norms)
 
 
 def inner_products(a: Sequence[Profile], b: Sequence[Profile]) -> np.ndarray:
-    """Return the inner products of profiles (len(a), len(b)), see `_inner`."""
-    return _inner(*_arrays(a), *_arrays(b))
-
-
-def _arrays(profiles: Sequence[Profile]) -> tuple[np.ndarray, np.ndarray]:
-    """Return gamma and time of the profiles."""
-    gammas = [power_gamma(each.sigma_rel) for each in profiles]
-    return np.array(gammas), np.array([float(each.time) for each in profiles])
-
-
-def _inner(gamma_a: np.ndarray, time_a: np.ndarray, gamma_b: np.ndarray, time_b: np.ndarray) -> np.ndarray:
     """Return the integrals of p_a p_b over time, (a, b), where p(t) = (gamma + 1) t^gamma / T^(gamma + 1) on [0, T].
 
     With m = min(T_a, T_b): (g_a + 1) (g_b + 1) / (g_a + g_b + 1) m^(g_a + g_b + 1) / (T_a^(g_a + 1) T_b^(g_b + 1)).
     """
-    ga, ta, gb, tb = gamma_a[:, None], time_a[:, None], gamma_b[None], time_b[None]
+    ga, gb = (np.array([power_gamma(each.sigma_rel) for each in profiles]) for profiles in (a, b))
+    ta, tb = (np.array([float(each.time) for each in profiles]) for profiles in (a, b))
+    ga, ta = ga[:, None], ta[:, None]
     m = np.minimum(ta, tb)
     powers = (ga + 1) * np.log(m / ta) + (gb + 1) * np.log(m / tb)
     return (ga + 1) * (gb + 1) / (ga + gb + 1) * np.exp(powers) / m
-
-
-def _relative_error(sources: Sequence[_Source], x: np.ndarray, gamma: float, end: float) -> float:
-    profiles = [source.profile for source in sources]
-    A, target = inner_products(profiles, profiles), (np.array([gamma]), np.array([float(end)]))
-    norm = _inner(*target, *target)[0, 0]
-    squared = norm - 2.0 * x @ _inner(*_arrays(profiles), *target)[:, 0] + x @ A @ x
-    return float(np.sqrt(max(squared, 0.0) / norm))
 
 
 def _in_checkpoint(weights: Mapping[str, Tensor], every: int) -> list[_Source]:
