@@ -200,7 +200,7 @@ class TerminalHandler(logging.Handler):
 def _own_lock() -> None:
     """Give a forked process a lock of its own for progress bars.
 
-    tqdm shares one with its forks: a data worker that is killed while it logs would block its parent for ever.
+    tqdm shares one with its forks: a data worker that is killed while it logs would block its parent.
     """
     if tqdm := sys.modules.get("tqdm"):
         tqdm.tqdm.set_lock(threading.RLock())
@@ -228,7 +228,7 @@ def run_command(
 ) -> int:
     """Call `main(argv)`, log to the terminal, and print errors that the user can fix as one line; return the exit code.
 
-    Without `argv` it is the program of this process, with the command line's, and `only_samples`.
+    argv: None means the command line of this process, which then trains nothing (`only_samples`).
 
     0: done; 2: such an error (ValueError, OSError, a missing package, out of memory); 130: Ctrl-C.
     With `--debug` on the command line, errors show their traceback. parser: returns main's parser, for advice on flags.

@@ -70,18 +70,9 @@ def main(argv: Sequence[str]) -> None:
 
     if opt.allow_pipe:
         allow_pipes()
-    options = CacheOptions(
-        out=Path(opt.out),
-        seed=seed,
-        variants=opt.variants,
-        batch_size=opt.batch_size,
-        num_workers=opt.num_workers,
-        device=opt.device,
-        precision=opt.precision,
-        dtype=opt.dtype,
-        text=not opt.no_text,
-        global_batch=opt.global_batch,
-    )
+    names = ("variants", "batch_size", "num_workers", "device", "precision", "dtype", "global_batch")
+    settings = {name: getattr(opt, name) for name in names}
+    options = CacheOptions(Path(opt.out), seed, text=not opt.no_text, **settings)
     written: Any = {}
     with suppress(ConfigError):  # of configs that are complete with overrides only
         written = OmegaConf.to_container(merge(base), resolve=False)

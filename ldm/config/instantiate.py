@@ -194,8 +194,11 @@ def instantiate_from_config(config: Any, **extra: Any) -> Any:
 
 
 def build_section(name: str, config: Any, base: type[Built]) -> Built:
-    """Build the object of a section `name` of a class's arguments; raise ValueError unless it is a `base`."""
-    built = instantiate_from_config(config)
+    """Build the object of a section `name` of a class's arguments, `base()` without the section.
+
+    Raises ValueError unless it is a `base`.
+    """
+    built = base() if config is None else instantiate_from_config(config)
     if not isinstance(built, base):
         choices = ", ".join(f"{cls.__module__}.{cls.__name__}" for cls in (base, *base.__subclasses__()))
         raise ValueError(f"{name}.target {config['target']}: expected {base.__name__} or a subclass, such as {choices}")

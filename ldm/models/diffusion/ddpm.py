@@ -122,11 +122,8 @@ class DDPM(TrainedModule, PublishedDDPM):
         self.parameterization, self.loss_type, self.v_posterior = parameterization, loss_type, v_posterior
         self.first_stage_key, self.image_size, self.channels = first_stage_key, image_size, channels
         self.huber_c, self.loss_mask_key = HUBER_C if huber_c is None else huber_c, loss_mask_key
-        self.training_noise = self.timestep_sampler = None
-        if noise_config is not None:
-            self.training_noise = build_section("noise_config", noise_config, TrainingNoise)
-        if timestep_config is not None:
-            self.timestep_sampler = build_section("timestep_config", timestep_config, UniformTimesteps)
+        self.training_noise = build_section("noise_config", noise_config, TrainingNoise)
+        self.timestep_sampler = build_section("timestep_config", timestep_config, UniformTimesteps)
         self.log_every_t, self.clip_denoised, self.monitor = log_every_t, clip_denoised, monitor
         self.scheduler_config, self.load_only_unet = scheduler_config, load_only_unet
         self.use_scheduler = scheduler_config is not None
@@ -204,7 +201,7 @@ class DDPM(TrainedModule, PublishedDDPM):
 
     def random_timesteps(self, batch_size: int) -> Tensor:
         """Sample timesteps (B,) int64, uniform in [0, T); in training as `timestep_config` says."""
-        if self.training and self.timestep_sampler is not None:
+        if self.training:
             return self.timestep_sampler(batch_size, self.num_timesteps, self.device)
         return rng.integers(self.num_timesteps, batch_size, Purpose.TIMESTEP, self.device)
 
@@ -247,7 +244,7 @@ class DDPM(TrainedModule, PublishedDDPM):
         mask: (B, 1, H', W'), weights of the mean, see `loss_mask_key`.
         """
         seen = noise
-        if noise is None and self.training and self.training_noise is not None:
+        if noise is None and self.training:
             noise, seen = self.training_noise(x_start)
         elif noise is None:
             noise = seen = rng.normal_like(x_start, Purpose.NOISE)
