@@ -2,6 +2,7 @@
 
 import zlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -49,3 +50,17 @@ def rel_error(out: object, ref: object) -> float:
     if out.size != ref.size or not np.isfinite(out).all():
         return float("inf")
     return float(np.linalg.norm(out - ref) / max(np.linalg.norm(ref), 1e-12))
+
+
+def transformers_model(embedder: Any, copied: bool = True) -> Any:
+    """Return transformers' CLIPTextModel in the shape of a FrozenCLIPEmbedder, and with its weights if `copied`."""
+    import transformers
+
+    theirs = transformers.CLIPTextModel(transformers.CLIPTextConfig(**vars(embedder.transformer.config))).eval()
+    weights = embedder.transformer.state_dict()
+    del weights["text_model.embeddings.position_ids"]
+    if not hasattr(theirs, "text_model"):  # its keys begin with text_model up to transformers 5.5
+        weights = {name.removeprefix("text_model."): value for name, value in weights.items()}
+    if copied:
+        theirs.load_state_dict(weights)
+    return theirs

@@ -27,7 +27,7 @@ from ldm.convert import blocks
 from ldm.models.diffusion.controlnet import ControlNet
 from ldm.modules.diffusionmodules.model import AttnBlock, Decoder, Downsample, Encoder, ResnetBlock, Upsample
 from ldm.modules.diffusionmodules.openaimodel import UNetModel
-from ldm.modules.encoders.clip import clip_text_model
+from ldm.modules.encoders.clip_text import CLIPTextModel
 from ldm.modules.encoders.open_clip import hidden_states, text_tower
 
 TOLERANCE = 1e-5  # relative, in the Frobenius norm, float32 on both sides
@@ -166,7 +166,7 @@ def _text(part: Component, layout: TextLayout, published: Weights, theirs: Weigh
     tower: Any  # of attributes that mypy does not know
     if layout.kind == CLIP:
         with torch.device("meta"):
-            tower = clip_text_model(clip_shape(part.params.get("version", CLIP_VERSION), overrides))
+            tower = CLIPTextModel(clip_shape(part.params.get("version", CLIP_VERSION), overrides))
         layers, run = [*tower.text_model.encoder.layers, tower.text_model.final_layer_norm], tower
     else:
         shape = open_clip_shape(part.params.get("arch", OPEN_CLIP_ARCH), overrides)

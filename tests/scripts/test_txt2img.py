@@ -303,11 +303,11 @@ def test_it_runs_from_any_folder_without_being_installed_and_its_help_is_quick(t
     assert f"checkpoint {home}: no such file" in missing.stderr and "code 2 ['omegaconf']" in missing.stdout
 
 
-def test_a_program_that_samples_imports_neither_lightning_nor_the_compiler(saved, tmp_path):
-    """They take seconds; a process of its own, because this one has imported both."""
+def test_a_program_that_samples_imports_neither_lightning_nor_transformers_nor_the_compiler(saved, tmp_path):
+    """They take seconds; a process of its own, because this one has imported them."""
     watch = (
         "import atexit, runpy, sys; atexit.register(lambda: print(*sys.modules)); sys.argv = sys.argv[1:]; "
-        "runpy.run_path(sys.argv[0], run_name='__main__')"
+        "import ldm.modules.encoders.clip; runpy.run_path(sys.argv[0], run_name='__main__')"
     )
     done = subprocess.run(
         [sys.executable, "-c", watch, str(SCRIPT), *arguments(saved, tmp_path, "--n_samples", "1")],
@@ -315,5 +315,5 @@ def test_a_program_that_samples_imports_neither_lightning_nor_the_compiler(saved
         text=True,
     )
     assert done.returncode == 0 and len(pixels(tmp_path)) == 1, done.stderr
-    heavy = {"pytorch_lightning", "torchmetrics", "torchvision", "torch._dynamo", "torch._inductor", "scipy", "sympy"}
+    heavy = {"pytorch_lightning", "torchmetrics", "torchvision", "transformers", "torch._dynamo", "scipy", "sympy"}
     assert heavy.isdisjoint(done.stdout.split()) and "ldm.models.diffusion.ddpm" in done.stdout.split()

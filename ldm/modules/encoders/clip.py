@@ -1,61 +1,23 @@
-"""CLIP's text encoder (Radford et al. 2021, arXiv 2103.00020) from transformers, under the published names."""
+"""CLIP's text encoder as in Stable Diffusion v1 (Radford et al. 2021, arXiv 2103.00020)."""
+
+from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-import torch
-import transformers
 from torch import Tensor, nn
-from transformers import CLIPTextConfig, CLIPTextModel
-from transformers.activations import ACT2FN
 
 from ldm.config.text_shapes import CLIP_VERSION, clip_shape
 from ldm.config.types import PathText, PositiveInt
 from ldm.modules.encoders.base import CLIPTokensEncoder, PretrainedEncoder, file_from_hub, file_in_folder
+from ldm.modules.encoders.clip_text import CLIPTextModel
 from ldm.modules.encoders.tokenizers import clip_tokenizer
 
-POSITION_IDS = "text_model.embeddings.position_ids"  # 0, 1, ..., 76; published files hold them
+if TYPE_CHECKING:
+    import transformers
+
 _FILES = ("model.safetensors", "pytorch_model.bin")
-
-
-class PublishedCLIPText(nn.Module):
-    """transformers' CLIPTextModel as `text_model`, as in the published keys."""
-
-    def __init__(self, text_model: CLIPTextModel) -> None:
-        super().__init__()
-        self.text_model = text_model
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.text_model(*args, **kwargs)
-
-    def get_input_embeddings(self) -> nn.Module:
-        """Return the token embedding, as transformers' model does; textual inversion replaces rows of it."""
-        return self.text_model.get_input_embeddings()
-
-
-def clip_text_model(shape: Mapping[str, Any]) -> nn.Module:
-    """Build the text model of a `clip_shape` with random weights and the published state-dict keys, text_model.*."""
-    if shape["hidden_act"] not in ACT2FN:
-        raise ValueError(f"hidden_act {shape['hidden_act']!r}: choose one of quick_gelu, gelu")
-    model = CLIPTextModel(CLIPTextConfig(**shape, bos_token_id=49406, eos_token_id=49407))
-    # The model's keys begin with `text_model` up to transformers 5.5 only.
-    module = model if hasattr(model, "text_model") else PublishedCLIPText(model)
-    module.register_state_dict_post_hook(_write_position_ids)
-    module.register_load_state_dict_pre_hook(_drop_position_ids)
-    return module
-
-
-def _write_position_ids(module: Any, state: dict[str, Any], prefix: str, *_: Any) -> None:
-    state[prefix + POSITION_IDS] = module.text_model.embeddings.position_ids
-
-
-def _drop_position_ids(module: Any, state: dict[str, Any], prefix: str, *_: Any) -> None:
-    """Ignore the file's, which may be rounded to half precision; create those of a model built on meta."""
-    state.pop(prefix + POSITION_IDS, None)
-    embeddings = module.text_model.embeddings
-    if embeddings.position_ids.is_meta:
-        embeddings.position_ids = torch.arange(embeddings.position_embedding.num_embeddings, device="cpu")[None]
 
 
 class FrozenCLIPEmbedder(CLIPTokensEncoder, PretrainedEncoder):
@@ -91,7 +53,7 @@ class FrozenCLIPEmbedder(CLIPTokensEncoder, PretrainedEncoder):
             raise ValueError(f"layer_idx {layer_idx}: layer {layer!r}; layer 'hidden' takes {-layers - 1} to {layers}")
         self.layer, self.layer_idx = layer, layer_idx
         self.version, self.max_length, self.finds_own_weights = version, max_length, not text_config
-        self.transformer = clip_text_model(shape)
+        self.transformer = CLIPTextModel(shape)
         if freeze:
             self.freeze()
         self._start_on(device)

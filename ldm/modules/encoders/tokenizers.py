@@ -1,5 +1,7 @@
 """Tokenizers of the text encoders: CLIP's byte pairs and BERT's WordPiece, both read on first use."""
 
+from __future__ import annotations
+
 import contextlib
 import functools
 import gzip
@@ -10,13 +12,17 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
+from typing import TYPE_CHECKING
 
 import ftfy
 import huggingface_hub
 import tokenizers
 import torch
-import transformers
+from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
 from torch import Tensor
+
+if TYPE_CHECKING:
+    import transformers
 
 logger = logging.getLogger(__name__)
 
@@ -26,6 +32,8 @@ AddedTokens = Mapping[str, Sequence[int]]
 BEGIN, END = "<|startoftext|>", "<|endoftext|>"
 VOCAB_SIZE = 49408
 _MERGES = VOCAB_SIZE - 2 * 256 - 2  # vocabulary: 256 bytes, the same at a word's end, one token per merge, begin, end
+# Words as CLIP splits texts: contractions, letters, single digits, other signs.
+_WORDS = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 _CLIP_FILE = "bpe_simple_vocab_16e6.txt.gz"
 _NONE: AddedTokens = MappingProxyType({})
 _BERT_REPOSITORIES = ("google-bert/bert-base-uncased", "bert-base-uncased")  # the current name, and that of old caches
@@ -70,17 +78,31 @@ class TruncationWarnings:
 
 
 class CLIPTokenizer:
-    """transformers' CLIPTokenizer with the vocabulary that open-clip-torch ships: begin 49406, end 49407, no download.
+    """CLIP's byte pairs with the vocabulary that open-clip-torch ships: begin 49406, end 49407, no download.
 
-    Text is cleaned as in the training of Stable Diffusion v1, see `clean`. `tokenizer` is transformers' object.
+    Text is cleaned as in the training of Stable Diffusion v1, see `clean`.
     """
 
     def __init__(self) -> None:
         self.token_ids, self.merges = read_clip_vocabulary(find_clip_vocabulary())
         self.begin_id, self.end_id = self.token_ids[BEGIN], self.token_ids[END]
-        # transformers annotates merges as strings, but its backend takes pairs.
-        self.tokenizer = transformers.CLIPTokenizer(vocab=self.token_ids, merges=self.merges)  # type: ignore[arg-type]
         self.truncation = TruncationWarnings()
+        model = models.BPE(self.token_ids, self.merges, unk_token=END, end_of_word_suffix="</w>")
+        self._pairs = tokenizers.Tokenizer(model)
+        spaces = normalizers.Replace(Regex(r"\s+"), " ")
+        self._pairs.normalizer = normalizers.Sequence([normalizers.NFC(), spaces, normalizers.Lowercase()])
+        words = pre_tokenizers.Split(Regex(_WORDS), behavior="removed", invert=True)
+        self._pairs.pre_tokenizer = pre_tokenizers.Sequence([words, pre_tokenizers.ByteLevel(add_prefix_space=False)])
+        self._pairs.decoder = decoders.ByteLevel()
+        self._pairs.add_special_tokens([AddedToken(name, normalized=False) for name in (BEGIN, END)])
+
+    @functools.cached_property
+    def tokenizer(self) -> transformers.CLIPTokenizer:
+        """transformers' tokenizer of the same vocabulary, for research code."""
+        import transformers  # takes a second, and few programs need it
+
+        # It annotates merges as strings, but its backend takes pairs.
+        return transformers.CLIPTokenizer(vocab=self.token_ids, merges=self.merges)  # type: ignore[arg-type]
 
     def encode(self, text: str, added: AddedTokens = _NONE) -> list[int]:
         """Return the token ids of a text of any length; begin and end are not added, but recognized in the text."""
@@ -88,7 +110,7 @@ class CLIPTokenizer:
         return [i for piece in pieces for i in added.get(piece) or self._encode(piece)]
 
     def _encode(self, text: str) -> list[int]:
-        return self.tokenizer.encode(text, add_special_tokens=False)
+        return self._pairs.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids: Sequence[int], added: AddedTokens = _NONE) -> str:
         """Return the cleaned text of token ids, without begin and end."""
@@ -100,7 +122,7 @@ class CLIPTokenizer:
         return " ".join(parts)
 
     def _decode(self, ids: list[int]) -> str:
-        return str(self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+        return self._pairs.decode(ids, skip_special_tokens=True).replace("</w>", " ").strip()
 
     def __call__(
         self,

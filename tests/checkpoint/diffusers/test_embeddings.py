@@ -1,7 +1,5 @@
 """Files of textual inversion: every layout is read, and diffusers reads ours to the same conditioning."""
 
-import copy
-
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -9,6 +7,7 @@ from torch import nn
 
 from ldm.checkpoint import CheckpointError
 from ldm.checkpoint.diffusers.embeddings import read_embeddings, write_embedding
+from tests.reference import transformers_model
 
 VECTORS = torch.arange(32.0).reshape(2, 16) / 32
 
@@ -94,7 +93,7 @@ def test_diffusers_encodes_prompts_with_the_token_alike(tmp_path, name):
 
     class Pipeline(loaders.TextualInversionLoaderMixin):
         def __init__(self):
-            self.text_encoder = copy.deepcopy(ours.transformer.text_model)
+            self.text_encoder = transformers_model(ours)
             self.tokenizer, self.components, self.hf_device_map = CLIPTokenizer().tokenizer, {}, None
 
     theirs = Pipeline()

@@ -11,7 +11,7 @@ from ldm.checkpoint import CheckpointError, ensure_weights, load_weights, weight
 from ldm.config.text_shapes import VIT_L_14
 from ldm.modules.encoders.clip import FrozenCLIPEmbedder
 from ldm.modules.encoders.open_clip import hidden_states, text_tower
-from tests.reference import GOLDEN, rel_error, seed_weights
+from tests.reference import GOLDEN, rel_error, seed_weights, transformers_model
 
 TINY = {"hidden_size": 16, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
 POSITION_IDS = "transformer.text_model.embeddings.position_ids"
@@ -79,7 +79,26 @@ def test_half_precision_weights_give_the_same_encoding_within_their_rounding(see
     assert out.dtype == dtype and rel_error(out.float(), seeded.encode(TEXTS)) < 3e-2
 
 
-def test_it_is_transformers_model_and_tokenizer_for_research_code(seeded):
+def test_the_numbers_are_those_of_transformers_model(seeded):
+    theirs, ids = transformers_model(seeded), seeded.tokenize(TEXTS)
+    for mask in (None, (torch.arange(77) < 9).long().expand(3, -1)):
+        with torch.no_grad():
+            ours, expected = (model(ids, mask, output_hidden_states=True) for model in (seeded.transformer, theirs))
+        assert rel_error(ours.pooler_output, expected.pooler_output) < 1e-6
+        for one, other in zip(ours.hidden_states, expected.hidden_states, strict=True):
+            assert rel_error(one, other) < 1e-6
+
+
+def test_its_initial_weights_have_the_spread_of_transformers():
+    torch.manual_seed(0)
+    fresh = tiny()
+    theirs = dict(transformers_model(fresh, copied=False).named_parameters())
+    for name, value in fresh.transformer.text_model.named_parameters():
+        other = next(theirs[key] for key in (name, f"text_model.{name}") if key in theirs).detach()
+        assert torch.equal(value, other) if value.ndim == 1 else abs(value.std() / other.std() - 1) < 0.2, name
+
+
+def test_it_has_the_calls_of_transformers_model_and_tokenizer_for_research_code(seeded):
     """Clip skip and textual inversion call these."""
     options = {"truncation": True, "max_length": 77, "padding": "max_length", "return_tensors": "pt"}
     ids = seeded.tokenizer(["a horse"], **options)["input_ids"]
