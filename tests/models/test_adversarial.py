@@ -13,7 +13,7 @@ from ldm.models.adversarial import ADAM_BETAS
 from ldm.models.training import NonFiniteError
 from ldm.modules.losses import lpips
 from ldm.modules.losses.lpips import PerceptualWeightsError
-from tests.models.first_stages import batches, differing, fit, make_autoencoder, state
+from tests.models.first_stages import batches, differing, fit, make_autoencoder, make_vq, state
 
 COSINE = {
     "target": "ldm.lr_scheduler.LambdaWarmUpCosineScheduler",
@@ -238,6 +238,14 @@ def test_bfloat16_autocast_trains():
     trainer = fit(model, batches(2), precision="bf16-mixed")
     assert torch.isfinite(trainer.callback_metrics["train/total_loss"])
     assert all(p.dtype == torch.float32 and torch.isfinite(p).all() for p in model.parameters())
+
+
+@pytest.mark.parametrize("make", [make_autoencoder, make_vq])
+@pytest.mark.parametrize("precision", ["bf16-true", "64-true"])
+def test_first_stages_with_weights_of_another_dtype_train(precision, make):
+    trainer = fit(make(), batches(1), precision=precision)
+    assert torch.isfinite(trainer.callback_metrics["train/total_loss"])
+    assert {p.dtype for p in trainer.model.parameters()} == {torch.bfloat16 if "16" in precision else torch.float64}
 
 
 class LossScaling(MixedPrecision):

@@ -14,6 +14,7 @@ from taming.modules.util import ActNorm
 from torch import Tensor, nn
 
 from ldm.config.types import NonNegativeFloat, NonNegativeInt, PositiveInt
+from ldm.modules.dtype import in_dtype, weights_dtype
 from ldm.modules.losses.lpips import LPIPS
 from ldm.modules.ranks import SharedBatchNorm2d, average_over_ranks, number_of_ranks, rank_weight
 
@@ -178,8 +179,8 @@ class AdversarialLoss(nn.Module):
         if (cond is not None) != self.disc_conditional:
             given = "missing" if cond is None else "given"
             raise ValueError(f"disc_conditional={self.disc_conditional}, but cond is {given}")
-        images = images.contiguous()
-        return self.discriminator(images if cond is None else torch.cat((images, cond), dim=1)).float()
+        x = images.contiguous() if cond is None else torch.cat((images, cond), dim=1)
+        return in_dtype(weights_dtype(self.discriminator), self.discriminator, x).float()
 
 
 def share_statistics(network: nn.Module) -> nn.Module:
