@@ -125,7 +125,7 @@ class _OldClass(NamedTuple):
 def _merge(base: DictConfig, part: DictConfig, changed: dict[str, _OldClass]) -> DictConfig:
     """Merge `part` over `base`; `~key` deletes a key and `_replace_: true` the mapping of `base`.
 
-    `_replace_: {...}` replaces a mapping too, and logs how it differs from the given one.
+    `_replace_: {...}` replaces a mapping too, and logs how it differs from the one in the braces.
     changed: receives the former class at the path of each node whose target changes.
     """
     below: Any = OmegaConf.to_container(base, resolve=False)
@@ -166,7 +166,7 @@ def _take_out(below: dict[Any, Any], above: dict[Any, Any], path: str, changed: 
 
 
 def _warn_of_changes(path: str, expected: dict[Any, Any], found: dict[Any, Any], above: dict[Any, Any]) -> None:
-    """Log how a mapping that is replaced by `above` differs from the one that `above` was made from."""
+    """Log how `found`, which `above` replaces, differs from `expected`, which `above` was made from."""
     if found and found.get("target") != above.get("target"):
         for name, old, new in changes(expected, found):
             text = "%-11s %s: is %s, but what replaces it was made with %s"

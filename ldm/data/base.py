@@ -60,7 +60,7 @@ def prepare(config: Any) -> None:
 
 @contextmanager
 def part_errors(name: str) -> Iterator[None]:
-    """Name the parameters in errors of a dataset that is part of another below `name`."""
+    """Prefix the parameters in errors of a dataset with `name`, its place in the dataset that reads it."""
     try:
         yield
     except DataConfigError as error:
@@ -132,7 +132,7 @@ class CombinedDataset(Dataset):
 
 
 def leaves(dataset: Any, place: str) -> Iterator[tuple[str, Any]]:
-    """Yield the datasets of files that a dataset at a YAML path reads, itself or its parts, with their paths."""
+    """Yield (YAML path, dataset) of each dataset that `dataset`, at `place`, is combined from, or of itself."""
     if not isinstance(dataset, CombinedDataset):
         yield place, dataset
         return

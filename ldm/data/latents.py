@@ -41,9 +41,7 @@ STAGES = {"first_stage": "CachedFirstStage", "cond_stage": "CachedEncoder"}  # a
 _REMAKE = "make it with scripts/cache_latents.py, and set {param} to the folder of the split in it"
 _REPAIR = "run the same command of scripts/cache_latents.py again, it writes what is missing"
 _UNET_LAYERS = ("attention", "feed_forward", "convolutions")  # targets of adapters, and all that begin with unet
-_NOT_COMPARED = (  # params of stages
-    *("ckpt_path", "ignore_keys", "lossconfig", "learn_logvar", "monitor", "device", "freeze"),
-)
+_NOT_COMPARED = {"ckpt_path", "ignore_keys", "lossconfig", "learn_logvar", "monitor", "device", "freeze"}  # of stages
 
 
 class Stage(TypedDict):

@@ -51,8 +51,8 @@ class Mixture(CombinedDataset):
     def order(self, seed: int, epoch: int, batch: int, shuffle: bool) -> np.ndarray:
         """Return the indices of an epoch -> (len(self),) int64.
 
-        Index p * L + i is the i-th sample of the L of all datasets, in the p-th pass over its dataset that this epoch
-        takes part in: a sample that an epoch holds twice has another index, and so other random numbers.
+        Index p * L + i is sample i of the L samples of all datasets; p counts the passes over its dataset within the
+        epoch. So a sample that occurs twice has two indices, and other random numbers each time.
         """
         epoch = epoch if shuffle else 0  # validation sees the same samples every time
         parts = []

@@ -213,7 +213,7 @@ class Store:
         return index
 
     def stale(self, shard: str) -> str:
-        """Return the files to delete after a shard was changed behind its index."""
+        """Return the files to delete so that a changed shard is indexed again."""
         return str(self.cache / _file_name(shard, ".*") if is_remote(shard) else index_path(Path(shard)))
 
     def _keep(self, shard: str, kept: Path, index: Index, modified: int) -> None:

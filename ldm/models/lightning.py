@@ -18,7 +18,7 @@ if TYPE_CHECKING or not cli.only_samples or "pytorch_lightning" in sys.modules:
 else:
 
     class LightningModule(nn.Module):
-        """What sampling uses of Lightning's class of this name."""
+        """The part of Lightning's class of this name that sampling uses."""
 
         _trainer = None
 

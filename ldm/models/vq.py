@@ -84,10 +84,9 @@ class VQModel(AdversarialAutoencoder):
         if getattr(self.loss, "n_classes", self.n_codes) is None:
             self.loss.n_classes = self.n_codes
         self._counts: dict[str, Tensor] = {}  # split -> occurrences of each code in this epoch, (n_codes,)
-        if config := checked_ema(ema_config, use_ema):
-            self.add_ema(config=config)
-        elif use_ema:
-            self.add_ema()
+        averages = checked_ema(ema_config, use_ema)
+        if use_ema:
+            self.add_ema(averages)
 
     def averaged_module(self) -> nn.Module:
         return self

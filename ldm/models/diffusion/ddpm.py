@@ -129,10 +129,9 @@ class DDPM(TrainedModule, PublishedDDPM):
         self.use_scheduler = scheduler_config is not None
         self.cond_stage_model: Any = None
         self.model = DiffusionWrapper(unet_config, conditioning_key)
-        if config := checked_ema(ema_config, use_ema, ema_decay):
-            self.add_ema(config=config)
-        elif use_ema:
-            self.add_ema(decay=ema_decay)
+        averages = checked_ema(ema_config, use_ema, ema_decay)
+        if use_ema:
+            self.add_ema(averages, decay=ema_decay)
         # Overrides in research code have the published arguments only.
         further = {"zero_terminal_snr": True} if zero_terminal_snr else {}
         self.register_schedule(
