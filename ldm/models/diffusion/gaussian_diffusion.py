@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -77,6 +77,14 @@ class GaussianDiffusion(Float32Tables):
         self.register_buffer("lvlb_weights", _float32(lvlb_weights(schedule, self.parameterization)), persistent=False)
         if zero_terminal_snr:
             self.register_load_state_dict_post_hook(lambda module, keys: _restore_tables(module, schedule))
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """Load all but tables in 16 bits, as runs with weights in 16 bits saved them: the config's are exact."""
+        for name, table in self._buffers.items():
+            saved = state_dict.get(f"{prefix}{name}")
+            if table is not None and table.ndim and saved is not None and saved.itemsize < table.itemsize:
+                state_dict[f"{prefix}{name}"] = table
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def q_mean_variance(self, x_start: Tensor, t: Tensor) -> Gaussian:
         """Return q(x_t | x_0) at t (B,), DDPM eq. 4."""

@@ -39,6 +39,13 @@ def test_a_cast_to_16_bits_keeps_the_tables_of_the_schedule_and_of_the_loss(dtyp
     assert loss.dtype == torch.float32 and torch.isfinite(loss)
 
 
+def test_a_checkpoint_with_tables_in_16_bits_keeps_those_of_the_config():
+    model, tables = small_ddpm(), small_ddpm().alphas_cumprod
+    state = {name: value.bfloat16() if value.shape == (20,) else value for name, value in model.state_dict().items()}
+    model.load_state_dict(state)
+    assert torch.equal(model.alphas_cumprod, tables) and model.alphas_cumprod.dtype == torch.float32
+
+
 def test_training_starts_from_a_file_without_the_parameters_of_the_loss_weighting(tmp_path):
     torch.save({"state_dict": small_ddpm().state_dict()}, tmp_path / "a.ckpt")
     weighting = {"target": "ldm.models.diffusion.loss_weighting.LearnedLogVariance"}
