@@ -261,8 +261,9 @@ def _new(cls: type[Optimizer], parameters: Any, options: Mapping[str, Any]) -> O
 def _build(cls: type[Optimizer], target: str, groups: list[dict[str, Any]], options: Mapping[str, Any]) -> Optimizer:
     try:
         for group in groups:  # torch checks the defaults alone
-            own = {name: group[name] for name in _arguments(cls) if name in group and name != "params"}
-            _new(cls, [nn.Parameter(torch.zeros(1, 1))], {**options, **own})
+            own = {name: group[name] for name in _arguments(cls) if name in group and name not in _GIVEN}
+            if own:
+                _new(cls, [nn.Parameter(torch.zeros(1, 1))], {**options, **own})
         return _new(cls, groups, options)
     except (TypeError, ValueError, RuntimeError, IndexError) as error:  # e.g. of betas with one value
         raise ConfigError(f"{PLACE}: {target} cannot be built: {' '.join(str(error).split())}") from error
