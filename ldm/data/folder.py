@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
 from collections.abc import Sequence
@@ -423,7 +422,7 @@ def _bytes_of(path: Path) -> int:
 def _hash_of(path: Path) -> str:
     """Return a hash of the content of a file; "" if it cannot be read."""
     try:
-        return hashlib.blake2b(path.read_bytes(), digest_size=16).hexdigest()
+        return digest(path.read_bytes())
     except OSError:
         return ""
 

@@ -161,8 +161,8 @@ class ImageDataset(Dataset):
         """The part of a `fingerprint` that tells buckets apart; empty without them."""
         if self.buckets is None:
             return {}
-        sizes = hashlib.blake2b(self.sizes.tobytes(), digest_size=16).hexdigest()  # of the images
-        return {"buckets": digest([asdict(self.buckets), self.bucket_sizes.tolist()]), "sizes": sizes}
+        buckets = digest([asdict(self.buckets), self.bucket_sizes.tolist()])
+        return {"buckets": buckets, "sizes": digest(self.sizes.tobytes())}
 
     def sample_order(self, seed: int, epoch: int, shuffle: bool) -> np.ndarray:
         """Return the indices of an epoch without buckets -> (N,) int64."""
@@ -275,8 +275,9 @@ def _buckets(
 
 
 def digest(content: object) -> str:
-    """Return a hash of anything that JSON can hold, for a dataset's `fingerprint`."""
-    return hashlib.blake2b(json.dumps(content).encode(), digest_size=16).hexdigest()
+    """Return a hash of bytes, or of anything that JSON can hold, for a dataset's `fingerprint`."""
+    content = content if isinstance(content, bytes) else json.dumps(content).encode()
+    return hashlib.blake2b(content, digest_size=16).hexdigest()
 
 
 def _sizes(size: Size | None, crop_size: Size | None) -> tuple[tuple[int, int] | None, tuple[int, int]]:

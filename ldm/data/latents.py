@@ -30,6 +30,7 @@ from ldm.data.base import DataConfigError
 from ldm.data.buckets import bucket_order
 from ldm.data.order import epoch_order, lane_order
 from ldm.data.shards import content_hash
+from ldm.data.splits import SPLITS
 from ldm.models.cached import EMBEDDING, CachedStage
 from ldm.paths import expand_user
 
@@ -228,7 +229,7 @@ def use_cached_stages(config: DictConfig) -> DictConfig:
     indices = {split: read_index(root) for split, root in roots.items()}
     first = next(iter(roots))
     stages = indices[first]["stages"]
-    for split in (config.data.get("params") or {}).keys() & {"train", "validation", "test"}:
+    for split in (config.data.get("params") or {}).keys() & SPLITS.keys():
         place = f"data.params.{split}"
         if config.data.params[split] is not None and split not in roots:
             raise ConfigError(f"{place}: encodes images, but data.params.{first} is a cache: make a cache of both")

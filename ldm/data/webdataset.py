@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
 from collections import Counter, OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -301,7 +300,8 @@ class ImageShards(ImageDataset):
             leave_out(values > most, f"with {name} above {most:g}")
         captions = index.member([self._caption_suffix])
         if self.captioned:
-            self._select_captions(shard, index, captions, kept, leave_out)
+            for which, reason in self._without_caption(shard, index, captions, kept):
+                leave_out(which, reason)
         rows = np.flatnonzero(kept).astype(np.int32)
         return _Selected(rows, images[rows, 2:4].astype(np.int32), self._digests_of(index, rows))
 
@@ -310,12 +310,12 @@ class ImageShards(ImageDataset):
         rows = rows[rows < len(index.keys)]
         keys = "\n".join(index.keys[row] for row in rows).encode(errors="surrogatepass")  # names may not be UTF-8
         members = (index.member(each)[rows, 4].tobytes() for each in (self._image_suffixes, [self._caption_suffix]))
-        return _Digests(*(hashlib.blake2b(each, digest_size=16).hexdigest() for each in (keys, *members)))
+        return _Digests(*map(digest, (keys, *members)))
 
-    def _select_captions(
-        self, shard: str, index: Index, captions: np.ndarray, kept: np.ndarray, leave_out: Any
-    ) -> None:
-        """Apply the policies for missing and long captions."""
+    def _without_caption(
+        self, shard: str, index: Index, captions: np.ndarray, kept: np.ndarray
+    ) -> Iterator[tuple[np.ndarray, str]]:
+        """Yield the samples, bool (N,), that the policies for missing and long captions leave out, and the reason."""
         if self._field is None:
             chars, where = captions[:, 2], f"its .{self._caption_suffix}"
         else:
@@ -326,11 +326,11 @@ class ImageShards(ImageDataset):
         if policy.missing != "empty":
             for row in np.flatnonzero(kept & missing)[:1]:
                 policy.apply(f"{shard}/{index.keys[row]}", [], f"no text in {where}")  # raises if the policy is raise
-            leave_out(missing, "without a caption")
+            yield missing, "without a caption"
         if policy.long != "truncate":
             for row in np.flatnonzero(kept & long)[:1]:
                 policy.apply(f"{shard}/{index.keys[row]}", ["x" * int(chars[row])], "")
-            leave_out(long, f"with a caption over {policy.max_chars:,} characters")
+            yield long, f"with a caption over {policy.max_chars:,} characters"
 
 
 def _caption_place(captions: str | None) -> tuple[str, str | None]:

@@ -6,7 +6,7 @@ import json
 import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -49,6 +49,7 @@ from ldm.data.latents import (
 )
 from ldm.data.order import SeededDataset
 from ldm.data.shards import content_hash
+from ldm.data.splits import SPLITS
 from ldm.data.workers import Loader, Traced
 from ldm.inference.precision import choose_device, resolve_precision
 from ldm.models.cached import LATENT, MOMENTS, encode_texts, fingerprint_of, write_stage
@@ -60,7 +61,6 @@ from ldm.paths import expand_user
 
 logger = logging.getLogger(__name__)
 
-SPLITS = ("train", "validation", "test")
 DTYPES = {"float16": torch.float16, "float32": torch.float32}
 DATA_CONFIG = "data.yaml"  # in the cache: replaces the datasets of the config
 SHARD, TEXT_SHARD = 1024, 1024  # samples and captions in a file
@@ -196,10 +196,8 @@ class _Encoder:
         self.stages[name] = {"config": config, "fingerprint": found}
         return stage
 
-    def _computing(self) -> AbstractContextManager[Any]:
-        if self.dtype == torch.float32:
-            return nullcontext()
-        return torch.autocast(self.device.type, dtype=self.dtype)
+    def _computing(self) -> torch.autocast:
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
     @torch.no_grad()
     def encode_images(self, x: Tensor) -> tuple[str, Tensor]:
@@ -413,9 +411,8 @@ def _cache_images(
         pin_memory=encoder.device.type == "cuda",
     )
     done = total - sum(map(len, batches))
-    bar = tqdm(desc=f"{split} images", total=total, initial=done, unit="image", disable=None)
     tensors: dict[str, Tensor] = {}
-    with bar:
+    with tqdm(desc=f"{split} images", total=total, initial=done, unit="image", disable=None) as bar:
         for batch, (images, entries) in zip(batches, loader, strict=True):
             _, encoded = encoder.encode_images(images)
             paths = [json.loads(entry).get("file_path_", f"sample {n}") for n, entry in zip(batch, entries)]
@@ -440,8 +437,7 @@ def _cache_texts(folder: Path, index: CacheIndex, encoder: _Encoder, options: Ca
         for row in range(min(rows, total - start)):
             captions[read_entries(tensors, row)[key]] = None
     texts = list(captions)
-    bar = tqdm(desc="captions", total=len(texts), unit="caption", disable=None)
-    with bar:
+    with tqdm(desc="captions", total=len(texts), unit="caption", disable=None) as bar:
         for first in range(0, len(texts), size):
             own, file = texts[first : first + size], _file(folder, first // size, "text-")
             if _content_of(file) != (content := digest(own)):
