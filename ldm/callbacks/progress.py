@@ -202,7 +202,7 @@ class RunReport(pl.Callback):
             kind = str(group["optimizer"]).rpartition(".")[2] if "+" in classes else ""
             name = group.get("name", "")
             label = name if kind in name else f"{kind}, {name}".removesuffix(", ")
-            options = "".join(f", {key} {group[key]:g}" for key in ("weight_decay",) if key in group)
+            options = f", weight_decay {group['weight_decay']:g}" if "weight_decay" in group else ""
             size = f"{len(group['params'])} tensors, {_count(group['params'])} parameters"
             logger.info("%-11s %s: learning rate %.3e%s, %s", "group", label, _rate(group), options, size)
 

@@ -19,7 +19,6 @@ from ldm.modules.ema import power_gamma
 
 logger = logging.getLogger(__name__)
 
-AVERAGES = f"{EMA}averages."
 FAR = 0.1  # a relative error of the profile beyond which the average has not the width that was asked for
 
 
