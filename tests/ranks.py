@@ -7,9 +7,9 @@ import multiprocessing
 import multiprocessing.connection
 import os
 import socket
-import subprocess
 import sys
 import tempfile
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +48,7 @@ class Images(Dataset):
 
 
 def latent_diffusion() -> pl.LightningModule:
-    unet = {**UNET, "params": {**UNET["params"], "attention_resolutions": [1], "channel_mult": [1]}}
+    unet = {**UNET, "params": {**UNET["params"], "attention_resolutions": [], "channel_mult": [1]}}
     params = {"cond_dropout": 0.3, "scale_by_std": True, "scale_factor": 1.0, "untrained_first_stage": True}
     config = text_model_config(**params, unet_config=unet)
     return instantiate_from_config(OmegaConf.create(config).model)
@@ -146,22 +146,28 @@ def train(
 
 
 def train_on(ranks: int, jobs: list[dict[str, Any]], folder: Path) -> list[list[dict[str, Any]]]:
-    """Run jobs, arguments of `train`, on `ranks` new processes -> for each job the records of all ranks."""
+    """Run jobs, arguments of `train`, on `ranks` new processes -> for each job the records of all ranks.
+
+    The processes are forks, which share the memory of the imports; one that fails ends the others.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    for old in folder.glob("*.json"):
-        old.unlink()
-    (folder / "jobs.json").write_text(json.dumps([{**job, "ranks": ranks} for job in jobs]))
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-W", "ignore", "-m", "tests.ranks", str(folder), str(ranks)]
-    with (folder / "log").open("w") as log:
-        code = subprocess.run(
-            command, cwd=ROOT, env=os.environ | place, stdout=log, stderr=log, timeout=1800
-        ).returncode
-    if code:
-        raise RuntimeError((folder / "log").read_text()[-3000:])
+    jobs = [{**job, "ranks": ranks} for job in jobs]
+    fork = multiprocessing.get_context("fork")
+    processes = [fork.Process(target=_run_rank, args=(rank, ranks, jobs, folder, port)) for rank in range(ranks)]
+    for process in processes:
+        process.start()
+    waiting = {process.sentinel: process for process in processes}
+    while waiting:
+        for sentinel in multiprocessing.connection.wait(list(waiting), timeout=1800) or list(waiting):
+            process = waiting.pop(sentinel)
+            process.join(timeout=1)
+            if process.exitcode != 0:
+                for other in processes:
+                    other.kill()
+                raise RuntimeError((folder / "log").read_text()[-3000:])
     records = [json.loads((folder / f"{rank}.json").read_text()) for rank in range(ranks)]
     return [list(of_all_ranks) for of_all_ranks in zip(*records)]
 
@@ -173,30 +179,15 @@ def largest_difference(one: dict[str, list[float]], other: dict[str, list[float]
     return max((abs(a - b) / max(abs(a), 1e-30) for a, b in pairs if a != b), default=0.0)
 
 
-def _run_rank(rank: int, ranks: int, folder: Path) -> None:
+def _run_rank(rank: int, ranks: int, jobs: list[dict[str, Any]], folder: Path, port: int) -> None:
+    log = os.open(folder / "log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__  # not those of pytest
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
     place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "GROUP_RANK": 0}
+    place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     os.environ.update({name: str(value) for name, value in place.items()}, TORCHELASTIC_RUN_ID="tests")
-    records = [train(**job) for job in json.loads((folder / "jobs.json").read_text())]
+    records = [train(**job) for job in jobs]
     (folder / f"{rank}.json").write_text(json.dumps(records))
-
-
-def _main(folder: Path, ranks: int) -> int:
-    """Fork the ranks, which share the memory of the imports; one that fails ends the others."""
-    fork = multiprocessing.get_context("fork")
-    processes = [fork.Process(target=_run_rank, args=(rank, ranks, folder)) for rank in range(ranks)]
-    for process in processes:
-        process.start()
-    waiting = {process.sentinel: process for process in processes}
-    while waiting:
-        for sentinel in multiprocessing.connection.wait(list(waiting)):
-            process = waiting.pop(sentinel)
-            process.join()
-            if process.exitcode:
-                for other in waiting.values():
-                    other.kill()
-                return 1
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(_main(Path(sys.argv[1]), int(sys.argv[2])))

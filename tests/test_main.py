@@ -416,19 +416,11 @@ def test_signals_stop_the_run_with_its_state_saved(start, event, code, caplog):
 
 
 def test_a_second_ctrl_c_ends_the_process_at_once(run):
-    code = (
-        "import os, signal, sys, time\n"
-        "import main\n"
-        "from tests import toys\n"
-        "def press_twice(self):\n"
-        "    if self.trainer.global_step == 2:\n"
-        "        for _ in range(2): os.kill(os.getpid(), signal.SIGINT); time.sleep(0.01)\n"
-        "toys.Toy.event = press_twice\n"
-        "sys.exit(main.main(sys.argv[1:]))\n"
-    )
+    """main.py as a program of its own, started in another folder."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     words = ["--allow-targets", "tests", "-b", "toy.yaml", "-t", "-n", "twice", *QUIET]
-    result = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, env=environment)
+    words = [sys.executable, str(ROOT / "main.py"), *words, "+model.params.at.2=SIGINT twice"]
+    result = subprocess.run(words, capture_output=True, text=True, env=environment)
     assert result.returncode == 130 and "Traceback" not in result.stderr, result.stderr
     assert (
         "press again to stop immediately" in result.stderr

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import time
 from typing import Any
 
 import pytorch_lightning as pl
@@ -41,7 +42,8 @@ class Images(Dataset):
 class Toy(pl.LightningModule):
     """Automatic optimization with Adam, a learning-rate schedule and EMA weights.
 
-    at: {batch: what happens in that training step}, where batches count from 0: nan, error, or a signal's name.
+    at: {batch: what happens in that training step}, where batches count from 0: nan, error, or a signal's name, once or
+        "twice".
     at_validation: {epoch: the same, in its second validation batch}.
     """
 
@@ -71,7 +73,9 @@ class Toy(pl.LightningModule):
         if what == "error":
             raise RuntimeError("a bug in the model")
         if what and what.startswith("SIG"):
-            os.kill(os.getpid(), getattr(signal, what))
+            for _ in range(2 if what.endswith(" twice") else 1):
+                os.kill(os.getpid(), getattr(signal, what.removesuffix(" twice")))
+                time.sleep(0.01)
         return what
 
     def event(self):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import functools
 import os
 import random
 import shutil
@@ -96,17 +97,18 @@ def check_end(folder: Path, whole: dict[str, Any]) -> None:
     assert [int(step) for step in steps] == sorted(map(int, steps))
 
 
-def uninterrupted(folder: Path, way: str) -> dict[str, Any]:
-    assert in_child(lambda: train(folder / "whole", WAYS[way])) == 0
-    return result(folder / "whole")
+@functools.cache
+def uninterrupted(folder: Path, way: str) -> tuple[Path, dict[str, Any], float]:
+    """-> (the folder of a run that was never killed, its result, its seconds); run once."""
+    begin, whole = time.monotonic(), folder / f"whole-{way}"
+    assert in_child(lambda: train(whole, WAYS[way])) == 0
+    return whole, result(whole), time.monotonic() - begin
 
 
 def check_kills(folder: Path, way: str, kills: int = 50, seed: int = 0) -> Iterator[int]:
     """Kill -9 at random moments of runs that are resumed until they end -> the number of kills so far."""
     draw, done, number = random.Random(seed), 0, 0
-    begin = time.monotonic()
-    whole = uninterrupted(folder, way)
-    seconds = time.monotonic() - begin
+    _, whole, seconds = uninterrupted(folder, way)
     while done < kills:
         part, number, resume = folder / f"part-{number}", number + 1, False
         for _ in range(6):
@@ -130,7 +132,7 @@ def check_faults(
 
     Yields each point and its kills: 0 if the run has no such call.
     """
-    whole = uninterrupted(folder, way)
+    _, whole, _ = uninterrupted(folder, way)
 
     def killed(part: Path, fault: str, call: int, resume: bool) -> int:
         owner, name = FAULTS[fault]
@@ -181,8 +183,7 @@ def damages(size: int, seed: int = 0) -> dict[str, Callable[[Path], None]]:
 
 def check_damage(folder: Path, way: str, keep: Callable[[str], bool] = lambda name: True) -> Iterator[str]:
     """Damage last.ckpt in each way: the run resumes at the same step."""
-    uninterrupted(folder, way)
-    run = run_of(folder / "whole")
+    run = run_of(uninterrupted(folder, way)[0])
     last = run / "checkpoints" / "last.ckpt"
     content, step = last.read_bytes(), global_step(last)
     for name, damage in damages(len(content)).items():

@@ -11,19 +11,25 @@ def prefixes(monkeypatch):
     monkeypatch.setattr("ldm.config.instantiate._user_prefixes", [])
 
 
-def test_a_run_killed_at_random_moments_ends_as_an_uninterrupted_one(tmp_path):
-    assert len(list(check_kills(tmp_path, "monitor", kills=3))) >= 3
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Holds the uninterrupted runs, which the tests share."""
+    return tmp_path_factory.mktemp("kills")
+
+
+def test_a_run_killed_at_random_moments_ends_as_an_uninterrupted_one(folder):
+    assert len(list(check_kills(folder, "monitor", kills=3))) >= 3
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_run_killed_within_a_save_ends_as_an_uninterrupted_one(tmp_path, fault):
+def test_a_run_killed_within_a_save_ends_as_an_uninterrupted_one(folder, fault):
     call = 0 if fault == "launch" else 1  # a start without torchrun has one
-    assert [kills > 0 for _, kills in check_faults(tmp_path, "monitor", [fault], [call])] == [True]
+    assert [kills > 0 for _, kills in check_faults(folder, "monitor", [fault], [call])] == [True]
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_a_damaged_newest_checkpoint_loses_no_step(tmp_path, way):
-    assert list(check_damage(tmp_path, way, lambda name: name in ("empty", "missing")))
+def test_a_damaged_newest_checkpoint_loses_no_step(folder, way):
+    assert list(check_damage(folder, way, lambda name: name in ("empty", "missing")))
 
 
 def test_a_killed_training_of_images_ends_as_an_uninterrupted_one(tmp_path):
