@@ -130,6 +130,8 @@ def add_sampling_flags(parser: Parser) -> None:
     add("--spacing", default="uniform", metavar="NAME", help=text)
     text = "reduce over-exposure by guidance: 0 off, 0.7 usual, at most 1"
     add("--guidance_rescale", type=float, default=0.0, metavar="PHI", help=text)
+    text = "guide only at noise levels between these, e.g. 0.3 5.4, which saves time (default: at all)"
+    add("--guidance_interval", type=float, nargs=2, default=[], metavar=("LOW", "HIGH"), help=text)
     text = "clip each prediction to this quantile of its magnitude, e.g. 0.995 (default: off)"
     add("--dynamic_threshold", type=float, metavar="QUANTILE", help=text)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
@@ -46,6 +46,7 @@ class Request:
     seed: int = 42
     spacing: str = "uniform"  # timestep spacing
     guidance_rescale: float = 0.0  # 0 off, 0.7 usual (arXiv 2305.08891, section 3.4)
+    guidance_interval: Sequence[float] = ()  # guide at noise levels between two (arXiv 2404.07724); empty: at all
     dynamic_threshold: float | None = None  # a quantile, 0.995 usual (Imagen, arXiv 2205.11487, section 2.3); None off
 
     def checked(self, info: ModelInfo) -> Self:
@@ -71,7 +72,11 @@ class Request:
     @property
     def prediction_options(self) -> dict[str, Any]:
         """Keyword arguments for `Sampler.decode`."""
-        return {"guidance_rescale": self.guidance_rescale, "dynamic_threshold": self.dynamic_threshold}
+        return {
+            "guidance_rescale": self.guidance_rescale,
+            "guidance_interval": tuple(self.guidance_interval),
+            "dynamic_threshold": self.dynamic_threshold,
+        }
 
     def _resolved(self, info: ModelInfo) -> Self:
         """Check what all requests have in common; subclasses fill in their own defaults first."""
@@ -114,11 +119,19 @@ class Request:
             "--negative_prompt with --scale 1: scale 1 disables guidance; choose another scale, "
             f"{self.usual_scale:g} is usual",
         )
-        rescale, threshold = self.guidance_rescale, self.dynamic_threshold
+        rescale, threshold, ends = self.guidance_rescale, self.dynamic_threshold, self.guidance_interval
         require(0.0 <= rescale <= 1.0, f"--guidance_rescale {rescale}: choose 0 (off) to 1; 0.7 is usual")
         require(
             not rescale or self.scale != 1.0,
             f"--guidance_rescale {rescale:g} with --scale 1: scale 1 disables guidance; remove one of them",
+        )
+        require(
+            not ends or (len(ends) == 2 and 0.0 <= ends[0] < ends[1]),
+            f"--guidance_interval {' '.join(map('{:g}'.format, ends))}: choose LOW < HIGH from 0 on; 0.3 5.4 is usual",
+        )
+        require(
+            not ends or self.guided,
+            "--guidance_interval with --scale 1: scale 1 disables guidance; remove one of them",
         )
         require(
             threshold is None or 0.0 < threshold <= 1.0,

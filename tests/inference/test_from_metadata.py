@@ -157,6 +157,9 @@ EVERYTHING = [
     "karras",
     "--guidance_rescale",
     "0.7",
+    "--guidance_interval",
+    "0.1",
+    "5.4",
     "--emphasis",
 ]
 EVERYTHING += [

@@ -141,6 +141,8 @@ def test_an_unknown_first_stage_needs_f():
         ({"spacing": "karras"}, "--spacing karras: ddim supports uniform, quad, trailing"),
         ({"spacing": "quad", "sampler": "heun"}, "--spacing quad: heun supports uniform, logsnr, karras, trailing"),
         ({"guidance_rescale": 1.5}, "--guidance_rescale 1.5: choose 0"),
+        ({"guidance_interval": (5.0, 0.3)}, "--guidance_interval 5 0.3: choose LOW < HIGH"),
+        ({"guidance_interval": (0.3, 5.0), "scale": 1.0}, "--guidance_interval with --scale 1"),
         ({"guidance_rescale": 0.7, "scale": 1.0}, "--guidance_rescale 0.7 with --scale 1"),
         ({"dynamic_threshold": 0.0}, "--dynamic_threshold 0.0: choose a quantile above 0"),
         ({"tiled": 20}, "--tiled 20: choose a multiple of 8 pixels, at least 32; 512 is usual"),

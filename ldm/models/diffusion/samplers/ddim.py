@@ -31,7 +31,14 @@ def published_arguments(sampler: Sampler, run: SamplingRun) -> dict[str, Any]:
     Options that they do not have in the published code are passed only if they are set.
     """
     defaults = SamplingOptions()
-    ours = ("guidance_rescale", "dynamic_threshold", "clip_denoised", "repeat_noise", "noise_source")
+    ours = (
+        "guidance_rescale",
+        "guidance_interval",
+        "dynamic_threshold",
+        "clip_denoised",
+        "repeat_noise",
+        "noise_source",
+    )
     set_here = {name: getattr(run.options, name) for name in ours}
     return {
         **{name: value for name, value in set_here.items() if value != getattr(defaults, name)},

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol
@@ -71,6 +71,7 @@ class SamplingOptions:
     score_corrector: ScoreCorrector | None = None
     corrector_kwargs: Mapping[str, Any] | None = None
     guidance_rescale: float = 0.0  # phi of arXiv 2305.08891, section 3.4: 0 is off, 0.7 is usual
+    guidance_interval: Sequence[float] = ()  # guide at noise levels between two (arXiv 2404.07724); () is at all
     image_guidance_scale: float = 1.0  # s_I of InstructPix2Pix, eq. 3; 1 is off
     dynamic_threshold: float | None = None  # quantile of Imagen, section 2.3, e.g. 0.995; None is off
     noise_source: NoiseSource = PUBLISHED_NOISE  # of every random number of the run
@@ -80,6 +81,10 @@ class SamplingOptions:
             raise ValueError(f"noise_dropout {self.noise_dropout}: choose a probability in [0, 1)")
         if not 0.0 <= self.guidance_rescale <= 1.0:
             raise ValueError(f"guidance_rescale {self.guidance_rescale}: choose 0 (off) to 1; 0.7 is usual")
+        if (ends := self.guidance_interval) and not (len(ends) == 2 and 0.0 <= ends[0] < ends[1]):
+            raise ValueError(
+                f"guidance_interval {[*ends]}: choose two noise levels LOW < HIGH from 0 on, e.g. 0.3, 5.4"
+            )
         if self.dynamic_threshold is not None and not 0.0 < self.dynamic_threshold <= 1.0:
             raise ValueError(f"dynamic_threshold {self.dynamic_threshold}: choose None (off) or a quantile in (0, 1]")
 
@@ -113,7 +118,8 @@ class SamplingRun:
         """Return the guided network's (eps, x_0) for x at step k, each (B, C, H, W)."""
         alpha, sigma, t = self.alpha[k].sqrt(), (1 - self.alpha[k]).sqrt(), self.t[k].expand(x.shape[0])
         scales = self.scale, self.options.guidance_rescale, self.options.image_guidance_scale
-        out = guided_output(self.model.apply_model, x, t, self.cond, self.uncond, *scales)
+        uncond = self.uncond if self.guides(k) else None
+        out = guided_output(self.model.apply_model, x, t, self.cond, uncond, *scales)
         eps, x0 = self.parameterization.to_eps(x, out, alpha, sigma), self.parameterization.to_x0(x, out, alpha, sigma)
         corrector = self.options.score_corrector
         if corrector is not None and not self.starts_from_noise(k):  # in pure noise there is no signal to correct
@@ -126,6 +132,13 @@ class SamplingRun:
         if self.options.dynamic_threshold is not None or self.known is not None:
             eps = (x - alpha * x0) / sigma  # the noise that is consistent with the changed prediction
         return eps, x0
+
+    def guides(self, k: int) -> bool:
+        """Return whether the noise level of step k, sqrt(1 / alpha - 1), is in `guidance_interval`."""
+        if not self.options.guidance_interval:
+            return True
+        (low, high), alpha = self.options.guidance_interval, self.steps.alphas[k]
+        return alpha * low**2 < 1.0 - alpha <= alpha * high**2  # finite for pure noise, too
 
     def refine(self, x0: Tensor) -> Tensor:
         """Threshold, clip and quantize the predicted x_0 as the options say."""

@@ -57,6 +57,26 @@ def test_every_sampler_rescales_guidance(name):
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
+def test_every_sampler_guides_within_the_interval_of_noise_levels_and_calls_the_network_once_elsewhere(name):
+    class Counted(ToyModel):
+        def apply_model(self, x, t, c):
+            level = float((1 / self.alphas_cumprod[int(t[0])] - 1).sqrt())
+            calls.append((level, x.shape[0]))
+            return super().apply_model(x, t, c)
+
+    results = {}
+    for interval in ((), (0.0, 1e9), (0.5, 3.0), (1e8, 1e9)):
+        calls = []
+        results[interval] = sample(name, Counted(), **GUIDED, guidance_interval=interval).samples
+        low, high = interval or (0.0, 1e9)
+        batch = results[interval].shape[0]
+        assert all(rows == (2 * batch if low < level <= high else batch) for level, rows in calls)
+    assert torch.equal(results[()], results[0.0, 1e9]) and rel_error(results[0.5, 3.0], results[()]) > 1e-4
+    unguided = sample(name, ToyModel(), conditioning=GUIDED.get("conditioning", COND)).samples
+    assert torch.equal(results[1e8, 1e9], unguided) and rel_error(results[0.5, 3.0], unguided) > 1e-4
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
 def test_every_sampler_keeps_predictions_within_the_dynamic_threshold(name):
     class Wide(ToyModel):
         def apply_model(self, x, t, c):
@@ -120,6 +140,8 @@ def test_temperature_repetition_and_dropout_act_on_the_noise_of_the_steps():
         ({"noise_dropout": -0.1}, "noise_dropout -0.1"),
         ({"guidance_rescale": 1.5}, r"guidance_rescale 1.5: choose 0 \(off\) to 1"),
         ({"guidance_rescale": -0.5}, "guidance_rescale -0.5"),
+        ({"guidance_interval": (3.0, 1.0)}, r"guidance_interval \[3.0, 1.0\]: choose two noise levels LOW < HIGH"),
+        ({"guidance_interval": (3.0,)}, r"guidance_interval \[3.0\]: choose two"),
         ({"dynamic_threshold": 0.0}, r"dynamic_threshold 0.0: choose None \(off\) or a quantile in \(0, 1\]"),
         ({"dynamic_threshold": 1.1}, "dynamic_threshold 1.1"),
     ],
