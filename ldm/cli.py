@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import atexit
 import contextlib
+import gc
 import io
 import logging
 import os
@@ -234,7 +236,9 @@ def run_command(
     With `--debug` on the command line, errors show their traceback. parser: returns main's parser, for advice on flags.
     """
     global only_samples
-    only_samples = only_samples or argv is None
+    if argv is None:
+        only_samples = True
+        exit_at_once()
     argv = list(sys.argv[1:] if argv is None else argv)
     if not logging.getLogger().handlers:
         logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[TerminalHandler()])
@@ -256,6 +260,11 @@ def run_command(
         advice = less_memory(parser().flags) if out_of_memory and parser is not None else ""
         print(f"error: {one_line(error)}{advice}", file=sys.stderr)
         return EXIT_USAGE
+
+
+def exit_at_once() -> None:
+    """Let the end of the process not look for cycles in all of torch, which takes seconds."""
+    atexit.register(gc.freeze)
 
 
 def _close_bars() -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import atexit
-import gc
 import logging
 import sys
 from collections.abc import Sequence
@@ -12,7 +10,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from ldm.cli import EXIT_INTERRUPTED, EXIT_USAGE, Stopped, import_lightning, stop_on_signals
+from ldm.cli import EXIT_INTERRUPTED, EXIT_USAGE, Stopped, exit_at_once, import_lightning, stop_on_signals
 from ldm.config.instantiate import ConfigError, allow_targets
 from ldm.config.merge import changes, find_config, merge
 from ldm.config.validate import check_config, forget_missing_weights
@@ -75,6 +73,7 @@ def _run(options: RunOptions, words: list[str]) -> int:
     sources = [*([f"{directory.path}/configs"] if directory.resumed else []), *options.base, *options.overrides]
     logger.info("%-11s %s", "config", ", ".join(sources))
 
+    exit_at_once()
     import_lightning()  # imported here, after all checks that need neither torch nor Lightning
     from ldm.training.run import execute
 
@@ -84,7 +83,6 @@ def _run(options: RunOptions, words: list[str]) -> int:
         with stop_on_signals():
             report, found = examine(options, directory, config, settings)
         print(report)
-        atexit.register(gc.freeze)  # else the end of the process looks for cycles in all of torch, for seconds
         return EXIT_USAGE if found else 0
 
     with stop_on_signals(), hold(directory, launch if options.train else None) as held:
