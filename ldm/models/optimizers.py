@@ -6,12 +6,11 @@ import inspect
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
 from ldm.config.instantiate import ConfigError, get_obj_from_str
@@ -49,6 +48,7 @@ class OptimizerConfig:
 class _Group:
     """Parameters with the same settings. name: for logs, None if the config has no groups."""
 
+    cls: type[Optimizer]
     name: str | None
     lr_factor: float
     options: dict[str, Any]
@@ -79,53 +79,32 @@ def make_optimizers(
     names = {id(parameter): name for name, parameter in module.named_parameters(remove_duplicate=False)}
     named = [({names[id(p)]: p for p in parameters}, rate) for parameters, rate in parts]
     groups = _groups(module, [name for parameters, _ in named for name in parameters], config, cls, target)
+    classes: dict[type[Optimizer], Mapping[str, Any]] = {cls: options}
     rest = _rest_options(config, target)
-    matrices = [name for each, _ in named for name, p in each.items() if _is_matrix(module, name, p)]
-    if target == MATRICES_ONLY and not matrices:
-        raise ConfigError(f"{PLACE}.target {target}: it takes 2D weights, and this model has none; choose {REST}")
+    if target == MATRICES_ONLY:
+        groups = [part for group in groups for part in _rest_to_adamw(module, group)]
+        if not any(group.cls is cls and group.names for group in groups):
+            raise ConfigError(f"{PLACE}.target {target}: it takes 2D weights, and this model has none; choose {REST}")
+        # Moonlight's scaling (arXiv 2502.16982, eq. 4): a learning rate of AdamW then suits Muon too.
+        classes = {cls: {"adjust_lr_fn": "match_rms_adamw", **options}, torch.optim.AdamW: rest}
     built: list[Optimizer] = []
     for parameters, rate in named:
         optimizers: list[Optimizer] = []
-        for part, part_target, part_options, takes in _classes(cls, target, options, rest, module):
-            suffix = " (AdamW)" if part_target != target else ""  # names of groups are unique in Lightning's logs
-            chosen = [_param_group(group, parameters, rate, part_target, takes, suffix) for group in groups]
+        for part, part_options in classes.items():
+            chosen = [_param_group(group, parameters, rate) for group in groups if group.cls is part]
             chosen = [group for group in chosen if group["params"]]
             if chosen:
                 fast = {} if {"foreach", "fused"} & set(part_options) else _fast(part, device)
-                optimizers.append(_build(part, part_target, chosen, {"lr": rate, **fast, **part_options}))
+                optimizers.append(_build(part, _name_of(part), chosen, {"lr": rate, **fast, **part_options}))
         combined = optimizers[0] if len(optimizers) == 1 else JointOptimizer(optimizers)
         built.append(_guarded(combined, published))
     return built
 
 
-def _classes(
-    cls: type[Optimizer], target: str, options: Mapping[str, Any], rest: Mapping[str, Any], module: nn.Module
-) -> list[tuple[type[Optimizer], str, Mapping[str, Any], Callable[[str, Tensor], bool]]]:
-    """Return (class, its name, its options, which parameters it takes); Muon leaves the rest to AdamW."""
-    if target != MATRICES_ONLY:
-        return [(cls, target, options, lambda name, parameter: True)]
-
-    # Moonlight's scaling (arXiv 2502.16982, eq. 4): a learning rate of AdamW then suits Muon too.
-    muon = {"adjust_lr_fn": "match_rms_adamw", **options}
-    return [
-        (cls, target, muon, partial(_is_matrix, module)),
-        (torch.optim.AdamW, REST, rest, lambda name, parameter: not _is_matrix(module, name, parameter)),
-    ]
-
-
-def _param_group(
-    group: _Group,
-    parameters: Mapping[str, nn.Parameter],
-    rate: float,
-    target: str,
-    takes: Callable[[str, Tensor], bool],
-    suffix: str,
-) -> dict[str, Any]:
+def _param_group(group: _Group, parameters: Mapping[str, nn.Parameter], rate: float) -> dict[str, Any]:
     """Return a group of parameters in PyTorch's form; `optimizer` and `name` are kept in checkpoints."""
-    chosen = [parameters[name] for name in group.names if name in parameters and takes(name, parameters[name])]
-    described: dict[str, Any] = {"optimizer": target}
-    if group.name is not None:
-        described["name"] = f"{group.name}{suffix}"
+    chosen = [parameters[name] for name in group.names if name in parameters]
+    described = {"optimizer": _name_of(group.cls), **({} if group.name is None else {"name": group.name})}
     return {"params": chosen, "lr": group.lr_factor * rate, **described, **group.options}
 
 
@@ -134,7 +113,7 @@ def _groups(
 ) -> list[_Group]:
     """Return the groups of a config, in the published order of the parameters within each."""
     asked = bool(config.groups) or config.no_decay
-    groups = [_Group("default" if asked else None, 1.0, {}, [])]
+    groups = [_Group(cls, "default" if asked else None, 1.0, {}, [])]
     patterns: list[re.Pattern[str]] = []
     for place, section in enumerate(config.groups):
         where = f"{PLACE}.groups[{place}]"
@@ -149,7 +128,7 @@ def _groups(
         if isinstance(factor, bool) or not isinstance(factor, int | float) or not 0 < factor < math.inf:
             raise ConfigError(f"{where}.lr_factor {factor!r}: expected a number > 0")
         options = _options(cls, target, section.get("params") or {}, f"{where}.params")
-        groups.append(_Group(patterns[-1].pattern, float(factor), options, []))
+        groups.append(_Group(cls, patterns[-1].pattern, float(factor), options, []))
     for name in names:
         matching = (place for place, pattern in enumerate(patterns, 1) if pattern.search(name))
         groups[next(matching, 0)].names.append(name)
@@ -166,16 +145,23 @@ def _groups(
 def _without_decay(module: nn.Module, group: _Group) -> list[_Group]:
     """Split a group into the parameters with weight decay and those without."""
     parameters = dict(module.named_parameters(remove_duplicate=False))
-    free = {name for name in group.names if parameters[name].ndim < 2 or _is_embedding(module, name)}
-    without = _Group(f"{group.name}, no decay", group.lr_factor, {**group.options, "weight_decay": 0.0}, [])
-    kept = _Group(group.name, group.lr_factor, group.options, [])
-    for name in group.names:
-        (without if name in free else kept).names.append(name)
-    return [kept, without]
+    decayed = {name for name in group.names if parameters[name].ndim >= 2 and not _is_embedding(module, name)}
+    without = replace(group, name=f"{group.name}, no decay", options={**group.options, "weight_decay": 0.0})
+    return _split(group, decayed, without)
 
 
-def _is_matrix(module: nn.Module, name: str, parameter: Tensor) -> bool:
-    return parameter.ndim == 2 and not _is_embedding(module, name)
+def _rest_to_adamw(module: nn.Module, group: _Group) -> list[_Group]:
+    """Split a group into the matrices, for Muon, and the rest, for AdamW."""
+    parameters = dict(module.named_parameters(remove_duplicate=False))
+    matrices = {name for name in group.names if parameters[name].ndim == 2 and not _is_embedding(module, name)}
+    name = None if group.name is None else f"{group.name} (AdamW)"  # unique in Lightning's logs
+    return _split(group, matrices, replace(group, cls=torch.optim.AdamW, name=name))
+
+
+def _split(group: _Group, chosen: set[str], rest: _Group) -> list[_Group]:
+    """Return `group` with those of its names that are in `chosen`, and `rest` with the others, in their order."""
+    names = [name for name in group.names if name in chosen], [name for name in group.names if name not in chosen]
+    return [replace(group, names=names[0]), replace(rest, names=names[1])]
 
 
 def _is_embedding(module: nn.Module, name: str) -> bool:
