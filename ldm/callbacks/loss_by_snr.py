@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any, NamedTuple
 
@@ -94,10 +94,9 @@ class LossBySNR(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         assert isinstance(pl_module, DDPM)
-        size = pl_module.batch_size_of(batch)
-        if self._sums is None or dataloader_idx > 0 or not self._is_wanted(batch_idx, size):
+        counted = self._counted(batch_idx, pl_module.batch_size_of(batch))
+        if self._sums is None or dataloader_idx > 0 or counted is None:
             return
-        counted = self._counted(batch_idx, size)
         number = max(counted, 1)  # every rank calls the network: together, if it is sharded
         start, mask = time.monotonic(), pl_module.loss_options(batch).get("mask")
         context = trainer.precision_plugin.val_step_context()
@@ -116,20 +115,17 @@ class LossBySNR(pl.Callback):
         self._sums[-1] += counted
         self._seconds += time.monotonic() - start
 
-    def _is_wanted(self, batch_idx: int, batch_size: int) -> bool:
-        """Return whether any rank's batch has one of the first `samples` samples; the same on all ranks."""
-        samples = current_samples()
-        known = samples is not None and samples.places
-        return (samples.start if samples is not None and known else batch_idx * batch_size) < self.samples
+    def _counted(self, batch_idx: int, batch_size: int) -> int | None:
+        """Return how many of the batch's first samples are among the first `samples` of all ranks.
 
-    def _counted(self, batch_idx: int, batch_size: int) -> int:
-        """Return how many of the batch's first samples are among the first `samples` of all ranks."""
-        samples = current_samples()
-        if samples is None or not samples.places:
-            return min(max(self.samples - batch_idx * batch_size, 0), batch_size)
-        if samples.weight == 0:  # it only fills the last round
-            return 0
-        return sum(samples.start + place < self.samples for place in samples.places[:batch_size])
+        None, on all ranks, if no rank's batch has one of these.
+        """
+        samples, start = current_samples(), batch_idx * batch_size
+        places: Sequence[int] = range(batch_size)
+        if samples is not None and samples.places:
+            start = samples.start
+            places = samples.places[:batch_size] if samples.weight else ()  # it may only fill the last round
+        return None if start >= self.samples else sum(start + place < self.samples for place in places)
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self._sums is None:

@@ -44,7 +44,7 @@ class WeightsSource:
 
     @property
     def averaged(self) -> bool:
-        """True if the only weights are used as averages: no warning about missing ones."""
+        """True if the weights have no averages beside them, and none are expected: they are averages, or alone."""
         return False
 
     @property

@@ -43,7 +43,7 @@ COLUMNS = Columns()
 
 
 class Row(NamedTuple):
-    """A record of a table. `problem` says why it cannot be used; empty if it can."""
+    """The image and captions of a record in a table. `problem` says why it cannot be used; empty if it can."""
 
     line: int
     image: str

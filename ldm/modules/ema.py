@@ -15,6 +15,7 @@ from ldm.config.suggest import did_you_mean
 from ldm.config.types import NonNegativeInt, PositiveInt, Probability
 
 PUBLISHED_DECAY = 0.9999
+KINDS = ("decay", "sigma_rel")  # of averages, by the key that sets their width
 CHUNK = 64  # parameters per fused call: enough for speed, and temporaries are far smaller than the model
 
 
@@ -99,7 +100,7 @@ class LitEma(nn.Module):
 
     @torch.no_grad()
     def continue_with_own_settings(self) -> None:
-        """Continue averages of another run's file with this average's decay; their number of calls goes on."""
+        """Continue averages of another run's file with this average's decay; their number of calls is kept."""
         self.decay.fill_(self.configured_decay)
         if self.counts:
             self.num_updates.clamp_(min=0)
@@ -254,12 +255,10 @@ class EMAConfig:
     def __post_init__(self) -> None:
         names: list[str] = []
         for place, average in enumerate(self.averages):
-            where, kinds = f"ema_config.averages[{place}]", [key for key in ("decay", "sigma_rel") if key in average]
+            where, kinds = f"ema_config.averages[{place}]", [key for key in KINDS if key in average]
             for key in average:
-                if key not in ("decay", "sigma_rel", "warm_up"):
-                    raise ValueError(
-                        f"{where}.{key}: unknown key{did_you_mean(key, ('decay', 'sigma_rel', 'warm_up'))}"
-                    )
+                if key not in (*KINDS, "warm_up"):
+                    raise ValueError(f"{where}.{key}: unknown key{did_you_mean(key, (*KINDS, 'warm_up'))}")
             if len(kinds) != 1 or (kinds == ["sigma_rel"] and "warm_up" in average):
                 raise ValueError(
                     f"{where} {dict(average)}: expected {{decay: D}}, with or without warm_up, or {{sigma_rel: S}}"
@@ -288,16 +287,11 @@ class EMAConfig:
 
     def build(self, model: nn.Module) -> LitEma:
         """Return the first average of `model`, with the others as its `averages`."""
-        built = [self._average(model, average) for average in self.averages]
-        if len(built) > 1:
-            names = [
-                average_name(key, average[key])
-                for average in self.averages
-                for key in ("decay", "sigma_rel")
-                if key in average
-            ]
-            built[0].add_module("averages", nn.ModuleDict(dict(zip(names[1:], built[1:]))))
-        return built[0]
+        first, *others = (self._average(model, average) for average in self.averages)
+        if others:
+            names = [average_name(key, each[key]) for each in self.averages for key in KINDS if key in each]
+            first.add_module("averages", nn.ModuleDict(dict(zip(names[1:], others))))
+        return first
 
     def _average(self, model: nn.Module, average: Mapping[str, Any]) -> LitEma:
         on_cpu = self.device == "cpu"

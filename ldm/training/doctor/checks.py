@@ -363,7 +363,7 @@ def check_gradients(run: Examined) -> Iterator[Finding]:
     missing = run.footprint.without_gradient if run.footprint is not None else ()
     if not missing:
         return
-    text = f"a step reaches {len(missing)} trainable parameters not at all, the first is {missing[0]}"
+    text = f"a step does not reach {len(missing)} trainable parameters, the first is {missing[0]}"
     if run.ranks > 1 and run.strategy == "ddp" and run.model.automatic_optimization:
         yield problem(f"lightning.trainer.strategy ddp: {text}; set it to ddp_find_unused_parameters_true")
     else:
