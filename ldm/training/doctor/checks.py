@@ -230,14 +230,12 @@ def check_ema(run: Examined) -> Iterator[Finding]:
         if isinstance(average, PowerEma):  # spans a share of any run
             continue
         decay, warm_up = float(average.decay), average.warm_up and int(average.num_updates) >= 0
-        left = 0.0  # log of the share of the initial weights
-        for n in range(1, min(steps, 200_000) + 1):
-            step = min(decay, (1 + n) / (10 + n)) if warm_up else decay
-            left += math.log(step) if step else -math.inf
-        if math.exp(left) > 0.1:
+        calls = range(1, min(steps, 200_000) + 1)
+        left = math.prod(min(decay, (1 + n) / (10 + n)) if warm_up else decay for n in calls)
+        if left > 0.1:
             fitting = max(0.0, 1 - round(10 / steps, 6))
             setting, advice = _ema_setting(run, number, decay, fitting)
-            text = f"after {steps:,} steps {math.exp(left):.0%} of the average are still the initial weights"
+            text = f"after {steps:,} steps {left:.0%} of the average are still the initial weights"
             yield problem(f"{setting}: {text}; {advice}")
 
 
