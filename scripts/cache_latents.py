@@ -46,7 +46,7 @@ def parser() -> Parser:
     add("--seed", type=int, metavar="N", help=f"of crops and flips (default: lightning.seed, else {DEFAULT_SEED})")
     text = "let configs name classes of this package too; may be repeated"
     add("--allow-targets", action="append", default=[], metavar="PACKAGE", help=text)
-    text = "run the commands of shards that are named by one (pipe:aws s3 cp ... -)"
+    text = "allow shards that a command writes (pipe:aws s3 cp ... -), and run it"
     add("--allow-pipe", action="store_true", help=text)
     add("--debug", action="store_true", help="show the traceback of an error")
     return parser

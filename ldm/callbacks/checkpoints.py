@@ -178,12 +178,12 @@ class CheckpointPolicy(ModelCheckpoint):
     def save_last_state(self, trainer: pl.Trainer) -> Path:
         """Write `last.ckpt`, and `last-copy.ckpt` unless `copy_last` is false -> the path of the former."""
         self._write_last(trainer)
-        if self.copy_last and trainer.is_global_zero and not _is_sharded(trainer):
+        if self.copy_last and trainer.is_global_zero and not is_sharded(trainer):
             copy_file(self.last_path, self.copy_path)
         return self.last_path
 
     def _write_last(self, trainer: pl.Trainer) -> None:
-        if self.copy_last and trainer.is_global_zero and _is_sharded(trainer):
+        if self.copy_last and trainer.is_global_zero and is_sharded(trainer):
             copy_file(self.last_path, self.copy_path)
         self.last_model_path = str(self.last_path)
         self._write(trainer, self.last_path)
@@ -197,11 +197,11 @@ class CheckpointPolicy(ModelCheckpoint):
             self._write(trainer, Path(filepath))
             return
         self._write_last(trainer)
-        copies = not _is_sharded(trainer) or Path(filepath).parent == self.last_path.parent  # where its parts are
+        copies = not is_sharded(trainer) or Path(filepath).parent == self.last_path.parent  # where its parts are
         copied = copies and trainer.is_global_zero and copy_file(self.last_path, Path(filepath))
         if not trainer.strategy.broadcast(copied):
             self._write(trainer, Path(filepath))
-        if trainer.is_global_zero and not _is_sharded(trainer):
+        if trainer.is_global_zero and not is_sharded(trainer):
             self.copy_path.unlink(missing_ok=True)  # the best-of file is the second copy now
 
     def _write(self, trainer: pl.Trainer, path: Path) -> None:
@@ -213,7 +213,7 @@ class CheckpointPolicy(ModelCheckpoint):
         if path == self.last_path and callable(write_adapter_files):
             write_adapter_files(path.parent)
         seconds, step = time.monotonic() - start, trainer.global_step
-        parts = part_files(path) if _is_sharded(trainer) and path.is_file() else []
+        parts = part_files(path) if is_sharded(trainer) and path.is_file() else []
         size = sum(file.stat().st_size for file in (path, *parts)) / MIB if path.is_file() else None
         text = "a folder" if size is None else f"{size:.1f} MiB"
         logger.info("%-11s step %d -> %s (%s in %.1f s)", "checkpoint", step, shown_path(path), text, seconds)
@@ -266,8 +266,8 @@ def _relocated(state: dict[str, Any], folder: str) -> dict[str, Any]:
     return {**state, **single, "dirpath": folder, "best_k_models": best, "replaced": replaced}
 
 
-def _is_sharded(trainer: pl.Trainer) -> bool:
-    """True if checkpoints are indices, whose parts never change and may belong to several of them."""
+def is_sharded(trainer: pl.Trainer) -> bool:
+    """True if the ranks share the weights; then checkpoints are indices, whose parts never change and may be common."""
     return isinstance(trainer.lightning_module, FSDPModule)
 
 
@@ -307,7 +307,7 @@ class CrashCheckpoint(pl.Callback):
         no_crash = isinstance(exception, ConfigError | Stopped | KeyboardInterrupt | SystemExit)
         if no_crash or not self.started or getattr(trainer, "fast_dev_run", False):
             return
-        if _is_sharded(trainer):
+        if is_sharded(trainer):
             logger.error("%-11s a sharded state at an error cannot be saved; last.ckpt is intact", "checkpoint")
             return
         try:

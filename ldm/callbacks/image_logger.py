@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from ldm.atomic import save_bytes
+from ldm.callbacks.checkpoints import is_sharded
 from ldm.callbacks.signals import SignalCallback
 from ldm.config.instantiate import ConfigError
 from ldm.config.types import NonNegativeInt
@@ -206,15 +207,15 @@ def training_step_index(trainer: pl.Trainer, pl_module: pl.LightningModule) -> i
 
 def _takes_part(trainer: pl.Trainer) -> bool:
     """True on the first rank, which writes the images, and on all ranks if networks compute on all of them together."""
-    return trainer.is_global_zero or isinstance(trainer.lightning_module, FSDPModule)
+    return trainer.is_global_zero or is_sharded(trainer)
 
 
 def _cut_short_by_signals(trainer: pl.Trainer) -> AbstractContextManager[None]:
     callbacks: list[pl.Callback] = getattr(trainer, "callbacks", [])  # Lightning does not declare it
     signals = next((each for each in callbacks if isinstance(each, SignalCallback)), None)
-    # The ranks of a sharded model would stop at different calls and wait for each other.
-    alone = not isinstance(trainer.lightning_module, FSDPModule)
-    return signals.cutting_short() if signals is not None and alone else nullcontext()
+    if signals is None or is_sharded(trainer):  # its ranks would stop at different calls and wait for each other
+        return nullcontext()
+    return signals.cutting_short()
 
 
 @contextmanager

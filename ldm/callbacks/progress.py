@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from tqdm import tqdm
 
+from ldm.callbacks.checkpoints import MIB
 from ldm.models.optimizers import arguments_of, class_names
 from ldm.modules.ema import PowerEma
 
@@ -29,7 +30,6 @@ logger = logging.getLogger(__name__)
 
 SECONDS_BETWEEN_LINES = 15.0
 RATE_SECONDS = 300.0  # over which the rate behind the time left is averaged
-MIB = 2**20
 
 
 class ProgressBar(pl.Callback):

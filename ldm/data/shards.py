@@ -44,7 +44,7 @@ _pipes_allowed = False
 
 
 def allow_pipes() -> None:
-    """Allow shards that are named by a command, `pipe:...`; a config cannot: it must not run commands."""
+    """Allow `pipe:COMMAND` as a shard, and run the command. A config cannot allow it: it must not run commands."""
     global _pipes_allowed
     _pipes_allowed = True
 

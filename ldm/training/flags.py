@@ -98,7 +98,7 @@ def _parser() -> Parser:
     add("--strict-data", **boolean, help="refuse to resume if the files, captions or classes of a dataset changed")
     text = "let configs name classes of this package too; may be repeated"
     add("--allow-targets", action="append", metavar="PACKAGE", help=text)
-    text = "run the commands of shards that are named by one (pipe:aws s3 cp ... -)"
+    text = "allow shards that a command writes (pipe:aws s3 cp ... -), and run it"
     add("--allow-pipe", **boolean, help=text)
 
     texts = argument_help(TRAINER)
