@@ -238,9 +238,8 @@ class ImageDataset(Dataset):
         if self.buckets is None:
             return {}
         left, top, right, bottom = view.box
-        left = view.scaled[0] - right if view.mirrored else left
-        pairs = {"original_size": image.size[::-1], "crop_top_left": (top, left)}
-        pairs["target_size"] = (bottom - top, right - view.box[0])
+        corner = top, view.scaled[0] - right if view.mirrored else left
+        pairs = {"original_size": image.size[::-1], "crop_top_left": corner, "target_size": (bottom - top, right - left)}
         return {name: np.array(pair) for name, pair in pairs.items()}
 
     def _view(self, image: Image.Image, index: int) -> View:
