@@ -17,9 +17,9 @@ from ldm.training.flags import DEFAULT_SEED, RunOptions
 def resolve_seed(flag: int | None, lightning: Mapping[str, Any]) -> int:
     """Return the seed of a flag, else of the section `lightning`, else DEFAULT_SEED. Raises ConfigError."""
     seed = next(value for value in (flag, lightning.get("seed"), DEFAULT_SEED) if value is not None)
-    if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 1 << 63:
+    if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 1 << 32:  # NumPy's limit
         place = "lightning.seed" if flag is None else "--seed"
-        raise ConfigError(f"{place} {seed!r}: expected an integer from 0 to 2^63 - 1")
+        raise ConfigError(f"{place} {seed!r}: expected an integer from 0 to 4294967295")
     return seed
 
 

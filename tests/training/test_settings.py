@@ -46,6 +46,8 @@ def test_seed_comes_from_the_flag_then_the_yaml_then_is_23():
     assert resolve_settings(RunOptions(), OmegaConf.create({})).seed == 23
     assert resolve_settings(RunOptions(), OmegaConf.create({"seed": 4})).seed == 4
     assert resolve_settings(RunOptions(seed=0), OmegaConf.create({"seed": 4})).lightning.seed == 0
+    with pytest.raises(ConfigError, match="--seed 4294967296: expected an integer from 0 to 4294967295"):
+        resolve_settings(RunOptions(seed=1 << 32), OmegaConf.create({}))
 
 
 def test_trainer_settings_are_converted_whether_they_come_from_flags_or_from_a_yaml():
