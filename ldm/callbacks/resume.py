@@ -16,7 +16,8 @@ class ExactResume(pl.Callback):
     """Let a run stop and resume at any step, any number of times.
 
     Lightning skips the validation and the end of the epoch (its hooks, its best checkpoint) that were due after the
-    step of a checkpoint, and takes a finished epoch for an unfinished one under `max_steps`. Here a state saved before
+    step of a checkpoint, takes a finished epoch for an unfinished one under `max_steps`, and one that `max_steps` cut
+    short for a finished one. Here a state saved before
     or within a validation is written as one whose validation has just begun, which Lightning's loops then repeat, and
     a state saved at the last batch of an epoch as one whose epoch has still to end. Checkpoints also hold the metrics
     of the last validation, for callbacks that look at them later.
@@ -61,7 +62,14 @@ class ExactResume(pl.Callback):
         if trainer.state.fn != "fit" or "loops" not in checkpoint:
             return
         loop = trainer.fit_loop.epoch_loop
-        progress: Any = loop.batch_progress  # Lightning annotates only some of the counters
+        epochs: Any = trainer.fit_loop.epoch_progress.current  # Lightning annotates only some of the counters
+        if (
+            epochs.ready == epochs.processed
+            and loop.batch_progress.current.ready
+            and not loop._num_ready_batches_reached()
+        ):
+            _reopen_epoch(checkpoint)
+        progress: Any = loop.batch_progress
         batch = progress.current
         at_batch_end = self._in_step and batch.ready == batch.processed == batch.completed + 1
         fetcher = trainer.fit_loop._data_fetcher
@@ -87,6 +95,13 @@ class ExactResume(pl.Callback):
             saved.update(total=dict(begun), current=dict(begun), is_last_batch=False)
         elif not loop._should_accumulate():
             state["epoch_loop.state_dict"]["_batches_that_stepped"] += 1
+
+
+def _reopen_epoch(checkpoint: dict[str, Any]) -> None:
+    """Write an epoch that `max_steps` cut short, which Lightning counts as finished, as one that goes on."""
+    for counts in checkpoint["loops"]["fit_loop"]["epoch_progress"].values():
+        counts["processed"] = counts["completed"] = counts["ready"] - 1
+    checkpoint["epoch"] = checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"]
 
 
 class _ExactFitLoop(_FitLoop):

@@ -57,6 +57,30 @@ def test_a_validation_that_was_due_or_unfinished_is_run_after_resume_and_only_th
     assert seen == [place for place in whole if place[0] >= int(name[-1])]
 
 
+@pytest.mark.parametrize("moment", ["on_train_epoch_end", "on_train_end"])
+def test_an_epoch_that_max_steps_cut_short_goes_on_after_resume(tmp_path, moment):
+    seen = []
+
+    class Seen(Toy):
+        def training_step(self, batch, batch_idx):
+            seen.append((self.global_step, self.current_epoch, batch_idx))
+            return super().training_step(batch, batch_idx)
+
+    class AtEnd(pl.Callback):
+        pass
+
+    setattr(AtEnd, moment, lambda self, trainer, module: trainer.save_checkpoint(tmp_path / "end.ckpt"))
+    fit(tmp_path, [ExactResume()], Seen(), batches=4, max_epochs=3)
+    whole = list(seen)
+    for steps in (6, 8, 9):  # within an epoch, at its end, after its first step
+        seen.clear()
+        fit(tmp_path, [ExactResume(), AtEnd()], Seen(), batches=4, max_epochs=-1, max_steps=steps)
+        if steps % 4:
+            assert torch.load(tmp_path / "end.ckpt", weights_only=True)["epoch"] == steps // 4
+        fit(tmp_path, [ExactResume()], Seen(), batches=4, max_epochs=3, checkpoint=tmp_path / "end.ckpt")
+        assert seen == whole
+
+
 def test_the_metrics_of_the_last_validation_are_restored(tmp_path):
     found = {}
 
