@@ -67,6 +67,17 @@ class Launch:
 
 
 _NO_ID = "torchrun without an id"
+# Variables by which Lightning finds the other nodes: torchrun, SLURM, MPI, LSF, Kubeflow, or set by hand.
+_NODES = ("TORCHELASTIC_RUN_ID", "SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "LSB_JOBID", "MASTER_ADDR")
+
+
+def check_nodes(count: int) -> None:
+    """Raise ConfigError for several nodes without a launcher: the process would wait for the others for ever."""
+    if count > 1 and not any(name in os.environ for name in _NODES):
+        raise ConfigError(
+            f"--num_nodes {count}: start the command on every node by torchrun or srun, as docs/scale.md shows; or set "
+            "MASTER_ADDR, MASTER_PORT and NODE_RANK on each"
+        )
 
 
 def _jobs() -> dict[str, int]:
@@ -96,7 +107,7 @@ def _start_time(process: int) -> str:
 
 @contextmanager
 def hold(directory: RunDirectory, launch: Launch | None) -> Iterator[RunDirectory]:
-    """Create and lock the directory of a run; remove it again if nothing was written.
+    """Create and lock the directory of a run; remove it again if nothing was written, or after a ConfigError only configs.
 
     A new directory gets another name if one of this name was created in the meantime. The lock ends with the process.
     launch: saved in a new directory; None neither creates nor locks. Raises ConfigError if another process holds it.
@@ -115,13 +126,18 @@ def hold(directory: RunDirectory, launch: Launch | None) -> Iterator[RunDirector
     with _locked(directory.path / ".lock", directory.path):
         if not directory.resumed:
             launch.save(directory)
+        refused = False
         try:
             yield directory
+        except Exception as error:
+            refused = any(isinstance(each, ConfigError) for each in (error, error.__cause__))
+            raise
         finally:
             own = {directory.path / ".lock", directory.configs / Launch.FILE}
-            files = {path for path in directory.path.rglob("*") if path.is_file()}
             # TensorBoard's writer creates its file when it is built, before the model is checked.
-            if not directory.resumed and all(path in own or path.parent.name == "tensorboard" for path in files):
+            folders = {"tensorboard", *(["configs"] if refused else [])}
+            files = (path for path in directory.path.rglob("*") if path.is_file())
+            if not directory.resumed and all(path in own or path.parent.name in folders for path in files):
                 shutil.rmtree(directory.path, ignore_errors=True)
 
 

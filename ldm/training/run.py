@@ -38,6 +38,7 @@ from ldm.paths import expand_user, shown_path
 from ldm.training.class_images import generate_class_images
 from ldm.training.devices import Machine, choose_devices, keep_freed_memory
 from ldm.training.flags import RunOptions
+from ldm.training.launch import check_nodes
 from ldm.training.report import TrainingFailed, is_main_process
 from ldm.training.run_directory import RunDirectory
 from ldm.training.settings import RunSettings, check_batches, learning_rate
@@ -51,6 +52,7 @@ SMALL_RESOLUTION = 64  # pixels; the recipe to continue with is the small one up
 def execute(options: RunOptions, directory: RunDirectory, config: DictConfig, settings: RunSettings) -> int:
     """Build data, model and Trainer, train if `options.train`, evaluate the test set if any; return the exit code."""
     directory = replace(directory, checkpoint=_checkpoint(directory, settings))
+    check_nodes(settings.num_nodes)
     devices = choose_devices(settings.devices, this_machine(), settings.devices_where)
     if devices.accelerator == "cpu":
         keep_freed_memory()

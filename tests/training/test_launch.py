@@ -9,7 +9,7 @@ import pytest
 
 from ldm.config.instantiate import ConfigError
 from ldm.training.flags import RunOptions
-from ldm.training.launch import Launch, hold
+from ldm.training.launch import _NODES, Launch, check_nodes, hold
 from ldm.training.run_directory import RunDirectory, new_run
 
 ROOT = Path(__file__).parents[2]
@@ -55,6 +55,24 @@ def test_a_new_directory_in_which_nothing_was_written_is_removed(tmp_path):
     with hold(held, Launch([])):
         (held.path / "metrics.csv").touch()
     assert held.path.exists()
+
+
+@pytest.mark.parametrize("error", [ConfigError("a"), RuntimeError("b")])
+def test_a_refused_run_leaves_no_directory_for_its_configs(tmp_path, error):
+    with pytest.raises(type(error)), hold(RunDirectory(tmp_path / "logs" / "T", "T"), Launch([])) as held:
+        (held.configs / "T-project.yaml").touch()
+        raise error
+    assert held.path.exists() is isinstance(error, RuntimeError)
+
+
+def test_several_nodes_need_a_launcher(monkeypatch):
+    for name in _NODES:
+        monkeypatch.delenv(name, raising=False)
+    check_nodes(1)
+    with pytest.raises(ConfigError, match="--num_nodes 2: start the command on every node by torchrun or srun"):
+        check_nodes(2)
+    monkeypatch.setenv("MASTER_ADDR", "10.0.0.1")
+    check_nodes(2)
 
 
 TORCHRUN = {"TORCHELASTIC_RUN_ID": "job", "TORCHELASTIC_RESTART_COUNT": "0"}
