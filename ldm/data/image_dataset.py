@@ -239,7 +239,8 @@ class ImageDataset(Dataset):
             return {}
         left, top, right, bottom = view.box
         corner = top, view.scaled[0] - right if view.mirrored else left
-        pairs = {"original_size": image.size[::-1], "crop_top_left": corner, "target_size": (bottom - top, right - left)}
+        size = bottom - top, right - left
+        pairs = {"original_size": image.size[::-1], "crop_top_left": corner, "target_size": size}
         return {name: np.array(pair) for name, pair in pairs.items()}
 
     def _view(self, image: Image.Image, index: int) -> View:

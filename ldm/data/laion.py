@@ -23,7 +23,6 @@ from ldm.data.superres import degrade
 from ldm.data.webdataset import ImageShards
 
 _TARGET = f"{__name__}.PublishedShards"
-_PILLOW = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic", 4: "box", 5: "hamming"}  # its numbers of filters
 
 
 @dataclass(frozen=True)
@@ -179,7 +178,7 @@ class AddLR:
 
 @dataclass
 class Resize:
-    """Scale the shorter side to `size`, or to (height, width). interpolation: a number of Pillow's filters."""
+    """Scale the shorter side to `size`, or to (height, width). interpolation: of Image.Resampling."""
 
     size: Size
     interpolation: Annotated[int, "[0, 5]"] = 2
@@ -190,7 +189,7 @@ class Resize:
             target = max(self.size, round(image.width * scale)), max(self.size, round(image.height * scale))
         else:
             target = self.size[1], self.size[0]
-        return image.resize(target, Image.Resampling[_PILLOW[self.interpolation].upper()])
+        return image.resize(target, Image.Resampling(self.interpolation))
 
 
 @dataclass

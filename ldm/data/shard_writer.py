@@ -26,7 +26,7 @@ from tqdm import tqdm
 from ldm.atomic import atomic_file, save_text
 from ldm.data.captions import Row
 from ldm.data.folder import ImageFolder, Item
-from ldm.data.image import BadImageError, cover, load_image
+from ldm.data.image import RESAMPLING, BadImageError, cover, load_image
 from ldm.data.image_dataset import digest
 from ldm.data.shards import Store, build_indices
 
@@ -177,7 +177,7 @@ def _sample(selection: Selection, layout: Layout, index: int, key: str) -> tuple
         if max(scaled) > MAX_JPEG_SIDE:
             reason = f"{scaled[0]}x{scaled[1]} pixels once scaled, a JPEG has at most {MAX_JPEG_SIDE:,}"
             raise BadImageError(path, reason)
-        image = image.resize(scaled, 1)  # Lanczos
+        image = image.resize(scaled, RESAMPLING["lanczos"])
         image.save(file, "JPEG", quality=layout.quality)
         content, suffix = file.getvalue(), "jpg"
     fields |= {"width": image.width, "height": image.height}

@@ -161,7 +161,7 @@ class FSDPStrategy(strategies.DDPStrategy):
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         for optimizer, saved in zip(self.optimizers, checkpoint["optimizer_states"]):
             parameters = dict(enumerate(each for group in optimizer.param_groups for each in group["params"]))
-            state = {  # of more parameters than there are now: the optimizer refuses it
+            state = {  # one of more parameters than there are stays so: the optimizer refuses it
                 number: {name: _like(value, parameters.get(number)) for name, value in entries.items()}
                 for number, entries in saved["state"].items()
             }
