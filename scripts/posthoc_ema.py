@@ -17,7 +17,7 @@ from ldm.inference.runs import find_run
 def parser() -> Parser:
     text = (
         "Combine the EMA snapshots of a run (model.params.ema_config.snapshot_every) into weights averaged with another"
-        " width. The files open in every script with --ckpt. Existing files are never overwritten."
+        " width. The files open in every script with --ckpt. Existing files of the same run, step and width are kept."
     )
     parser = Parser(prog="posthoc_ema.py", description=text)
     add = parser.add_argument
@@ -44,16 +44,14 @@ def main(argv: Sequence[str]) -> None:
     if len(set(targets.values())) < len(targets):
         widths = " ".join(map(str, opt.sigma_rel))
         raise ValueError(f"--sigma-rel {widths}: two of them agree to 6 digits and would be one file; remove one")
-    for path in targets.values():
-        if path.exists():
-            raise ValueError(f"{path}: already exists; choose another --out or remove it first")
     every = value_at(read_config(run.configs), "model", "params", "ema_config", "every") or 1
     # Imported here because they bring torch, which --help does not need.
     from ldm.checkpoint.snapshots import SNAPSHOTS
     from ldm.convert.posthoc_ema import reconstruct
 
     for done in reconstruct(run.folder / SNAPSHOTS, run.ckpt, targets, opt.until, every):
-        print(f"{done.path}  sigma_rel {done.sigma_rel:g}, relative error of the profile {done.error:.1e}")
+        kept = ", kept as it was" if done.kept else ""
+        print(f"{done.path}  sigma_rel {done.sigma_rel:g}, relative error of the profile {done.error:.1e}{kept}")
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import numpy as np
 from torch import Tensor
 
 from ldm.checkpoint import open_weights, write_weights
-from ldm.checkpoint.formats import CheckpointError
+from ldm.checkpoint.formats import CheckpointError, read_metadata
 from ldm.checkpoint.names import EMA, use_ema_weights
 from ldm.checkpoint.snapshots import Profile, Snapshot, find_snapshots
 from ldm.checkpoint.source import base_of
@@ -23,11 +23,12 @@ FAR = 0.1  # a relative error of the profile beyond which the average has not th
 
 
 class Reconstructed(NamedTuple):
-    """A written average. error: relative L2 distance of its profile over training from the one asked for."""
+    """A file of an average. error: relative L2 distance of its profile over training from the one asked for."""
 
     sigma_rel: float
     path: Path
     error: float
+    kept: bool  # it existed, of the same run, step and width
 
 
 class _Source(NamedTuple):
@@ -41,12 +42,12 @@ class _Source(NamedTuple):
 def reconstruct(
     folder: Path, ckpt: Path, targets: Mapping[float, Path], until: int | None = None, every: int = 1
 ) -> list[Reconstructed]:
-    """Write weights averaged with each width: {sigma_rel: file}; the files must not exist.
+    """Write weights averaged with each width: {sigma_rel: file}; a file of the same run, step and width is kept.
 
     folder: of the snapshots. ckpt: the run's checkpoint, which gives all other weights, and its own averages if they
     are newer than the snapshots. until: the average ends at the last snapshot up to this optimizer step. every: of the
     section ema_config.
-    Raises CheckpointError without snapshots, ValueError for a width out of range.
+    Raises CheckpointError without snapshots, ValueError for a width out of range and for a file of anything else.
     """
     for sigma_rel in targets:
         power_gamma(sigma_rel)  # raises before anything is read
@@ -69,19 +70,34 @@ def reconstruct(
         sources += own
     wanted = [Profile(sigma_rel, end) for sigma_rel in targets]
     factors, errors = combinations([source.profile for source in sources], wanted)
+    step, run = max((each.step for each in snapshots), default=0), folder.resolve().parent.name
+    metadata = [
+        {"average": f"sigma_rel {each.sigma_rel:g}", "step": str(step), "end": str(end), "run": run} for each in wanted
+    ]
+    kept = [_exists(path, own) for path, own in zip(targets.values(), metadata)]
+    missing = [number for number, each in enumerate(kept) if not each]
     sums: list[dict[str, Tensor]] = [{} for _ in targets]
     cached: tuple[Snapshot | None, dict[str, Tensor]] = (None, weights)
-    for source, row in zip(sources, factors):
+    for source, row in zip(sources if missing else (), factors):
         if source.snapshot is not cached[0]:
             cached = (source.snapshot, weights if source.snapshot is None else source.snapshot.tensors())
         for name, value in _shadows(cached[1], source.prefix).items():
-            for total, factor in zip(sums, row):
+            for number in missing:
+                total, factor = sums[number], row[number]
                 total[name] = total[name].add(value.float(), alpha=factor) if name in total else value.float() * factor
-    step = max((each.step for each in snapshots), default=0)
-    return [
-        _write(weights, total, sigma_rel, path, step, float(error))
-        for (sigma_rel, path), total, error in zip(targets.items(), sums, errors)
-    ]
+    paths = list(targets.values())
+    for number in missing:
+        _write(weights, sums[number], paths[number], metadata[number], float(errors[number]))
+    return [Reconstructed(*each) for each in zip(targets, paths, map(float, errors), kept)]
+
+
+def _exists(path: Path, metadata: Mapping[str, str]) -> bool:
+    """True if `path` is the file that would be written, False if there is none; ValueError for another one."""
+    if not path.exists():
+        return False
+    if read_metadata(path) != metadata:
+        raise ValueError(f"{path}: exists, of another run, step or width; choose another --out or remove it first")
+    return True
 
 
 def combinations(profiles: Sequence[Profile], targets: Sequence[Profile]) -> tuple[np.ndarray, np.ndarray]:
@@ -130,19 +146,17 @@ def _shadows(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 
 def _write(
-    weights: Mapping[str, Tensor], average: Mapping[str, Tensor], sigma_rel: float, path: Path, step: int, error: float
-) -> Reconstructed:
+    weights: Mapping[str, Tensor], average: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str], error: float
+) -> None:
     kept = {name: value for name, value in weights.items() if not name.startswith(EMA)}
     if error > FAR:
-        text = "sigma_rel %g: the nearest profile has a relative error of %.2g; more or later snapshots are needed"
-        logger.warning(text, sigma_rel, error)
+        text = "%s: the nearest profile has a relative error of %.2g; more or later snapshots are needed"
+        logger.warning(text, metadata["average"], error)
     chosen, taken = use_ema_weights({**kept, **{f"{EMA}{name}": value for name, value in average.items()}})
     if taken != len(average):
         raise CheckpointError(f"{len(average) - taken} averaged parameters of the snapshots are not in the checkpoint")
-    metadata = {"average": f"sigma_rel {sigma_rel:g}", "step": str(step)}
     write_weights(
         {name: value.to(weights[name].dtype) if name in weights else value for name, value in chosen.items()},
         path,
         metadata,
     )
-    return Reconstructed(sigma_rel, path, error)

@@ -56,7 +56,20 @@ def test_an_average_may_end_before_the_training_does(training, tmp_path):
     (done,) = reconstruct(folder, ckpt, {0.1: tmp_path / "a.safetensors"}, until=155)
     expected = read_weights(folder / "step=000000150.safetensors")["sigma_rel_0_1.weight"]
     assert rel_error(read_weights(done.path)["model.weight"], expected) < 1e-3
-    assert read_metadata(done.path) == {"average": "sigma_rel 0.1", "step": "150"}
+    expected = {"average": "sigma_rel 0.1", "step": "150", "end": "150", "run": folder.parent.name}
+    assert read_metadata(done.path) == expected
+
+
+def test_a_file_of_the_same_run_step_and_width_is_kept_and_any_other_refused(training, tmp_path):
+    folder, ckpt, _ = training
+    a, b = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
+    reconstruct(folder, ckpt, {0.1: a}, until=150)
+    before = a.stat().st_mtime_ns
+    done = reconstruct(folder, ckpt, {0.1: a, 0.2: b}, until=150)
+    assert [each.kept for each in done] == [True, False] and a.stat().st_mtime_ns == before and b.exists()
+    for width, until in ((0.1, 140), (0.15, 150)):
+        with pytest.raises(ValueError, match=r"a.safetensors: exists, of another run, step or width"):
+            reconstruct(folder, ckpt, {width: a}, until=until)
 
 
 def test_a_profile_far_from_the_one_asked_for_is_a_warning(training, tmp_path, caplog):
