@@ -127,9 +127,19 @@ def _check_plan(path: Path, plan: Mapping[str, Any]) -> None:
     if before is None and (others := sorted(path.parent.glob("*.tar"))):
         raise ValueError(f"{path.parent} holds {others[0].name}, but no {PLAN}: choose another folder")
     if before is not None and before != plan:
-        changed = ", ".join(key for key in plan if before.get(key) != plan[key])
-        raise ValueError(f"{path.parent} holds shards with other {changed}: choose another folder, or remove it first")
+        changed = "; ".join(_change(key, before.get(key), plan[key]) for key in plan if before.get(key) != plan[key])
+        raise ValueError(f"{path.parent} holds other shards ({changed}): choose another folder, or remove it first")
     save_text(path, json.dumps({"plan": plan}, indent=2) + "\n")
+
+
+_FLAGS = {"samples": "--samples", "size": "--size", "quality": "--quality", "min_size": "--min_size"}
+
+
+def _change(key: str, before: object, now: object) -> str:
+    """Return what differs between two plans; most values are hashes, and are not shown."""
+    if key in _FLAGS:
+        return f"{_FLAGS[key]} {before} there, {now} here"
+    return {"images": f"{before} images there, {now} here", "shuffled": "--keep_order"}.get(key, f"another {key}")
 
 
 def _write(

@@ -65,6 +65,7 @@ DTYPES = {"float16": torch.float16, "float32": torch.float32}
 DATA_CONFIG = "data.yaml"  # in the cache: replaces the datasets of the config
 SHARD, TEXT_SHARD = 1024, 1024  # samples and captions in a file
 _SMALL = 64  # numbers in an array that is kept with a sample
+_FLAGS = ("variants", "seed", "dtype")  # entries of an index that are named as their flags are
 _CONTENT = "content"  # in the metadata of a file: a hash of what was encoded
 
 
@@ -305,7 +306,7 @@ def _cache_split(
     contents = _contents(dataset, index)
     pending = {number: each for number, each in enumerate(contents) if _content_of(_file(folder, number)) != each}
     if before is not None:
-        _compare(before, index, bool(pending), f"--out {options.out}: {folder} is of another cache")
+        _compare(before, index, bool(pending), f"--out {options.out}: {folder} is another cache")
     if before is not None and before["complete"]:
         texts = [_file(folder, number, "text-") for number in range(-(-before["captions"] // before["text_shard"]))]
         missing = len(pending) + sum(_content_of(file) is None for file in texts)
@@ -330,7 +331,8 @@ def _compare(before: CacheIndex, now: CacheIndex, pending: bool, where: str) -> 
         section, _, key = name.partition(".")
         if section in ("complete", "captions") or (pending and _is_content(section, key)):
             continue
-        problem = f"its {name} is {old!r:.100}, now {new!r:.100}"
+        flag = f"--{name}" if name in _FLAGS else name
+        problem = f"{flag} {old!r:.100} there, {new!r:.100} here"
         if section == "fingerprint":  # of hashes
             problem = f"the {key} of its dataset have changed"
         raise ConfigError(f"{where}, {problem}; delete it or choose another folder")

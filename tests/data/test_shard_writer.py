@@ -96,21 +96,23 @@ def test_a_killed_run_continues_and_ends_with_the_same_bytes(folder, tmp_path, m
 
 def test_another_selection_or_layout_does_not_mix_with_existing_shards(folder, tmp_path):
     write_shards(selection(folder), tmp_path / "out", Layout(samples=5), workers=1)
-    with pytest.raises(ValueError, match=r"holds shards with other samples: choose another folder"):
+    with pytest.raises(ValueError, match=r"holds other shards \(--samples 5 there, 4 here\): choose another folder"):
         write_shards(selection(folder), tmp_path / "out", Layout(samples=4), workers=1)
-    with pytest.raises(ValueError, match=r"holds shards with other min_size: choose another folder"):
+    with pytest.raises(ValueError, match=r"holds other shards \(--min_size 2 there, 9 here\): choose another folder"):
         write_shards(selection(folder, min_size=9), tmp_path / "out", Layout(samples=5), workers=1)
     table = folder / "captions.csv"
     text = table.read_text()
     table.write_text(text.replace(",n5,", ",other,"))
-    with pytest.raises(ValueError, match=r"holds shards with other fields: choose another folder"):
+    with pytest.raises(ValueError, match=r"holds other shards \(another fields\): choose another folder"):
         write_shards(selection(folder), tmp_path / "out", Layout(samples=5), workers=1)
     table.write_text(text)
     save_image(folder / "9.png", 9, 20, 20)
-    with pytest.raises(ValueError, match=r"holds shards with other content: choose another folder"):
+    with pytest.raises(ValueError, match=r"holds other shards \(another content\): choose another folder"):
         write_shards(selection(folder), tmp_path / "out", Layout(samples=5), workers=1)
     (folder / "9.png").unlink()
-    with pytest.raises(ValueError, match=r"holds shards with other images, files, labels"):
+    with pytest.raises(
+        ValueError, match=r"holds other shards \(\d+ images there, \d+ here; another files; another labels"
+    ):
         write_shards(selection(folder), tmp_path / "out", Layout(samples=5), workers=1)
     (tmp_path / "out/shards.json").unlink()
     with pytest.raises(ValueError, match=r"holds 00000.tar, but no shards.json"):

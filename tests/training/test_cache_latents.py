@@ -233,8 +233,8 @@ def test_a_dataset_that_was_edited_after_it_was_cached_is_reported(here, caplog)
 
 
 def test_another_command_for_the_same_folder_is_refused_by_name(here, tmp_path):
-    assert "its variants is 2, now 1; delete it or choose another folder" in refusal()
-    assert "its dataset.params.size is 8, now 16;" in refusal(
+    assert "is another cache, --variants 2 there, 1 here; delete it or choose another folder" in refusal()
+    assert "dataset.params.size 8 there, 16 here;" in refusal(
         "--variants", "2", "data.params.train.params.size=16", "model.params.image_size=8"
     )
     state = read_checkpoint("tiny.ckpt")["state_dict"]
@@ -266,7 +266,7 @@ def test_an_interrupted_cache_is_refused_and_continues_to_the_same_files(here, t
         CachedLatents(tmp_path / "stopped" / "train")
     monkeypatch.undo()
     monkeypatch.chdir(here)
-    with pytest.raises(ValueError, match="its precision is 'float32', now 'bfloat16'"):
+    with pytest.raises(ValueError, match="precision 'float32' there, 'bfloat16' here"):
         build(tmp_path / "stopped", precision="bf16")
     build(tmp_path / "stopped")
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
