@@ -262,9 +262,11 @@ def check_keys(node: Iterable[Any], accepted: Collection[str], target: str, path
     known = (*_NODE_KEYS, "weight") if path.endswith("]") else _NODE_KEYS  # the weight of a dataset in a mixture's list
     unknown = [str(key) for key in node if key not in known]
     for key in unknown:
-        if key in accepted or closest(key, known, cutoff=0.7):
-            place = join_path(path, key)
-            raise ConfigError(f"{place}: unknown key next to target; arguments of {target} go under {params}")
+        near = closest(key, known, cutoff=0.7)
+        if key in accepted or near:
+            meant = key not in accepted and near != "params"
+            advice = f"did you mean {near!r}?" if meant else f"arguments of {target} go under {params}"
+            raise ConfigError(f"{join_path(path, key)}: unknown key next to target; {advice}")
     log_unused(path or "config", unknown)
 
 

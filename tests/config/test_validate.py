@@ -61,6 +61,10 @@ ROOT = Path(__file__).parents[2]
             {"lightning": {"callbacks": {"mine": {"target": "main.ImageLoger"}}}},
             r"mine.target: .* \(did you mean main.ImageLogger\?\)",
         ),
+        (
+            {"model": {"params": {"at": [{"target": "tests.toys.Toy", "wieght": 2}]}}},
+            r"model.params.at\[0\].wieght: unknown key next to target; did you mean 'weight'\?",
+        ),
         ({"model": {"params": {"at": [{"target": "builtins.eval"}]}}}, r"model.params.at\[0\].target: .*not allowed"),
     ],
 )
