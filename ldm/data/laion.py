@@ -62,9 +62,9 @@ class WebDataModuleFromConfig(DataModuleFromConfig):
 
     tar_base: folder or URL of the shards; null if their names are whole. batch_size: samples per batch and rank.
     train, validation, test: see Split.
-    min_size: lower limit of original_width and original_height in the JSON. max_pwatermark, p_unsafe_threshold: upper
-    limits of its `pwatermark` (1 and above: no limit) and `punsafe`. Samples without such a field, without image or
-    caption, and damaged ones are left out.
+    min_size: lower limit of original_width and original_height in the JSON, else of the image. max_pwatermark,
+    p_unsafe_threshold: upper limits of its `pwatermark` (1 and above: no limit) and `punsafe`. Samples without such a
+    field, without image or caption, and damaged ones are left out.
     multinode: published, without effect: ranks of all machines always share the shards.
     cache, cache_gb: as in ImageShards.
     """

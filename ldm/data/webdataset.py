@@ -37,6 +37,7 @@ logger = logging.getLogger(__name__)
 
 _JSON = "json."  # begins `captions` that are in a field of the JSON
 _MEASURED = ("width", "height", "side", "ratio")  # fields of every image; `side` is the shorter one
+_ORIGINAL = {"original_width": "width", "original_height": "height"}  # in the JSON, else the measured ones
 
 
 class _Digests(NamedTuple):
@@ -75,6 +76,7 @@ class ImageShards(ImageDataset):
 
     filters: {field: [least, most]} of images to use; null for no limit. Fields are the numeric ones of the JSON, such
     as AESTHETIC_SCORE, and width, height, side (the shorter one) and ratio (width / height) of the image itself.
+    original_width and original_height, if the JSON lacks them, are those of the image.
     missing_fields: skip images without such a field, keep them, or raise. on_error: skip also leaves out damaged shards
     and records. The log counts what is left out, by reason.
 
@@ -240,7 +242,7 @@ class ImageShards(ImageDataset):
     # ------------------------------------------------------------------------------------------------- which samples
 
     def _select_all(self) -> list[_Selected]:
-        selected, known, texts = [], set(_MEASURED), set[str]()
+        selected, known, texts = [], {*_MEASURED, *_ORIGINAL}, set[str]()
         for shard in tqdm(self.shards, "selecting images", leave=False, delay=3, disable=None):
             try:
                 index = self.store.index(shard)
@@ -290,6 +292,8 @@ class ImageShards(ImageDataset):
         measured = {"width": width, "height": height, "side": side, "ratio": ratio}
         for name, (least, most) in self.filters.items():
             values = measured.get(name, index.numbers.get(name, np.full(len(kept), np.nan)))
+            if name in _ORIGINAL:  # img2dataset and make_shards.py write it for images that they scaled alone
+                values = np.where(np.isnan(values), measured[_ORIGINAL[name]], values)
             missing = np.isnan(values)
             if self.missing_fields == "raise" and (kept & missing).any():
                 problem = f"{shard}/{index.keys[int((kept & missing).argmax())]} has no field {name!r}"

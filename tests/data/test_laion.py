@@ -81,6 +81,16 @@ def test_filters_are_those_of_the_published_module(tmp_path):
     assert kept(min_size=512, max_pwatermark=0.8, p_unsafe_threshold=0.1) == ["0"]
 
 
+def test_min_size_takes_the_sides_of_images_whose_shards_name_no_original_ones(tmp_path):
+    members = {f"{i}.png": image_bytes(i, side, 8) for i, side in enumerate((8, 7, 9))}
+    members |= {f"{i}.txt": "x" for i in range(3)} | {"2.json": {"original_width": 7, "original_height": 9}}
+    save_shard(tmp_path / "0.tar", members)
+    split = {"shards": f"{tmp_path}/0.tar", "image_key": "png", "image_transforms": TRANSFORMS}
+    module = WebDataModuleFromConfig(None, 9, train=split, num_workers=0, min_size=8, cache=str(tmp_path))
+    module.setup()
+    assert [batch["__key__"] for batch in module.train_dataloader()] == [["0"]]
+
+
 def test_errors_have_the_yaml_path_of_the_split(tmp_path):
     save_shards(tmp_path, 1, 1)
     module = instantiate_from_config(published(tmp_path))
