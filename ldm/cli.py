@@ -101,6 +101,17 @@ def stop_on_signals() -> Iterator[None]:
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
 
+@contextmanager
+def default_signals() -> Iterator[None]:
+    """Let SIGTERM, SIGHUP and Ctrl-C end the process within the block, which waits where Python handles no signal."""
+    previous = handle_signals({name: signal.SIG_DFL for name in STOPS if name != "SIGHUP"})
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+
+
 class Parser(argparse.ArgumentParser):
     """argparse without abbreviations and with one-line errors; for an unknown flag they suggest the nearest one.
 

@@ -6,6 +6,7 @@ The other strategies of the Trainer are Lightning's own.
 from __future__ import annotations
 
 import importlib.util
+import logging
 import shutil
 import uuid
 from collections.abc import Iterator, Mapping
@@ -25,6 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 from ldm.checkpoint.formats import PARTS, SplitTensor, read_checkpoint
 from ldm.checkpoint.resume import remove_unused_parts
 from ldm.checkpoint.write import CheckpointWriteError, split_tensors, write_checkpoint
+from ldm.cli import default_signals
 from ldm.config.instantiate import ConfigError
 from ldm.config.suggest import did_you_mean
 from ldm.models.diffusion.ddpm import DDPM
@@ -32,6 +34,8 @@ from ldm.modules.attention import SpatialTransformer
 from ldm.modules.diffusionmodules.openaimodel import AttentionBlock, ResBlock, UNetTrunk
 from ldm.modules.ema import LitEma
 from ldm.modules.x_transformer import AttentionLayers
+
+logger = logging.getLogger(__name__)
 
 BLOCKS = (ResBlock, SpatialTransformer, AttentionBlock, UNetTrunk, AttentionLayers)
 """Modules whose weights `fsdp` gathers together while they compute; a UNetTrunk gathers those outside of its blocks."""
@@ -58,7 +62,18 @@ def make_strategy(name: str) -> str | strategies.Strategy:
     return FSDPStrategy() if name == "fsdp" else name
 
 
-class DDPStrategy(strategies.DDPStrategy):
+class _Strategy(strategies.DDPStrategy):
+    """Lightning's DDP; a signal ends a process that waits for the others at the start."""
+
+    def setup_distributed(self) -> None:
+        if self.num_nodes > 1 and self.cluster_environment is not None and self.global_rank == 0:
+            place = f"{self.cluster_environment.main_address}:{self.cluster_environment.main_port}"
+            logger.info("%-11s for %d nodes at %s", "waiting", self.num_nodes, place)
+        with default_signals():
+            super().setup_distributed()
+
+
+class DDPStrategy(_Strategy):
     """Lightning's DDP without traffic for what no rank changes.
 
     By default torch sends all weights from the first rank to the others at the start, frozen ones too. In every forward
@@ -81,7 +96,7 @@ def _unsynchronized(model: nn.Module) -> Iterator[str]:
             yield from (name for name, _ in module.named_buffers(prefix))
 
 
-class FSDPStrategy(strategies.DDPStrategy):
+class FSDPStrategy(_Strategy):
     """Fully sharded data parallelism (torch's `fully_shard`, FSDP2) of a diffusion model.
 
     Each rank holds a part of the rows of every trained weight, and of its gradient, optimizer state and average. The

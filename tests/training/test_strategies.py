@@ -1,5 +1,6 @@
 """Strategies: sharded training equals one process, its checkpoints open anywhere, no frozen weight is sent around."""
 
+import signal
 from collections import Counter
 from types import SimpleNamespace
 from unittest.mock import Mock
@@ -12,6 +13,7 @@ from torch import nn
 
 from ldm.checkpoint import read_checkpoint, verify_checkpoint
 from ldm.checkpoint.formats import PARTS
+from ldm.cli import stop_on_signals
 from ldm.config.instantiate import ConfigError
 from ldm.training import strategies
 from ldm.training.checkpoint_io import AtomicCheckpointIO
@@ -152,3 +154,16 @@ def test_the_state_of_more_parameters_than_there_are_is_refused_by_the_optimizer
         FSDPStrategy.load_optimizer_state_dict(
             SimpleNamespace(optimizers=[fewer]), {"optimizer_states": [saved.state_dict()]}
         )
+
+
+@pytest.mark.parametrize("name", ["ddp", "fsdp"])
+def test_a_signal_ends_a_process_that_waits_for_the_others_at_the_start(name, monkeypatch):
+    """It waits in C++, where a handler in Python would never run."""
+    seen = []
+    parent = "pytorch_lightning.strategies.DDPStrategy.setup_distributed"
+    monkeypatch.setattr(parent, lambda self: seen.append(signal.getsignal(signal.SIGTERM)))
+    with stop_on_signals():
+        handler = signal.getsignal(signal.SIGTERM)
+        make_strategy(name).setup_distributed()
+        assert signal.getsignal(signal.SIGTERM) is handler
+    assert seen == [signal.SIG_DFL]
