@@ -17,8 +17,6 @@ from ldm.config.instantiate import ConfigError, get_obj_from_str
 from ldm.config.suggest import did_you_mean
 
 PLACE = "model.params.optimizer_config"
-MATRICES_ONLY = "torch.optim.Muon"  # refuses parameters that are not 2D
-REST = "torch.optim.AdamW"  # takes the parameters that Muon does not
 _GROUP_KEYS = ("match", "lr_factor", "params")
 _GIVEN = ("params", "lr")  # arguments of an optimizer that the run decides
 _KERNELS = ("foreach", "fused", "capturable", "differentiable")  # arguments that choose an implementation
@@ -72,19 +70,19 @@ def make_optimizers(
         plain = {**_fast(published, device), **published_options}
         return [_guarded(_new(published, parameters, {"lr": rate, **plain}), published) for parameters, rate in parts]
     cls = published if config.target is None else _optimizer_class(config.target)
-    target = _name_of(cls)
-    options = _options(cls, target, config.params, f"{PLACE}.params")
+    options = _options(cls, config.params, f"{PLACE}.params")
     accepted = _arguments(cls)
     options = {**{key: value for key, value in published_options.items() if key in accepted}, **options}
     names = {id(parameter): name for name, parameter in module.named_parameters(remove_duplicate=False)}
     named = [({names[id(p)]: p for p in parameters}, rate) for parameters, rate in parts]
-    groups = _groups(module, [name for parameters, _ in named for name in parameters], config, cls, target)
+    groups = _groups(module, [name for parameters, _ in named for name in parameters], config, cls)
     classes: dict[type[Optimizer], Mapping[str, Any]] = {cls: options}
-    rest = _rest_options(config, target)
-    if target == MATRICES_ONLY:
+    rest = _rest_options(config, cls)
+    if cls is torch.optim.Muon:
         groups = [part for group in groups for part in _rest_to_adamw(module, group)]
         if not any(group.cls is cls and group.names for group in groups):
-            raise ConfigError(f"{PLACE}.target {target}: it takes 2D weights, and this model has none; choose {REST}")
+            problem = "it takes 2D weights, and this model has none; choose torch.optim.AdamW"
+            raise ConfigError(f"{PLACE}.target torch.optim.Muon: {problem}")
         # Moonlight's scaling (arXiv 2502.16982, eq. 4): a learning rate of AdamW then suits Muon too.
         classes = {cls: {"adjust_lr_fn": "match_rms_adamw", **options}, torch.optim.AdamW: rest}
     built: list[Optimizer] = []
@@ -95,7 +93,7 @@ def make_optimizers(
             chosen = [group for group in chosen if group["params"]]
             if chosen:
                 fast = {} if {"foreach", "fused"} & set(part_options) else _fast(part, device)
-                optimizers.append(_build(part, _name_of(part), chosen, {"lr": rate, **fast, **part_options}))
+                optimizers.append(_build(part, chosen, {"lr": rate, **fast, **part_options}))
         combined = optimizers[0] if len(optimizers) == 1 else JointOptimizer(optimizers)
         built.append(_guarded(combined, published))
     return built
@@ -108,9 +106,7 @@ def _param_group(group: _Group, parameters: Mapping[str, nn.Parameter], rate: fl
     return {"params": chosen, "lr": group.lr_factor * rate, **described, **group.options}
 
 
-def _groups(
-    module: nn.Module, names: Sequence[str], config: OptimizerConfig, cls: type[Optimizer], target: str
-) -> list[_Group]:
+def _groups(module: nn.Module, names: Sequence[str], config: OptimizerConfig, cls: type[Optimizer]) -> list[_Group]:
     """Return the groups of a config, in the published order of the parameters within each."""
     asked = bool(config.groups) or config.no_decay
     groups = [_Group(cls, "default" if asked else None, 1.0, {}, [])]
@@ -127,7 +123,7 @@ def _groups(
         factor = section.get("lr_factor", 1.0)
         if isinstance(factor, bool) or not isinstance(factor, int | float) or not 0 < factor < math.inf:
             raise ConfigError(f"{where}.lr_factor {factor!r}: expected a number > 0")
-        options = _options(cls, target, section.get("params") or {}, f"{where}.params")
+        options = _options(cls, section.get("params") or {}, f"{where}.params")
         groups.append(_Group(cls, patterns[-1].pattern, float(factor), options, []))
     for name in names:
         matching = (place for place, pattern in enumerate(patterns, 1) if pattern.search(name))
@@ -137,7 +133,7 @@ def _groups(
             _refuse_pattern(pattern, f"{PLACE}.groups[{place}].match", names)
     if config.no_decay:
         if "weight_decay" not in _arguments(cls):
-            raise ConfigError(f"{PLACE}.no_decay true: {target} has no weight_decay; remove it")
+            raise ConfigError(f"{PLACE}.no_decay true: {_name_of(cls)} has no weight_decay; remove it")
         groups = [part for group in groups for part in _without_decay(module, group)]
     return [group for group in groups if group.names]
 
@@ -195,7 +191,8 @@ def _optimizer_class(target: str) -> type[Optimizer]:
     if not (inspect.isclass(cls) and issubclass(cls, Optimizer)):
         raise ConfigError(f"{PLACE}.target: {target} is not an optimizer (a subclass of torch.optim.Optimizer)")
     if cls is torch.optim.SparseAdam:
-        raise ConfigError(f"{PLACE}.target {target}: takes sparse gradients, which no model here has; choose {REST}")
+        problem = "takes sparse gradients, which no model here has; choose torch.optim.AdamW"
+        raise ConfigError(f"{PLACE}.target {target}: {problem}")
     return cls
 
 
@@ -203,7 +200,7 @@ def _arguments(cls: type[Optimizer]) -> list[str]:
     return list(inspect.signature(cls).parameters)
 
 
-def _options(cls: type[Optimizer], target: str, params: Mapping[str, Any], where: str) -> dict[str, Any]:
+def _options(cls: type[Optimizer], params: Mapping[str, Any], where: str) -> dict[str, Any]:
     """Return checked arguments of an optimizer as plain values."""
     if not isinstance(params, Mapping):
         raise ConfigError(f"{where} {params!r}: expected a mapping of arguments")
@@ -214,7 +211,9 @@ def _options(cls: type[Optimizer], target: str, params: Mapping[str, Any], where
         if key == "lr":
             raise ConfigError(f"{where}.lr: set model.base_learning_rate, and lr_factor of groups")
         if key not in accepted and not takes_more:
-            raise ConfigError(f"{where}.{key}: {target} takes no such argument{did_you_mean(str(key), accepted)}")
+            raise ConfigError(
+                f"{where}.{key}: {_name_of(cls)} takes no such argument{did_you_mean(str(key), accepted)}"
+            )
         several = isinstance(value, Sequence) and not isinstance(value, str)
         if any(isinstance(each, float) and not math.isfinite(each) for each in (value if several else [value])):
             raise ConfigError(f"{where}.{key} {value}: expected finite numbers")
@@ -228,15 +227,15 @@ def _options(cls: type[Optimizer], target: str, params: Mapping[str, Any], where
     }
 
 
-def _rest_options(config: OptimizerConfig, target: str) -> dict[str, Any]:
+def _rest_options(config: OptimizerConfig, cls: type[Optimizer]) -> dict[str, Any]:
     if config.rest is None:
         return {}
-    if target != MATRICES_ONLY:
-        raise ConfigError(f"{PLACE}.rest: only {MATRICES_ONLY} leaves parameters to another optimizer; remove it")
+    if cls is not torch.optim.Muon:
+        raise ConfigError(f"{PLACE}.rest: only torch.optim.Muon leaves parameters to another optimizer; remove it")
     for key in config.rest:
         if key != "params":
-            raise ConfigError(f"{PLACE}.rest.{key}: expected params alone, arguments of {REST}")
-    return _options(torch.optim.AdamW, REST, config.rest.get("params") or {}, f"{PLACE}.rest.params")
+            raise ConfigError(f"{PLACE}.rest.{key}: expected params alone, arguments of torch.optim.AdamW")
+    return _options(torch.optim.AdamW, config.rest.get("params") or {}, f"{PLACE}.rest.params")
 
 
 def _new(cls: type[Optimizer], parameters: Any, options: Mapping[str, Any]) -> Optimizer:
@@ -244,7 +243,7 @@ def _new(cls: type[Optimizer], parameters: Any, options: Mapping[str, Any]) -> O
     return construct(parameters, **options)
 
 
-def _build(cls: type[Optimizer], target: str, groups: list[dict[str, Any]], options: Mapping[str, Any]) -> Optimizer:
+def _build(cls: type[Optimizer], groups: list[dict[str, Any]], options: Mapping[str, Any]) -> Optimizer:
     try:
         for group in groups:  # torch checks the defaults alone
             own = {name: group[name] for name in _arguments(cls) if name in group and name not in _GIVEN}
@@ -252,7 +251,7 @@ def _build(cls: type[Optimizer], target: str, groups: list[dict[str, Any]], opti
                 _new(cls, [nn.Parameter(torch.zeros(1, 1))], {**options, **own})
         return _new(cls, groups, options)
     except (TypeError, ValueError, RuntimeError, IndexError) as error:  # e.g. of betas with one value
-        raise ConfigError(f"{PLACE}: {target} cannot be built: {' '.join(str(error).split())}") from error
+        raise ConfigError(f"{PLACE}: {_name_of(cls)} cannot be built: {' '.join(str(error).split())}") from error
 
 
 def _fast(cls: type[Optimizer], device: torch.device) -> dict[str, Any]:
