@@ -107,7 +107,7 @@ def _start_time(process: int) -> str:
 
 @contextmanager
 def hold(directory: RunDirectory, launch: Launch | None) -> Iterator[RunDirectory]:
-    """Create and lock the directory of a run; remove it again if nothing was written, of a refused run but its configs.
+    """Create and lock a run's directory; remove it again if it stays empty, or holds only configs of a refused run.
 
     A new directory gets another name if one of this name was created in the meantime. The lock ends with the process.
     launch: saved in a new directory; None neither creates nor locks. Raises ConfigError if another process holds it.
