@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -15,6 +16,8 @@ from ldm.data.datamodule import unwrapped
 from ldm.data.image_dataset import ImageDataset
 from ldm.modules.encoders import tokenizers
 from ldm.modules.encoders.base import AbstractEncoder
+
+logger = logging.getLogger(__name__)
 
 _CAPTIONS = 10_000  # that are tokenized, about two seconds
 
@@ -29,6 +32,8 @@ class DataCheck(pl.Callback):
             raise ConfigError(problem)
         if stage == "fit":
             if trainer.is_global_zero:
+                for text in single_buckets(core, datasets):
+                    logger.warning("%-11s %s", "buckets", text)
                 warn_of_long_captions(core, datasets)
             if isinstance(getattr(core, "cond_stage_model", None), AbstractEncoder):
                 tokenizers.logger.setLevel(logging.ERROR)  # not again in every batch
@@ -56,6 +61,17 @@ def image_size_problems(model: Any, datasets: Mapping[str, Any]) -> Iterator[str
             if data.buckets is not None:
                 param, sides = "buckets.step", (data.buckets.step,) * 2
             yield from size_problems(f"data.params.{split}.params.{param}", sides, pixel_multiple(model))
+
+
+def single_buckets(model: Any, datasets: Mapping[str, Any]) -> Iterator[str]:
+    """Yield a line for every dataset whose buckets allow a single size, so that they change nothing."""
+    for split, data in _image_datasets(datasets).items():
+        if data.buckets is not None and len(data.bucket_sizes) == 1:
+            step, least = data.buckets.step, math.prod(pixel_multiple(model))
+            advice = f"the smallest step of this model is {least}" if least < step else "set size to more"
+            height, width = data.bucket_sizes[0].tolist()
+            place = f"data.params.{split}.params.buckets"
+            yield f"{place}.step {step}: one size only, {width}x{height}, at size {data.size[0]}; {advice}"
 
 
 def warn_of_long_captions(model: Any, datasets: Mapping[str, Any]) -> None:

@@ -215,6 +215,8 @@ class DataModuleFromConfig(pl.LightningDataModule):
         shuffle = self._shuffle.get(split, False)
         with _located(split):  # buckets may not fit the batch
             sampler = EpochSampler(unwrapped(dataset), self.batch_size, self.seed, shuffle, rank, world_size, position)
+        if text := getattr(unwrapped(dataset), "bucket_text", ""):
+            logger.info("%-11s %s: %s", "buckets", split, text)
         self._loaders[split] = sampler
         # Its own generator seeds the workers: the global one belongs to the training.
         options["generator"] = torch.Generator().manual_seed(self.seed)

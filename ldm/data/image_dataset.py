@@ -142,11 +142,17 @@ class ImageDataset(Dataset):
         if len(small) and not self.buckets.upscale:
             first = "x".join(map(str, self.sizes[small[0]]))
             problem = f"{len(small)} images are smaller than all sizes, first {self.file_of(small[0])}: {first}"
-            advice = "set {param}.upscale to true or {param}.min_side to less, or remove them"
+            smaller = "min_side" if self.bucket_sizes.min() > self.buckets.step else "step"
+            advice = f"set {{param}}.upscale to true or {{param}}.{smaller} to less, or leave them out by min_size "
+            advice += f"{self.bucket_sizes.max(axis=1).min()} and on_error skip"
             raise DataConfigError("buckets", asdict(self.buckets), problem, advice)
         self.batch = batch
         self.bucket_of = assign(self.sizes, self.bucket_sizes, batch, self.buckets.upscale)
-        logger.info("buckets: %s", summary(self.bucket_sizes.tolist(), self.bucket_of, batch))
+
+    @property
+    def bucket_text(self) -> str:
+        """The sizes in use and their images, for the log; empty without buckets, and before `set_batch`."""
+        return summary(self.bucket_sizes.tolist(), self.bucket_of, self.batch) if self.buckets and self.batch else ""
 
     def order(self, seed: int, epoch: int, batch: int, shuffle: bool) -> np.ndarray:
         """Return the indices of an epoch -> (N,) int64; with buckets, each batch of all ranks has one size."""

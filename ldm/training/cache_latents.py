@@ -258,6 +258,7 @@ def _cache_split(
     buckets = getattr(dataset, "buckets", None) is not None
     if buckets:
         dataset.set_batch(options.global_batch or batch_size)
+        logger.info("buckets of %s: %s", split, dataset.bucket_text)
     seeded = SeededDataset(dataset, options.seed, repeat=split != "train")
     first = seeded[(0, 0)]
     if encoder.image_key not in first:

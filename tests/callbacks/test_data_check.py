@@ -55,6 +55,15 @@ def test_an_autoencoder_needs_multiples_of_its_factor(tmp_path):
         check(autoencoder, ImageFolder(str(tmp_path), size=32, crop_size=30))
 
 
+def test_buckets_of_a_single_size_are_a_warning_with_the_smallest_step(tmp_path, caplog):
+    save_image(tmp_path / "a.png", 0, 40, 40)
+    for step, advice in ((32, "the smallest step of this model is 8"), (8, None)):
+        caplog.clear()
+        check(model(), ImageFolder(str(tmp_path), size=32, buckets={"step": step}))
+        said = f"data.params.train.params.buckets.step {step}: one size only, 32x32, at size 32; {advice}"
+        assert [message[12:] for message in caplog.messages] == ([said] if advice else [])
+
+
 def test_captions_over_the_encoders_length_are_one_warning(tmp_path, caplog):
     for i in range(4):
         save_image(tmp_path / f"{i}.png", i)

@@ -140,6 +140,11 @@ def test_images_smaller_than_all_sizes_and_invalid_sections_are_refused(tmp_path
     with pytest.raises(DataConfigError, match=r"1 images are smaller than all sizes, first .*05.png: 20x30"):
         data.set_batch(2)
     folder_of(tmp_path, buckets={"step": 8, "min_side": 24, "upscale": True}).set_batch(2)
+    advice = r"buckets.upscale to true or buckets.{} to less, or leave them out by min_size {} and on_error skip"
+    for step, min_side, name, least in ((8, 24, "min_side", 24), (32, None, "step", 32)):
+        with pytest.raises(DataConfigError, match=advice.format(name, least)):
+            folder_of(tmp_path, buckets={"step": step, "min_side": min_side}).set_batch(2)
+        folder_of(tmp_path, buckets={"step": step}, min_size=least, on_error="skip").set_batch(2)
     with pytest.raises(DataConfigError, match="cannot be used with buckets"):
         folder_of(tmp_path, crop_size=16)
     with pytest.raises(DataConfigError, match="steps"):

@@ -163,6 +163,14 @@ def test_a_broken_config_is_one_problem_with_its_path_and_the_value_to_set(name,
     assert problems[0].startswith(begins.replace("{}", str(place))) and advice in problems[0]
 
 
+def test_buckets_are_a_row_of_the_run_s_own_batch_and_a_single_size_a_note(doctor):
+    code, report, problems = doctor(f"{DATA}.buckets.step=32", steps=False)
+    assert (code, problems) == (0, []) and "buckets.step 32: one size only, 32x32, at size 32; " in report
+    assert [line.split()[:4] for line in report.splitlines() if line.startswith("  buckets")] == [
+        ["buckets", "batches", "of", "4,"]
+    ]
+
+
 def test_a_discriminator_that_the_run_never_reaches_is_a_problem(doctor):
     code, report, problems = doctor("model.params.lossconfig.params.disc_start=50001", base="stage")
     (line,) = problems

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ldm.callbacks import CheckpointPolicy, ImageLogger
-from ldm.callbacks.data_check import image_size_problems, pixel_multiple
+from ldm.callbacks.data_check import image_size_problems, pixel_multiple, single_buckets
 from ldm.checkpoint import CheckpointError, load_weights, read_weights, weights_on_meta
 from ldm.cli import one_line
 from ldm.config.consistency import ADAPTERS
@@ -83,6 +83,7 @@ def key_problems(run: Examined) -> Iterator[str]:
 def check_image_sizes(run: Examined) -> Iterator[Finding]:
     """Images whose size the model cannot process, and files that are smaller than the size."""
     yield from map(problem, image_size_problems(run.model, run.datasets))
+    yield from map(note, single_buckets(run.model, run.datasets))
     data = run.datasets.get("train")
     if not isinstance(data, ImageDataset) or data.buckets is not None:
         return

@@ -201,8 +201,7 @@ def _read_samples(run: Examined) -> None:
         seeded, count = SeededDataset(dataset, run.settings.seed), min(SAMPLES, len(dataset))
         places = [k * len(dataset) // count for k in range(count)]
         if getattr(dataset, "buckets", None) is not None:  # the images of a batch have one size
-            dataset.set_batch(1)
-            places = np.flatnonzero(dataset.bucket_of == dataset.bucket_of[0])[:count].tolist()
+            places = np.flatnonzero(dataset.bucket_of == np.bincount(dataset.bucket_of).argmax())[:count].tolist()
         samples = (seeded[place] for place in places)
     else:
         samples = (sample for sample, _ in zip(iter(dataset), range(SAMPLES)))

@@ -58,6 +58,8 @@ def _training(run: Examined) -> Iterator[str]:
     if run.samples:
         size = f"{len(data):,} samples" if isinstance(data, Sized) else "a stream"
         rows["data"] = f"{size}; {len(run.samples)} read in {run.sample_seconds * len(run.samples):.2f} s"
+    if text := getattr(data, "bucket_text", ""):
+        rows["buckets"] = text
     if run.epoch_steps:
         rows["epoch"] = f"{_count(run.batches or 0, 'batch', 'batches')}, {_count(run.epoch_steps, 'step')}"
     if run.steps is not None:
