@@ -132,13 +132,13 @@ def _check_plan(path: Path, plan: Mapping[str, Any]) -> None:
     save_text(path, json.dumps({"plan": plan}, indent=2) + "\n")
 
 
-_FLAGS = {"samples": "--samples", "size": "--size", "quality": "--quality", "min_size": "--min_size"}
+_FLAGS = ("samples", "size", "quality", "min_size")  # entries of a plan that are named as their flags are
 
 
 def _change(key: str, before: object, now: object) -> str:
     """Return what differs between two plans; most values are hashes, and are not shown."""
     if key in _FLAGS:
-        return f"{_FLAGS[key]} {before} there, {now} here"
+        return f"--{key} {before} there, {now} here"
     return {"images": f"{before} images there, {now} here", "shuffled": "--keep_order"}.get(key, f"another {key}")
 
 

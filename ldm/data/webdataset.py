@@ -292,7 +292,7 @@ class ImageShards(ImageDataset):
         measured = {"width": width, "height": height, "side": side, "ratio": ratio}
         for name, (least, most) in self.filters.items():
             values = measured.get(name, index.numbers.get(name, np.full(len(kept), np.nan)))
-            if name in _ORIGINAL:  # img2dataset and make_shards.py write it for images that they scaled alone
+            if name in _ORIGINAL:  # written only for images that img2dataset or make_shards.py scaled
                 values = np.where(np.isnan(values), measured[_ORIGINAL[name]], values)
             missing = np.isnan(values)
             if self.missing_fields == "raise" and (kept & missing).any():
