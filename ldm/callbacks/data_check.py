@@ -71,7 +71,7 @@ def single_buckets(model: Any, datasets: Mapping[str, Any]) -> Iterator[str]:
             advice = f"the smallest step of this model is {least}" if least < step else "set size to more"
             height, width = data.bucket_sizes[0].tolist()
             place = f"data.params.{split}.params.buckets"
-            yield f"{place}.step {step}: one size only, {width}x{height}, at size {data.size[0]}; {advice}"
+            yield f"{place}.step {step}: one size only, {width}x{height}, at size {data.crop_size[0]}; {advice}"
 
 
 def warn_of_long_captions(model: Any, datasets: Mapping[str, Any]) -> None:

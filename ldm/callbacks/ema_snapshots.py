@@ -58,12 +58,12 @@ class EMASnapshots(pl.Callback):
         if step % interval:
             return
         model_ema: LitEma = module.model_ema
-        powers = [average for average in model_ema.all_averages() if isinstance(average, PowerEma)]
-        names = [average_name("sigma_rel", average.width) for average in powers]
-        shadows = {name: _whole_shadows(average) for name, average in zip(names, powers)}  # all ranks meet here
+        powers = (average for average in model_ema.all_averages() if isinstance(average, PowerEma))
+        averages = {average_name("sigma_rel", average.width): average for average in powers}
+        shadows = {name: _whole_shadows(average) for name, average in averages.items()}  # all ranks meet here
         if not trainer.is_global_zero:
             return
-        profiles = {name: Profile(average.width, average.time) for name, average in zip(names, powers)}
+        profiles = {name: Profile(average.width, average.time) for name, average in averages.items()}
         try:
             path = write_snapshot(self.folder, step, shadows, profiles)
             found = find_snapshots(self.folder)

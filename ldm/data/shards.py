@@ -190,37 +190,32 @@ class Store:
 
     def index(self, shard: str) -> Index:
         """Return the index of a shard, built if it is missing or of another file. Raises ShardError."""
-        kept = self._cached_index(shard)
-        if is_remote(shard):
-            if (index := _read(kept)) is None and (index := self._published(shard, kept)) is None:
-                index = _build(self.path(shard))
-                self._keep(shard, kept, index, 0)
-            return index
-        path = Path(shard)
-        try:
-            stat = path.stat()
-        except OSError as error:
-            raise ShardError(f"{shard}: {error.strerror}") from error
-        beside = index_path(path)
-        for place in (beside, kept):
-            if (index := _read(place, stat.st_size, stat.st_mtime_ns)) is not None:
+        kept, size, modified = self._cached_index(shard), None, 0
+        places = [kept]
+        if not is_remote(shard):
+            try:
+                stat = os.stat(shard)
+            except OSError as error:
+                raise ShardError(f"{shard}: {error.strerror}") from error
+            size, modified, places = stat.st_size, stat.st_mtime_ns, [index_path(Path(shard)), kept]
+        for place in places:
+            if (index := _read(place, size, modified)) is not None:
                 return index
-        index = _build(path)
-        try:
-            _write(beside, index, stat.st_mtime_ns)
-        except WriteError:  # a read-only folder
-            self._keep(shard, kept, index, stat.st_mtime_ns)
+        if is_remote(shard) and (index := self._published(shard, kept)) is not None:
+            return index
+        index = _build(self.path(shard))
+        for place in places:
+            try:
+                _write(place, index, modified)
+                break
+            except WriteError as error:  # a read-only folder
+                if place == kept:
+                    raise self._unwritable(shard, error) from error
         return index
 
     def stale(self, shard: str) -> str:
         """Return the files to delete so that a changed shard is indexed again."""
         return str(self.cache / _file_name(shard, ".*") if is_remote(shard) else index_path(Path(shard)))
-
-    def _keep(self, shard: str, kept: Path, index: Index, modified: int) -> None:
-        try:
-            _write(kept, index, modified)
-        except WriteError as error:
-            raise self._unwritable(shard, error) from error
 
     def _unwritable(self, shard: str, error: OSError) -> DataConfigError:
         problem = f"cannot take the copy or the index of {shard}: {error}"
