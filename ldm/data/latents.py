@@ -103,7 +103,8 @@ class CachedLatents(Dataset):
         self._process = os.getpid()
         self._digests, self._rows = self._captions()
         count = f"{len(self):,} samples" + (f" in {v} variants" if (v := self.index["variants"]) > 1 else "")
-        logger.info("%s: latents of %s, %d embeddings", self.root, count, self.index["captions"])
+        texts = f", {captions:,} embeddings" if (captions := self.index["captions"]) else ""
+        logger.info("%s: latents of %s%s", self.root, count, texts)
 
     def __len__(self) -> int:
         return self.index["samples"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -46,6 +47,7 @@ from ldm.data.latents import (
     needs_encoder,
     open_file,
     read_entries,
+    read_index,
 )
 from ldm.data.order import SeededDataset
 from ldm.data.shards import content_hash
@@ -109,6 +111,7 @@ def cache_latents(config: DictConfig, options: CacheOptions, written: Mapping[st
     if not isinstance(data, DataModuleFromConfig):
         raise ConfigError(f"data.target {config.data.target}: set it to main.DataModuleFromConfig")
     data.dataset_configs = {split: data.dataset_configs[split] for split in SPLITS if split in data.dataset_configs}
+    start = time.perf_counter()
     data.prepare_data()
     data.setup()
     overlay = _overlay(config.data, data, options.out, written or {})
@@ -117,7 +120,19 @@ def cache_latents(config: DictConfig, options: CacheOptions, written: Mapping[st
         for split, dataset in data.datasets.items():
             _cache_split(split, dataset, plain["data"]["params"][split], encoder, options, data.batch_size)
         save_text(options.out / DATA_CONFIG, OmegaConf.to_yaml(OmegaConf.create({"data": overlay})))
+    counts = [f"{split} {_count_text(options.out / split)}" for split in data.datasets]
+    size = sum(file.stat().st_size for file in options.out.rglob("*") if file.is_file()) / 2**20
+    seconds = time.perf_counter() - start
+    logger.info("%s: %s; %s MiB, %.1f s", options.out, ", ".join(counts), f"{size:,.1f}", seconds)
     return options.out / DATA_CONFIG
+
+
+def _count_text(folder: Path) -> str:
+    index = read_index(folder)
+    parts = [f"{index['samples']:,} images"]
+    parts += [f"{index['variants']} variants"] if index["variants"] > 1 else []
+    parts += [f"{index['captions']:,} captions"] if index["captions"] else []
+    return f"({', '.join(parts)})"
 
 
 def _overlay(config: DictConfig, data: DataModuleFromConfig, out: Path, written: Mapping[str, Any]) -> dict[str, Any]:
@@ -160,7 +175,10 @@ class _Encoder:
         self.stages: dict[str, Stage] = {}
         self.first_stage = self._stage("first_stage")
         conditional = params["cond_stage_config"] != UNCONDITIONAL
-        self.caches_text = options.text and conditional and needs_encoder(params) is None
+        reason = needs_encoder(params)
+        self.caches_text = options.text and conditional and reason is None
+        if options.text and conditional and reason is not None:
+            logger.info("model.params.%s needs the text encoder in training: captions stay texts", reason)
         self.cond_stage: nn.Module | None = None
 
     def use_texts(self) -> None:

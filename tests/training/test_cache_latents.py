@@ -2,6 +2,7 @@
 
 import csv
 import logging
+import re
 import shutil
 from pathlib import Path
 
@@ -242,6 +243,18 @@ def test_another_command_for_the_same_folder_is_refused_by_name(here, tmp_path):
     torch.save({"state_dict": state}, tmp_path / "other.ckpt")
     other = f"model.params.ckpt_path={tmp_path}/other.ckpt"
     assert "was made with another first_stage" in refusal("--variants", "2", other)
+
+
+def test_the_last_line_of_the_log_counts_what_is_cached_and_a_trained_encoder_is_named(here, tmp_path, caplog):
+    with caplog.at_level(logging.INFO, "ldm"):
+        assert cache("--variants", "2") == 0  # complete already
+        trained = "model.params.cond_stage_trainable=true"
+        assert cache(trained, out=str(tmp_path)) == 0
+    done = [message for message in caplog.messages if " MiB, " in message]
+    assert re.match(
+        r"cache: train \(\d+ images, 2 variants, \d+ captions\), validation \(.*\); [\d.]+ MiB, [\d.]+ s$", done[0]
+    )
+    assert "captions)" not in done[1] and f"{trained.split('=')[0]} needs the text encoder" in caplog.text
 
 
 def test_an_interrupted_cache_is_refused_and_continues_to_the_same_files(here, tmp_path, monkeypatch):
