@@ -49,6 +49,7 @@ MODULE_ALIASES = {
 }
 
 EXTRAS = {"bitsandbytes": "bitsandbytes"}  # optional packages that configs may name -> the extra of setup.py
+DEFAULT_TARGETS = {"noise_config": "ldm.models.diffusion.training_noise.TrainingNoise"}  # sections with one class
 _BUILT_IN_PREFIXES = (
     "bitsandbytes.optim",
     "ldm",
@@ -198,11 +199,26 @@ def build_section(name: str, config: Any, base: type[Built]) -> Built:
 
     Raises ValueError unless it is a `base`.
     """
+    if isinstance(config, Mapping) and "target" not in config and name in DEFAULT_TARGETS:
+        config = {"target": DEFAULT_TARGETS[name], **config}
     built = base() if config is None else instantiate_from_config(config)
     if not isinstance(built, base):
         choices = ", ".join(f"{cls.__module__}.{cls.__name__}" for cls in (base, *base.__subclasses__()))
         raise ValueError(f"{name}.target {config['target']}: expected {base.__name__} or a subclass, such as {choices}")
     return built
+
+
+def describe_section(built: object, published: type) -> str:
+    """Return the class of a section's object and its arguments; an empty string for `published` with its defaults."""
+    arguments = inspect.signature(type(built)).parameters
+    values = {name: getattr(built, name) for name in arguments if hasattr(built, name)}
+    if type(built) is published:
+        values = {name: value for name, value in values.items() if value != arguments[name].default}
+        if not values:
+            return ""
+    shown = (name if value is True else f"{name} {value}" for name, value in values.items() if value is not False)
+    text = ", ".join(shown)
+    return type(built).__name__ + (f"({text})" if text else "")
 
 
 def _located(error: Exception, target: str, path: str, params: Mapping[str, Any]) -> ConfigError | None:
@@ -212,7 +228,7 @@ def _located(error: Exception, target: str, path: str, params: Mapping[str, Any]
         # A constructor names its parameter first: "timesteps 0: choose ...".
         first, where = re.split(r"[ :.=]", text, maxsplit=1)[0], join_path(path, "params")
         inside = [key for key, value in params.items() if isinstance(value, Mapping) and first in value]
-        if first in params or inside:
+        if (first in params or inside) and not text.startswith(f"{where}."):
             return ConfigError(f"{where}.{text}" if first in params else f"{where}.{inside[0]}.{text}")
         return None
     own = kind.__module__.startswith("ldm.")

@@ -12,7 +12,9 @@ logger = logging.getLogger(__name__)
 
 def closest(name: str, choices: Iterable[str], cutoff: float = 0.5) -> str | None:
     """Return the choice most similar to `name`, or None if none reaches the similarity `cutoff` in [0, 1]."""
-    near = difflib.get_close_matches(name, sorted(map(str, choices)), n=1, cutoff=cutoff)
+    choices = sorted(map(str, choices))
+    near = [choice for choice in choices if choice.casefold() == name.casefold()]
+    near = near or difflib.get_close_matches(name, choices, n=1, cutoff=cutoff)
     return near[0] if near else None
 
 

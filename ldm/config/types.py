@@ -2,7 +2,8 @@
 
 An annotation is read as text, so nothing is imported: the check comes before torch. It may state a range, as in
 `linear_start: Annotated[float, "(0, 1)"]`, or the class whose arguments a mapping holds, as in
-`ddconfig: Annotated[Mapping[str, Any], "ldm.modules.diffusionmodules.model.Encoder"]`.
+`ddconfig: Annotated[Mapping[str, Any], "ldm.modules.diffusionmodules.model.Encoder"]`, or an example for the error
+message, as in `Annotated[Sequence[Mapping[str, Any]], "e.g. [{decay: 0.9999}]"]`.
 """
 
 from __future__ import annotations
@@ -138,10 +139,12 @@ def _generic(name: str, arguments: list[ast.expr]) -> list[_Type]:
         case "Literal":
             return [_literal([ast.literal_eval(argument) for argument in arguments])]
         case "Annotated":
-            limits = arguments[1].value if isinstance(arguments[1], ast.Constant) else ""
-            interval = _interval(str(limits))
+            limits = str(arguments[1].value) if isinstance(arguments[1], ast.Constant) else ""
+            interval = _interval(limits)
             members = _members(arguments[0])
-            return [_within(each, str(limits), interval) for each in members] if interval else members
+            if limits.startswith("e.g. "):
+                return [each._replace(expected=f"{each.expected}, {limits}") for each in members]
+            return [_within(each, limits, interval) for each in members] if interval else members
         case "list" | "List" | "Sequence" | "Iterable" | "Collection":
             return [_list((), ast.unparse(arguments[0]))]
         case "tuple" | "Tuple":

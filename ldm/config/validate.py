@@ -15,6 +15,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from ldm.config.consistency import ADAPTERS, check_consistency
 from ldm.config.instantiate import (
+    DEFAULT_TARGETS,
     EXTRAS,
     ConfigError,
     check_allowed,
@@ -27,13 +28,21 @@ from ldm.config.instantiate import (
     value_at,
 )
 from ldm.config.signature import class_exists, classes_of_module, constructor_arguments
-from ldm.config.suggest import did_you_mean
+from ldm.config.suggest import closest, did_you_mean
 from ldm.config.trainer_keys import COMPILERS, LOGGER_TYPES, UNSUPPORTED, trainer_keys, trainer_types
 from ldm.config.types import arguments_of, shown
 from ldm.paths import ROOT, SD_CKPT, SD_SOURCE
 
 SECTIONS = ("model", "data", "lightning")
 _LIGHTNING = ("trainer", "callbacks", "modelcheckpoint", "logger", "seed", "scale_lr", "compile")
+
+# Modules whose classes the sections of a trained model name.
+_SECTION_MODULES = {
+    "loss_weighting_config": "ldm.models.diffusion.loss_weighting",
+    "noise_config": "ldm.models.diffusion.training_noise",
+    "timestep_config": "ldm.models.diffusion.timesteps",
+    "optimizer_config": "torch.optim",
+}
 
 # Folders below the checkout that the download scripts fill.
 DOWNLOADS = {
@@ -147,6 +156,7 @@ def check_targets(config: Mapping[str, Any]) -> None:
     nodes = list(_nodes(config, ""))
     sections: dict[str, Mapping[str, str]] = {}  # by path: keys of the sections that an outer class reads
     for path, target, params, keys in nodes:
+        _check_dotted(target, path)
         try:
             _check_exists(target, check_allowed(target))
         except ConfigError as error:
@@ -159,9 +169,12 @@ def check_targets(config: Mapping[str, Any]) -> None:
             inner, section = arguments_of(annotation), params.get(name)
             known = constructor_arguments(inner) if inner is not None else None
             if known is not None and isinstance(section, Mapping):
-                sections[join_path(path, f"params.{name}")] = known
+                place = join_path(path, f"params.{name}")
+                sections[place] = known
+                if name == "optimizer_config":
+                    _check_optimizer_keys(section, known, place)
                 _check_known(section, known, join_path(path, "params"), f"{name}.")
-                convert_params(section, known, join_path(path, f"params.{name}"))
+                convert_params(section, known, place)
     for path, target, params, _ in nodes:
         convert_params(params, constructor_arguments(target) or {}, join_path(path, "params"))
 
@@ -202,6 +215,27 @@ def check_class_count(config: DictConfig, datasets: Mapping[str, Any]) -> None:
             )
 
 
+def _check_dotted(target: str, path: str) -> None:
+    """Raise ConfigError for a section's class without its module, with the full name of the nearest class."""
+    module = _SECTION_MODULES.get(path.rpartition(".")[2])
+    if module is not None and "." not in target:
+        classes = classes_of_module(module) or []
+        near = closest(target, classes)
+        advice = f"did you mean '{module}.{near}'?" if near else f"choices in {module}: {', '.join(classes)}"
+        raise ConfigError(f"{path}.target {target!r}: expected a dotted name; {advice}")
+
+
+def _check_optimizer_keys(section: Mapping, known: Collection[str], place: str) -> None:
+    """Raise ConfigError for an argument of the optimizer next to its target."""
+    arguments = constructor_arguments(str(section.get("target") or "torch.optim.AdamW")) or ()
+    for key in section:
+        if key in arguments and key not in known:
+            advice = (
+                "set model.base_learning_rate" if key == "lr" else f"arguments of the optimizer go under {place}.params"
+            )
+            raise ConfigError(f"{place}.{key}: unknown key; {advice}")
+
+
 def _check_known(config: Mapping, known: Iterable[str], where: str, prefix: str) -> None:
     for key in config:
         if str(key).removeprefix("~") not in (*known, "_replace_"):
@@ -236,15 +270,16 @@ def _paths_of_weights(config: DictConfig) -> Iterator[tuple[str, str]]:
 def _nodes(node: Any, path: str) -> Iterator[_Node]:
     """Yield every node with a target, outer ones first; raise ConfigError for one whose params are no mapping.
 
-    A target without a dot, as in {target: eps}, is an ordinary argument, except at `model` and `data`.
+    A target without a dot, as in {target: eps}, is an ordinary argument, except at `model`, `data` and in sections.
     """
     if isinstance(node, list):
         for position, item in enumerate(node):
             yield from _nodes(item, f"{path}[{position}]")
     if not isinstance(node, Mapping):
         return
-    target, params = node.get("target"), node.get("params") or {}
-    if isinstance(target, str) and ("." in target or path in ("model", "data")):
+    name = path.rpartition(".")[2]
+    target, params = node.get("target", DEFAULT_TARGETS.get(name)), node.get("params") or {}
+    if isinstance(target, str) and ("." in target or path in ("model", "data") or name in _SECTION_MODULES):
         if not isinstance(params, dict):
             raise ConfigError(
                 f"{join_path(path, 'params')} {shown(params)}: expected a mapping of arguments of {target}"

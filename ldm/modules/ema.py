@@ -246,7 +246,7 @@ class EMAConfig:
         is reached, every second one is deleted and the interval doubles.
     """
 
-    averages: Sequence[Mapping[str, Any]] = ({"decay": PUBLISHED_DECAY},)
+    averages: Annotated[Sequence[Mapping[str, Any]], "e.g. [{decay: 0.9999}]"] = ({"decay": PUBLISHED_DECAY},)
     every: PositiveInt = 1
     device: Literal["cpu"] | None = None
     snapshot_every: NonNegativeInt = 0

@@ -9,6 +9,7 @@ def test_the_most_similar_name_is_suggested_and_otherwise_all():
     assert did_you_mean("widht", choices) == "; did you mean 'width'?"
     assert did_you_mean("zzz", choices) == "; choices: depth, height, width"
     assert did_you_mean("zzz", []) == ""
+    assert closest("adamw", ["Adam", "AdamW"]) == "AdamW"  # the same but for its case, before a shorter one
 
 
 def test_a_higher_cutoff_suggests_less():

@@ -75,6 +75,47 @@ def test_wrong_keys_of_a_yaml_are_found_before_anything_is_imported(yaml, change
     assert "\n" not in str(error.value)
 
 
+WEIGHTINGS = "ldm.models.diffusion.loss_weighting"
+
+
+@pytest.mark.parametrize(
+    "section, message",
+    [
+        (
+            {"optimizer_config": {"target": "Muon"}},
+            r"optimizer_config.target 'Muon': .* did you mean 'torch.optim.Muon'",
+        ),
+        ({"optimizer_config": {"target": "torch.optim.adamw"}}, "has no class 'adamw'; did you mean 'AdamW'"),
+        (
+            {"optimizer_config": {"weight_decay": 0.1}},
+            r"weight_decay: .* go under model.params.optimizer_config.params",
+        ),
+        ({"optimizer_config": {"lr": 0.1}}, r"optimizer_config.lr: .* set model.base_learning_rate"),
+        ({"optimizer_config": {"no_decai": True}}, "did you mean 'no_decay'"),
+        (
+            {"loss_weighting_config": {"target": "MinSNRWeighting"}},
+            f"loss_weighting_config.target 'MinSNRWeighting': .* did you mean '{WEIGHTINGS}.MinSNRWeighting'",
+        ),
+        ({"loss_weighting_config": {"target": "xyz"}}, f"choices in {WEIGHTINGS}: .*P2Weighting"),
+        (
+            {"timestep_config": {"target": "LogitNormal"}},
+            "did you mean 'ldm.models.diffusion.timesteps.LogitNormalTimesteps'",
+        ),
+        (
+            {"noise_config": {"params": {"offset_strenght": 0.1}}},
+            "noise_config.params.offset_strenght: .*'offset_strength'",
+        ),
+        ({"noise_config": {"offset_strength": 0.1}}, "offset_strength: .* go under model.params.noise_config.params"),
+        ({"ema_config": {"averages": [0.99]}}, r"ema_config.averages \[0.99\]: .*, e.g. \[{decay: 0.9999}\]"),
+    ],
+)
+def test_near_misses_in_the_sections_of_a_model_name_what_was_meant(section, message):
+    config = {"model": {"target": "ldm.models.diffusion.ddpm.DDPM", "params": section}}
+    with pytest.raises(ConfigError, match=message) as error:
+        check_targets(config)
+    assert "model.params" in str(error.value)
+
+
 def test_an_argument_may_be_called_target():
     params = {"target": "my.own", "loss": {"target": "eps", "weight": 1}, "head": {"target": "torch.nn.Identity"}}
     check_targets({"model": {"target": "torch.nn.Identity", "params": params}})

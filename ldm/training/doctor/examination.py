@@ -174,7 +174,7 @@ def _without_files(node: Any) -> Any:
             return {key: None if key in WEIGHTS else forget(each) for key, each in value.items()}
         return [forget(each) for each in value] if isinstance(value, list) else value
 
-    return OmegaConf.create(forget(plain))
+    return OmegaConf.create({"model": forget(plain)}).model  # its nodes know their paths in the YAML
 
 
 def _count_long_captions(run: Examined) -> None:
