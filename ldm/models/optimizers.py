@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -118,6 +118,7 @@ def _groups(module: nn.Module, names: Sequence[str], config: OptimizerConfig, cl
         for key in section:
             if key not in _GROUP_KEYS:
                 hint = f"; arguments of the optimizer go under {where}.params" if key in _arguments(cls) else ""
+                hint = "; set lr_factor, which multiplies the learning rate" if key == "lr" else hint
                 raise ConfigError(f"{where}.{key}: unknown key{hint or did_you_mean(str(key), _GROUP_KEYS)}")
         patterns.append(_pattern(section.get("match"), f"{where}.match"))
         factor = section.get("lr_factor", 1.0)
@@ -187,7 +188,10 @@ def _refuse_pattern(pattern: re.Pattern[str], where: str, names: Sequence[str]) 
 
 
 def _optimizer_class(target: str) -> type[Optimizer]:
-    cls = get_obj_from_str(target)
+    try:
+        cls = get_obj_from_str(target)
+    except ConfigError as error:
+        raise ConfigError(f"{PLACE}.target: {error}") from error
     if not (inspect.isclass(cls) and issubclass(cls, Optimizer)):
         raise ConfigError(f"{PLACE}.target: {target} is not an optimizer (a subclass of torch.optim.Optimizer)")
     if cls is torch.optim.SparseAdam:
@@ -276,9 +280,12 @@ def _guarded(optimizer: Optimizer, published: type[Optimizer]) -> Optimizer:
     def check(optimizer: Optimizer, state: dict[str, Any]) -> None:
         saved, own = described(state["param_groups"]), described(optimizer.param_groups)
         if saved != own:
-            texts = (", ".join(" ".join(filter(None, each)) for each in both) for both in (saved, own))
+            there, here = (_joined(name for name, _ in both) for both in (saved, own))
+            if there == here:
+                groups = ("; ".join(filter(None, (name for _, name in both))) or "no groups" for both in (saved, own))
+                there, here = (f"{there} ({each})" for each in groups)
             raise ConfigError(
-                f"{PLACE}: the checkpoint's optimizer is {next(texts)}, the config's {next(texts)}; undo the change, "
+                f"{PLACE}: the checkpoint's optimizer is {there}, the config's {here}; undo the change, "
                 "or start a new run from its weights with model.params.ckpt_path"
             )
 
@@ -299,8 +306,11 @@ def arguments_of(optimizer: Optimizer) -> list[dict[str, Any]]:
 
 def class_names(optimizer: Optimizer) -> str:
     """Return the classes that step the parameters of an optimizer, such as "Muon + AdamW"."""
-    classes = (str(group.get("optimizer", type(optimizer).__name__)) for group in optimizer.param_groups)
-    return " + ".join(each.rpartition(".")[2] for each in dict.fromkeys(classes))
+    return _joined(str(group.get("optimizer", type(optimizer).__name__)) for group in optimizer.param_groups)
+
+
+def _joined(names: Iterable[str]) -> str:
+    return " + ".join(each.rpartition(".")[2] for each in dict.fromkeys(names))
 
 
 class JointOptimizer(Optimizer):

@@ -200,6 +200,7 @@ def test_eight_bit_states_take_a_quarter_of_the_memory():
             {"groups": [{"match": "attn2", "lr_facto": 1}]},
             r"groups\[0\].lr_facto: unknown key; did you mean 'lr_factor'",
         ),
+        ({"groups": [{"match": "attn2", "lr": 0.1}]}, r"groups\[0\].lr: unknown key; set lr_factor"),
         ({"groups": [{"match": "attn2", "betas": 1}]}, r"arguments of the optimizer go under .*groups\[0\].params"),
         ({"params": {"lr": 1e-4}}, "params.lr: set model.base_learning_rate"),
         ({"target": MUON, "params": {"beta": 1}}, "params.beta: torch.optim.Muon takes no such argument"),
@@ -228,16 +229,21 @@ def test_muon_is_refused_for_a_model_without_matrices():
 
 
 @pytest.mark.parametrize(
-    "saved, loaded",
+    "saved, loaded, named",
     [
-        (None, {"target": ADAFACTOR}),
-        ({"target": ADAFACTOR}, None),
-        ({"groups": [{"match": "attn1"}]}, {"groups": [{"match": "attn2"}]}),
+        (None, {"target": ADAFACTOR}, "AdamW, the config's Adafactor;"),
+        ({"target": ADAFACTOR}, None, "Adafactor, the config's AdamW;"),
+        ({"target": MUON, "no_decay": True}, None, r"Muon \+ AdamW, the config's AdamW;"),
+        (
+            {"groups": [{"match": "attn1"}]},
+            {"groups": [{"match": "attn2"}]},
+            r"AdamW \(default; attn1\), the config's AdamW \(default; attn2\)",
+        ),
     ],
 )
-def test_the_state_of_another_optimizer_or_of_other_groups_is_refused(saved, loaded):
+def test_the_state_of_another_optimizer_or_of_other_groups_is_refused(saved, loaded, named):
     state = configured(saved)[1].state_dict()
-    with pytest.raises(ConfigError, match=r"the checkpoint's optimizer is .* the config's"):
+    with pytest.raises(ConfigError, match=f"the checkpoint's optimizer is {named}"):
         configured(loaded)[1].load_state_dict(state)
 
 
