@@ -147,6 +147,7 @@ def test_without_validation_or_monitor_last_is_still_kept(start, caplog):
     for name, words in (("a", ["data.params.validation=null"]), ("b", ["model.params.monitor=nothing"])):
         code, folder = start(name, *QUIET, *words)
         assert code == 0 and last(folder)["global_step"] == 12
+    assert caplog.text.count("no validation, so no best of") == 1
     _, folder = start("c", *QUIET, "model.params.monitor=null")
     assert {path.name for path in (folder / "checkpoints").iterdir()} == {"epoch=000002.ckpt", "last.ckpt"}
 

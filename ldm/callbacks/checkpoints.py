@@ -220,6 +220,8 @@ class CheckpointPolicy(ModelCheckpoint):
         if size is not None and self.save_top_k >= 0:
             newest, best = (1 + self.copy_last if self.save_last else 0), self.save_top_k
             kept = f"the newest state in {newest} files and {best} best of {self.monitor or 'an epoch'}"
+            if str(self.monitor).startswith("val") and not _validates(trainer):
+                kept, best = f"the newest state in {newest} files; no validation, so no best of {self.monitor}", 0
             self._log_once("space", f"keeps {kept}: at most {(newest + best) * size:.1f} MiB", logging.INFO)
 
     # ------------------------------------------------------------------------------------------------- files of a run
@@ -269,6 +271,12 @@ def _relocated(state: dict[str, Any], folder: str) -> dict[str, Any]:
 def is_sharded(trainer: pl.Trainer) -> bool:
     """True if the ranks share the weights; then checkpoints are indices, whose parts never change and may be common."""
     return isinstance(trainer.lightning_module, FSDPModule)
+
+
+def _validates(trainer: pl.Trainer) -> bool:
+    """True if the run has validation batches, or if they are not known yet."""
+    known = trainer.val_dataloaders is not None
+    return trainer.enable_validation and (not known or any(trainer.num_val_batches))
 
 
 def copy_file(source: Path, target: Path) -> bool:

@@ -43,7 +43,8 @@ class ImageLogger(pl.Callback):
     Validation logs its first batch, at most once in `batch_frequency` steps.
     fixed_samples: also sample fixed prompts from fixed noise at every validation, see FixedSamples, as a grid with
     captions, `images/val/fixed_gs-<step>_e-<epoch>.png`.
-    Files are `images/<split>/<key>_gs-<step>_e-<epoch>_b-<batch>.png`; steps count from 0.
+    Files are `images/<split>/<key>_gs-<step>_e-<epoch>_b-<batch>.png`; their steps count from 0, as published, those of
+    log lines from 1.
     """
 
     def __init__(
@@ -130,7 +131,7 @@ class ImageLogger(pl.Callback):
         if trainer.sanity_checking or trainer.state.fn != "fit" or step < 0:
             return
         assert isinstance(pl_module, DDPM)
-        with never_stops_training("fixed", step):
+        with never_stops_training("fixed", step + 1):
             with _unchanged(pl_module, pl_module.device), _cut_short_by_signals(trainer):
                 seed_generators(SEED)
                 images, captions = self.fixed_samples.sample(pl_module)
@@ -142,7 +143,7 @@ class ImageLogger(pl.Callback):
             image = grid(cells, captions, columns=GRID_COLUMNS)
             name = f"fixed_gs-{step:06}_e-{trainer.current_epoch:06}.png"
             save_image(trainer, image, name, "val/fixed", step)
-            logger.info("%-11s fixed, step %d: %d samples", "images", step, len(images))
+            logger.info("%-11s fixed, step %d: %d samples", "images", step + 1, len(images))
 
     def is_due(self, index: int) -> bool:
         """True if the step (or batch) with this index, counted from 0, is logged."""
@@ -156,7 +157,7 @@ class ImageLogger(pl.Callback):
         log_images = getattr(pl_module, "log_images", None)
         if self.disabled or not callable(log_images) or self.max_images < 1 or not _takes_part(trainer):
             return
-        with never_stops_training(split, step):
+        with never_stops_training(split, step + 1):
             with _unchanged(pl_module, pl_module.device), _cut_short_by_signals(trainer), torch.no_grad():
                 seed_generators(SEED)
                 images = log_images(batch, split=split, **self.log_images_kwargs)
@@ -166,7 +167,7 @@ class ImageLogger(pl.Callback):
             for key, image in grids.items():
                 name = f"{key.replace('/', '_')}_gs-{step:06}_e-{trainer.current_epoch:06}_b-{batch_idx:06}.png"
                 save_image(trainer, image, name, f"{split}/{key}", step)
-            logger.info("%-11s %s, step %d: %s", "images", split, step, ", ".join(grids))
+            logger.info("%-11s %s, step %d: %s", "images", split, step + 1, ", ".join(grids))
 
     def _grid(self, images: Tensor) -> Image.Image:
         """Return the first `max_images` of (B, C, H, W), or a finished (C, H, W), as one image on black."""

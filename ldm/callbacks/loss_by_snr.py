@@ -140,7 +140,10 @@ class LossBySNR(pl.Callback):
         step = trainer.global_step
         self.history.append({"step": step, "losses": losses})
         if trainer.is_global_zero:
-            logger.info("%-11s by log-SNR, step %d: %.1f s", "loss", step, self._seconds)
+            shown = [each for each in self.bins if math.isfinite(each.log_snr)]
+            places = sorted({0, len(shown) // 2, len(shown) - 1}) if shown else []
+            text = ", ".join(f"{losses[shown[k].name]:.4g} at {shown[k].log_snr:g}" for k in places)
+            logger.info("%-11s by log-SNR, step %d: %s (%.1f s)", "loss", step, text, self._seconds)
             with never_stops_training("val", step):
                 save_image(trainer, self.render(pl_module), "loss_by_logsnr.png", "val/loss_by_logsnr", step)
 

@@ -18,6 +18,7 @@ from torch.distributed.fsdp import FSDPModule
 from tqdm import tqdm
 
 from ldm.callbacks.checkpoints import MIB
+from ldm.models.diffusion.ddpm import DDPM
 from ldm.models.optimizers import arguments_of, class_names
 from ldm.modules.ema import PowerEma
 
@@ -181,6 +182,8 @@ class RunReport(pl.Callback):
         dtypes = "/".join(sorted({str(p.dtype).removeprefix("torch.") for p in parameters if p.is_floating_point()}))
         name = next(cls.__name__ for cls in type(pl_module).__mro__ if not issubclass(cls, FSDPModule))
         logger.info("%-11s %s, %s parameters, %s trainable, %s", "model", name, *sizes, dtypes)
+        if isinstance(pl_module, DDPM):
+            logger.info("%-11s %s", "objective", pl_module.describe_objective())
         if self.rule:
             logger.info("%-11s %s", "batch", self.rule)
         for number, optimizer in enumerate(trainer.optimizers, 1):
@@ -224,7 +227,8 @@ class RunReport(pl.Callback):
         if trainer.is_global_zero:
             seconds, steps = time.monotonic() - self._start, trainer.global_step - self._first_step
             rate = f", {steps / seconds:.2f} per second" if seconds > 0 and steps else ""
-            place = f"now at step {trainer.global_step}"
+            last = "".join(f", {name} {value}" for name, value in _metrics(trainer, None).items())
+            place = f"now at step {trainer.global_step}{last}"
             logger.info("%-11s %d steps in %s%s; %s", "trained", steps, _clock(seconds), rate, place)
 
 

@@ -173,6 +173,15 @@ def test_a_copy_replaces_its_target_is_independent_and_leaves_nothing_behind(tmp
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b"]
 
 
+@pytest.mark.parametrize(
+    "validate, kept", [(True, "and 3 best of val/loss"), (False, "no validation, so no best of val")]
+)
+def test_best_states_are_promised_only_with_validation(tmp_path, caplog, validate, kept):
+    caplog.set_level("INFO", logger="ldm")
+    fit(tmp_path, [policy_of(tmp_path)], validate=validate, enable_checkpointing=True)
+    assert kept in caplog.text
+
+
 def test_a_monitor_that_is_not_logged_is_named_with_the_metrics_that_are(tmp_path, caplog):
     fit(tmp_path, [policy_of(tmp_path, monitor="val/lost")], enable_checkpointing=True)
     text = "the monitor 'val/lost' is not logged, so only last.ckpt is kept; logged are train/loss, val/loss"

@@ -65,6 +65,7 @@ def test_a_failed_image_log_is_reported_and_training_continues(tmp_path, caplog)
 
     model, trainer = fit(tmp_path, [ImageLogger(batch_frequency=1, max_images=2)], Broken())
     assert trainer.global_step == 8 and "no paint" in caplog.text and model.net.training
+    assert re.findall(r"val, step (\d+)", caplog.text) == ["8"]  # as the validation's own line
 
 
 def test_arguments_of_log_images_are_passed_on(tmp_path):

@@ -1,6 +1,7 @@
 """Laws of the validation loss by noise level: fixed samples, timesteps and noise, whatever the ranks and batches."""
 
 import csv
+import re
 from types import SimpleNamespace
 
 import numpy as np
@@ -116,7 +117,8 @@ def test_training_is_the_same_with_and_without_it(tmp_path):
         assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
-def test_metrics_are_in_the_csv_and_the_plot_continues_after_a_resume(tmp_path):
+def test_metrics_are_in_the_csv_and_the_plot_continues_after_a_resume(tmp_path, caplog):
+    caplog.set_level("INFO", logger="ldm")
     callback = LossBySNR(samples=3, bin_width=4, timesteps_per_bin=1)
     _, trainer = train(tmp_path, callback)
     trainer.save_checkpoint(tmp_path / "last.ckpt")
@@ -125,6 +127,8 @@ def test_metrics_are_in_the_csv_and_the_plot_continues_after_a_resume(tmp_path):
         values = [float(row[f"val/loss_logsnr_4{suffix}"]) for row in rows if row.get(f"val/loss_logsnr_4{suffix}")]
         assert values == [pytest.approx(each["losses"][f"val/loss_logsnr_4{suffix}"]) for each in callback.history]
         assert len(values) == 2
+    number = r"\d\.\d+"
+    assert re.search(rf"by log-SNR, step 6: {number} at 0, {number} at 4, {number} at 8 \(", caplog.text)
     again = LossBySNR(samples=3, bin_width=4, timesteps_per_bin=1)
     train(tmp_path, again, epochs=3, checkpoint=str(tmp_path / "last.ckpt"))
     assert again.history[:2] == callback.history and [each["step"] for each in again.history] == [3, 6, 9]

@@ -94,6 +94,7 @@ def test_a_sound_run_has_no_problem_and_its_costs_are_listed(doctor):
     trainable, frozen = rows["model"][1:], rows["first_stage_model"][1:]
     assert int(trainable[0].replace(",", "")) > 0 and trainable[1] == "0" and frozen[0] == "0"
     assert rows["effective batch"] == ["4", "=", "4", "x", "1", "device", "x", "1", "accumulated"]
+    assert rows["objective"] == ["eps,", "l2"]
     assert rows["optimizer"][:4] == ["AdamW,", "learning", "rate", "1.000e-04,"]
     assert rows["run"] == ["40", "steps,", "6.7", "epochs"] and rows["epoch"] == ["6", "batches,", "6", "steps"]
     assert rows["latents"][0] == "std" and rows["step"][:3] == ["2", "samples:", "loss"]

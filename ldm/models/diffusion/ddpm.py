@@ -18,6 +18,7 @@ from ldm.config.instantiate import (
     FIRST_STAGE_AS_CONDITION,
     UNCONDITIONAL,
     build_section,
+    describe_section,
     instantiate_from_config,
 )
 from ldm.config.types import Dropout, NonNegativeFloat, PositiveFloat, PositiveInt, Probability
@@ -32,7 +33,7 @@ from ldm.models.diffusion.conditioning import (
 )
 from ldm.models.diffusion.image_log import log_latent_images, log_pixel_images
 from ldm.models.diffusion.latent_scale import BATCHES, measure_latent_std
-from ldm.models.diffusion.loss_weighting import make_loss_weighting
+from ldm.models.diffusion.loss_weighting import SimpleLossWeighting, make_loss_weighting
 from ldm.models.diffusion.published import PublishedDDPM, PublishedLatentDiffusion
 from ldm.models.diffusion.samplers.ddim import DDIMSampler
 from ldm.models.diffusion.timesteps import UniformTimesteps
@@ -157,6 +158,17 @@ class DDPM(TrainedModule, PublishedDDPM):
         else:
             self.register_buffer("logvar", logvar, persistent=False)
             self.register_load_state_dict_pre_hook(_take_logvar)
+
+    def describe_objective(self) -> str:
+        """Return a line about the objective: target, loss, and the sections that differ from the published ones."""
+        huber = f" (c {self.huber_c:g})" if self.loss_type == "pseudo_huber" else ""
+        sections = (
+            describe_section(self.loss_weighting, SimpleLossWeighting),
+            describe_section(self.training_noise, TrainingNoise),
+            describe_section(self.timestep_sampler, UniformTimesteps),
+        )
+        mask = f"masked by {self.loss_mask_key}" if self.loss_mask_key else ""
+        return ", ".join(filter(None, (self.parameterization, f"{self.loss_type}{huber}", *sections, mask)))
 
     def compile_network(self, backend: str) -> None:
         self.model.diffusion_model.compile(backend=backend)  # unlike torch.compile(module), it keeps the keys

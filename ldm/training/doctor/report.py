@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sized
 from datetime import timedelta
 
+from ldm.models.diffusion.ddpm import DDPM
 from ldm.models.optimizers import class_names
 from ldm.training.doctor.estimates import (
     EFFICIENCY,
@@ -53,6 +54,8 @@ def _training(run: Examined) -> Iterator[str]:
         rows["effective batch"], _, rows["learning rate"] = run.rate.rule.partition("; ")
         rows["effective batch"] = rows["effective batch"].removeprefix("effective batch ")
         rows["learning rate"] = rows["learning rate"].removeprefix("learning rate ")
+    if isinstance(run.model, DDPM):
+        rows["objective"] = run.model.describe_objective()
     rows["optimizer"] = _optimizer_text(run)
     data = run.datasets.get("train")
     if run.samples:

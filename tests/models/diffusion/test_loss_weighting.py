@@ -236,6 +236,33 @@ def test_a_learned_log_variance_is_trained_and_saved_with_the_model():
     assert not torch.equal(model.loss_weighting.linear.weight, before) and "train/logvar" in trainer.callback_metrics
 
 
+@pytest.mark.parametrize(
+    "options, line",
+    [
+        ({}, "eps, l2"),
+        (
+            {"learn_logvar": True, "loss_type": "pseudo_huber"},
+            "eps, pseudo_huber (c 0.1), SimpleLossWeighting(learn_logvar)",
+        ),
+        (
+            {
+                "parameterization": "v",
+                "loss_weighting_config": {"target": "ldm.models.diffusion.loss_weighting.MinSNRWeighting"},
+                "noise_config": {"params": {"offset_strength": 0.1}},  # its class is the only one
+                "timestep_config": {
+                    "target": "ldm.models.diffusion.timesteps.LogitNormalTimesteps",
+                    "params": {"std": 2.0, "low_discrepancy": True},
+                },
+            },
+            "v, l2, MinSNRWeighting(gamma 5.0), TrainingNoise(offset_strength 0.1), "
+            "LogitNormalTimesteps(mean 0.0, std 2.0, low_discrepancy)",
+        ),
+    ],
+)
+def test_the_objective_is_described_with_what_differs_from_the_published_one(options, line):
+    assert latent_diffusion("crossattn", ATTEND, CLASSES, **options).describe_objective() == line
+
+
 @pytest.mark.parametrize("section", ["loss_weighting_config", "noise_config", "timestep_config"])
 def test_a_section_of_another_kind_of_class_is_refused_with_the_choices(section):
     with pytest.raises(ValueError, match=f"{section}.target torch.nn.Identity: expected .* such as ldm.models"):
