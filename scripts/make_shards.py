@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 import time
 from collections.abc import Sequence
@@ -10,8 +11,10 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this script's checkout, installed or not
 
 from ldm.cli import Parser, run_command
+from ldm.paths import shown_path
 
 NONE = "none"
+DEFAULT_SIZE = 256  # of training images, as in ldm.data.webdataset.ImageShards
 
 
 def parser() -> Parser:
@@ -60,7 +63,7 @@ def main(argv: Sequence[str]) -> None:
     from ldm.data.base import DataConfigError
     from ldm.data.captions import SIDECAR, usual_table
     from ldm.data.order import usable_cpus
-    from ldm.data.shard_writer import Layout, Selection, write_shards
+    from ldm.data.shard_writer import DATA_CONFIG, Layout, Selection, write_config, write_shards
     from ldm.output.images import make_folder
 
     start = time.perf_counter()
@@ -81,7 +84,16 @@ def main(argv: Sequence[str]) -> None:
     print(f"shorter sides {least} to {most} pixels, median {median}")
     if done.skipped:
         print("skipped " + ", ".join(f"{count:,} ({reason})" for reason, count in done.skipped.items()))
-    print(f"target: ldm.data.webdataset.ImageShards, params: {{shards: {opt.out}}}")
+    split = opt.split or "train"
+    config = str(write_config(selection, Path(opt.out), split, opt.size or DEFAULT_SIZE))
+    files, overrides = {split: config}, []
+    if opt.split is None:
+        overrides = ["data.params.validation=null"]
+    for other in {"train", "validation"} - {split} if opt.split else ():
+        beside = Path(opt.out).absolute().with_name(other) / DATA_CONFIG
+        files[other] = str(shown_path(beside)) if beside.exists() else f"{other.upper()}/{DATA_CONFIG}"
+    words = ["CONFIG.yaml", *(files[name] for name in sorted(files)), "-t", *overrides]  # train before validation
+    print(f"next: python main.py --base {shlex.join(words)}")
 
 
 if __name__ == "__main__":

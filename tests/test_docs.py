@@ -5,6 +5,8 @@ import re
 import runpy
 import shlex
 import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import pytorch_lightning as pl
@@ -15,6 +17,7 @@ from PIL import Image
 import main
 from ldm.config.merge import merge
 from ldm.config.validate import check_config
+from ldm.data.shard_writer import write_config
 from ldm.inference.settings import PRECISIONS, SEED_MODES
 from ldm.models.diffusion import loss_weighting
 from ldm.models.diffusion.conditioning import ROUTES
@@ -198,7 +201,14 @@ def test_the_sections_of_objectives_are_valid_and_its_table_has_every_weighting(
     assert {name for name in classes if name != "SNRWeighting" and hasattr(loss_weighting, name)} <= named
 
 
-def test_the_commands_that_train_stable_diffusion_are_valid():
+def written(path, folder):
+    """The YAML that scripts/make_shards.py writes at a path such as my-shards/train/data.yaml, in another folder."""
+    made = SimpleNamespace(captioned=True, several=False, caption_policy=SimpleNamespace(missing="raise"))
+    folder.mkdir(exist_ok=True)
+    return write_config(made, folder, Path(path).parent.name, 512)
+
+
+def test_the_commands_that_train_stable_diffusion_are_valid(tmp_path):
     page = (ROOT / "docs" / "train-stable-diffusion.md").read_text(encoding="utf-8")
     commands = [
         shlex.split(command.replace("\\\n", " "))
@@ -210,8 +220,10 @@ def test_the_commands_that_train_stable_diffusion_are_valid():
         options = parse_training(words[2:])
         assert options.train
         base = [
-            ROOT / path for path in options.base if path != "cache/data.yaml"
-        ]  # which scripts/cache_latents.py writes
+            written(path, tmp_path / str(number)) if path.startswith("my-shards") else ROOT / path
+            for number, path in enumerate(options.base)
+            if path != "cache/data.yaml"  # which scripts/cache_latents.py writes
+        ]
         config = merge(base, options.overrides)
         check_config(config, weights=False)
         resolve_settings(options, config.lightning)

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from omegaconf import OmegaConf
 from tqdm import tqdm
 
 from ldm.atomic import atomic_file, save_text
@@ -30,7 +31,7 @@ from ldm.data.image import RESAMPLING, BadImageError, cover, load_image
 from ldm.data.image_dataset import digest
 from ldm.data.shards import Store, build_indices
 
-PLAN = "shards.json"
+PLAN, DATA_CONFIG = "shards.json", "data.yaml"
 MAX_JPEG_SIDE = 65_500
 _NUMBER = re.compile(r"[+-]?(?!0\d)(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.ASCII | re.IGNORECASE)  # 007 is a name
 
@@ -118,6 +119,21 @@ def write_shards(selection: Selection, folder: Path, layout: Layout, workers: in
     totals = {name: value for name, value in summary._asdict().items() if name != "written"}
     save_text(folder / PLAN, json.dumps({"plan": plan, **totals}, indent=2) + "\n")
     return summary
+
+
+def write_config(selection: Selection, folder: Path, split: str, size: int) -> Path:
+    """Write the YAML that trains on the shards in place of a config's dataset, unless it exists; return it.
+
+    split: train, validation or test. size: side of the training images in pixels.
+    """
+    captions = None if not selection.captioned else "json.captions" if selection.several else "txt"
+    params: dict[str, Any] = {"shards": str(folder.absolute()), "size": size, "captions": captions}
+    if selection.caption_policy.missing == "empty":
+        params["missing_caption"] = "empty"
+    config = {"_replace_": True, "target": "ldm.data.webdataset.ImageShards", "params": params}
+    if not (path := folder / DATA_CONFIG).exists():  # it may have been edited
+        save_text(path, OmegaConf.to_yaml(OmegaConf.create({"data": {"params": {split: config}}})))
+    return path
 
 
 def _check_plan(path: Path, plan: Mapping[str, Any]) -> None:

@@ -8,7 +8,7 @@ import os
 import re
 import shlex
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,9 @@ from ldm.checkpoint import verify_checkpoint
 from ldm.checkpoint.load import advise_settings
 from ldm.checkpoint.resume import find_checkpoint
 from ldm.cli import EXIT_INTERRUPTED, Stopped, one_line
+from ldm.config.files import load_yaml
 from ldm.config.instantiate import ConfigError, instantiate_from_config
+from ldm.config.merge import find_config
 from ldm.config.model_info import model_info
 from ldm.config.validate import check_class_count
 from ldm.data.captions import usual_table
@@ -81,7 +83,7 @@ def execute(options: RunOptions, directory: RunDirectory, config: DictConfig, se
     adapters = sorted(map(str, directory.checkpoints.glob("*.safetensors"))) if saved_adapters else []
     if adapters:
         logger.info("%-11s %s", "adapter", ", ".join(adapters))
-    if saved and (command := next_command(config, directory.path)):
+    if saved and (command := next_command(config, directory.path, options.base)):
         logger.info("%-11s %s", "next", command)
     if code == 0 and not options.no_test:
         untrained = not options.train and directory.checkpoint is not None
@@ -167,8 +169,11 @@ def fit(trainer: pl.Trainer, model: pl.LightningModule, data: Any, directory: Ru
     return 0
 
 
-def next_command(config: DictConfig, run: Path) -> str:
-    """Return the command that samples from a trained model, or that trains a diffusion model on a first stage."""
+def next_command(config: DictConfig, run: Path, base: Sequence[str] = ()) -> str:
+    """Return the command that samples from a trained model, or that trains a diffusion model on a first stage.
+
+    base: the YAMLs of the run; the second command takes those that hold data alone.
+    """
     target, place = str(config.model.target), shlex.quote(str(shown_path(run)))
     params = config.model.get("params") or {}
     if "ddconfig" in params:
@@ -178,7 +183,9 @@ def next_command(config: DictConfig, run: Path) -> str:
         if root and (table := usual_table(expand_user(root))):
             data += f" data.params.train.params.captions={table}"
         size = "-small" if params["ddconfig"]["resolution"] <= SMALL_RESOLUTION else ""
-        return f"python main.py --base configs/recipes/text-to-image{size}-folder.yaml -t {stage}{data}"
+        more = [path for path in base if {"data"} == load_yaml(find_config(path)).keys()]
+        words = shlex.join([f"configs/recipes/text-to-image{size}-folder.yaml", *more])
+        return f"python main.py --base {words} -t {stage}{data}"
     if "unet_config" not in params or "Classifier" in target:
         return ""
     content: Any = OmegaConf.to_container(config, resolve=True)

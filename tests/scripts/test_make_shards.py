@@ -2,7 +2,11 @@
 
 from pathlib import Path
 
+from omegaconf import OmegaConf
+
 from ldm.cli import run_command
+from ldm.config.instantiate import instantiate_from_config
+from ldm.config.merge import merge
 from ldm.data.webdataset import ImageShards
 from scripts import make_shards
 from tests.data.layouts import save_image
@@ -25,10 +29,44 @@ def test_a_folder_becomes_shards_and_the_last_line_says_how_to_train_on_them(tmp
     said = capsys.readouterr().out
     assert "3 shards (3 new) of 4 images" in said and "shorter sides 8 to 8 pixels" in said
     assert "skipped 1 (an HTML page, not an image (a failed download?))" in said
-    assert said.endswith(f"target: ldm.data.webdataset.ImageShards, params: {{shards: {tmp_path / 'out'}}}\n")
+    config = tmp_path / "out" / "data.yaml"
+    assert said.endswith(f"next: python main.py --base CONFIG.yaml {config} -t data.params.validation=null\n")
     data = ImageShards(str(tmp_path / "out"), 8)
     assert {data[i]["txt"] for i in range(4)} == {f"caption {i}" for i in range(4)}
     assert run_command(make_shards.main, argv) == 0 and "3 shards (0 new)" in capsys.readouterr().out
+
+
+def test_shards_of_both_splits_train_in_place_of_a_folder_without_further_keys(tmp_path, monkeypatch, capsys):
+    captioned(tmp_path / "images")
+    monkeypatch.chdir(tmp_path)
+    for split in ("train", "validation"):
+        argv = [
+            "--root",
+            "images",
+            "--out",
+            f"sh/{split}",
+            "--split",
+            split,
+            "--size",
+            "8",
+            "--missing_caption",
+            "empty",
+        ]
+        assert run_command(make_shards.main, argv) == 0
+    said = capsys.readouterr().out.splitlines()
+    files = ["sh/train/data.yaml", "sh/validation/data.yaml"]
+    assert f"next: python main.py --base CONFIG.yaml {files[0]} VALIDATION/data.yaml -t" in said
+    assert said[-1] == f"next: python main.py --base CONFIG.yaml {' '.join(files)} -t"
+    folder = {"target": "ldm.data.folder.ImageFolder", "params": {"root": "images", "split": "train"}}
+    config = {"target": "main.DataModuleFromConfig", "params": {"batch_size": 2, "train": folder, "validation": folder}}
+    OmegaConf.save(OmegaConf.create({"data": config}), "folder.yaml")
+    data = instantiate_from_config(merge([Path(file) for file in ("folder.yaml", *files)]).data)
+    data.setup()
+    assert sorted(map(len, data.datasets.values())) == [1, 4] and data.datasets["train"].crop_size == (8, 8)
+    edited = Path(files[0]).read_text().replace("size: 8", "size: 4")
+    Path(files[0]).write_text(edited)
+    run_command(make_shards.main, [*argv[:2], "--out", "sh/train", "--split", "train", *argv[6:]])
+    assert Path(files[0]).read_text() == edited
 
 
 def test_a_table_with_the_usual_name_is_found(tmp_path, capsys):

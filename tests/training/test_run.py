@@ -50,7 +50,11 @@ def test_a_finished_run_names_the_command_that_uses_it(config, command):
 
 
 def test_the_command_after_a_first_stage_names_its_data(tmp_path):
-    yaml = OmegaConf.load(ROOT / "configs" / "recipes" / "autoencoder-folder.yaml")
+    recipe, shards = ROOT / "configs" / "recipes" / "autoencoder-folder.yaml", tmp_path / "data.yaml"
+    shards.write_text("data: {params: {train: {params: {shards: x}}}}")
+    yaml = OmegaConf.load(recipe)
+    words = f" --base configs/recipes/text-to-image-folder.yaml {shards} -t "
+    assert words in next_command(yaml, Path("logs/run"), [str(recipe), str(shards)])
     yaml.data.params.train.params.root = "my images"
     assert next_command(yaml, Path("logs/run")).endswith(" data.params.train.params.root='my images'")
     yaml.data.params.train.params.root = str(tmp_path)
