@@ -39,6 +39,9 @@ _SHAPE_SETTINGS = (  # (end of a name, dimension, setting that determines it)
 )
 
 
+_LOSS = "loss."  # begins the tensors of a first stage's loss
+
+
 @dataclass(frozen=True)
 class LoadReport:
     """Result of `load_weights`. Names are the published ones, in the module's order."""
@@ -46,7 +49,7 @@ class LoadReport:
     path: Path
     loaded: int  # tensors of the module that were loaded
     missing: tuple[str, ...]  # names of the module that the file lacks, optional ones included
-    unexpected: tuple[str, ...]  # names of the file that the module lacks
+    unexpected: tuple[str, ...]  # names of the file that the module lacks, without those of a loss if it has none
     excused: tuple[str, ...]  # blocks that may be missing as a whole and are: "cond_stage_model", "loss", ...
     ema_started: bool  # the averages were started from the weights, because the file has none
 
@@ -118,6 +121,8 @@ def load_weights(
     optional = {name for name in missing if _is_optional(module, name)}
     excused = _check_blocks(source.path, wanted, missing, optional, strict_blocks)
     unexpected = tuple(name for name in given if name not in wanted and not name.startswith(EMA))
+    if not any(name.startswith(_LOSS) for name in wanted):  # a module that does not train needs no weights of a loss
+        unexpected = tuple(name for name in unexpected if not name.startswith(_LOSS))
     refuse_adapters(source.path, unexpected)
     _assign(module, {own_names[name]: (tensor, wanted[name]) for name, tensor in found.items()})
     report = LoadReport(source.path, len(found), missing, unexpected, excused, ema_started)

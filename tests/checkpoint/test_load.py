@@ -22,6 +22,15 @@ def test_loading_fills_the_module_and_logs_one_line(tmp_path, caplog):
     assert [record.getMessage() for record in caplog.records] == [str(report)]
 
 
+def test_weights_of_a_loss_are_unexpected_only_where_the_module_has_a_loss(tmp_path):
+    state = Stage().state_dict() | {"loss.logvar": torch.ones(1)}
+    stage, trained = Stage(), Stage()
+    trained.loss = nn.Linear(2, 2)
+    assert load_weights(stage, save(tmp_path / "a.ckpt", state)).unexpected == ()
+    state |= {f"loss.{name}": value for name, value in trained.loss.state_dict().items()}
+    assert load_weights(trained, save(tmp_path / "b.ckpt", state)).unexpected == ("loss.logvar",)
+
+
 def test_a_model_on_the_meta_device_gets_the_files_tensors_in_its_own_dtype(tmp_path):
     source = Model()
     path = save(tmp_path / "a.ckpt", {name: value.half() for name, value in source.state_dict().items()})
