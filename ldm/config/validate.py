@@ -6,6 +6,7 @@ Classes are read as source text: nothing is imported or built, so a mistake show
 from __future__ import annotations
 
 import importlib.util
+import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -318,5 +319,7 @@ def _source(file: str) -> str:
     for folder, script in DOWNLOADS.items():
         # Each released model has its config in the same folder.
         if inside.is_relative_to(folder) and (ROOT / inside).with_name("config.yaml").is_file():
-            return f"download it: bash {script}"
+            of_folder = rf"^ +(\S+)={re.escape(inside.parent.relative_to('models').as_posix())} "
+            named = re.search(of_folder, (ROOT / script).read_text(encoding="utf-8"), re.MULTILINE)
+            return f"download it: bash {script}{f' {named[1]}' if named else ''}"
     return "add it"

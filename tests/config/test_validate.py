@@ -1,6 +1,7 @@
 """The validator of configs: it reads source text and imports nothing."""
 
 import re
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -127,8 +128,8 @@ def test_an_argument_may_be_called_target():
     "file, advice",
     [
         ("gone.ckpt", "add it, or choose another with {place}=FILE"),
-        ("models/first_stage_models/kl-f8/model.ckpt", "download it: bash scripts/download_first_stages.sh"),
-        ("models/ldm/cin256/model.ckpt", "download it: bash scripts/download_models.sh"),
+        ("models/first_stage_models/kl-f8/model.ckpt", "download it: bash scripts/download_first_stages.sh kl-f8"),
+        ("models/ldm/cin256/model.ckpt", "download it: bash scripts/download_models.sh cin"),
         ("models/ldm/stable-diffusion-v1/model.ckpt", "put sd-v1-4.ckpt of https://huggingface.co/CompVis/stable-"),
         ("models/ldm/mine/model.ckpt", "it is in {root}: run from there"),
     ],
@@ -139,6 +140,7 @@ def test_missing_weights_are_named_with_their_source(file, advice, tmp_path, mon
     for name in ("first_stage_models/kl-f8/config.yaml", "ldm/cin256/config.yaml", "ldm/mine/model.ckpt"):
         (root / "models" / name).parent.mkdir(parents=True)
         (root / "models" / name).touch()
+    shutil.copytree(ROOT / "scripts", root / "scripts", ignore=shutil.ignore_patterns("*.py"))
     monkeypatch.setattr("ldm.config.validate.ROOT", root)
     monkeypatch.chdir(tmp_path)
     first_stage = {"target": "ldm.models.autoencoder.AutoencoderKL", "params": {"ckpt_path": file}}
