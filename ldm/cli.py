@@ -291,6 +291,11 @@ def less_memory(flags: Sequence[str]) -> str:
     return f"; try: {', '.join(_LESS_MEMORY[flag] for flag in known)}" if known else ""
 
 
+def counted(number: int, one: str, many: str = "") -> str:
+    """Return a number and its noun: 1 batch, 2,000 batches. many: the plural, if it is not `one` and an s."""
+    return f"{number:,} {one if number == 1 else many or one + 's'}"
+
+
 def one_line(error: BaseException) -> str:
     """Return an error's message without line breaks; system errors name their file."""
     if isinstance(error, OSError) and error.strerror:

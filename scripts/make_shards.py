@@ -10,7 +10,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this script's checkout, installed or not
 
-from ldm.cli import Parser, run_command
+from ldm.cli import Parser, counted, run_command
 from ldm.paths import shown_path
 
 NONE = "none"
@@ -79,8 +79,8 @@ def main(argv: Sequence[str]) -> None:
     done = write_shards(selection, Path(opt.out), layout, opt.workers or usable_cpus())
     seconds = time.perf_counter() - start
     least, median, most = done.sides
-    size = f"{done.bytes / 1e6:,.1f} MB"
-    print(f"{done.shards} shards ({done.written} new) of {done.samples:,} images, {size}, {seconds:.1f} s")
+    size = f"{done.bytes / 1e6:,.1f} MB, {seconds:.1f} s"
+    print(f"{counted(done.shards, 'shard')} ({done.written} new) of {counted(done.samples, 'image')}, {size}")
     print(f"shorter sides {least} to {most} pixels, median {median}")
     if done.skipped:
         print("skipped " + ", ".join(f"{count:,} ({reason})" for reason, count in done.skipped.items()))

@@ -17,6 +17,7 @@ from pytorch_lightning.accelerators import CUDAAccelerator
 from pytorch_lightning.loops.progress import _ProcessedTracker
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
+from ldm.cli import counted
 from ldm.config.instantiate import ConfigError, instantiate_from_config
 from ldm.config.types import NonNegativeInt, PositiveInt
 from ldm.data.base import DataConfigError, Txt2ImgIterableBaseDataset, leaves, prepare
@@ -416,7 +417,8 @@ def _check_training_data(datasets: Mapping[str, Any]) -> None:
     for name in ("validation", "test"):
         shards, images = _files(parts.get(name, ()))
         if common := shards & trained_shards:
-            logger.warning("%-11s %d shards of %s are trained on too, e.g. %s", "data", len(common), name, min(common))
+            shared = f"{counted(len(common), 'shard')} of {name}, e.g. {min(common)}"
+            logger.warning("%-11s trained on too: %s", "data", shared)
         if count := len(images & trained_images):
             problem = f"{count} of {len(images)} images of {name} are trained on too; set split in both"
             logger.warning("%-11s %s", "data", problem)

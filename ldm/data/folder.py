@@ -14,6 +14,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from ldm.cli import counted
 from ldm.config.consistency import LOSS_MASK
 from ldm.config.types import PathText
 from ldm.data.base import DataConfigError, check_choice
@@ -363,10 +364,10 @@ class ImageFolder(ImageDataset):
     def _report(self, place: SplitFolder, table: Path | None, found: int) -> None:
         """Log the split, its size, captions and classes."""
         split = f", split {self.split}" + (f" of {found}" if place.shared else "") if self.split else ""
-        captions = f", {sum(len(item.captions) for item in self.items)} captions" if self.captioned else ""
+        captions = f", {counted(sum(len(item.captions) for item in self.items), 'caption')}" if self.captioned else ""
         captions += f" of {table}" if table is not None else ""
-        classes = f", {len(self.class_names)} classes" if self.class_names is not None else ""
-        logger.info("%s: %d images%s%s%s", self.root, len(self), split, captions, classes)
+        classes = f", {counted(len(self.class_names), 'class', 'classes')}" if self.class_names is not None else ""
+        logger.info("%s: %s%s%s%s", self.root, counted(len(self), "image"), split, captions, classes)
         if place.unused:
             logger.info("%s: not used, of no split: %s", self.root.parent, ", ".join(place.unused))
         if self.labels is not None and self.class_names is not None:

@@ -14,6 +14,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from ldm.cli import counted
 from ldm.config.instantiate import instantiate_from_config
 from ldm.config.suggest import did_you_mean
 from ldm.config.types import PathText, PositiveFloat, PositiveInt
@@ -123,14 +124,14 @@ class ImageShards(ImageDataset):
         self._process = os.getpid()
         counts = ", ".join(f"{count:,} {reason}" for reason, count in self.left_out.most_common())
         total = len(self) + self.left_out.total()
-        kept = f"{len(self):,} of {total:,} images" + (f", left out: {counts}" if counts else "")
+        kept = f"{len(self):,} of {counted(total, 'image')}" + (f", left out: {counts}" if counts else "")
         if not len(self):
             advice = "set {param} to shards with images, or filters and captions to what they hold"
             problem = f"none of {total:,} images can be used ({counts})"
             if suffixes := ", ".join(f".{suffix}" for suffix in sorted(self._suffixes)[:10]):
                 problem += f"; their files end in {suffixes}"
             raise DataConfigError("shards", shards, problem, advice)
-        logger.info("%s: %s", "1 shard" if len(self.shards) == 1 else f"{len(self.shards)} shards", kept)
+        logger.info("%s: %s", counted(len(self.shards), "shard"), kept)
         if self.skipped:
             first = "; ".join(f"{what}: {reason}" for what, reason in list(self.skipped.items())[:3])
             logger.warning("skipped %d damaged shards or records (first: %s)", len(self.skipped), first)

@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from ldm.atomic import locked, save_text
 from ldm.checkpoint import ensure_weights, load_weights, open_weights, weights_on_meta, write_weights
+from ldm.cli import counted
 from ldm.config.consistency import pixel_factors, size_problems
 from ldm.config.instantiate import (
     FIRST_STAGE_AS_CONDITION,
@@ -129,10 +130,8 @@ def cache_latents(config: DictConfig, options: CacheOptions, written: Mapping[st
 
 def _count_text(folder: Path) -> str:
     index = read_index(folder)
-    parts = [f"{index['samples']:,} images"]
-    parts += [f"{index['variants']} variants"] if index["variants"] > 1 else []
-    parts += [f"{index['captions']:,} captions"] if index["captions"] else []
-    return f"({', '.join(parts)})"
+    parts = {"image": index["samples"], "variant": index["variants"], "caption": index["captions"]}
+    return f"({', '.join(counted(count, name) for name, count in parts.items() if count > (name == 'variant'))})"
 
 
 def _overlay(config: DictConfig, data: DataModuleFromConfig, out: Path, written: Mapping[str, Any]) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from ldm.callbacks import SignalCallback, StepSeed
 from ldm.checkpoint import verify_checkpoint
 from ldm.checkpoint.load import advise_settings
 from ldm.checkpoint.resume import find_checkpoint
-from ldm.cli import EXIT_INTERRUPTED, Stopped, one_line
+from ldm.cli import EXIT_INTERRUPTED, Stopped, counted, one_line
 from ldm.config.files import load_yaml
 from ldm.config.instantiate import ConfigError, instantiate_from_config
 from ldm.config.merge import find_config
@@ -290,7 +290,7 @@ def build_data(config: DictConfig, settings: RunSettings, strict: bool, prepare:
             data.prepare_data()
         data.setup("fit")
         for name, dataset in data.datasets.items():
-            size = f"{len(dataset):,} samples" if hasattr(dataset, "__len__") else "a stream"
+            size = counted(len(dataset), "sample") if hasattr(dataset, "__len__") else "a stream"
             logger.info("%-11s %s: %s, %s", "data", name, type(dataset).__name__, size)
     return data
 

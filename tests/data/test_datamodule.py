@@ -252,7 +252,7 @@ def test_shards_that_are_trained_on_and_validated_on_are_logged_whatever_their_s
 
     mixture = {"target": "ldm.data.mixture.Mixture", "params": {"datasets": [config(tmp_path)]}}
     data(train=mixture, validation=config(tmp_path / "../" / tmp_path.name / "00000.tar")).setup()
-    assert f"1 shards of validation are trained on too, e.g. {path}" in caplog.text
+    assert f"trained on too: 1 shard of validation, e.g. {path}" in caplog.text
 
 
 def test_the_numbers_of_the_classes_are_logged_and_known(tmp_path, caplog):

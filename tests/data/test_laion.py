@@ -49,7 +49,7 @@ def test_shards_of_both_training_and_validation_are_a_warning(tmp_path, caplog):
     save_shards(tmp_path, 3, 1)
     split = {"shards": ["00001.tar", "00002.tar"], "image_key": "png"}
     instantiate_from_config(published(tmp_path, validation=split)).setup()
-    assert "1 shards of validation are trained on too, e.g. " in caplog.text and "00001.tar" in caplog.text
+    assert "trained on too: 1 shard of validation, e.g. " in caplog.text and "00001.tar" in caplog.text
 
 
 def test_filters_are_those_of_the_published_module(tmp_path):

@@ -270,6 +270,24 @@ def test_an_average_without_warm_up_that_keeps_its_first_weights_is_a_problem():
     assert not list(checks.check_ema(ema_run(model, 100)))
 
 
+def test_snapshots_that_the_run_never_stores_or_that_cannot_be_combined_are_notes():
+    def notes(averages, interval, every=1):
+        section = {"averages": averages, "every": every, "snapshot_every": interval}
+        model = torch.nn.Module()
+        model.model_ema = EMAConfig(**section).build(torch.nn.Linear(2, 2))
+        found = list(checks.check_ema(ema_run(model, 400, ema_config=section)))
+        assert not any(each.is_problem for each in found)
+        return [each.text for each in found]
+
+    both = [{"sigma_rel": 0.05}, {"sigma_rel": 0.1}]
+    assert notes(both, 400) == notes(both, 0) == notes(both[:1], 0) == []
+    place = "model.params.ema_config"
+    stored = f"{place}.snapshot_every 5000: the run of 400 steps stores none; set it to"
+    assert notes(both, 5000) == [f"{stored} 20"] and notes(both, 5000, every=50) == [f"{stored} 50"]
+    (text,) = notes(both[:1], 20)
+    assert text.startswith(f"{place}.averages: snapshots of one sigma_rel; two, such as 0.05 and 0.1")
+
+
 def ema_run(model, steps, target="ldm.models.diffusion.ddpm.LatentDiffusion", **params):
     return SimpleNamespace(model=model, steps=steps, params=params, plain={"model": {"target": target}})
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from ldm.callbacks import CheckpointPolicy, ImageLogger
 from ldm.callbacks.data_check import image_size_problems, pixel_multiple, single_buckets
 from ldm.checkpoint import CheckpointError, load_weights, read_weights, weights_on_meta
-from ldm.cli import one_line
+from ldm.cli import counted, one_line
 from ldm.config.consistency import ADAPTERS
 from ldm.config.instantiate import ConfigError, instantiate_from_config, value_at
 from ldm.config.signature import constructor_arguments
@@ -178,7 +178,7 @@ def check_first_stage_scale(run: Examined) -> Iterator[Finding]:
         yield problem(f"model.params.first_stage_config: {one_line(error)}")
         return
     scale = 1.0 if run.params.get("scale_by_std") else float(run.params.get("scale_factor", 1.0))
-    measured = f"std {std * scale:.3g} over {min(ENCODED, len(run.samples))} crops"
+    measured = f"std {std * scale:.3g} over {counted(min(ENCODED, len(run.samples)), 'crop')}"
     if run.params.get("scale_by_std"):
         run.latent_text = f"{measured}, unscaled; scale_by_std divides by it"
         return
@@ -223,7 +223,7 @@ def check_discriminator(run: Examined) -> Iterator[Finding]:
 
 
 def check_ema(run: Examined) -> Iterator[Finding]:
-    """Averages that still hold the initial weights at the end of the run."""
+    """Averages that still hold the initial weights at the end of the run, snapshots that cannot be combined."""
     ema, steps = getattr(run.model, "model_ema", None), run.steps
     if not isinstance(ema, LitEma) or not steps:
         return
@@ -238,6 +238,14 @@ def check_ema(run: Examined) -> Iterator[Finding]:
             setting, advice = _ema_setting(run, number, decay, fitting)
             text = f"after {steps:,} steps {left:.0%} of the average are still the initial weights"
             yield problem(f"{setting}: {text}; {advice}")
+    section: Mapping[str, Any] = run.params.get("ema_config") or {}
+    interval, place = section.get("snapshot_every") or 0, "model.params.ema_config"
+    if interval > steps:
+        fitting = max(1, steps // (20 * ema.every)) * ema.every
+        yield note(f"{place}.snapshot_every {interval}: the run of {steps:,} steps stores none; set it to {fitting}")
+    if interval and len([each for each in ema.all_averages() if isinstance(each, PowerEma)]) == 1:
+        text = "snapshots of one sigma_rel; two, such as 0.05 and 0.1, give averages of other widths"
+        yield note(f"{place}.averages: {text} (docs/ema.md)")
 
 
 def _ema_setting(run: Examined, number: int, decay: float, fitting: float) -> tuple[str, str]:

@@ -21,7 +21,7 @@ from torch.utils.data import default_collate
 from ldm.callbacks import ImageLogger, LossBySNR
 from ldm.callbacks.data_check import warn_of_long_captions
 from ldm.checkpoint import weights_on_meta
-from ldm.cli import one_line
+from ldm.cli import counted, one_line
 from ldm.config.consistency import consistency_problems
 from ldm.config.instantiate import ConfigError, instantiate_from_config
 from ldm.config.validate import WEIGHTS, check_class_count, weights_problems
@@ -241,7 +241,7 @@ def _step_with_numbers(run: Examined) -> None:
         reason = f"{count / 1e6:,.0f} M parameters" if count > SMALL else "large images"
         run.step_text = f"forward and backward without data at batch size {run.batch_size} ({reason})"
         return
-    logger.info("%-11s a step of %d samples", "computing", rows)
+    logger.info("%-11s a step of %s", "computing", counted(rows, "sample"))
     files = not any(each.is_problem and "ckpt_path" in each.text for each in run.findings)
     with preserve_rng():
         node = use_cached_stages(run.config)
@@ -267,7 +267,7 @@ def _step_with_numbers(run: Examined) -> None:
             model.zero_grad()
     run.step_seconds = seconds / rows
     shown = " and ".join(f"{value:.4g}" for value in values)
-    run.step_text = f"{rows} samples: loss {shown}, norm of the gradient {norm:.4g}, {seconds:.2f} s"
+    run.step_text = f"{counted(rows, 'sample')}: loss {shown}, norm of the gradient {norm:.4g}, {seconds:.2f} s"
     if not all(map(math.isfinite, [*values, norm])):
         run.findings.append(problem(f"a training step has a loss of {shown} and a gradient of norm {norm:g}"))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sized
 from datetime import timedelta
 
+from ldm.cli import counted
 from ldm.models.diffusion.ddpm import DDPM
 from ldm.models.optimizers import class_names
 from ldm.training.doctor.estimates import (
@@ -59,20 +60,20 @@ def _training(run: Examined) -> Iterator[str]:
     rows["optimizer"] = _optimizer_text(run)
     data = run.datasets.get("train")
     if run.samples:
-        size = f"{len(data):,} samples" if isinstance(data, Sized) else "a stream"
+        size = counted(len(data), "sample") if isinstance(data, Sized) else "a stream"
         rows["data"] = f"{size}; {len(run.samples)} read in {run.sample_seconds * len(run.samples):.2f} s"
     if text := getattr(data, "bucket_text", ""):
         rows["buckets"] = text
     if run.epoch_steps:
-        rows["epoch"] = f"{_count(run.batches or 0, 'batch', 'batches')}, {_count(run.epoch_steps, 'step')}"
+        rows["epoch"] = f"{counted(run.batches or 0, 'batch', 'batches')}, {counted(run.epoch_steps, 'step')}"
     if run.steps is not None:
         epochs = f", {run.steps / run.epoch_steps:,.1f} epochs" if run.epoch_steps else ""
-        rows["run"] = f"{_count(run.steps, 'step')}{epochs}"
+        rows["run"] = f"{counted(run.steps, 'step')}{epochs}"
     if run.latent_text:
         rows["latents"] = run.latent_text
     rows["step"] = run.step_text
     if seconds := expected_step(run):
-        source = f"the step of {min(2, len(run.samples))} samples" if run.step_seconds else _speed_text(run)
+        source = f"the step of {counted(min(2, len(run.samples)), 'sample')}" if run.step_seconds else _speed_text(run)
         whole = f", {_duration(seconds * run.steps)} for the run" if run.steps else ""
         rows["time, estimated"] = f"{_duration(seconds)} for a step{whole}, from {source}"
     if run.footprint is not None:
@@ -106,10 +107,6 @@ def _memory(run: Examined) -> Iterator[str]:
     available = device_memory(run)
     of = f" of {size_text(available)}" if available else ""
     yield f"  {'sum':34}{size_text(sum(size for _, size in rows)):>12}{of}"
-
-
-def _count(number: int, one: str, many: str = "") -> str:
-    return f"{number:,} {one if number == 1 else many or one + 's'}"
 
 
 def _duration(seconds: float) -> str:
