@@ -2,6 +2,7 @@
 
 import _compat_pickle
 import contextlib
+import functools
 import io
 import json
 import os
@@ -93,9 +94,16 @@ def read_checkpoint(
 
 
 def read_entry(path: Path, key: str) -> Any:
-    """An entry of a Lightning checkpoint besides its weights; None for other files and without it."""
+    """An entry of a Lightning checkpoint, one of SMALL_ENTRIES; None for other files and without it."""
+    version = path.stat()
+    return _small_entries(path, version.st_ino, version.st_size, version.st_mtime_ns).get(key)
+
+
+@functools.lru_cache(maxsize=16)
+def _small_entries(path: Path, *version: int) -> dict[str, Any]:
+    """Read once for each version of a file: unpickling takes as long for one entry as for all tensors."""
     content = load_pickle(path, map_location="cpu", mmap=True) if _is_zip(path) else None
-    return content.get(key) if isinstance(content, Mapping) else None
+    return {key: content[key] for key in SMALL_ENTRIES if key in content} if isinstance(content, Mapping) else {}
 
 
 def global_step(path: Path) -> int | None:
@@ -191,6 +199,7 @@ def preview(names: Iterable[str], count: int = 3) -> str:
 
 PARTS = "parts"  # the entry, and the folder next to the index
 SPLIT_ENTRIES = ("state_dict", "optimizer_states")  # of a checkpoint
+SMALL_ENTRIES = ("alpha", "base", "global_step", PARTS, "saved_at", "tokens")
 
 
 class SplitTensor:

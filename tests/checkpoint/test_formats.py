@@ -10,6 +10,7 @@ import torch
 
 from ldm.checkpoint import (
     CheckpointError,
+    formats,
     read_checkpoint,
     read_weights,
     verify_checkpoint,
@@ -36,6 +37,16 @@ def test_every_torch_format_loads_whatever_the_suffix(tmp_path, zipped, bare):
     path = tmp_path / "weights.safetensors"
     torch.save(WEIGHTS if bare else {"state_dict": WEIGHTS, "epoch": 3}, path, _use_new_zipfile_serialization=zipped)
     assert same(read_weights(path), WEIGHTS)
+
+
+def test_entries_are_read_once_for_each_version_of_a_file(tmp_path, monkeypatch):
+    path, read, load = tmp_path / "a.ckpt", [], formats.load_pickle
+    for step in (1, 2):
+        write_checkpoint({"state_dict": WEIGHTS, "global_step": step, "saved_at": 3.0}, path)
+        monkeypatch.setattr(formats, "load_pickle", lambda *args, **kwargs: read.append(step) or load(*args, **kwargs))  # noqa: B023
+        assert formats.global_step(path) == step and formats.saved_at(path) == 3.0 and formats.part_files(path) == []
+        monkeypatch.undo()
+    assert read == [1, 2]
 
 
 def test_safetensors_holds_tensors_that_share_memory_or_are_strided(tmp_path):
