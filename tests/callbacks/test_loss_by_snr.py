@@ -34,15 +34,15 @@ class Images(torch.utils.data.Dataset):
 UNET = unet(in_channels=3, out_channels=3, channel_mult=[1], attention_resolutions=[])
 
 
-def train(folder, callback, batch_size=4, epochs=2, checkpoint=None, **options):
+def train(folder, callback, batch_size=4, epochs=2, checkpoint=None):
     torch.manual_seed(0)  # of the averages' initial values
     model = pixel_model(use_ema=True, ema_decay=0.5, unet_config=UNET)
     model.learning_rate = 1e-3
     data = DataModuleFromConfig(batch_size, train={}, validation={}, num_workers=0)
     data.datasets, data.seed = {"train": Images(), "validation": Images()}, 3
     logger = MetricsFile(folder / "csv" / "metrics.csv")
-    options = {**QUIET, "logger": logger, "max_epochs": epochs, "default_root_dir": str(folder), **options}
-    trainer = pl.Trainer(callbacks=[StepSeed(3), callback], **options)
+    options = {**QUIET, "logger": logger, "log_every_n_steps": 1, "default_root_dir": str(folder)}
+    trainer = pl.Trainer(callbacks=[StepSeed(3), callback], max_epochs=epochs, **options)
     trainer.fit(model, datamodule=data, ckpt_path=checkpoint, weights_only=True if checkpoint else None)
     return model, trainer
 

@@ -38,8 +38,8 @@ VQ = {
 
 
 def unet(**changes: Any) -> dict[str, Any]:
-    """The tiny UNet with other parameters; those that are None are left out."""
-    params = {**UNET["params"], **changes}
+    """The tiny UNet with attention on its second level and other parameters; those that are None are left out."""
+    params = {**UNET["params"], "attention_resolutions": [2], **changes}
     return {"target": UNET["target"], "params": {name: value for name, value in params.items() if value is not None}}
 
 

@@ -1,5 +1,7 @@
 """LoRA files exchanged with diffusers and peft give the same images; conversion and merging write what they say."""
 
+import functools
+
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -51,13 +53,16 @@ def ours(saved, *lora, **options) -> torch.Tensor:
     return our_image(load_model(saved.config, saved.ckpt, "cpu", "full", lora=lora, **options))
 
 
+@functools.cache
+def without(saved) -> torch.Tensor:
+    return ours(saved)
+
+
 CASES = {  # kind of model, targets, style, options
     "kohya's LoRA": ("sd1", LORA, KOHYA, {}),
-    "kohya's LoRA for v2": ("sd2", LORA, KOHYA, {}),
     "LoCon": ("sd1", LOCON, KOHYA, {}),
     "LoCon for v2": ("sd2", LOCON, KOHYA, {}),
     "all layers": ("sd1", (*LOCON, *OTHERS), DIFFUSERS, {}),
-    "diffusers' names": ("sd1", LOCON, DIFFUSERS, {}),
     "diffusers' names for v2": ("sd2", LOCON, DIFFUSERS, {}),
     "DoRA": ("sd1", ("attention", "feed_forward"), DIFFUSERS, {"dora": True}),
 }
@@ -71,10 +76,10 @@ def test_diffusers_generates_our_image_from_our_file(converted, tmp_path, case):
     pipe = pipeline_of(folder)
     pipe.load_lora_weights(str(path), adapter_name="a")
     # peft scales a DoRA before it normalizes; here, as in ComfyUI, the strength scales its change of the weight.
-    for strength in (1.0,) if "dora" in options else (0.5, -1.0):
-        pipe.set_adapters(["a"], [strength])
-        image = ours(saved, (path, strength))
-        assert close(image, their_image(pipe)) and not close(image, ours(saved))
+    strength = 1.0 if "dora" in options else -0.5
+    pipe.set_adapters(["a"], [strength])
+    image = ours(saved, (path, strength))
+    assert close(image, their_image(pipe)) and not close(image, without(saved))
 
 
 def test_two_adapters_at_once_give_diffusers_image(converted, tmp_path):
@@ -100,7 +105,7 @@ def test_a_folder_of_peft_gives_its_image(converted, tmp_path):
     assert (tmp_path / "adapter" / "adapter_config.json").is_file()
     image = ours(saved, (tmp_path / "adapter", 1.0))
     pipe.unet = pipe.unet.merge_and_unload()
-    assert close(image, their_image(pipe)) and not close(image, ours(saved))
+    assert close(image, their_image(pipe)) and not close(image, without(saved))
 
 
 @pytest.mark.parametrize(("kind", "alpha"), [("sd1", 1), ("sd1", 4), ("sd2", 1)])
@@ -118,7 +123,7 @@ def test_a_file_that_diffusers_saves_gives_its_image(converted, tmp_path, kind, 
         metadata[f"{name}_lora_adapter_metadata"] = config.to_dict() if alpha != 4 else None
     pipe.save_lora_weights(tmp_path, safe_serialization=alpha != 4, **layers, **metadata)
     image = ours(saved, (tmp_path, 1.0))
-    assert close(image, their_image(pipe)) and not close(image, ours(saved))
+    assert close(image, their_image(pipe)) and not close(image, without(saved))
 
 
 # ---------------------------------------------------------------------------------------------------- conversion, merge
@@ -139,8 +144,7 @@ def test_a_conversion_to_diffusers_and_back_gives_the_same_image(converted, tmp_
         convert_lora(config, path, tmp_path / "b.safetensors")
 
 
-@pytest.mark.parametrize("ending", ["ckpt", "safetensors"])
-@pytest.mark.parametrize("source", ["file", "folder"])
+@pytest.mark.parametrize(("source", "ending"), [("file", "ckpt"), ("folder", "safetensors")])
 def test_a_merged_checkpoint_gives_the_image_of_its_loras(converted, tmp_path, source, ending):
     saved, folder = converted("sd1")
     files = [(write(tmp_path / f"{k}.safetensors", saved, k), strength) for k, strength in enumerate((0.5, -1.0))]

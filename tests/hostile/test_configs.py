@@ -86,7 +86,8 @@ def test_a_target_outside_the_packages_is_refused_before_anything_is_imported(ta
 
 
 @pytest.mark.parametrize("target", ["os.system", "posix.system", "subprocess.Popen", "builtins.eval"])
-def test_nobody_is_told_how_to_allow_pythons_own(target):
+def test_nobody_is_told_how_to_allow_pythons_own(target, monkeypatch):
+    monkeypatch.setattr(util, "_user_prefixes", [])
     with pytest.raises(ConfigError, match="standard-library module") as caught:
         check_allowed(target)
     assert "--allow-targets" not in str(caught.value)

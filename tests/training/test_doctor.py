@@ -191,10 +191,10 @@ def test_a_first_stage_for_sampling_cannot_train(doctor):
 
 def test_a_run_that_does_not_fit_into_memory_and_on_the_disk_has_two_problems(doctor, monkeypatch):
     monkeypatch.setattr(checks.shutil, "disk_usage", lambda folder: SimpleNamespace(free=2**24))
-    monkeypatch.setattr(checks, "device_memory", lambda run: 9 * 2**20)
+    monkeypatch.setattr(checks, "device_memory", lambda run: int(7.5 * 2**20))
     code, _, problems = doctor()
     memory, disk = problems
-    assert code == 2 and memory.startswith("data.params.batch_size 4: needs 10.4 MiB, the device has 9.0 MiB; set it")
+    assert code == 2 and memory.startswith("data.params.batch_size 4: needs 8.8 MiB, the device has 7.5 MiB; set it")
     assert memory.endswith("set it to 1, with lightning.trainer.accumulate_grad_batches=4 for the same step")
     assert disk.startswith("lightning.modelcheckpoint.params.save_top_k 3: 5 checkpoints of ")
     assert disk.endswith("set it to 0")

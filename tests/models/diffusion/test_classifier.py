@@ -34,15 +34,16 @@ def diffusion_config(mode="class"):
     return {"model": {"target": "ldm.models.diffusion.ddpm.LatentDiffusion", "params": {**base, **stages, **params}}}
 
 
-@pytest.fixture
-def diffusion(tmp_path):
+@pytest.fixture(scope="module")
+def diffusion(tmp_path_factory):
     """The folder of a run of a diffusion model: project YAML and checkpoint."""
-    (tmp_path / "configs").mkdir()
-    (tmp_path / "checkpoints").mkdir()
-    OmegaConf.save(OmegaConf.create(diffusion_config()), tmp_path / "configs" / "2026-01-01T00-00-00-project.yaml")
+    folder = tmp_path_factory.mktemp("diffusion")
+    (folder / "configs").mkdir()
+    (folder / "checkpoints").mkdir()
+    OmegaConf.save(OmegaConf.create(diffusion_config()), folder / "configs" / "2026-01-01T00-00-00-project.yaml")
     model = seed_weights(instantiate_from_config(OmegaConf.create(diffusion_config()["model"])))
-    write_weights(model.state_dict(), tmp_path / "checkpoints" / "last.ckpt")
-    return tmp_path
+    write_weights(model.state_dict(), folder / "checkpoints" / "last.ckpt")
+    return folder
 
 
 def classifier(path, **changes):

@@ -30,6 +30,8 @@ from tests.models.diffusion.tiny import (
 from tests.reference import GOLDEN, TOLERANCE, randn, rel_error, seed_weights
 
 CLASS = {"cond_stage_key": "class_label"}
+EVERYWHERE = {"attention_resolutions": [2, 1]}
+DDCONFIG = AUTOENCODER["params"]["ddconfig"]
 
 
 def pixel_model(**changes):
@@ -52,7 +54,8 @@ def model():
 
 def test_a_small_model_end_to_end_has_the_published_values():
     reference = np.load(GOLDEN / "numerics" / "latent_diffusion.npz")
-    model = latent_diffusion("crossattn", ATTEND, CLASSES)
+    stage = {**AUTOENCODER, "params": {**AUTOENCODER["params"], "ddconfig": {**DDCONFIG, "ch_mult": [1, 2, 4]}}}
+    model = latent_diffusion("crossattn", {**ATTEND, **EVERYWHERE}, CLASSES, first_stage_config=stage)
     posterior = model.encode_first_stage(torch.tanh(randn(214, 2, 3, 32, 32)))
     cond = model.get_learned_conditioning({"class_label": torch.tensor([1, 7])})
     y, _ = DDIMSampler(model).sample(
@@ -71,7 +74,7 @@ def test_a_small_model_end_to_end_has_the_published_values():
 
 
 def test_ancestral_samples_have_the_published_values():
-    model = pixel_model()
+    model = pixel_model(unet_config=unet(in_channels=3, out_channels=3, **EVERYWHERE))
     torch.manual_seed(7)
     reference = np.load(GOLDEN / "numerics" / "ddpm_ancestral.npz")["sample"]
     assert rel_error(model.sample(batch_size=2), reference) < TOLERANCE

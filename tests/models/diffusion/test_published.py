@@ -202,7 +202,7 @@ def test_attention_may_be_replaced_for_the_class_or_one_layer(model, monkeypatch
     else:
         for layer in layers:
             monkeypatch.setitem(layer.__dict__, "forward", types.MethodType(counted, layer))
-    assert torch.allclose(network(*args), expected, atol=1e-5) and len(calls) == len(layers) > 4
+    assert torch.allclose(network(*args), expected, atol=1e-5) and len(calls) == len(layers) > 1
 
 
 def test_a_spatial_transformer_may_be_replaced(model, monkeypatch):

@@ -23,7 +23,7 @@ AUTOENCODER = {
             "in_channels": 3,
             "out_ch": 3,
             "ch": 32,
-            "ch_mult": [1, 2, 4],
+            "ch_mult": [1, 1, 1],
             "num_res_blocks": 1,
             "attn_resolutions": [],
             "dropout": 0.0,
@@ -47,7 +47,7 @@ def unet(**changes: Any) -> dict[str, Any]:
         "in_channels": 4,
         "out_channels": 4,
         "model_channels": 32,
-        "attention_resolutions": [2, 1],
+        "attention_resolutions": [],  # the middle alone
         "num_res_blocks": 1,
         "channel_mult": [1, 2],
         "num_heads": 2,

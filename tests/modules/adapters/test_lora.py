@@ -103,7 +103,7 @@ def test_strength_zero_is_the_base(networks):
 
 def test_a_merged_weight_is_the_formula_in_float32_then_in_the_dtype_of_the_weight(networks):
     weights = random_weights(networks)
-    key = "unet.input_blocks.3.1.transformer_blocks.0.attn2.to_k"
+    key = "unet.middle_block.1.transformer_blocks.0.attn2.to_k"
     unet = networks["unet"].to(torch.bfloat16)
     layer = unet.get_submodule(key.removeprefix("unet."))
     w, adapter = layer.weight.detach().clone(), weights[key]
@@ -115,13 +115,13 @@ def test_a_merged_weight_is_the_formula_in_float32_then_in_the_dtype_of_the_weig
 def test_dora_has_the_lengths_of_its_magnitude(networks):
     weights = random_weights(networks, dora=True)
     merge(networks, [(weights, 1.0)])
-    for key in ("unet.input_blocks.1.0.in_layers.2", "unet.input_blocks.3.1.transformer_blocks.0.attn1.to_q"):
+    for key in ("unet.input_blocks.1.0.in_layers.2", "unet.middle_block.1.transformer_blocks.0.attn1.to_q"):
         weight = networks["unet"].get_submodule(key.removeprefix("unet.")).weight
         assert torch.allclose(weight.flatten(1).norm(dim=1), weights[key].magnitude.flatten(), rtol=1e-5)
 
 
 def test_magnitudes_of_columns_too(networks):
-    key = "unet.input_blocks.3.1.transformer_blocks.0.attn1.to_q"
+    key = "unet.middle_block.1.transformer_blocks.0.attn1.to_q"
     weight = networks["unet"].get_submodule(key.removeprefix("unet.")).weight
     adapter = random_weights(networks)[key]
     magnitude = torch.rand(1, weight.shape[1])
@@ -151,7 +151,7 @@ def test_names_and_weights_of_the_base_stay(networks):
         }
         network.load_state_dict(before[part], strict=True)
         assert all(torch.equal(t, before[part][name]) for name, t in network.state_dict().items())
-    assert "unet.input_blocks.3.1.transformer_blocks.0.attn1.to_q.down" in adapters.state_dict()
+    assert "unet.middle_block.1.transformer_blocks.0.attn1.to_q.down" in adapters.state_dict()
 
 
 def test_forward_methods_put_in_place_by_research_code_keep_the_adapter(networks, monkeypatch):
