@@ -18,6 +18,7 @@ from torch.distributed.fsdp import FSDPModule
 from tqdm import tqdm
 
 from ldm.callbacks.checkpoints import MIB
+from ldm.cli import counted
 from ldm.models.diffusion.ddpm import DDPM
 from ldm.models.optimizers import arguments_of, class_names
 from ldm.modules.ema import PowerEma
@@ -174,7 +175,7 @@ class RunReport(pl.Callback):
             if (resume_at := getattr(board, "resume_at", None)) is not None:
                 resume_at(loop._batches_that_stepped, bool(getattr(trainer.fit_loop, "unfinished", False)))
         batches = trainer.num_training_batches
-        per_epoch = f"{batches} batches per epoch" if math.isfinite(batches) else "a stream"
+        per_epoch = f"{counted(int(batches), 'batch', 'batches')} per epoch" if math.isfinite(batches) else "a stream"
         validation = sum(count for count in trainer.num_val_batches if math.isfinite(count))
         logger.info("%-11s %s, %d of validation", "data", per_epoch, validation)
         parameters = list(pl_module.parameters())
@@ -199,14 +200,14 @@ class RunReport(pl.Callback):
         scheduled = "" if now == rate else f", scheduled: {now:.3e} at step {trainer.global_step}"
         classes = class_names(optimizer)
         name = classes + (f" ({number} of {total})" if total > 1 else "")
-        tensors = sum(len(group["params"]) for group in groups)
-        logger.info("%-11s %s, learning rate %.3e%s, %d tensors", "optimizer", name, rate, scheduled, tensors)
+        tensors = counted(sum(len(group["params"]) for group in groups), "tensor")
+        logger.info("%-11s %s, learning rate %.3e%s, %s", "optimizer", name, rate, scheduled, tensors)
         for group in groups if len(groups) > 1 else ():
             kind = str(group["optimizer"]).rpartition(".")[2] if "+" in classes else ""
             name = group.get("name", "")
             label = name if kind in name else f"{kind}, {name}".removesuffix(", ")
             options = f", weight_decay {group['weight_decay']:g}" if "weight_decay" in group else ""
-            size = f"{len(group['params'])} tensors, {_count(group['params'])} parameters"
+            size = f"{counted(len(group['params']), 'tensor')}, {_count(group['params'])} parameters"
             logger.info("%-11s %s: learning rate %.3e%s, %s", "group", label, _rate(group), options, size)
 
     def _log_kept(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -229,7 +230,7 @@ class RunReport(pl.Callback):
             rate = f", {steps / seconds:.2f} per second" if seconds > 0 and steps else ""
             last = "".join(f", {name} {value}" for name, value in _metrics(trainer, None).items())
             place = f"now at step {trainer.global_step}{last}"
-            logger.info("%-11s %d steps in %s%s; %s", "trained", steps, _clock(seconds), rate, place)
+            logger.info("%-11s %s in %s%s; %s", "trained", counted(steps, "step"), _clock(seconds), rate, place)
 
 
 def _rate(group: Mapping[str, Any]) -> float:
