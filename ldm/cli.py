@@ -253,7 +253,7 @@ def run_command(
     argv = list(sys.argv[1:] if argv is None else argv)
     if not logging.getLogger().handlers:
         logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[TerminalHandler()])
-        for chatty in ("httpx", "PIL", "fsspec", "huggingface_hub"):
+        for chatty in ("httpx", "PIL", "fsspec", "huggingface_hub", "torch.utils._pytree"):
             logging.getLogger(chatty).setLevel(logging.ERROR)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # file names that the terminal's encoding lacks

@@ -96,7 +96,9 @@ def quiet_lightning(debug: bool) -> None:
     for name in ("pytorch_lightning", "lightning_fabric"):
         logging.getLogger(name).setLevel(logging.INFO if debug else logging.WARNING)
     if not debug:
-        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns about kernels that training does not use
+        # They warn about kernels that training does not use, and about a class of torchao.
+        for name in ("bitsandbytes", "torch.utils._pytree"):
+            logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def this_machine() -> Machine:
