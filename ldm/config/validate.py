@@ -37,13 +37,11 @@ from ldm.paths import ROOT, SD_CKPT, SD_SOURCE
 SECTIONS = ("model", "data", "lightning")
 _LIGHTNING = ("trainer", "callbacks", "modelcheckpoint", "logger", "seed", "scale_lr", "compile")
 
-# Modules whose classes the sections of a trained model name.
-_SECTION_MODULES = {
-    "loss_weighting_config": "ldm.models.diffusion.loss_weighting",
-    "noise_config": "ldm.models.diffusion.training_noise",
-    "timestep_config": "ldm.models.diffusion.timesteps",
-    "optimizer_config": "torch.optim",
-}
+# Parameters of models that hold a target, besides `model`, `data`, datasets and callbacks.
+_BUILT = (
+    *("unet_config", "first_stage_config", "cond_stage_config", "control_stage_config", "lossconfig"),
+    *("scheduler_config", "loss_weighting_config", "noise_config", "timestep_config", "optimizer_config"),
+)
 
 # Folders below the checkout that the download scripts fill.
 DOWNLOADS = {
@@ -217,13 +215,17 @@ def check_class_count(config: DictConfig, datasets: Mapping[str, Any]) -> None:
 
 
 def _check_dotted(target: str, path: str) -> None:
-    """Raise ConfigError for a section's class without its module, with the full name of the nearest class."""
-    module = _SECTION_MODULES.get(path.rpartition(".")[2])
-    if module is not None and "." not in target:
-        classes = classes_of_module(module) or []
-        near = closest(target, classes)
-        advice = f"did you mean '{module}.{near}'?" if near else f"choices in {module}: {', '.join(classes)}"
-        raise ConfigError(f"{path}.target {target!r}: expected a dotted name; {advice}")
+    """Raise ConfigError for the name of a known class without its module, its beginning, or one like it."""
+    if "." in target:
+        return
+    known = {name: f"torch.optim.{name}" for name in classes_of_module("torch.optim") or ()}
+    for file in sorted((ROOT / "ldm").rglob("*.py")):
+        module = ".".join(file.relative_to(ROOT).with_suffix("").parts)
+        for name in re.findall(r"^class ([A-Z]\w*)", file.read_text(encoding="utf-8"), re.MULTILINE):
+            known.setdefault(name, f"{module}.{name}")
+    near = closest(target, known, cutoff=0.7) or next((name for name in known if name.startswith(target)), None)
+    if near is not None:
+        raise ConfigError(f"{path}.target {target!r}: expected a dotted name; did you mean {known[near]!r}?")
 
 
 def _check_optimizer_keys(section: Mapping, known: Collection[str], place: str) -> None:
@@ -271,16 +273,17 @@ def _paths_of_weights(config: DictConfig) -> Iterator[tuple[str, str]]:
 def _nodes(node: Any, path: str) -> Iterator[_Node]:
     """Yield every node with a target, outer ones first; raise ConfigError for one whose params are no mapping.
 
-    A target without a dot, as in {target: eps}, is an ordinary argument, except at `model`, `data` and in sections.
+    A target without a dot, as in {target: eps}, is an ordinary argument, except where a class is expected.
     """
     if isinstance(node, list):
         for position, item in enumerate(node):
             yield from _nodes(item, f"{path}[{position}]")
     if not isinstance(node, Mapping):
         return
-    name = path.rpartition(".")[2]
+    parent, _, name = path.rpartition(".")
     target, params = node.get("target", DEFAULT_TARGETS.get(name)), node.get("params") or {}
-    if isinstance(target, str) and ("." in target or path in ("model", "data") or name in _SECTION_MODULES):
+    is_built = path in ("model", "data") or name in _BUILT or parent in ("data.params", "lightning.callbacks")
+    if isinstance(target, str) and ("." in target or is_built):
         if not isinstance(params, dict):
             raise ConfigError(
                 f"{join_path(path, 'params')} {shown(params)}: expected a mapping of arguments of {target}"

@@ -97,7 +97,7 @@ WEIGHTINGS = "ldm.models.diffusion.loss_weighting"
             {"loss_weighting_config": {"target": "MinSNRWeighting"}},
             f"loss_weighting_config.target 'MinSNRWeighting': .* did you mean '{WEIGHTINGS}.MinSNRWeighting'",
         ),
-        ({"loss_weighting_config": {"target": "xyz"}}, f"choices in {WEIGHTINGS}: .*P2Weighting"),
+        ({"loss_weighting_config": {"target": "xyz"}}, "target 'xyz': expected a dotted name such as"),
         (
             {"timestep_config": {"target": "LogitNormal"}},
             "did you mean 'ldm.models.diffusion.timesteps.LogitNormalTimesteps'",
@@ -115,6 +115,23 @@ def test_near_misses_in_the_sections_of_a_model_name_what_was_meant(section, mes
     with pytest.raises(ConfigError, match=message) as error:
         check_targets(config)
     assert "model.params" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "path, name, target",
+    [
+        ("model", "LatentDiffusion", "ldm.models.diffusion.ddpm.LatentDiffusion"),
+        ("model.params.unet_config", "UnetModel", "ldm.modules.diffusionmodules.openaimodel.UNetModel"),
+        ("data.params.train", "Digits", "ldm.data.digits.Digits"),
+        ("lightning.callbacks.loss", "LossBySNR", "ldm.callbacks.loss_by_snr.LossBySNR"),
+    ],
+)
+def test_a_class_without_its_module_is_named_in_full(path, name, target):
+    config = OmegaConf.create({"model": {"target": "torch.nn.Identity"}})
+    OmegaConf.update(config, f"{path}.target", name)
+    with pytest.raises(ConfigError, match=f"{path}.target '{name}': expected a dotted name; did you mean '{target}'"):
+        check_targets(OmegaConf.to_container(config))
+    check_targets({"model": {"target": "torch.nn.Identity", "params": {"mode": {"target": name}}}})
 
 
 def test_an_argument_may_be_called_target():
