@@ -120,6 +120,16 @@ def test_a_missing_parameter_is_named():
         instantiate_from_config({"target": "torch.nn.Linear", "params": {"in_features": 3}})
 
 
+@pytest.mark.parametrize("place", ["", "model."])
+def test_an_error_of_an_inner_class_keeps_its_path_beside_other_sections(place):
+    noise, unet = {"target": "ldm.models.diffusion.training_noise.Nois"}, {"target": "torch.nn.Identity", "params": {}}
+    params = {"unet_config": unet, "noise_config": noise}
+    root = {"target": "ldm.models.diffusion.ddpm.DDPM", "params": params}
+    config = OmegaConf.create({"model": root}).model if place else OmegaConf.create(root)
+    with pytest.raises(ConfigError, match=rf"^{place}params\.noise_config\.target: .* has no 'Nois'"):
+        instantiate_from_config(config)
+
+
 @pytest.mark.parametrize("key", ["in_features", "parms", "param"])
 def test_arguments_and_misspelt_params_beside_target_are_refused(key):
     with pytest.raises(ConfigError, match=f"{key}: unknown key next to target; arguments of torch.nn.Linear go under"):
