@@ -294,7 +294,7 @@ class DataModuleFromConfig(pl.LightningDataModule):
         trainer, size, ranks = self.trainer, self._global_batch_size(), self._ranks()[1]
         position = position._replace(samples=position.samples + ahead * size)
         part = loader.slice_at(position)
-        if not part.indices:
+        if part.total == 0:
             return None
         samples = self._batch_samples(position.epoch, position, part)
         per_pass = trainer.fit_loop.max_batches if trainer is not None else math.inf
@@ -303,13 +303,15 @@ class DataModuleFromConfig(pl.LightningDataModule):
         accumulated = getattr(trainer.lightning_module, "accumulate_grad_batches", None)  # by manual optimization
         accumulated = accumulated or trainer.accumulate_grad_batches
         end = self._samples_in(int(per_pass))
+        samples.weight = part.size * ranks / part.total
+        if position.samples >= end:  # behind limit_train_batches: measured, not trained on
+            return samples
         batch = int(per_pass) - math.ceil((end - position.samples) / size)
         # An optimizer step takes the batches `first` to `last` - 1.
         first, last = batch - batch % accumulated, batch - batch % accumulated + accumulated
         if position.epoch == self._start.epoch:
             first = max(first, self._first_batch(int(per_pass)))
         step = min(position.samples + (last - batch) * size, end) - (position.samples - (batch - first) * size)
-        samples.weight = part.size * ranks / part.total
         samples.gradient_scale = part.size * ranks * accumulated / step
         return samples
 

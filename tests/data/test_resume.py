@@ -301,3 +301,15 @@ def test_a_stream_resumes_with_another_batch_size_and_number_of_workers(tmp_path
     stop = [SaveAndStop("on_train_batch_end", 2, path), ExactResume()]
     first = samples(data(before[1], before[0], stream=True), callbacks=stop)
     assert first + samples(data(after[1], after[0], stream=True), path, [ExactResume()]) == all_samples(stream=True)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_samples_of_batches_behind_limit_train_batches_are_known(accumulate):
+    class Ahead(pl.Callback):
+        def on_train_start(self, trainer, pl_module):
+            self.found = [trainer.datamodule.training_samples(ahead) for ahead in range(5)]
+
+    ahead = Ahead()
+    fit(data(), callbacks=[ahead], max_epochs=1, limit_train_batches=2, accumulate_grad_batches=accumulate)
+    *batches, after = ahead.found
+    assert after is None and [(each.start, each.weight) for each in batches] == [(0, 1), (3, 1), (6, 1), (9, 1)]
