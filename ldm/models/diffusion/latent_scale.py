@@ -48,5 +48,5 @@ def measure_latent_std(
     if count < 2:
         raise ValueError("scale_by_std: the training data has no batch to measure")
     std = ((squares - total**2 / count) / (count - 1)) ** 0.5
-    logger.info("latents have std %.5f over %d values: scale_factor %.6f", std, int(count), 1 / std)
+    logger.info("%-11s std %.5f over %d values: scale_factor %.6f", "latents", std, int(count), 1 / std)
     return torch.tensor(std, dtype=torch.float32, device=device)
