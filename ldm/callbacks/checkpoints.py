@@ -232,13 +232,16 @@ class CheckpointPolicy(ModelCheckpoint):
         if self._tidy or not trainer.is_global_zero or resumed not in (self.last_path, self.copy_path):
             return  # done, or an older state
         self._tidy = True
+        own = next(reversed(self.best_k_models), self.best_model_path) if self._ranked == step else ""
         for name in sorted(self.best_files):
             if Path(name).exists():
                 continue
-            if self._ranked == step and name == next(reversed(self.best_k_models), self.best_model_path):
+            if name == own:
                 copy_file(resumed, Path(name))
             else:
                 self.best_k_models.pop(name, None)
+        if resumed == self.last_path and Path(own).is_file() and not is_sharded(trainer):
+            self.copy_path.unlink(missing_ok=True)  # the best-of file is the second copy
         for path in map(Path, self._replaced):
             if path.parent == Path(str(self.dirpath)) and str(path) not in self.best_files and path.is_file():
                 path.unlink()

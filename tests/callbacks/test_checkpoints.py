@@ -119,6 +119,14 @@ def test_what_a_killed_save_left_to_do_is_done_after_resume(tmp_path, monkeypatc
     assert not monitor or step_of(tmp_path / "epoch=000001.ckpt") == 16
 
 
+def test_a_copy_that_a_killed_save_left_beside_the_best_of_its_step_is_removed(tmp_path):
+    options = {"enable_checkpointing": True, "num_sanity_val_steps": 0}
+    fit(tmp_path, [policy_of(tmp_path)], Scored(1.0), **options)
+    (tmp_path / "last-copy.ckpt").write_bytes((tmp_path / "last.ckpt").read_bytes())
+    resumed(tmp_path, policy_of(tmp_path), Scored(1.0))  # nothing is left to train
+    assert names(tmp_path) == {"last.ckpt", "epoch=000000.ckpt"}
+
+
 def test_files_of_the_user_and_of_later_epochs_are_kept_when_an_older_state_is_resumed(tmp_path):
     options = {"enable_checkpointing": True, "num_sanity_val_steps": 0}
     fit(tmp_path, [policy_of(tmp_path)], Scored(3.0, 2.0, 1.0), max_epochs=3, **options)
