@@ -20,6 +20,7 @@ from tests.models.diffusion.tiny import (
     AUTOENCODER,
     CAPTIONS,
     CLASSES,
+    EVERYWHERE,
     QUIET,
     batch,
     fit,
@@ -30,7 +31,6 @@ from tests.models.diffusion.tiny import (
 from tests.reference import GOLDEN, TOLERANCE, randn, rel_error, seed_weights
 
 CLASS = {"cond_stage_key": "class_label"}
-EVERYWHERE = {"attention_resolutions": [2, 1]}
 DDCONFIG = AUTOENCODER["params"]["ddconfig"]
 
 

@@ -18,7 +18,7 @@ from ldm.models.diffusion.loss_weighting import (
     SimpleLossWeighting,
     SoftMinSNRWeighting,
 )
-from tests.models.diffusion.tiny import ATTEND, CLASSES, batch, fit, latent_diffusion
+from tests.models.diffusion.tiny import ATTEND, CLASSES, EVERYWHERE, batch, fit, latent_diffusion
 from tests.reference import GOLDEN, TOLERANCE, randn, rel_error
 
 LOSSES = np.load(GOLDEN / "numerics" / "losses.npz")
@@ -34,9 +34,9 @@ CASES = {
 @pytest.mark.parametrize("name", CASES)
 def test_losses_have_the_published_values(name):
     if name == "concat":
-        model = latent_diffusion("concat", {"in_channels": 8}, "__is_first_stage__", **CASES[name])
+        model = latent_diffusion("concat", {"in_channels": 8, **EVERYWHERE}, "__is_first_stage__", **CASES[name])
     else:
-        model = latent_diffusion("crossattn", ATTEND, CLASSES, **CASES[name])
+        model = latent_diffusion("crossattn", {**ATTEND, **EVERYWHERE}, CLASSES, **CASES[name])
     z, noise, t = randn(210, 2, 4, 8, 8), randn(211, 2, 4, 8, 8), torch.tensor([13, 777])
     condition = randn(213, 2, 4, 8, 8) if name == "concat" else randn(212, 2, 1, 16)
     for split in ("train", "val"):

@@ -11,6 +11,7 @@ from ldm.util import instantiate_from_config
 from tests.models.first_stages import QUIET
 from tests.reference import randn, seed_weights
 
+EVERYWHERE = {"attention_resolutions": [2, 1]}  # of the models with published values
 AUTOENCODER = {
     "target": "ldm.models.autoencoder.AutoencoderKL",
     "params": {
