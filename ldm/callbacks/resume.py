@@ -17,10 +17,10 @@ class ExactResume(pl.Callback):
 
     Lightning skips the validation and the end of the epoch (its hooks, its best checkpoint) that were due after the
     step of a checkpoint, takes a finished epoch for an unfinished one under `max_steps`, and one that `max_steps` cut
-    short for a finished one. Here a state saved before
-    or within a validation is written as one whose validation has just begun, which Lightning's loops then repeat, and
-    a state saved at the last batch of an epoch as one whose epoch has still to end. Checkpoints also hold the metrics
-    of the last validation, for callbacks that look at them later.
+    short for a finished one. Here a state saved before or within a validation is written as one whose validation has
+    just begun, which Lightning's loops then repeat, a state saved at the last batch of an epoch as one whose epoch has
+    still to end, and a cut epoch as one that goes on. Checkpoints also hold the metrics of the last validation, for
+    callbacks that look at them later.
     """
 
     def __init__(self) -> None:

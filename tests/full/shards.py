@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from ldm.cli import counted
 from ldm.data.order import EpochSampler, Position, SeededDataset
 from ldm.data.shard_writer import Layout, Selection, write_shards
 from ldm.data.webdataset import ImageShards
@@ -41,15 +42,16 @@ def run(parts: Sequence[str] = PARTS) -> Iterator[str]:
         data = ImageShards(str(Path(folder, "shards")), size=32, lanes=8)
         if "once" in parts:
             for ranks in RANKS:
-                yield f"{ranks} ranks: {_shards_of_a_rank(data, ranks)}"
+                yield f"{counted(ranks, 'rank')}: {_shards_of_a_rank(data, ranks)}"
                 for workers in WORKERS:
-                    yield f"{ranks} ranks, {workers} workers, {STOPS} stops: {once(data, ranks, workers, STOPS, 64)}"
+                    place = f"{counted(ranks, 'rank')}, {counted(workers, 'worker')}, {STOPS} stops"
+                    yield f"{place}: {once(data, ranks, workers, STOPS, 64)}"
         for workers in WORKERS if "speed" in parts else ():
             start, used = time.perf_counter(), time.process_time()
             count = sum(len(batch["__key__"]) for batch in loader(data, 64, workers))
             rate, cost = count / (time.perf_counter() - start), (time.process_time() - used) / count
             alone = f", {1e6 * cost:.0f} us of CPU time each" if not workers else ""
-            yield f"{workers} workers: {rate:,.0f} images a second{alone}"
+            yield f"{counted(workers, 'worker')}: {rate:,.0f} images a second{alone}"
         if "memory" in parts:
             yield _memory(data)
 

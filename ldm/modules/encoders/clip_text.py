@@ -1,4 +1,4 @@
-"""CLIP's text transformer (Radford et al. 2021, arXiv 2103.00020), with the module names and calls of transformers'.
+"""CLIP's text transformer (Radford et al. 2021, arXiv 2103.00020), with the module names of transformers'.
 
 transformers' own class takes seconds to import, and its names differ between versions.
 """
@@ -29,7 +29,7 @@ class CLIPTextOutput(NamedTuple):
     """Output of CLIPTextModel."""
 
     last_hidden_state: Tensor  # after the final LayerNorm, (B, L, C)
-    pooler_output: Tensor | None  # that of the end token, (B, C)
+    pooler_output: Tensor  # that of the end token, (B, C)
     hidden_states: tuple[Tensor, ...] | None  # of the embeddings and of each layer, before the final LayerNorm
 
 
@@ -75,20 +75,15 @@ class _TextModel(nn.Module):
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
-        return_dict: bool | None = None,
     ) -> CLIPTextOutput:
-        """input_ids, position_ids: (B, L) int64; attention_mask: (B, L), 0 where no token attends to.
-
-        `output_attentions` and `return_dict` are part of transformers' signature and unused.
-        """
+        """input_ids, position_ids: (B, L) int64; attention_mask: (B, L), 0 at tokens that none attends to."""
         x = self.embeddings(input_ids, position_ids)
         visible = None
         if attention_mask is not None:
             causal = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool, device=x.device).tril()
             visible = causal & attention_mask.bool()[:, None, None]  # (B, 1, L, L)
-        last, hidden = self.encoder(x, visible, output_hidden_states=output_hidden_states)
+        last, hidden = self.encoder(x, visible, output_hidden_states)
         last = self.final_layer_norm(last)
         ends = (input_ids == END_ID).int().argmax(dim=-1)  # the first end token
         return CLIPTextOutput(last, last[torch.arange(len(last), device=last.device), ends], hidden)
@@ -119,17 +114,14 @@ class _Encoder(nn.Module):
         self.layers = nn.ModuleList(_Layer(config) for _ in range(config.num_hidden_layers))
 
     def forward(
-        self,
-        inputs_embeds: Tensor,
-        attention_mask: Tensor | None = None,
-        causal_attention_mask: Tensor | None = None,
-        output_hidden_states: bool | None = None,
+        self, inputs_embeds: Tensor, attention_mask: Tensor | None = None, output_hidden_states: bool | None = None
     ) -> tuple[Tensor, tuple[Tensor, ...] | None]:
-        """inputs_embeds: (B, L, C); masks: see _Layer -> the last output, and all of them if asked for."""
+        """inputs_embeds: (B, L, C); mask: see _Layer -> the last output, and all of them if asked for."""
         x, states = inputs_embeds, [inputs_embeds]
         for layer in self.layers:
-            x = layer(x, attention_mask, causal_attention_mask)
-            states.append(x)
+            x = layer(x, attention_mask)
+            if output_hidden_states:
+                states.append(x)
         return x, tuple(states) if output_hidden_states else None
 
 
@@ -142,12 +134,9 @@ class _Layer(nn.Module):
         self.mlp = _MLP(config)
         self.layer_norm2 = nn.LayerNorm(width, eps=config.layer_norm_eps)
 
-    def forward(
-        self, hidden_states: Tensor, attention_mask: Tensor | None = None, causal_attention_mask: Tensor | None = None
-    ) -> Tensor:
+    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """hidden_states: (B, L, C); a mask (B, 1, L, L) replaces the causal one, True or 0 where a token attends."""
-        mask = attention_mask if causal_attention_mask is None else causal_attention_mask
-        x = hidden_states + self.self_attn(self.layer_norm1(hidden_states), mask)
+        x = hidden_states + self.self_attn(self.layer_norm1(hidden_states), attention_mask)
         return x + self.mlp(self.layer_norm2(x))
 
 
