@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ldm.models.diffusion.conditioning import Conditioning
-from ldm.models.diffusion.samplers.guidance import dynamic_threshold, guided_output
+from ldm.models.diffusion.samplers.guidance import GuidedNetwork, dynamic_threshold
 from ldm.models.diffusion.samplers.noise import PUBLISHED_NOISE, NoiseSource
 from ldm.modules.diffusionmodules.parameterization import get_parameterization
 
@@ -104,6 +104,8 @@ class SamplingRun:
     ) -> None:
         self.model, self.steps, self.options = model, steps, options
         self.cond, self.uncond, self.scale = cond, uncond, scale
+        scales = scale, options.guidance_rescale, options.image_guidance_scale
+        self.network = GuidedNetwork(model.apply_model, cond, uncond, *scales)
         self.parameterization = get_parameterization(model.parameterization)
         # Whole tables move once, so that no step waits for the device.
         t_dtype = torch.int64 if np.issubdtype(steps.t.dtype, np.integer) else torch.float32
@@ -117,9 +119,7 @@ class SamplingRun:
     def predict(self, x: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """Return the guided network's (eps, x_0) for x at step k, each (B, C, H, W)."""
         alpha, sigma, t = self.alpha[k].sqrt(), (1 - self.alpha[k]).sqrt(), self.t[k].expand(x.shape[0])
-        scales = self.scale, self.options.guidance_rescale, self.options.image_guidance_scale
-        uncond = self.uncond if self.guides(k) else None
-        out = guided_output(self.model.apply_model, x, t, self.cond, uncond, *scales)
+        out = self.network(x, t, self.guides(k))
         eps, x0 = self.parameterization.to_eps(x, out, alpha, sigma), self.parameterization.to_x0(x, out, alpha, sigma)
         corrector = self.options.score_corrector
         if corrector is not None and not self.starts_from_noise(k):  # in pure noise there is no signal to correct

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -11,39 +12,56 @@ from torch import Tensor
 from ldm.models.diffusion.conditioning import Conditioning, join_conditions
 
 
-def guided_output(
-    apply_model: Callable[[Tensor, Tensor, Conditioning], Tensor],
-    x: Tensor,
-    t: Tensor,
-    cond: Conditioning,
-    uncond: Conditioning,
-    scale: float,
-    rescale: float = 0.0,
-    image_scale: float = 1.0,
-) -> Tensor:
-    """Network output under classifier-free guidance, u + scale * (c - u) (Ho & Salimans 2022, eq. 6, w = scale - 1).
+class GuidedNetwork:
+    """Network under classifier-free guidance, u + scale * (c - u) (Ho & Salimans 2022, eq. 6, w = scale - 1).
 
-    x: (B, C, H, W), t: (B,) int64, or float for continuous-time samplers -> (B, C, H, W), in the model's own
-    parameterization. Without `uncond`, or at scales of 1, this is the plain call. `rescale`: see `rescale_guidance`.
+    Without `uncond`, or at scales of 1, this is the plain call. `rescale`: see `rescale_guidance`.
     image_scale: guidance by the image in `c_concat`, which `uncond` lacks; 1 disables it. With i the output under the
     image of `cond` and the text of `uncond`: u + image_scale * (i - u) + scale * (c - i) (InstructPix2Pix, eq. 3).
+    The conditions are joined to one batch once, at the first guided call.
     """
-    if uncond is None or scale == image_scale == 1.0:
-        return apply_model(x, t, cond)
-    if image_scale != 1.0:
-        image_only = join_conditions(_with_image_of(cond, uncond), cond)
-        three = join_conditions(uncond, image_only)  # each tensor (3B, ...)
-        outputs = apply_model(torch.cat([x, x, x]), torch.cat([t, t, t]), three)
-        out_uncond, out_image, out_cond = outputs.chunk(3)
-        guided = out_uncond + image_scale * (out_image - out_uncond) + scale * (out_cond - out_image)
-    elif _parts_differ(uncond, cond):  # a ControlNet's hint for one half alone ("guess mode")
-        out_uncond, out_cond = apply_model(x, t, uncond), apply_model(x, t, cond)
-        guided = torch.lerp(out_uncond, out_cond, scale)
-    else:
-        both = join_conditions(uncond, cond)  # each tensor (2B, ...)
-        out_uncond, out_cond = apply_model(torch.cat([x, x]), torch.cat([t, t]), both).chunk(2)
-        guided = torch.lerp(out_uncond, out_cond, scale)
-    return guided if rescale == 0.0 else rescale_guidance(guided, out_cond, rescale)
+
+    def __init__(
+        self,
+        apply_model: Callable[[Tensor, Tensor, Conditioning], Tensor],
+        cond: Conditioning,
+        uncond: Conditioning,
+        scale: float,
+        rescale: float = 0.0,
+        image_scale: float = 1.0,
+    ) -> None:
+        self.apply_model, self.cond, self.uncond = apply_model, cond, uncond
+        self.scale, self.rescale, self.image_scale = scale, rescale, image_scale
+        self.guides = uncond is not None and not scale == image_scale == 1.0
+
+    @cached_property
+    def joined(self) -> Conditioning:
+        """The conditions as one batch, each tensor (2B, ...), or (3B, ...) with image guidance; None if they differ."""
+        if self.image_scale != 1.0:
+            image_only = join_conditions(_with_image_of(self.cond, self.uncond), self.cond)
+            return join_conditions(self.uncond, image_only)
+        if _parts_differ(self.uncond, self.cond):  # a ControlNet's hint for one half alone ("guess mode")
+            return None
+        return join_conditions(self.uncond, self.cond)
+
+    def __call__(self, x: Tensor, t: Tensor, guided: bool = True) -> Tensor:
+        """Return the output (B, C, H, W), in the model's own parameterization; without guidance if not `guided`.
+
+        x: (B, C, H, W), t: (B,) int64, or float for continuous-time samplers.
+        """
+        if not (guided and self.guides):
+            return self.apply_model(x, t, self.cond)
+        if self.image_scale != 1.0:
+            outputs = self.apply_model(torch.cat([x, x, x]), torch.cat([t, t, t]), self.joined)
+            out_uncond, out_image, out_cond = outputs.chunk(3)
+            out = out_uncond + self.image_scale * (out_image - out_uncond) + self.scale * (out_cond - out_image)
+        else:
+            if self.joined is None:
+                out_uncond, out_cond = self.apply_model(x, t, self.uncond), self.apply_model(x, t, self.cond)
+            else:
+                out_uncond, out_cond = self.apply_model(torch.cat([x, x]), torch.cat([t, t]), self.joined).chunk(2)
+            out = torch.lerp(out_uncond, out_cond, self.scale)
+        return out if self.rescale == 0.0 else rescale_guidance(out, out_cond, self.rescale)
 
 
 def _with_image_of(cond: Conditioning, uncond: Conditioning) -> Conditioning:

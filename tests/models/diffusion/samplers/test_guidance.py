@@ -3,11 +3,15 @@
 import pytest
 import torch
 
-from ldm.models.diffusion.samplers.guidance import dynamic_threshold, guided_output
+from ldm.models.diffusion.samplers.guidance import GuidedNetwork, dynamic_threshold
 from tests.models.diffusion.samplers.toy import COND, UNCOND, X_T, ToyModel
 from tests.reference import rel_error
 
 T = torch.tensor([500, 700])
+
+
+def guided_output(apply_model, x, t, *args, **kwargs):
+    return GuidedNetwork(apply_model, *args, **kwargs)(x, t)
 
 
 def test_guidance_is_its_formula_in_one_call_of_a_double_batch():
@@ -17,6 +21,23 @@ def test_guidance_is_its_formula_in_one_call_of_a_double_batch():
     out = guided_output(model.apply_model, X_T, T, COND, UNCOND, 5.0)
     assert torch.allclose(out, uncond + 5.0 * (cond - uncond), atol=1e-5)
     assert len(model.calls) == 1 and model.calls[0][1].tolist() == [500, 700, 500, 700]
+
+
+def test_the_conditions_of_a_run_are_joined_once():
+    conds = []
+    network = GuidedNetwork(lambda x, t, c: conds.append(c) or torch.cat([X_T, X_T]), COND, UNCOND, 5.0)
+    for _ in range(2):
+        network(X_T, T)
+    assert conds[0] is conds[1] and torch.equal(conds[0], torch.cat([UNCOND, COND]))
+    network(X_T, T, guided=False)
+    assert conds[2] is COND
+
+
+def test_conditions_that_cannot_be_joined_pass_where_nothing_guides():
+    network = GuidedNetwork(lambda x, t, c: x, COND, [UNCOND], 5.0)  # research code may join them in its own step
+    assert network(X_T, T, guided=False) is X_T
+    with pytest.raises(ValueError, match="conditions differ in form"):
+        network(X_T, T)
 
 
 def test_scale_one_and_no_unconditional_conditioning_are_the_plain_call():
