@@ -7,7 +7,6 @@ import math
 import os
 import re
 import shlex
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -36,6 +35,7 @@ from ldm.data.datamodule import DataModuleFromConfig
 from ldm.data.latents import use_cached_stages
 from ldm.data.shards import allow_pipes
 from ldm.inference.requests import script_for
+from ldm.models.diffusion.compile import check_compiler
 from ldm.paths import expand_user, shown_path
 from ldm.training.class_images import generate_class_images
 from ldm.training.devices import Machine, choose_devices, keep_freed_memory
@@ -113,9 +113,7 @@ def compile_network(model: pl.LightningModule, backend: str, accelerator: str) -
     compile_model = getattr(model, "compile_network", None)
     if compile_model is None:
         raise ConfigError(f"--compile: {type(model).__name__} has no method compile_network; leave it out")
-    compilers = [os.environ.get("CXX"), "g++", "clang++", "cl"]
-    if backend == "inductor" and accelerator == "cpu" and not any(each and shutil.which(each) for each in compilers):
-        raise ConfigError("--compile inductor: needs a C++ compiler on the CPU; install g++, or choose aot_eager")
+    check_compiler(backend, accelerator)
     try:
         compile_model(backend)
     except RuntimeError as error:  # no support of this Python or system
