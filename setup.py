@@ -9,6 +9,7 @@ EXTRAS = {
     "logging": ["tensorboard>=2.17"],
     "retrieval": ["faiss-cpu>=1.9"],
     "safety": ["diffusers>=0.36"],
+    "benchmarks": ["diffusers>=0.36"],
     "quantize": ["torchao>=0.18"],
     "bitsandbytes": ["bitsandbytes>=0.50"],
     "streams": ["webdataset>=1.0", "fsspec>=2024.6"],

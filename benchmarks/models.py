@@ -1,0 +1,179 @@
+"""Stable Diffusion v1 with random weights at three sizes: one file, loaded here and by diffusers."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ldm.atomic import save_text
+from ldm.checkpoint import open_weights, weights_on_meta, write_weights
+from ldm.checkpoint.diffusers.files import as_json
+from ldm.checkpoint.diffusers.plan import plan_of
+from ldm.checkpoint.diffusers.rules import to_theirs
+from ldm.config.instantiate import instantiate_from_config
+from ldm.config.model_info import ModelInfo, read_model_info
+from ldm.convert.convert import tokenizer_files
+from ldm.inference.pipeline import load_model
+from ldm.paths import ROOT
+
+CONFIG = ROOT / "configs" / "stable-diffusion" / "v1-inference.yaml"
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+_UNET, _STAGE = "model.params.unet_config.params.", "model.params.first_stage_config.params.ddconfig."
+_TEXT = "model.params.cond_stage_config.params.text_config="
+
+
+@dataclass(frozen=True)
+class Size:
+    """A size of the model: the side of its images in pixels, and changes of the published config."""
+
+    side: int
+    overrides: tuple[str, ...] = ()
+
+
+SIZES = {
+    "full": Size(512),
+    "small": Size(
+        256,
+        (
+            f"{_UNET}model_channels=128",
+            f"{_UNET}context_dim=128",
+            f"{_STAGE}ch=32",
+            f"{_TEXT}{{hidden_size: 128, intermediate_size: 512, num_hidden_layers: 4, num_attention_heads: 4}}",
+        ),
+    ),
+    "tiny": Size(
+        64,
+        (
+            f"{_UNET}model_channels=32",
+            f"{_UNET}num_heads=2",
+            f"{_UNET}channel_mult=[1,2]",
+            f"{_UNET}attention_resolutions=[1]",
+            f"{_UNET}num_res_blocks=1",
+            f"{_UNET}context_dim=32",
+            f"{_STAGE}ch=32",
+            f"{_STAGE}ch_mult=[1,1,1,1]",
+            f"{_STAGE}num_res_blocks=1",
+            f"{_TEXT}{{hidden_size: 32, intermediate_size: 64, num_hidden_layers: 2, num_attention_heads: 4}}",
+        ),
+    ),
+}
+
+
+@dataclass
+class Models:
+    """The model at one size on one device, for both sides, kept in one precision at a time."""
+
+    size: str
+    device: torch.device
+    folder: Path  # of the files that both sides load
+    _loaded: dict[str, tuple[Any, Any]] = field(default_factory=dict)
+
+    @property
+    def side(self) -> int:
+        return SIZES[self.size].side
+
+    @property
+    def overrides(self) -> tuple[str, ...]:
+        """Changes of the published config."""
+        return SIZES[self.size].overrides
+
+    @cached_property
+    def config(self) -> Path:
+        """The YAML of this size."""
+        from omegaconf import OmegaConf
+
+        path = self.folder / f"sd-v1-{self.size}.yaml"
+        info = read_model_info(CONFIG, self.overrides)
+        save_text(path, OmegaConf.to_yaml(OmegaConf.create({"model": dict(info.config["model"])})))
+        return path
+
+    @cached_property
+    def info(self) -> ModelInfo:
+        return read_model_info(self.config)
+
+    @cached_property
+    def file(self) -> Path:
+        """The weights in float16, 2.1 GB at full size; an earlier run's file is used."""
+        path = self.folder / f"sd-v1-{self.size}.safetensors"
+        if not path.is_file():
+            write_weights(random_weights(self.info.config), path)
+        return path
+
+    @cached_property
+    def diffusers_config(self) -> Path:
+        """A folder of diffusers' configs and tokenizer, from which `from_single_file` takes what the file lacks."""
+        plan, folder = plan_of(self.info.config), self.folder / f"diffusers-{self.size}"
+        files: dict[str, Any] = {f"{part.folder}/config.json": part.config for part in plan.components}
+        files |= {f"tokenizer/{name}": content for name, content in tokenizer_files("FrozenCLIPEmbedder").items()}
+        files |= {"scheduler/scheduler_config.json": plan.scheduler, "model_index.json": plan.model_index()}
+        for name, content in files.items():
+            save_text(folder / name, content if isinstance(content, str) else as_json(content))
+        return folder
+
+    def pair(self, precision: str) -> tuple[Any, Any]:
+        """Our pipeline and diffusers' at its best setting (SDPA, channels_last), with the same weights."""
+        if precision not in self._loaded:
+            self.release()
+            ours = load_model(self.config, self.file, str(self.device), "full" if precision == "fp32" else precision)
+            self._loaded[precision] = ours, self.diffusers(DTYPES[precision])
+        return self._loaded[precision]
+
+    def release(self) -> None:
+        """Free the memory of the pair."""
+        self._loaded.clear()
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def diffusers(self, dtype: torch.dtype) -> Any:
+        """diffusers' pipeline with the weights of the file."""
+        import diffusers
+        import transformers
+
+        plan, weights = plan_of(self.info.config), open_weights(self.file).tensors()
+        parts = {}
+        for part in plan.components:
+            own = {key.removeprefix(part.prefix): x for key, x in weights.items() if key.startswith(part.prefix)}
+            tensors = to_theirs(part.layout.rules(), own, part.name)
+            if part.folder == "text_encoder":
+                module: Any = transformers.CLIPTextModel(transformers.CLIPTextConfig(**part.config))
+                names = set(module.state_dict())  # recent versions leave out `text_model.`
+                tensors = {k if k in names else k.removeprefix("text_model."): x for k, x in tensors.items()}
+            else:
+                with torch.device("meta"):
+                    module = getattr(diffusers, part.config["_class_name"]).from_config(part.config)
+            module.load_state_dict({key: x.to(dtype) for key, x in tensors.items()}, assign=True)
+            module.eval().requires_grad_(False)
+            parts[part.folder] = module.to(self.device, memory_format=torch.channels_last)
+        pipe: Any = diffusers.StableDiffusionPipeline(
+            **parts,
+            tokenizer=transformers.CLIPTokenizer.from_pretrained(self.diffusers_config / "tokenizer"),
+            scheduler=diffusers.DDIMScheduler.from_config(plan.scheduler),
+            safety_checker=None,
+            feature_extractor=None,
+            requires_safety_checker=False,
+        )
+        pipe.set_progress_bar_config(disable=True)
+        return pipe
+
+
+def random_weights(config: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Return float16 weights of the config's model that preserve the scale of their input; norms are the identity."""
+    with weights_on_meta():
+        model = instantiate_from_config(config["model"])
+    generator, weights = torch.Generator().manual_seed(0), {}
+    for name, tensor in model.state_dict().items():
+        if not tensor.is_meta:
+            weights[name] = tensor
+        elif tensor.ndim < 2:
+            weights[name] = (torch.zeros if name.endswith("bias") else torch.ones)(tensor.shape).half()
+        else:
+            weights[name] = (torch.randn(tensor.shape, generator=generator) / tensor[0].numel() ** 0.5).half()
+    return weights
