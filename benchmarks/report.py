@@ -47,7 +47,7 @@ def write_report(folder: Path, page: Path = PAGE, plot: Path = PLOT) -> Path:
     if not begin or not end:
         raise ValueError(f"{page}: the lines {BEGIN} and {END} are missing")
     save_text(plot, draw([row for row in rows if "ratio" in row.row]))
-    save_text(page, f"{before}{BEGIN}\n\n{table(rows)}\n\n{END}{after}")
+    save_text(page, f"{before}{BEGIN}\n\n![Ratios by row]({plot.name})\n\n{table(rows)}\n\n{END}{after}")
     return page
 
 
