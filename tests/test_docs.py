@@ -164,8 +164,8 @@ def test_every_flag_in_the_documents_exists():
     }  # torchrun
     known |= {"--nodes", "--ntasks-per-node", "--requeue"}  # sbatch
     scripts = [path.stem for path in (ROOT / "scripts").glob("*.py") if "\ndef parser(" in path.read_text()]
-    for name in (*scripts, "tests.test_watermark"):
-        known |= set(importlib.import_module(f"scripts.{name}").parser().flags)
+    for name in (*(f"scripts.{script}" for script in scripts), "scripts.tests.test_watermark", "benchmarks.__main__"):
+        known |= set(importlib.import_module(name).parser().flags)
     assert named and not named - known
 
 
