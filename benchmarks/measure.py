@@ -135,10 +135,12 @@ def measure(work: Row, repeat: int, seconds: float) -> dict[str, Any]:
         taken, flop = work.run(repeat, seconds)
         return {**row, **statistics(taken, work.per), "flop": flop / work.per}
     assert isinstance(work, Work)
-    end = time.perf_counter() + seconds
-    with flop_counter() as counter:
-        theirs = work.theirs()
-    pairs = [(work.ours(), theirs)]
+    end, flop = time.perf_counter() + seconds, 0.0
+    if work.dtype is not None:
+        with flop_counter() as counter, torch.compiler.set_stance("force_eager"):
+            work.theirs()
+        flop = counter.get_total_flops() / work.per
+    pairs = [(work.ours(), work.theirs())]
     while len(pairs) <= 1 or (len(pairs) <= repeat and time.perf_counter() < end):
         if work.compared:
             row["parity"] = parity(pairs[-1][0].output, pairs[-1][1].output, work.exact)
@@ -148,7 +150,7 @@ def measure(work: Row, repeat: int, seconds: float) -> dict[str, Any]:
         first, second = (work.ours, work.theirs) if len(pairs) % 2 else (work.theirs, work.ours)
         one, other = first(), second()
         pairs.append((one, other) if first is work.ours else (other, one))
-    return {**row, **statistics(pairs[1:], work.per), "flop": counter.get_total_flops() / work.per}
+    return {**row, **statistics(pairs[1:], work.per), "flop": flop}
 
 
 def _without_output(sample: Sample) -> Sample:

@@ -12,15 +12,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.baseline import diffusers_pipeline
 from ldm.atomic import save_text
-from ldm.checkpoint import open_weights, weights_on_meta, write_weights
+from ldm.checkpoint import weights_on_meta, write_weights
 from ldm.checkpoint.diffusers.files import as_json
 from ldm.checkpoint.diffusers.plan import plan_of
-from ldm.checkpoint.diffusers.rules import to_theirs
 from ldm.config.instantiate import instantiate_from_config
 from ldm.config.model_info import ModelInfo, read_model_info
 from ldm.convert.convert import tokenizer_files
 from ldm.inference.pipeline import load_model
+from ldm.models.diffusion.compile import compile_network
 from ldm.paths import ROOT
 
 CONFIG = ROOT / "configs" / "stable-diffusion" / "v1-inference.yaml"
@@ -98,12 +99,16 @@ class Models:
     def info(self) -> ModelInfo:
         return read_model_info(self.config)
 
-    @cached_property
+    @property
     def file(self) -> Path:
-        """The weights in float16, 2.1 GB at full size; an earlier run's file is used."""
-        path = self.folder / f"sd-v1-{self.size}.safetensors"
+        return self.weights(".safetensors")
+
+    def weights(self, suffix: str) -> Path:
+        """The random weights: float16 in .safetensors (2.1 GB), float32 in .ckpt. An earlier run's file is used."""
+        path = self.folder / f"sd-v1-{self.size}{suffix}"
         if not path.is_file():
-            write_weights(random_weights(self.info.config), path)
+            dtype = torch.float16 if suffix == ".safetensors" else torch.float32
+            write_weights(random_weights(self.info.config, dtype), path)
         return path
 
     @cached_property
@@ -117,13 +122,24 @@ class Models:
             save_text(folder / name, content if isinstance(content, str) else as_json(content))
         return folder
 
-    def pair(self, precision: str) -> tuple[Any, Any]:
-        """Our pipeline and diffusers' at its best setting (SDPA, channels_last), with the same weights."""
-        if precision not in self._loaded:
+    def pair(self, precision: str, compiled: bool = False) -> tuple[Any, Any]:
+        """Our pipeline and diffusers', with the same weights."""
+        key = f"{precision} compiled" if compiled else precision
+        if key not in self._loaded:
             self.release()
-            ours = load_model(self.config, self.file, str(self.device), "full" if precision == "fp32" else precision)
-            self._loaded[precision] = ours, self.diffusers(DTYPES[precision])
-        return self._loaded[precision]
+            ours: Any = load_model(
+                self.config, self.file, str(self.device), "full" if precision == "fp32" else precision
+            )
+            theirs = self.diffusers(precision)
+            if compiled:
+                options = {"mode": "reduce-overhead"} if self.device.type == "cuda" else {}
+                compile_network(ours.model.model.diffusion_model, **options)
+                theirs.unet.compile(fullgraph=True, **options)
+            self._loaded[key] = ours, theirs
+        return self._loaded[key]
+
+    def diffusers(self, precision: str) -> Any:
+        return diffusers_pipeline(str(self.file), str(self.diffusers_config), str(self.device), precision)
 
     def release(self) -> None:
         """Free the memory of the pair."""
@@ -132,40 +148,9 @@ class Models:
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
-    def diffusers(self, dtype: torch.dtype) -> Any:
-        """diffusers' pipeline with the weights of the file."""
-        import diffusers
-        import transformers
 
-        plan, weights = plan_of(self.info.config), open_weights(self.file).tensors()
-        parts = {}
-        for part in plan.components:
-            own = {key.removeprefix(part.prefix): x for key, x in weights.items() if key.startswith(part.prefix)}
-            tensors = to_theirs(part.layout.rules(), own, part.name)
-            if part.folder == "text_encoder":
-                module: Any = transformers.CLIPTextModel(transformers.CLIPTextConfig(**part.config))
-                names = set(module.state_dict())  # recent versions leave out `text_model.`
-                tensors = {k if k in names else k.removeprefix("text_model."): x for k, x in tensors.items()}
-            else:
-                with torch.device("meta"):
-                    module = getattr(diffusers, part.config["_class_name"]).from_config(part.config)
-            module.load_state_dict({key: x.to(dtype) for key, x in tensors.items()}, assign=True)
-            module.eval().requires_grad_(False)
-            parts[part.folder] = module.to(self.device, memory_format=torch.channels_last)
-        pipe: Any = diffusers.StableDiffusionPipeline(
-            **parts,
-            tokenizer=transformers.CLIPTokenizer.from_pretrained(self.diffusers_config / "tokenizer"),
-            scheduler=diffusers.DDIMScheduler.from_config(plan.scheduler),
-            safety_checker=None,
-            feature_extractor=None,
-            requires_safety_checker=False,
-        )
-        pipe.set_progress_bar_config(disable=True)
-        return pipe
-
-
-def random_weights(config: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Return float16 weights of the config's model that preserve the scale of their input; norms are the identity."""
+def random_weights(config: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Tensor]:
+    """Return weights of the config's model that preserve the scale of their input; norms are the identity."""
     with weights_on_meta():
         model = instantiate_from_config(config["model"])
     generator, weights = torch.Generator().manual_seed(0), {}
@@ -173,7 +158,7 @@ def random_weights(config: Mapping[str, Any]) -> dict[str, Tensor]:
         if not tensor.is_meta:
             weights[name] = tensor
         elif tensor.ndim < 2:
-            weights[name] = (torch.zeros if name.endswith("bias") else torch.ones)(tensor.shape).half()
+            weights[name] = (torch.zeros if name.endswith("bias") else torch.ones)(tensor.shape, dtype=dtype)
         else:
-            weights[name] = (torch.randn(tensor.shape, generator=generator) / tensor[0].numel() ** 0.5).half()
+            weights[name] = (torch.randn(tensor.shape, generator=generator) / tensor[0].numel() ** 0.5).to(dtype)
     return weights

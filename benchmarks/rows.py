@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from benchmarks import training
 from benchmarks.measure import Row, Work, in_child, in_process
@@ -30,12 +30,12 @@ PROMPT, SCALE, SEED = "a photograph of an astronaut riding a horse", 7.5, 42
 # ------------------------------------------------------------------------------------------------------------ sampling
 
 
-def unet_step(models: Models, precision: str, steps: int = 0) -> Work:
-    """Guided steps of DDIM from the same latent under the same embeddings, a call each for the two halves or one."""
-    ours, theirs = models.pair(precision)
-    steps, side = steps or (20 if models.device.type == "cuda" else 2), models.side
+def unet_step(models: Models, precision: str, compiled: bool = False) -> Work:
+    """Guided steps of DDIM from the same latent under the same embeddings, as a whole run makes them."""
+    ours, theirs = models.pair(precision, compiled)
+    steps, side = 20 if models.device.type == "cuda" else 2, models.side
     request = TextToImageRequest(prompt=PROMPT, steps=steps, n_samples=1, height=side, width=side).checked(ours.info)
-    x_T = torch.randn(1, *request.latent_shape, generator=torch.Generator().manual_seed(SEED)).to(models.device)
+    x_T = _noise(models, *request.latent_shape)
     with ours.sampling():
         cond, uncond = ours.encode_prompts([PROMPT], guided=True)
 
@@ -48,7 +48,7 @@ def unet_step(models: Models, precision: str, steps: int = 0) -> Work:
         return theirs(**embeddings, num_inference_steps=steps, guidance_scale=SCALE, output_type="latent").images
 
     return Work(
-        f"guided UNet step, {precision}, {side}x{side}, of {steps} DDIM steps",
+        f"guided UNet step, {precision}{', compiled' if compiled else ''}, {side}x{side}, of {steps} DDIM steps",
         "step",
         steps,
         in_process(our_latent, models.device, [ours.model.model]),
@@ -58,75 +58,49 @@ def unet_step(models: Models, precision: str, steps: int = 0) -> Work:
     )
 
 
-def decode(models: Models, precision: str) -> Work:
+def stage(models: Models, name: str, precision: str) -> Work:
+    """One call of the VAE's decoder or encoder, or of the text encoder with its tokenizer."""
     ours, theirs = models.pair(precision)
-    side = models.side
-    z = torch.randn(1, 4, side // 8, side // 8, generator=torch.Generator().manual_seed(SEED)).to(models.device)
+    side, vae = models.side, theirs.vae
+    z, x = _noise(models, 4, side // 8, side // 8), _noise(models, 3, side, side).clamp(-1, 1)
 
-    def our_image() -> Tensor:
-        with ours.sampling():
-            return ours.decode(z)
-
-    @torch.no_grad()
     def their_image() -> Tensor:
-        latent = (z / theirs.vae.config.scaling_factor).to(theirs.vae.dtype)
-        return theirs.vae.decode(latent).sample.float().clamp(-1, 1)
+        return vae.decode((z / vae.config.scaling_factor).to(vae.dtype)).sample.float().clamp(-1, 1)
 
-    return Work(
-        f"VAE decode, {precision}, {side}x{side}",
-        "image",
-        1,
-        in_process(our_image, models.device, [ours.model.first_stage_model]),
-        in_process(their_image, models.device, [theirs.vae]),
-        exact=precision == "fp32",
-        dtype=DTYPES[precision],
-    )
+    calls: dict[str, tuple[str, Callable[[], Tensor], Callable[[], Tensor], list[nn.Module]]] = {
+        "decode": ("VAE decode", lambda: ours.decode(z), their_image, [ours.model.first_stage_model, vae]),
+        "encode": (
+            "VAE encode",
+            lambda: ours.model.encode_first_stage(x).mode(),
+            lambda: vae.encode(x.to(vae.dtype)).latent_dist.mode(),
+            [ours.model.first_stage_model, vae],
+        ),
+        "text": (
+            "tokens and text encoder, a prompt and the empty one",
+            lambda: torch.cat(ours.encode_prompts([PROMPT], guided=True)),
+            lambda: torch.cat(theirs.encode_prompt(PROMPT, models.device, 1, True)),
+            [ours.model.cond_stage_model, theirs.text_encoder],
+        ),
+    }
+    what, our_call, their_call, modules = calls[name]
 
-
-def encode(models: Models, precision: str) -> Work:
-    ours, theirs = models.pair(precision)
-    side = models.side
-    x = torch.rand(1, 3, side, side, generator=torch.Generator().manual_seed(SEED)).to(models.device) * 2 - 1
-
-    def our_latent() -> Tensor:
+    def our_output() -> Tensor:
         with ours.sampling():
-            return ours.model.encode_first_stage(x).mode()
-
-    @torch.no_grad()
-    def their_latent() -> Tensor:
-        return theirs.vae.encode(x.to(theirs.vae.dtype)).latent_dist.mode()
+            return our_call()
 
     return Work(
-        f"VAE encode, {precision}, {side}x{side}",
-        "image",
+        f"{what}, {precision}" + ("" if name == "text" else f", {side}x{side}"),
+        "call",
         1,
-        in_process(our_latent, models.device, [ours.model.first_stage_model]),
-        in_process(their_latent, models.device, [theirs.vae]),
+        in_process(our_output, models.device, modules[:1]),
+        in_process(torch.no_grad()(their_call), models.device, modules[1:]),
         exact=precision == "fp32",
         dtype=DTYPES[precision],
     )
 
 
-def text(models: Models, precision: str) -> Work:
-    ours, theirs = models.pair(precision)
-
-    def our_embeddings() -> Tensor:
-        with ours.sampling():
-            return torch.cat(ours.encode_prompts([PROMPT], guided=True))
-
-    @torch.no_grad()
-    def their_embeddings() -> Tensor:
-        return torch.cat(theirs.encode_prompt(PROMPT, models.device, 1, True))
-
-    return Work(
-        f"text encoder, {precision}, a prompt and the empty one, tokens included",
-        "prompt",
-        1,
-        in_process(our_embeddings, models.device, [ours.model.cond_stage_model]),
-        in_process(their_embeddings, models.device, [theirs.text_encoder]),
-        exact=precision == "fp32",
-        dtype=DTYPES[precision],
-    )
+def _noise(models: Models, *shape: int) -> Tensor:
+    return torch.randn(1, *shape, generator=torch.Generator().manual_seed(SEED)).to(models.device)
 
 
 def images(models: Models, batch: int, precision: str = "bf16") -> Work:
@@ -254,13 +228,14 @@ def start(models: Models, precision: str = "bf16", steps: int = 1) -> Work:
     )
 
 
-def load(models: Models, precision: str) -> Work:
+def load(models: Models, precision: str, suffix: str = ".safetensors") -> Work:
+    file = {"file": str(models.weights(suffix))}
     return Work(
-        f"load a float16 .safetensors as {precision}, after the imports",
+        f"load a {'float16' if suffix == '.safetensors' else 'float32'} {suffix} as {precision}, after the imports",
         "load",
         1,
-        in_child(_child("our_load", models, precision, config=str(models.config))),
-        in_child(_child("diffusers_load", models, precision)),
+        in_child(_child("our_load", models, precision, config=str(models.config), **file)),
+        in_child(_child("diffusers_load", models, precision, **file)),
         compared=False,
     )
 
@@ -278,10 +253,14 @@ def imports(models: Models) -> Work:
 
 
 def _child(what: str, models: Models, precision: str, **arguments: Any) -> list[str]:
-    where = {"file": str(models.file), "device": str(models.device)}
-    where |= {"precision": "full" if (what, precision) == ("our_load", "fp32") else precision}
-    where |= {"config": str(models.diffusers_config)} | arguments
-    return [sys.executable, "-m", "benchmarks.child", what, json.dumps(where)]
+    where = {"file": str(models.file), "config": str(models.diffusers_config), "device": str(models.device)}
+    return [
+        sys.executable,
+        "-m",
+        "benchmarks.baseline",
+        what,
+        json.dumps({**where, "precision": precision, **arguments}),
+    ]
 
 
 def _read_once(file: Path) -> Tensor:
@@ -295,27 +274,27 @@ def _read_once(file: Path) -> Tensor:
 
 ROWS: dict[str, Callable[[Models], Row]] = {
     "unet-bf16": partial(unet_step, precision="bf16"),
-    "decode-bf16": partial(decode, precision="bf16"),
-    "start": start,
+    "decode-bf16": partial(stage, name="decode", precision="bf16"),
     "txt2img-1": partial(images, batch=1),
     "txt2img-4": partial(images, batch=4),
     "txt2img-16": partial(images, batch=16),
-    "encode-bf16": partial(encode, precision="bf16"),
-    "text-bf16": partial(text, precision="bf16"),
-    "unet-fp32": partial(unet_step, precision="fp32"),
-    "decode-fp32": partial(decode, precision="fp32"),
-    "encode-fp32": partial(encode, precision="fp32"),
-    "text-fp32": partial(text, precision="fp32"),
-    "train-quickstart": training.quickstart,
-    "train-256": partial(training.finetune, side=256, cached=False),
-    "train-512": partial(training.finetune, side=512, cached=False),
-    "train-256-cached": partial(training.finetune, side=256, cached=True),
+    "unet-bf16-compiled": partial(unet_step, precision="bf16", compiled=True),
     "train-512-cached": partial(training.finetune, side=512, cached=True),
-    "loader": training.loader,
+    "train-256-cached": partial(training.finetune, side=256, cached=True),
+    "train-512": partial(training.finetune, side=512, cached=False),
+    "train-256": partial(training.finetune, side=256, cached=False),
+    "start": start,
     "overhead": partial(overhead, against="a bare loop"),
     "overhead-diffusers": partial(overhead, against="diffusers"),
+    "train-quickstart": training.quickstart,
+    **{f"{name}-bf16": partial(stage, name=name, precision="bf16") for name in ("encode", "text")},
+    "unet-fp32": partial(unet_step, precision="fp32"),
+    **{f"{name}-fp32": partial(stage, name=name, precision="fp32") for name in ("decode", "encode", "text")},
+    "unet-fp32-compiled": partial(unet_step, precision="fp32", compiled=True),
     "load-bf16": partial(load, precision="bf16"),
     "load-fp32": partial(load, precision="fp32"),
+    "load-ckpt": partial(load, precision="bf16", suffix=".ckpt"),
     "import": imports,
+    "loader": training.loader,
 }
 """By name, in the order of a run: first what a run that is cut short should have."""

@@ -182,7 +182,7 @@ def finetune(models: Models, side: int, cached: bool) -> Alternated:
     argv += ["lightning.callbacks.image_logger=null"]
 
     def parts(model: Any) -> Parts:
-        pipe = models.diffusers(torch.float32)
+        pipe = models.diffusers("fp32")
         pipe.unet.train().requires_grad_(True)
 
         def latents(batch: Any) -> Tensor:
