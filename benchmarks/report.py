@@ -14,6 +14,7 @@ from ldm.paths import ROOT
 
 PAGE, PLOT = ROOT / "docs" / "performance.md", ROOT / "docs" / "performance.svg"
 BEGIN, END = "<!-- results: python -m benchmarks report -->", "<!-- end of results -->"
+HEAD = "| row | what | ours | the other | ratio (p10 to p90) | CPU time | of the peak | memory, GB | outputs |"
 INK, MUTED, BETTER, WORSE = "#1f2933", "#61707f", "#2b8a3e", "#c2410c"
 
 
@@ -56,10 +57,7 @@ def table(rows: Sequence[Row]) -> str:
     lines: list[str] = []
     for machine in dict.fromkeys(row.machine for row in rows):
         lines += [f"**{machine}**\n" if not lines else f"\n**{machine}**\n"]
-        lines += [
-            "| row | what | ours | the other | ratio (p10 to p90) | CPU time | of the peak | memory, GB | outputs |"
-        ]
-        lines += ["|---|---|---|---|---|---|---|---|---|"]
+        lines += [HEAD, "|---" * 9 + "|"]
         lines += [" | ".join(["", *cells(each), ""]).strip() for each in rows if each.machine == machine]
     return "\n".join(lines)
 

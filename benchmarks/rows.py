@@ -110,10 +110,8 @@ def images(models: Models, batch: int, precision: str = "bf16") -> Work:
     if models.device.type == "cpu":
         steps = {1: 4, 4: 2, 16: 1}[batch]
         side = side if batch == 1 else side // 2
-    request = TextToImageRequest(
-        prompt=PROMPT, steps=steps, n_samples=batch, n_iter=1, height=side, width=side, seed=SEED
-    )
-    request = request.checked(ours.info)
+    shape: dict[str, Any] = {"n_samples": batch, "n_iter": 1, "height": side, "width": side}
+    request = TextToImageRequest(prompt=PROMPT, steps=steps, seed=SEED, **shape).checked(ours.info)
     with torch.random.fork_rng():
         torch.manual_seed(SEED)
         x_T = torch.randn(batch, *request.latent_shape, device=models.device)
@@ -122,10 +120,8 @@ def images(models: Models, batch: int, precision: str = "bf16") -> Work:
         return _pixels([each.image for each in text_to_image(ours, request, progress=False)])
 
     def their_images() -> Tensor:
-        latents = x_T.to(theirs.unet.dtype)
-        return _pixels(
-            theirs([PROMPT] * batch, latents=latents, num_inference_steps=steps, guidance_scale=SCALE).images
-        )
+        options = {"num_inference_steps": steps, "guidance_scale": SCALE, "latents": x_T.to(theirs.unet.dtype)}
+        return _pixels(theirs([PROMPT] * batch, **options).images)
 
     return Work(
         f"txt2img, {precision}, batch {batch}, {steps} DDIM steps, {side}x{side}",
@@ -150,13 +146,8 @@ def overhead(models: Models, against: str) -> Work:
     schedule = Schedule.from_betas(betas)
     tables = {n: torch.as_tensor(getattr(schedule, n)) for n in ("betas", "alphas_cumprod", "alphas_cumprod_prev")}
     outputs = torch.randn(2, *shape[1:], generator=torch.Generator().manual_seed(1)).to(models.device)
-    null: Any = SimpleNamespace(
-        num_timesteps=1000,
-        parameterization="eps",
-        device=models.device,
-        apply_model=lambda x, t, cond: outputs,
-        **tables,
-    )
+    null: Any = SimpleNamespace(num_timesteps=1000, parameterization="eps", device=models.device, **tables)
+    null.apply_model = lambda x, t, cond: outputs
     x_T = torch.randn(shape, generator=torch.Generator().manual_seed(SEED)).to(models.device)
     cond = torch.zeros(1, 1, 1, device=models.device)
     sampler, table = make_sampler("ddim", null), ddim_steps(null, steps, 0.0, "uniform")
@@ -179,9 +170,8 @@ def overhead(models: Models, against: str) -> Work:
     def diffusers_loop() -> Tensor:
         from diffusers import DDIMScheduler
 
-        scheduler: Any = DDIMScheduler(
-            1000, trained_betas=betas, clip_sample=False, set_alpha_to_one=False, steps_offset=1
-        )
+        options: dict[str, Any] = {"clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1}
+        scheduler: Any = DDIMScheduler(1000, trained_betas=betas, **options)
         scheduler.set_timesteps(steps, device=models.device)
         x, both = x_T, torch.cat([cond, cond])
         for t in scheduler.timesteps:
@@ -254,13 +244,8 @@ def imports(models: Models) -> Work:
 
 def _child(what: str, models: Models, precision: str, **arguments: Any) -> list[str]:
     where = {"file": str(models.file), "config": str(models.diffusers_config), "device": str(models.device)}
-    return [
-        sys.executable,
-        "-m",
-        "benchmarks.baseline",
-        what,
-        json.dumps({**where, "precision": precision, **arguments}),
-    ]
+    where |= {"precision": precision, **arguments}
+    return [sys.executable, "-m", "benchmarks.baseline", what, json.dumps(where)]
 
 
 def _read_once(file: Path) -> Tensor:

@@ -28,6 +28,7 @@ from ldm.training.session import run_training
 from scripts import cache_latents
 
 QUICKSTART = ["--base", "configs/quickstart/text2image.yaml", "-t"]
+CALLBACK = "benchmarks.training.Alternate"
 FINETUNE = "configs/stable-diffusion/v1-finetune.yaml"
 
 
@@ -111,12 +112,7 @@ def run(
     """Train by main.py's own code with `Alternate` among the callbacks -> (pairs of blocks, operations of a block)."""
     Alternate.parts = [make_parts]
     Alternate.block, Alternate.repeat, Alternate.seconds = block, repeat, seconds
-    argv = [
-        *argv,
-        "--allow-targets",
-        "benchmarks",
-        "+lightning.callbacks.alternate.target=benchmarks.training.Alternate",
-    ]
+    argv = [*argv, "--allow-targets", "benchmarks", f"+lightning.callbacks.alternate.target={CALLBACK}"]
     printed = io.StringIO()
     with redirect_stdout(printed), redirect_stderr(printed):
         code = run_training(argv)
@@ -179,7 +175,7 @@ def finetune(models: Models, side: int, cached: bool) -> Alternated:
     argv = ["--base", *base, "-t", *device, "-l", str(logs), *overrides, workers]
     argv += [f"lightning.trainer.precision={'bf16-mixed' if bf16 else '32-true'}"]
     argv += ["lightning.trainer.accumulate_grad_batches=1", "+lightning.trainer.enable_checkpointing=false"]
-    argv += ["lightning.callbacks.image_logger=null"]
+    argv += ["lightning.callbacks.image_logger=null", "model.params.unet_config.params.use_checkpoint=false"]
 
     def parts(model: Any) -> Parts:
         pipe = models.diffusers("fp32")
@@ -197,9 +193,8 @@ def finetune(models: Models, side: int, cached: bool) -> Alternated:
             if cached:
                 return batch[EMBEDDING].float()
             options = {"padding": "max_length", "max_length": 77, "truncation": True, "return_tensors": "pt"}
-            return pipe.text_encoder(
-                pipe.tokenizer(batch[model.cond_stage_key], **options).input_ids.to(models.device)
-            )[0]
+            tokens = pipe.tokenizer(batch[model.cond_stage_key], **options).input_ids
+            return pipe.text_encoder(tokens.to(models.device))[0]
 
         trained = list(pipe.unet.parameters())
         return Parts(latents, context, lambda x, t, c: pipe.unet(x, t, encoder_hidden_states=c).sample, trained)
@@ -261,7 +256,8 @@ def loader(models: Models, side: int = 512) -> Work:
     data = DataModuleFromConfig(4, {"target": "ldm.data.folder.ImageFolder", "params": params}, num_workers=0)
     data.setup("fit")
     ours: Any = data.train_dataloader()
-    theirs = DataLoader(TorchvisionFolder(folder, side), 4, shuffle=True)
+    files = TorchvisionFolder(folder, side)
+    theirs = DataLoader(files, 4, shuffle=True)
 
     def epoch(batches: Any) -> Callable[[], Tensor]:
         return lambda: torch.tensor(sum(len(batch["caption"]) for batch in batches))
@@ -270,7 +266,7 @@ def loader(models: Models, side: int = 512) -> Work:
     return Work(
         f"loader, {side}x{side} from JPEGs, one process",
         "image",
-        len(theirs.dataset),  # type: ignore[arg-type]
+        len(files),
         in_process(epoch(ours), device),
         in_process(epoch(theirs), device),
         exact=True,
