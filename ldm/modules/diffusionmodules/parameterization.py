@@ -7,17 +7,19 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+Scale = Tensor | float
+
 
 @dataclass(frozen=True)
 class Parameterization:
     """A training target and its inverse, for x = alpha * x0 + sigma * eps with alpha^2 + sigma^2 = 1.
 
-    alpha and sigma broadcast against x (B, C, H, W); `out` is the network's output at x.
+    alpha and sigma are numbers, or broadcast against x (B, C, H, W); `out` is the network's output at x.
     """
 
-    target: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]  # (x0, eps, alpha, sigma) -> training target
-    to_x0: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]  # (x, out, alpha, sigma) -> clean signal
-    to_eps: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]  # (x, out, alpha, sigma) -> noise
+    target: Callable[[Tensor, Tensor, Scale, Scale], Tensor]  # (x0, eps, alpha, sigma) -> training target
+    to_x0: Callable[[Tensor, Tensor, Scale, Scale], Tensor]  # (x, out, alpha, sigma) -> clean signal
+    to_eps: Callable[[Tensor, Tensor, Scale, Scale], Tensor]  # (x, out, alpha, sigma) -> noise
 
 
 PARAMETERIZATIONS = {

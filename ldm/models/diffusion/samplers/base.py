@@ -211,16 +211,17 @@ class Sampler(PublishedSampler, ABC):
 
     @torch.no_grad()
     def stochastic_encode(
-        self, x0: Tensor, t: Tensor, use_original_steps: bool = False, noise: Tensor | None = None
+        self, x0: Tensor, t: Tensor | Sequence[int], use_original_steps: bool = False, noise: Tensor | None = None
     ) -> Tensor:
         """Noise x0 (B, C, H, W) to the level from which `decode` starts with t_start = t; t: (B,) in [0, S].
 
-        At t = 0 this is x0 itself; at t = S, which strength 1 asks for, it is pure noise.
+        At t = 0 this is x0 itself; at t = S, which strength 1 asks for, it is pure noise. A tensor is read.
         """
         alphas = self._encoding_alphas(self._steps_of(use_original_steps))
-        if int(t.min()) < 0 or int(t.max()) >= len(alphas):
-            raise ValueError(f"encoding step {t.tolist()}: choose 0 to {len(alphas) - 1}")
-        alpha = torch.as_tensor(alphas, dtype=torch.float32, device=x0.device)[t.to(x0.device)][:, None, None, None]
+        levels = t.tolist() if torch.is_tensor(t) else list(t)
+        if min(levels) < 0 or max(levels) >= len(alphas):
+            raise ValueError(f"encoding step {levels}: choose 0 to {len(alphas) - 1}")
+        alpha = torch.as_tensor(alphas[levels], dtype=torch.float32, device=x0.device)[:, None, None, None]
         noise = torch.randn_like(x0) if noise is None else noise
         return alpha.sqrt() * x0 + (1 - alpha).sqrt() * noise
 

@@ -22,7 +22,14 @@ def ddim_steps(model: DiffusionModel, S: int, eta: float, spacing: str) -> Steps
     t = make_ddim_timesteps(spacing, S, model.num_timesteps, verbose=False)
     alphas_cumprod = model_alphas_cumprod(model)
     sigmas, alphas, alphas_prev = make_ddim_sampling_parameters(alphas_cumprod, t, eta, verbose=False)
-    return Steps(t, alphas, alphas_prev, sigmas)
+    return Steps(t, alphas, alphas_prev, sigmas, _direction(alphas_prev, sigmas))
+
+
+def _direction(alphas_prev: np.ndarray, sigmas: np.ndarray) -> dict[str, np.ndarray]:
+    """Scale of eq. 12, "direction pointing to x_t", sqrt(1 - alpha_prev - sigma^2), in float32 as published."""
+    alpha_prev, sigma = alphas_prev.astype(np.float32), sigmas.astype(np.float32)
+    # At eta 1, rounding can make the number under the root slightly negative.
+    return {"direction": np.sqrt(np.maximum(1 - alpha_prev - sigma**2, 0.0))}
 
 
 def published_arguments(sampler: Sampler, run: SamplingRun) -> dict[str, Any]:
@@ -67,15 +74,12 @@ class DDIMSampler(Sampler):
 
     def step(self, x: Tensor, k: int, run: SamplingRun) -> tuple[Tensor, Tensor]:
         if self.overrides("p_sample_ddim", DDIMSampler.p_sample_ddim):  # research code replaces the published step
-            return self.p_sample_ddim(x, run.cond, run.t[k].expand(len(x)), index=k, **published_arguments(self, run))
+            return self.p_sample_ddim(x, run.cond, run.t[k], index=k, **published_arguments(self, run))
         return self.transfer(x, k, run)
 
     def transfer(self, x: Tensor, k: int, run: SamplingRun) -> tuple[Tensor, Tensor]:
-        alpha_prev, sigma = run.alpha_prev[k], run.sigma[k]
         eps, x0 = run.predict(x, k)  # eq. 12, "predicted x_0"
-        # At eta 1, rounding can make the number under the root slightly negative.
-        direction = (1.0 - alpha_prev - sigma**2).clamp(min=0.0).sqrt() * eps  # eq. 12, "direction pointing to x_t"
-        return alpha_prev.sqrt() * x0 + direction + sigma * run.noise(x), x0
+        return run.signal_prev[k] * x0 + run.coefs["direction"][k] * eps + run.sigma[k] * run.noise(x), x0
 
     @torch.no_grad()
     def p_sample_ddim(
@@ -138,10 +142,9 @@ class DDIMSampler(Sampler):
         run = self._start(steps, x0, c, unconditional_guidance_scale, unconditional_conditioning, SamplingOptions())
         every, kept, x = max(1, t_enc // (return_intermediates or 1)), {}, x0
         for k in range(t_enc):
-            alpha_prev, alpha = run.alpha_prev[k], run.alpha[k]
             eps, _ = run.predict(x, k)
-            pred_x0 = (x - (1 - alpha_prev).sqrt() * eps) / alpha_prev.sqrt()
-            x = alpha.sqrt() * pred_x0 + (1 - alpha).sqrt() * eps
+            pred_x0 = (x - run.noise_level_prev[k] * eps) / run.signal_prev[k]
+            x = run.signal[k] * pred_x0 + run.noise_level[k] * eps
             if return_intermediates and (k % every == 0 or k >= t_enc - 2):
                 kept[k] = x
             if callback is not None:
@@ -158,4 +161,4 @@ class DDIMSampler(Sampler):
         alphas = model_alphas_cumprod(self.model)
         prev = np.asarray(self.model.alphas_cumprod_prev.cpu(), dtype=np.float64)
         sigmas = self._eta * np.sqrt((1 - prev) / (1 - alphas) * (1 - alphas / prev))  # eq. 16
-        return Steps(np.arange(len(alphas)), alphas, prev, sigmas)
+        return Steps(np.arange(len(alphas)), alphas, prev, sigmas, _direction(prev, sigmas))

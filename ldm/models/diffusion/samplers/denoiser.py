@@ -90,7 +90,12 @@ class SamplingOptions:
 
 
 class SamplingRun:
-    """The values of one run: tables on the latent's device, the condition, and the history of multistep samplers."""
+    """The values of one run: coefficients by step, the condition, and the history of multistep samplers.
+
+    The coefficients are float32 values as Python numbers, so a step neither waits for the device nor uploads:
+    `signal` and `noise_level` are the scales of x_0 and eps at the start of each step, `signal_prev` and
+    `noise_level_prev` those at its end, `sigma` the step's noise scale, `coefs` the sampler's own tables.
+    """
 
     def __init__(
         self,
@@ -107,18 +112,19 @@ class SamplingRun:
         scales = scale, options.guidance_rescale, options.image_guidance_scale
         self.network = GuidedNetwork(model.apply_model, cond, uncond, *scales)
         self.parameterization = get_parameterization(model.parameterization)
-        # Whole tables move once, so that no step waits for the device.
         t_dtype = torch.int64 if np.issubdtype(steps.t.dtype, np.integer) else torch.float32
-        self.t = torch.as_tensor(steps.t, dtype=t_dtype, device=x.device)
-        tables = {"alpha": steps.alphas, "alpha_prev": steps.alphas_prev, "sigma": steps.sigmas, **steps.coefs}
-        self.coefs = {name: torch.as_tensor(v, dtype=torch.float32, device=x.device) for name, v in tables.items()}
-        self.alpha, self.alpha_prev, self.sigma = self.coefs["alpha"], self.coefs["alpha_prev"], self.coefs["sigma"]
+        t = torch.as_tensor(steps.t, dtype=t_dtype, device=x.device)  # moves once
+        self.t = t[:, None].expand(len(t), len(x))  # (S, B)
+        self.signal, self.noise_level = _scales(steps.alphas)
+        self.signal_prev, self.noise_level_prev = _scales(steps.alphas_prev)
+        self.sigma = _float32(steps.sigmas).tolist()
+        self.coefs: dict[str, Any] = {name: _float32(table).tolist() for name, table in steps.coefs.items()}
         self.history: list[Tensor] = []
         self.known: tuple[Tensor, Tensor] | None = None  # (mask, x_0): the prediction is x_0 where the mask is 1
 
     def predict(self, x: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """Return the guided network's (eps, x_0) for x at step k, each (B, C, H, W)."""
-        alpha, sigma, t = self.alpha[k].sqrt(), (1 - self.alpha[k]).sqrt(), self.t[k].expand(x.shape[0])
+        alpha, sigma, t = self.signal[k], self.noise_level[k], self.t[k]
         out = self.network(x, t, self.guides(k))
         eps, x0 = self.parameterization.to_eps(x, out, alpha, sigma), self.parameterization.to_x0(x, out, alpha, sigma)
         corrector = self.options.score_corrector
@@ -132,6 +138,13 @@ class SamplingRun:
         if self.options.dynamic_threshold is not None or self.known is not None:
             eps = (x - alpha * x0) / sigma  # the noise that is consistent with the changed prediction
         return eps, x0
+
+    def predict_eps(self, x: Tensor, k: int) -> Tensor:
+        """Return eps of `predict`, without the work of x_0 if nothing changes it there."""
+        if self.options.score_corrector or self.options.dynamic_threshold is not None or self.known is not None:
+            return self.predict(x, k)[0]
+        out = self.network(x, self.t[k], self.guides(k))
+        return self.parameterization.to_eps(x, out, self.signal[k], self.noise_level[k])
 
     def guides(self, k: int) -> bool:
         """Return whether the noise level of step k, sqrt(1 / alpha - 1), is in `guidance_interval`."""
@@ -155,17 +168,30 @@ class SamplingRun:
 
     def noise(self, x: Tensor) -> Tensor:
         """Return the step's noise; call it even where its scale is 0, so that a seed gives the published image."""
-        shape = (1, *x.shape[1:]) if self.options.repeat_noise else x.shape
-        source = self.options.noise_source
-        noise = source.normal(shape, x.device, x.dtype).expand(x.shape) * self.options.temperature
-        return source.dropout(noise, self.options.noise_dropout) if self.options.noise_dropout > 0.0 else noise
+        options = self.options
+        shape = (1, *x.shape[1:]) if options.repeat_noise else x.shape
+        noise = options.noise_source.normal(shape, x.device, x.dtype)
+        if options.repeat_noise:
+            noise = noise.expand(x.shape)
+        if options.temperature != 1.0:
+            noise = noise * options.temperature
+        return options.noise_source.dropout(noise, options.noise_dropout) if options.noise_dropout > 0.0 else noise
 
     def blend(self, x: Tensor, mask: Tensor, x0: Tensor, k: int) -> Tensor:
         """Replace x by x0 at the noise level of step k, with new noise, where the mask is 1."""
         noise = self.options.noise_source.normal_like(x0)
-        noised = self.alpha[k].sqrt() * x0 + (1 - self.alpha[k]).sqrt() * noise
+        noised = self.signal[k] * x0 + self.noise_level[k] * noise
         return noised * mask + (1.0 - mask) * x
 
     def starts_from_noise(self, k: int) -> bool:
         """Return whether step k starts from pure noise, as in a schedule with zero terminal SNR."""
-        return self.steps.alphas[k] == 0.0  # the host's table, so that no step waits for the device
+        return self.steps.alphas[k] == 0.0
+
+
+def _float32(table: np.ndarray) -> np.ndarray:
+    return np.asarray(table, dtype=np.float32)
+
+
+def _scales(alphas: np.ndarray) -> tuple[list[float], list[float]]:
+    """Scales of signal and noise, sqrt(alpha) and sqrt(1 - alpha), in float32 arithmetic as published."""
+    return np.sqrt(_float32(alphas)).tolist(), np.sqrt(1 - _float32(alphas)).tolist()

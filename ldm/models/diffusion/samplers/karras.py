@@ -33,7 +33,7 @@ class EulerSampler(KSampler):
 
     def step(self, x: Tensor, k: int, run: SamplingRun) -> tuple[Tensor, Tensor]:
         eps, x0 = run.predict(x, k)
-        return run.alpha_prev[k].sqrt() * x0 + (1 - run.alpha_prev[k]).sqrt() * eps, x0
+        return run.signal_prev[k] * x0 + run.noise_level_prev[k] * eps, x0
 
 
 class EulerAncestralSampler(KSampler):
@@ -50,7 +50,7 @@ class EulerAncestralSampler(KSampler):
 
     def step(self, x: Tensor, k: int, run: SamplingRun) -> tuple[Tensor, Tensor]:
         eps, x0 = run.predict(x, k)
-        return run.alpha_prev[k].sqrt() * x0 + run.coefs["down"][k] * eps + run.sigma[k] * run.noise(x), x0
+        return run.signal_prev[k] * x0 + run.coefs["down"][k] * eps + run.sigma[k] * run.noise(x), x0
 
 
 class HeunSampler(KSampler):
@@ -62,7 +62,7 @@ class HeunSampler(KSampler):
 
     def step(self, x: Tensor, k: int, run: SamplingRun) -> tuple[Tensor, Tensor]:
         eps, x0 = run.predict(x, k)
-        euler = run.alpha_prev[k].sqrt() * x0 + (1 - run.alpha_prev[k]).sqrt() * eps
+        euler = run.signal_prev[k] * x0 + run.noise_level_prev[k] * eps
         if k == 0 or run.starts_from_noise(k):  # the clean end has no slope, and pure noise no finite one
             return euler, x0
         eps_next, _ = run.predict(euler, k - 1)

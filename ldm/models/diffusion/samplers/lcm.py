@@ -52,4 +52,4 @@ class LCMSampler(Sampler):
     def step(self, x: Tensor, k: int, run: SamplingRun) -> tuple[Tensor, Tensor]:
         _, x0 = run.predict(x, k)
         clean = run.coefs["c_skip"][k] * x + run.coefs["c_out"][k] * x0
-        return run.alpha_prev[k].sqrt() * clean + run.sigma[k] * run.noise(x), clean
+        return run.signal_prev[k] * clean + run.sigma[k] * run.noise(x), clean

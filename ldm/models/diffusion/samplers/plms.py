@@ -27,7 +27,7 @@ class PLMSSampler(Sampler):
 
     def step(self, x: Tensor, k: int, run: SamplingRun) -> tuple[Tensor, Tensor]:
         if self.overrides("p_sample_plms", PLMSSampler.p_sample_plms):  # research code replaces the published step
-            t, t_next = (run.t[i].expand(len(x)) for i in (k, max(k - 1, 0)))
+            t, t_next = run.t[k], run.t[max(k - 1, 0)]
             x, x0, eps = self.p_sample_plms(
                 x, run.cond, t, index=k, old_eps=run.history, t_next=t_next, **published_arguments(self, run)
             )
@@ -36,13 +36,14 @@ class PLMSSampler(Sampler):
         return self.multistep(x, k, run)
 
     def multistep(self, x: Tensor, k: int, run: SamplingRun) -> tuple[Tensor, Tensor]:
-        eps, x0 = run.predict(x, k)
         if run.starts_from_noise(k):  # `transfer` divides by alpha: take an Euler step and start the history after it
-            return run.alpha_prev[k].sqrt() * x0 + (1 - run.alpha_prev[k]).sqrt() * eps, x0
+            eps, x0 = run.predict(x, k)
+            return run.signal_prev[k] * x0 + run.noise_level_prev[k] * eps, x0
+        eps = run.predict_eps(x, k)
         match run.history:
             case []:  # Heun: average with the noise after an Euler step
                 x_euler, _ = self.transfer(x, eps, k, run)
-                eps_next, _ = run.predict(x_euler, max(k - 1, 0))
+                eps_next = run.predict_eps(x_euler, max(k - 1, 0))
                 slope = (eps + eps_next) / 2
             case [a]:
                 slope = (3 * eps - a) / 2  # Adams-Bashforth, orders 2 to 4 (eq. 9)
@@ -55,10 +56,9 @@ class PLMSSampler(Sampler):
 
     def transfer(self, x: Tensor, eps: Tensor, k: int, run: SamplingRun) -> tuple[Tensor, Tensor]:
         """DDIM's step with a given noise (eq. 11) -> (x_prev, predicted x_0)."""
-        alpha, alpha_prev = run.alpha[k], run.alpha_prev[k]
-        x0 = run.refine((x - (1 - alpha).sqrt() * eps) / alpha.sqrt())
+        x0 = run.refine((x - run.noise_level[k] * eps) / run.signal[k])
         run.noise(x)  # its scale is 0; generated so that a seed gives the published image
-        return alpha_prev.sqrt() * x0 + (1 - alpha_prev).sqrt() * eps, x0
+        return run.signal_prev[k] * x0 + run.noise_level_prev[k] * eps, x0
 
     @torch.no_grad()
     def p_sample_plms(
@@ -95,7 +95,7 @@ class PLMSSampler(Sampler):
         )
         run = SamplingRun(self.model, steps, x, c, unconditional_conditioning, unconditional_guidance_scale, asked)
         run.history = list(old_eps or ())[-3:]
-        run.t = run.t[:, None].repeat(1, len(x))  # (S, B): the timesteps may differ between samples
+        run.t = run.t.clone()  # (S, B): the timesteps may differ between samples
         run.t[index] = t
         if t_next is not None and index > 0:
             run.t[index - 1] = t_next
