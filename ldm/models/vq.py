@@ -15,7 +15,7 @@ from ldm.models.adversarial import AdversarialAutoencoder
 from ldm.models.training import Losses
 from ldm.modules.ema import checked_ema
 from ldm.modules.losses.reconstruction import GENERATOR
-from ldm.modules.losses.vqperceptual import codebook_use
+from ldm.modules.losses.vqperceptual import codebook_use, count_codes
 from ldm.modules.ranks import rank_weight
 from ldm.rng import Purpose, current_samples, mix
 
@@ -139,7 +139,7 @@ class VQModel(AdversarialAutoencoder):
     def loss_of(self, inputs: Tensor, reconstructions: Tensor, latent: Any, optimizer_idx: int, split: str) -> Losses:
         codebook_loss, codes = latent
         if optimizer_idx == GENERATOR:
-            counts = torch.bincount(codes.flatten(), minlength=self.n_codes) * int(rank_weight() > 0)
+            counts = count_codes(codes, self.n_codes) * int(rank_weight() > 0)
             self._counts[split] = self._counts[split] + counts if split in self._counts else counts
         options = {"last_layer": self.get_last_layer(), "split": split, "predicted_indices": codes}
         step = self.generator_updates

@@ -26,9 +26,16 @@ def codebook_use(counts: Tensor) -> CodebookUse:
     return CodebookUse(torch.special.entr(frequencies).sum().exp(), (counts > 0).sum().float())
 
 
+def count_codes(codes: Tensor, n_embed: int) -> Tensor:
+    """Number of occurrences of each of `n_embed` codes, (n_embed,); `bincount` would wait for the device."""
+    codes = codes.flatten()
+    size = n_embed or int(codes.max()) + 1  # a loss that does not know its codebook
+    return codes.new_zeros(size).scatter_add_(0, codes, torch.ones_like(codes))
+
+
 def measure_perplexity(predicted_indices: Tensor, n_embed: int) -> CodebookUse:
     """Usage of a codebook of `n_embed` entries by the batch of codes of all ranks (any shape, int64)."""
-    counts = torch.bincount(predicted_indices.flatten(), minlength=n_embed)
+    counts = count_codes(predicted_indices, n_embed)
     return codebook_use(average_over_ranks(counts, number_of_ranks() * float(rank_weight() > 0)))
 
 
