@@ -51,7 +51,7 @@ MODES: dict[str, tuple[str, dict[str, Any], dict[str, Any] | str, dict[str, Any]
 }
 
 
-def build(mode: str, target: str = "LatentDiffusion", **changes: Any) -> Any:
+def build(mode: str, target: str = "LatentDiffusion", seeded: bool = True, **changes: Any) -> Any:
     key, unet_changes, cond, params = MODES[mode]
     base = {
         "conditioning_key": key,
@@ -65,4 +65,5 @@ def build(mode: str, target: str = "LatentDiffusion", **changes: Any) -> Any:
         "cond_stage_config": cond,
     }
     config = {"target": f"ldm.models.diffusion.ddpm.{target}", "params": {**base, **params, **changes}}
-    return seed_weights(instantiate_from_config(OmegaConf.create(config)))
+    model = instantiate_from_config(OmegaConf.create(config))
+    return seed_weights(model) if seeded else model
