@@ -14,7 +14,14 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from ldm.modules.diffusionmodules.util import NORM_GROUPS, GroupNorm32, checkpoint, normalization, zero_module
+from ldm.modules.diffusionmodules.util import (
+    NORM_GROUPS,
+    GroupNorm32,
+    checkpoint,
+    normalization,
+    repeat_batch,
+    zero_module,
+)
 from ldm.published import published_names
 from ldm.util import default
 
@@ -150,12 +157,19 @@ class BasicTransformerBlock(nn.Module):
         self.norm3 = nn.LayerNorm(dim)
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        """x: (B, N, dim), context: (B, L, context_dim) -> (B, N, dim)."""
+        """x: (B, N, dim), context: (B, L, context_dim) -> (B, N, dim).
+
+        A context of a multiple of B repeats x, after the self-attention: -> (size of the context, N, dim).
+        """
         return checkpoint(self._forward, (x, context), self.parameters(), self.checkpoint)
 
     def _forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         # By keyword: the forward methods that research code puts in place have other arguments before the context.
+        if context is not None and self.disable_self_attn:
+            x = repeat_batch(x, context.shape[0])
         x = x + self.attn1(self.norm1(x), context=context if self.disable_self_attn else None)
+        if context is not None:
+            x = repeat_batch(x, context.shape[0])
         x = x + self.attn2(self.norm2(x), context=context)
         return x + self.ff(self.norm3(x))
 
@@ -202,7 +216,10 @@ class SpatialTransformer(ContextBlock):
         )
 
     def forward(self, x: Tensor, context: Tensor | Sequence[Tensor] | None = None) -> Tensor:
-        """x: (B, C, H, W), context: (B, L, context_dim), or one tensor for each block -> (B, C, H, W)."""
+        """x: (B, C, H, W), context: (B, L, context_dim), or one tensor for each block -> (B, C, H, W).
+
+        A context of a multiple of B repeats x: -> (size of the context, C, H, W).
+        """
         given = [context] if context is None or isinstance(context, Tensor) else context
         contexts = _one_per_block(given, len(self.transformer_blocks), "context")
         h = self.norm(x)  # (B, C, H, W)
@@ -218,7 +235,7 @@ class SpatialTransformer(ContextBlock):
         h = rearrange(h, "b (h w) c -> b c h w", h=x.shape[2])
         if not self.use_linear:
             h = self.proj_out(h)
-        return x + h  # x first: the sum has its memory format
+        return repeat_batch(x, h.shape[0]) + h  # x first: the sum has its memory format
 
 
 def _one_per_block(values: Sequence[T], blocks: int, name: str) -> list[T]:

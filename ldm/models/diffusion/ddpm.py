@@ -41,6 +41,7 @@ from ldm.models.diffusion.training_noise import TrainingNoise
 from ldm.models.training import Losses, TrainedModule, fixed_noise, freeze
 from ldm.models.training import disabled_train as disabled_train
 from ldm.modules.diffusionmodules.parameterization import get_parameterization
+from ldm.modules.diffusionmodules.util import is_unchanged
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
 from ldm.modules.ema import PUBLISHED_DECAY, checked_ema
 from ldm.published import published_names
@@ -267,6 +268,13 @@ class DDPM(TrainedModule, PublishedDDPM):
     def apply_model(self, x_noisy: Tensor, t: Tensor, cond: Conditioning = None) -> Tensor:
         """Return the network output at x_noisy (B, C, H, W) and t (B,), under a condition in any published form."""
         return self.model(x_noisy, t, **normalize_condition(cond, self.model.conditioning_key))
+
+    @property
+    def repeats_inputs(self) -> bool:
+        """True if `apply_model` takes a condition of a multiple of the batch, see `UNetModel.forward`."""
+        own = type(self).apply_model is DDPM.apply_model and self.model.conditioning_key == "crossattn"
+        network = getattr(self.model.diffusion_model, "repeats_inputs", False)
+        return own and network and is_unchanged(self.model)
 
     def get_loss(self, pred: Tensor, target: Tensor, mean: bool = True) -> Tensor:
         """Return the loss of `loss_type`, averaged or (B, C, H, W)."""

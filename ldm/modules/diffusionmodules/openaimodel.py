@@ -19,8 +19,10 @@ from ldm.modules.diffusionmodules.util import (
     avg_pool_nd,
     checkpoint,
     conv_nd,
+    is_unchanged,
     linear,
     normalization,
+    repeat_batch,
     timestep_embedding,
     zero_module,
 )
@@ -36,13 +38,16 @@ class TimestepBlock(nn.Module):
 
 
 class TimestepEmbedSequential(nn.Sequential, TimestepBlock, ContextBlock):
-    """Layers in sequence; a `TimestepBlock` also gets the embedding, a layer that `takes_context` the context."""
+    """Layers in sequence; a `TimestepBlock` also gets the embedding, a layer that `takes_context` the context.
+
+    x may be of a multiple of the embedding's batch, which is then repeated, see `UNetModel.forward`.
+    """
 
     def forward(self, x: Tensor, emb: Tensor | None = None, context: Context = None) -> Tensor:
         for layer in self:
             inputs: list[Any] = [x]
             if isinstance(layer, TimestepBlock):
-                inputs.append(emb)
+                inputs.append(None if emb is None else repeat_batch(emb, x.shape[0]))
             if isinstance(layer, ContextBlock):
                 inputs.append(context)
             by_name = takes_context(type(layer)) and not isinstance(layer, ContextBlock)
@@ -509,7 +514,7 @@ class UNetTrunk(nn.Module):
             widths = [self.context_dim] if isinstance(self.context_dim, int) else self.context_dim
             expected = f"({batch}, L, {' or '.join(map(str, widths))})"
             for c in contexts:
-                if c.ndim != 3 or c.shape[0] != batch or c.shape[2] not in widths:
+                if c.ndim != 3 or c.shape[0] % batch or c.shape[0] == 0 or c.shape[2] not in widths:
                     raise ValueError(f"context of shape {tuple(c.shape)}: expected {expected}")
         elif not any(takes_context(type(layer)) for layer in self._block_layers()):
             raise ValueError("context is not supported: this UNet was built without use_spatial_transformer")
@@ -573,6 +578,8 @@ class UNetModel(UNetTrunk):
 
         x: (B, C, H, W), timesteps: (B,), integer or fractional (never rounded), context: (B, L, context_dim), y: (B,)
         class labels -> (B, out_channels, H, W), or (B, n_embed, H, W) scores of codebook ids.
+        A context of a multiple of B, (n B, L, context_dim), is n conditions of the same inputs: what comes before the
+        first context is computed once, and the output is that of n repeated inputs, (n B, out_channels, H, W).
         Raises ValueError for a size that is not a multiple of `size_multiple`, and for missing or unsupported inputs.
         """
         emb, context = self.prepare(x, timesteps, context, y)  # (B, 4 * model_channels), (B, L, context_dim)
@@ -592,12 +599,21 @@ class UNetModel(UNetTrunk):
                 f"the nearest is {'x'.join(map(str, near))}"
             )
 
+    @property
+    def repeats_inputs(self) -> bool:
+        """True if `forward` takes a context of a multiple of the batch: no block of other code, no hook."""
+        context_blocks = [layer for layer in self._block_layers() if takes_context(type(layer))]
+        own = type(self).forward is UNetModel.forward and all(
+            type(layer) is SpatialTransformer for layer in context_blocks
+        )
+        return bool(context_blocks) and own and all(map(is_unchanged, self.modules()))
+
     def decode(
         self, h: Tensor, skips: list[Tensor], emb: Tensor, context: Context = None, blocks: slice = slice(None)
     ) -> Tensor:
         """Output of the `output_blocks`, or of a range of them; each removes the last of `skips` from the list."""
         for block in list(self.output_blocks)[blocks]:
-            h = block(torch.cat([h, skips.pop()], dim=1), emb, context)
+            h = block(torch.cat([h, repeat_batch(skips.pop(), h.shape[0])], dim=1), emb, context)
         return h
 
     def head(self, h: Tensor) -> Tensor:

@@ -81,6 +81,23 @@ def scale_module(module: M, scale: float) -> M:
     return module
 
 
+def repeat_batch(x: Tensor, size: int) -> Tensor:
+    """Repeat x (B, ...) along the batch to (size, ...), a multiple of B; x itself if it has that size."""
+    return x if x.shape[0] == size else torch.cat([x] * (size // x.shape[0]))  # `repeat` would lose channels_last
+
+
+def is_unchanged(module: nn.Module) -> bool:
+    """Return whether a module of this package or torch computes with its own forward: not replaced, without hooks."""
+    if module._forward_hooks or module._forward_pre_hooks:
+        return False
+    files = {each.__module__ for each in type(module).__mro__}
+    for name in ("forward", "_forward"):
+        source = getattr(getattr(type(module), name, module.modules), "__module__", "")
+        if name in vars(module) or source not in files or source.split(".")[0] not in ("ldm", "torch"):
+            return False
+    return True
+
+
 def checkpoint(
     func: Callable[..., Any], inputs: Sequence[Any], params: Iterable[nn.Parameter] | None = None, flag: bool = True
 ) -> Any:

@@ -427,6 +427,53 @@ def test_expanding_half_can_be_driven_from_outside():
     torch.testing.assert_close(model.out(h), model(x, T, context))
 
 
+@pytest.mark.parametrize(
+    "options", [{}, {"transformer_depth": 2}, {"disable_self_attentions": [True, False]}, {"num_classes": 3}]
+)
+def test_a_context_of_a_multiple_of_the_batch_repeats_the_inputs(options):
+    net, x, context = unet(**ATTEND, **options), randn(0, 2, 4, 8, 8), randn(1, 6, 5, 12)
+    y = torch.tensor([0, 2]) if "num_classes" in options else None
+    expected = net(x.repeat(3, 1, 1, 1), T.repeat(3), context, None if y is None else y.repeat(3))
+    with torch.no_grad():
+        assert rel_error(net(x, T, context, y), expected) < 1e-5
+    assert net.repeats_inputs
+
+
+def _hook(net, monkeypatch):
+    net.middle_block[0].register_forward_hook(lambda *args: None)
+
+
+def _replace_forward(net, monkeypatch):
+    net.middle_block[1].transformer_blocks[0].attn1.forward = lambda x, context=None: x
+
+
+def _replace_forward_of_the_class(net, monkeypatch):
+    monkeypatch.setattr(BasicTransformerBlock, "_forward", lambda self, x, context=None: x)
+
+
+def _replace_layer(net, monkeypatch):
+    class Other(SpatialTransformer):
+        pass
+
+    net.middle_block[1].__class__ = Other
+
+
+@pytest.mark.parametrize("change", [_hook, _replace_forward, _replace_forward_of_the_class, _replace_layer])
+def test_a_network_with_other_code_or_a_hook_does_not_repeat_its_inputs(change, monkeypatch):
+    net = unet(**ATTEND)
+    assert net.repeats_inputs
+    change(net, monkeypatch)
+    assert not net.repeats_inputs
+
+
+def test_a_network_with_a_forward_of_its_own_or_without_context_does_not_repeat_its_inputs():
+    class Driven(UNetModel):
+        def forward(self, x, *args, **kwargs):
+            return x
+
+    assert not Driven(**TINY, **ATTEND).repeats_inputs and not unet().repeats_inputs
+
+
 def test_fractional_timesteps_are_not_rounded():
     model, x = unet(), randn(1, 2, 4, 8, 8)
     torch.testing.assert_close(model(x, T), model(x, T.float()))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,6 +36,12 @@ class GuidedNetwork:
         self.guides = uncond is not None and not scale == image_scale == 1.0
 
     @cached_property
+    def repeats_inputs(self) -> bool:
+        """True if the network takes inputs (B, ...) with the joined conditions, and repeats them where these differ."""
+        owner: Any = getattr(self.apply_model, "__self__", None)
+        return hasattr(type(owner), "repeats_inputs") and owner.repeats_inputs  # a wrapper's attributes are the model's
+
+    @cached_property
     def joined(self) -> Conditioning:
         """The conditions as one batch, each tensor (2B, ...), or (3B, ...) with image guidance; None if they differ."""
         if self.image_scale != 1.0:
@@ -52,16 +59,21 @@ class GuidedNetwork:
         if not (guided and self.guides):
             return self.apply_model(x, t, self.cond)
         if self.image_scale != 1.0:
-            outputs = self.apply_model(torch.cat([x, x, x]), torch.cat([t, t, t]), self.joined)
-            out_uncond, out_image, out_cond = outputs.chunk(3)
+            out_uncond, out_image, out_cond = self._outputs(x, t, 3)
             out = out_uncond + self.image_scale * (out_image - out_uncond) + self.scale * (out_cond - out_image)
         else:
             if self.joined is None:
                 out_uncond, out_cond = self.apply_model(x, t, self.uncond), self.apply_model(x, t, self.cond)
             else:
-                out_uncond, out_cond = self.apply_model(torch.cat([x, x]), torch.cat([t, t]), self.joined).chunk(2)
+                out_uncond, out_cond = self._outputs(x, t, 2)
             out = torch.lerp(out_uncond, out_cond, self.scale)
         return out if self.rescale == 0.0 else rescale_guidance(out, out_cond, self.rescale)
+
+    def _outputs(self, x: Tensor, t: Tensor, conditions: int) -> tuple[Tensor, ...]:
+        """Outputs (B, C, H, W) under each of the joined conditions."""
+        if not self.repeats_inputs:
+            x, t = torch.cat([x] * conditions), torch.cat([t] * conditions)
+        return self.apply_model(x, t, self.joined).chunk(conditions)
 
 
 def _with_image_of(cond: Conditioning, uncond: Conditioning) -> Conditioning:

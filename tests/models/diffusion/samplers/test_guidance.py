@@ -3,9 +3,12 @@
 import pytest
 import torch
 
+from ldm.inference.randomness import SilentModel
 from ldm.models.diffusion.samplers.guidance import GuidedNetwork, dynamic_threshold
+from ldm.util import instantiate_from_config
 from tests.models.diffusion.samplers.toy import COND, UNCOND, X_T, ToyModel
-from tests.reference import rel_error
+from tests.reference import randn, rel_error, seed_weights
+from tests.tiny import KINDS, text_model_config
 
 T = torch.tensor([500, 700])
 
@@ -38,6 +41,30 @@ def test_conditions_that_cannot_be_joined_pass_where_nothing_guides():
     assert network(X_T, T, guided=False) is X_T
     with pytest.raises(ValueError, match="conditions differ in form"):
         network(X_T, T)
+
+
+def test_the_first_layers_of_a_text_model_run_once_for_both_conditions():
+    model = seed_weights(instantiate_from_config(text_model_config()["model"])).eval()
+    x, cond, uncond = randn(0, 2, 4, 8, 8), randn(1, 2, 5, 16), randn(2, 2, 5, 16)
+    network, sizes = GuidedNetwork(model.apply_model, cond, uncond, 5.0), []
+    assert network.repeats_inputs
+    with torch.no_grad():
+        both = GuidedNetwork(lambda *args: model.apply_model(*args), cond, uncond, 5.0)(x, T)  # not the model's own
+        once = network(x, T)
+        assert rel_error(once, both) < 1e-5
+        for layer in (model.model.diffusion_model.input_blocks[1], model.model.diffusion_model.out):
+            layer.register_forward_pre_hook(lambda layer, inputs: sizes.append(len(inputs[0])))
+        network(x, T)
+    assert sizes == [2, 4]
+
+
+@pytest.mark.parametrize("kind", ["control", "depth", "class"])
+def test_only_a_model_that_is_conditioned_by_its_context_alone_repeats_its_inputs(kind):
+    config = text_model_config(**{"cond_stage_trainable": kind == "class", **KINDS[kind]})
+    model = instantiate_from_config(config["model"])
+    assert model.repeats_inputs == (kind == "class")
+    wrapper = SilentModel(model)
+    assert not GuidedNetwork(wrapper.apply_model, COND, UNCOND, 5.0).repeats_inputs
 
 
 def test_scale_one_and_no_unconditional_conditioning_are_the_plain_call():
