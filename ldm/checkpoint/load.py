@@ -5,6 +5,7 @@ import logging
 import os
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -15,6 +16,7 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from torch.overrides import TorchFunctionMode
 
 from ldm.checkpoint.formats import CheckpointError, preview
+from ldm.checkpoint.mapped import mapped_files, release
 from ldm.checkpoint.names import EMA, LORA, OPTIONAL_KEYS, TOKENS, published_name, start_ema, use_ema_weights
 from ldm.checkpoint.source import WeightsSource, open_weights
 
@@ -38,6 +40,8 @@ _SHAPE_SETTINGS = (  # (end of a name, dimension, setting that determines it)
     ("alphas_cumprod", 0, "timesteps"),
 )
 
+
+_CASTING_THREADS = 2  # memory is the limit, and page faults, which more threads do not share
 
 _LOSS = "loss."  # begins the tensors of a first stage's loss
 
@@ -307,13 +311,23 @@ def _blocks(name: str) -> tuple[str, ...]:
 def _assign(module: nn.Module, found: Mapping[str, tuple[Tensor, Tensor]]) -> None:
     """Load {own name: (tensor of the file, tensor of the module)}."""
     on_meta = any(wanted.is_meta for _, wanted in found.values())
-    state = {name: _shaped_like(tensor, wanted) if on_meta else tensor for name, (tensor, wanted) in found.items()}
+    state = {name: tensor for name, (tensor, _) in found.items()}
+    if on_meta:
+        files = mapped_files()
+        with ThreadPoolExecutor(_CASTING_THREADS) as pool:  # torch casts without holding Python's lock
+            cast = pool.map(lambda pair: _shaped_like(pair[0], pair[1], files), found.values())
+            state = dict(zip(found, cast, strict=True))
     module.load_state_dict(state, strict=False, assign=on_meta)
     _LOADED.add(module)
 
 
-def _shaped_like(tensor: Tensor, wanted: Tensor) -> Tensor:
-    """`tensor` in the dtype and memory format of `wanted`; itself, still memory-mapped, if it has them."""
-    if wanted.ndim == 4 and not wanted.is_contiguous():
-        return tensor.to(wanted.dtype, memory_format=torch.channels_last)
-    return tensor.to(wanted.dtype)
+def _shaped_like(tensor: Tensor, wanted: Tensor, files: Sequence[range]) -> Tensor:
+    """`tensor` in the dtype and memory format of `wanted`; itself, still memory-mapped, if it has them.
+
+    files: those whose pages are released once they are cast, so that no weight is in memory twice.
+    """
+    last = wanted.ndim == 4 and not wanted.is_contiguous()
+    cast = tensor.to(wanted.dtype, memory_format=torch.channels_last if last else torch.preserve_format)
+    if cast is not tensor:
+        release(tensor, files)
+    return cast
