@@ -1,17 +1,19 @@
 """Exact flags, one-line errors and exit codes of all command lines; paths from any folder."""
 
+import gc
 import importlib
 import logging
 import os
 import re
 import signal
+import subprocess
 import sys
 import threading
 
 import pytest
 from tqdm import tqdm
 
-from ldm.cli import EXIT_INTERRUPTED, EXIT_USAGE, Parser, TerminalHandler, less_memory, run_command
+from ldm.cli import EXIT_INTERRUPTED, EXIT_USAGE, Parser, TerminalHandler, collector_off, less_memory, run_command
 from ldm.paths import ROOT, find_file, in_checkout
 
 
@@ -122,6 +124,49 @@ def test_done_is_0_and_ctrl_c_is_130(capsys):
         raise KeyboardInterrupt
 
     assert run_command(lambda argv: None, []) == 0 and run_command(stop, []) == EXIT_INTERRUPTED
+
+
+@pytest.mark.parametrize(
+    "ending, code", [("return 0", 0), ("return 3", 3), ("raise ValueError('bad')", 2), ("raise KeyError", 1)]
+)
+def test_a_program_ends_with_its_output_and_what_is_registered(ending, code):
+    program = f"""
+import atexit, sys
+from ldm.cli import run_command
+atexit.register(print, "registered")
+def main(argv):
+    sys.stdout.write("output ")
+    {ending}
+sys.exit(run_command(main))
+"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (code, "output registered\n")
+
+
+def test_the_end_waits_for_other_threads():
+    program = """
+import threading, time
+from ldm.cli import run_command
+def work():
+    time.sleep(0.1)
+    print("done")
+run_command(lambda argv: threading.Thread(target=work).start())
+"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "done\n")
+
+
+def test_the_collector_is_off_within_the_block_and_then_as_before():
+    before = gc.isenabled()
+    try:
+        for enabled in (True, False):
+            (gc.enable if enabled else gc.disable)()
+            with pytest.raises(KeyError), collector_off():
+                assert not gc.isenabled()
+                raise KeyError
+            assert gc.isenabled() == enabled
+    finally:
+        (gc.enable if before else gc.disable)()
 
 
 def test_files_are_found_here_or_in_the_checkout(tmp_path, monkeypatch):

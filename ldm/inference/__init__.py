@@ -94,4 +94,5 @@ _lazy = lazy_attributes(__name__, _LIGHT | _HEAVY)
 def __getattr__(name: str) -> Any:
     if not command_line.only_samples and any(name in names.split() for names in _HEAVY.values()):
         command_line.import_lightning()  # reports a torchvision that does not fit torch
-    return _lazy(name)
+    with command_line.collector_off():
+        return _lazy(name)

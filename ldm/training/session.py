@@ -10,7 +10,15 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from ldm.cli import EXIT_INTERRUPTED, EXIT_USAGE, Stopped, exit_at_once, import_lightning, stop_on_signals
+from ldm.cli import (
+    EXIT_INTERRUPTED,
+    EXIT_USAGE,
+    Stopped,
+    collector_off,
+    exit_at_once,
+    import_lightning,
+    stop_on_signals,
+)
 from ldm.config.instantiate import ConfigError, allow_targets
 from ldm.config.merge import changes, find_config, merge
 from ldm.config.validate import check_config, forget_missing_weights
@@ -75,7 +83,8 @@ def _run(options: RunOptions, words: list[str]) -> int:
 
     exit_at_once()
     import_lightning()  # imported here, after all checks that need neither torch nor Lightning
-    from ldm.training.run import execute
+    with collector_off():
+        from ldm.training.run import execute
 
     if options.doctor:
         from ldm.training.doctor import examine
