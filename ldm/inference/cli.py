@@ -18,11 +18,13 @@ from ldm.config.model_info import SAFETY_MODES, ModelInfo, read_model_info
 from ldm.inference.from_metadata import check_unchanged
 from ldm.inference.settings import (
     LORA_MODES,
+    OFFLOADS,
     PRECISIONS,
     QUANTIZATIONS,
     SEED_MODES,
     TILE,
     Request,
+    check_offload,
     check_quantize,
     parse_embedding,
     parse_lora,
@@ -188,6 +190,8 @@ def add_model_flags(parser: Parser, config: str | None, ckpt: str | None, fill_i
     add("--device", default="auto", metavar="NAME", help="auto, cpu, cuda, cuda:1 or mps")
     text = "weights of linear layers in 8 or 4 bits, which saves memory; needs torchao (default: as --precision says)"
     add("--quantize", choices=QUANTIZATIONS, help=text)
+    text = "keep the text encoder, the first stage or both on the CPU while they are not in use (CUDA only); all: also "
+    add("--offload", choices=OFFLOADS, help=f"{text}the network while they are (default: off)")
     text = "on: replace images that the safety checker flags by black ones; report: keep and mark them; off: no check"
     add("--safety", choices=SAFETY_MODES, help=f"{text} (default: the config's)")
     text = (
@@ -248,6 +252,8 @@ def prepare(opt: Namespace, info: ModelInfo, ckpt: Path | None = None) -> Prepar
     if getattr(opt, "recorded", None) is not None:
         check_unchanged(opt, info, weights)
     device = inference.choose_device(opt.device)
+    if opt.offload is not None:
+        check_offload(opt.offload, device.type)
     if opt.quantize is not None:
         inference.check_quantization(opt.quantize, device, opt.precision)
     inference.allow_targets(*opt.allow_targets)
@@ -305,7 +311,7 @@ def load(opt: Namespace, prepared: Prepared, **files: Files) -> inference.Pipeli
     """Load the model; the `files` that images are made from go into the metadata."""
     model = prepared.info, prepared.weights, opt.device, opt.precision, opt.use_ema
     added: dict[str, Any] = {"lora": prepared.lora, "lora_mode": opt.lora_mode, "embeddings": prepared.embeddings}
-    added["quantize"] = opt.quantize
+    added |= {"quantize": opt.quantize, "offload": opt.offload}
     pipeline = inference.load_model(*model, **added)
     if hasattr(pipeline.model, "control_model") and "control_image" not in opt:
         logger.warning("%s has a ControlNet, which is not used here; control2img.py uses it", opt.ckpt)

@@ -25,14 +25,17 @@ from ldm.checkpoint import (
     open_weights,
     weights_on_meta,
 )
+from ldm.cli import collector_off
 from ldm.config.instantiate import instantiate_from_config, value_at
 from ldm.config.model_info import ModelInfo, model_info, read_model_info
 from ldm.data.image import to_array
 from ldm.inference.embeddings import add_tokens, read_tokens
 from ldm.inference.lora import add_live, merged, read_adapters, split_adapter
+from ldm.inference.memory import decoded_at_once
+from ldm.inference.offload import keep_on_cpu, offloaded_stages
 from ldm.inference.precision import cast_weights, choose_device, resolve_precision
 from ldm.inference.quantize import check_quantization, quantize_weights
-from ldm.inference.settings import LORA_MODES, Request, embedding_text, lora_text, require
+from ldm.inference.settings import LORA_MODES, Request, check_offload, embedding_text, lora_text, require
 from ldm.models.diffusion.samplers.denoiser import DiffusionModel
 from ldm.models.diffusion.samplers.noise import PUBLISHED_NOISE, NoiseSource
 from ldm.models.diffusion.samplers.registry import make_sampler
@@ -163,13 +166,15 @@ class Pipeline:
     def decode(self, z: Tensor) -> Tensor:
         """Latents (B, c, h, w) -> float32 images (B, 3, H, W) in [-1, 1].
 
+        Latents are decoded in smaller batches if memory does not suffice for all at once.
         If half precision overflows, the first stage is cast to float32 for good and decodes again.
         """
         if not torch.isfinite(z).all():
             raise ValueError(f"sampling gave non-finite values; {self._why_not_finite()}")
         if not hasattr(self.model, "decode_first_stage"):  # diffusion in pixel space
             return z.float().clamp(-1.0, 1.0)
-        x = self.model.decode_first_stage(z).float()
+        latents = z.split(decoded_at_once(self.model, z, self.dtype))
+        x = torch.cat([self.model.decode_first_stage(part).float() for part in latents])
         stage: nn.Module | None = getattr(self.model, "first_stage_model", None)
         used = self.dtype or (weights_dtype(stage) if stage is not None else None)
         if used in HALF and not torch.isfinite(x).all():
@@ -177,7 +182,7 @@ class Pipeline:
             if stage is not None:
                 stage.float()
             with torch.autocast(self.device.type, enabled=False):
-                x = self.model.decode_first_stage(z.float())
+                x = torch.cat([self.model.decode_first_stage(part.float()) for part in latents])
         if not torch.isfinite(x).all():
             raise ValueError(f"the first stage gave non-finite values; {self._why_not_finite()}")
         return x.clamp(-1.0, 1.0)
@@ -210,6 +215,7 @@ def load_model(
     lora_mode: str = LORA_MODES[0],
     embeddings: Sequence[tuple[str | Path, str | None]] = (),
     quantize: str | None = None,
+    offload: str | None = None,
 ) -> Pipeline:
     """Load the model of a YAML with the weights of a file or a diffusers folder, ready for sampling.
 
@@ -219,6 +225,7 @@ def load_model(
     lora: (file or folder, strength) of each LoRA; lora_mode: merged into the weights, or live: left apart.
     embeddings: (file, token) of each textual inversion; None for the token's own names, see `read_tokens`.
     quantize: int8, fp8 or int4 weights of linear layers, see ldm.inference.quantize; None: as `precision` says.
+    offload: text, vae or all: stages that wait on the CPU while they are not in use; needs a CUDA device.
     Raises ValueError or OSError, with the next step, for files that do not fit.
     """
     start = time.perf_counter()
@@ -231,11 +238,14 @@ def load_model(
     require(lora_mode in LORA_MODES, f"lora_mode {lora_mode!r}: choose one of {', '.join(LORA_MODES)}")
     if quantize is not None:
         check_quantization(quantize, where, precision)
+    if offload is not None:
+        check_offload(offload, where.type)
     source = open_weights(ckpt)
     source.check(info.config)
     weights, trained = split_adapter(source.path, source.tensors(), info.config, use_ema)
-    with weights_on_meta():
+    with collector_off(), weights_on_meta():
         model = instantiate_from_config(for_inference(info.config, set(weights)).model)
+    stages = [] if offload is None else offloaded_stages(model, offload)
     tokens = read_tokens(embeddings)
     files = [(Path(path), strength) for path, strength in lora]
     adapters = [*trained, *(read_adapters(files, model, info.config) if files else [])]
@@ -255,9 +265,10 @@ def load_model(
     add_tokens(model.cond_stage_model, tokens)
     if lora_mode == "live":
         add_live(model, adapters)
+    control = [model.control_model] if hasattr(model, "control_model") else []
     if quantize is not None:
-        control = [model.control_model] if hasattr(model, "control_model") else []
         quantize_weights([*networks_of(model).values(), *control], quantize)
+    keep_on_cpu(stages, [model.model, *control] if offload == "all" else [], where)
     del adapters
     seconds, millions = time.perf_counter() - start, sum(p.numel() for p in model.parameters()) / 1e6
     logger.info("model ready in %.1f s: %.1f M parameters on %s, precision %s", seconds, millions, where, chosen)

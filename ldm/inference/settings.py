@@ -17,6 +17,11 @@ from ldm.paths import find_file, in_checkout
 PRECISIONS = ("auto", "full", "autocast", "bf16", "fp16")
 LORA_MODES = ("merged", "live")
 QUANTIZATIONS = ("int8", "fp8", "int4")
+OFFLOADS = {  # --offload -> the stages of a model that it keeps on the CPU; `all` moves the network away for them
+    "text": ("cond_stage_model",),
+    "vae": ("first_stage_model",),
+    "all": ("cond_stage_model", "first_stage_model"),
+}
 MAX_STRENGTH = 1000  # of a LoRA, far above every strength in use
 MAX_SEED = 2**32 - 1
 SEED_MODES = ("batch", "image")
@@ -185,6 +190,12 @@ def check_quantize(name: str) -> None:
     require(name in QUANTIZATIONS, f"--quantize {name}: choose one of {', '.join(QUANTIZATIONS)}")
     if find_spec("torchao") is None:
         raise ImportError(f"--quantize {name} needs torchao: pip install -e '.[quantize]'")
+
+
+def check_offload(name: str, device: str) -> None:
+    """Raise ValueError for an unknown name, and for a device type that shares the CPU's memory."""
+    require(name in OFFLOADS, f"--offload {name}: choose one of {', '.join(OFFLOADS)}")
+    require(device == "cuda", f"--offload {name}: the model is on {device}, which saves no memory; remove the flag")
 
 
 def round_to_multiple(side: int, multiple: int) -> int:

@@ -1,0 +1,61 @@
+"""Decoding by memory: how many latents of a batch the first stage decodes at a time."""
+
+from __future__ import annotations
+
+import logging
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ldm.modules.dtype import weights_dtype
+
+logger = logging.getLogger(__name__)
+
+_COPIES = 5  # of the widest activation: a residual block's input, normalization, convolutions and their workspace
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Bytes that a process can still allocate on a device: of a GPU, or of the system's RAM; None if unknown."""
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # torch's own cache
+        return torch.cuda.mem_get_info(device)[0] + unused
+    try:
+        meminfo = Path("/proc/meminfo").read_text(encoding="ascii")
+    except OSError:
+        return None
+    available = re.search(r"^MemAvailable: +(\d+) kB$", meminfo, re.MULTILINE)
+    return int(available[1]) * 1024 if available and device.type == "cpu" else None
+
+
+def decoder_bytes(decoder: Any, height: int, width: int, dtype: torch.dtype) -> int | None:
+    """Peak memory in bytes of decoding a latent of height x width cells, estimated; None for an unknown decoder.
+
+    It is reached at the image's resolution, in the block that gets the channels of the level below.
+    """
+    try:
+        channels, factor = decoder.up[0].block[0].in_channels, 2 ** (len(decoder.up) - 1)
+    except (AttributeError, IndexError, TypeError):
+        return None
+    return _COPIES * channels * height * factor * width * factor * dtype.itemsize
+
+
+def decoded_at_once(model: Any, z: Tensor, dtype: torch.dtype | None = None) -> int:
+    """Number of latents z (B, c, h, w) that the model decodes at a time: all, or as many as fit the free memory.
+
+    dtype: of the computation under autocast; None: the first stage's. Logs one line if it is not all.
+    """
+    stage = getattr(model, "first_stage_model", None)
+    used = dtype or (None if stage is None else weights_dtype(stage))
+    tiles = getattr(model, "tiling", None)  # of a TiledModel
+    height, width = (min(pair) for pair in zip(z.shape[2:], tiles.size if tiles is not None else z.shape[2:]))
+    each = decoder_bytes(getattr(stage, "decoder", None), height, width, used or torch.float32)
+    free = free_memory(z.device) if len(z) > 1 and each is not None else None
+    if free is None or each is None or each * len(z) <= free:
+        return len(z)
+    count = max(1, free // each)
+    text = "decoding %d of %d images at a time: an image takes about %.1f GB, and %.1f GB are free"
+    logger.info(text, count, len(z), each / 1e9, free / 1e9)
+    return count

@@ -1,0 +1,54 @@
+"""Decoding by memory: the whole batch if it fits, else parts with the same result."""
+
+import logging
+
+import pytest
+import torch
+
+from ldm.inference import memory
+from ldm.inference.memory import decoded_at_once, decoder_bytes, free_memory
+from ldm.models.diffusion.tiling import TiledModel, Tiling
+
+
+@pytest.fixture
+def z():
+    return torch.randn(3, 4, 4, 6, generator=torch.Generator().manual_seed(0))
+
+
+def with_room_for(images: float, pipeline, z, monkeypatch) -> None:
+    each = decoder_bytes(pipeline.model.first_stage_model.decoder, *z.shape[2:], torch.float32)
+    monkeypatch.setattr(memory, "free_memory", lambda device: int(images * each))
+
+
+@pytest.mark.parametrize("room, count", [(9.0, 3), (3.0, 3), (2.5, 2), (1.0, 1), (0.1, 1)])
+def test_as_many_images_are_decoded_at_a_time_as_fit(pipeline, z, monkeypatch, caplog, room, count):
+    with_room_for(room, pipeline, z, monkeypatch)
+    with caplog.at_level(logging.INFO, "ldm"):
+        assert decoded_at_once(pipeline.model, z) == count
+    assert len(caplog.records) == (count < 3)
+
+
+@pytest.mark.parametrize("room", [2.0, 0.5])
+def test_parts_give_the_images_of_the_whole_batch(pipeline, z, monkeypatch, room):
+    whole = pipeline.decode(z)
+    with_room_for(room, pipeline, z, monkeypatch)
+    sizes, decode = [], pipeline.model.decode_first_stage
+    monkeypatch.setattr(pipeline.model, "decode_first_stage", lambda z: sizes.append(len(z)) or decode(z))
+    assert torch.allclose(pipeline.decode(z), whole, atol=1e-5) and sum(sizes) == 3 and len(sizes) > 1
+
+
+def test_a_tile_is_what_must_fit_where_the_first_stage_works_in_tiles(pipeline, monkeypatch):
+    z = torch.zeros(2, 4, 16, 16)
+    with_room_for(1.0, pipeline, z, monkeypatch)
+    assert decoded_at_once(pipeline.model, z) == 1
+    assert decoded_at_once(TiledModel(pipeline.model, Tiling((8, 8), (4, 4)), 4), z) == 2
+
+
+def test_a_model_with_another_first_stage_decodes_the_whole_batch(z):
+    assert decoded_at_once(torch.nn.Identity(), z) == 3
+
+
+def test_the_free_memory_of_the_cpu_is_less_than_all_of_it():
+    free = free_memory(torch.device("cpu"))
+    assert free is None or 0 < free < 2**50
+    assert free_memory(torch.device("meta")) is None
