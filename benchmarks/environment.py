@@ -6,6 +6,7 @@ import os
 import platform
 import subprocess
 import time
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,6 @@ from ldm.paths import ROOT
 
 def environment(device: torch.device) -> dict[str, Any]:
     """The facts of the machine and of its libraries that results depend on."""
-    import diffusers
-    import transformers
-
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return {
         "machine": torch.cuda.get_device_name(device) if device.type == "cuda" else f"{cores} cores of {_cpu()}",
@@ -28,9 +26,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         "cores": cores,
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
-        "torch": torch.__version__,
-        "diffusers": diffusers.__version__,
-        "transformers": transformers.__version__,
+        **{name: version(name) for name in ("torch", "diffusers", "transformers")},
     }
 
 

@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 from transformers import CLIPTokenizer
 
+from benchmarks.__main__ import main as benchmark
 from ldm.checkpoint.diffusers import text
 from ldm.checkpoint.diffusers.scheduler import scheduler_config
 from ldm.config.model_info import read_config
@@ -156,3 +157,11 @@ def test_the_tokenizer_of_the_folder_gives_our_ids(tmp_path):
             prompts, padding="max_length", max_length=77, truncation=True, return_tensors="pt"
         )
         assert torch.equal(theirs.input_ids, clip_tokenizer()(prompts, 77, pad_id=pad))
+
+
+def test_benchmarks_compare_the_same_work(tmp_path, capsys):
+    rows = ["unet-fp32", "decode-fp32", "text-fp32"]
+    only = [word for row in rows for word in ("--only", row)]
+    assert benchmark(["cpu", "--dry-run", "--work", str(tmp_path), *only]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines[:-1]] == rows and all("ratio" in line for line in lines[:-1])
