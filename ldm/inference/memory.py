@@ -52,10 +52,12 @@ def decoded_at_once(model: Any, z: Tensor, dtype: torch.dtype | None = None) -> 
     tiles = getattr(model, "tiling", None)  # of a TiledModel
     height, width = (min(pair) for pair in zip(z.shape[2:], tiles.size if tiles is not None else z.shape[2:]))
     each = decoder_bytes(getattr(stage, "decoder", None), height, width, used or torch.float32)
-    free = free_memory(z.device) if len(z) > 1 and each is not None else None
+    free = None if each is None else free_memory(z.device)
     if free is None or each is None or each * len(z) <= free:
         return len(z)
     count = max(1, free // each)
     text = "decoding %d of %d images at a time: an image takes about %.1f GB, and %.1f GB are free"
+    if each > free and tiles is None:
+        text += "; tiles need less (--tiled or --tile)"
     logger.info(text, count, len(z), each / 1e9, free / 1e9)
     return count

@@ -25,7 +25,7 @@ def test_as_many_images_are_decoded_at_a_time_as_fit(pipeline, z, monkeypatch, c
     with_room_for(room, pipeline, z, monkeypatch)
     with caplog.at_level(logging.INFO, "ldm"):
         assert decoded_at_once(pipeline.model, z) == count
-    assert len(caplog.records) == (count < 3)
+    assert len(caplog.records) == (count < 3) and ("--tiled" in caplog.text) == (room < 1)
 
 
 @pytest.mark.parametrize("room", [2.0, 0.5])
@@ -42,6 +42,13 @@ def test_a_tile_is_what_must_fit_where_the_first_stage_works_in_tiles(pipeline, 
     with_room_for(1.0, pipeline, z, monkeypatch)
     assert decoded_at_once(pipeline.model, z) == 1
     assert decoded_at_once(TiledModel(pipeline.model, Tiling((8, 8), (4, 4)), 4), z) == 2
+
+
+def test_tiles_are_advised_for_a_single_image_that_does_not_fit(pipeline, z, monkeypatch, caplog):
+    with_room_for(0.5, pipeline, z, monkeypatch)
+    with caplog.at_level(logging.INFO, "ldm"):
+        assert decoded_at_once(pipeline.model, z[:1]) == 1
+    assert "decoding 1 of 1" in caplog.text and "--tiled" in caplog.text
 
 
 def test_a_model_with_another_first_stage_decodes_the_whole_batch(z):
