@@ -88,7 +88,12 @@ def bare_loop(parts: Parts, model: Any, data: Any) -> Iterator[Tensor]:
     optimizer = torch.optim.AdamW(parts.trained, lr=1e-5, fused=True)
     alphas, device = model.alphas_cumprod.clone(), model.device
     dtype = torch.bfloat16 if "bf16" in str(model.trainer.precision) else None
-    loader = DataLoader(data.datasets["train"], data.batch_size, shuffle=True, num_workers=data.num_workers)
+    options = {
+        "num_workers": data.num_workers,
+        "persistent_workers": data.num_workers > 0,
+        "pin_memory": device.type == "cuda",
+    }
+    loader = DataLoader(data.datasets["train"], data.batch_size, shuffle=True, **options)
     while True:
         for batch in loader:
             moved = {name: x.to(device, non_blocking=True) if torch.is_tensor(x) else x for name, x in batch.items()}
@@ -158,21 +163,21 @@ def finetune(models: Models, side: int, cached: bool) -> Alternated:
         models = replace(models, size="small")  # 860 M parameters train for minutes a step
     side = side if models.size == "full" else side // 4 if models.size == "small" else models.side
     batch = {"full": 64 * 256**2 // side**2, "small": 4}.get(models.size, 2)
-    folder = captioned_folder(models.folder / f"images-{side}", side, 4 * batch)
+    folder = captioned_folder(models.folder / f"images-{side}-{batch}", side, 32 * batch)
     device, logs = _where(models)
     overrides = [f"data.params.train.params.root={folder}", f"data.params.train.params.size={side}"]
     overrides += [f"data.params.batch_size={batch}", "data.params.train.params.split=null"]
     overrides += [f"model.params.ckpt_path={models.file}", *models.overrides, "~data.params.validation"]
-    workers = f"+data.params.num_workers={0 if models.device.type == 'cpu' else 8}"
+    workers = "0" if models.device.type == "cpu" else "8"
     base = [FINETUNE]
     if cached:
         out = models.folder / f"cache-{models.size}-{side}"
-        words = ["--base", FINETUNE, "--out", str(out), "--device", str(models.device), "--num_workers", "0"]
+        words = ["--base", FINETUNE, "--out", str(out), "--device", str(models.device), "--num_workers", workers]
         cache_latents.main([*words, *overrides])
         base.append(str(out / "data.yaml"))
         overrides = [word for word in overrides if not word.startswith("data.params.train.")]
     bf16 = has_bfloat16(models.device)
-    argv = ["--base", *base, "-t", *device, "-l", str(logs), *overrides, workers]
+    argv = ["--base", *base, "-t", *device, "-l", str(logs), *overrides, f"+data.params.num_workers={workers}"]
     argv += [f"lightning.trainer.precision={'bf16-mixed' if bf16 else '32-true'}"]
     argv += ["lightning.trainer.accumulate_grad_batches=1", "+lightning.trainer.enable_checkpointing=false"]
     argv += ["lightning.callbacks.image_logger=null", "model.params.unet_config.params.use_checkpoint=false"]
@@ -217,13 +222,17 @@ def _where(models: Models) -> tuple[list[str], Path]:
 
 
 def captioned_folder(folder: Path, side: int, count: int) -> Path:
-    """Write JPEGs of 4:3 with a text file each, whose shorter side is 1.5 times `side`."""
-    random = np.random.default_rng(0)
+    """Write JPEGs of 4:3 with a text file each, 16 different ones, whose shorter side is 1.5 times `side`."""
+    random, different = np.random.default_rng(0), []
+    for _ in range(16):
+        small = Image.fromarray(random.integers(0, 256, (side // 8, side // 6, 3), dtype=np.uint8))
+        file = io.BytesIO()
+        small.resize((side * 2, side * 3 // 2), Image.Resampling.BICUBIC).save(file, "JPEG", quality=90)
+        different.append(file.getvalue())
     folder.mkdir(parents=True, exist_ok=True)
     for k in range(count):
-        small = Image.fromarray(random.integers(0, 256, (side // 8, side // 6, 3), dtype=np.uint8))
-        small.resize((side * 2, side * 3 // 2), Image.Resampling.BICUBIC).save(folder / f"{k:05}.jpg", quality=90)
-        (folder / f"{k:05}.txt").write_text(f"a photograph of thing number {k}", encoding="utf-8")
+        (folder / f"{k:05}.jpg").write_bytes(different[k % 16])
+        (folder / f"{k:05}.txt").write_text(f"a photograph of thing number {k % 16}", encoding="utf-8")
     return folder
 
 
