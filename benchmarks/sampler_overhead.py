@@ -193,6 +193,7 @@ def main() -> None:
     parser.add_argument("--plain", action="store_true", help="without guidance")
     parser.add_argument("--samplers", default=",".join(LOOPS), help="comma-separated")
     args = parser.parse_args()
+    torch.set_num_threads(1)  # a second one would only join conditions, and waits where another job has its core
     print("| sampler | latents | bare loop | loop above it | call above it | microseconds a step: median (p10, p90)")
     print("|---|---|---|---|---|")
     with torch.no_grad():
