@@ -16,7 +16,8 @@ from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ldm import __version__
+from ldm import __version__, cli
+from ldm.allocator import keep_freed_memory
 from ldm.checkpoint import (
     CheckpointError,
     WeightsSource,
@@ -41,6 +42,7 @@ from ldm.models.diffusion.samplers.noise import PUBLISHED_NOISE, NoiseSource
 from ldm.models.diffusion.samplers.registry import make_sampler
 from ldm.modules.adapters.lora import networks_of
 from ldm.modules.dtype import is_quantized, weights_dtype
+from ldm.modules.prepacked import prepack
 from ldm.paths import fingerprint, in_checkout
 
 logger = logging.getLogger(__name__)
@@ -269,6 +271,10 @@ def load_model(
     if quantize is not None:
         quantize_weights([*networks_of(model).values(), *control], quantize)
     keep_on_cpu(stages, [model.model, *control] if offload == "all" else [], where)
+    if where.type == "cpu":
+        prepack(model)
+        if cli.only_samples:  # a program of this project, whose memory it may arrange
+            keep_freed_memory()
     del adapters
     seconds, millions = time.perf_counter() - start, sum(p.numel() for p in model.parameters()) / 1e6
     logger.info("model ready in %.1f s: %.1f M parameters on %s, precision %s", seconds, millions, where, chosen)

@@ -1,0 +1,109 @@
+"""Convolutions and linear layers on the CPU whose bfloat16 weights stay in oneDNN's blocked format.
+
+oneDNN computes with weights in an order of its own and else makes that copy at every call, which takes as long as the
+arithmetic itself where a layer has many weights and a small input.
+"""
+
+from __future__ import annotations
+
+import copy
+import platform
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class _Prepacked(nn.Module):
+    """Layer whose weight is packed at its first call without gradients; its state dict holds the plain weight."""
+
+    weight: Tensor
+
+    def pack(self, x: Tensor) -> bool:
+        """Pack the weight for inputs like x, if it is not yet; False where the plain layer must compute."""
+        if torch.compiler.is_compiling() or not x.dtype == self.weight.dtype == torch.bfloat16 or not x.numel():
+            return False
+        if torch.is_grad_enabled() and x.requires_grad:
+            self.unpack()  # the packed operations have no derivative
+            return False
+        if not self.weight.is_mkldnn:
+            self.weight = nn.Parameter(self._packed(self.weight.detach(), x), requires_grad=False)
+        return True
+
+    def _packed(self, weight: Tensor, x: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def unpack(self) -> None:
+        """Return to the plain weight."""
+        if self.weight.is_mkldnn:
+            self.weight = nn.Parameter(self.weight.detach().to_dense(), requires_grad=False)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        self.unpack()
+        return super()._apply(fn, recurse)
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        self.unpack()
+        super()._load_from_state_dict(*args)
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.weight.is_mkldnn:
+            destination[f"{prefix}weight"] = self.weight.detach().to_dense()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        self.unpack()
+        copied = type(self).__new__(type(self))
+        memo[id(self)] = copied
+        copied.__setstate__(copy.deepcopy(self.__dict__, memo))
+        return copied
+
+
+class PrepackedConv2d(_Prepacked, nn.Conv2d):
+    """nn.Conv2d with a packed weight."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.pack(x):
+            return super().forward(x)
+        layout = self.padding, self.stride, self.dilation, self.groups
+        return torch.ops.mkldnn._convolution_pointwise(x, self.weight, self.bias, *layout, "none", [], "")
+
+    def _packed(self, weight: Tensor, x: Tensor) -> Tensor:
+        layout = self.padding, self.stride, self.dilation, self.groups
+        return torch.ops.aten.mkldnn_reorder_conv2d_weight(weight.to_mkldnn(), *layout, x.shape)
+
+
+class PrepackedLinear(_Prepacked, nn.Linear):
+    """nn.Linear with a packed weight."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.pack(x):
+            return super().forward(x)
+        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
+
+    def _packed(self, weight: Tensor, x: Tensor) -> Tensor:
+        return torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), x.numel() // x.shape[-1])
+
+
+def prepack(network: nn.Module) -> None:
+    """Let the bfloat16 convolutions and linear layers of a network on the CPU pack their weights at their first call.
+
+    They stay instances of their classes, and their outputs are equal up to bfloat16's rounding. Nothing is done on
+    processors without bfloat16 instructions, and to layers of other classes or with forward hooks, which may read the
+    weight.
+    """
+    if not _is_supported():
+        return
+    packed = {nn.Conv2d: PrepackedConv2d, nn.Linear: PrepackedLinear}
+    for layer in network.modules():
+        if type(layer) not in packed or layer._forward_hooks or getattr(layer, "padding_mode", "zeros") != "zeros":
+            continue
+        if type(layer.weight) is nn.Parameter and layer.weight.dtype == torch.bfloat16:  # not quantized
+            layer.__class__ = packed[type(layer)]
+
+
+def _is_supported() -> bool:
+    """Return whether this torch and processor compute bfloat16 with oneDNN's packed weights."""
+    x86 = platform.machine().lower() in ("x86_64", "amd64")
+    return x86 and torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
