@@ -17,6 +17,7 @@ from ldm.config.types import NonNegativeInt, PositiveInt, Probability
 PUBLISHED_DECAY = 0.9999
 KINDS = ("decay", "sigma_rel")  # of averages, by the key that sets their width
 CHUNK = 64  # parameters per fused call: enough for speed, and temporaries are far smaller than the model
+CPU_CHUNK = 4  # on the CPU, where temporaries in the cache matter more than fewer calls
 
 
 class LitEma(nn.Module):
@@ -82,7 +83,7 @@ class LitEma(nn.Module):
             raise ValueError(
                 f"EMA: the model has no parameter {missing[0]!r} ({len(missing)} missing): built from another model?"
             )
-        shadows = dict(self.named_buffers())
+        shadows = self._buffers
         return [shadows[s] for s in self.m_name2s_name.values()], [parameters[m].detach() for m in self.m_name2s_name]
 
     def _load_from_state_dict(self, *args: Any) -> None:
@@ -141,8 +142,9 @@ class LitEma(nn.Module):
     def _chunks(shadows: list[Tensor], parameters: list[Tensor]) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
         """Yield shadows and parameters in their dtype and on their device; copies from a GPU run one chunk ahead."""
         ahead: list[tuple[list[Tensor], list[Tensor], torch.Event | None]] = []
-        for start in range(0, len(shadows), CHUNK):
-            s, p = shadows[start : start + CHUNK], parameters[start : start + CHUNK]
+        chunk = CPU_CHUNK if shadows and shadows[0].device.type == "cpu" else CHUNK
+        for start in range(0, len(shadows), chunk):
+            s, p = shadows[start : start + chunk], parameters[start : start + chunk]
             leaves_gpu = p[0].is_cuda and not s[0].is_cuda
             values = [value.to(shadow.device, shadow.dtype, non_blocking=leaves_gpu) for value, shadow in zip(p, s)]
             ahead.append((s, values, torch.cuda.current_stream(p[0].device).record_event() if leaves_gpu else None))

@@ -1,6 +1,7 @@
 """Random numbers depend on the place in the run."""
 
 import random
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ def test_random_numbers_depend_on_the_place_alone():
     class Place:
         def __init__(self, rank, epoch):
             self.global_rank, self.current_epoch = rank, epoch
+            self.strategy = SimpleNamespace(root_device=torch.device("cpu"))
 
     def draw(seed, rank, epoch, batch):
         StepSeed(seed).on_train_batch_start(Place(rank, epoch), None, None, batch)
@@ -28,6 +30,15 @@ def test_random_numbers_depend_on_the_place_alone():
     numbers = [draw(*place) for place in places]
     assert len(set(numbers)) == len(places) and len({n[0] for n in numbers}) == len(places)
     assert [draw(*place) for place in reversed(places)] == numbers[::-1]
+
+
+def test_a_step_on_the_cpu_seeds_no_other_device(tmp_path, monkeypatch):
+    """Seeding a device that was never used queues a call with its stack, which takes a millisecond."""
+    seeded = []
+    fit(tmp_path, [StepSeed(1)], Toy(), max_steps=1, limit_val_batches=0)  # what a first step loads
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeded.append)
+    fit(tmp_path, [StepSeed(1)], Toy(), max_steps=2, limit_val_batches=0)
+    assert seeded == []
 
 
 def test_every_validation_sees_the_same_noise(tmp_path):

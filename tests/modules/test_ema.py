@@ -36,6 +36,17 @@ def test_agrees_with_the_published_figures_and_names():
         assert rel_error(state[name], reference[name]) < TOLERANCE, name
 
 
+def test_an_update_is_the_published_formula_bit_for_bit():
+    model = nn.Sequential(*(nn.Linear(7, 7) for _ in range(5)))
+    ema = LitEma(model, decay=0.9999)
+    before = {name: ema.get_buffer(shadow).clone() for name, shadow in ema.m_name2s_name.items()}
+    train(model, 1, ema)
+    one_minus_decay = 1.0 - torch.minimum(torch.tensor(0.9999), (1 + ema.num_updates) / (10 + ema.num_updates))
+    for name, parameter in model.named_parameters():
+        expected = before[name] - one_minus_decay * (before[name] - parameter.detach())
+        assert torch.equal(ema.get_buffer(ema.m_name2s_name[name]), expected)
+
+
 @pytest.mark.parametrize("warm_up", [True, False])
 def test_the_average_is_its_closed_form(warm_up):
     model = nn.Linear(1, 1, bias=False)
