@@ -59,6 +59,20 @@ class ConditionStage(TrainedModule):
         c = stage.encode(c) if callable(getattr(stage, "encode", None)) else stage(c)
         return c.mode() if isinstance(c, DiagonalGaussianDistribution) else c
 
+    def encode_distinct(self, c: Any) -> Any:
+        """Encode a raw condition like `get_learned_conditioning`, but each distinct text of a list once.
+
+        For frozen encoders: the captions that were dropped, and those that templates repeat, cost one pass.
+        """
+        if not (isinstance(c, list) and all(isinstance(text, str) for text in c)):
+            return self.get_learned_conditioning(c)
+        rows = {text: row for row, text in enumerate(dict.fromkeys(c))}
+        encoded = self.get_learned_conditioning(list(rows))
+        if len(rows) == len(c):
+            return encoded
+        index = torch.tensor([rows[text] for text in c])
+        return map_tensors(lambda tensor: tensor[index.to(tensor.device, non_blocking=True)], encoded)
+
     def map_main_condition(self, f: Callable[[Any], Any], c: Any) -> Any:
         """Apply `f` to the main condition of `c`, composed or alone; further parts stay."""
         key = self.model.conditioning_key

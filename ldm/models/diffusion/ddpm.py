@@ -455,7 +455,9 @@ class LatentDiffusion(AdapterTraining, ConditionStage, PublishedLatentDiffusion,
                 null = self.unconditional_input_like(raw, len(z))
                 null = self.get_learned_conditioning(null) if cached else null
                 main = drop_condition(main, null, self.drops_main(chance))
-            if not cached and (force_c_encode or not self.cond_stage_trainable):
+            if not cached and not self.cond_stage_trainable:
+                main = self.encode_distinct(main)
+            elif not cached and force_c_encode:
                 main = self.get_learned_conditioning(main)
             further = self.further_parts(batch, z.shape[2:], bs)
             further = further if chance is None else self.drop_further(further, chance)

@@ -51,6 +51,18 @@ def test_each_mode_logs_its_condition_and_guided_samples(mode, model):
     assert not torch.equal(log["samples"], log["samples_cfg_scale_3.00"])
 
 
+def test_a_frozen_encoder_gets_each_distinct_caption_of_a_batch_once(monkeypatch):
+    model = latent_diffusion("crossattn", ATTEND, CAPTIONS).train()
+    captions, seen, encode = ["a", "", "b", "", "a"], [], model.cond_stage_model.encode
+    expected = encode(captions)
+    monkeypatch.setattr(model.cond_stage_model, "encode", lambda texts: seen.extend(texts) or encode(texts))
+    images = {"image": torch.zeros(5, 32, 32, 3), "caption": captions}
+    _, cond = model.get_input(images, "image", cond_key="caption")
+    encoded = normalize_condition(cond, "crossattn")["c_crossattn"]
+    encoded = encoded[0] if isinstance(encoded, list) else encoded
+    assert seen == ["a", "", "b"] and torch.allclose(encoded, expected, atol=1e-6)
+
+
 def test_guidance_with_equal_halves_is_the_plain_call(model):
     z, c = model.get_input(batch(), "image", force_c_encode=True)
     x_T = randn(1, *z.shape)
