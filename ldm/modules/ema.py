@@ -83,7 +83,7 @@ class LitEma(nn.Module):
             raise ValueError(
                 f"EMA: the model has no parameter {missing[0]!r} ({len(missing)} missing): built from another model?"
             )
-        shadows = self._buffers
+        shadows = dict(self.named_buffers())
         return [shadows[s] for s in self.m_name2s_name.values()], [parameters[m].detach() for m in self.m_name2s_name]
 
     def _load_from_state_dict(self, *args: Any) -> None:
