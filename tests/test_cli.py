@@ -13,6 +13,7 @@ import threading
 import pytest
 from tqdm import tqdm
 
+from ldm import cli
 from ldm.cli import EXIT_INTERRUPTED, EXIT_USAGE, Parser, TerminalHandler, collector_off, less_memory, run_command
 from ldm.paths import ROOT, find_file, in_checkout
 
@@ -240,3 +241,17 @@ def test_a_forked_process_logs_whatever_its_parent_does_with_progress_bars(capfd
     thread.join()
     assert code == 0
     assert "a line of the fork" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "given, then",
+    [
+        ({}, {"GOMP_SPINCOUNT": cli.SPINS}),
+        ({"OMP_WAIT_POLICY": "active"}, {"OMP_WAIT_POLICY": "active"}),
+        ({"GOMP_SPINCOUNT": "7"}, {"GOMP_SPINCOUNT": "7"}),
+    ],
+)
+def test_what_the_environment_says_of_waiting_threads_is_kept(monkeypatch, given, then):
+    monkeypatch.setattr(os, "environ", dict(given))
+    cli.share_cores()
+    assert os.environ == then

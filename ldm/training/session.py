@@ -17,6 +17,7 @@ from ldm.cli import (
     collector_off,
     exit_at_once,
     import_lightning,
+    share_cores,
     stop_on_signals,
 )
 from ldm.config.instantiate import ConfigError, allow_targets
@@ -39,6 +40,8 @@ def run_training(argv: Sequence[str] | None = None) -> int:
         options = parse(argv)
     except SystemExit as stop:  # --help, or invalid flags
         return int(stop.code or 0)
+    if argv is None:
+        share_cores()
     try:
         with console(options.debug):
             return _run(options, list(sys.argv[1:] if argv is None else argv))
