@@ -15,6 +15,7 @@ from ldm import inference
 from ldm.cli import Parser
 from ldm.config.instantiate import value_at
 from ldm.config.model_info import SAFETY_MODES, ModelInfo, read_model_info
+from ldm.config.trainer_keys import COMPILERS
 from ldm.inference.from_metadata import check_unchanged
 from ldm.inference.settings import (
     LORA_MODES,
@@ -29,6 +30,7 @@ from ldm.inference.settings import (
     parse_embedding,
     parse_lora,
 )
+from ldm.models.diffusion.compile import check_compiler
 from ldm.models.diffusion.samplers.registry import SAMPLERS
 from ldm.output.safety import Safety, SafetySettings
 from ldm.output.watermark import METHODS, Watermark
@@ -190,6 +192,8 @@ def add_model_flags(parser: Parser, config: str | None, ckpt: str | None, fill_i
     add("--device", default="auto", metavar="NAME", help="auto, cpu, cuda, cuda:1 or mps")
     text = "weights of linear layers in 8 or 4 bits, which saves memory; needs torchao (default: as --precision says)"
     add("--quantize", choices=QUANTIZATIONS, help=text)
+    text = f"compile the UNet with this backend of torch.compile, once a size (default of the flag: {COMPILERS[0]})"
+    add("--compile", nargs="?", const=COMPILERS[0], choices=COMPILERS, metavar="BACKEND", help=text)
     text = "keep the text encoder, the first stage or both on the CPU while they are not in use (CUDA only); all: also "
     add("--offload", choices=OFFLOADS, help=f"{text}the network while they are (default: off)")
     text = "on: replace images that the safety checker flags by black ones; report: keep and mark them; off: no check"
@@ -254,6 +258,8 @@ def prepare(opt: Namespace, info: ModelInfo, ckpt: Path | None = None) -> Prepar
     device = inference.choose_device(opt.device)
     if opt.offload is not None:
         check_offload(opt.offload, device.type)
+    if opt.compile is not None:
+        check_compiler(opt.compile, device.type)
     if opt.quantize is not None:
         inference.check_quantization(opt.quantize, device, opt.precision)
     inference.allow_targets(*opt.allow_targets)
@@ -311,7 +317,7 @@ def load(opt: Namespace, prepared: Prepared, **files: Files) -> inference.Pipeli
     """Load the model; the `files` that images are made from go into the metadata."""
     model = prepared.info, prepared.weights, opt.device, opt.precision, opt.use_ema
     added: dict[str, Any] = {"lora": prepared.lora, "lora_mode": opt.lora_mode, "embeddings": prepared.embeddings}
-    added |= {"quantize": opt.quantize, "offload": opt.offload}
+    added |= {"quantize": opt.quantize, "offload": opt.offload, "compiler": opt.compile}
     pipeline = inference.load_model(*model, **added)
     if hasattr(pipeline.model, "control_model") and "control_image" not in opt:
         logger.warning("%s has a ControlNet, which is not used here; control2img.py uses it", opt.ckpt)

@@ -37,6 +37,7 @@ from ldm.inference.offload import keep_on_cpu, offloaded_stages
 from ldm.inference.precision import cast_weights, choose_device, resolve_precision
 from ldm.inference.quantize import check_quantization, quantize_weights
 from ldm.inference.settings import LORA_MODES, Request, check_offload, embedding_text, lora_text, require
+from ldm.models.diffusion.compile import compile_for_sampling
 from ldm.models.diffusion.samplers.denoiser import DiffusionModel
 from ldm.models.diffusion.samplers.noise import PUBLISHED_NOISE, NoiseSource
 from ldm.models.diffusion.samplers.registry import make_sampler
@@ -218,6 +219,7 @@ def load_model(
     embeddings: Sequence[tuple[str | Path, str | None]] = (),
     quantize: str | None = None,
     offload: str | None = None,
+    compiler: str | None = None,
 ) -> Pipeline:
     """Load the model of a YAML with the weights of a file or a diffusers folder, ready for sampling.
 
@@ -227,6 +229,7 @@ def load_model(
     lora: (file or folder, strength) of each LoRA; lora_mode: merged into the weights, or live: left apart.
     embeddings: (file, token) of each textual inversion; None for the token's own names, see `read_tokens`.
     quantize: int8, fp8 or int4 weights of linear layers, see ldm.inference.quantize; None: as `precision` says.
+    compiler: backend of torch.compile for the network, which its first call then compiles, see compile_for_sampling.
     offload: text, vae or all: stages that wait on the CPU while they are not in use; needs a CUDA device.
     Raises ValueError or OSError, with the next step, for files that do not fit.
     """
@@ -271,6 +274,8 @@ def load_model(
     if quantize is not None:
         quantize_weights([*networks_of(model).values(), *control], quantize)
     keep_on_cpu(stages, [model.model, *control] if offload == "all" else [], where)
+    if compiler is not None:
+        compile_for_sampling(model.get_submodule("model.diffusion_model"), compiler, where.type)
     if where.type == "cpu":
         prepack(model)
         if cli.only_samples:  # a program of this project, whose memory it may arrange
@@ -284,7 +289,7 @@ def load_model(
         "precision": precision,
         "precision_used": chosen.name,
     }
-    used |= {} if quantize is None else {"quantize": quantize}
+    used |= {name: value for name, value in (("quantize", quantize), ("compile", compiler)) if value is not None}
     if files or trained:
         used["lora_mode"] = lora_mode
     if files:

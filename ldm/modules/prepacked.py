@@ -93,7 +93,7 @@ def prepack(network: nn.Module) -> None:
     processors without bfloat16 instructions, and to layers of other classes or with forward hooks, which may read the
     weight.
     """
-    if not _is_supported():
+    if not is_supported():
         return
     packed = {nn.Conv2d: PrepackedConv2d, nn.Linear: PrepackedLinear}
     for layer in network.modules():
@@ -103,7 +103,7 @@ def prepack(network: nn.Module) -> None:
             layer.__class__ = packed[type(layer)]
 
 
-def _is_supported() -> bool:
+def is_supported() -> bool:
     """Return whether this torch and processor compute bfloat16 with oneDNN's packed weights."""
     x86 = platform.machine().lower() in ("x86_64", "amd64")
     return x86 and torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()

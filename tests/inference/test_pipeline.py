@@ -14,6 +14,7 @@ from ldm.config.model_info import model_info
 from ldm.inference import Pipeline, load_model, text_to_image
 from ldm.inference.pipeline import for_inference
 from ldm.inference.requests import TextToImageRequest
+from ldm.modules.prepacked import PrepackedConv2d, PrepackedLinear, is_supported
 from tests.tiny import FIRST_STAGE, text_model_config
 
 TINY = {"height": 16, "width": 24, "steps": 3, "n_samples": 2, "n_iter": 1, "scale": 3.0}
@@ -43,6 +44,22 @@ def test_use_ema_false_uses_the_trained_weights(saved):
     network = dict(saved.model.model.named_parameters())
     assert all(torch.equal(network[name], p) for name, p in loaded.model.model.named_parameters())
     assert loaded.identity["use_ema"] is False
+
+
+def test_a_compiled_network_gives_the_same_images_and_is_recorded(saved, pipeline):
+    compiled = load_model(saved.config, saved.ckpt, "cpu", "full", compiler="aot_eager")
+    assert compiled.identity["compile"] == "aot_eager" and "compile" not in pipeline.identity
+    for size in ({}, {"n_samples": 1}):
+        for ours, eager in zip(generate(compiled, **size), generate(pipeline, **size), strict=True):
+            assert np.abs(ours.astype(int) - eager).max() <= 1
+
+
+def test_convolutions_keep_packed_weights_in_bfloat16(saved, pipeline):
+    half = load_model(saved.config, saved.ckpt, "cpu", "bf16")
+    (image, _), (expected, _) = generate(half), generate(pipeline)
+    packed = {type(layer) for layer in half.model.model.modules()} & {PrepackedConv2d, PrepackedLinear}
+    assert np.abs(image.astype(float) - expected).mean() < 2  # of 255
+    assert len(packed) == 2 or not is_supported()
 
 
 def test_all_other_weights_are_those_of_the_file(saved, pipeline):

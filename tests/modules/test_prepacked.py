@@ -10,7 +10,7 @@ from ldm.modules import prepacked
 from ldm.modules.prepacked import PrepackedConv2d, PrepackedLinear, prepack
 from tests.reference import randn, rel_error
 
-pytestmark = pytest.mark.skipif(not prepacked._is_supported(), reason="no bfloat16 instructions")
+pytestmark = pytest.mark.skipif(not prepacked.is_supported(), reason="no bfloat16 instructions")
 X = randn(0, 2, 8, 16, 16).bfloat16()
 
 

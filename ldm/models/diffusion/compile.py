@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 import os
 import shutil
-from typing import Any
-
-from torch import nn
+from typing import TYPE_CHECKING, Any
 
 from ldm.config.instantiate import ConfigError
+
+if TYPE_CHECKING:
+    from torch import nn  # the flags are checked before torch is imported
+
+logger = logging.getLogger(__name__)
 
 
 def compile_network(network: nn.Module, backend: str = "inductor", **options: Any) -> None:
@@ -19,6 +23,17 @@ def compile_network(network: nn.Module, backend: str = "inductor", **options: An
     """
     check_compiler(backend, next((parameter.device.type for parameter in network.parameters()), "cpu"))
     network.compile(backend=backend, **options)
+
+
+def compile_for_sampling(network: nn.Module, backend: str, device_type: str) -> None:
+    """Compile a network whose weights and input sizes stay the same, at its first call without gradients.
+
+    inductor replays CUDA graphs on CUDA, and keeps a copy of the weights in oneDNN's blocked format on the CPU. Raises
+    ConfigError, see `check_compiler`.
+    """
+    static = {"triton.cudagraphs": True} if device_type == "cuda" else {"freezing": device_type == "cpu"}
+    logger.info("the first step compiles the UNet with %s, which takes minutes for a large one", backend)
+    compile_network(network, backend, dynamic=False, **({"options": static} if backend == "inductor" else {}))
 
 
 def check_compiler(backend: str, device_type: str) -> None:

@@ -136,7 +136,9 @@ class DiffusionWrapper(nn.Module):
 
         `parts` are those of `normalize_condition`.
         """
-        return self.call(route(self.conditioning_key).call, x, t, parts)
+        out = self.call(route(self.conditioning_key).call, x, t, parts)
+        graphs = out.is_cuda and self.diffusion_model._compiled_call_impl is not None and not torch.is_grad_enabled()
+        return out.clone() if graphs else out  # the next replay of a CUDA graph writes to the same memory
 
     def call(
         self, call: Callable[[nn.Module, Tensor, Tensor, Parts], Tensor], x: Tensor, t: Tensor, parts: Parts

@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from ldm.config.instantiate import ConfigError
-from ldm.models.diffusion.compile import check_compiler, compile_network
+from ldm.models.diffusion import compile
+from ldm.models.diffusion.compile import check_compiler, compile_for_sampling, compile_network
 
 
 def test_a_compiled_network_keeps_its_keys_and_output():
@@ -16,6 +17,18 @@ def test_a_compiled_network_keeps_its_keys_and_output():
     keys, eager = list(network.state_dict()), network(x)
     compile_network(network, "eager", fullgraph=True)
     assert list(network.state_dict()) == keys and torch.equal(network(x), eager)
+
+
+@pytest.mark.parametrize(
+    "device, options",
+    [("cuda", {"triton.cudagraphs": True}), ("cpu", {"freezing": True}), ("mps", {"freezing": False})],
+)
+def test_sampling_compiles_for_fixed_sizes_and_weights(monkeypatch, device, options):
+    network, calls = nn.Linear(3, 4), []
+    monkeypatch.setattr(compile, "check_compiler", lambda *args: None)
+    monkeypatch.setattr(network, "compile", lambda **given: calls.append(given))
+    compile_for_sampling(network, "inductor", device)
+    assert calls == [{"backend": "inductor", "dynamic": False, "options": options}]
 
 
 @pytest.mark.parametrize("device, needs", [("cpu", r"a C\+\+ compiler"), ("cuda", "triton")])
