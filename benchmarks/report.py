@@ -25,7 +25,7 @@ class Row(NamedTuple):
 
 
 def read_results(folder: Path) -> list[Row]:
-    """Every row of the folder's files, each the newest of its machine."""
+    """Every row of the folder's files, each the newest of its machine, in the order of a run."""
     newest: dict[tuple[str, str], Row] = {}
     for path in sorted(folder.glob("*.json")):
         saved = json.loads(path.read_text(encoding="utf-8"))
@@ -36,7 +36,7 @@ def read_results(folder: Path) -> list[Row]:
                 newest[machine, name] = Row(machine, name, row)
     if not newest:
         raise ValueError(f"--out {folder}: no results; run python -m benchmarks cpu")
-    return sorted(newest.values(), key=lambda each: each.machine)
+    return sorted(newest.values(), key=lambda each: (each.machine, each.row["order"]))
 
 
 def write_report(folder: Path, page: Path = PAGE, plot: Path = PLOT) -> Path:
@@ -107,7 +107,8 @@ def draw(rows: Sequence[Row]) -> str:
                 y += step
             ratio = row.row["ratio"]
             color = BETTER if ratio["median"] < 1 else WORSE
-            yield f'<text x="10" y="{y}" {SMALL}>{escape(row.row["what"])}</text>'
+            other = "" if row.row["against"] == "diffusers" else f", against {row.row['against']}"
+            yield f'<text x="10" y="{y}" {SMALL}>{escape(row.row["what"] + other)}</text>'
             ends = f'x1="{x(ratio["p10"])}" x2="{x(ratio["p90"])}" y1="{y - 4}" y2="{y - 4}"'
             yield f'<line {ends} stroke="{color}" stroke-width="3"/>'
             yield f'<circle cx="{x(ratio["median"])}" cy="{y - 4}" r="5" fill="{color}"/>'

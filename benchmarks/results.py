@@ -48,7 +48,8 @@ class Results:
         except Exception as error:  # out of memory, a missing kernel: the other rows go on
             row = {"what": name, "failed": f"{type(error).__name__}: {str(error).splitlines()[0]}"}
         self.failed |= "ours" not in row
-        self.rows[name] = {**row, "size": size, "commit": commit(), "time": time.strftime("%F %T")}
+        row |= {"size": size, "commit": commit(), "time": time.strftime("%F %T"), "order": list(ROWS).index(name)}
+        self.rows[name] = row
         if self.path is not None:
             content = {"environment": self.environment, "rows": self.rows}
             save_text(self.path, json.dumps(content, indent=1) + "\n")
