@@ -157,7 +157,7 @@ def measured(name: str, shape: tuple[int, ...], S: int, repeats: int, guided: bo
         uncond, cond = model.apply_model(torch.cat([x, x]), torch.cat([t, t]), joined).chunk(2)
         return torch.lerp(uncond, cond, scale)
 
-    options = {"verbose": False, "log_every_t": S + 1}
+    options: dict[str, Any] = {"verbose": False, "log_every_t": S + 1}
 
     def run_bare() -> Tensor:
         return LOOPS[name](x_T, eps_of, S, c)
@@ -166,7 +166,7 @@ def measured(name: str, shape: tuple[int, ...], S: int, repeats: int, guided: bo
         return sampler.loop(x_T, run, S, **options).samples
 
     def run_call() -> Tensor:
-        guidance = {"unconditional_guidance_scale": scale, "unconditional_conditioning": uncond}
+        guidance: dict[str, Any] = {"unconditional_guidance_scale": scale, "unconditional_conditioning": uncond}
         return sampler.sample(S, shape[0], shape[1:], cond, x_T=x_T, **guidance, **options).samples
 
     seconds: dict[str, list[float]] = {"bare": [], "loop": [], "call": []}
