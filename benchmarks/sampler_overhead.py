@@ -102,7 +102,7 @@ def dpm_solver(x: Tensor, eps_of: Predict, S: int, c: dict[str, Any]) -> Tensor:
 
 
 def unipc(x: Tensor, eps_of: Predict, S: int, c: dict[str, Any]) -> Tensor:
-    base, old = x, []
+    base, old = x, list[Tensor]()
     for k in range(S - 1, -1, -1):
         x0 = (x - c["noise"][k] * eps_of(x, k)) / c["signal"][k]
         if old:
