@@ -54,6 +54,11 @@ class ModelInfo:
         return (self.condition or "__is_unconditional__").rpartition(".")[2]
 
     @property
+    def unet_name(self) -> str:
+        """Class name of the denoising network."""
+        return str(value_at(self.config, "model", "params", "unet_config", "target")).rpartition(".")[2]
+
+    @property
     def takes_text(self) -> bool:
         return self.condition_name not in _NOT_TEXT and not self.takes_tokens
 

@@ -138,6 +138,10 @@ def add_sampling_flags(parser: Parser) -> None:
     add("--guidance_interval", type=float, nargs=2, default=[], metavar=("LOW", "HIGH"), help=text)
     text = "clip each prediction to this quantile of its magnitude, e.g. 0.995 (default: off)"
     add("--dynamic_threshold", type=float, metavar="QUANTILE", help=text)
+    text = "run the deep blocks of the network in every N-th call only, e.g. 2, which saves time (default: 1, in all)"
+    add("--deep_cache", type=int, default=1, metavar="N", help=text)
+    text = "merge this share of the tokens in self-attention, e.g. 0.5, which saves time on large images (default: 0)"
+    add("--token_merging", type=float, default=0.0, metavar="RATIO", help=text)
 
 
 def add_single_image_flags(parser: Parser, steps: int | None, scale: float) -> None:
@@ -260,6 +264,10 @@ def prepare(opt: Namespace, info: ModelInfo, ckpt: Path | None = None) -> Prepar
         check_offload(opt.offload, device.type)
     if opt.compile is not None:
         check_compiler(opt.compile, device.type)
+        if opt.deep_cache > 1 or opt.token_merging > 0.0:
+            raise ValueError(
+                "--compile with --deep_cache or --token_merging: not supported together; remove one of them"
+            )
     if opt.quantize is not None:
         inference.check_quantization(opt.quantize, device, opt.precision)
     inference.allow_targets(*opt.allow_targets)

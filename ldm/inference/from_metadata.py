@@ -20,10 +20,11 @@ from ldm.paths import find_file, fingerprint
 logger = logging.getLogger(__name__)
 
 _SAME = """
-    negative_prompt sampler spacing scale image_scale guidance_rescale guidance_interval dynamic_threshold seed
-    seed_mode n_samples n_iter fixed_code resolution tiled emphasis long_prompts chunks strength init_img depth config
-    ckpt use_ema device lora lora_mode embedding quantize compile controlnet control_image control_scale detector canny
-    depth_model guess use_neighbors n_repeat database knn searcher clip_weights
+    negative_prompt sampler spacing scale image_scale guidance_rescale guidance_interval dynamic_threshold
+    deep_cache token_merging seed seed_mode n_samples n_iter fixed_code resolution tiled emphasis long_prompts chunks
+    strength init_img depth config ckpt use_ema device lora lora_mode embedding quantize compile controlnet
+    control_image control_scale detector canny depth_model guess use_neighbors n_repeat database knn searcher
+    clip_weights
 """
 FLAGS = {name: name for name in _SAME.split()} | {  # key of the metadata -> name of the parsed argument
     "steps": "ddim_steps",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from copy import copy
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, cast
@@ -38,12 +38,14 @@ from ldm.inference.precision import cast_weights, choose_device, resolve_precisi
 from ldm.inference.quantize import check_quantization, quantize_weights
 from ldm.inference.settings import LORA_MODES, Request, check_offload, embedding_text, lora_text, require
 from ldm.models.diffusion.compile import compile_for_sampling
+from ldm.models.diffusion.deep_cache import deep_cache
 from ldm.models.diffusion.samplers.denoiser import DiffusionModel
 from ldm.models.diffusion.samplers.noise import PUBLISHED_NOISE, NoiseSource
 from ldm.models.diffusion.samplers.registry import make_sampler
 from ldm.modules.adapters.lora import networks_of
 from ldm.modules.dtype import is_quantized, weights_dtype
 from ldm.modules.prepacked import prepack
+from ldm.modules.token_merging import token_merging
 from ldm.paths import fingerprint, in_checkout
 
 logger = logging.getLogger(__name__)
@@ -103,10 +105,18 @@ class Pipeline:
         return changed
 
     @contextmanager
-    def sampling(self) -> Iterator[None]:
-        """Context without gradients, with the EMA weights of a model that keeps both, in the pipeline's precision."""
+    def sampling(self, request: Request | None = None) -> Iterator[None]:
+        """Context without gradients, with the EMA weights of a model that keeps both, in the pipeline's precision.
+
+        With a request, the context of one batch, in which the network saves the work that `deep_cache` and
+        `token_merging` of the request allow.
+        """
         autocast = nullcontext() if self.dtype is None else torch.autocast(self.device.type, dtype=self.dtype)
-        with torch.no_grad(), self.model.ema_scope(), autocast:
+        with torch.no_grad(), self.model.ema_scope(), autocast, ExitStack() as stack:
+            if request is not None and (request.deep_cache > 1 or request.token_merging > 0.0):
+                unet = cast(Any, self.model).model.diffusion_model
+                stack.enter_context(deep_cache(unet, request.deep_cache))
+                stack.enter_context(token_merging(unet, request.token_merging))
             yield
 
     def encode_prompts(

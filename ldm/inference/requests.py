@@ -291,6 +291,10 @@ class ControlRequest(TextToImageRequest):
             require(valid, f"--control-scale {scale}: choose 0 (no control) to {MAX_SCALE}; 1 is usual")
         for name in self.detector:
             require(name in DETECTORS, f"--detector {name}: choose one of {', '.join(DETECTORS)}")
+        require(
+            self.deep_cache == 1,
+            f"--deep_cache {self.deep_cache}: not supported under a ControlNet; remove the flag",
+        )
         valid = len(self.canny) == 2 and 0 <= self.canny[0] <= self.canny[1]
         thresholds = " ".join(map(str, self.canny))
         require(valid, f"--canny {thresholds}: choose 0 <= LOW <= HIGH; {CANNY[0]} {CANNY[1]} is usual")
@@ -360,6 +364,10 @@ class UpscaleRequest(ConcatRequest):
             self.tile == 0 or (self.tile >= 2 * unit and self.tile % unit == 0),
             f"--tile {self.tile}: choose a multiple of {unit} pixels, at least {2 * unit}, or 0 to disable tiling; "
             "128 is usual",
+        )
+        require(
+            self.deep_cache == 1 or not self.tile,
+            f"--deep_cache {self.deep_cache}: not supported with tiles; pass --tile 0, or remove the flag",
         )
         if most is None:
             require(level is None, "--noise_level: this model has no noise-level conditioning; remove the flag")

@@ -27,6 +27,7 @@ MAX_SEED = 2**32 - 1
 SEED_MODES = ("batch", "image")
 MAX_SCALE = 1000  # far above every scale in use
 MAX_SIDE = 65536  # pixels
+MAX_MERGING = 0.75  # of each 2x2 tokens, one stays
 MAX_COUNT = 1_000_000  # images in a run
 TILE = 512  # usual side of a tile, in pixels
 
@@ -53,6 +54,8 @@ class Request:
     guidance_rescale: float = 0.0  # 0 off, 0.7 usual (arXiv 2305.08891, section 3.4)
     guidance_interval: Sequence[float] = ()  # guide at noise levels between two (arXiv 2404.07724); empty: at all
     dynamic_threshold: float | None = None  # a quantile, 0.995 usual (Imagen, arXiv 2205.11487, section 2.3); None off
+    deep_cache: int = 1  # the deep blocks run in every so many network calls (arXiv 2312.00858); 1: in all
+    token_merging: float = 0.0  # share of the tokens merged in self-attention (arXiv 2303.17604); 0: none
 
     def checked(self, info: ModelInfo) -> Self:
         """Return the request with every default resolved for a model.
@@ -91,6 +94,7 @@ class Request:
         eta = self._resolved_eta()
         self._check_spacing(info)
         self._check_guidance()
+        self._check_saved_work(info)
         return replace(self, eta=eta)
 
     def _resolved_eta(self) -> float:
@@ -141,6 +145,20 @@ class Request:
         require(
             threshold is None or 0.0 < threshold <= 1.0,
             f"--dynamic_threshold {threshold}: choose a quantile above 0 and up to 1; 0.995 is usual",
+        )
+
+    def _check_saved_work(self, info: ModelInfo) -> None:
+        cache, merging = f"--deep_cache {self.deep_cache}", f"--token_merging {self.token_merging:g}"
+        require(1 <= self.deep_cache <= info.timesteps, f"{cache}: choose 1 (off) to {info.timesteps}; 2 is usual")
+        require(
+            self.deep_cache == 1 or info.unet_name == "UNetModel",
+            f"{cache}: requires a UNetModel; this model's network is {info.unet_name}",
+        )
+        valid = 0.0 <= self.token_merging <= MAX_MERGING
+        require(valid, f"{merging}: choose 0 (off) to {MAX_MERGING}; 0.5 is usual")
+        require(
+            not self.token_merging or info.context_dim is not None,
+            f"{merging}: this model's network has no spatial transformers; remove the flag",
         )
 
 

@@ -160,6 +160,10 @@ EVERYTHING = [
     "--guidance_interval",
     "0.1",
     "5.4",
+    "--deep_cache",
+    "2",
+    "--token_merging",
+    "0.5",
     "--emphasis",
 ]
 EVERYTHING += [

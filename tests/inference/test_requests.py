@@ -145,6 +145,8 @@ def test_an_unknown_first_stage_needs_f():
         ({"guidance_interval": (0.3, 5.0), "scale": 1.0}, "--guidance_interval with --scale 1"),
         ({"guidance_rescale": 0.7, "scale": 1.0}, "--guidance_rescale 0.7 with --scale 1"),
         ({"dynamic_threshold": 0.0}, "--dynamic_threshold 0.0: choose a quantile above 0"),
+        ({"deep_cache": 0}, r"--deep_cache 0: choose 1 \(off\) to 1000"),
+        ({"token_merging": 0.8}, r"--token_merging 0.8: choose 0 \(off\) to 0.75"),
         ({"tiled": 20}, "--tiled 20: choose a multiple of 8 pixels, at least 32; 512 is usual"),
         ({"emphasis": True, "negative_prompt": "a (b"}, "--emphasis: .* never closed"),
         ({"chunks": 2}, "chunks 2: choose 1 or more, with long_prompts"),
@@ -153,6 +155,26 @@ def test_an_unknown_first_stage_needs_f():
 def test_invalid_values_are_refused_with_flag_value_and_choices(change, words):
     with pytest.raises(ValueError, match=words):
         TextToImageRequest(**change).checked(model_info(config()))
+
+
+def test_deep_cache_is_refused_where_the_network_is_no_plain_unet_or_sees_tiles():
+    assert TextToImageRequest(deep_cache=2).checked(info("text")).deep_cache == 2
+    assert UpscaleRequest(deep_cache=2, tile=0).checked(info("upscale")).deep_cache == 2
+    with pytest.raises(
+        ValueError, match=r"--deep_cache 2: requires a UNetModel; this model's .* is ControlledUnetModel"
+    ):
+        TextToImageRequest(deep_cache=2).checked(info("control"))
+    with pytest.raises(ValueError, match="--deep_cache 2: not supported under a ControlNet"):
+        ControlRequest(deep_cache=2).checked(info("text"))
+    with pytest.raises(ValueError, match="--deep_cache 2: not supported with tiles; pass --tile 0"):
+        UpscaleRequest(deep_cache=2).checked(info("upscale"))
+
+
+def test_token_merging_is_refused_where_the_network_has_no_transformers():
+    for kind in ("text", "control"):
+        assert TextToImageRequest(token_merging=0.5).checked(info(kind)).token_merging == 0.5
+    with pytest.raises(ValueError, match=r"--token_merging 0.5: this model's network has no spatial transformers"):
+        InpaintRequest(token_merging=0.5).checked(info("inpaint"))
 
 
 CLASSES = {"target": "ldm.modules.encoders.modules.ClassEmbedder"}

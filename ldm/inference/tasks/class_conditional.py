@@ -33,7 +33,7 @@ def generate_samples(
         for first in range(0, request.n_samples, request.batch_size):
             indices = range(first, min(first + request.batch_size, request.n_samples))
             labels = None if classes is None else list(itertools.islice(classes, len(indices)))
-            with randomness(), pipeline.sampling():
+            with randomness(), pipeline.sampling(request):
                 cond, uncond = _class_conditioning(pipeline, labels, request)
                 given = Conditioned(cond, uncond, request.scale, lambda i: bar.update())
                 noise = noise_of(request.seed_mode, request.seed, indices)

@@ -139,7 +139,7 @@ def sample_conditional(
         for first, z, conditions, shown in batches:
             conditions = conditions._replace(callback=lambda i: bar.update())
             for repeat in range(n):
-                with randomness(), pipeline.sampling():
+                with randomness(), pipeline.sampling(request):
                     images = pipeline.decode(pipeline.sample(request, z.shape, conditions))
                 for k, image in enumerate(images):
                     info = {**record, "image_index": (first + k) * n + repeat, **_described(samples[first + k])}

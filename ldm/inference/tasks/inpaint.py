@@ -33,7 +33,7 @@ def inpaint(
         )
     generated = mask.convert("L").point(lambda level: 255 if level >= 128 else 0)
     hole = (pipeline.tensor(generated)[:, :1] > 0).float()  # (1, 1, H, W), 1 where pixels are generated
-    with Randomness(request.seed, pipeline.device)(), pipeline.sampling():
+    with Randomness(request.seed, pipeline.device)(), pipeline.sampling(request):
         if pipeline.info.concat_channels:
             size, cond, uncond = _conditioning(pipeline, pipeline.tensor(image), hole, request)
             x = sample_image(pipeline, request, size, cond, uncond, progress)

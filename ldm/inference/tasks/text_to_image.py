@@ -106,7 +106,7 @@ def generate_batches(
             if only is not None and request.seed_mode == "image":  # its noise is independent of the rest of the batch
                 part = Batch(batch.number, range(only, only + 1), [batch.prompts[only - batch.indices.start]])
             noise = noise_of(request.seed_mode, request.seed, part.indices)
-            with randomness(), pipeline.sampling():
+            with randomness(), pipeline.sampling(request):
                 cond, uncond = encode(part.prompts)
                 cond, uncond = with_parts(cond, parts), with_parts(uncond, uncond_parts)
                 given = Conditioned(

@@ -39,7 +39,7 @@ def upscale(pipeline: Pipeline, image: Image.Image, request: UpscaleRequest, pro
         tiling = Tiling((side,) * 2, (side // 2,) * 2)
         pipeline = pipeline.with_model(TiledModel(pipeline.model, tiling, info.factor, info.latent_multiple))
     small = padded(pipeline.tensor(image), max(1, math.ceil(info.latent_multiple / cells)))
-    with Randomness(request.seed, pipeline.device)(), pipeline.sampling():
+    with Randomness(request.seed, pipeline.device)(), pipeline.sampling(request):
         if info.takes_text:
             model: Any = pipeline.model  # LatentUpscaleDiffusion
             level = torch.full((1,), request.noise_level or 0, dtype=torch.int64, device=pipeline.device)

@@ -43,7 +43,7 @@ def test_every_task_generates_with_a_vq_first_stage(tmp_path, kind):
     assert np.array_equal(*map(np.asarray, results)) and np.ptp(np.asarray(results[0])) > 0
 
 
-@pytest.mark.parametrize("kind", ["text", "class", "upscale"])
+@pytest.mark.parametrize("kind", ["text", "class", "upscale", "inpaint"])
 def test_sampler_options_change_the_images(tmp_path, kind):
     saved = save_model(tmp_path, kind)
     pipeline = load_model(saved.config, saved.ckpt, "cpu", "full")
@@ -53,7 +53,10 @@ def test_sampler_options_change_the_images(tmp_path, kind):
     def generate(**changes) -> list[np.ndarray]:
         options = {"steps": 4, "sampler": "euler", **changes}
         if kind == "upscale":
-            results = [upscale(pipeline, image, UpscaleRequest(**options), progress=False)]
+            results = [upscale(pipeline, image, UpscaleRequest(tile=0, **options), progress=False)]
+        elif kind == "inpaint":
+            hole = Image.new("L", image.size, 255)
+            results = [inpaint(pipeline, image, hole, InpaintRequest(**options), progress=False)]
         elif kind == "class":
             results = generate_samples(
                 pipeline, ClassConditionalRequest(n_samples=1, scale=3.0, classes=(1,), **options), progress=False
@@ -68,5 +71,6 @@ def test_sampler_options_change_the_images(tmp_path, kind):
         return [np.asarray(generated.image) for generated in results]
 
     plain, asked = generate(), [{"sampler": "heun"}, {"spacing": "karras"}, {"dynamic_threshold": 0.5}]
-    for changes in asked if kind == "upscale" else [*asked, {"guidance_rescale": 0.7}]:
+    asked.append({"deep_cache": 2})
+    for changes in asked if kind in ("upscale", "inpaint") else [*asked, {"guidance_rescale": 0.7}]:
         assert all(not np.array_equal(a, b) for a, b in zip(generate(**changes), plain, strict=True)), changes
