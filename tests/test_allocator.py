@@ -1,5 +1,6 @@
-"""Freed memory stays in a process that asks for it."""
+"""Memory that malloc keeps."""
 
+import platform
 import subprocess
 import sys
 
@@ -9,21 +10,40 @@ FAULTS = """
 import ctypes, resource
 from ldm.allocator import keep_freed_memory
 libc = ctypes.CDLL(None)
-libc.malloc.restype = ctypes.c_void_p
-def touch():
-    block = libc.malloc(ctypes.c_size_t(64 << 20))
-    ctypes.memset(block, 1, 64 << 20)
-    libc.free(ctypes.c_void_p(block))
-touch()
-keep_freed_memory()
-touch()
+libc.malloc.restype, libc.malloc.argtypes, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_size_t], [ctypes.c_void_p]
+size, large = {size}, {large}
+def step():
+    blocks = [libc.malloc(size) for _ in range(2**26 // size)]
+    for block in blocks:
+        ctypes.memset(block, 1, size)
+    for block in blocks:
+        libc.free(block)
+keep_freed_memory(large)
+for _ in range(3):
+    step()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-touch()
+for _ in range(10):
+    step()
 print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="glibc's allocator")
-def test_a_large_block_is_faulted_in_once():
-    done = subprocess.run([sys.executable, "-c", FAULTS], capture_output=True, text=True, check=True)
-    assert int(done.stdout) < 100  # of 16384 pages
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's malloc")
+@pytest.mark.parametrize(
+    "environment, size, large, kept",
+    [
+        ({}, 2**22, False, True),
+        ({"MALLOC_TRIM_THRESHOLD_": "131072"}, 2**22, False, False),
+        ({}, 2**26, False, False),  # one block
+        ({}, 2**26, True, True),
+    ],
+)
+def test_memory_that_a_step_frees_is_kept_for_the_next_unless_the_environment_says_otherwise(
+    environment, size, large, kept, monkeypatch
+):
+    monkeypatch.delenv("MALLOC_TRIM_THRESHOLD_", raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    program = FAULTS.replace("{size}", str(size)).replace("{large}", str(large))
+    out = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
+    assert (int(out) < 100) == kept, out  # of 163,840 pages

@@ -264,6 +264,8 @@ def prepare(opt: Namespace, info: ModelInfo, ckpt: Path | None = None) -> Prepar
         check_offload(opt.offload, device.type)
     if opt.compile is not None:
         check_compiler(opt.compile, device.type)
+        if getattr(opt, "controlnet", None):
+            raise ValueError(f"--compile {opt.compile}: not supported with --controlnet; remove one of them")
         if opt.deep_cache > 1 or opt.token_merging > 0.0:
             raise ValueError(
                 "--compile with --deep_cache or --token_merging: not supported together; remove one of them"

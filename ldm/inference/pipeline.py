@@ -289,7 +289,7 @@ def load_model(
     if where.type == "cpu":
         prepack(model)
         if cli.only_samples:  # a program of this project, whose memory it may arrange
-            keep_freed_memory()
+            keep_freed_memory(large=True)
     del adapters
     seconds, millions = time.perf_counter() - start, sum(p.numel() for p in model.parameters()) / 1e6
     logger.info("model ready in %.1f s: %.1f M parameters on %s, precision %s", seconds, millions, where, chosen)

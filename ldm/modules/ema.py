@@ -142,7 +142,8 @@ class LitEma(nn.Module):
     def _chunks(shadows: list[Tensor], parameters: list[Tensor]) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
         """Yield shadows and parameters in their dtype and on their device; copies from a GPU run one chunk ahead."""
         ahead: list[tuple[list[Tensor], list[Tensor], torch.Event | None]] = []
-        chunk = CPU_CHUNK if shadows and shadows[0].device.type == "cpu" else CHUNK
+        on_cpu = all(tensors[0].device.type == "cpu" for tensors in (shadows, parameters) if tensors)
+        chunk = CPU_CHUNK if on_cpu else CHUNK
         for start in range(0, len(shadows), chunk):
             s, p = shadows[start : start + chunk], parameters[start : start + chunk]
             leaves_gpu = p[0].is_cuda and not s[0].is_cuda

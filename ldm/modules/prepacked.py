@@ -24,12 +24,14 @@ class _Prepacked(nn.Module):
         """Pack the weight for inputs like x, if it is not yet; False where the plain layer must compute."""
         if torch.compiler.is_compiling() or not x.dtype == self.weight.dtype == torch.bfloat16 or not x.numel():
             return False
-        if torch.is_grad_enabled() and x.requires_grad:
-            self.unpack()  # the packed operations have no derivative
-            return False
+        if torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in self.parameters())):
+            return False  # the packed operations have no derivative
         if not self.weight.is_mkldnn:
-            self.weight = nn.Parameter(self._packed(self.weight.detach(), x), requires_grad=False)
+            self._set(self._packed(self.weight.detach(), x))
         return True
+
+    def _set(self, weight: Tensor) -> None:
+        self.weight = nn.Parameter(weight, requires_grad=self.weight.requires_grad)
 
     def _packed(self, weight: Tensor, x: Tensor) -> Tensor:
         raise NotImplementedError
@@ -37,7 +39,7 @@ class _Prepacked(nn.Module):
     def unpack(self) -> None:
         """Return to the plain weight."""
         if self.weight.is_mkldnn:
-            self.weight = nn.Parameter(self.weight.detach().to_dense(), requires_grad=False)
+            self._set(self.weight.detach().to_dense())
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         self.unpack()
@@ -64,7 +66,8 @@ class PrepackedConv2d(_Prepacked, nn.Conv2d):
     """nn.Conv2d with a packed weight."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self.pack(x):
+        if x.ndim != 4 or not self.pack(x):
+            self.unpack()
             return super().forward(x)
         layout = self.padding, self.stride, self.dilation, self.groups
         return torch.ops.mkldnn._convolution_pointwise(x, self.weight, self.bias, *layout, "none", [], "")
@@ -79,6 +82,7 @@ class PrepackedLinear(_Prepacked, nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.pack(x):
+            self.unpack()
             return super().forward(x)
         return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
 
@@ -89,15 +93,18 @@ class PrepackedLinear(_Prepacked, nn.Linear):
 def prepack(network: nn.Module) -> None:
     """Let the bfloat16 convolutions and linear layers of a network on the CPU pack their weights at their first call.
 
-    They stay instances of their classes, and their outputs are equal up to bfloat16's rounding. Nothing is done on
-    processors without bfloat16 instructions, and to layers of other classes or with forward hooks, which may read the
-    weight.
+    They stay instances of their classes, and their outputs are equal up to bfloat16's rounding. `state_dict` returns
+    plain tensors, and `network.to(...)` makes the weights plain again, for code that computes with the parameters.
+    Nothing is done on processors without AVX-512, to layers of other classes and to layers with forward hooks, which
+    may read the weight.
     """
     if not is_supported():
         return
     packed = {nn.Conv2d: PrepackedConv2d, nn.Linear: PrepackedLinear}
     for layer in network.modules():
-        if type(layer) not in packed or layer._forward_hooks or getattr(layer, "padding_mode", "zeros") != "zeros":
+        if type(layer) not in packed or layer._forward_hooks:
+            continue
+        if isinstance(layer, nn.Conv2d) and (layer.padding_mode != "zeros" or isinstance(layer.padding, str)):
             continue
         if type(layer.weight) is nn.Parameter and layer.weight.dtype == torch.bfloat16:  # not quantized
             layer.__class__ = packed[type(layer)]

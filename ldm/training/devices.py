@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import ctypes
-import os
-import platform
 from typing import Any, NamedTuple
 
 from ldm.config.instantiate import ConfigError
 from ldm.config.trainer_keys import DEVICE_KEYS
-
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of mallopt(3)
 
 
 class Machine(NamedTuple):
@@ -99,16 +94,3 @@ def _gpus(value: Any, machine: Machine, name: str) -> Devices:
         indices = list(range(count))
     text = f"{machine.kind.upper()} {', '.join(map(str, indices))} ({shown})"
     return Devices(machine.kind, indices, len(indices), text)
-
-
-def keep_freed_memory() -> None:
-    """Make malloc keep up to 2 GiB of freed memory, if it is glibc's and the environment does not say otherwise.
-
-    By default it returns the activations of each step to the system and gets them back page by page in the next, which
-    takes up to a quarter of the time of a training step on a CPU.
-    """
-    if platform.libc_ver()[0] != "glibc" or "MALLOC_TRIM_THRESHOLD_" in os.environ:
-        return
-    mallopt = ctypes.CDLL(None).mallopt
-    mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
-    mallopt(_M_MMAP_THRESHOLD, 32 * 2**20)  # glibc's upper limit

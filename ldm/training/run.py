@@ -20,6 +20,7 @@ from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from pytorch_lightning.utilities.model_helpers import is_overridden
 from torch.distributed.rendezvous import rendezvous
 
+from ldm.allocator import keep_freed_memory
 from ldm.callbacks import SignalCallback, StepSeed
 from ldm.checkpoint import verify_checkpoint
 from ldm.checkpoint.load import advise_settings
@@ -38,7 +39,7 @@ from ldm.inference.requests import script_for
 from ldm.models.diffusion.compile import check_compiler
 from ldm.paths import expand_user, shown_path
 from ldm.training.class_images import generate_class_images
-from ldm.training.devices import Machine, choose_devices, keep_freed_memory
+from ldm.training.devices import Machine, choose_devices
 from ldm.training.flags import RunOptions
 from ldm.training.launch import check_nodes
 from ldm.training.report import TrainingFailed, is_main_process

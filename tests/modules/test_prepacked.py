@@ -63,9 +63,22 @@ def test_gradients_of_the_input_are_those_of_plain_layers():
     assert torch.equal(*gradients)  # of the same plain layers
 
 
+def test_weights_that_train_keep_their_parameters():
+    net = packed().requires_grad_(True)
+    net.load_state_dict(plain().state_dict())  # plain again
+    parameters = list(net.parameters())
+    net(X).float().sum().backward()
+    assert all(p is q and p.grad is not None for p, q in zip(parameters, net.parameters(), strict=True))
+
+
+def test_an_input_without_batch_is_taken_as_by_a_plain_layer():
+    with torch.no_grad():
+        assert torch.equal(packed()[0](X[0]), plain()[0](X[0]))
+
+
 def test_float32_hooked_and_padded_layers_stay_plain():
-    hooked = plain(padding_mode="reflect")
+    hooked, same = plain(padding_mode="reflect"), nn.Sequential(nn.Conv2d(8, 8, 3, padding="same")).bfloat16()
     hooked[1].register_forward_hook(lambda *args: None)
-    for net in (plain().float(), hooked[:2]):
+    for net in (plain().float(), hooked[:2], same):
         prepack(net)
         assert {type(layer) for layer in net} <= {nn.Conv2d, nn.Linear, nn.Flatten}

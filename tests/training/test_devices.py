@@ -1,9 +1,5 @@
 """`--gpus`, `accelerator` and `devices` against the machine."""
 
-import platform
-import subprocess
-import sys
-
 import pytest
 
 from ldm.config.instantiate import ConfigError
@@ -69,36 +65,3 @@ def test_missing_devices_are_refused_in_one_line(settings, machine, message):
     with pytest.raises(ConfigError, match=message) as error:
         choose_devices(settings, machine)
     assert "\n" not in str(error.value)
-
-
-FAULTS = """
-import ctypes, resource
-from ldm.training.devices import keep_freed_memory
-libc = ctypes.CDLL(None)
-libc.malloc.restype, libc.malloc.argtypes, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_size_t], [ctypes.c_void_p]
-def step():
-    blocks = [libc.malloc(2**22) for _ in range(16)]
-    for block in blocks:
-        ctypes.memset(block, 1, 2**22)
-    for block in blocks:
-        libc.free(block)
-keep_freed_memory()
-for _ in range(3):
-    step()
-before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-for _ in range(10):
-    step()
-print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
-"""
-
-
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's malloc")
-@pytest.mark.parametrize("environment, kept", [({}, True), ({"MALLOC_TRIM_THRESHOLD_": "131072"}, False)])
-def test_memory_that_a_training_step_frees_is_kept_for_the_next_unless_the_environment_says_otherwise(
-    environment, kept, monkeypatch
-):
-    monkeypatch.delenv("MALLOC_TRIM_THRESHOLD_", raising=False)
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
-    out = subprocess.run([sys.executable, "-c", FAULTS], capture_output=True, text=True, check=True).stdout
-    assert (int(out) < 100) == kept, out  # 16 blocks have 16,384 pages

@@ -24,6 +24,7 @@ from ldm.inference.requests import ControlRequest
 from ldm.inference.tasks.text_to_image import text_to_image
 from ldm.models.diffusion.controlnet import Control, ControlLDM, ControlledModel, ControlNet
 from ldm.modules.dtype import weights_dtype
+from ldm.modules.prepacked import prepack
 from ldm.output.images import GeneratedImage
 
 
@@ -102,6 +103,8 @@ def load_controlnet(pipeline: Pipeline, ckpt: str | Path | WeightsSource, use_em
     net.global_average_pooling = own_config.is_file() and bool(read_json(own_config).get("global_pool_conditions"))
     if (quantize := pipeline.identity.get("quantize")) is not None:
         quantize_weights([net], quantize)
+    if pipeline.device.type == "cpu":
+        prepack(net)
     return net
 
 

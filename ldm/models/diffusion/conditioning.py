@@ -136,9 +136,7 @@ class DiffusionWrapper(nn.Module):
 
         `parts` are those of `normalize_condition`.
         """
-        out = self.call(route(self.conditioning_key).call, x, t, parts)
-        graphs = out.is_cuda and self.diffusion_model._compiled_call_impl is not None and not torch.is_grad_enabled()
-        return out.clone() if graphs else out  # the next replay of a CUDA graph writes to the same memory
+        return self.call(route(self.conditioning_key).call, x, t, parts)
 
     def call(
         self, call: Callable[[nn.Module, Tensor, Tensor, Parts], Tensor], x: Tensor, t: Tensor, parts: Parts
@@ -146,7 +144,9 @@ class DiffusionWrapper(nn.Module):
         """Return `call(network, x, t, parts)` in the dtype of x; a network with 16-bit weights gets them in its own."""
         dtype = weights_dtype(self.diffusion_model)
         if dtype not in (torch.float16, torch.bfloat16) or x.dtype == dtype:
-            return call(self.diffusion_model, x, t, parts)
+            out = call(self.diffusion_model, x, t, parts)
+            graphs = out.is_cuda and self.diffusion_model._compiled_call_impl is not None and not out.requires_grad
+            return out.clone() if graphs else out  # the next replay of a CUDA graph writes to the same memory
         half = map_tensors(lambda part: part.to(dtype) if part.is_floating_point() else part, parts)
         return in_dtype(dtype, lambda x: call(self.diffusion_model, x, t, half), x)
 

@@ -41,7 +41,7 @@ from ldm.models.diffusion.training_noise import TrainingNoise
 from ldm.models.training import Losses, TrainedModule, fixed_noise, freeze
 from ldm.models.training import disabled_train as disabled_train
 from ldm.modules.diffusionmodules.parameterization import get_parameterization
-from ldm.modules.diffusionmodules.util import is_unchanged
+from ldm.modules.diffusionmodules.util import is_own, is_unchanged
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
 from ldm.modules.ema import PUBLISHED_DECAY, checked_ema
 from ldm.published import published_names
@@ -272,9 +272,10 @@ class DDPM(TrainedModule, PublishedDDPM):
     @property
     def repeats_inputs(self) -> bool:
         """True if `apply_model` takes a condition of a multiple of the batch, see `UNetModel.forward`."""
-        own = type(self).apply_model is DDPM.apply_model and self.model.conditioning_key == "crossattn"
-        network = getattr(self.model.diffusion_model, "repeats_inputs", False)
-        return own and network and is_unchanged(self.model)
+        wrapper = self.model
+        own = is_own(self, DDPM, "apply_model") and is_own(wrapper, DiffusionWrapper, "forward", "call")
+        network = getattr(wrapper.diffusion_model, "repeats_inputs", False)
+        return own and wrapper.conditioning_key == "crossattn" and network and is_unchanged(wrapper)
 
     def get_loss(self, pred: Tensor, target: Tensor, mean: bool = True) -> Tensor:
         """Return the loss of `loss_type`, averaged or (B, C, H, W)."""

@@ -19,6 +19,7 @@ from ldm.modules.diffusionmodules.util import (
     avg_pool_nd,
     checkpoint,
     conv_nd,
+    is_own,
     is_unchanged,
     linear,
     normalization,
@@ -603,10 +604,9 @@ class UNetModel(UNetTrunk):
     def repeats_inputs(self) -> bool:
         """True if `forward` takes a context of a multiple of the batch: no block of other code, no hook."""
         context_blocks = [layer for layer in self._block_layers() if takes_context(type(layer))]
-        own = type(self).forward is UNetModel.forward and all(
-            type(layer) is SpatialTransformer for layer in context_blocks
-        )
-        return bool(context_blocks) and own and all(map(is_unchanged, self.modules()))
+        own = is_own(self, UNetModel, "forward", "prepare", "encode", "middle", "decode", "head")
+        known = bool(context_blocks) and all(type(layer) is SpatialTransformer for layer in context_blocks)
+        return own and known and all(map(is_unchanged, self.modules()))
 
     def decode(
         self, h: Tensor, skips: list[Tensor], emb: Tensor, context: Context = None, blocks: slice = slice(None)

@@ -86,6 +86,11 @@ def repeat_batch(x: Tensor, size: int) -> Tensor:
     return x if x.shape[0] == size else torch.cat([x] * (size // x.shape[0]))  # `repeat` would lose channels_last
 
 
+def is_own(module: nn.Module, cls: type[nn.Module], *methods: str) -> bool:
+    """Return whether these methods of a module are those of `cls`, neither overridden nor replaced."""
+    return not any(name in vars(module) or getattr(type(module), name) is not getattr(cls, name) for name in methods)
+
+
 def is_unchanged(module: nn.Module) -> bool:
     """Return whether a module of this package or torch computes with its own forward: not replaced, without hooks."""
     if module._forward_hooks or module._forward_pre_hooks:

@@ -1,5 +1,7 @@
 """Classifier-free guidance, its rescaling, and dynamic thresholding."""
 
+from types import MethodType
+
 import pytest
 import torch
 
@@ -63,6 +65,8 @@ def test_only_a_model_that_is_conditioned_by_its_context_alone_repeats_its_input
     config = text_model_config(**{"cond_stage_trainable": kind == "class", **KINDS[kind]})
     model = instantiate_from_config(config["model"])
     assert model.repeats_inputs == (kind == "class")
+    model.apply_model = MethodType(lambda self, x, t, cond: x, model)  # as research code replaces it
+    assert not model.repeats_inputs
     wrapper = SilentModel(model)
     assert not GuidedNetwork(wrapper.apply_model, COND, UNCOND, 5.0).repeats_inputs
 
