@@ -16,9 +16,13 @@ from torch import Tensor, nn
 
 
 class _Prepacked(nn.Module):
-    """Layer whose weight is packed at its first call without gradients; its state dict holds the plain weight."""
+    """Layer whose weight is packed at its second call without gradients; its state dict holds the plain weight.
+
+    A process that makes one step does without the time that packing takes.
+    """
 
     weight: Tensor
+    called = False
 
     def pack(self, x: Tensor) -> bool:
         """Pack the weight for inputs like x, if it is not yet; False where the plain layer must compute."""
@@ -27,6 +31,9 @@ class _Prepacked(nn.Module):
         if torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in self.parameters())):
             return False  # the packed operations have no derivative
         if not self.weight.is_mkldnn:
+            if not self.called:
+                self.called = True
+                return False
             self._set(self._packed(self.weight.detach(), x))
         return True
 
@@ -91,7 +98,7 @@ class PrepackedLinear(_Prepacked, nn.Linear):
 
 
 def prepack(network: nn.Module) -> None:
-    """Let the bfloat16 convolutions and linear layers of a network on the CPU pack their weights at their first call.
+    """Let the bfloat16 convolutions and linear layers of a network on the CPU pack their weights at the second call.
 
     They stay instances of their classes, and their outputs are equal up to bfloat16's rounding. `state_dict` returns
     plain tensors, and `network.to(...)` makes the weights plain again, for code that computes with the parameters.

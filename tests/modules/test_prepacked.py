@@ -27,6 +27,8 @@ def packed() -> nn.Sequential:
     prepack(net)
     with torch.no_grad():
         net(X)
+        assert not any(net[i].weight.is_mkldnn for i in (0, 1, 3))
+        net(X)
     assert [type(net[i]) for i in (0, 1, 3)] == [PrepackedConv2d, PrepackedConv2d, PrepackedLinear]
     assert all(net[i].weight.is_mkldnn for i in (0, 1, 3))
     return net
