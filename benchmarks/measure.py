@@ -40,7 +40,7 @@ Pair = tuple[Sample, Sample]
 
 @dataclass(frozen=True)
 class Row:
-    """What is timed. per: units of a call, e.g. 4 steps; dtype: of the peak that it is compared with, if any."""
+    """Work that is timed. per: units of a call, e.g. 4 steps; dtype: of the peak that it is compared with, if any."""
 
     what: str
     unit: str
