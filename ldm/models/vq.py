@@ -81,8 +81,14 @@ class VQModel(AdversarialAutoencoder):
         )
         self.quant_conv = nn.Conv2d(z_channels, embed_dim, kernel_size=1)
         self.post_quant_conv = nn.Conv2d(embed_dim, z_channels, kernel_size=1)
-        if getattr(self.loss, "n_classes", self.n_codes) is None:
+        known = getattr(self.loss, "n_classes", self.n_codes)
+        if known is None:
             self.loss.n_classes = self.n_codes
+        elif known < self.n_codes:
+            raise ValueError(
+                f"lossconfig.params.n_classes={known}: the codebook has {self.n_codes} entries; remove n_classes, "
+                f"or set it to {self.n_codes}"
+            )
         self._counts: dict[str, Tensor] = {}  # split -> occurrences of each code in this epoch, (n_codes,)
         averages = checked_ema(ema_config, use_ema)
         if use_ema:

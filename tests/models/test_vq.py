@@ -65,6 +65,12 @@ def test_remapped_codes_decode_to_the_reconstruction(tmp_path):
     torch.testing.assert_close(model.decode_code(codes), reconstruction)
 
 
+def test_a_loss_that_counts_fewer_codes_than_the_codebook_has_is_refused():
+    assert make_vq(loss={"n_classes": 16}).loss.n_classes == 16
+    with pytest.raises(ValueError, match=r"^lossconfig.params.n_classes=8: the codebook has 16 entries; remove"):
+        make_vq(loss={"n_classes": 8})
+
+
 @pytest.mark.parametrize("cls", [VQModel, VQModelInterface])
 def test_it_builds_without_memory(cls):
     with torch.device("meta"):
