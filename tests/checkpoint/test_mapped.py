@@ -1,5 +1,7 @@
 """Pages of mapped weights: released once they are copied, without losing a value."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -46,3 +48,15 @@ def test_a_changed_mapping_and_own_memory_are_left_alone(path):
     for tensor in (weights, own):
         release(tensor, mapped_files())
     assert torch.equal(weights, expected) and own.sum() == SIZE
+
+
+@pytest.mark.parametrize("anonymous, swapped, found", [(0, 0, True), (4, 0, False), (0, 4, False)])
+def test_a_mapping_with_pages_that_were_written_to_is_none_of_the_files(monkeypatch, anonymous, swapped, found):
+    def entry(start, anonymous, swapped):
+        sizes = f"Rss: 8 kB\nAnonymous: {anonymous} kB\nKSM: 0 kB\nSwap: {swapped} kB\nSwapPss: 0 kB\n"
+        return f"{start:x}-{start + 0x1000:x} rw-p 00000000 08:01 42 /a.ckpt\n{sizes}VmFlags: rd wr\n"
+
+    smaps = entry(0xA000, anonymous, swapped) + entry(0xC000, 0, 0)
+    monkeypatch.setattr(Path, "read_text", lambda *args, **options: smaps)
+    expected = [range(0xA000, 0xB000), range(0xC000, 0xD000)]
+    assert mapped_files() == (expected if found else expected[1:])
