@@ -310,7 +310,7 @@ def leave() -> None:
     if any(not thread.daemon for thread in threading.enumerate() if thread is not threading.main_thread()):
         return
     streams = [stream for stream in (sys.stdout, sys.stderr) if stream is not None]
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError, ValueError):  # ValueError: a stream is closed
         for stream in streams:
             stream.flush()
         atexit._run_exitfuncs()
@@ -331,7 +331,7 @@ def collector_off() -> Iterator[None]:
     try:
         yield
     finally:
-        if only_samples:
+        if only_samples and "torch" in sys.modules and not gc.get_freeze_count():  # once: garbage freezes too
             gc.freeze()
         if enabled:
             gc.enable()

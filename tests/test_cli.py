@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
+import weakref
 
 import pytest
 from tqdm import tqdm
@@ -168,6 +169,26 @@ def test_the_collector_is_off_within_the_block_and_then_as_before():
             assert gc.isenabled() == enabled
     finally:
         (gc.enable if before else gc.disable)()
+
+
+def test_garbage_of_a_later_block_is_collected(monkeypatch):
+    monkeypatch.setattr(cli, "only_samples", True)
+    try:
+        for _ in range(2):
+            with collector_off():
+                cycle = threading.Event()
+                cycle.itself, found = cycle, weakref.ref(cycle)
+                del cycle
+        gc.collect()
+        assert gc.get_freeze_count() and found() is None
+    finally:
+        gc.unfreeze()
+
+
+def test_a_program_may_close_its_output():
+    program = "import sys; from ldm.cli import run_command; sys.exit(run_command(lambda argv: sys.stdout.close()))"
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_files_are_found_here_or_in_the_checkout(tmp_path, monkeypatch):
