@@ -115,10 +115,7 @@ def compile_network(model: pl.LightningModule, backend: str, accelerator: str) -
     if compile_model is None:
         raise ConfigError(f"--compile: {type(model).__name__} has no method compile_network; leave it out")
     check_compiler(backend, accelerator)
-    try:
-        compile_model(backend)
-    except RuntimeError as error:  # no support of this Python or system
-        raise ConfigError(f"--compile {backend}: {one_line(error)}") from error
+    compile_model(backend)
 
 
 def fit(trainer: pl.Trainer, model: pl.LightningModule, data: Any, directory: RunDirectory) -> int:

@@ -14,6 +14,7 @@ from ldm.checkpoint.resume import find_checkpoint
 from ldm.config.files import load_yaml
 from ldm.config.instantiate import accepted_params, instantiate_from_config
 from ldm.config.types import NonNegativeFloat, PositiveInt
+from ldm.models.diffusion.compile import compile_network
 from ldm.models.diffusion.ddpm import LatentDiffusion, require_weights
 from ldm.models.diffusion.gaussian_diffusion import GaussianDiffusion
 from ldm.models.diffusion.image_log import tile_frames
@@ -87,7 +88,7 @@ class NoisyLatentImageClassifier(TrainedModule):
         return network(**params) if whole else network(**params, pool=pool)
 
     def compile_network(self, backend: str) -> None:
-        self.model.compile(backend=backend)
+        compile_network(self.model, backend)
 
     def on_fit_start(self) -> None:
         super().on_fit_start()

@@ -8,6 +8,7 @@ import os
 import shutil
 from typing import TYPE_CHECKING, Any
 
+from ldm.cli import one_line
 from ldm.config.instantiate import ConfigError
 
 if TYPE_CHECKING:
@@ -19,10 +20,12 @@ logger = logging.getLogger(__name__)
 def compile_network(network: nn.Module, backend: str = "inductor", **options: Any) -> None:
     """Compile the forward pass of `network` at its first call; unlike torch.compile(module), it keeps the keys.
 
-    options: further arguments of torch.compile. Raises ConfigError, see `check_compiler`.
+    options: further arguments of torch.compile. Raises ConfigError if it does not support this Python or system.
     """
-    check_compiler(backend, next((parameter.device.type for parameter in network.parameters()), "cpu"))
-    network.compile(backend=backend, **options)
+    try:
+        network.compile(backend=backend, **options)
+    except RuntimeError as error:
+        raise ConfigError(f"--compile {backend}: {one_line(error)}; remove the flag") from error
 
 
 def compile_for_sampling(network: nn.Module, backend: str, device_type: str) -> None:
@@ -31,6 +34,7 @@ def compile_for_sampling(network: nn.Module, backend: str, device_type: str) -> 
     inductor replays CUDA graphs on CUDA, and keeps a copy of the weights in oneDNN's blocked format on the CPU. Raises
     ConfigError, see `check_compiler`.
     """
+    check_compiler(backend, device_type)
     static = {"triton.cudagraphs": True} if device_type == "cuda" else {"freezing": device_type == "cpu"}
     logger.info("the first step compiles the UNet with %s, which takes minutes for a large one", backend)
     compile_network(network, backend, dynamic=False, **({"options": static} if backend == "inductor" else {}))

@@ -24,6 +24,7 @@ from ldm.config.instantiate import (
 from ldm.config.types import Dropout, NonNegativeFloat, PositiveFloat, PositiveInt, Probability
 from ldm.models.cached import EMBEDDING, LATENT, MOMENTS
 from ldm.models.diffusion.adapters import AdapterTraining
+from ldm.models.diffusion.compile import compile_network
 from ldm.models.diffusion.condition_stage import ConditionStage, drop_condition
 from ldm.models.diffusion.conditioning import (
     Conditioning,
@@ -172,7 +173,7 @@ class DDPM(TrainedModule, PublishedDDPM):
         return ", ".join(filter(None, (self.parameterization, f"{self.loss_type}{huber}", *sections, mask)))
 
     def compile_network(self, backend: str) -> None:
-        self.model.diffusion_model.compile(backend=backend)  # unlike torch.compile(module), it keeps the keys
+        compile_network(self.model.diffusion_model, backend)
 
     # ------------------------------------------------------------------------------------------------- training step
 

@@ -31,6 +31,17 @@ def test_sampling_compiles_for_fixed_sizes_and_weights(monkeypatch, device, opti
     assert calls == [{"backend": "inductor", "dynamic": False, "options": options}]
 
 
+def test_a_python_without_support_is_an_error_of_one_line(monkeypatch):
+    network = nn.Linear(3, 4)
+
+    def compile(**options):
+        raise RuntimeError("not supported on\nthis Python")
+
+    monkeypatch.setattr(network, "compile", compile)
+    with pytest.raises(ConfigError, match=r"^--compile eager: not supported on this Python; remove the flag$"):
+        compile_network(network, "eager")
+
+
 @pytest.mark.parametrize("device, needs", [("cpu", r"a C\+\+ compiler"), ("cuda", "triton")])
 def test_inductor_is_refused_without_what_compiles_its_code(monkeypatch, device, needs):
     monkeypatch.delenv("CXX", raising=False)
