@@ -62,9 +62,12 @@ class ConditionStage(TrainedModule):
     def encode_distinct(self, c: Any) -> Any:
         """Encode a raw condition like `get_learned_conditioning`, but each distinct text of a list once.
 
-        For frozen encoders: the captions that were dropped, and those that templates repeat, cost one pass.
+        For frozen encoders: the captions that were dropped, and those that templates repeat, cost one pass. Adapters in
+        training get every text: each has its own dropout.
         """
-        if not (isinstance(c, list) and all(isinstance(text, str) for text in c)):
+        adapters = getattr(self, "adapters", None)
+        adapted = self.training and adapters is not None and any(key.startswith("text.") for key in adapters.layers())
+        if adapted or not (isinstance(c, list) and all(isinstance(text, str) for text in c)):
             return self.get_learned_conditioning(c)
         rows = {text: row for row, text in enumerate(dict.fromkeys(c))}
         encoded = self.get_learned_conditioning(list(rows))

@@ -85,6 +85,16 @@ def test_the_frozen_networks_stay_in_eval_mode(base):
     assert model.adapters.training and not model.model.training and not model.cond_stage_model.training
 
 
+@pytest.mark.parametrize("targets, distinct", [(["text_encoder"], True), (["attention"], False)])
+def test_equal_captions_have_dropout_of_their_own_if_the_text_encoder_has_adapters(base, targets, distinct):
+    model = build(base.ckpt, targets=targets).train()
+    for layer in model.adapters.layers().values():
+        torch.nn.init.ones_(layer.up)
+    first, second = model.encode_distinct(["a cat", "a cat"])
+    assert torch.equal(first, second) != distinct
+    assert torch.equal(*model.eval().encode_distinct(["a cat", "a cat"]))
+
+
 def test_a_checkpoint_holds_the_adapter_and_a_record_of_the_base(base, options, trained):
     model, ckpt = trained
     content = torch.load(ckpt, weights_only=True)
