@@ -9,6 +9,22 @@ import platform
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_MMAP_MAX = -1, -3, -4  # of mallopt(3)
 
 
+class _Mallinfo2(ctypes.Structure):
+    """glibc's struct mallinfo2, in bytes: fordblks is what was freed and kept."""
+
+    _fields_ = [(name, ctypes.c_size_t) for name in ("arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks")]
+    _fields_ += [(name, ctypes.c_size_t) for name in ("fsmblks", "uordblks", "fordblks", "keepcost")]
+
+
+def kept_memory() -> int:
+    """Bytes that this process freed and keeps for its next allocation; 0 where the C library is not glibc 2.33."""
+    mallinfo2 = getattr(ctypes.CDLL(None), "mallinfo2", None) if platform.libc_ver()[0] == "glibc" else None
+    if mallinfo2 is None:
+        return 0
+    mallinfo2.restype = _Mallinfo2
+    return int(mallinfo2().fordblks)
+
+
 def keep_freed_memory(large: bool = False) -> None:
     """Make malloc keep up to 2 GiB of freed memory, if it is glibc's and the environment does not say otherwise.
 

@@ -1,5 +1,6 @@
 """Memory that malloc keeps."""
 
+import ctypes
 import platform
 import subprocess
 import sys
@@ -8,7 +9,7 @@ import pytest
 
 FAULTS = """
 import ctypes, resource
-from ldm.allocator import keep_freed_memory
+from ldm.allocator import keep_freed_memory, kept_memory
 libc = ctypes.CDLL(None)
 libc.malloc.restype, libc.malloc.argtypes, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_size_t], [ctypes.c_void_p]
 size, large = {size}, {large}
@@ -24,7 +25,7 @@ for _ in range(3):
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 for _ in range(10):
     step()
-print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before, kept_memory())
 """
 
 
@@ -46,4 +47,6 @@ def test_memory_that_a_step_frees_is_kept_for_the_next_unless_the_environment_sa
         monkeypatch.setenv(name, value)
     program = FAULTS.replace("{size}", str(size)).replace("{large}", str(large))
     out = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
-    assert (int(out) < 100) == kept, out  # of 163,840 pages
+    faults, size = map(int, out.split())
+    assert (faults < 100) == kept, out  # of 163,840 pages
+    assert (2**26 <= size < 2**27) == (kept and hasattr(ctypes.CDLL(None), "mallinfo2")), out

@@ -261,7 +261,7 @@ def prepare(opt: Namespace, info: ModelInfo, ckpt: Path | None = None) -> Prepar
         check_unchanged(opt, info, weights)
     device = inference.choose_device(opt.device)
     if opt.offload is not None:
-        check_offload(opt.offload, device.type)
+        check_offload(opt.offload, device.type, opt.compile)
     if opt.compile is not None:
         check_compiler(opt.compile, device.type)
         if getattr(opt, "controlnet", None):

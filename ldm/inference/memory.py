@@ -4,30 +4,52 @@ from __future__ import annotations
 
 import logging
 import re
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ldm.allocator import kept_memory
 from ldm.modules.dtype import weights_dtype
 
 logger = logging.getLogger(__name__)
 
+_PROC, _CGROUPS = Path("/proc"), Path("/sys/fs/cgroup")
 _COPIES = 5  # of the widest activation: a residual block's input, normalization, convolutions and their workspace
 
 
 def free_memory(device: torch.device) -> int | None:
-    """Bytes that a process can still allocate on a device: of a GPU, or of the system's RAM; None if unknown."""
+    """Bytes that a process can still allocate on a device: of a GPU, or of the RAM; None if unknown.
+
+    On the CPU: memory that Linux calls available, within the process's control groups, and what the process keeps.
+    """
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # torch's own cache
         return torch.cuda.mem_get_info(device)[0] + unused
     try:
-        meminfo = Path("/proc/meminfo").read_text(encoding="ascii")
+        meminfo = (_PROC / "meminfo").read_text(encoding="ascii")
     except OSError:
         return None
     available = re.search(r"^MemAvailable: +(\d+) kB$", meminfo, re.MULTILINE)
-    return int(available[1]) * 1024 if available and device.type == "cpu" else None
+    if available is None or device.type != "cpu":
+        return None
+    return max(0, min([int(available[1]) * 1024, *_left_by_cgroups()])) + kept_memory()
+
+
+def _left_by_cgroups() -> Iterator[int]:
+    """Bytes that each limit of the process's control groups (version 2) leaves; pages of files can be dropped."""
+    try:
+        own = re.search(r"^0::/(.*)$", (_PROC / "self/cgroup").read_text(encoding="utf-8"), re.MULTILINE)
+    except (OSError, ValueError):
+        own = None
+    for group in (_CGROUPS / own[1], *(_CGROUPS / own[1]).parents) if own else ():
+        with suppress(OSError, ValueError):  # no such file above the first group; "max": no limit
+            limit, stat = (int((group / "memory.max").read_text()), (group / "memory.stat").read_text())
+            files = sum(map(int, re.findall(r"^(?:in)?active_file (\d+)$", stat, re.MULTILINE)))
+            yield limit - int((group / "memory.current").read_text()) + files
 
 
 def decoder_bytes(decoder: Any, height: int, width: int, dtype: torch.dtype) -> int | None:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
 import torch
 from torch import nn
 
 from ldm.inference.settings import OFFLOADS
 
+_IN_USE = "_offload_in_use"  # attribute of a stage: its context
 _CALLS = ("forward", "encode", "decode", "encode_tokens")  # how models and tasks use a stage
 
 
@@ -26,6 +28,11 @@ def keep_on_cpu(stages: Sequence[nn.Module], networks: Sequence[nn.Module], devi
     """Keep `stages` on the CPU; each is on `device` during its calls, and the `networks` are on the CPU meanwhile."""
     for stage in stages:
         _keep_one(stage, networks, device)
+
+
+def in_use(stage: Any) -> AbstractContextManager[None]:
+    """Context in which a stage that waits on the CPU stays on its device from call to call; of others, nothing."""
+    return getattr(stage, _IN_USE, nullcontext)()
 
 
 def _keep_one(stage: nn.Module, networks: Sequence[nn.Module], device: torch.device) -> None:
@@ -51,4 +58,5 @@ def _keep_one(stage: nn.Module, networks: Sequence[nn.Module], device: torch.dev
     for name in _CALLS:
         if (call := getattr(stage, name, None)) is not None:
             setattr(stage, name, in_use()(call))
+    setattr(stage, _IN_USE, in_use)
     stage.to(cpu)

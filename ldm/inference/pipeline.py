@@ -33,7 +33,7 @@ from ldm.data.image import to_array
 from ldm.inference.embeddings import add_tokens, read_tokens
 from ldm.inference.lora import add_live, merged, read_adapters, split_adapter
 from ldm.inference.memory import decoded_at_once
-from ldm.inference.offload import keep_on_cpu, offloaded_stages
+from ldm.inference.offload import in_use, keep_on_cpu, offloaded_stages
 from ldm.inference.precision import cast_weights, choose_device, resolve_precision
 from ldm.inference.quantize import check_quantization, quantize_weights
 from ldm.inference.settings import LORA_MODES, Request, check_offload, embedding_text, lora_text, require
@@ -176,6 +176,11 @@ class Pipeline:
         """An image as (1, 3, H, W) float32 in [-1, 1] on the model's device."""
         return torch.from_numpy(to_array(image)).permute(2, 0, 1)[None].contiguous().to(self.device)
 
+    def encode(self, x: Tensor) -> Any:
+        """Images (B, 3, H, W) in [-1, 1] -> the first stage's posterior or latents."""
+        with in_use(getattr(self.model, "first_stage_model", None)):
+            return self.model.encode_first_stage(x)
+
     def decode(self, z: Tensor) -> Tensor:
         """Latents (B, c, h, w) -> float32 images (B, 3, H, W) in [-1, 1].
 
@@ -186,19 +191,25 @@ class Pipeline:
             raise ValueError(f"sampling gave non-finite values; {self._why_not_finite()}")
         if not hasattr(self.model, "decode_first_stage"):  # diffusion in pixel space
             return z.float().clamp(-1.0, 1.0)
+        stage: nn.Module | None = getattr(self.model, "first_stage_model", None)
+        with in_use(stage):
+            x = self._decode(z, stage)
+        if not torch.isfinite(x).all():
+            raise ValueError(f"the first stage gave non-finite values; {self._why_not_finite()}")
+        return x.clamp(-1.0, 1.0)
+
+    def _decode(self, z: Tensor, stage: nn.Module | None) -> Tensor:
         latents = z.split(decoded_at_once(self.model, z, self.dtype))
         x = torch.cat([self.model.decode_first_stage(part).float() for part in latents])
-        stage: nn.Module | None = getattr(self.model, "first_stage_model", None)
         used = self.dtype or (weights_dtype(stage) if stage is not None else None)
         if used in HALF and not torch.isfinite(x).all():
             logger.info("the first stage overflows in %s: decoding in float32", used)
             if stage is not None:
                 stage.float()
             with torch.autocast(self.device.type, enabled=False):
-                x = torch.cat([self.model.decode_first_stage(part.float()) for part in latents])
-        if not torch.isfinite(x).all():
-            raise ValueError(f"the first stage gave non-finite values; {self._why_not_finite()}")
-        return x.clamp(-1.0, 1.0)
+                latents = z.float().split(decoded_at_once(self.model, z, torch.float32))
+                x = torch.cat([self.model.decode_first_stage(part) for part in latents])
+        return x
 
     def _why_not_finite(self) -> str:
         """The first weight that is not finite, or advice. Checked only here: reading every weight takes seconds."""
@@ -254,7 +265,7 @@ def load_model(
     if quantize is not None:
         check_quantization(quantize, where, precision)
     if offload is not None:
-        check_offload(offload, where.type)
+        check_offload(offload, where.type, compiler)
     source = open_weights(ckpt)
     source.check(info.config)
     weights, trained = split_adapter(source.path, source.tensors(), info.config, use_ema)

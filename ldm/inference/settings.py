@@ -210,10 +210,15 @@ def check_quantize(name: str) -> None:
         raise ImportError(f"--quantize {name} needs torchao: pip install -e '.[quantize]'")
 
 
-def check_offload(name: str, device: str) -> None:
-    """Raise ValueError for an unknown name, and for a device type that shares the CPU's memory."""
+def check_offload(name: str, device: str, compiler: str | None = None) -> None:
+    """Raise ValueError for an unknown name, a device type without memory of its own, a compiled network that moves."""
     require(name in OFFLOADS, f"--offload {name}: choose one of {', '.join(OFFLOADS)}")
     require(device == "cuda", f"--offload {name}: the model is on {device}, which saves no memory; remove the flag")
+    require(
+        name != "all" or compiler is None,
+        "--offload all with --compile: a compiled network stays where it is; choose --offload vae or text, or remove "
+        "--compile",
+    )
 
 
 def round_to_multiple(side: int, multiple: int) -> int:

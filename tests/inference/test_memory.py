@@ -1,5 +1,6 @@
 """Decoding by memory: the whole batch if it fits, else parts with the same result."""
 
+import copy
 import logging
 
 import pytest
@@ -37,6 +38,21 @@ def test_parts_give_the_images_of_the_whole_batch(pipeline, z, monkeypatch, room
     assert torch.allclose(pipeline.decode(z), whole, atol=1e-5) and sum(sizes) == 3 and len(sizes) > 1
 
 
+def test_float32_after_an_overflow_has_parts_of_its_own(pipeline, z, monkeypatch):
+    model, sizes = copy.deepcopy(pipeline.model), []
+    half = pipeline.with_model(model)
+    half.dtype = torch.bfloat16
+    monkeypatch.setattr("ldm.inference.pipeline.decoded_at_once", lambda model, z, dtype: {2: 2, 4: 1}[dtype.itemsize])
+    bad = [torch.tensor(float("inf")), torch.tensor(float("inf"))]
+
+    def decode(z):
+        sizes.append(len(z))
+        return torch.zeros(len(z), 3, 2, 2) + (bad.pop() if bad else 0.0)
+
+    monkeypatch.setattr(model, "decode_first_stage", decode)
+    assert half.decode(z).shape == (3, 3, 2, 2) and sizes == [2, 1, 1, 1, 1]
+
+
 def test_a_tile_is_what_must_fit_where_the_first_stage_works_in_tiles(pipeline, monkeypatch):
     z = torch.zeros(2, 4, 16, 16)
     with_room_for(1.0, pipeline, z, monkeypatch)
@@ -55,7 +71,35 @@ def test_a_model_with_another_first_stage_decodes_the_whole_batch(z):
     assert decoded_at_once(torch.nn.Identity(), z) == 3
 
 
-def test_the_free_memory_of_the_cpu_is_less_than_all_of_it():
-    free = free_memory(torch.device("cpu"))
-    assert free is None or 0 < free < 2**50
-    assert free_memory(torch.device("meta")) is None
+@pytest.fixture
+def system(tmp_path, monkeypatch):
+    """A system with 1000 kB available, and a job with a limit of its own; `limit` sets it."""
+    job = tmp_path / "cgroup" / "jobs" / "one"
+    job.mkdir(parents=True)
+    (tmp_path / "self").mkdir()
+    (tmp_path / "meminfo").write_text("MemFree:  5 kB\nMemAvailable:  1000 kB\nBuffers:  1 kB\n")
+    (tmp_path / "self" / "cgroup").write_text("4:memory:/other\n0::/jobs/one\n")
+    monkeypatch.setattr(memory, "_PROC", tmp_path)
+    monkeypatch.setattr(memory, "_CGROUPS", tmp_path / "cgroup")
+    monkeypatch.setattr(memory, "kept_memory", lambda: 7)
+
+    def limit(group, most, used):
+        for name, text in (("max", most), ("current", used), ("stat", "anon 3\nactive_file 20\ninactive_file 30\n")):
+            (group / f"memory.{name}").write_text(f"{text}\n")
+
+    limit(job, "max", 0)
+    return job, limit
+
+
+def test_the_free_memory_of_the_cpu_is_what_is_available_within_limits_and_what_the_process_keeps(system):
+    job, limit = system
+    cpu = torch.device("cpu")
+    assert free_memory(cpu) == 1000 * 1024 + 7 and free_memory(torch.device("meta")) is None
+    limit(job.parent, 5000, 4000)
+    assert free_memory(cpu) == 5000 - 4000 + 50 + 7
+    limit(job, 300, 200)
+    assert free_memory(cpu) == 300 - 200 + 50 + 7
+    limit(job, 300, 900)
+    assert free_memory(cpu) == 7
+    (job / "memory.max").write_text("damaged")
+    assert free_memory(cpu) == 5000 - 4000 + 50 + 7

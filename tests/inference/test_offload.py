@@ -7,9 +7,10 @@ from PIL import Image
 from torch import nn
 
 from ldm import inference
-from ldm.inference import requests
+from ldm.inference import memory, requests
 from ldm.inference.offload import keep_on_cpu, offloaded_stages
 from ldm.inference.settings import check_offload
+from ldm.models.diffusion.tiling import TiledModel, Tiling
 from tests.images import hole, make_image
 from tests.tiny import save_model
 
@@ -120,9 +121,34 @@ def test_an_error_during_a_call_brings_every_part_back(load, monkeypatch):
     assert calls[-1] == ("network", {"network": "cuda", "cond_stage_model": "cpu", "first_stage_model": "cpu"})
 
 
+def test_tiles_and_parts_of_a_batch_move_each_stage_once(load, monkeypatch):
+    pipeline = load("text")
+    model, moves = pipeline.model, []
+    monkeypatch.setattr(nn.Module, "to", lambda module, device: moves.append((module, device.type)))
+    keep_on_cpu([model.first_stage_model], [model.model], CUDA)
+    tiled = pipeline.with_model(TiledModel(model, Tiling((4, 4), (2, 2)), 4))
+    once = [
+        (model.model, "cpu"),
+        (model.first_stage_model, "cuda"),
+        (model.first_stage_model, "cpu"),
+        (model.model, "cuda"),
+    ]
+    places = []
+    monkeypatch.setattr(memory, "free_memory", lambda device: places.append(moves[-1]) or 0)
+    for run in (lambda: tiled.encode(torch.zeros(1, 3, 32, 32)), lambda: tiled.decode(torch.zeros(2, 4, 8, 8))):
+        moves.clear()
+        with torch.no_grad():
+            run()
+        assert moves == once
+    assert places == [once[1]]  # free memory is measured without the network
+
+
 def test_a_device_without_memory_of_its_own_and_a_model_without_the_stage_are_refused(load):
     with pytest.raises(ValueError, match="--offload vae: the model is on cpu"):
         check_offload("vae", "cpu")
+    with pytest.raises(ValueError, match=r"^--offload all with --compile: .*; choose --offload vae or text, or remove"):
+        check_offload("all", "cuda", "inductor")
+    check_offload("vae", "cuda", "inductor")
     with pytest.raises(ValueError, match="choose one of text, vae, all"):
         check_offload("unet", "cuda")
     with pytest.raises(ValueError, match="--offload text: this model has no cond_stage_model"):

@@ -23,7 +23,7 @@ def edit(
     """
     request = request.checked(pipeline.info)
     with pipeline.sampling():
-        encoded = in_tiles(pipeline, request).model.encode_first_stage(pipeline.tensor(fit(image, *request.size)))
+        encoded = in_tiles(pipeline, request).encode(pipeline.tensor(fit(image, *request.size)))
     latent = encoded if torch.is_tensor(encoded) else encoded.mode()  # (1, c, h, w)
     parts = {"c_concat": [latent]}
     without = {"c_concat": [torch.zeros_like(latent)]} if request.image_scale != 1.0 else parts

@@ -43,22 +43,22 @@ def image_to_image(
     if request.depth != (depth is not None):
         raise ValueError(f"the request has depth={request.depth}, but a depth map was {'not ' * (depth is None)}given")
     parts = None if depth is None else depth_parts(pipeline, request.latent_shape[1:], image, depth)
-    model, randomness, steps = (
-        in_tiles(pipeline, request).model,
+    tiled, randomness, steps = (
+        in_tiles(pipeline, request),
         Randomness(request.seed, pipeline.device),
         request.encode_steps,
     )
     per_image = request.seed_mode == "image"
     with randomness(), torch.no_grad():  # outside autocast, as published
         x = pipeline.tensor(fit(image, *request.size))
-        posterior = model.encode_first_stage(x if per_image else x.expand(request.n_samples, -1, -1, -1))
+        posterior = tiled.encode(x if per_image else x.expand(request.n_samples, -1, -1, -1))
         if not per_image:
-            z0 = model.get_first_stage_encoding(posterior)  # (n_samples, c, h, w)
+            z0 = tiled.model.get_first_stage_encoding(posterior)  # (n_samples, c, h, w)
             start = torch.randn_like(z0) if request.fixed_code else None
 
     def sample_latents(pipeline: Pipeline, batch: Batch, noise: NoiseSource, given: Conditioned) -> Tensor:
         size = len(batch.prompts)
-        z = model.get_first_stage_encoding(_samples_of(posterior, noise, size)) if per_image else z0[:size]
+        z = tiled.model.get_first_stage_encoding(_samples_of(posterior, noise, size)) if per_image else z0[:size]
         if steps == 0:
             return z
         sampler = make_sampler(request.sampler, pipeline.model)

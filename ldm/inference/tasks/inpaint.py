@@ -74,7 +74,7 @@ def _kept(pipeline: Pipeline, image: Tensor, hole: Tensor) -> tuple[Tensor, Tens
     """(mask, x0) for the sampler, (1, 1, h, w) and (1, c, h, w): latent cells that touch the hole are generated."""
     factor, multiple, model = pipeline.info.factor, pipeline.info.multiple, pipeline.model
     assert factor is not None
-    x0 = model.get_first_stage_encoding(model.encode_first_stage(padded(image, multiple)))
+    x0 = model.get_first_stage_encoding(pipeline.encode(padded(image, multiple)))
     return 1.0 - max_pool2d(padded(hole, multiple), factor), x0
 
 
