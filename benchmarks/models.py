@@ -21,7 +21,8 @@ from ldm.config.instantiate import instantiate_from_config
 from ldm.config.model_info import ModelInfo, read_model_info
 from ldm.convert.convert import tokenizer_files
 from ldm.inference.pipeline import load_model
-from ldm.models.diffusion.compile import compile_network
+from ldm.models.diffusion.compile import compile_for_sampling
+from ldm.modules.prepacked import prepack
 from ldm.paths import ROOT
 
 CONFIG = ROOT / "configs" / "stable-diffusion" / "v1-inference.yaml"
@@ -127,14 +128,14 @@ class Models:
         key = f"{precision} compiled" if compiled else precision
         if key not in self._loaded:
             self.release()
-            ours: Any = load_model(
-                self.config, self.file, str(self.device), "full" if precision == "fp32" else precision
-            )
+            named = "full" if precision == "fp32" else precision
+            compiler = "inductor" if compiled else None
+            ours: Any = load_model(self.config, self.file, str(self.device), named, compiler=compiler)
             theirs = self.diffusers(precision)
             if compiled:
-                options = {"mode": "reduce-overhead"} if self.device.type == "cuda" else {}
-                compile_network(ours.model.model.diffusion_model, **options)
-                theirs.unet.compile(fullgraph=True, **options)
+                compile_for_sampling(theirs.unet, "inductor", self.device.type)
+            elif self.device.type == "cpu":
+                prepack(ours.model)  # as the sampling scripts do
             self._loaded[key] = ours, theirs
         return self._loaded[key]
 

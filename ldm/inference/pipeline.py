@@ -297,10 +297,9 @@ def load_model(
     keep_on_cpu(stages, [model.model, *control] if offload == "all" else [], where)
     if compiler is not None:
         compile_for_sampling(model.get_submodule("model.diffusion_model"), compiler, where.type)
-    if where.type == "cpu":
+    if where.type == "cpu" and cli.only_samples:  # a program of this project: nothing else reads weights or memory
         prepack(model)
-        if cli.only_samples:  # a program of this project, whose memory it may arrange
-            keep_freed_memory(large=True)
+        keep_freed_memory(large=True)
     del adapters
     seconds, millions = time.perf_counter() - start, sum(p.numel() for p in model.parameters()) / 1e6
     logger.info("model ready in %.1f s: %.1f M parameters on %s, precision %s", seconds, millions, where, chosen)

@@ -73,7 +73,8 @@ class PrepackedConv2d(_Prepacked, nn.Conv2d):
     """nn.Conv2d with a packed weight."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.ndim != 4 or not self.pack(x):
+        circular = self.padding_mode != "zeros" or "_conv_forward" in vars(self)  # as research code tiles images
+        if circular or x.ndim != 4 or not self.pack(x):
             self.unpack()
             return super().forward(x)
         layout = self.padding, self.stride, self.dilation, self.groups

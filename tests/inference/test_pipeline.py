@@ -8,7 +8,7 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from ldm import inference
+from ldm import cli, inference
 from ldm.checkpoint import CheckpointError
 from ldm.config.model_info import model_info
 from ldm.inference import Pipeline, load_model, text_to_image
@@ -54,7 +54,9 @@ def test_a_compiled_network_gives_the_same_images_and_is_recorded(saved, pipelin
             assert np.abs(ours.astype(int) - eager).max() <= 1
 
 
-def test_convolutions_keep_packed_weights_in_bfloat16(saved, pipeline):
+def test_convolutions_keep_packed_weights_in_bfloat16_in_a_program_that_samples(saved, pipeline, monkeypatch):
+    monkeypatch.setattr("ldm.inference.pipeline.keep_freed_memory", lambda large: None)  # of this process
+    monkeypatch.setattr(cli, "only_samples", True)
     half = load_model(saved.config, saved.ckpt, "cpu", "bf16")
     (image, _), (expected, _) = generate(half), generate(pipeline)
     packed = {type(layer) for layer in half.model.model.modules()} & {PrepackedConv2d, PrepackedLinear}

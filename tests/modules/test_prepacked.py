@@ -73,6 +73,24 @@ def test_weights_that_train_keep_their_parameters():
     assert all(p is q and p.grad is not None for p, q in zip(parameters, net.parameters(), strict=True))
 
 
+def _circular(layer):
+    layer.padding_mode = "circular"
+    layer._reversed_padding_repeated_twice = [1, 1, 1, 1]
+
+
+def _other_forward(layer):
+    layer._conv_forward = lambda x, weight, bias: torch.zeros_like(x)
+
+
+@pytest.mark.parametrize("change", [_circular, _other_forward])
+def test_a_layer_that_research_code_changes_computes_as_changed(change):
+    layers = packed()[0], plain()[0]
+    for layer in layers:
+        change(layer)
+    with torch.no_grad():
+        assert torch.equal(*(layer(X) for layer in layers))
+
+
 def test_an_input_without_batch_is_taken_as_by_a_plain_layer():
     with torch.no_grad():
         assert torch.equal(packed()[0](X[0]), plain()[0](X[0]))

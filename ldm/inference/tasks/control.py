@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ldm import cli
 from ldm.checkpoint import CheckpointError, WeightsSource, load_weights, open_weights, weights_on_meta
 from ldm.checkpoint.diffusers.files import read_json
 from ldm.checkpoint.diffusers.plan import CONTROL
@@ -103,7 +104,7 @@ def load_controlnet(pipeline: Pipeline, ckpt: str | Path | WeightsSource, use_em
     net.global_average_pooling = own_config.is_file() and bool(read_json(own_config).get("global_pool_conditions"))
     if (quantize := pipeline.identity.get("quantize")) is not None:
         quantize_weights([net], quantize)
-    if pipeline.device.type == "cpu":
+    if pipeline.device.type == "cpu" and cli.only_samples:
         prepack(net)
     return net
 

@@ -41,6 +41,7 @@ from ldm.models.diffusion.timesteps import UniformTimesteps
 from ldm.models.diffusion.training_noise import TrainingNoise
 from ldm.models.training import Losses, TrainedModule, fixed_noise, freeze
 from ldm.models.training import disabled_train as disabled_train
+from ldm.modules.diffusionmodules.openaimodel import UNetModel
 from ldm.modules.diffusionmodules.parameterization import get_parameterization
 from ldm.modules.diffusionmodules.util import is_own, is_unchanged
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
@@ -274,8 +275,8 @@ class DDPM(TrainedModule, PublishedDDPM):
     def repeats_inputs(self) -> bool:
         """True if `apply_model` takes a condition of a multiple of the batch, see `UNetModel.forward`."""
         wrapper = self.model
-        own = is_own(self, DDPM, "apply_model") and is_own(wrapper, DiffusionWrapper, "forward", "call")
-        network = getattr(wrapper.diffusion_model, "repeats_inputs", False)
+        own = type(self).apply_model is DDPM.apply_model and is_own(self, "apply_model") and is_own(wrapper, "call")
+        network = isinstance(wrapper.diffusion_model, UNetModel) and wrapper.diffusion_model.repeats_inputs
         return own and wrapper.conditioning_key == "crossattn" and network and is_unchanged(wrapper)
 
     def get_loss(self, pred: Tensor, target: Tensor, mean: bool = True) -> Tensor:

@@ -19,6 +19,7 @@ from ldm.modules.diffusionmodules.util import (
     avg_pool_nd,
     checkpoint,
     conv_nd,
+    has_global_hooks,
     is_own,
     is_unchanged,
     linear,
@@ -604,9 +605,10 @@ class UNetModel(UNetTrunk):
     def repeats_inputs(self) -> bool:
         """True if `forward` takes a context of a multiple of the batch: no block of other code, no hook."""
         context_blocks = [layer for layer in self._block_layers() if takes_context(type(layer))]
-        own = is_own(self, UNetModel, "forward", "prepare", "encode", "middle", "decode", "head")
+        parts = ("forward", "prepare", "encode", "middle", "decode", "head")
+        own = is_own(self, *parts) and all(getattr(type(self), part) is getattr(UNetModel, part) for part in parts)
         known = bool(context_blocks) and all(type(layer) is SpatialTransformer for layer in context_blocks)
-        return own and known and all(map(is_unchanged, self.modules()))
+        return own and known and all(map(is_unchanged, self.modules())) and not has_global_hooks()
 
     def decode(
         self, h: Tensor, skips: list[Tensor], emb: Tensor, context: Context = None, blocks: slice = slice(None)

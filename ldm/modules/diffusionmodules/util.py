@@ -6,12 +6,14 @@ The functions of `schedule.py` are re-exported, as published.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules import module as _module
 from torch.utils.checkpoint import checkpoint as _checkpoint
 
 from ldm.modules.diffusionmodules.schedule import extract_into_tensor as extract_into_tensor
@@ -86,21 +88,30 @@ def repeat_batch(x: Tensor, size: int) -> Tensor:
     return x if x.shape[0] == size else torch.cat([x] * (size // x.shape[0]))  # `repeat` would lose channels_last
 
 
-def is_own(module: nn.Module, cls: type[nn.Module], *methods: str) -> bool:
-    """Return whether these methods of a module are those of `cls`, neither overridden nor replaced."""
-    return not any(name in vars(module) or getattr(type(module), name) is not getattr(cls, name) for name in methods)
+def is_own(module: nn.Module, *methods: str) -> bool:
+    """Return whether these methods of a module are those that its class, or a base of it, was written with.
+
+    A replaced method is seen by the file of its code, also if it takes the name of the original (functools.wraps).
+    """
+    files = {getattr(sys.modules.get(each.__module__), "__file__", None) for each in type(module).__mro__}
+    for name in methods:
+        code = getattr(getattr(type(module), name), "__code__", None)
+        if name in vars(module) or code is None or code.co_filename not in files:
+            return False
+    return True
 
 
 def is_unchanged(module: nn.Module) -> bool:
     """Return whether a module of this package or torch computes with its own forward: not replaced, without hooks."""
-    if module._forward_hooks or module._forward_pre_hooks:
+    if module._forward_hooks or module._forward_pre_hooks or type(module).__call__ is not nn.Module.__call__:
         return False
-    files = {each.__module__ for each in type(module).__mro__}
-    for name in ("forward", "_forward"):
-        source = getattr(getattr(type(module), name, module.modules), "__module__", "")
-        if name in vars(module) or source not in files or source.split(".")[0] not in ("ldm", "torch"):
-            return False
-    return True
+    own = [name for name in ("forward", "_forward") if hasattr(type(module), name)]
+    return type(module).__module__.split(".")[0] in ("ldm", "torch") and is_own(module, *own)
+
+
+def has_global_hooks() -> bool:
+    """Return whether hooks of all modules are registered."""
+    return bool(_module._global_forward_hooks or _module._global_forward_pre_hooks)
 
 
 def checkpoint(

@@ -1,6 +1,7 @@
 """The UNet and its layers: every option builds and runs; dtype and layout follow weights and inputs."""
 
 import copy
+import functools
 import json
 import zlib
 
@@ -10,7 +11,7 @@ import torch.nn.functional as F
 from omegaconf import OmegaConf
 from torch import nn
 
-from ldm.modules.attention import BasicTransformerBlock, ContextBlock, SpatialTransformer
+from ldm.modules.attention import BasicTransformerBlock, ContextBlock, CrossAttention, SpatialTransformer
 from ldm.modules.diffusionmodules import openaimodel
 from ldm.modules.diffusionmodules.openaimodel import (
     AttentionBlock,
@@ -451,6 +452,24 @@ def _replace_forward_of_the_class(net, monkeypatch):
     monkeypatch.setattr(BasicTransformerBlock, "_forward", lambda self, x, context=None: x)
 
 
+def _wrap_forward_of_the_class(net, monkeypatch):
+    original = CrossAttention.forward
+    monkeypatch.setattr(CrossAttention, "forward", functools.wraps(original)(lambda self, *args: original(self, *args)))
+
+
+def _wrap_forward_of_the_network(net, monkeypatch):
+    original = UNetModel.forward
+    monkeypatch.setattr(UNetModel, "forward", functools.wraps(original)(lambda self, *args: original(self, *args)))
+
+
+def _hook_all(net, monkeypatch):
+    monkeypatch.setitem(torch.nn.modules.module._global_forward_hooks, -1, lambda *args: None)
+
+
+def _replace_call(net, monkeypatch):
+    monkeypatch.setattr(CrossAttention, "__call__", lambda self, x, context=None: x, raising=False)
+
+
 def _replace_layer(net, monkeypatch):
     class Other(SpatialTransformer):
         pass
@@ -458,7 +477,11 @@ def _replace_layer(net, monkeypatch):
     net.middle_block[1].__class__ = Other
 
 
-@pytest.mark.parametrize("change", [_hook, _replace_forward, _replace_forward_of_the_class, _replace_layer])
+CHANGES = [_hook, _hook_all, _replace_forward, _replace_forward_of_the_class, _replace_call, _replace_layer]
+CHANGES += [_wrap_forward_of_the_class, _wrap_forward_of_the_network]
+
+
+@pytest.mark.parametrize("change", CHANGES)
 def test_a_network_with_other_code_or_a_hook_does_not_repeat_its_inputs(change, monkeypatch):
     net = unet(**ATTEND)
     assert net.repeats_inputs
