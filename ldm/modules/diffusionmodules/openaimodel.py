@@ -584,6 +584,12 @@ class UNetModel(UNetTrunk):
         first context is computed once, and the output is that of n repeated inputs, (n B, out_channels, H, W).
         Raises ValueError for a size that is not a multiple of `size_multiple`, and for missing or unsupported inputs.
         """
+        first = context if context is None or isinstance(context, Tensor) else context[0]
+        one_cell = all(size == self.size_multiple for size in x.shape[2:])  # at the deepest level
+        if one_cell and first is not None and timesteps is not None and len(first) > 0 == len(first) % len(x):
+            # GroupNorm refuses one sample of one cell, but not several.
+            x, timesteps = repeat_batch(x, len(first)), repeat_batch(timesteps, len(first))
+            y = None if y is None else repeat_batch(y, len(first))
         emb, context = self.prepare(x, timesteps, context, y)  # (B, 4 * model_channels), (B, L, context_dim)
         skips = self.encode(x, emb, context)  # (B, C_i, H_i, W_i) each
         h = self.middle(skips[-1], emb, context)  # (B, C, H/f, W/f), f = size_multiple
