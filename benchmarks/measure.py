@@ -92,12 +92,13 @@ def in_child(command: Sequence[str], output: Callable[[], Tensor] | None = None)
     environ = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
 
     def side() -> Sample:
-        anonymous = 0
+        anonymous = peak = 0
         with TemporaryFile("w+") as printed:
             start = time.perf_counter()
             child = subprocess.Popen(command, cwd=ROOT, env=environ, stdout=printed, stderr=subprocess.STDOUT)
             while not (ended := os.wait4(child.pid, os.WNOHANG))[0]:
-                anonymous = max(anonymous, _anonymous(child.pid))
+                anonymous = max(anonymous, _memory(child.pid, "RssAnon"))
+                peak = max(peak, _memory(child.pid, "VmHWM"))  # ru_maxrss begins with what this process has
                 time.sleep(0.005)
             seconds, (_, status, usage) = time.perf_counter() - start, ended
             child.returncode = os.waitstatus_to_exitcode(status)
@@ -108,15 +109,16 @@ def in_child(command: Sequence[str], output: Callable[[], Tensor] | None = None)
         own: dict[str, float] = next((json.loads(line) for line in reversed(lines) if line.startswith("{")), {})
         times = {"seconds": seconds, "cpu_seconds": usage.ru_utime + usage.ru_stime, **own}
         tensor = None if output is None else output()
-        return Sample(**times, output=tensor, peak_bytes=usage.ru_maxrss * 1024, anonymous_bytes=anonymous or None)
+        return Sample(**times, output=tensor, peak_bytes=peak or None, anonymous_bytes=anonymous or None)
 
     return side
 
 
-def _anonymous(pid: int) -> int:
+def _memory(pid: int, name: str) -> int:
+    """Bytes of an entry of a process's status; 0 where it cannot be read."""
     with contextlib.suppress(OSError, StopIteration):  # not Linux, or ended
         lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-        return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("RssAnon"))
+        return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(name))
     return 0
 
 
