@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ldm.config.types import Dropout, NonNegativeInt, PositiveInt
 from ldm.modules.attention import LinearAttention
 from ldm.modules.attention import SpatialSelfAttention as AttnBlock
-from ldm.modules.diffusionmodules.util import checkpoint
+from ldm.modules.diffusionmodules.util import checkpoint, has_global_hooks, is_unchanged
 from ldm.published import published_names
 
 ATTENTION_TYPES = ("vanilla", "vanilla-xformers", "linear", "none")
@@ -82,9 +82,15 @@ class Downsample(nn.Module):
         return self.conv(F.pad(x, (0, 1, 0, 1)))
 
 
-def silu_of(h: Tensor) -> Tensor:
-    """SiLU of a tensor that nothing else reads, in its memory unless a gradient needs it: maps of images are large."""
-    return F.silu(h, inplace=not torch.is_grad_enabled())
+def silu_of_norm(norm: nn.Module, x: Tensor) -> Tensor:
+    """SiLU of a norm's output, in the output's memory if nothing else can read it: maps of images are large.
+
+    A gradient, a hook, or another module in place of the norm may keep the output (nn.Identity returns x itself).
+    """
+    h = norm(x)
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or not isinstance(norm, nn.GroupNorm):
+        return F.silu(h)
+    return F.silu(h, inplace=is_unchanged(norm) and not has_global_hooks())
 
 
 class ResnetBlock(nn.Module):
@@ -117,10 +123,10 @@ class ResnetBlock(nn.Module):
                 self.nin_shortcut = nn.Conv2d(in_channels, out_channels, kernel_size=1)
 
     def forward(self, x: Tensor, temb: Tensor | None = None) -> Tensor:
-        h = self.conv1(silu_of(self.norm1(x)))  # (B, out, H, W)
+        h = self.conv1(silu_of_norm(self.norm1, x))  # (B, out, H, W)
         if temb is not None:
             h = h + self.temb_proj(F.silu(temb))[:, :, None, None]  # (B, out, 1, 1)
-        h = self.conv2(self.dropout(silu_of(self.norm2(h))))
+        h = self.conv2(self.dropout(silu_of_norm(self.norm2, h)))
         if self.in_channels != self.out_channels:
             x = self.conv_shortcut(x) if self.use_conv_shortcut else self.nin_shortcut(x)
         return x + h
@@ -322,7 +328,7 @@ class Encoder(Network):
         for level in self.down:
             h = level(h)
         h = self.mid(h)  # (B, ch * ch_mult[-1], H/f, W/f)
-        return self.conv_out(silu_of(self.norm_out(h)))  # (B, 2 * z_channels, H/f, W/f)
+        return self.conv_out(silu_of_norm(self.norm_out, h))  # (B, 2 * z_channels, H/f, W/f)
 
 
 class Decoder(Network):
@@ -355,7 +361,7 @@ class Decoder(Network):
             h = level(h)  # at last (B, ch * ch_mult[0], H, W)
         if self.give_pre_end:
             return h
-        h = self.conv_out(silu_of(self.norm_out(h)))  # (B, out_ch, H, W), H = h * f
+        h = self.conv_out(silu_of_norm(self.norm_out, h))  # (B, out_ch, H, W), H = h * f
         return torch.tanh(h) if self.tanh_out else h
 
 
@@ -397,7 +403,7 @@ class Model(Network):
         h = self.mid(h, temb)  # (B, ch * ch_mult[-1], H/f, W/f)
         for level in reversed(self.up):
             h = level(h, temb, skips=skips)
-        return self.conv_out(silu_of(self.norm_out(h)))  # (B, out_ch, H, W)
+        return self.conv_out(silu_of_norm(self.norm_out, h))  # (B, out_ch, H, W)
 
     def get_last_layer(self) -> Tensor:
         """Return the weight of the last convolution, (out_ch, ch, 3, 3)."""

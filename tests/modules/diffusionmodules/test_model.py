@@ -19,6 +19,7 @@ from ldm.modules.diffusionmodules.model import (
     Upsample,
     get_timestep_embedding,
     make_attn,
+    silu_of_norm,
 )
 from tests.reference import GOLDEN, TOLERANCE, randn, rel_error, seed_weights
 
@@ -210,3 +211,40 @@ def test_checkpointing_changes_no_gradient_and_stores_less(network):
         gradients.append([p.grad for p in model.parameters() if p.grad is not None])
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
     assert stored[1] < 0.7 * stored[0]
+
+
+@pytest.mark.parametrize("everywhere", [False, True])
+def test_a_hook_may_keep_the_output_of_a_norm(everywhere, monkeypatch):
+    block, kept = seed_weights(ResnetBlock(in_channels=32, out_channels=32, dropout=0.0, temb_channels=0)), []
+
+    def keep(layer, args, out):
+        if isinstance(layer, torch.nn.GroupNorm):
+            kept.append((out, out.clone()))
+
+    if everywhere:
+        monkeypatch.setitem(torch.nn.modules.module._global_forward_hooks, -1, keep)
+    else:
+        block.norm1.register_forward_hook(keep)
+        block.norm2.register_forward_hook(keep)
+    with torch.no_grad():
+        block(randn(1, 1, 32, 4, 4))
+    assert len(kept) == 2 and all(torch.equal(out, copy) for out, copy in kept)
+
+
+def test_a_block_without_norms_has_one_output_with_and_without_gradients():
+    block, x = (
+        seed_weights(ResnetBlock(in_channels=32, out_channels=32, dropout=0.0, temb_channels=0)),
+        randn(1, 1, 32, 4, 4),
+    )
+    block.norm1 = block.norm2 = torch.nn.Identity()
+    expected, before = block(x), x.clone()
+    with torch.no_grad():
+        assert torch.equal(block(x), expected) and torch.equal(x, before)
+
+
+def test_a_map_of_an_unchanged_norm_is_not_copied_by_the_activation():
+    norm, outputs, plain = Normalize(32), [], F.silu
+    with pytest.MonkeyPatch.context() as patch, torch.no_grad():
+        patch.setattr(F, "silu", lambda h, inplace=False: outputs.append((h, plain(h, inplace))) or outputs[-1][1])
+        silu_of_norm(norm, randn(1, 1, 32, 4, 4))
+    assert outputs[0][0] is outputs[0][1]
