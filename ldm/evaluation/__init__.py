@@ -1,5 +1,6 @@
 """Metrics of first stages and of samples."""
 
+from ldm.evaluation.distances import frechet_distance, kernel_distance, precision_recall
 from ldm.evaluation.metrics import (
     DigitClassifier,
     DigitReport,
@@ -15,9 +16,12 @@ __all__ = [
     "DigitClassifier",
     "DigitReport",
     "edge_overlap",
+    "frechet_distance",
     "judge_digits",
+    "kernel_distance",
     "novelty",
     "pairwise_distance",
+    "precision_recall",
     "psnr",
     "variety",
 ]
