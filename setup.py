@@ -14,6 +14,7 @@ EXTRAS = {
     "bitsandbytes": ["bitsandbytes>=0.50"],
     "streams": ["webdataset>=1.0", "fsspec>=2024.6"],
     "deepspeed": ["deepspeed>=0.16"],
+    "docs": ["mkdocs>=1.6,<2", "mkdocs-material>=9.7", "mkdocstrings-python>=2.0"],
 }
 EXTRAS["test"] = [
     "pytest>=8.0",
