@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ldm.models.diffusion.conditioning import condition_batch_size, main_part, map_main, map_tensors, route
+from ldm.models.frozen import FrozenIn16Bits
 from ldm.models.training import TrainedModule
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
 from ldm.modules.encoders.modules import ClassEmbedder
@@ -35,6 +36,7 @@ class ConditionStage(TrainedModule):
     masked_image_key: str | None
     adm_key: str | None
     model: Any
+    stages_in_16_bits: Sequence[FrozenIn16Bits] = ()  # while it trains
     latents_of: Callable[[Tensor], Tensor]
 
     def set_further_parts(self, concat_keys: Sequence[str], masked_image_key: str | None, adm_key: str | None) -> None:
@@ -55,9 +57,13 @@ class ConditionStage(TrainedModule):
         """Encode a raw condition, e.g. a list of B texts -> (B, L, D)."""
         stage = self.cond_stage_model
         if self.cond_stage_forward is not None:
-            return getattr(stage, self.cond_stage_forward)(c)
-        c = stage.encode(c) if callable(getattr(stage, "encode", None)) else stage(c)
-        return c.mode() if isinstance(c, DiagonalGaussianDistribution) else c
+            c = getattr(stage, self.cond_stage_forward)(c)
+        else:
+            c = stage.encode(c) if callable(getattr(stage, "encode", None)) else stage(c)
+            c = c.mode() if isinstance(c, DiagonalGaussianDistribution) else c
+        if not self.stages_in_16_bits:
+            return c
+        return map_tensors(lambda tensor: tensor.float() if tensor.is_floating_point() else tensor, c)
 
     def encode_distinct(self, c: Any) -> Any:
         """Encode a raw condition like `get_learned_conditioning`, but each distinct text of a list once.

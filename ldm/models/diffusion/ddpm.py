@@ -39,6 +39,7 @@ from ldm.models.diffusion.published import PublishedDDPM, PublishedLatentDiffusi
 from ldm.models.diffusion.samplers.ddim import DDIMSampler
 from ldm.models.diffusion.timesteps import UniformTimesteps
 from ldm.models.diffusion.training_noise import TrainingNoise
+from ldm.models.frozen import hold_frozen_stages
 from ldm.models.training import Losses, TrainedModule, fixed_noise, freeze
 from ldm.models.training import disabled_train as disabled_train
 from ldm.modules.diffusionmodules.openaimodel import UNetModel
@@ -325,6 +326,8 @@ class LatentDiffusion(AdapterTraining, ConditionStage, PublishedLatentDiffusion,
     cond_dropout: fraction of training samples that get the encoder's unconditional condition, which classifier-free
         guidance needs (Ho & Salimans 2022, algorithm 1); it is saved in the checkpoint.
     untrained_first_stage: allow training in the latent space of a first stage without loaded weights.
+    frozen_precision: in training, hold and run the frozen first stage and the frozen encoder of conditions in 16 bits;
+        checkpoints keep their float32 weights. A stage that is trained, wholly or in part, stays as it is.
     adapters: LoRA layers on a frozen base, see LoRASpec; only they are trained, see AdapterTraining.
     token_embeddings: new tokens of the text encoder; only their vectors are trained, see AdapterTraining.
     """
@@ -351,6 +354,7 @@ class LatentDiffusion(AdapterTraining, ConditionStage, PublishedLatentDiffusion,
         masked_image_key: str | None = "masked_image",
         adm_key: str | None = None,
         untrained_first_stage: bool = False,
+        frozen_precision: Literal["bf16", "fp16"] | None = None,
         adapters: Annotated[Mapping[str, Any], "ldm.modules.adapters.lora.LoRASpec"] | None = None,
         token_embeddings: Annotated[Mapping[str, Any], "ldm.modules.adapters.token_embeddings.NewToken"]
         | Sequence[Mapping[str, Any]]
@@ -368,6 +372,7 @@ class LatentDiffusion(AdapterTraining, ConditionStage, PublishedLatentDiffusion,
         self.set_further_parts(concat_keys, masked_image_key, adm_key)
         self.num_timesteps_cond = 1 if num_timesteps_cond is None else num_timesteps_cond
         self.shorten_cond_schedule, self.untrained_first_stage = self.num_timesteps_cond > 1, untrained_first_stage
+        self.frozen_precision = frozen_precision
         if not 1 <= self.num_timesteps_cond <= self.num_timesteps:
             raise ValueError(f"num_timesteps_cond {num_timesteps_cond}: choose 1 to {self.num_timesteps}")
         self.cond_stage_key, self.cond_stage_trainable = cond_stage_key, cond_stage_trainable
@@ -550,6 +555,15 @@ class LatentDiffusion(AdapterTraining, ConditionStage, PublishedLatentDiffusion,
                 "set model.params.first_stage_config.params.ckpt_path to its checkpoint, or "
                 "model.params.untrained_first_stage=true to train on it as it is",
             )
+        if self.frozen_precision is not None:
+            stages = {"first stage": self.first_stage_model, "condition stage": self.cond_stage_model}
+            self.stages_in_16_bits = hold_frozen_stages(stages, self.frozen_precision)
+
+    def on_fit_end(self) -> None:
+        super().on_fit_end()
+        for stage in self.stages_in_16_bits:
+            stage.release()
+        self.stages_in_16_bits = ()
 
     @torch.no_grad()
     def on_train_start(self) -> None:
