@@ -3,10 +3,7 @@
 import importlib
 import re
 import runpy
-import shlex
 import sys
-from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import pytorch_lightning as pl
@@ -15,9 +12,7 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 import main
-from ldm.config.merge import merge
 from ldm.config.validate import check_config
-from ldm.data.shard_writer import write_config
 from ldm.inference.settings import PRECISIONS, SEED_MODES
 from ldm.models.diffusion import loss_weighting
 from ldm.models.diffusion.conditioning import ROUTES
@@ -26,8 +21,6 @@ from ldm.models.diffusion.loss_weighting import LossWeighting, SNRWeighting
 from ldm.models.diffusion.samplers.registry import SAMPLERS
 from ldm.paths import ROOT
 from ldm.training.flags import _parser as training_parser
-from ldm.training.flags import parse as parse_training
-from ldm.training.settings import resolve_settings
 from ldm.util import instantiate_from_config
 from tests.models.first_stages import QUIET
 from tests.reference import randn, seed_weights
@@ -187,6 +180,13 @@ def test_links_between_documents_exist():
     assert links and not [(page.name, link) for page, link in links if not (page.parent / link).exists()]
 
 
+def test_every_page_is_in_the_list_of_pages_and_in_the_navigation_of_the_site():
+    pages = {path.name for path in (ROOT / "docs").glob("*.md")} - {"index.md"}
+    index, site = ((ROOT / name).read_text(encoding="utf-8") for name in ("docs/index.md", "mkdocs.yml"))
+    assert not {page for page in pages if f"]({page})" not in index}
+    assert not {page for page in pages if f": {page}\n" not in site}
+
+
 def test_the_sections_of_objectives_are_valid_and_its_table_has_every_weighting():
     page = (ROOT / "docs" / "objectives.md").read_text(encoding="utf-8")
     base = OmegaConf.load(ROOT / "configs" / "recipes" / "text-to-image-folder.yaml")
@@ -199,32 +199,3 @@ def test_the_sections_of_objectives_are_valid_and_its_table_has_every_weighting(
     classes = {each.__name__ for base in (LossWeighting, SNRWeighting) for each in base.__subclasses__()}
     named = {name for name in classes if f"| `{name}`" in page}
     assert {name for name in classes if name != "SNRWeighting" and hasattr(loss_weighting, name)} <= named
-
-
-def written(path, folder):
-    """The YAML that scripts/make_shards.py writes at a path such as my-shards/train/data.yaml, in another folder."""
-    made = SimpleNamespace(captioned=True, several=False, caption_policy=SimpleNamespace(missing="raise"))
-    folder.mkdir(exist_ok=True)
-    return write_config(made, folder, Path(path).parent.name, 512)
-
-
-def test_the_commands_that_train_stable_diffusion_are_valid(tmp_path):
-    page = (ROOT / "docs" / "train-stable-diffusion.md").read_text(encoding="utf-8")
-    commands = [
-        shlex.split(command.replace("\\\n", " "))
-        for block in re.findall(r"```bash\n(.*?)```", page, re.DOTALL)
-        for command in re.findall(r"^python main.py (?:.*\\\n)*.*", block, re.MULTILINE)
-    ]
-    assert len(commands) >= 5
-    for words in commands:
-        options = parse_training(words[2:])
-        assert options.train
-        base = [
-            written(path, tmp_path / str(number)) if path.startswith("my-shards") else ROOT / path
-            for number, path in enumerate(options.base)
-            if path != "cache/data.yaml"  # which scripts/cache_latents.py writes
-        ]
-        config = merge(base, options.overrides)
-        check_config(config, weights=False)
-        resolve_settings(options, config.lightning)
-        instantiate_from_config(config.data)
