@@ -6,11 +6,12 @@ import contextlib
 import json
 import os
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from tempfile import TemporaryFile
+from tempfile import TemporaryDirectory, TemporaryFile
 from typing import Any
 
 import numpy as np
@@ -58,6 +59,7 @@ class Work(Row):
     theirs: Side
     exact: bool = False
     compared: bool = True  # False: the outputs cannot be compared, as of imports
+    own_processes: bool = False  # see `Served`
 
 
 @dataclass(frozen=True)
@@ -67,9 +69,10 @@ class Alternated(Row):
     run: Callable[[int, float], tuple[Sequence[Pair], float]]
 
 
-def in_process(call: Callable[[], Tensor], device: torch.device, modules: Sequence[nn.Module] = ()) -> Side:
+def in_process(
+    call: Callable[[], Tensor], device: torch.device, modules: Callable[[], Sequence[nn.Module]] = tuple
+) -> Side:
     """A side that calls a function here. modules: those it uses, whose weights count in the peak."""
-    weights = sum(p.numel() * p.element_size() for module in modules for p in module.parameters())
 
     def side() -> Sample:
         cuda = device.type == "cuda"
@@ -81,6 +84,7 @@ def in_process(call: Callable[[], Tensor], device: torch.device, modules: Sequen
         output = call()
         synchronize(device)
         seconds, worked = time.perf_counter() - start, time.process_time() - worked
+        weights = sum(p.numel() * p.element_size() for module in modules() for p in module.parameters())
         peak = torch.cuda.max_memory_allocated(device) - before + weights if cuda else None
         return Sample(seconds, worked, output, peak)
 
@@ -114,6 +118,57 @@ def in_child(command: Sequence[str], output: Callable[[], Tensor] | None = None)
     return side
 
 
+class Served:
+    """A side in a process that stays for all calls of a row, as a user's program would: it has the allocator to itself.
+
+    The process begins at the first call; leave the context to end it.
+    """
+
+    def __init__(self, row: str, who: str, size: str, device: torch.device, folder: Path) -> None:
+        arguments = json.dumps({"size": size, "device": str(device), "folder": str(folder)})
+        self.command = [sys.executable, "-m", "benchmarks.side", row, who, arguments]
+        self._scope = contextlib.ExitStack()
+        self._process: subprocess.Popen[str] | None = None
+
+    def __enter__(self) -> Served:
+        self._folder = Path(self._scope.enter_context(TemporaryDirectory(prefix="benchmarks-")))
+        self._errors = self._scope.enter_context(TemporaryFile("w+"))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._process is not None:
+            self._process.kill()
+            self._process.communicate()
+        self._scope.close()
+
+    def __call__(self) -> Sample:
+        file = self._folder / "output.pt"
+        times, pid = self._ask(str(file))
+        output = torch.load(file, weights_only=True)
+        return Sample(times["seconds"], times["cpu_seconds"], output, _memory(pid, "VmHWM"))
+
+    def operations(self) -> float:
+        """Floating-point operations of a call."""
+        return self._ask("count")[0]["flop"]
+
+    def _ask(self, line: str) -> tuple[dict[str, float], int]:
+        if self._process is None:
+            environ, pipe = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}, subprocess.PIPE
+            options: Any = {"stdin": pipe, "stdout": pipe, "stderr": self._errors, "text": True}
+            self._process = subprocess.Popen(self.command, cwd=ROOT, env=environ, **options)
+        process = self._process
+        assert process.stdin and process.stdout
+        with contextlib.suppress(BrokenPipeError):  # it ended: the reason is read below
+            process.stdin.write(line + "\n")
+            process.stdin.flush()
+        for answer in process.stdout:
+            if answer.startswith("{"):
+                return json.loads(answer), process.pid
+        self._errors.seek(0)
+        last = self._errors.read().strip().splitlines()[-1:]
+        raise RuntimeError(f"{' '.join(self.command[2:5])}: exit code {process.wait()}, {''.join(last)}")
+
+
 def _memory(pid: int, name: str) -> int:
     """Bytes of an entry of a process's status; 0 where it cannot be read."""
     with contextlib.suppress(OSError, StopIteration):  # not Linux, or ended
@@ -139,9 +194,7 @@ def measure(work: Row, repeat: int, seconds: float) -> dict[str, Any]:
     assert isinstance(work, Work)
     end, flop = time.perf_counter() + seconds, 0.0
     if work.dtype is not None:
-        with flop_counter() as counter, torch.compiler.set_stance("force_eager"):
-            work.theirs()
-        flop = counter.get_total_flops() / work.per
+        flop = operations(work.theirs) / work.per
     pairs = [(work.ours(), work.theirs())]
     while len(pairs) <= 1 or (len(pairs) <= repeat and time.perf_counter() < end):
         if work.compared:
@@ -190,6 +243,15 @@ def parity(ours: Tensor | None, theirs: Tensor | None, exact: bool) -> dict[str,
         return {"passed": error < RELATIVE, "text": f"{error:.1e} relative"}  # NaN does not pass
     decibel = float(10 * torch.log10((theirs.max() - theirs.min()) ** 2 / (ours - theirs).square().mean()))
     return {"passed": decibel > PSNR, "text": f"{decibel:.1f} dB"}
+
+
+def operations(side: Side) -> float:
+    """Floating-point operations of a call of a side, uncompiled."""
+    if isinstance(side, Served):
+        return side.operations()
+    with flop_counter() as counter, torch.compiler.set_stance("force_eager"):
+        side()
+    return counter.get_total_flops()
 
 
 @contextlib.contextmanager

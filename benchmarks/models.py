@@ -22,7 +22,6 @@ from ldm.config.model_info import ModelInfo, read_model_info
 from ldm.convert.convert import tokenizer_files
 from ldm.inference.pipeline import load_model
 from ldm.models.diffusion.compile import compile_for_sampling
-from ldm.modules.prepacked import prepack
 from ldm.paths import ROOT
 
 CONFIG = ROOT / "configs" / "stable-diffusion" / "v1-inference.yaml"
@@ -75,7 +74,8 @@ class Models:
     size: str
     device: torch.device
     folder: Path  # of the files that both sides load
-    _loaded: dict[str, tuple[Any, Any]] = field(default_factory=dict)
+    _loaded: dict[str, Any] = field(default_factory=dict)
+    _setting: tuple[str, bool] | None = None
 
     @property
     def side(self) -> int:
@@ -123,27 +123,36 @@ class Models:
             save_text(folder / name, content if isinstance(content, str) else as_json(content))
         return folder
 
-    def pair(self, precision: str, compiled: bool = False) -> tuple[Any, Any]:
-        """Our pipeline and diffusers', with the same weights."""
-        key = f"{precision} compiled" if compiled else precision
-        if key not in self._loaded:
+    def ours(self, precision: str, compiled: bool = False) -> Any:
+        """Our pipeline."""
+        return self._pair("ours", precision, compiled)
+
+    def theirs(self, precision: str, compiled: bool = False) -> Any:
+        """diffusers' pipeline, with the same weights."""
+        return self._pair("theirs", precision, compiled)
+
+    def _pair(self, who: str, precision: str, compiled: bool) -> Any:
+        """A side, loaded when it is asked for first; both leave when another precision is asked for."""
+        if self._setting != (precision, compiled):
             self.release()
-            named = "full" if precision == "fp32" else precision
+            self._setting = precision, compiled
+        if who not in self._loaded:
             compiler = "inductor" if compiled else None
-            ours: Any = load_model(self.config, self.file, str(self.device), named, compiler=compiler)
-            theirs = self.diffusers(precision)
-            if compiled:
-                compile_for_sampling(theirs.unet, "inductor", self.device.type)
-            elif self.device.type == "cpu":
-                prepack(ours.model)  # as the sampling scripts do
-            self._loaded[key] = ours, theirs
-        return self._loaded[key]
+            if who == "ours":
+                named = "full" if precision == "fp32" else precision
+                loaded: Any = load_model(self.config, self.file, str(self.device), named, compiler=compiler)
+            else:
+                loaded = self.diffusers(precision)
+                if compiler:
+                    compile_for_sampling(loaded.unet, compiler, self.device.type)
+            self._loaded[who] = loaded
+        return self._loaded[who]
 
     def diffusers(self, precision: str) -> Any:
         return diffusers_pipeline(str(self.file), str(self.diffusers_config), str(self.device), precision)
 
     def release(self) -> None:
-        """Free the memory of the pair."""
+        """Free the memory of both sides."""
         self._loaded.clear()
         gc.collect()
         if self.device.type == "cuda":

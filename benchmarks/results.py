@@ -6,12 +6,13 @@ import json
 import re
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from itertools import count
 from pathlib import Path
 from typing import Any
 
 from benchmarks.environment import commit, peak_flops
-from benchmarks.measure import measure
+from benchmarks.measure import Row, Served, Work, measure
 from benchmarks.models import Models
 from benchmarks.rows import ROWS
 from ldm.atomic import save_text
@@ -42,7 +43,7 @@ class Results:
         try:
             work = ROWS[name](models)
             size = work.size or size
-            row = measure(work, repeat, seconds)
+            row = self._measured(name, work, models, repeat, seconds)
             if work.dtype is not None and "ours" in row:
                 row["peak_flops"] = self._peak(work.dtype, models)
         except Exception as error:  # out of memory, a missing kernel: the other rows go on
@@ -54,6 +55,15 @@ class Results:
             content = {"environment": self.environment, "rows": self.rows}
             save_text(self.path, json.dumps(content, indent=1) + "\n")
         return line(name, self.rows[name])
+
+    @staticmethod
+    def _measured(name: str, work: Row, models: Models, repeat: int, seconds: float) -> dict[str, Any]:
+        if not (isinstance(work, Work) and work.own_processes):
+            return measure(work, repeat, seconds)
+        models.release()
+        where = models.size, models.device, models.folder
+        with Served(name, "ours", *where) as ours, Served(name, "theirs", *where) as theirs:
+            return measure(replace(work, ours=ours, theirs=theirs), repeat, seconds)
 
     def _peak(self, dtype: Any, models: Models) -> float:
         if dtype not in self.peaks:

@@ -6,7 +6,7 @@ import json
 import shutil
 import sys
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -31,71 +31,91 @@ PROMPT, SCALE, SEED = "a photograph of an astronaut riding a horse", 7.5, 42
 
 def unet_step(models: Models, precision: str, compiled: bool = False) -> Work:
     """Guided steps of DDIM from the same latent under the same embeddings, as a whole run makes them."""
-    ours, theirs = models.pair(precision, compiled)
     steps, side = 20 if models.device.type == "cuda" else 2, models.side
-    request = TextToImageRequest(prompt=PROMPT, steps=steps, n_samples=1, height=side, width=side).checked(ours.info)
+    request = TextToImageRequest(prompt=PROMPT, steps=steps, n_samples=1, height=side, width=side).checked(models.info)
     x_T = _noise(models, *request.latent_shape)
-    with ours.sampling():
-        cond, uncond = ours.encode_prompts([PROMPT], guided=True)
+
+    @cache
+    def our_conditions() -> Conditioned:
+        ours = models.ours(precision, compiled)
+        with ours.sampling():
+            cond, uncond = ours.encode_prompts([PROMPT], guided=True)
+        return Conditioned(cond, uncond, SCALE)
 
     def our_latent() -> Tensor:
+        ours = models.ours(precision, compiled)
         with ours.sampling():
-            return ours.sample(request, x_T.shape, Conditioned(cond, uncond, SCALE), x_T=x_T)
+            return ours.sample(request, x_T.shape, our_conditions(), x_T=x_T)
 
+    @cache
+    def their_embeddings() -> dict[str, Tensor]:
+        encoded = models.theirs(precision, compiled).encode_prompt(PROMPT, models.device, 1, True)
+        return dict(zip(("prompt_embeds", "negative_prompt_embeds"), encoded))
+
+    @torch.no_grad()
     def their_latent() -> Tensor:
-        embeddings = {"prompt_embeds": cond, "negative_prompt_embeds": uncond, "latents": x_T.to(cond.dtype)}
-        return theirs(**embeddings, num_inference_steps=steps, guidance_scale=SCALE, output_type="latent").images
+        theirs, given = models.theirs(precision, compiled), their_embeddings()
+        given = {**given, "latents": x_T.to(DTYPES[precision])}
+        return theirs(**given, num_inference_steps=steps, guidance_scale=SCALE, output_type="latent").images
 
     return Work(
         f"guided UNet step, {precision}{', compiled' if compiled else ''}, {side}x{side}, of {steps} DDIM steps",
         "step",
         steps,
-        in_process(our_latent, models.device, [ours.model.model]),
-        in_process(their_latent, models.device, [theirs.unet]),
+        in_process(our_latent, models.device, lambda: [models.ours(precision, compiled).model.model]),
+        in_process(their_latent, models.device, lambda: [models.theirs(precision, compiled).unet]),
         exact=precision == "fp32",
         dtype=DTYPES[precision],
+        own_processes=_as_a_user_runs_it(models),
     )
 
 
 def stage(models: Models, name: str, precision: str) -> Work:
     """One call of the VAE's decoder or encoder, or of the text encoder with its tokenizer."""
-    ours, theirs = models.pair(precision)
-    side, vae = models.side, theirs.vae
+    side, device = models.side, models.device
     z, x = _noise(models, 4, side // 8, side // 8), _noise(models, 3, side, side).clamp(-1, 1)
-
-    def their_image() -> Tensor:
-        return vae.decode((z / vae.config.scaling_factor).to(vae.dtype)).sample.float().clamp(-1, 1)
-
-    calls: dict[str, tuple[str, Callable[[], Tensor], Callable[[], Tensor], list[nn.Module]]] = {
-        "decode": ("VAE decode", lambda: ours.decode(z), their_image, [ours.model.first_stage_model, vae]),
-        "encode": (
-            "VAE encode",
-            lambda: ours.model.encode_first_stage(x).mode(),
-            lambda: vae.encode(x.to(vae.dtype)).latent_dist.mode(),
-            [ours.model.first_stage_model, vae],
-        ),
-        "text": (
-            "tokens and text encoder, a prompt and the empty one",
-            lambda: torch.cat(ours.encode_prompts([PROMPT], guided=True)),
-            lambda: torch.cat(theirs.encode_prompt(PROMPT, models.device, 1, True)),
-            [ours.model.cond_stage_model, theirs.text_encoder],
-        ),
+    prompts = "tokens and text encoder, a prompt and the empty one"
+    ours: dict[str, tuple[str, Callable[[Any], Tensor]]] = {
+        "decode": ("VAE decode", lambda pipeline: pipeline.decode(z)),
+        "encode": ("VAE encode", lambda pipeline: pipeline.model.encode_first_stage(x).mode()),
+        "text": (prompts, lambda pipeline: torch.cat(pipeline.encode_prompts([PROMPT], guided=True))),
     }
-    what, our_call, their_call, modules = calls[name]
+    theirs: dict[str, Callable[[Any], Tensor]] = {
+        "decode": lambda pipe: _decoded(pipe.vae, z),
+        "encode": lambda pipe: pipe.vae.encode(x.to(pipe.vae.dtype)).latent_dist.mode(),
+        "text": lambda pipe: torch.cat(pipe.encode_prompt(PROMPT, device, 1, True)),
+    }
+    what, call = ours[name]
+    stages = ("cond_stage_model", "text_encoder") if name == "text" else ("first_stage_model", "vae")
 
     def our_output() -> Tensor:
-        with ours.sampling():
-            return our_call()
+        pipeline = models.ours(precision)
+        with pipeline.sampling():
+            return call(pipeline)
 
     return Work(
         f"{what}, {precision}" + ("" if name == "text" else f", {side}x{side}"),
         "call",
         1,
-        in_process(our_output, models.device, modules[:1]),
-        in_process(torch.no_grad()(their_call), models.device, modules[1:]),
+        in_process(our_output, device, lambda: [getattr(models.ours(precision).model, stages[0])]),
+        in_process(
+            torch.no_grad()(lambda: theirs[name](models.theirs(precision))),
+            device,
+            lambda: [getattr(models.theirs(precision), stages[1])],
+        ),
         exact=precision == "fp32",
         dtype=DTYPES[precision],
+        own_processes=_as_a_user_runs_it(models),
     )
+
+
+def _decoded(vae: Any, z: Tensor) -> Tensor:
+    return vae.decode((z / vae.config.scaling_factor).to(vae.dtype)).sample.float().clamp(-1, 1)
+
+
+def _as_a_user_runs_it(models: Models) -> bool:
+    """True on the CPU, where sides in one process would share an allocator; not for a tiny model, for speed."""
+    return models.device.type == "cpu" and models.size != "tiny"
 
 
 def _noise(models: Models, *shape: int) -> Tensor:
@@ -104,31 +124,37 @@ def _noise(models: Models, *shape: int) -> Tensor:
 
 def images(models: Models, batch: int, precision: str = "bf16") -> Work:
     """The whole of txt2img after loading: prompt to images."""
-    ours, theirs = models.pair(precision)
     steps, side = 50, models.side
     if models.device.type == "cpu":
         steps = {1: 4, 4: 2, 16: 1}[batch]
         side = side if batch == 1 else side // 2
     shape: dict[str, Any] = {"n_samples": batch, "n_iter": 1, "height": side, "width": side}
-    request = TextToImageRequest(prompt=PROMPT, steps=steps, seed=SEED, **shape).checked(ours.info)
+    request = TextToImageRequest(prompt=PROMPT, steps=steps, seed=SEED, **shape).checked(models.info)
     with torch.random.fork_rng():
         torch.manual_seed(SEED)
         x_T = torch.randn(batch, *request.latent_shape, device=models.device)
 
     def our_images() -> Tensor:
-        return _pixels([each.image for each in text_to_image(ours, request, progress=False)])
+        generated = text_to_image(models.ours(precision), request, progress=False)
+        return _pixels([each.image for each in generated])
 
     def their_images() -> Tensor:
+        theirs = models.theirs(precision)
         options = {"num_inference_steps": steps, "guidance_scale": SCALE, "latents": x_T.to(theirs.unet.dtype)}
         return _pixels(theirs([PROMPT] * batch, **options).images)
+
+    def their_parts() -> list[nn.Module]:
+        theirs = models.theirs(precision)
+        return [theirs.unet, theirs.vae, theirs.text_encoder]
 
     return Work(
         f"txt2img, {precision}, batch {batch}, {steps} DDIM steps, {side}x{side}",
         "image",
         batch,
-        in_process(our_images, models.device, [ours.model]),
-        in_process(their_images, models.device, [theirs.unet, theirs.vae, theirs.text_encoder]),
+        in_process(our_images, models.device, lambda: [models.ours(precision).model]),
+        in_process(their_images, models.device, their_parts),
         dtype=DTYPES[precision],
+        own_processes=_as_a_user_runs_it(models),
     )
 
 

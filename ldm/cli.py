@@ -22,11 +22,11 @@ from typing import Any, NoReturn
 
 from ldm.atomic import is_out_of_memory
 from ldm.config.suggest import closest
+from ldm.cores import share_cores
 
 only_samples = False
 """True in a program that trains nothing, such as scripts/txt2img.py: `ldm.models` then needs no Lightning."""
 
-SPINS = "1000"  # rounds of GOMP_SPINCOUNT, see share_cores
 EXIT_USAGE = 2
 EXIT_INTERRUPTED = 130
 # dotted.path=value; + adds a new key, ~dotted.path deletes one
@@ -284,16 +284,6 @@ def _exit_code(
         advice = less_memory(parser().flags) if out_of_memory and parser is not None else ""
         print(f"error: {one_line(error)}{advice}", file=sys.stderr)
         return EXIT_USAGE
-
-
-def share_cores() -> None:
-    """Let OpenMP's threads sleep soon after a parallel loop, unless the environment sets how they wait.
-
-    They look for more work for milliseconds by default, and take the cores from other processes. Has an effect only
-    before torch is imported, which loads OpenMP. See docs/training.md for measurements.
-    """
-    if "OMP_WAIT_POLICY" not in os.environ:
-        os.environ.setdefault("GOMP_SPINCOUNT", SPINS)
 
 
 def exit_at_once() -> None:

@@ -262,17 +262,3 @@ def test_a_forked_process_logs_whatever_its_parent_does_with_progress_bars(capfd
     thread.join()
     assert code == 0
     assert "a line of the fork" in capfd.readouterr().err
-
-
-@pytest.mark.parametrize(
-    "given, then",
-    [
-        ({}, {"GOMP_SPINCOUNT": cli.SPINS}),
-        ({"OMP_WAIT_POLICY": "active"}, {"OMP_WAIT_POLICY": "active"}),
-        ({"GOMP_SPINCOUNT": "7"}, {"GOMP_SPINCOUNT": "7"}),
-    ],
-)
-def test_what_the_environment_says_of_waiting_threads_is_kept(monkeypatch, given, then):
-    monkeypatch.setattr(os, "environ", dict(given))
-    cli.share_cores()
-    assert os.environ == then

@@ -17,12 +17,12 @@ from ldm.cli import (
     collector_off,
     exit_at_once,
     import_lightning,
-    share_cores,
     stop_on_signals,
 )
 from ldm.config.instantiate import ConfigError, allow_targets
 from ldm.config.merge import changes, find_config, merge
 from ldm.config.validate import check_config, forget_missing_weights
+from ldm.cores import share_cores
 from ldm.training.flags import RunOptions, parse
 from ldm.training.launch import Launch, hold
 from ldm.training.report import console, report_error
