@@ -12,9 +12,9 @@ from benchmarks.results import floor_percent, seconds
 from ldm.atomic import save_text
 from ldm.paths import ROOT
 
-PAGE, PLOT = ROOT / "docs" / "performance.md", ROOT / "docs" / "performance.svg"
+PAGE = ROOT / "docs" / "performance.md"
 BEGIN, END = "<!-- results: python -m benchmarks report -->", "<!-- end of results -->"
-HEAD = "| row | what | ours | the other | ratio (p10 to p90) | CPU time | of the peak | memory, GB | outputs |"
+HEAD = "| row | what | this project | diffusers | ratio (p10 to p90) | CPU time | of the peak | memory, GB | outputs |"
 INK, MUTED, BETTER, WORSE = "#1f2933", "#61707f", "#2b8a3e", "#c2410c"
 
 
@@ -39,10 +39,10 @@ def read_results(folder: Path) -> list[Row]:
     return sorted(newest.values(), key=lambda each: (each.machine, each.row["order"]))
 
 
-def write_report(folder: Path, page: Path = PAGE, plot: Path = PLOT) -> Path:
-    """Replace the results between the page's two marks, and the plot; return the page."""
-    rows = read_results(folder)
-    text = page.read_text(encoding="utf-8")
+def write_report(folder: Path, page: Path = PAGE) -> Path:
+    """Replace the results between the two marks of a page, new or not, and the plot beside it; return the page."""
+    rows, plot = read_results(folder), page.with_suffix(".svg")
+    text = page.read_text(encoding="utf-8") if page.exists() else f"# Performance\n\n{BEGIN}\n{END}\n"
     before, begin, rest = text.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not begin or not end:
@@ -70,11 +70,12 @@ def cells(each: Row) -> list[str]:
     ours, theirs, ratio, floor = row["ours"], row["theirs"], row["ratio"], floor_percent(row)
     size = "" if row["size"] == "full" else f" ({row['size']} model)"
     memory = [ours["peak_bytes"], theirs["peak_bytes"]]
+    against = "" if row["against"] == "diffusers" else f" ({row['against']})"
     return [
         name,
         row["what"] + size,
         f"{seconds(ours['median'])} per {row['unit']}",
-        f"{seconds(theirs['median'])} ({row['against']})",
+        f"{seconds(theirs['median'])}{against}",
         f"**{ratio['median']:.2f}** ({ratio['p10']:.2f} to {ratio['p90']:.2f}, {row['pairs']} pairs)",
         f"{row['cpu_ratio']['median']:.2f}",
         "" if floor is None else f"{floor:.0f} %",

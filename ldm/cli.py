@@ -259,6 +259,8 @@ def run_command(
         logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[TerminalHandler()])
         for chatty in ("httpx", "PIL", "fsspec", "huggingface_hub", "torch.utils._pytree"):
             logging.getLogger(chatty).setLevel(logging.ERROR)
+        # torch sets this level at the end of its import; after a Ctrl-C within, it would log statistics at exit.
+        logging.getLogger("torch").setLevel(logging.WARNING)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # file names that the terminal's encoding lacks
     code = _exit_code(main, argv, parser)
@@ -292,7 +294,7 @@ def exit_at_once() -> None:
 
 
 def leave() -> None:
-    """End the process, with code 0, without taking torch and the model apart, which takes a third of a second.
+    """End the process with code 0 without running destructors: those of torch and the model take a third of a second.
 
     Functions registered with atexit run. Return if other threads still work, or if output is lost, which is then
     reported as the interpreter ends the process.

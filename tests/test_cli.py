@@ -262,3 +262,10 @@ def test_a_forked_process_logs_whatever_its_parent_does_with_progress_bars(capfd
     thread.join()
     assert code == 0
     assert "a line of the fork" in capfd.readouterr().err
+
+
+def test_torch_logs_no_statistics_after_an_interrupted_import():
+    level = "logging.getLogger('torch').getEffectiveLevel()"
+    code = f"import logging; from ldm.cli import run_command; run_command(lambda argv: print({level}))"
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert result.stdout == f"{logging.WARNING}\n", result.stderr

@@ -10,11 +10,10 @@ from pathlib import Path
 
 from torch import Tensor
 
-_UNCHANGED_FILE = (
-    re.compile(  # an entry of /proc/self/smaps with an inode, and no page that was written to, swapped out or not
-        r"^([0-9a-f]+)-([0-9a-f]+) \S+ \S+ \S+ [1-9].*\n(?:[A-Z].*\n)*?Anonymous: +0 kB\n(?:[A-Z].*\n)*?Swap: +0 kB$",
-        re.MULTILINE,
-    )
+# An entry of /proc/self/smaps with an inode, and no page that was written to, swapped out or not.
+_UNCHANGED_FILE = re.compile(
+    r"^([0-9a-f]+)-([0-9a-f]+) \S+ \S+ \S+ [1-9].*\n(?:[A-Z].*\n)*?Anonymous: +0 kB\n(?:[A-Z].*\n)*?Swap: +0 kB$",
+    re.MULTILINE,
 )
 
 

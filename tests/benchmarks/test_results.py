@@ -65,9 +65,9 @@ def test_the_page_is_made_from_the_files_alone(tmp_path):
     run = Results(ENVIRONMENT, tmp_path)
     for name in ("good", "void"):
         run.row(name, MODELS, 2, 10.0, 60.0)
-    page, plot = tmp_path / "page.md", tmp_path / "plot.svg"
+    page, plot = tmp_path / "page.md", tmp_path / "page.svg"
     page.write_text("before\n<!-- results: python -m benchmarks report -->\nold\n<!-- end of results -->\nafter\n")
-    write_report(tmp_path, page, plot)
+    write_report(tmp_path, page)
     text = page.read_text()
     assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text
     assert "**0.25**" in text and "Two Cores (test)" in text and "void: the outputs differ" in text

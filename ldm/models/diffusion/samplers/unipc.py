@@ -32,9 +32,8 @@ class UniPCSampler(ContinuousTimeSampler):
         predict, correct = np.zeros((S, MAX_ORDER, MAX_ORDER)), np.zeros((S, MAX_ORDER, MAX_ORDER))
         for order in range(1, min(self.order, S) + 1):
             k = np.arange(S + 1 - order)
-            nodes = (
-                lam[k[:, None] + np.arange(2, order + 1)] - lam[k + 1][:, None]
-            )  # of the predictions before the newest
+            before = k[:, None] + np.arange(2, order + 1)  # predictions before the newest
+            nodes = lam[before] - lam[k + 1][:, None]
             both = weights(lam[k] - lam[k + 1], nodes, self.variant)
             for table, w in zip((predict, correct), both):
                 table[k, order - 1, : w.shape[1]] = -levels.alpha[k][:, None] * w
