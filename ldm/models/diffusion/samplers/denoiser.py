@@ -108,7 +108,6 @@ class SamplingRun:
         options: SamplingOptions,
     ) -> None:
         self.model, self.steps, self.options = model, steps, options
-        self.cond, self.uncond, self.scale = cond, uncond, scale
         scales = scale, options.guidance_rescale, options.image_guidance_scale
         self.network = GuidedNetwork(model.apply_model, cond, uncond, *scales)
         self.parameterization = get_parameterization(model.parameterization)
@@ -121,6 +120,19 @@ class SamplingRun:
         self.coefs: dict[str, Any] = {name: _float32(table).tolist() for name, table in steps.coefs.items()}
         self.history: list[Tensor] = []
         self.known: tuple[Tensor, Tensor] | None = None  # (mask, x_0): the prediction is x_0 where the mask is 1
+
+    # Read-only: the network has joined the conditions to one batch.
+    @property
+    def cond(self) -> Conditioning:
+        return self.network.cond
+
+    @property
+    def uncond(self) -> Conditioning:
+        return self.network.uncond
+
+    @property
+    def scale(self) -> float:
+        return self.network.scale
 
     def predict(self, x: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """Return the guided network's (eps, x_0) for x at step k, each (B, C, H, W)."""

@@ -1,11 +1,12 @@
 """Options of a run, and the guided prediction."""
 
+import numpy as np
 import pytest
 import torch
 
-from ldm.models.diffusion.samplers.denoiser import SamplingOptions
+from ldm.models.diffusion.samplers.denoiser import SamplingOptions, SamplingRun, Steps
 from ldm.models.diffusion.samplers.registry import SAMPLERS
-from tests.models.diffusion.samplers.toy import COND, GUIDED, X_T, GaussianModel, ToyModel, sample
+from tests.models.diffusion.samplers.toy import COND, GUIDED, UNCOND, X_T, GaussianModel, ToyModel, sample
 from tests.reference import rel_error
 
 
@@ -36,6 +37,15 @@ def test_a_score_corrector_gets_the_model_the_latent_its_timesteps_and_the_condi
     eps = model.apply_model(X_T, torch.tensor([667, 667]), COND) * 0.9
     x0 = (X_T - model.sqrt_one_minus_alphas_cumprod[667] * eps) / model.sqrt_alphas_cumprod[667]
     assert torch.allclose(inter["pred_x0"][1], x0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["cond", "uncond", "scale"])
+def test_a_step_cannot_change_the_condition_that_the_network_has_joined(name):
+    steps = Steps(*(np.array([value]) for value in (1, 0.9, 0.99, 0.0)))
+    run = SamplingRun(ToyModel(), steps, X_T, COND, UNCOND, 5.0, SamplingOptions())
+    assert (run.cond, run.uncond, run.scale) == (COND, UNCOND, 5.0)
+    with pytest.raises(AttributeError, match=name):
+        setattr(run, name, None)
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
