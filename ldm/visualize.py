@@ -102,10 +102,12 @@ def plot(
     x_label: str,
     limits: tuple[float, float],
     size: tuple[int, int] = (560, 400),
+    x_ticks: Sequence[float] | None = None,
 ) -> Image.Image:
     """Return curves as one image of `size` (width, height), with a logarithmic y axis that spans `limits`.
 
-    Points without a positive finite y are left out, and limits without one are 0.1 to 1.
+    Points without a positive finite y are left out, and limits without one are 0.1 to 1. x_ticks: numbers on the x
+    axis; None for those of the points.
     """
     scale = 2  # drawn larger, then reduced: smooth lines
     width, height = (scale * side for side in size)
@@ -129,7 +131,7 @@ def plot(
         draw.line((left, y, right, y), fill=FRAME, width=scale)
         draw.text((left - gap, y), f"{tick:g}", fill=DARK, font=font, anchor="rm")
     every = -(-len(xs) // 12)
-    for x_value in xs[::every]:
+    for x_value in xs[::every] if x_ticks is None else [tick for tick in x_ticks if x0 <= tick <= x1]:
         x, _ = at(x_value, y0)
         draw.line((x, bottom, x, bottom + gap / 2), fill=DARK, width=scale)
         draw.text((x, bottom + gap), f"{x_value:g}", fill=DARK, font=font, anchor="ma")

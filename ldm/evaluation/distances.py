@@ -1,6 +1,7 @@
-"""Distances between two sets of images, on features (N, D) of them: FID, KID, precision and recall."""
+"""Distances between two sets of images, on features (N, D) of them: FID, KID, precision and recall, with intervals."""
 
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -33,12 +34,21 @@ def frechet_distance(real: Features, generated: Features) -> float:
 
 def frechet_of_statistics(a: Statistics, b: Statistics) -> float:
     """|m_a - m_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)), of means m and covariances C."""
-    if a.mean.shape != b.mean.shape:
-        raise ValueError(f"features have {len(a.mean)} and {len(b.mean)} dimensions: two different extractors")
+    return frechet_to(a)(b)
+
+
+def frechet_to(a: Statistics) -> Callable[[Statistics], float]:
+    """The Frechet distance to `a` as a function of the other statistics; the root of C_a is computed once."""
     values, vectors = torch.linalg.eigh(a.cov)
     root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
-    cross = torch.linalg.eigvalsh(root @ b.cov @ root).clamp(min=0).sqrt().sum()  # as C_a C_b, but symmetric
-    return float((a.mean - b.mean).square().sum() + a.cov.trace() + b.cov.trace() - 2 * cross)
+
+    def distance(b: Statistics) -> float:
+        if a.mean.shape != b.mean.shape:
+            raise ValueError(f"features have {len(a.mean)} and {len(b.mean)} dimensions: two different extractors")
+        cross = torch.linalg.eigvalsh(root @ b.cov @ root).clamp(min=0).sqrt().sum()  # as C_a C_b, but symmetric
+        return max(0.0, float((a.mean - b.mean).square().sum() + a.cov.trace() + b.cov.trace() - 2 * cross))
+
+    return distance
 
 
 def kernel_distance(
@@ -62,23 +72,82 @@ def kernel_distance(
 
 def precision_recall(real: Features, generated: Features, k: int = 3) -> tuple[float, float]:
     """Fraction of generated features (M, D) inside the manifold of the real ones (N, D), and of real ones inside that
-    of the generated; a manifold is the union of balls around each feature that reach its k-th neighbour (Kynkaanniemi et
-    al. 2019, https://arxiv.org/abs/1904.06991, eq. 1 to 3). Needs more than k features of each.
+    of the generated; a manifold is the union of balls around each feature that reach its k-th neighbor (Kynkaanniemi
+    et al. 2019, https://arxiv.org/abs/1904.06991, eq. 1 to 3). Needs more than k features of each.
     """
     a, b = checked(real, "real", k + 1), checked(generated, "generated", k + 1)
     return float(inside(b, a, k).double().mean()), float(inside(a, b, k).double().mean())
 
 
-def inside(points: Tensor, manifold: Tensor, k: int) -> Tensor:
+def inside(points: Features, manifold: Features, k: int = 3) -> Tensor:
     """Whether points (M, D) lie in the balls around the features `manifold` (N, D) -> (M,) bool."""
-    radii = torch.cat([rows.kthvalue(k + 1, dim=1).values for rows in distance_rows(manifold, manifold)])  # own 0 first
-    return torch.cat([(rows <= radii).any(dim=1) for rows in distance_rows(points, manifold)])
+    x, centers = checked(points, "points", 1), checked(manifold, "manifold", k + 1)
+    radii = neighbor_radii(centers, k)
+    return torch.cat([(rows <= radii).any(dim=1) for rows in distance_rows(x, centers)])
+
+
+def realism(generated: Features, real: Features, k: int = 3) -> Tensor:
+    """Realism of generated features (M, D) -> (M,), at least 1 inside the manifold of the real ones (N, D).
+
+    The largest ratio of a real feature's radius to its distance, over the half of them with the smaller radii
+    (Kynkaanniemi et al. 2019, eq. 4).
+    """
+    x, centers = checked(generated, "generated", 1), checked(real, "real", k + 1)
+    radii = neighbor_radii(centers, k)
+    kept = radii <= radii.median()
+    return torch.cat([(radii[kept] / rows.clamp(min=1e-12)).amax(dim=1) for rows in distance_rows(x, centers[kept])])
+
+
+def neighbor_radii(features: Tensor, k: int) -> Tensor:
+    """Distance of each feature (N, D) to its k-th neighbor -> (N,)."""
+    return torch.cat([rows.kthvalue(k + 1, dim=1).values for rows in distance_rows(features, features)])  # own 0 first
+
+
+def nearest(points: Features, references: Features) -> tuple[Tensor, Tensor]:
+    """Distance of each point (M, D) to the nearest reference (N, D), exactly 0 for equal ones, and its index, (M,)."""
+    x, y = checked(points, "points", 1), checked(references, "references", 1)
+    index = torch.cat([rows.argmin(dim=1) for rows in distance_rows(x, y)])
+    return (x - y[index]).square().sum(dim=1).sqrt(), index
 
 
 def distance_rows(a: Tensor, b: Tensor) -> Iterator[Tensor]:
     """Euclidean distances (N, M), as blocks of rows."""
     for rows in a.split(ROWS):
-        yield torch.cdist(rows, b, compute_mode="donot_use_mm_for_euclid_dist")
+        yield torch.cdist(rows, b)
+
+
+class Interval(NamedTuple):
+    """A value and its 95 % interval by bootstrap."""
+
+    value: float
+    low: float
+    high: float
+
+
+def bootstrap(
+    statistic: Callable[[Tensor], float],
+    count: int,
+    value: float,
+    resamples: int = 200,
+    seed: int = 0,
+    limits: tuple[float, float] = (-math.inf, math.inf),
+) -> Interval:
+    """`value` with 1.96 standard deviations of `statistic(indices)` over resamples of `count` samples on either side.
+
+    The deviation is used, not the quantiles: FID of a resample is larger than that of the samples, which repeat in it.
+    limits: of possible values.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    draws = [statistic(torch.randint(count, (count,), generator=generator)) for _ in range(resamples)]
+    spread = 1.96 * float(torch.tensor(draws, dtype=torch.float64).std())
+    return Interval(value, max(limits[0], value - spread), min(limits[1], value + spread))
+
+
+def mean_interval(values: Features) -> Interval:
+    """The mean of values (N,) with its interval, which is within their range."""
+    x = torch.as_tensor(values).double()
+    limits = float(x.min()), float(x.max())
+    return bootstrap(lambda chosen: float(x[chosen].mean()), len(x), float(x.mean()), limits=limits)
 
 
 def checked(features: Features, name: str, least: int = 2) -> Tensor:

@@ -176,10 +176,13 @@ def add_clip_flags(parser: Parser, what: str) -> None:
     add("--clip_weights", metavar="FILE", help=text)
 
 
-def add_model_flags(parser: Parser, config: str | None, ckpt: str | None, fill_in: bool = True) -> None:
+def add_model_flags(
+    parser: Parser, config: str | None, ckpt: str | None, fill_in: bool = True, measures: bool = False
+) -> None:
     """Flags of the model and of the output; `config` None: the script finds both files by itself.
 
     fill_in: False for a script with several default models, which the help names but the parser does not fill in.
+    measures: for a script that evaluates images as the model makes them: no safety check, no watermark.
     """
     add = parser.add_argument
     if config is not None:
@@ -200,14 +203,10 @@ def add_model_flags(parser: Parser, config: str | None, ckpt: str | None, fill_i
     add("--compile", nargs="?", const=COMPILERS[0], choices=COMPILERS, metavar="BACKEND", help=text)
     text = "keep the text encoder, the first stage or both on the CPU while they are not in use (CUDA only); all: also "
     add("--offload", choices=OFFLOADS, help=f"{text}the network while they are (default: off)")
-    text = "on: replace images that the safety checker flags by black ones; report: keep and mark them; off: no check"
-    add("--safety", choices=SAFETY_MODES, help=f"{text} (default: the config's)")
-    text = (
-        "folder with the checker's config.json and weights (default: models/safety_checker, else the Hugging Face hub)"
-    )
-    add("--safety_checker", metavar="FOLDER", help=text)
-    text = f"invisible watermark in images of at least 256x256 pixels (default: {METHODS[0]})"
-    add("--watermark", choices=(*METHODS, "off"), help=text)
+    if measures:
+        parser.set_defaults(safety="off", safety_checker=None, watermark="off")
+    else:
+        _add_output_flags(parser)
     text = "add a LoRA file with this strength (default: 1; negative for its opposite); repeat it for several files"
     add("--lora", action="append", default=[], metavar="FILE[:STRENGTH]", help=text)
     text = "add the token of a textual inversion file to prompts, as its file or TOKEN names it; may be repeated"
@@ -217,6 +216,18 @@ def add_model_flags(parser: Parser, config: str | None, ckpt: str | None, fill_i
     text = "allow the config to name classes of this package"
     add("--allow-targets", action="append", default=[], metavar="PACKAGE", help=text)
     add("--debug", action="store_true", help="show the traceback of an error")
+
+
+def _add_output_flags(parser: Parser) -> None:
+    add = parser.add_argument
+    text = "on: replace images that the safety checker flags by black ones; report: keep and mark them; off: no check"
+    add("--safety", choices=SAFETY_MODES, help=f"{text} (default: the config's)")
+    text = (
+        "folder with the checker's config.json and weights (default: models/safety_checker, else the Hugging Face hub)"
+    )
+    add("--safety_checker", metavar="FOLDER", help=text)
+    text = f"invisible watermark in images of at least 256x256 pixels (default: {METHODS[0]})"
+    add("--watermark", choices=(*METHODS, "off"), help=text)
 
 
 # --- checks

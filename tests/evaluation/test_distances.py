@@ -6,7 +6,18 @@ import torch
 from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.kid import KernelInceptionDistance
 
-from ldm.evaluation.distances import frechet_distance, kernel_distance, precision_recall, statistics
+from ldm.evaluation.distances import (
+    bootstrap,
+    frechet_distance,
+    kernel_distance,
+    mean_interval,
+    nearest,
+    precision_recall,
+    realism,
+    statistics,
+)
+
+pytestmark = pytest.mark.filterwarnings("ignore:Metric .* will save all extracted features in buffer")
 
 
 def features(n: int, seed: int, shift: float = 0.0, width: int = 12) -> np.ndarray:
@@ -100,3 +111,27 @@ def test_unusable_features_are_refused():
     x[0, 0] = np.nan
     with pytest.raises(ValueError, match="not finite"):
         frechet_distance(x, x)
+
+
+def test_realism_is_the_largest_ratio_of_radius_to_distance():
+    """Real 0, 1, 3, 6: radii (k = 1) 1, 1, 2, 3, of which 1 and 1 are kept. At 2 the ratios are 1/2 and 1/1."""
+    real = np.array([[0.0], [1], [3], [6]])
+    assert realism(np.array([[2.0], [0.5], [5]]), real, k=1).tolist() == [1.0, 2.0, 0.25]
+
+
+def test_nearest_is_exact_for_copies():
+    x = features(40, 0)
+    distance, index = nearest(x[[7, 3]] + np.array([[0.0], [0.5]], dtype=np.float32), x)
+    assert distance[0] == 0 and index[0] == 7 and distance[1] > 0
+
+
+def test_the_interval_of_a_mean_is_that_of_its_standard_error():
+    x = np.random.default_rng(0).normal(5, 2, 400)
+    value, low, high = mean_interval(x)
+    assert value == pytest.approx(x.mean()) and high - value == pytest.approx(1.96 * 2 / 20, rel=0.15)
+    assert low == pytest.approx(2 * value - high)
+
+
+def test_intervals_of_shares_stay_between_zero_and_one():
+    assert mean_interval(np.array([1.0] * 19 + [0.0])).high == 1.0
+    assert bootstrap(lambda chosen: float(chosen[0]), 9, 1.0, limits=(0, 5)) == (1.0, 0, 5)

@@ -1,0 +1,85 @@
+"""Metrics of whole sets, against real ones."""
+
+from dataclasses import replace
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+
+from ldm.evaluation import evaluate as module
+from ldm.evaluation import features
+from ldm.evaluation.distances import frechet_distance, precision_recall
+from ldm.evaluation.evaluate import (
+    Real,
+    copies_of,
+    figure_of,
+    measure,
+    paired_frechet_metric,
+    real_of_images,
+    real_of_statistics,
+)
+from ldm.evaluation.features import PixelFeatures, features_of
+from ldm.evaluation.image_sets import ArrayImages
+from tests.evaluation.sets import bars
+
+PIXELS = PixelFeatures(4)
+
+
+@pytest.fixture(scope="module")
+def real(tmp_path_factory) -> Real:
+    patch = pytest.MonkeyPatch()
+    patch.setattr(features, "train_classifier", partial(features.train_classifier, steps=30, progress=False))
+    patch.setattr(module, "resamples_of", lambda features: 3)
+    yield real_of_images(bars(40), lambda labels: PIXELS, bars(30, seed=1), tmp_path_factory.mktemp("cache"))
+    patch.undo()
+
+
+def test_metrics_are_those_of_the_features(real):
+    images = bars(24, seed=2)
+    found = measure(images, real)
+    x = features_of(PIXELS, images)
+    assert found.metrics["fid"].value == pytest.approx(frechet_distance(real.features, x))
+    assert (found.metrics["precision"].value, found.metrics["recall"].value) == pytest.approx(
+        precision_recall(real.features, x)
+    )
+    assert found.metrics["fid"].low <= found.metrics["fid"].value <= found.metrics["fid"].high
+    assert found.metrics["recognized"].value > 0.9 and not found.skipped
+    assert real.floor == pytest.approx(frechet_distance(real.features, features_of(PIXELS, bars(30, seed=1))))
+
+
+def test_wrong_classes_are_not_recognized(real):
+    images = bars(24, seed=2)
+    images.labels = 1 - images.labels
+    assert measure(images, real).metrics["recognized"].value < 0.1
+
+
+def test_copies_of_the_training_set_are_listed(real):
+    images = bars(10, seed=3)
+    images.images[4] = real.images.image(7)
+    found = measure(images, real)
+    assert copies_of(found)[0] == {"image": 4, "training_image": 7, "distance": 0.0}
+    assert figure_of("t", images, real, found).height > 600
+
+
+def test_statistics_alone_give_the_frechet_distance_and_say_why_the_rest_is_missing(real):
+    published = real_of_statistics("s.npz", PIXELS, real.stats.mean.numpy(), real.stats.cov.numpy(), None, real.cache)
+    found = measure(bars(12, seed=2), published)
+    assert set(found.metrics) == {"fid"} and {"kid", "precision", "recall", "copies", "recognized"} <= set(
+        found.skipped
+    )
+    assert found.metrics["fid"].value == pytest.approx(measure(bars(12, seed=2), real).metrics["fid"].value)
+    figure_of("t", bars(12, seed=2), published, found)
+    with pytest.raises(ValueError, match="mu is"):
+        real_of_statistics("s.npz", PIXELS, np.zeros(3), np.eye(2), None, real.cache)
+
+
+def test_images_without_classes_are_not_recognized_and_without_held_out_ones_there_is_no_novelty(real):
+    images = ArrayImages("a", bars(8).images)
+    found = measure(images, replace(real, held_out=None))
+    assert "recognized" in found.skipped and "novelty" in found.skipped
+
+
+def test_a_paired_distance_of_equal_images_is_zero_with_no_spread():
+    x = torch.randn(20, 4).numpy()
+    assert paired_frechet_metric(x, x) == pytest.approx((0, 0, 0, None), abs=1e-9)

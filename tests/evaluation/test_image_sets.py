@@ -1,0 +1,78 @@
+"""Sets of images: what a run's dataset, a folder and an .npz give."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from ldm.evaluation.image_sets import ArrayImages, DatasetImages, open_folder, read_npz
+
+
+class Noise(torch.utils.data.Dataset):
+    """Images of random numbers, drawn anew for each access."""
+
+    def __init__(self, n: int = 6, shift: float = 0.0) -> None:
+        self.n, self.shift = n, shift
+
+    def __len__(self) -> int:
+        return self.n
+
+    def __getitem__(self, index: int) -> dict:
+        return {"image": torch.rand(8, 8, 3) - self.shift, "class_label": index % 3}
+
+
+def test_images_of_a_random_dataset_are_the_same_at_every_access():
+    images = DatasetImages("noise", Noise(), "image", "noise")
+    assert np.array_equal(images.image(2), images.image(2)) and not np.array_equal(images.image(1), images.image(2))
+    assert images.image(0).dtype == np.uint8 and images.label(4) == 1
+
+
+def test_the_fingerprint_covers_pixels_count_and_preprocessing():
+    known = [
+        DatasetImages("a", Noise(*args), "image", identity, seed).fingerprint
+        for args, identity, seed in (((6,), "x", 0), ((5,), "x", 0), ((6, 0.1), "x", 0), ((6,), "y", 0), ((6,), "x", 1))
+    ]
+    assert len(set(known)) == 5
+    assert DatasetImages("other name", Noise(), "image", "x").fingerprint == known[0]
+
+
+def test_a_stream_is_read_up_to_the_limit():
+    class Stream(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            return iter({"image": torch.zeros(4, 4, 3) + k / 9} for k in range(9))
+
+    images = DatasetImages("stream", Stream(), "image", "", limit=4)
+    assert len(images) == 4 and images.image(0).max() < images.image(3).max()
+
+
+def test_a_missing_image_key_names_those_of_the_samples():
+    with pytest.raises(ValueError, match="no 'edited'; they have image, class_label"):
+        DatasetImages("noise", Noise(), "edited", "")
+
+
+def test_a_folder_is_read_at_the_size_of_its_first_image_or_at_the_size_asked_for(tmp_path):
+    for k, size in enumerate(((12, 8), (24, 16))):
+        Image.new("RGB", size, (50 * k, 0, 0)).save(tmp_path / f"{k}.png")
+    assert open_folder(tmp_path, "--images", None).image(1).shape == (8, 12, 3)
+    assert open_folder(tmp_path, "--images", 6).image(0).shape == (6, 6, 3)
+
+
+def test_an_npz_gives_images_features_or_statistics(tmp_path):
+    images = np.zeros((2, 4, 4, 3), np.uint8)
+    np.savez(tmp_path / "a.npz", images, np.array([1, 0]))
+    arrays = read_npz(tmp_path / "a.npz", "--real")
+    assert ArrayImages("a", arrays["arr_0"], arrays["arr_1"]).label(0) == 1
+    np.savez(tmp_path / "f.npz", np.zeros((5, 3)))
+    assert read_npz(tmp_path / "f.npz", "--real")["features"].shape == (5, 3)
+    np.savez(tmp_path / "s.npz", mu=np.zeros(3), sigma=np.eye(3))
+    assert set(read_npz(tmp_path / "s.npz", "--real")) == {"mu", "sigma"}
+
+
+@pytest.mark.parametrize("arrays, words", [({"x": np.zeros(2)}, "expected arr_0"), ({"arr_0": np.zeros(3)}, "uint8")])
+def test_another_npz_is_refused(tmp_path, arrays, words):
+    np.savez(tmp_path / "a.npz", **arrays)
+    with pytest.raises(ValueError, match=words):
+        read_npz(tmp_path / "a.npz", "--real")
+    (tmp_path / "b.npz").write_bytes(b"no zip")
+    with pytest.raises(ValueError, match="not a readable"):
+        read_npz(tmp_path / "b.npz", "--real")
