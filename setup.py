@@ -14,6 +14,7 @@ EXTRAS = {
     "bitsandbytes": ["bitsandbytes>=0.50"],
     "streams": ["webdataset>=1.0", "fsspec>=2024.6"],
     "deepspeed": ["deepspeed>=0.16"],
+    "evaluation": ["torch-fidelity>=0.4"],
     "docs": ["mkdocs>=1.6,<2", "mkdocs-material>=9.7", "mkdocstrings-python>=2.0"],
 }
 EXTRAS["test"] = [
@@ -29,6 +30,7 @@ EXTRAS["test"] = [
     *EXTRAS["safety"],
     *EXTRAS["quantize"],
     *EXTRAS["streams"],
+    *EXTRAS["evaluation"],
     "peft>=0.17",  # LoRA files, compared with diffusers'
 ]
 

@@ -9,7 +9,6 @@ import shlex
 import sys
 from argparse import Namespace
 from collections.abc import Sequence
-from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -111,7 +110,9 @@ def main(argv: Sequence[str]) -> None:
 def tasks() -> Any:
     """ldm.evaluation.tasks, which imports torch: --help and flag errors do not wait for it."""
     import_lightning()
-    return import_module("ldm.evaluation.tasks")
+    from ldm.evaluation import tasks
+
+    return tasks
 
 
 def request_of(opt: Namespace, info: ModelInfo) -> Any:

@@ -113,7 +113,10 @@ class InceptionFeatures:
 
 
 class DinoFeatures:
-    """The class token of DINOv2 after its last norm, of images scaled to 224x224 (Stein et al. 2023, 2306.04675)."""
+    """The class token of DINOv2 after its last norm, of images scaled to 224x224 (Stein et al. 2023, 2306.04675).
+
+    weights: a folder of transformers; None for the hub's cache. Nothing is downloaded.
+    """
 
     name = "dinov2"
 
@@ -122,12 +125,12 @@ class DinoFeatures:
 
         place = weights or DINOV2
         try:
-            self.model = AutoModel.from_pretrained(place).to(device).eval()
+            model = AutoModel.from_pretrained(place, use_safetensors=True, local_files_only=True)
         except (OSError, ValueError) as error:
             reason = str(error).splitlines()[0]
-            advice = f"pass --weights FOLDER with the config.json and weights of {DINOV2}"
+            advice = f"pass --weights FOLDER with the config.json and model.safetensors of {DINOV2}"
             raise ValueError(f"--features dinov2: {place} cannot be loaded ({reason}); {advice}") from error
-        self.device = device
+        self.model, self.device = model.to(device).eval(), device
         self.identity: Mapping[str, Any] = {"name": self.name, "weights": weights_digest(self.model)}
 
     @torch.no_grad()

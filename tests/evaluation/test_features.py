@@ -1,12 +1,16 @@
 """Extractors and the cache of features."""
 
 import hashlib
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from torchmetrics.image.fid import FrechetInceptionDistance
+from transformers import Dinov2Config, Dinov2Model
 
 from ldm.evaluation import features as module
+from ldm.evaluation.distances import frechet_distance
 from ldm.evaluation.features import (
     ClassifierFeatures,
     PixelFeatures,
@@ -117,3 +121,58 @@ def test_labels_are_part_of_the_classifiers_key(tmp_path, monkeypatch):
 
 def test_a_set_without_labels_has_none():
     assert labels_of(ArrayImages("a", np.zeros((2, 4, 4, 3), np.uint8))) is None
+
+
+IMAGES = torch.from_numpy(bars(3, size=32).images)
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+def test_inception_gets_levels_and_the_network_that_resizes_as_tensorflow_does(tmp_path, monkeypatch):
+    made = []
+
+    class Network(torch.nn.Module):
+        def __init__(self, *args: object) -> None:
+            super().__init__()
+            made.append(args)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            assert x.dtype == torch.uint8 and x.shape == (3, 3, 32, 32)
+            return x.float().mean(dim=(2, 3))
+
+    monkeypatch.setattr("torchmetrics.image.fid.NoTrainInceptionV3", Network)
+    weights = tmp_path / "w.pth"
+    weights.write_bytes(b"x")
+    extractor = module.make_extractor("inception", str(weights), torch.device("cpu"))
+    assert extractor(IMAGES).shape == (3, 3) and made == [("inception-v3-compat", ["2048"], str(weights))]
+    other = tmp_path / "v.pth"
+    other.write_bytes(b"y")
+    assert module.make_extractor("inception", str(other), torch.device("cpu")).identity != extractor.identity
+
+
+def test_fid_by_inception_is_that_of_torchmetrics_where_the_weights_are_at_hand():
+    pytest.importorskip("torch_fidelity")
+    file = Path(torch.hub.get_dir()) / "checkpoints" / module.INCEPTION_URL.rpartition("/")[2]
+    if not file.is_file():
+        pytest.skip(f"{file} is not at hand")
+    metric = FrechetInceptionDistance(2048, feature_extractor_weights_path=str(file))
+    sets = [bars(6, seed=seed, size=32) for seed in (0, 1)]
+    for images, real in zip(sets, (True, False)):
+        metric.update(torch.from_numpy(images.images).permute(0, 3, 1, 2), real=real)
+    extractor = module.make_extractor("inception", None, torch.device("cpu"))
+    ours = frechet_distance(*(features_of(extractor, images, progress=False) for images in sets))
+    assert ours == pytest.approx(float(metric.compute()), abs=1e-4)
+
+
+def test_dinov2_features_are_the_class_token_of_a_folder_of_transformers(tmp_path):
+    torch.manual_seed(0)
+    config = Dinov2Config(hidden_size=8, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=14)
+    model = Dinov2Model(config).eval()
+    model.save_pretrained(tmp_path)
+    extractor = module.make_extractor("dinov2", str(tmp_path), torch.device("cpu"))
+    x = torch.nn.functional.interpolate(IMAGES.permute(0, 3, 1, 2) / 255, (224, 224), mode="bicubic", antialias=True)
+    x = (x.clamp(0, 1) - torch.tensor(IMAGENET_MEAN)[:, None, None]) / torch.tensor(IMAGENET_STD)[:, None, None]
+    with torch.no_grad():
+        wanted = model(x).pooler_output
+    assert torch.allclose(extractor(IMAGES), wanted, atol=1e-5)
+    with pytest.raises(ValueError, match=r"pass --weights FOLDER with the config\.json"):
+        module.make_extractor("dinov2", str(tmp_path / "gone"), torch.device("cpu"))
