@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -24,8 +24,21 @@ def offloaded_stages(model: nn.Module, name: str) -> list[nn.Module]:
     return stages
 
 
-def keep_on_cpu(stages: Sequence[nn.Module], networks: Sequence[nn.Module], device: torch.device) -> None:
-    """Keep `stages` on the CPU; each is on `device` during its calls, and the `networks` are on the CPU meanwhile."""
+def move_rest(model: nn.Module, stages: Sequence[nn.Module], device: torch.device) -> None:
+    """Move a model to `device`, except for `stages`, which stay where they are."""
+    kept = {name: stage for name in OFFLOADS["all"] if (stage := getattr(model, name, None)) in stages}
+    for name in kept:
+        setattr(model, name, None)
+    model.to(device)
+    for name, stage in kept.items():
+        setattr(model, name, stage)
+
+
+def keep_on_cpu(stages: Sequence[nn.Module], networks: Iterable[nn.Module], device: torch.device) -> None:
+    """Keep `stages` on the CPU; each is on `device` during its calls, and the `networks` are on the CPU meanwhile.
+
+    Networks that are added to `networks` later move too.
+    """
     for stage in stages:
         _keep_one(stage, networks, device)
 
@@ -35,7 +48,7 @@ def in_use(stage: Any) -> AbstractContextManager[None]:
     return getattr(stage, _IN_USE, nullcontext)()
 
 
-def _keep_one(stage: nn.Module, networks: Sequence[nn.Module], device: torch.device) -> None:
+def _keep_one(stage: nn.Module, networks: Iterable[nn.Module], device: torch.device) -> None:
     cpu, depth = torch.device("cpu"), 0  # of calls within calls
 
     @contextmanager
@@ -59,4 +72,3 @@ def _keep_one(stage: nn.Module, networks: Sequence[nn.Module], device: torch.dev
         if (call := getattr(stage, name, None)) is not None:
             setattr(stage, name, in_use()(call))
     setattr(stage, _IN_USE, in_use)
-    stage.to(cpu)

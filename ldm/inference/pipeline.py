@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableSet, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from copy import copy
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, cast
+from weakref import WeakSet
 
 import torch
 from omegaconf import DictConfig, OmegaConf, open_dict
@@ -33,7 +34,7 @@ from ldm.data.image import to_array
 from ldm.inference.embeddings import add_tokens, read_tokens
 from ldm.inference.lora import add_live, merged, read_adapters, split_adapter
 from ldm.inference.memory import decoded_at_once
-from ldm.inference.offload import in_use, keep_on_cpu, offloaded_stages
+from ldm.inference.offload import in_use, keep_on_cpu, move_rest, offloaded_stages
 from ldm.inference.precision import cast_weights, choose_device, resolve_precision
 from ldm.inference.quantize import check_quantization, quantize_weights
 from ldm.inference.settings import LORA_MODES, Request, check_offload, embedding_text, lora_text, require
@@ -86,6 +87,7 @@ class Pipeline:
 
     dtype: of convolutions and matrix products under autocast; None: the weights'.
     identity: metadata of the model: config, checkpoint, version, precision.
+    moved: networks that wait on the CPU while a stage works; empty without `--offload all`.
     """
 
     def __init__(
@@ -95,8 +97,10 @@ class Pipeline:
         device: torch.device,
         dtype: torch.dtype | None,
         identity: Mapping[str, Any],
+        moved: MutableSet[nn.Module] | None = None,
     ) -> None:
         self.model, self.info, self.device, self.dtype, self.identity = model, info, device, dtype, identity
+        self.moved: MutableSet[nn.Module] = set() if moved is None else moved
 
     def with_model(self, model: Any) -> Pipeline:
         """The pipeline with another model in its place, e.g. one that works in tiles."""
@@ -287,14 +291,16 @@ def load_model(
             f"{source.path}: {len(missing)} weights are missing ({', '.join(missing[:3])}, ...); "
             "does this config match the checkpoint?"
         )
-    model = model.requires_grad_(False).eval().to(where)
+    model = model.requires_grad_(False).eval()
+    move_rest(model, stages, where)
     add_tokens(model.cond_stage_model, tokens)
     if lora_mode == "live":
         add_live(model, adapters)
     control = [model.control_model] if hasattr(model, "control_model") else []
+    moved = WeakSet([model.model, *control] if offload == "all" else [])  # a ControlNet joins while it is in use
+    keep_on_cpu(stages, moved, where)
     if quantize is not None:
         quantize_weights([*networks_of(model).values(), *control], quantize)
-    keep_on_cpu(stages, [model.model, *control] if offload == "all" else [], where)
     if compiler is not None:
         compile_for_sampling(model.get_submodule("model.diffusion_model"), compiler, where.type)
     if where.type == "cpu" and cli.only_samples:  # a program of this project: nothing else reads weights or memory
@@ -318,7 +324,7 @@ def load_model(
     if embeddings:
         used["embedding"] = [embedding_text(Path(path), token) for path, token in embeddings]
         used["embedding_fingerprint"] = [fingerprint(path) for path, _ in embeddings]
-    return Pipeline(model, info, where, chosen.autocast, {**identify(source, info.path), **used})
+    return Pipeline(model, info, where, chosen.autocast, {**identify(source, info.path), **used}, moved)
 
 
 def for_inference(config: Mapping[str, Any], names: set[str]) -> DictConfig:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ldm.inference.offload import in_use
 from ldm.inference.precision import resolve_precision
 from ldm.inference.settings import QUANTIZATIONS, check_quantize
 
@@ -47,10 +48,12 @@ def quantize_weights(networks: Collection[nn.Module], name: str) -> None:
     layers whose rows are no multiple of the group keep their dtype.
     """
     done = 0
-    for layer in (layer for network in networks for layer in network.modules()):
-        if type(layer) is nn.Linear and not (name == "int4" and layer.in_features % GROUP):
-            _quantize(layer, name)
-            done += layer.weight.numel()
+    for network in networks:
+        with in_use(network):
+            for layer in network.modules():
+                if type(layer) is nn.Linear and not (name == "int4" and layer.in_features % GROUP):
+                    _quantize(layer, name)
+                    done += layer.weight.numel()
     kept = sum(parameter.numel() for network in networks for parameter in network.parameters()) - done
     text = "%s weights: %.1f M values of linear layers; %.1f M keep their dtype (convolutions, embeddings and the like)"
     logger.info(text, name, done / 1e6, kept / 1e6)

@@ -8,8 +8,9 @@ from torch import nn
 
 from ldm import inference
 from ldm.inference import memory, requests
+from ldm.inference import pipeline as pipelines
 from ldm.inference.offload import keep_on_cpu, offloaded_stages
-from ldm.inference.settings import check_offload
+from ldm.inference.settings import OFFLOADS, check_offload
 from ldm.models.diffusion.tiling import TiledModel, Tiling
 from tests.images import hole, make_image
 from tests.tiny import save_model
@@ -69,7 +70,8 @@ def watch(model, name, monkeypatch):
     parts = {part: module for part, module in every.items() if isinstance(module, nn.Module)}
     if model.first_stage_model is model.cond_stage_model:
         del parts["cond_stage_model"]
-    place, calls = dict.fromkeys(map(id, parts.values()), "cuda"), []
+    stages = offloaded_stages(model, name)
+    place, calls = {id(module): "cpu" if module in stages else "cuda" for module in parts.values()}, []
 
     def to(module, device):
         place[id(module)] = device.type
@@ -82,7 +84,6 @@ def watch(model, name, monkeypatch):
         return hook
 
     monkeypatch.setattr(nn.Module, "to", to)
-    stages = offloaded_stages(model, name)
     networks = [parts[part] for part in ("network", "control") if part in parts]
     keep_on_cpu(stages, networks if name == "all" else [], CUDA)
     for part, module in parts.items():
@@ -141,6 +142,50 @@ def test_tiles_and_parts_of_a_batch_move_each_stage_once(load, monkeypatch):
             run()
         assert moves == once
     assert places == [once[1]]  # free memory is measured without the network
+
+
+class Device:
+    """The GPU, by the tensors that `.to` has moved there."""
+
+    def __init__(self):
+        self.tensors, self.peak = set(), 0  # peak: values
+
+    def move(self, module, device):
+        tensors = {*module.parameters(), *module.buffers()}
+        self.tensors = self.tensors | tensors if device.type == "cuda" else self.tensors - tensors
+        self.peak = max(self.peak, sum(tensor.numel() for tensor in self.tensors))
+        return module
+
+    def has(self, module):
+        return {*module.parameters(), *module.buffers()} <= self.tensors
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    device = Device()
+    monkeypatch.setattr(nn.Module, "to", lambda module, where: device.move(module, where))
+    monkeypatch.setattr(pipelines, "choose_device", lambda name: CUDA)
+    return device
+
+
+@pytest.mark.parametrize("name", OFFLOADS)
+def test_loading_moves_to_the_gpu_only_what_stays_there(tmp_path, gpu, name):
+    saved = save_model(tmp_path, "text")
+    model = inference.load_model(saved.config, saved.ckpt, "cuda", "full", offload=name).model
+    away = {tensor for stage in offloaded_stages(model, name) for tensor in (*stage.parameters(), *stage.buffers())}
+    rest = {*model.parameters(), *model.buffers()} - away
+    assert away and gpu.tensors == rest
+    assert gpu.peak == sum(tensor.numel() for tensor in rest)
+
+
+def test_a_controlnet_that_is_loaded_later_moves_with_the_network(tmp_path_factory, gpu):
+    saved, control = (save_model(tmp_path_factory.mktemp(kind), kind) for kind in ("text", "control"))
+    pipeline = inference.load_model(saved.config, saved.ckpt, "cuda", "full", offload="all")
+    net, places = inference.load_controlnet(pipeline, control.ckpt), []
+    stage = pipeline.model.first_stage_model
+    stage.post_quant_conv.register_forward_pre_hook(lambda *_: places.append((gpu.has(stage), gpu.has(net))))
+    stage.decode(torch.zeros(1, 4, 2, 2))
+    assert places == [(True, False)] and gpu.has(net) and not gpu.has(stage)
 
 
 def test_a_device_without_memory_of_its_own_and_a_model_without_the_stage_are_refused(load):

@@ -100,6 +100,8 @@ def load_controlnet(pipeline: Pipeline, ckpt: str | Path | WeightsSource, use_em
         problem = "lacks" if report.missing else "also has"
         raise CheckpointError(f"{source.path}: {problem} {preview(wrong)}: not a ControlNet of this model")
     net = net.requires_grad_(False).eval().to(pipeline.device)
+    if pipeline.moved:
+        pipeline.moved.add(net)
     own_config = source.path / "config.json"  # of a folder
     net.global_average_pooling = own_config.is_file() and bool(read_json(own_config).get("global_pool_conditions"))
     if (quantize := pipeline.identity.get("quantize")) is not None:
