@@ -47,6 +47,12 @@ logger = logging.getLogger(__name__)
 _MANUAL = {"accumulate_grad_batches": 1, "gradient_clip_val": None, "gradient_clip_algorithm": "norm"}
 
 
+def default_strategy(model: pl.LightningModule) -> str:
+    """Return the strategy for several devices: each step of a GAN uses only one of its networks."""
+    one_network = getattr(getattr(model, "loss", None), "discriminator", model) is None  # a first stage without a GAN
+    return "ddp" if model.automatic_optimization or one_network else "ddp_find_unused_parameters_true"
+
+
 def build_trainer(
     config: DictConfig,
     settings: RunSettings,
@@ -61,8 +67,7 @@ def build_trainer(
     if not automatic:
         _move_to_module(arguments, model)
     if devices.processes * settings.num_nodes > 1:
-        # Each step of a GAN uses only one of its networks.
-        arguments.setdefault("strategy", "ddp" if automatic else "ddp_find_unused_parameters_true")
+        arguments.setdefault("strategy", default_strategy(model))
     arguments.setdefault("enable_checkpointing", True)
     arguments.setdefault("enable_model_summary", False)
     # Inference tensors that a module keeps from validation would not be usable in training.

@@ -18,6 +18,7 @@ from ldm.config.instantiate import ConfigError
 from ldm.training import strategies
 from ldm.training.checkpoint_io import AtomicCheckpointIO
 from ldm.training.strategies import DDPStrategy, FSDPStrategy, make_strategy
+from ldm.training.trainer import default_strategy
 from tests.checkpoint.models import SPLIT
 from tests.ranks import MODELS, largest_difference, train, train_on
 
@@ -167,3 +168,14 @@ def test_a_signal_ends_a_process_that_waits_for_the_others_at_the_start(name, mo
         make_strategy(name).setup_distributed()
         assert signal.getsignal(signal.SIGTERM) is handler
     assert seen == [signal.SIG_DFL]
+
+
+def test_only_networks_that_take_turns_need_the_search_for_unused_parameters():
+    def model(automatic, **loss):
+        return SimpleNamespace(automatic_optimization=automatic, loss=SimpleNamespace(**loss))
+
+    searching = "ddp_find_unused_parameters_true"
+    assert default_strategy(model(True)) == "ddp"
+    assert default_strategy(model(False, discriminator=object())) == searching
+    assert default_strategy(model(False, discriminator=None)) == "ddp"
+    assert default_strategy(SimpleNamespace(automatic_optimization=False)) == searching  # of another package
