@@ -93,7 +93,8 @@ def _conditional_grid(rows: Sequence[tuple[dict[str, Image.Image], list[Generate
     captions: list[str] = []
     for shown, images in rows:
         cells += [*shown.values(), *(image.image for image in images)]
-        captions += [*shown, *["sample"] * len(images)]
+        names = {"conditioning": "condition"}  # a word that fits below 64 pixels
+        captions += [*(names.get(name, name) for name in shown), *["sample"] * len(images)]
     side = max(max(cell.size) for cell in cells)
     for k, cell in enumerate(cells):  # what the network sees may be as small as the latent
         scale = side // max(cell.size)
