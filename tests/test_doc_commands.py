@@ -140,6 +140,8 @@ def check_script(path: Path, words: list[str], folder: Path) -> None:
         save_run(OmegaConf.load(ROOT / RUNS.get(path.stem, RUNS["txt2img"])), folder)
     for name in re.findall(r"[^\s=]+\.(?:png|txt)", " ".join(words)):
         make_input(folder / name)
+    if "--classes" in words:
+        (folder / RUN / "configs" / "classes.txt").write_text("\n".join(filter(str.isalpha, words)))
     script = runpy.run_path(str(path))
     if "main" not in script or "parser" not in script:
         assert not words

@@ -59,7 +59,7 @@ def on_config(config: MkDocsConfig) -> None:
     """Make the pages, and list them in the navigation: a group for each folder."""
     _pages.clear()
     _pages.update({**commands(), **configs(), **python()})
-    groups: dict[str, list] = {"Commands": [], "Configs": ["reference/configs.md"], "Python": []}
+    groups: dict[str, list] = {"Commands": [], "Configs": [{"all": "reference/configs.md"}], "Python": []}
     for path in _pages:
         if path.startswith(("commands/", "configs/recipes/", "configs/quickstart/", "python/")):
             title = Path(path).name
@@ -70,7 +70,9 @@ def on_config(config: MkDocsConfig) -> None:
 
 def on_files(files: Files, config: MkDocsConfig) -> None:
     for path, content in _pages.items():
-        files.append(File.generated(config, f"reference/{path}.md", content=content))
+        hidden = "toc" if path.startswith(("configs/", "models/")) else ""  # long lines get its place
+        front_matter = f"---\nsearch: {{boost: 0.5}} # guides come first\nhide: [{hidden}]\n---\n"
+        files.append(File.generated(config, f"reference/{path}.md", content=f"{front_matter}\n{content}"))
 
 
 def commands() -> dict[str, str]:
@@ -120,10 +122,13 @@ def _config(path: Path) -> str:
     """Return the YAML behind its first comment, of which commands become blocks."""
     whole = path.read_text(encoding="utf-8")
     content = re.sub(r"\A(#.*\n)*", "", whole)
-    comment = whole.removesuffix(content)
-    text = re.sub(r"^# ?", "", comment, flags=re.MULTILINE)
-    text = re.sub(r"^((?:python|bash) (?:.*\\\n)*.*)\n", r"\n```bash\n\1\n```\n\n", text, flags=re.MULTILINE)
-    return f"---\nhide: [toc]\n---\n\n# {path.relative_to(ROOT)}\n\n{text}\n```yaml\n{content}```\n"
+    text = re.sub(r"^# ?", "", whole.removesuffix(content), flags=re.MULTILINE)
+    command = r"^(?:Then: )?((?:python|bash) (?:.*\\\n)*.*)\n"
+    prose = re.split(command, text, flags=re.MULTILINE)  # a command after each text but the last
+    prose[::2] = [part.replace("<", "&lt;") for part in prose[::2]]
+    prose[1::2] = [f"\n```bash\n{part}\n```\n\n" for part in prose[1::2]]
+    text = "".join(prose)
+    return f"# {path.relative_to(ROOT)}\n\n{text}\n```yaml\n{content}```\n"
 
 
 def python() -> dict[str, str]:
