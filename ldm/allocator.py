@@ -6,6 +6,7 @@ import ctypes
 import os
 import platform
 
+_keeps_large = False  # by keep_freed_memory
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_MMAP_MAX = -1, -3, -4  # of mallopt(3)
 
 
@@ -25,6 +26,12 @@ def kept_memory() -> int:
     return int(mallinfo2().fordblks)
 
 
+def return_kept_memory() -> None:
+    """Give what `keep_freed_memory(large=True)` kept so far back to the system, where the next work has other sizes."""
+    if _keeps_large:
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 def keep_freed_memory(large: bool = False) -> None:
     """Make malloc keep up to 2 GiB of freed memory, if it is glibc's and the environment does not say otherwise.
 
@@ -38,4 +45,6 @@ def keep_freed_memory(large: bool = False) -> None:
     mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
     mallopt(_M_MMAP_THRESHOLD, 32 * 2**20)  # glibc's upper limit
     if large:
+        global _keeps_large
         mallopt(_M_MMAP_MAX, 0)
+        _keeps_large = True

@@ -29,6 +29,17 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before, kept_memory()
 """
 
 
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="glibc's malloc, from 2.33 on")
+@pytest.mark.parametrize("large", [False, True])
+def test_large_blocks_that_were_kept_can_be_returned(large):
+    program = FAULTS.replace("{size}", str(2**22)).replace("{large}", str(large))
+    resident = "int(open('/proc/self/statm').read().split()[1]) * 4096"
+    program += f"from ldm.allocator import return_kept_memory\nbefore = {resident}\n"
+    program += f"return_kept_memory()\nprint(before - {resident})"
+    out = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
+    assert (int(out.split()[-1]) > 2**25) == large, out
+
+
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's malloc")
 @pytest.mark.parametrize(
     "environment, size, large, kept",

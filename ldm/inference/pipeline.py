@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ldm import __version__, cli
-from ldm.allocator import keep_freed_memory
+from ldm.allocator import keep_freed_memory, return_kept_memory
 from ldm.checkpoint import (
     CheckpointError,
     WeightsSource,
@@ -196,6 +196,7 @@ class Pipeline:
         if not hasattr(self.model, "decode_first_stage"):  # diffusion in pixel space
             return z.float().clamp(-1.0, 1.0)
         stage: nn.Module | None = getattr(self.model, "first_stage_model", None)
+        return_kept_memory()  # of the network's activations
         with in_use(stage):
             x = self._decode(z, stage)
         if not torch.isfinite(x).all():
