@@ -98,6 +98,16 @@ def main(argv: Sequence[str]) -> int:
     if logged := [str(run / "images") for run in (autoencoder, text2image) if (run / "images").is_dir()]:
         print(f"image logs   {' '.join(logged)}")
     print("sample more  " + command_line([*sample, "--n_samples", "16", "--prompt", "a handwritten seven"]))
+    evaluate = [
+        "scripts/evaluate.py",
+        "--ckpt",
+        str(text2image),
+        "--steps",
+        str(DDIM_STEPS),
+        "--scale",
+        f"{GUIDANCE:g}",
+    ]
+    print("evaluate     " + command_line(evaluate))
     return 0
 
 

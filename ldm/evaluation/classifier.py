@@ -15,6 +15,7 @@ logger = logging.getLogger(__name__)
 
 SIDE, WIDTH = 32, 64  # pixels of its input, features
 STEPS, BATCH, LEARNING_RATE = 600, 64, 2e-3
+VERSION = 1  # of the network and its training: another one is not read from the cache
 SHIFT = 2  # pixels by which training images are moved at random
 
 
@@ -32,8 +33,8 @@ class SmallClassifier(nn.Module):
         self.head = nn.Linear(WIDTH, n_classes)
 
     def features(self, x: Tensor) -> Tensor:
-        """(B, 3, 32, 32) -> (B, 64)."""
-        return F.silu(self.neck(self.body(x).flatten(1)))
+        """(B, 3, 32, 32) -> (B, 64), normalized: distances then have one scale for all sets."""
+        return F.layer_norm(F.silu(self.neck(self.body(x).flatten(1))), (WIDTH,))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.features(x))

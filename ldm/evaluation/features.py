@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from ldm.atomic import atomic_file
 from ldm.checkpoint import ensure_weights
-from ldm.evaluation.classifier import SmallClassifier, reduced, train_classifier
+from ldm.evaluation.classifier import VERSION, SmallClassifier, reduced, train_classifier
 from ldm.evaluation.image_sets import ImageSet
 from ldm.modules.encoders.open_clip import FrozenClipImageEmbedder
 from ldm.paths import fingerprint
@@ -77,6 +77,7 @@ class ClassifierFeatures:
         content = b"".join(x.numpy().tobytes() for x in weights.values())
         self.identity: Mapping[str, Any] = {
             "name": self.name,
+            "version": VERSION,
             "trained_on": trained_on,
             "weights": hashlib.sha256(content).hexdigest()[:16],
         }
@@ -266,7 +267,7 @@ def trained_classifier(folder: Path, images: ImageSet, labels: np.ndarray, seed:
         return {name: x.numpy() for name, x in weights.items()}
 
     key = {"what": "classifier", "images": images.fingerprint, "labels": hashlib.sha256(labels.tobytes()).hexdigest()}
-    arrays = cached(folder, {**key, "seed": seed}, train)
+    arrays = cached(folder, {**key, "version": VERSION, "seed": seed}, train)
     return ClassifierFeatures({name: torch.from_numpy(x) for name, x in arrays.items()}, images.fingerprint)
 
 

@@ -9,6 +9,7 @@ import torch
 from torchmetrics.image.fid import FrechetInceptionDistance
 from transformers import Dinov2Config, Dinov2Model
 
+from ldm.evaluation import evaluate
 from ldm.evaluation import features as module
 from ldm.evaluation.distances import frechet_distance
 from ldm.evaluation.features import (
@@ -24,7 +25,10 @@ from ldm.evaluation.features import (
     trained_classifier,
 )
 from ldm.evaluation.image_sets import ArrayImages
+from ldm.modules.encoders.open_clip import FrozenClipImageEmbedder, FrozenCLIPTextEmbedder
 from tests.evaluation.sets import bars
+from tests.modules.encoders.test_open_clip import TINY_JOINT
+from tests.reference import seed_weights
 
 
 def test_distances_of_pixel_features_are_root_mean_square_differences():
@@ -123,6 +127,7 @@ def test_a_set_without_labels_has_none():
     assert labels_of(ArrayImages("a", np.zeros((2, 4, 4, 3), np.uint8))) is None
 
 
+TOWERS = FrozenClipImageEmbedder, FrozenCLIPTextEmbedder
 IMAGES = torch.from_numpy(bars(3, size=32).images)
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -176,3 +181,19 @@ def test_dinov2_features_are_the_class_token_of_a_folder_of_transformers(tmp_pat
     assert torch.allclose(extractor(IMAGES), wanted, atol=1e-5)
     with pytest.raises(ValueError, match=r"pass --weights FOLDER with the config\.json"):
         module.make_extractor("dinov2", str(tmp_path / "gone"), torch.device("cpu"))
+
+
+def test_clip_features_and_the_clip_score_are_those_of_open_clips_towers(monkeypatch):
+    torch.manual_seed(0)
+    image, text = (seed_weights(tower(clip_config=TINY_JOINT, normalize=True)) for tower in TOWERS)
+    for module_ in (module, evaluate):
+        monkeypatch.setattr(module_, "FrozenClipImageEmbedder", lambda *args, **kwargs: image)
+    monkeypatch.setattr(evaluate, "FrozenCLIPTextEmbedder", lambda *args, **kwargs: text)
+    x = IMAGES.permute(0, 3, 1, 2) / 127.5 - 1
+    texts = ["a row", "a column", "a row"]
+    with torch.no_grad():
+        wanted, cosine = image(x), torch.nn.functional.cosine_similarity(image(x), text(texts))
+    extractor = module.make_extractor("clip", None, torch.device("cpu"))
+    assert torch.allclose(extractor(IMAGES), wanted, atol=1e-6) and extractor.identity["version"] == "ViT-L/14"
+    score = evaluate.clip_score(bars(3, size=32), texts, "ViT-L/14", "w", torch.device("cpu"))
+    assert score.value == pytest.approx(float(100 * cosine.clamp(min=0).mean()), abs=1e-3)
