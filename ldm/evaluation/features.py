@@ -262,7 +262,7 @@ def trained_classifier(folder: Path, images: ImageSet, labels: np.ndarray, seed:
     """The classifier of a labelled set, cached."""
 
     def train() -> dict[str, np.ndarray]:
-        pixels, n_classes = torch.cat(list(batches(images, 256))), int(labels.max()) + 1
+        pixels, n_classes = torch.cat([reduced(batch) for batch in batches(images, 256)]), int(labels.max()) + 1
         weights = train_classifier(pixels, torch.from_numpy(labels), n_classes, seed)
         return {name: x.numpy() for name, x in weights.items()}
 
