@@ -16,6 +16,7 @@ EXTRAS = {
     "deepspeed": ["deepspeed>=0.16"],
     "evaluation": ["torch-fidelity>=0.4"],
     "docs": ["mkdocs>=1.6,<2", "mkdocs-material>=9.7", "mkdocstrings-python>=2.0"],
+    "web": ["gradio>=6.31"],
 }
 EXTRAS["test"] = [
     "pytest>=8.0",
@@ -31,6 +32,8 @@ EXTRAS["test"] = [
     *EXTRAS["quantize"],
     *EXTRAS["streams"],
     *EXTRAS["evaluation"],
+    *EXTRAS["web"],
+    "playwright>=1.50",  # the page in a browser, which it does not bring: apt-get install chromium
     "peft>=0.17",  # LoRA files, compared with diffusers'
 ]
 
@@ -43,6 +46,7 @@ setup(
     license="MIT",
     python_requires=">=3.11",
     packages=find_packages(include=["ldm", "ldm.*"]),
+    package_data={"ldm.web": ["page.css"]},
     install_requires=[
         "torch>=2.10",
         "pytorch-lightning>=2.6.6",

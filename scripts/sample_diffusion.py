@@ -68,8 +68,7 @@ def main(argv: Sequence[str]) -> None:
     info = inference.read_model_info(saved.configs, opt.overrides)
     names = saved.class_names if info.n_classes is not None else []
     classes = inference.parse_classes(opt.classes, names) if opt.classes is not None else None
-    others = {"steps": opt.custom_steps, "vanilla": opt.vanilla_sample, "classes": classes}
-    request = ClassConditionalRequest(**cli.request_fields(opt, ClassConditionalRequest, **others)).checked(info)
+    request = ClassConditionalRequest(**cli.request_fields(opt, ClassConditionalRequest, classes=classes)).checked(info)
     if Path(opt.logdir).is_file():
         raise ValueError(f"--logdir {opt.logdir}: a file; choose a folder")
     prepared = cli.prepare(opt, info, saved.ckpt)

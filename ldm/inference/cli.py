@@ -50,7 +50,16 @@ _DOWNLOADS = {  # how to get the weights of the default models
     _RELEASED[0]: "bash scripts/download_models.sh inpainting_big downloads it",
     _RELEASED[1]: "bash scripts/download_models.sh sr_bsr downloads it",
 }
-
+RENAMED = {  # parsed argument -> field of a request, where they differ
+    "ddim_steps": "steps",
+    "custom_steps": "steps",
+    "ddim_eta": "eta",
+    "C": "channels",
+    "f": "factor",
+    "H": "height",
+    "W": "width",
+    "vanilla_sample": "vanilla",
+}
 
 Files = str | Path | list[str] | None
 """A file that a flag names, those of a flag that is given several times, or None."""
@@ -316,9 +325,8 @@ def find_controlnet(path: str) -> Path:
 
 def request_fields(opt: Namespace, request: type[Request], **others: Any) -> dict[str, Any]:
     """The flags' values as fields of a request; `others` are fields that are not the value of a flag."""
-    renamed = {"ddim_steps": "steps", "ddim_eta": "eta", "C": "channels", "f": "factor", "H": "height", "W": "width"}
     by_model = {"H", "W"} - getattr(opt, "given", frozenset())  # not given: the model's size, or the published one
-    given = {renamed.get(flag, flag): value for flag, value in vars(opt).items() if flag not in by_model}
+    given = {RENAMED.get(flag, flag): value for flag, value in vars(opt).items() if flag not in by_model}
     found = {field.name: given[field.name] for field in fields(request) if field.name in given}
     return {**found, "sampler": opt.sampler or "ddim", **others}
 

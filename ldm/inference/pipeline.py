@@ -53,6 +53,9 @@ logger = logging.getLogger(__name__)
 
 HALF = (torch.float16, torch.bfloat16)
 
+Watch = Callable[[Tensor, int], None]
+"""Called after each sampling step with the predicted x_0 (B, c, h, w) and the step's number; raises to stop the run."""
+
 
 class GenerativeModel(DiffusionModel, Protocol):
     """The members that tasks use of a model besides sampling. Models in pixel space have no first stage."""
@@ -101,6 +104,13 @@ class Pipeline:
     ) -> None:
         self.model, self.info, self.device, self.dtype, self.identity = model, info, device, dtype, identity
         self.moved: MutableSet[nn.Module] = set() if moved is None else moved
+        self.watch: Watch | None = None
+
+    def watched(self, watch: Watch) -> Pipeline:
+        """The pipeline, whose runs call `watch` after each step."""
+        changed = copy(self)
+        changed.watch = watch
+        return changed
 
     def with_model(self, model: Any) -> Pipeline:
         """The pipeline with another model in its place, e.g. one that works in tiles."""
@@ -152,6 +162,7 @@ class Pipeline:
                 unconditional_conditioning=given.uncond,
                 image_guidance_scale=given.image_scale,
                 callback=given.callback,
+                img_callback=self.watch,
                 mask=given.mask,
                 x0=given.x0,
                 log_every_t=request.steps + 1,

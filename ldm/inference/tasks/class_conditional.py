@@ -82,5 +82,5 @@ def _sample_latents(
     x_T = noise.normal(shape, pipeline.device, torch.float32)
     clip = getattr(pipeline.model, "clip_denoised", False)  # models in pixel space clip the predicted x_0
     options = {"clip_denoised": clip, "noise_source": noise, **request.prediction_options}
-    options |= {"callback": given.callback, "verbose": False}
+    options |= {"callback": given.callback, "img_callback": pipeline.watch, "verbose": False}
     return sampler.decode(x_T, given.cond, info.timesteps, given.scale, given.uncond, **options)

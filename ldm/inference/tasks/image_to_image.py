@@ -66,7 +66,8 @@ def image_to_image(
         sampler.make_schedule(request.steps, request.spacing, request.eta, verbose=False)
         start_noise = noise.normal_like(z) if per_image or start is None else start[:size]
         z = sampler.stochastic_encode(z, [steps] * size, noise=start_noise)
-        options = {"callback": given.callback, "verbose": False, "noise_source": noise, **request.prediction_options}
+        options: dict[str, Any] = {"callback": given.callback, "img_callback": pipeline.watch, "verbose": False}
+        options |= {"noise_source": noise, **request.prediction_options}
         with pipeline.large_enough(z.shape[2:]):
             return sampler.decode(z, given.cond, steps, given.scale, given.uncond, **options)
 

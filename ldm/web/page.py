@@ -1,0 +1,472 @@
+"""The page: a tab for each task with the form of its script, and the results of the user's jobs beside it."""
+
+from __future__ import annotations
+
+import html
+import itertools
+import json
+import secrets
+import shutil
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import gradio as gr
+
+from ldm.cli import Parser, counted, one_line
+from ldm.output.images import read_metadata
+from ldm.web.form import TASKS, Field, Form, supported, takes_depth
+from ldm.web.jobs import CANCELLED, FAILED, LOADING, WAITING, Job, Queue, collected_warnings
+from ldm.web.models import Choice, Shelf
+from ldm.web.runs import Uploads, hint_of, job_of, plan
+
+SHOWN = 60  # newest images of a user
+USER_ERRORS = (ValueError, OSError, ImportError)
+THEME = gr.themes.Base(
+    primary_hue="indigo",
+    neutral_hue="slate",
+    font=["system-ui", "sans-serif"],
+    font_mono=["ui-monospace", "monospace"],
+)
+CSS = (Path(__file__).with_name("page.css")).read_text(encoding="utf-8")
+_WITH_IMAGE = {"img2img": "Image to start from", "control2img": "Control image", "edit": "Image to edit"}
+_WITH_IMAGE |= {"upscale": "Image to upscale"}
+_BLANK = {"seed": "random", "H": "as trained", "W": "as trained", "negative_prompt": "", "classes": "all, shuffled"}
+
+_UPDATES = itertools.count()  # so that a message that is said twice is seen to be new
+
+Updates = dict[Any, Any]
+
+
+class User:
+    """One browser: its job, and its images, those of the newest job first."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.lock = folder, threading.Lock()
+        self.job: Job | None = None
+        self.files: list[Path] = []  # copies under a folder that nobody can guess
+
+    def collect(self, job: Job) -> None:
+        """Copy the images of a job that are not yet shown."""
+        with self.lock:
+            for place, file in enumerate(list(job.files)):
+                copy = self.folder / f"{file.parent.parent.name}-{file.name}"
+                if copy not in self.files:
+                    self.folder.mkdir(parents=True, exist_ok=True)
+                    self.files.insert(place, Path(shutil.copyfile(file, copy)))
+            for old in self.files[SHOWN:]:
+                old.unlink(missing_ok=True)
+            del self.files[SHOWN:]
+
+
+class Tab(NamedTuple):
+    """The components of a task."""
+
+    form: Form
+    tab: gr.Tab
+    fields: dict[str, Any]  # by the field's name
+    image: Any = None
+    depth: Any = None
+    editor: Any = None
+    controlnet: Any = None
+    generate: Any = None
+
+    @property
+    def inputs(self) -> list[Any]:
+        """The components of `Uploads` that the task has, then its fields."""
+        return [*filter(None, (self.image, self.depth, self.editor, self.controlnet)), *self.fields.values()]
+
+    def read(self, values: Sequence[Any]) -> tuple[Uploads, dict[str, Any]]:
+        """The uploads and the settings of the values of `inputs`."""
+        rest = iter(values)
+        parts = (self.image, self.depth, self.editor, self.controlnet)
+        uploads = Uploads(*(None if part is None else next(rest) for part in parts))
+        return uploads, dict(zip(self.fields, rest, strict=True))
+
+
+class Page:
+    """The page of a shelf of models. shown: folder for the copies of images that browsers see."""
+
+    def __init__(self, shelf: Shelf, parsers: Mapping[str, Parser], shown: Path) -> None:
+        self.shelf, self.shown, self.queue = shelf, shown, Queue()
+        self.inputs = Path(shelf.opt.outdir) / "inputs"
+        self.users: dict[str, User] = {}
+        fixed = {"depth_model": shelf.opt.depth_model}
+        first = self._reasons(next(iter(shelf.models)))
+        forms = [Form(task, parsers[name], fixed) for name, task in TASKS.items()]
+        with gr.Blocks(title="Latent diffusion", analytics_enabled=False, fill_width=True) as self.blocks:
+            self._layout(forms, first)
+            self._events()
+
+    # ------------------------------------------------------------------------------------------------------- layout
+
+    def _layout(self, forms: Sequence[Form], reasons: Mapping[str, str]) -> None:
+        self.user = gr.BrowserState(None)
+        self.selected = gr.State(None)
+        gr.HTML('<div class="title">Latent diffusion</div>', padding=False)
+        with gr.Row(equal_height=False):
+            with gr.Column(scale=5, min_width=380):
+                self._model_row()
+                with gr.Tabs() as self.tabs:
+                    self.tasks = {form.task.name: self._tab(form, not reasons[form.task.name]) for form in forms}
+                    with gr.Tab("Image info", id="info", elem_id="tab-info"):
+                        self._info_tab()
+                self.reasons = gr.HTML(_reasons(reasons), elem_id="reasons", padding=False)
+            with gr.Column(scale=6, min_width=380, elem_id="results"):
+                self._results()
+
+    def _model_row(self) -> None:
+        names, lora, embedding = list(self.shelf.models), list(self.shelf.lora), list(self.shelf.embedding)
+        with gr.Row():
+            self.model = gr.Dropdown(names, value=names[0], label="Model", elem_id="model", scale=3, filterable=True)
+        with gr.Row(visible=bool(lora or embedding)):
+            self.lora = gr.Dropdown(
+                lora, value=[], multiselect=True, label="LoRA", elem_id="lora", visible=bool(lora), scale=2
+            )
+            self.strength = gr.Number(1.0, label="LoRA strength", elem_id="lora-strength", visible=bool(lora), step=0.1)
+            self.embedding = gr.Dropdown(
+                embedding, value=[], multiselect=True, label="Embeddings", visible=bool(embedding), scale=2
+            )
+
+    def _tab(self, form: Form, fits: bool) -> Tab:
+        name = form.task.name
+        image = depth = editor = controlnet = None
+        with gr.Tab(form.task.title, id=name, elem_id=f"tab-{name}", visible=fits, interactive=fits) as tab:
+            if name in _WITH_IMAGE:
+                with gr.Row():
+                    image = _image(_WITH_IMAGE[name], f"{name}-image")
+                    if name == "img2img":
+                        depth = _image("Depth map (near is bright)", f"{name}-depth", visible=False)
+                    if name == "control2img":
+                        self.hint = gr.Image(label="Hint", interactive=False, height=240, elem_id="hint", format="png")
+            if name == "inpaint":
+                editor = gr.ImageEditor(
+                    type="pil",
+                    label="Image: paint over what is to be generated",
+                    sources=("upload", "clipboard"),
+                    transforms=(),
+                    layers=False,
+                    format="png",
+                    height=380,
+                    brush=gr.Brush(colors=["#f43f5e"], color_mode="fixed", default_size=self._brush()),
+                    elem_id="inpaint-editor",
+                )
+            if name == "control2img":
+                nets = list(self.shelf.controlnet)
+                controlnet = gr.Dropdown(
+                    nets, value=next(iter(nets), None), label="ControlNet", visible=bool(nets), elem_id="controlnet"
+                )
+            fields = _fields(form)
+            generate = gr.Button("Generate", variant="primary", interactive=False, elem_id=f"{name}-generate")
+        return Tab(form, tab, fields, image, depth, editor, controlnet, generate)
+
+    def _brush(self) -> int:
+        """Width of a stroke in pixels, a sixteenth of the first model's images."""
+        info, _ = self.shelf.info(next(iter(self.shelf.models)))
+        return max(2, min(info.own_size or (64,)) * (info.factor or 8) // 16)
+
+    def _info_tab(self) -> None:
+        gr.HTML('<p class="hint">The settings in a PNG of this page or of the scripts.</p>', padding=False)
+        self.info_file = gr.File(file_types=[".png"], label="PNG", elem_id="info-file", height=120)
+        self.info_fill = gr.Button("Fill in the form", elem_id="info-fill", interactive=False)
+        self.info_table = gr.HTML(elem_id="info-table", padding=False)
+
+    def _results(self) -> None:
+        self.status = gr.HTML(_status("", "Nothing generated yet."), elem_id="status", padding=False)
+        self.cancel = gr.Button("Cancel", elem_id="cancel", variant="stop", size="md", visible=False)
+        self.preview = gr.Image(
+            label="Preview",
+            interactive=False,
+            visible=False,
+            height=420,
+            elem_id="preview",
+            format="png",
+            buttons=["fullscreen"],
+        )
+        self.gallery = gr.Gallery(
+            label="Your images",
+            columns=4,
+            fit_columns=False,
+            object_fit="contain",
+            height="auto",
+            format="png",
+            elem_id="gallery",
+            interactive=False,
+            buttons=["download", "fullscreen"],
+        )
+        with gr.Accordion("Settings of the selected image", open=False, visible=False) as self.details:
+            self.details_table = gr.HTML(elem_id="details", padding=False)
+            self.details_fill = gr.Button("Use these settings", elem_id="details-fill")
+
+    # ------------------------------------------------------------------------------------------------------- events
+
+    def _events(self) -> None:
+        quiet: Any = {"show_progress": "hidden", "api_visibility": "private"}
+        live = [self.status, self.cancel, self.preview, self.gallery]
+        common = [self.user, self.model, self.lora, self.strength, self.embedding]
+        for name, tab in self.tasks.items():
+            triggers = [tab.generate.click] + ([tab.fields["prompt"].submit] if "prompt" in tab.fields else [])
+            gr.on(triggers, partial(self._generate, name), [*common, *tab.inputs], live, **quiet)
+        control = self.tasks["control2img"]
+        seen = [control.fields[name] for name in ("detector", "canny", "resolution")]
+        for event in (control.image.change, *(field.change for field in seen)):
+            event(self._show_hint, [self.model, *control.inputs], [self.hint], **quiet)
+        self.cancel.click(self._cancel, [self.user], [self.cancel], **quiet)
+        self.model.input(self._show_model, [self.model], self._of_model, **quiet)
+        buttons = [tab.generate for tab in self.tasks.values()]
+        self.blocks.load(self._enter, [self.user], [self.user, *live, *buttons], **quiet)
+        self.gallery.select(self._select, [self.user], [self.selected, self.details, self.details_table], **quiet)
+        every = [component for tab in self.tasks.values() for component in tab.fields.values()]
+        filled = [
+            *self._of_model,
+            self.status,
+            self.model,
+            self.lora,
+            self.strength,
+            self.embedding,
+            control.controlnet,
+        ]
+        self.details_fill.click(self._use_selected, [self.user, self.selected], [*filled, *every], **quiet)
+        self.info_file.change(self._read_info, [self.info_file], [self.info_table, self.info_fill], **quiet)
+        self.info_fill.click(self._use_file, [self.info_file], [*filled, *every], **quiet)
+
+    @property
+    def _of_model(self) -> list[Any]:
+        """The components that depend on the model."""
+        return [self.tabs, self.reasons, self.tasks["img2img"].depth, *(tab.tab for tab in self.tasks.values())]
+
+    def _enter(self, user: str | None) -> Iterator[Updates]:
+        """A browser opens the page, or reloads it: its images are shown again, and its job is followed."""
+        if user not in self.users:
+            user = secrets.token_urlsafe(16)
+            self.users[user] = User(self.shown / user)
+        ready = {tab.generate: gr.update(interactive=True) for tab in self.tasks.values()}
+        yield {self.user: user, self.gallery: self.users[user].files, **ready}
+        yield from self._follow(self.users[user])
+
+    def _reasons(self, model: str) -> dict[str, str]:
+        """Why the model does not do each task; '' if it does."""
+        return supported(self.shelf.info(model)[0], bool(self.shelf.controlnet))
+
+    def _show_model(self, model: str) -> Updates:
+        info, _ = self.shelf.info(model)
+        reasons = self._reasons(model)
+        fits = {name: not reason for name, reason in reasons.items()}
+        updates: Updates = {
+            tab.tab: gr.update(visible=fits[name], interactive=fits[name]) for name, tab in self.tasks.items()
+        }
+        updates[self.tasks["img2img"].depth] = gr.update(visible=takes_depth(info))
+        updates[self.tabs] = gr.update(selected=next((name for name in self.tasks if not reasons[name]), "info"))
+        return {**updates, self.reasons: _reasons(reasons)}
+
+    def _generate(
+        self, task: str, user: str, model: str, lora: list[str], strength: float, embedding: list[str], *values: Any
+    ) -> Iterator[Updates]:
+        tab = self.tasks[task]
+        uploads, settings = tab.read(values)
+        notes: list[str] = []
+        try:
+            if user not in self.users:
+                raise ValueError("this page is older than its server: reload it")
+            owner = self.users[user]
+            with owner.lock:
+                if owner.job is not None and not owner.job.ended:
+                    raise ValueError("your last job is still running: wait for it, or cancel it")
+                info, names = self.shelf.info(model)
+                with collected_warnings(notes):
+                    run = plan(tab.form, settings, uploads, info, names, self.inputs)
+                adapters = tuple((name, float(strength)) for name in lora or ())
+                net = uploads.controlnet if task == "control2img" else None
+                choice = Choice(model, adapters, tuple(embedding or ()), net)
+                self.shelf.options(choice)
+                job = job_of(run, self.shelf, choice, Path(self.shelf.opt.outdir) / task)
+                job.notes.extend(notes)
+                owner.job = job
+        except USER_ERRORS as error:
+            yield {self.status: _status("failed", f"error: {one_line(error)}")}
+            return
+        self.queue.add(job)
+        yield from self._follow(owner)
+
+    def _follow(self, user: User) -> Iterator[Updates]:
+        """What a user sees of the job, until its end."""
+        job = user.job
+        if job is None:
+            return
+        shown: Any = None
+        for _ in job.changes():
+            user.collect(job)
+            preview = gr.update(visible=False) if job.ended else gr.skip()
+            if job.preview is not None and not job.ended:
+                preview = gr.update(value=job.preview, visible=True)
+            updates: Updates = {self.status: self._progress(job), self.preview: preview}
+            updates[self.cancel] = gr.update(visible=not job.ended)
+            if shown != (now := list(user.files)):
+                updates[self.gallery], shown = now, now
+            yield updates
+
+    def _progress(self, job: Job) -> str:
+        if job.state == FAILED:
+            return _status("failed", f"error: {job.error}", notes=job.notes)
+        count = counted(len(job.files), "image")
+        if job.ended:
+            where = f", saved in {job.files[0].parent}" if job.files else ""
+            word = "cancelled after " if job.state == CANCELLED else ""
+            return _status(job.state, f"{word}{count} in {job.seconds:.1f} s{where}", notes=job.notes)
+        if job.state == WAITING:
+            return _status(job.state, f"waiting: {counted(self.queue.ahead(job), 'job')} before yours", notes=job.notes)
+        if job.state == LOADING:
+            return _status(job.state, "loading the model", notes=job.notes)
+        text = f"step {job.step} of {job.steps} · {len(job.files)} of {counted(job.images, 'image')}"
+        return _status(job.state, text, job.step / max(1, job.steps), job.notes)
+
+    def _cancel(self, user: str) -> Updates:
+        job = self.users[user].job if user in self.users else None
+        if job is not None:
+            self.queue.cancel(job)
+        return {self.cancel: gr.skip()}
+
+    def _show_hint(self, model: str, *values: Any) -> Updates:
+        """The detector's preview; errors wait for Generate."""
+        tab = self.tasks["control2img"]
+        uploads, settings = tab.read(values)
+        if uploads.image is None:
+            return {self.hint: None}
+        try:
+            _, hint = hint_of(tab.form.options(settings), self.shelf.info(model)[0], uploads)
+        except USER_ERRORS:
+            return {self.hint: None}
+        return {self.hint: hint}
+
+    # --------------------------------------------------------------------------------------------------- image info
+
+    def _select(self, user: str, event: gr.SelectData) -> Updates:
+        files = self.users[user].files if user in self.users else []
+        if event.index >= len(files):
+            return {self.selected: None}
+        file = files[event.index]
+        shown = {self.details: gr.update(visible=True), self.details_table: _table(read_metadata(file))}
+        return {self.selected: file.name, **shown}
+
+    def _use_selected(self, user: str, selected: str | None) -> Updates:
+        files = {file.name: file for file in self.users[user].files} if user in self.users else {}
+        return self._fill(str(files[selected])) if selected in files else {self.status: gr.skip()}
+
+    def _read_info(self, path: str | None) -> Updates:
+        if path is None:
+            return {self.info_table: "", self.info_fill: gr.update(interactive=False)}
+        try:
+            table, task = _table(info := read_metadata(path)), info.get("task")
+        except USER_ERRORS as error:
+            table, task = _status("failed", f"error: {_named(error, path)}"), None
+        return {self.info_table: table, self.info_fill: gr.update(interactive=task in self.tasks)}
+
+    def _use_file(self, path: str | None) -> Updates:
+        return {self.status: gr.skip()} if path is None else self._fill(path)
+
+    def _fill(self, path: str) -> Updates:
+        """The form with the settings of an image."""
+        try:
+            info = read_metadata(path)
+            tab = self.tasks.get(str(info.get("task")))
+            if tab is None:
+                raise ValueError(f"{path}: generated by {info.get('task')}, which has no form here")
+            values = tab.form.recorded(path, info)
+            choice, notes = self.shelf.choice_of(info)
+        except USER_ERRORS as error:
+            return {self.status: _status("failed", f"error: {_named(error, path)}")}
+        updates: Updates = {tab.fields[name]: gr.update(value=value) for name, value in values.items()}
+        for name in ("init_img", "control_image"):
+            if info.get(name):
+                notes.append(f"upload the image again: {info[name]}")
+        updates |= {**self._show_model(choice.model), self.model: choice.model}
+        updates[self.tabs] = gr.update(selected=tab.form.task.name)
+        updates |= {self.lora: [name for name, _ in choice.lora], self.embedding: list(choice.embedding)}
+        updates |= {self.strength: choice.lora[0][1]} if choice.lora else {}
+        if choice.controlnet is not None:
+            updates[self.tasks["control2img"].controlnet] = choice.controlnet
+        return {**updates, self.status: _status("", "The form has the settings of the image.", notes=notes)}
+
+
+# ------------------------------------------------------------------------------------------------------------ parts
+
+
+def _image(label: str, elem_id: str, visible: bool = True) -> gr.Image:
+    return gr.Image(
+        type="filepath",
+        label=label,
+        sources=["upload", "clipboard"],
+        height=240,
+        format="png",
+        image_mode=None,
+        elem_id=elem_id,
+        visible=visible,
+    )
+
+
+def _fields(form: Form) -> dict[str, Any]:
+    """The components of a form's fields, by name, laid out: texts, numbers in rows, the rest in an accordion."""
+    task, components = form.task.name, dict[str, Any]()
+    main = [field for field in form.fields if field.main]
+    texts = [field for field in main if field.name in ("prompt", "negative_prompt")]
+    for field in texts:
+        components[field.name] = _component(field, task)
+    with gr.Row():
+        for field in main:
+            if field not in texts:
+                components[field.name] = _component(field, task)
+    with gr.Accordion("More settings", open=False), gr.Row():
+        for field in form.fields:
+            if not field.main:
+                components[field.name] = _component(field, task)
+    return components
+
+
+def _component(field: Field, task: str) -> Any:
+    shared: Any = {"label": field.label, "elem_id": f"{task}-{field.name}", "value": field.default}
+    shared |= {"min_width": 130} if field.main else {"min_width": 240, "info": field.help}
+    if field.kind is bool:
+        return gr.Checkbox(**{**shared, "value": bool(field.default)})
+    if field.choices:
+        return gr.Dropdown(list(field.choices), **shared)
+    if field.kind is str or field.count is not None or field.default is None:  # a Number cannot be blank
+        lines = 2 if field.name == "prompt" else 1
+        placeholder = field.help if field.name == "prompt" else _BLANK.get(field.name, "default")
+        return gr.Textbox(lines=lines, placeholder=placeholder, **shared)
+    step = 1 if field.kind is int else 0.05 if field.name == "strength" else 0.5
+    return gr.Number(step=step, **shared)
+
+
+def _status(state: str, text: str, share: float | None = None, notes: Sequence[str] = ()) -> str:
+    bar = "" if share is None else f'<div class="bar"><i style="width:{100 * share:.1f}%"></i></div>'
+    more = "".join(f"<li>{html.escape(note)}</li>" for note in dict.fromkeys(notes))
+    more = f"<ul>{more}</ul>" if more else ""
+    return f'<div class="job {state}" data-update="{next(_UPDATES)}">{html.escape(text)}{bar}{more}</div>'
+
+
+def _reasons(reasons: Mapping[str, str]) -> str:
+    missing = {TASKS[name].title: reason for name, reason in reasons.items() if reason}
+    lines = "".join(f"<li><b>{html.escape(title)}</b> {html.escape(reason)}</li>" for title, reason in missing.items())
+    return (
+        f"<details><summary>Not with this model ({len(missing)})</summary><ul>{lines}</ul></details>" if lines else ""
+    )
+
+
+def _table(info: Mapping[str, Any]) -> str:
+    given = {key: value for key, value in info.items() if value is not False and value not in (None, [], "")}
+    rows = "".join(
+        f"<tr><th>{html.escape(key)}</th><td>{html.escape(_short(value))}</td></tr>" for key, value in given.items()
+    )
+    return f'<table class="settings">{rows}</table>'
+
+
+def _short(value: Any) -> str:
+    text = value if isinstance(value, str) else json.dumps(value)
+    return text if len(text) <= 400 else text[:400] + "..."
+
+
+def _named(error: BaseException, path: str) -> str:
+    """An error's message with the name of an uploaded file instead of its path on the server."""
+    return one_line(error).replace(path, Path(path).name)

@@ -1,0 +1,54 @@
+"""Laws of scripts/app.py: its errors come before anything is loaded, and other computers need a token."""
+
+import socket
+import subprocess
+import sys
+
+import pytest
+
+from ldm.cli import run_command
+from ldm.paths import ROOT
+from ldm.web import server
+from ldm.web.server import Address
+from scripts import app
+
+
+def test_help_imports_neither_torch_nor_gradio():
+    code = "import sys, scripts.app as a\ntry: a.main(['--help'])\nexcept SystemExit: print(*sys.modules)"
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True).stdout
+    assert "--token" in shown and not {"torch", "gradio", "pytorch_lightning"} & set(shown.split())
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--ckpt", "none.ckpt"], "checkpoint none.ckpt: no such file"),
+        (["--models", "nowhere"], "--models nowhere: no such folder"),
+        (["--port", "0"], "--port 0: choose 1024 to 65535"),
+        (["--host", "203.0.113.1"], "--host 203.0.113.1 --port 7860: cannot listen there"),
+        (["--token", " "], "--token '': choose a word"),
+        (["--lora", "none.safetensors"], "--lora none.safetensors: no such file"),
+    ],
+)
+def test_what_cannot_be_served_is_one_line(argv, message, capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    assert run_command(app.main, argv) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_without_gradio_the_error_names_the_extra(monkeypatch, capsys, tmp_path):
+    (tmp_path / "a.ckpt").touch()
+    monkeypatch.setattr(server, "find_spec", lambda name: None)
+    assert run_command(app.main, ["--ckpt", str(tmp_path / "a.ckpt")]) == 2
+    assert 'pip install -e ".[web]"' in capsys.readouterr().err
+
+
+def test_an_address_that_others_reach_has_a_token_and_the_local_one_has_none():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    everywhere = Address("0.0.0.0", port).checked()
+    assert everywhere.token is not None and len(everywhere.token) >= 20
+    assert Address("0.0.0.0", port).checked().token != everywhere.token
+    assert Address("127.0.0.1", port).checked().token is None
+    assert Address("0.0.0.0", port, "mine").checked().token == "mine"

@@ -1,0 +1,312 @@
+"""Laws of the page, in a real browser: a headless Chromium, with tiny models of random weights."""
+
+import shutil
+import socket
+import urllib.error
+import urllib.request
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from ldm.config.model_info import read_model_info
+from ldm.inference.from_metadata import parse_given
+from ldm.inference.requests import TextToImageRequest
+from ldm.output.images import read_metadata
+from ldm.web.models import Shelf
+from ldm.web.server import Address, launch
+from scripts import app, txt2img
+from tests.tiny import save_model
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+playwright = pytest.importorskip("playwright.sync_api", reason='tests of the page need pip install -e ".[test]"')
+pytest.importorskip("gradio", reason='the page needs pip install -e ".[web]"')
+pytestmark = [
+    pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine: apt-get install chromium"),
+    pytest.mark.filterwarnings("ignore:.*(no_silent_downcasting|copy keyword is deprecated)"),  # gradio's pandas
+]
+PATIENCE = 30_000  # milliseconds, for a machine that is busy
+LONG = {"ddim_steps": 100, "n_samples": 25, "n_iter": 4}  # a job that is stopped before its end
+KINDS = ("text", "class", "upscale")
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with playwright.sync_playwright() as driver:
+        flags = ["--no-sandbox", "--disable-gpu", "--use-gl=angle", "--use-angle=swiftshader"]  # the editor needs WebGL
+        browser = driver.chromium.launch(executable_path=CHROMIUM, args=flags)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="module")
+def serve(tmp_path_factory):
+    """Start a page with these flags -> its address, output folder and models; all are closed at the end."""
+    pages = []
+
+    def start(*argv: str, token: str | None = None) -> SimpleNamespace:
+        folder = tmp_path_factory.mktemp("page")
+        flags = ["--device", "cpu", "--precision", "full", "--outdir", str(folder / "out")]
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        shelf = Shelf(parse_given(app.parser(), [*argv, *flags]))
+        parsers = {name: make() for name, make in app.TASKS.items()}
+        pages.append(launch(shelf, parsers, Address("127.0.0.1", port, token), folder))
+        return SimpleNamespace(url=f"http://127.0.0.1:{port}", out=folder / "out", shelf=shelf)
+
+    yield start
+    for page in pages:
+        page.close(verbose=False)
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models")
+    for kind in KINDS:
+        (folder / kind).mkdir()
+        save_model(folder / kind, kind)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def server(serve, models):
+    """A page of several models; that of text comes first."""
+    return serve("--ckpt", str(models / "text" / "tiny.ckpt"), "--models", str(models))
+
+
+@pytest.fixture
+def visit(browser, server):
+    """Open the page as a new user."""
+    contexts = []
+
+    def open_page(url: str | None = None):
+        contexts.append(context := browser.new_context(viewport={"width": 1300, "height": 1000}))
+        context.set_default_timeout(PATIENCE)
+        page = context.new_page()
+        page.requested = []
+        page.on("request", lambda request: page.requested.append(request.url))
+        page.goto(url or server.url)
+        return page
+
+    yield open_page
+    for context in contexts:
+        context.close()
+
+
+def fill(page, task: str, **fields) -> None:
+    for name, value in fields.items():
+        page.fill(f"#{task}-{name} :is(textarea, input)", str(value))
+
+
+def value(page, task: str, name: str) -> str:
+    return page.input_value(f"#{task}-{name} :is(textarea, input)")
+
+
+def run(page, task: str, state: str = "done", **fields) -> str:
+    """Fill in the form, generate, wait for the end -> what the status says."""
+    fill(page, task, **fields)
+    before = page.get_attribute("#status .job", "data-update")
+    page.click(f"#{task}-generate")
+    page.wait_for_function("n => document.querySelector('#status .job').dataset.update != n", arg=before)
+    return ended(page, state)
+
+
+def ended(page, state: str = "done") -> str:
+    page.wait_for_selector("#status .job:is(.done, .failed, .cancelled)")
+    said = page.inner_text("#status .job")
+    assert page.query_selector(f"#status .job.{state}"), said
+    return said
+
+
+def samples(server, task: str) -> list[Path]:
+    return sorted((server.out / task / "samples").glob("*.png"))
+
+
+def pixels(path: Path) -> np.ndarray:
+    return np.asarray(Image.open(path))
+
+
+def test_a_prompt_gives_images_that_are_saved_as_the_script_saves_them(server, visit, models, tmp_path):
+    page = visit()
+    said = run(page, "txt2img", prompt="a red kite", ddim_steps=4, n_samples=2, seed=7)
+    first = samples(server, "txt2img")[-2]
+    assert said.startswith("2 images in ") and str(first.parent) in said
+    page.wait_for_function("document.querySelectorAll('#gallery .thumbnail-item img').length == 2")
+    txt2img.main(["--from-metadata", str(first), "--outdir", str(tmp_path)])
+    assert (pixels(tmp_path / "samples" / "00000.png") == pixels(first)).all()
+    elsewhere = [url for url in page.requested if not url.startswith((server.url, "data:", "blob:"))]
+    assert not elsewhere and len(page.requested) > 10
+
+
+def test_a_job_shows_its_steps_and_a_preview_and_cancel_stops_it_cleanly(server, visit):
+    page = visit()
+    run(page, "txt2img", prompt="a red kite", ddim_steps=3, n_samples=1, seed=3)
+    wanted = pixels(samples(server, "txt2img")[-1])
+    fill(page, "txt2img", prompt="a red kite", seed=3, **LONG)
+    page.click("#txt2img-generate")
+    page.wait_for_selector("#preview img")
+    page.wait_for_selector("text=/step \\d+ of 400/")
+    page.click("#cancel")
+    assert "cancelled after" in ended(page, "cancelled")
+    assert page.locator("#cancel").is_hidden()
+    run(page, "txt2img", prompt="a red kite", ddim_steps=3, n_samples=1, n_iter=1, seed=3)
+    assert (pixels(samples(server, "txt2img")[-1]) == wanted).all()
+
+
+def test_a_reload_shows_the_images_again_and_follows_the_job(server, visit):
+    page = visit()
+    run(page, "txt2img", prompt="a tent", ddim_steps=2, n_samples=1)
+    fill(page, "txt2img", **LONG)
+    page.click("#txt2img-generate")
+    page.wait_for_selector("text=/step \\d+ of 400/")
+    page.reload()
+    page.wait_for_selector("#gallery .thumbnail-item img")
+    page.wait_for_selector("text=/step \\d+ of 400/")
+    page.click("#cancel")
+    ended(page, "cancelled")
+
+
+def test_a_refused_setting_has_the_words_of_the_script(server, visit, models):
+    page = visit()
+    with pytest.raises(ValueError, match="multiples") as refusal:
+        TextToImageRequest(height=100).checked(read_model_info(models / "text" / "tiny.yaml"))
+    assert run(page, "txt2img", "failed", prompt="x", H=100, W=32) == f"error: {refusal.value}"
+    assert run(page, "txt2img", "failed", H="tall", W="") == "error: --H tall: expected a whole number"
+    assert "at most 100" in run(page, "txt2img", "failed", H="", n_samples=101)
+    assert "upload an image" in (page.click("#tab-img2img-button") or run(page, "img2img", "failed"))
+
+
+def test_inpainting_changes_what_was_painted_over_and_nothing_else(server, visit, tmp_path):
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (48, 64, 3), dtype=np.uint8)).save(tmp_path / "a.png")
+    page = visit()
+    page.click("#tab-inpaint-button")
+    page.wait_for_selector("#inpaint-editor .pixi-target canvas")
+    page.set_input_files("#inpaint-editor input[type=file]", tmp_path / "a.png")
+    page.wait_for_selector("#inpaint-editor [aria-label='Brush Size']")  # there is an image
+    page.wait_for_selector("#inpaint-editor [aria-label='Undo']:not([disabled])")
+    box = page.locator("#inpaint-editor .pixi-target canvas").bounding_box()
+    x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
+    page.mouse.move(x, y)
+    page.mouse.down()
+    page.mouse.move(x + 30, y, steps=4)
+    page.mouse.up()
+    run(page, "inpaint", prompt="a tent", steps=3, seed=1, scale=2)
+    result = samples(server, "inpaint")[-1]
+    info = read_metadata(result)
+    mask, before = pixels(Path(info["mask"])) > 0, pixels(Path(info["init_img"]))
+    assert before.shape == (48, 64, 3) and 0 < mask.mean() < 0.8
+    changed = (pixels(result) != before).any(axis=2)
+    assert changed[mask].mean() > 0.9 and not changed[~mask].any()
+
+
+def test_image_info_fills_in_the_form_which_then_gives_the_same_image(server, visit, tmp_path):
+    page = visit()
+    run(page, "txt2img", prompt="a <b>bold</b> tent", ddim_steps=3, n_samples=1, n_iter=1, seed=11, scale=3)
+    source = shutil.copy(samples(server, "txt2img")[-1], tmp_path / "mine.png")
+    page = visit()
+    page.click("#tab-info-button")
+    page.set_input_files("#info-file input[type=file]", source)
+    page.wait_for_selector("#info-table td:text-is('a <b>bold</b> tent')")
+    page.click("#info-fill:not([disabled])")
+    page.wait_for_selector("#txt2img-prompt textarea")
+    assert value(page, "txt2img", "prompt") == "a <b>bold</b> tent"
+    assert (value(page, "txt2img", "seed"), value(page, "txt2img", "ddim_steps")) == ("11", "3")
+    run(page, "txt2img")
+    assert (pixels(samples(server, "txt2img")[-1]) == pixels(source)).all()
+    Image.new("RGB", (8, 8)).save(tmp_path / "other.png")
+    page = visit()
+    page.click("#tab-info-button")
+    page.set_input_files("#info-file input[type=file]", tmp_path / "other.png")
+    page.wait_for_selector("#info-table :text('other.png: no settings in the metadata')")
+
+
+def test_the_selected_image_of_the_gallery_shows_its_settings_and_fills_in_the_form(server, visit):
+    page = visit()
+    run(page, "txt2img", prompt="a lamp", ddim_steps=2, n_samples=1, seed=5)
+    fill(page, "txt2img", prompt="something else", seed=6)
+    page.click("#gallery .thumbnail-item")
+    page.click("text=Settings of the selected image")
+    page.wait_for_selector("#details td:text-is('a lamp')")
+    page.click("#details-fill")
+    page.wait_for_selector("text=The form has the settings of the image.")
+    assert (value(page, "txt2img", "prompt"), value(page, "txt2img", "seed")) == ("a lamp", "5")
+
+
+def test_two_users_have_their_own_settings_results_and_cancel(server, visit):
+    ours, theirs = visit(), visit()
+    fill(ours, "txt2img", prompt="a red kite", **LONG)
+    ours.click("#txt2img-generate")
+    ours.wait_for_selector("text=/step \\d+ of 400/")
+    fill(theirs, "txt2img", prompt="a tent", ddim_steps=2, n_samples=1)
+    theirs.click("#txt2img-generate")
+    theirs.wait_for_selector("text=waiting: 1 job before yours")
+    theirs.click("#cancel")
+    assert ended(theirs, "cancelled").startswith("cancelled after 0 images")
+    ours.wait_for_selector("text=/step \\d+ of 400/")
+    assert value(ours, "txt2img", "prompt") == "a red kite"
+    theirs.click("#txt2img-generate")
+    theirs.wait_for_selector("text=waiting: 1 job before yours")
+    ours.click("#cancel")
+    ended(ours, "cancelled")
+    assert ended(theirs).startswith("1 image in ")
+    assert theirs.locator("#gallery .thumbnail-item").count() == 1
+
+
+def test_another_model_has_the_form_that_fits_it(server, visit, tmp_path):
+    page = visit()
+    for name, tab in (("class/tiny.ckpt", "sample_diffusion"), ("upscale/tiny.ckpt", "upscale")):
+        page.click("#model input")
+        page.click(f"[role=option]:has-text('{name}')")
+        page.wait_for_selector(f"#tab-{tab}-button[aria-selected=true]")
+        page.wait_for_function("!document.querySelector('#tab-txt2img-button')?.offsetParent")
+        assert "this model is not text-conditional" in page.inner_html("#reasons")
+        if tab == "upscale":
+            Image.new("RGB", (8, 8), "teal").save(tmp_path / "small.png")
+            page.set_input_files("#upscale-image input[type=file]", tmp_path / "small.png")
+            page.wait_for_selector("#upscale-image img")
+            run(page, tab, steps=2)
+            assert Image.open(samples(server, tab)[-1]).size == (32, 32)
+        else:
+            run(page, tab, classes="3, 1-2", n_samples=3, custom_steps=2, scale=2)
+            assert [read_metadata(path)["class"] for path in samples(server, tab)[-3:]] == [3, 1, 2]
+
+
+def test_a_page_with_a_token_shows_nothing_without_it(serve, visit, models):
+    page_server = serve("--ckpt", str(models / "text" / "tiny.ckpt"), token="a long secret")
+    for path in ("/config", "/gradio_api/info", "/gradio_api/file=setup.py"):
+        with pytest.raises(urllib.error.HTTPError) as refused:
+            urllib.request.urlopen(page_server.url + path)
+        assert refused.value.code == 401
+    page = visit(page_server.url)
+    for word, selector in (("a wrong secret", "text=/[Ii]ncorrect/"), ("a long secret", "#txt2img-generate")):
+        page.fill("input >> nth=0", "anyone")
+        page.fill("input[type=password]", word)
+        page.click("button:has-text('Login')")
+        page.wait_for_selector(selector)
+
+
+def test_no_file_of_the_server_and_no_url_can_be_read_through_the_page(server, visit):
+    page = visit()
+    run(page, "txt2img", prompt="private", ddim_steps=2, n_samples=1)
+    for path in (samples(server, "txt2img")[-1], Path(__file__), Path("setup.py").resolve()):
+        with pytest.raises(urllib.error.HTTPError) as refused:
+            urllib.request.urlopen(f"{server.url}/gradio_api/file={path}")
+        assert refused.value.code in (403, 404)
+    page.click("#tab-info-button")
+    said = page.evaluate(
+        """async path => {
+            const config = window.gradio_config;
+            const target = config.dependencies.find(each => each.inputs.length == 1 && each.targets[0][1] == 'change'
+                && config.components.find(c => c.id == each.inputs[0]).props.elem_id == 'info-file');
+            const data = [{path, meta: {_type: 'gradio.FileData'}}], session_hash = 'x';
+            await fetch('/gradio_api/queue/join', {method: 'POST', headers: {'Content-Type': 'application/json'},
+                body: JSON.stringify({data, fn_index: target.id, session_hash})});
+            const events = await (await fetch('/gradio_api/queue/data?session_hash=' + session_hash)).text();
+            return events;
+        }""",
+        str(samples(server, "txt2img")[-1]),
+    )
+    assert '"success":false' in said and "private" not in said
