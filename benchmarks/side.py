@@ -13,12 +13,14 @@ from pathlib import Path
 import torch
 
 from ldm import cli
+from ldm.allocator import share_freed_memory
 from ldm.cores import share_cores
 
 
 def main(name: str, who: str, size: str, device: str, folder: str) -> None:
     if who == "ours":  # as the sampling scripts begin
         cli.only_samples = True
+        share_freed_memory()
         share_cores()
     from benchmarks.measure import operations
     from benchmarks.models import Models

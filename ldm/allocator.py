@@ -5,9 +5,11 @@ from __future__ import annotations
 import ctypes
 import os
 import platform
+import threading
 
 _keeps_large = False  # by keep_freed_memory
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_MMAP_MAX = -1, -3, -4  # of mallopt(3)
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -3, -4, -8  # of mallopt(3)
+_BLOCK = 64 * 2**20  # bytes that `reserve_memory` gets at a time
 
 
 class _Mallinfo2(ctypes.Structure):
@@ -39,7 +41,7 @@ def keep_freed_memory(large: bool = False) -> None:
     takes up to a quarter of the time of a training step on a CPU, and a third of that of a first stage at 512x512.
     large: also blocks of more than 32 MiB, which are else mapped one by one; the peak is higher where sizes vary.
     """
-    if platform.libc_ver()[0] != "glibc" or any(name.startswith("MALLOC_") for name in os.environ):
+    if not _may_be_set():
         return
     mallopt = ctypes.CDLL(None).mallopt
     mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
@@ -48,3 +50,39 @@ def keep_freed_memory(large: bool = False) -> None:
         global _keeps_large
         mallopt(_M_MMAP_MAX, 0)
         _keeps_large = True
+
+
+def share_freed_memory() -> None:
+    """Let every thread use what another one freed. Has an effect on the threads that start after it."""
+    if _may_be_set():
+        ctypes.CDLL(None).mallopt(_M_ARENA_MAX, 1)
+
+
+def reserve_memory(size: int) -> threading.Thread | None:
+    """Get `size` bytes from the system ahead, in a thread, and keep them for the allocations to come.
+
+    The system clears each page at its first use, which takes half a second for 2 GB. This does it while libraries are
+    imported, for threads that share freed memory. Implies `keep_freed_memory(large=True)`. Return None, and do nothing,
+    for less than a block and where malloc may not be set.
+    """
+    if size < _BLOCK or not _may_be_set():
+        return None
+    keep_freed_memory(large=True)
+    libc = ctypes.CDLL(None)
+    libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+    libc.free.argtypes = [ctypes.c_void_p]
+    blocks = [libc.malloc(_BLOCK) for _ in range(size // _BLOCK)]
+
+    def reserve() -> None:
+        for block in filter(None, blocks):
+            ctypes.memset(block, 0, _BLOCK)
+            libc.free(block)
+
+    thread = threading.Thread(target=reserve, daemon=True)
+    thread.start()
+    return thread
+
+
+def _may_be_set() -> bool:
+    """Whether malloc is glibc's, and the environment does not set it."""
+    return platform.libc_ver()[0] == "glibc" and not any(name.startswith("MALLOC_") for name in os.environ)

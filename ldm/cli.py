@@ -20,6 +20,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, NoReturn
 
+from ldm.allocator import share_freed_memory
 from ldm.atomic import is_out_of_memory
 from ldm.config.suggest import closest
 from ldm.cores import share_cores
@@ -252,6 +253,7 @@ def run_command(
     own_process = argv is None
     if own_process:
         only_samples = True
+        share_freed_memory()
         share_cores()
         exit_at_once()
     argv = list(sys.argv[1:] if argv is None else argv)

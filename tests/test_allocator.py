@@ -29,6 +29,21 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before, kept_memory()
 """
 
 
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's malloc")
+@pytest.mark.parametrize("environment, reserved", [({}, True), ({"MALLOC_ARENA_MAX": "1"}, False)])
+def test_reserved_memory_needs_no_new_pages_unless_the_environment_sets_malloc(environment, reserved, monkeypatch):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    first = FAULTS[FAULTS.index("import") : FAULTS.index("keep_freed_memory(large)")]
+    program = first.replace("{size}", str(2**22)).replace("{large}", "True") + (
+        "from ldm.allocator import reserve_memory\nthread = reserve_memory(2**28)\nthread and thread.join()\n"
+        "before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\nstep()\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)"
+    )
+    out = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
+    assert (int(out) < 100) == reserved, out  # of 16,384 pages
+
+
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="glibc's malloc, from 2.33 on")
 @pytest.mark.parametrize("large", [False, True])
 def test_large_blocks_that_were_kept_can_be_returned(large):

@@ -11,7 +11,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ldm import cli as command_line
 from ldm import inference
+from ldm.allocator import reserve_memory
 from ldm.cli import Parser
 from ldm.config.instantiate import value_at
 from ldm.config.model_info import SAFETY_MODES, ModelInfo, read_model_info
@@ -304,7 +306,23 @@ def _open_weights(opt: Namespace, ckpt: Path | None) -> inference.WeightsSource:
     if not ckpt.exists():  # checked here, before torch is imported
         hint = _DOWNLOADS.get(getattr(opt, "ckpt", ""), "a training run has <run directory>/checkpoints/last.ckpt")
         raise FileNotFoundError(f"checkpoint {ckpt}: no such file; {hint}, or pass --ckpt FILE with its --config")
-    return inference.open_weights(ckpt)
+    if command_line.only_samples and opt.device in ("cpu", "auto") and not (opt.device == "auto" and has_gpu()):
+        reserve_memory(cast_bytes(ckpt, opt.precision))
+    return inference.open_weights(ckpt)  # imports torch
+
+
+def has_gpu() -> bool:
+    """Whether a GPU's driver is loaded, as far as can be seen without torch."""
+    return any(Path(device).exists() for device in ("/dev/nvidiactl", "/dev/dxg", "/dev/kfd"))
+
+
+def cast_bytes(ckpt: Path, precision: str) -> int:
+    """Bytes of the weights that loading on the CPU makes of a float16 .safetensors file; 0 for what it may map."""
+    if not ckpt.is_file() or ckpt.suffix != ".safetensors" or precision == "fp16":
+        return 0
+    with ckpt.open("rb") as file:
+        header = file.read(1 << 12)  # its first entries
+    return ckpt.stat().st_size * (2 if precision in ("full", "autocast") else 1) if b'"dtype":"F16"' in header else 0
 
 
 def _find_released(path: str) -> Path:
