@@ -2,8 +2,8 @@
 
 GNU's OpenMP, which torch has on Linux, lets a thread look for more work for milliseconds after each loop. On idle cores
 nothing is faster; beside another process a loop waits for a thread that has no core, and steps take up to ten times as
-long. OpenMP itself makes its threads sleep at once while it has more of them than there are cores (`do_spin` in
-libgomp's wait.h), so this module gives it more for as long as the cores are wanted. Results do not depend on it.
+long. OpenMP's threads sleep almost at once while it has more of them than there are cores (`do_spin` in libgomp's
+wait.h), so this module gives it more for as long as the cores are wanted. Results do not depend on it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 SECONDS = 1.0  # between looks at the machine's use
-BEGIN, END = 0.3, 0.15  # cores too few at which threads begin to sleep, and stop
+BEGIN, END = 0.3, 0.15  # missing cores above which threads sleep, and below which they wait actively again
 
 
 def share_cores(environ: Mapping[str, str] = os.environ) -> None:
@@ -90,8 +90,10 @@ class Sleepers:
     def _hold(self) -> None:
         import torch  # loaded by now: the module is used before it
 
-        torch.ones(1 << 18).add_(1.0)  # a parallel loop, whose threads stay as long as this one
-        self._began.wait()
+        try:
+            torch.ones(1 << 18).add_(1.0)  # a parallel loop, whose threads stay as long as this one
+        finally:
+            self._began.wait()
         self._ended.wait()
 
     def end(self) -> None:

@@ -46,6 +46,21 @@ def test_free_cores_and_a_single_thread_need_no_sleep(watch, others, threads, co
     assert watch.alive == ([(threads, cores)] if sleep else [])
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="asks Linux for the cores")
+def test_the_use_of_others_is_that_of_the_cores_without_this_process(watch, monkeypatch):
+    seconds = iter([0.0, 2.0, 4.0])
+    uses = iter([Use(10.0, 5.0), Use(14.0, 7.0), Use(16.0, 9.0)])  # in 2 s: 4 s of which 2 are own, then 2 of 2
+    monkeypatch.setattr(cores.Use, "now", lambda: next(uses))
+    monkeypatch.setattr(cores.time, "monotonic", lambda: next(seconds))
+    monkeypatch.setattr(cores.time, "sleep", lambda _: None)
+    others = []
+    monkeypatch.setattr(watch, "update", lambda *asked: others.append(asked))
+    with pytest.raises(StopIteration):
+        watch._watch()
+    available = len(os.sched_getaffinity(0))
+    assert others == [(1.0, torch.get_num_threads(), available), (0.0, torch.get_num_threads(), available)]
+
+
 @pytest.mark.parametrize("chosen", ["OMP_WAIT_POLICY", "GOMP_SPINCOUNT"])
 def test_what_the_environment_says_of_waiting_threads_is_kept(chosen):
     before = threading.enumerate()

@@ -24,15 +24,14 @@ class FrozenIn16Bits:
     """
 
     def __init__(self, stage: nn.Module, dtype: torch.dtype) -> None:
-        self._before: dict[nn.Parameter, Tensor | None] = {}  # None: the cast is exact
+        self._before: dict[nn.Parameter, Tensor | torch.dtype] = {}  # the weight, or its dtype where the cast is exact
         for weight in _castable(stage):
             if weight.is_floating_point() and weight.itemsize > dtype.itemsize and weight not in self._before:
                 last = weight.ndim == 4 and weight.device.type == "cpu"  # the layout of fast 16-bit convolutions there
                 layout = torch.channels_last if last else torch.preserve_format
                 cast = weight.detach().to(dtype, memory_format=layout)
                 exact = torch.equal(cast.to(weight.dtype), weight)
-                self._before[weight] = None if exact else weight.detach().cpu()
-                self._dtype = weight.dtype
+                self._before[weight] = weight.dtype if exact else weight.detach().cpu()
                 weight.data = cast
         self._hook = stage.register_state_dict_post_hook(partial(self._state_before))  # a method takes no mark
 
@@ -44,7 +43,7 @@ class FrozenIn16Bits:
 
     def _value(self, weight: nn.Parameter) -> Tensor:
         before = self._before[weight]
-        return weight.detach().to(self._dtype).contiguous() if before is None else before
+        return weight.detach().to(before).contiguous() if isinstance(before, torch.dtype) else before
 
     def _state_before(self, stage: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
         for name, weight in stage.named_parameters(remove_duplicate=False):

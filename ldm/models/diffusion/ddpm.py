@@ -555,12 +555,16 @@ class LatentDiffusion(AdapterTraining, ConditionStage, PublishedLatentDiffusion,
                 "set model.params.first_stage_config.params.ckpt_path to its checkpoint, or "
                 "model.params.untrained_first_stage=true to train on it as it is",
             )
+        self._release_stages()  # of a fit that failed
         if self.frozen_precision is not None:
             stages = {"first stage": self.first_stage_model, "condition stage": self.cond_stage_model}
             self.stages_in_16_bits = hold_frozen_stages(stages, self.frozen_precision)
 
     def on_fit_end(self) -> None:
         super().on_fit_end()
+        self._release_stages()
+
+    def _release_stages(self) -> None:
         for stage in self.stages_in_16_bits:
             stage.release()
         self.stages_in_16_bits = ()
