@@ -112,7 +112,8 @@ def plot(
     scale = 2  # drawn larger, then reduced: smooth lines
     width, height = (scale * side for side in size)
     font, gap = ImageFont.load_default(12 * scale), 8 * scale
-    left, top, right, bottom = 56 * scale, 32 * scale, width - 100 * scale, height - 48 * scale
+    legend = max([100 * scale, *(math.ceil(font.getlength(curve.label)) + 5 * gap for curve in curves)])
+    left, top, right, bottom = 56 * scale, 32 * scale, width - legend, height - 48 * scale
     image = Image.new("RGB", (width, height), WHITE)
     draw = ImageDraw.Draw(image)
     xs = sorted({x for curve in curves for x, _ in curve.points}) or [0.0]

@@ -14,7 +14,18 @@ from ldm.visualize import Curve, grid, plot, text_image
 CELL = 64  # pixels of a small image in a figure, at least; larger ones are scaled down to 128
 LARGEST = 128
 COLUMNS = 10
-COLORS = ((31, 119, 180), (214, 69, 65), (44, 160, 44), (148, 103, 189), (255, 127, 14), (23, 190, 207))
+COLORS = (
+    (31, 119, 180),
+    (214, 69, 65),
+    (44, 160, 44),
+    (148, 103, 189),
+    (255, 127, 14),
+    (23, 190, 207),
+    (227, 119, 194),
+    (127, 127, 127),
+    (140, 86, 75),
+    (188, 189, 34),
+)
 
 
 class Section(NamedTuple):

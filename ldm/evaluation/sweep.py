@@ -54,7 +54,11 @@ def trade_off(
     """Frechet distance over x; a line for each combination of the settings other than `along`."""
     groups: dict[str, list[tuple[float, float]]] = defaultdict(list)
     for point, card in zip(points, cards, strict=True):
-        others = [f"{name} {plain(value)}" for name, value in point.values.items() if name != along]
+        others = [
+            value if isinstance(value, str) else f"{name} {plain(value)}"
+            for name, value in point.values.items()
+            if name != along
+        ]
         groups[" ".join(others) or "samples"].append((round(x(card), 5), card.metrics["fid"].value))
     return trade_off_plot(groups, "Frechet distance", x_label, by_x=along != "scale")
 
