@@ -87,8 +87,10 @@ def check(words: list[str], folder: Path) -> None:
         program, rest = "python", rest[rest.index("main.py") :]
     if program == "python" and rest[0] == "main.py":
         check_training(rest[1:], folder)
-    elif program == "python" and rest[:2] == ["-m", "benchmarks"]:
-        importlib.import_module("benchmarks.__main__").parser().parse_args(rest[2:])
+    elif program == "python" and rest[:2] in (["-m", "benchmarks"], ["-m", "benchmarks.paper"]):
+        importlib.import_module("benchmarks.paper" if "." in rest[1] else "benchmarks.__main__").parser().parse_args(
+            rest[2:]
+        )
     elif program == "python" and rest[0].endswith(".py"):
         check_script(ROOT / rest[0], rest[1:], folder)
     elif program == "python":

@@ -157,7 +157,8 @@ def test_every_flag_in_the_documents_exists():
     }  # torchrun
     known |= {"--nodes", "--ntasks-per-node", "--requeue"}  # sbatch
     scripts = [path.stem for path in (ROOT / "scripts").glob("*.py") if "\ndef parser(" in path.read_text()]
-    for name in (*(f"scripts.{script}" for script in scripts), "scripts.tests.test_watermark", "benchmarks.__main__"):
+    others = ("scripts.tests.test_watermark", "benchmarks.__main__", "benchmarks.paper")
+    for name in (*(f"scripts.{script}" for script in scripts), *others):
         known |= set(importlib.import_module(name).parser().flags)
     assert named and not named - known
 
