@@ -25,7 +25,7 @@ class FrozenIn16Bits:
 
     def __init__(self, stage: nn.Module, dtype: torch.dtype) -> None:
         self._before: dict[nn.Parameter, Tensor | torch.dtype] = {}  # the weight, or its dtype where the cast is exact
-        for weight in _castable(stage):
+        for weight in castable(stage):
             if weight.is_floating_point() and weight.itemsize > dtype.itemsize and weight not in self._before:
                 last = weight.ndim == 4 and weight.device.type == "cpu"  # the layout of fast 16-bit convolutions there
                 layout = torch.channels_last if last else torch.preserve_format
@@ -56,21 +56,34 @@ def hold_frozen_stages(stages: Mapping[str, Any], precision: str) -> list[Frozen
 
     Raises ValueError if there is none.
     """
-    weights = {name: list(stage.parameters()) for name, stage in stages.items() if isinstance(stage, nn.Module)}
-    trained = [name for name, each in weights.items() if any(weight.requires_grad for weight in each)]
-    frozen = {stages[name]: name for name, each in weights.items() if each and name not in trained}
+    frozen = frozen_stages(stages)
     if not frozen:
         raise ValueError(
             f"frozen_precision {precision}: this model has no frozen stage with weights (stages of cached latents are "
             "not built); remove it"
         )
+    trained = [name for name, stage in stages.items() if _has_weights(stage) and stage not in frozen]
     also = f" ({', '.join(trained)}: trained, unchanged)" if trained else ""
     logger.info("%-11s %s in %s%s", "frozen", " and ".join(frozen.values()), precision, also)
     return [FrozenIn16Bits(stage, FROZEN_DTYPES[precision]) for stage in frozen]
 
 
-def _castable(module: nn.Module) -> Iterator[nn.Parameter]:
+def frozen_stages(stages: Mapping[str, Any]) -> dict[nn.Module, str]:
+    """Return the stages with weights of which nothing is trained, with their names."""
+    return {
+        stage: name
+        for name, stage in stages.items()
+        if _has_weights(stage) and not any(weight.requires_grad for weight in stage.parameters())
+    }
+
+
+def _has_weights(stage: Any) -> bool:
+    return isinstance(stage, nn.Module) and any(True for _ in stage.parameters())
+
+
+def castable(module: nn.Module) -> Iterator[nn.Parameter]:
+    """Yield the weights of a stage that are held in 16 bits: all but those of modules that keep float32."""
     if not getattr(module, "keeps_float32", False):
         yield from module.parameters(recurse=False)
         for child in module.children():
-            yield from _castable(child)
+            yield from castable(child)

@@ -8,10 +8,12 @@ import time
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from ldm.models.frozen import castable, frozen_stages
 from ldm.modules.ema import LitEma
 from ldm.training.doctor.examined import Examined
 from ldm.training.doctor.footprint import nbytes
@@ -27,15 +29,19 @@ def memory_rows(run: Examined) -> list[tuple[str, int]]:
         return []
     rows: dict[str, int] = {"weights, trained": 0}
     averages = [module for module in run.model.children() if isinstance(module, LitEma)]
+    narrow, on_cpu = _held_in_16_bits(run.model), run.devices.accelerator == "cpu"
     inside = {id(tensor) for module in averages for tensor in module.buffers()}
     for name, parameter in run.model.named_parameters():
         part = name.partition(".")[0].removesuffix("_model").replace("_", " ")
         row = "weights, trained" if parameter.requires_grad else f"weights, {part} (frozen)"
-        rows[row] = rows.get(row, 0) + nbytes(parameter)
+        size = nbytes(parameter)
+        if id(parameter) in narrow:  # the weights before the cast wait in RAM
+            size = 2 * parameter.numel() + (size if on_cpu else 0)
+        rows[row] = rows.get(row, 0) + size
     state = run.footprint.optimizer
     rows["gradients"] = run.footprint.gradients
     rows["optimizer"] = 2 * run.footprint.gradients if state is None else state
-    here = (module for module in averages if not module.on_cpu or run.devices.accelerator == "cpu")
+    here = (module for module in averages if not module.on_cpu or on_cpu)
     rows["EMA"] = sum(nbytes(tensor) for module in here for tensor in module.buffers())
     if run.strategy.startswith("ddp") and run.strategy not in REPLICAS and run.ranks > 1:
         rows["gradients, exchanged by DDP"] = run.footprint.gradients
@@ -45,6 +51,14 @@ def memory_rows(run: Examined) -> list[tuple[str, int]]:
     rows["buffers"] = sum(nbytes(tensor) for tensor in run.model.buffers() if id(tensor) not in inside)
     rows["activations"] = run.footprint.activations
     return [(name, size) for name, size in rows.items() if size >= 2**20 or name == "activations"]
+
+
+def _held_in_16_bits(model: Any) -> set[int]:
+    """Return the identities of the weights that `frozen_precision` holds in 16 bits."""
+    if getattr(model, "frozen_precision", None) is None:
+        return set()
+    frozen = frozen_stages({"first stage": model.first_stage_model, "condition stage": model.cond_stage_model})
+    return {id(weight) for stage in frozen for weight in castable(stage) if weight.itemsize > 2}
 
 
 def device_memory(run: Examined) -> int | None:
