@@ -88,6 +88,7 @@ def main(argv: Sequence[str]) -> None:
         pipeline.identity = {**pipeline.identity, "use_ema": opt.use_ema}  # None: each file's own default
     for hint, path, detector in zip(hints, opt.control_image, request.detector):
         print(seen.save(GeneratedImage(hint, {"task": "detect", "detector": detector, "control_image": path})))
+    request = cli.in_batches(opt, request, pipeline)
     generated = inference.control_to_image(pipeline, hints, request, nets, only=opt.only)
     inference.write_images(generated, output, opt)
 

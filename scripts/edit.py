@@ -48,6 +48,7 @@ def main(argv: Sequence[str]) -> None:
     output = Output(opt.outdir, prepared.watermark, prepared.safety)
 
     pipeline = cli.load(opt, prepared, init_img=opt.init_img)
+    request = cli.in_batches(opt, request, pipeline)
     inference.write_images(inference.edit(pipeline, image, request, only=opt.only), output, opt)
 
 

@@ -53,6 +53,7 @@ def main(argv: Sequence[str]) -> None:
     output = Output(opt.outdir, prepared.watermark, prepared.safety)
 
     pipeline = cli.load(opt, prepared, init_img=opt.init_img, depth=opt.depth)
+    request = cli.in_batches(opt, request, pipeline, request.seed_mode == "batch")
     inference.write_images(inference.image_to_image(pipeline, image, request, depth, only=opt.only), output, opt)
 
 

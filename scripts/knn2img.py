@@ -82,6 +82,7 @@ def main(argv: Sequence[str]) -> None:
     pipeline = cli.load(opt, prepared)
     clip.to(pipeline.device)
     pipeline.identity = {**pipeline.identity, **record(opt)}
+    request = cli.in_batches(opt, request, pipeline)
     inference.write_images(inference.text_to_image(pipeline, request, encode=encode, only=opt.only), output, opt)
 
 

@@ -61,6 +61,7 @@ def main(argv: Sequence[str]) -> None:
     output = Output(opt.outdir, prepared.watermark, prepared.safety)
 
     pipeline = cli.load(opt, prepared)
+    request = cli.in_batches(opt, request, pipeline)
     inference.write_images(inference.text_to_image(pipeline, request, only=opt.only), output, opt)
 
 

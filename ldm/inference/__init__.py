@@ -34,6 +34,7 @@ if TYPE_CHECKING:
         parse_conditions,
         read_prompts,
     )
+    from ldm.inference.memory import batch_by_memory, known_free_memory
     from ldm.inference.pipeline import Pipeline, load_model
     from ldm.inference.precision import choose_device
     from ldm.inference.quantize import check_quantization
@@ -76,6 +77,7 @@ _LIGHT = {
 _HEAVY = {  # these import torch, and Lightning unless this program only samples
     "ldm.checkpoint": "MissingWeightsError WeightsSource open_weights",
     "ldm.inference.embeddings": "warn_unused",
+    "ldm.inference.memory": "batch_by_memory known_free_memory",
     "ldm.inference.pipeline": "Pipeline load_model",
     "ldm.inference.precision": "choose_device",
     "ldm.inference.quantize": "check_quantization",

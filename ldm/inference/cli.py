@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import fields
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from ldm import cli as command_line
 from ldm import inference
@@ -19,8 +19,11 @@ from ldm.config.instantiate import value_at
 from ldm.config.model_info import SAFETY_MODES, ModelInfo, read_model_info
 from ldm.config.trainer_keys import COMPILERS
 from ldm.inference.from_metadata import check_unchanged
+from ldm.inference.requests import TextToImageRequest
 from ldm.inference.settings import (
+    AUTO,
     LORA_MODES,
+    MAX_AUTO,
     OFFLOADS,
     PRECISIONS,
     QUANTIZATIONS,
@@ -29,8 +32,10 @@ from ldm.inference.settings import (
     Request,
     check_offload,
     check_quantize,
+    parse_batch_size,
     parse_embedding,
     parse_lora,
+    require,
 )
 from ldm.models.diffusion.compile import check_compiler
 from ldm.models.diffusion.samplers.registry import SAMPLERS
@@ -63,6 +68,7 @@ RENAMED = {  # parsed argument -> field of a request, where they differ
     "vanilla_sample": "vanilla",
 }
 
+R = TypeVar("R", bound=TextToImageRequest)
 Files = str | Path | list[str] | None
 """A file that a flag names, those of a flag that is given several times, or None."""
 
@@ -111,7 +117,8 @@ def add_prompt_flags(
     add("--n_iter", type=int, default=n_iter, metavar="N", help=text)
     add("--C", type=int, help="channels of the latents (default: the model's)")
     add("--f", type=int, help="downsampling factor of the first stage (default: the model's)")
-    add("--n_samples", type=int, default=n_samples, metavar="N", help="images per batch")
+    text = f"images per batch; {AUTO}: as many as fit the free memory, up to the default, or {MAX_AUTO} of --from-file"
+    add("--n_samples", type=parse_batch_size, default=n_samples, metavar="N", help=text)
     add("--n_rows", type=int, default=0, metavar="N", help="images in a row of the grid (default: n_samples)")
     add("--scale", type=float, default=scale, help="classifier-free guidance scale; 1 disables it")
     add_seed_flags(parser)
@@ -282,6 +289,10 @@ def prepare(opt: Namespace, info: ModelInfo, ckpt: Path | None = None) -> Prepar
     if getattr(opt, "recorded", None) is not None:
         check_unchanged(opt, info, weights)
     device = inference.choose_device(opt.device)
+    if getattr(opt, "n_samples", None) == AUTO:
+        network = info.unet_name
+        require(network == "UNetModel", f"--n_samples {AUTO}: the memory of a {network} is unknown; pass a number")
+        inference.known_free_memory(device)
     if opt.offload is not None:
         check_offload(opt.offload, device.type, opt.compile)
     if opt.compile is not None:
@@ -345,6 +356,8 @@ def request_fields(opt: Namespace, request: type[Request], **others: Any) -> dic
     """The flags' values as fields of a request; `others` are fields that are not the value of a flag."""
     by_model = {"H", "W"} - getattr(opt, "given", frozenset())  # not given: the model's size, or the published one
     given = {RENAMED.get(flag, flag): value for flag, value in vars(opt).items() if flag not in by_model}
+    if given.get("n_samples") == AUTO:  # until the model is loaded, see `in_batches`
+        del given["n_samples"]
     found = {field.name: given[field.name] for field in fields(request) if field.name in given}
     return {**found, "sampler": opt.sampler or "ddim", **others}
 
@@ -374,6 +387,18 @@ def load(opt: Namespace, prepared: Prepared, **files: Files) -> inference.Pipeli
         inference.warn_unused(pipeline.model.cond_stage_model, [*prompts, opt.negative_prompt or ""])
     pipeline.identity = {**pipeline.identity, **record_files(**files)}
     return pipeline
+
+
+def in_batches(opt: Namespace, request: R, pipeline: inference.Pipeline, encodes: bool = False) -> R:
+    """The request in batches of `--n_samples`, which becomes a number if it is AUTO; encodes: as in `batch_by_memory`.
+
+    The size of a batch is the number of images of one prompt, and so at most the default; of a list it changes none.
+    """
+    if opt.n_samples == AUTO:
+        most = request.n_samples if isinstance(request.prompt, str) else min(MAX_AUTO, len(request.prompt))
+        opt.n_samples = inference.batch_by_memory(pipeline, request, most, encodes)
+        request = request.in_batches_of(opt.n_samples)
+    return request
 
 
 def record_files(**files: Files) -> dict[str, Any]:

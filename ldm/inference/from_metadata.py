@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from ldm import inference
 from ldm.cli import Parser
 from ldm.config.model_info import ModelInfo
-from ldm.inference.settings import MAX_COUNT, parse_embedding, parse_lora
+from ldm.inference.settings import MAX_COUNT, parse_batch_size, parse_embedding, parse_lora
 from ldm.output.images import read_metadata
 from ldm.output.watermark import METHODS
 from ldm.paths import find_file, fingerprint
@@ -147,7 +147,7 @@ def check_types(path: str, info: Mapping[str, Any], parser: Parser, names: Mappi
 def _type_of(action: argparse.Action) -> type:
     if action.nargs == 0 or isinstance(action.const, bool):
         return bool
-    return int if action.type is int else float if action.type is float else str
+    return int if action.type in (int, parse_batch_size) else float if action.type is float else str
 
 
 def check_unchanged(opt: Namespace, info: ModelInfo, weights: inference.WeightsSource) -> None:

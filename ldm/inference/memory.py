@@ -1,4 +1,4 @@
-"""Decoding by memory: how many latents of a batch the first stage decodes at a time."""
+"""Batches by memory: how many images are sampled, and how many latents the first stage decodes at a time."""
 
 from __future__ import annotations
 
@@ -13,12 +13,15 @@ import torch
 from torch import Tensor
 
 from ldm.allocator import kept_memory
+from ldm.inference.settings import AUTO
 from ldm.modules.dtype import weights_dtype
 
 logger = logging.getLogger(__name__)
 
 _PROC, _CGROUPS = Path("/proc"), Path("/sys/fs/cgroup")
 _COPIES = 5  # of the widest activation: a residual block's input, normalization, convolutions and their workspace
+_NETWORK_COPIES = 7  # of the widest activation, fitted to measured peaks; living tensors alone are 3.3 to 3.9
+_FEED_FORWARD = 8  # hidden values of a transformer's gated feed-forward, for each of its input
 
 
 def free_memory(device: torch.device) -> int | None:
@@ -37,6 +40,14 @@ def free_memory(device: torch.device) -> int | None:
     if available is None or device.type != "cpu":
         return None
     return max(0, min([int(available[1]) * 1024, *_left_by_cgroups()])) + kept_memory()
+
+
+def known_free_memory(device: torch.device) -> int:
+    """`free_memory`; raise ValueError if it is unknown."""
+    free = free_memory(device)
+    if free is None:
+        raise ValueError(f"--n_samples {AUTO}: the free memory of {device} is unknown; pass a number")
+    return free
 
 
 def _left_by_cgroups() -> Iterator[int]:
@@ -62,6 +73,52 @@ def decoder_bytes(decoder: Any, height: int, width: int, dtype: torch.dtype) -> 
     except (AttributeError, IndexError, TypeError):
         return None
     return _COPIES * channels * height * factor * width * factor * dtype.itemsize
+
+
+def encoder_bytes(encoder: Any, height: int, width: int, dtype: torch.dtype) -> int:
+    """Peak memory in bytes of encoding an image of height x width pixels, estimated; 0 for an unknown encoder."""
+    try:
+        channels = encoder.down[0].block[0].out_channels
+    except (AttributeError, IndexError, TypeError):
+        return 0
+    return _COPIES * channels * height * width * dtype.itemsize
+
+
+def network_bytes(unet: Any, height: int, width: int, dtype: torch.dtype) -> int:
+    """Peak memory in bytes of a UNetModel's call for a latent of height x width cells, estimated.
+
+    The widest activation is the hidden layer of a transformer's feed-forward, or the input of the last level's first
+    block, with its skip connection.
+    """
+    first, second = (*unet.channel_mult, unet.channel_mult[-1])[:2]
+    levels = [
+        (mult, 2**level) for level, mult in enumerate(unet.channel_mult) if 2**level in unet.attention_resolutions
+    ]
+    widest = max([first + second, *(_FEED_FORWARD * mult / down**2 for mult, down in levels)])
+    return int(_NETWORK_COPIES * widest * unet.model_channels * height * width) * dtype.itemsize
+
+
+def batch_by_memory(pipeline: Any, request: Any, most: int, encodes: bool = False) -> int:
+    """Number of images, up to `most` and at least 1, that a pipeline samples at a time in the free memory.
+
+    request: a checked one. encodes: the first stage encodes as many images, too. Logs the estimate.
+    Raises ValueError as `known_free_memory`.
+    """
+    model, (_, height, width), free = pipeline.model, request.latent_shape, known_free_memory(pipeline.device)
+    predictions = 1 + request.guided + (request.image_scale != 1.0)  # in one call of the network
+    networks = 1 + getattr(request, "controls", 0)  # whose outputs stay until the UNet has used them
+    used = pipeline.dtype or weights_dtype(model.model) or torch.float32
+    each = predictions * networks * network_bytes(model.model.diffusion_model, height, width, used)
+    if encodes:
+        tall, wide = (min(side, request.tiled or side) for side in request.size)
+        stage = model.first_stage_model
+        each = max(
+            each, encoder_bytes(getattr(stage, "encoder", None), tall, wide, weights_dtype(stage) or torch.float32)
+        )
+    count = int(min(most, max(1, free // each)))
+    text = "batches of %d: an image takes about %.2g GB, %.2g GB are free, and at most %d are sampled at a time"
+    logger.info(text, count, each / 1e9, free / 1e9, most)
+    return count
 
 
 def decoded_at_once(model: Any, z: Tensor, dtype: torch.dtype | None = None) -> int:

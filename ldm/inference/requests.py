@@ -92,6 +92,12 @@ class TextToImageRequest(Request):
             first += len(group)
         return batches
 
+    def in_batches_of(self, n_samples: int) -> Self:
+        """A checked request with another batch size."""
+        changed = replace(self, n_samples=n_samples)
+        object.__setattr__(changed, "checked_for", self.checked_for)
+        return changed
+
     def fitted(self, height: int, width: int, info: ModelInfo) -> Self:
         """The request for an image of this size, rounded to the nearest size that the model takes.
 

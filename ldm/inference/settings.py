@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from argparse import ArgumentTypeError
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
@@ -29,6 +30,7 @@ MAX_SCALE = 1000  # far above every scale in use
 MAX_SIDE = 65536  # pixels
 MAX_MERGING = 0.75  # of each 2x2 tokens, one stays
 MAX_COUNT = 1_000_000  # images in a run
+AUTO, MAX_AUTO = "auto", 16  # --n_samples: a batch by free memory, of so many prompts of a list at most
 TILE = 512  # usual side of a tile, in pixels
 
 
@@ -186,6 +188,14 @@ def check_text(flag: str, text: str) -> None:
             f"{flag} {text[:40]!a}: not UTF-8 text (character {bad + 1}); use UTF-8 in the terminal and in the locale, "
             "e.g. LC_ALL=C.UTF-8"
         )
+
+
+def parse_batch_size(text: str) -> int | str:
+    """`--n_samples`: a number or AUTO; raise ArgumentTypeError for other text."""
+    try:
+        return text if text == AUTO else int(text)
+    except ValueError:
+        raise ArgumentTypeError(f"{text!r}: pass a number or {AUTO}") from None
 
 
 def check_seed_mode(mode: str) -> None:

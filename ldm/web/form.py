@@ -15,7 +15,7 @@ from ldm.config.instantiate import value_at
 from ldm.config.model_info import DETECTORS, ModelInfo
 from ldm.inference import cli, requests
 from ldm.inference.from_metadata import check_types
-from ldm.inference.settings import MAX_SEED, Request
+from ldm.inference.settings import MAX_SEED, Request, parse_batch_size
 from ldm.models.diffusion.samplers.registry import SAMPLERS
 
 MOST_IMAGES = 100  # of one job, so that others get their turn
@@ -179,7 +179,8 @@ def _label(name: str, task: str) -> str:
 
 
 def _field(action: argparse.Action, task: str) -> Field:
-    kind: Any = bool if action.nargs == 0 else action.type if action.type in (int, float) else str
+    numbers: dict[Any, type] = {int: int, float: float, parse_batch_size: int}
+    kind: Any = bool if action.nargs == 0 else numbers.get(action.type, str)
     count = action.nargs if isinstance(action.nargs, int) and action.nargs > 1 else None
     repeated = isinstance(action.default, list) and count is None
     starts = {**_EVERY, **_STARTS.get(task, {})}

@@ -1,14 +1,25 @@
-"""Decoding by memory: the whole batch if it fits, else parts with the same result."""
+"""Sampling and decoding by memory: as many images at a time as fit; parts decode to the same images."""
 
 import copy
 import logging
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ldm.inference import memory
-from ldm.inference.memory import decoded_at_once, decoder_bytes, free_memory
+from ldm.inference.memory import (
+    batch_by_memory,
+    decoded_at_once,
+    decoder_bytes,
+    encoder_bytes,
+    free_memory,
+    known_free_memory,
+    network_bytes,
+)
+from ldm.inference.requests import ControlRequest, TextToImageRequest
 from ldm.models.diffusion.tiling import TiledModel, Tiling
+from ldm.training.doctor.footprint import _Meter
 
 
 @pytest.fixture
@@ -69,6 +80,43 @@ def test_tiles_are_advised_for_a_single_image_that_does_not_fit(pipeline, z, mon
 
 def test_a_model_with_another_first_stage_decodes_the_whole_batch(z):
     assert decoded_at_once(torch.nn.Identity(), z) == 3
+
+
+def batch(pipeline, free, monkeypatch, most=5, encodes=False, request=TextToImageRequest, **changes):
+    """The size of a batch of 16x24 pixels with so many bytes free."""
+    monkeypatch.setattr(memory, "free_memory", lambda device: free)
+    checked = request(prompt="a cat", height=16, width=24, **changes).checked(pipeline.info)
+    return batch_by_memory(pipeline, checked, most, encodes)
+
+
+def test_a_batch_is_as_many_images_as_fit_and_at_least_one(pipeline, monkeypatch):
+    each = network_bytes(pipeline.model.model.diffusion_model, 4, 6, torch.float32)
+    for room, count in ((0.0, 1), (1.9, 1), (4.0, 2), (6.1, 3), (99.0, 5)):  # guided: two predictions an image
+        assert batch(pipeline, int(room * each), monkeypatch) == count
+    assert batch(pipeline, 4 * each, monkeypatch, scale=1.0) == 4
+    assert batch(pipeline, 4 * each, monkeypatch, scale=1.0, request=ControlRequest) == 2
+
+
+def test_the_encoder_of_the_first_stage_needs_memory_for_each_image_unless_a_tile_is_smaller(pipeline, monkeypatch):
+    encoder, changes = pipeline.model.first_stage_model.encoder, {"scale": 1.0, "encodes": True}
+    free = 3 * encoder_bytes(encoder, 16, 24, torch.float32)
+    assert batch(pipeline, free, monkeypatch, **changes) == 3 < batch(pipeline, free, monkeypatch, scale=1.0)
+    assert batch(pipeline, free, monkeypatch, tiled=16, **changes) == 4
+
+
+def test_the_estimate_of_the_network_is_above_the_tensors_of_a_call(pipeline):
+    unet = pipeline.model.model.diffusion_model
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        given = torch.empty(1, 4, 32, 48), torch.zeros(1, dtype=torch.int64), torch.empty(1, 12, 16)
+        meter = _Meter([*unet.parameters(), *given])
+        with meter, torch.no_grad():
+            unet(*given)
+    assert meter.peak < network_bytes(unet, 32, 48, torch.float32) < 3 * meter.peak
+
+
+def test_an_unknown_free_memory_is_refused():
+    with pytest.raises(ValueError, match="--n_samples auto: the free memory of meta is unknown"):
+        known_free_memory(torch.device("meta"))
 
 
 @pytest.fixture

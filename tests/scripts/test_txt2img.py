@@ -12,6 +12,7 @@ from PIL import Image
 
 from ldm.cli import run_command
 from ldm.config.model_info import model_info, read_config
+from ldm.inference import memory
 from ldm.output.images import read_metadata
 from ldm.paths import ROOT
 from scripts.txt2img import main, parser, request_of
@@ -114,6 +115,28 @@ def test_a_file_of_prompts_gives_an_image_of_each_whatever_their_number(saved, t
     assert read_metadata(tmp_path / "out" / "grid-0000.png")["prompts"] == prompts * 2
 
 
+@pytest.mark.parametrize("free, count", [(0, 1), (10**9, 3)])
+def test_an_automatic_batch_is_recorded_as_its_number_and_repeats(saved, tmp_path, monkeypatch, free, count):
+    monkeypatch.setattr(memory, "free_memory", lambda device: free)
+    (tmp_path / "prompts.txt").write_text("a\nb\nc\n")
+    for name, flags in (("one", []), ("list", ["--from-file", str(tmp_path / "prompts.txt"), "--n_iter", "2"])):
+        auto, given = ([*arguments(saved, tmp_path / k, *flags), "--n_samples"] for k in (f"{name}-auto", name))
+        assert run_command(main, [*auto, "auto"]) == run_command(main, [*given, str(count)]) == 0
+        found = sorted((tmp_path / f"{name}-auto" / "samples").iterdir())
+        assert len(found) == (6 if flags else count)
+        assert all(map(np.array_equal, pixels(tmp_path / f"{name}-auto"), pixels(tmp_path / name)))
+        assert {read_metadata(path)["n_samples"] for path in found} == {count}
+    again = ["--from-metadata", str(found[-1]), "--outdir", str(tmp_path / "again")]
+    assert run_command(main, again) == 0
+    assert np.array_equal(np.asarray(Image.open(found[-1])), pixels(tmp_path / "again")[0])
+
+
+def test_an_automatic_batch_is_refused_where_the_free_memory_is_unknown(saved, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(memory, "free_memory", lambda device: None)
+    flags = arguments(saved, tmp_path / "out", "--n_samples", "auto", "--device", "cpu")
+    assert "--n_samples auto: the free memory of cpu is unknown; pass a number" in refused(flags, capsys)
+
+
 def test_a_grid_with_captions_and_the_number_of_columns_asked_for(saved, tmp_path):
     run_command(
         main, arguments(saved, tmp_path, "--n_samples", "3", "--n_rows", "1", "--H", "64", "--W", "64", "--captions")
@@ -185,6 +208,7 @@ def test_laion400m_changes_what_is_not_given(saved, tmp_path, capsys, monkeypatc
         (["--H", "20"], "--H 20 --W 16: this model needs multiples of 8 pixels; nearest are --H 16 --W 16"),
         (["--ddim_steps", "101"], "--ddim_steps 101: choose 1 to 100"),
         (["--n_samples", "0"], "--n_samples 0"),
+        (["--n_samples", "automatic"], "argument --n_samples: 'automatic': pass a number or auto"),
         (["--n_iter", "0"], "--n_iter 0"),
         (["--n_rows", "-1"], "--n_rows -1"),
         (["--C", "3"], "--C 3: this model's latents have 4 channels"),
