@@ -187,6 +187,8 @@ def compare(a: Card, b: Card) -> str:
     ]
     if differing:
         lines += ["", *table(["differs", "A", "B"], differing)]
+    if a.data.get("images", "").partition(",")[0] != b.data.get("images", "").partition(",")[0]:
+        lines += ["", "The numbers of images differ: the Frechet distances do not compare."]
     if a.data.get("features") != b.data.get("features") or a.data.get("real") != b.data.get("real"):
         lines += ["", "The distances were measured on other features or other real images: they do not compare."]
     return "\n".join([*lines, "", "![](compare.png)"]) + "\n"
@@ -197,17 +199,11 @@ def verdict(name: str, a: Metric | None, b: Metric | None) -> str:
     better = METRICS[name].better
     if a is None or b is None or better not in ("lower", "higher"):
         return ""
-    ends = [_ends(metric) for metric in (a, b)]
-    if ends[0][0] <= ends[1][1] and ends[1][0] <= ends[0][1]:
+    if a.low is None or a.high is None or b.low is None or b.high is None:
+        return ""  # a spread over subsets is no interval
+    if a.low <= b.high and b.low <= a.high:
         return "intervals overlap"
     return "A is better" if (a.value < b.value) == (better == "lower") else "B is better"
-
-
-def _ends(metric: Metric) -> tuple[float, float]:
-    if metric.low is not None and metric.high is not None:
-        return metric.low, metric.high
-    spread = metric.spread or 0.0
-    return metric.value - spread, metric.value + spread
 
 
 def _differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> Iterable[tuple[str, Any, Any]]:

@@ -131,7 +131,10 @@ def measure(images: ImageSet, real: Real, batch_size: int = 64) -> Measured:
         found.skipped["copies"] = "the real images are given as features or statistics"
     else:
         found.audit = memorization_audit(images, real)
-        found.metrics["copies"] = Metric(*found.audit.share)
+        if real.held_out is None:
+            found.skipped["copies"] = "there are no held-out images (--held_out) to compare with"
+        else:
+            found.metrics["copies"] = Metric(*found.audit.share)
         if found.audit.novelty is None:
             found.skipped["novelty"] = "there are no held-out images (--held_out) that differ from the real ones"
         else:

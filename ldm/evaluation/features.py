@@ -188,10 +188,11 @@ def inception_weights(path: str | None) -> Path:
 
 
 def weights_digest(module: nn.Module) -> str:
-    """16 hex digits of the SHA-256 of a module's first, middle and last weights."""
-    values = list(module.state_dict().values())
-    content = b"".join(values[k].float().cpu().numpy().tobytes() for k in {0, len(values) // 2, len(values) - 1})
-    return hashlib.sha256(content).hexdigest()[:16]
+    """16 hex digits of the SHA-256 of a module's weights."""
+    found = hashlib.sha256()
+    for value in module.state_dict().values():
+        found.update(value.float().cpu().numpy().tobytes())
+    return found.hexdigest()[:16]
 
 
 # --- features of a set

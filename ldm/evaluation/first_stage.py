@@ -65,7 +65,7 @@ def reconstruct(
             y = latents.decoded(x).float().clamp(-1, 1)
             kept += [np.asarray(from_tensor(each).convert("RGB")) for each in y]
             errors["mse"].append((((x - y) / 2) ** 2).mean(dim=(1, 2, 3)).cpu())
-            similarity = ssim(y, x, data_range=2.0, reduction="none")
+            similarity = ssim((y + 1) / 2, (x + 1) / 2, data_range=1.0, reduction="none")  # defined for values >= 0
             errors["ssim"].append(torch.as_tensor(similarity).reshape(-1).cpu())
             if perceptual is not None:
                 errors["lpips"].append(perceptual(y, x).reshape(-1).cpu())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -163,7 +164,7 @@ def read_npz(path: Path, flag: str) -> dict[str, np.ndarray]:
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files if name in ("arr_0", "arr_1", "features", "mu", "sigma")}
-    except (ValueError, OSError, EOFError) as error:
+    except (ValueError, OSError, EOFError, TypeError, zipfile.BadZipFile) as error:
         raise ValueError(f"{flag} {path}: not a readable .npz file ({error})") from error
     if "arr_0" in arrays and arrays["arr_0"].ndim == 2:
         arrays["features"] = arrays.pop("arr_0")

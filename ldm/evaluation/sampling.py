@@ -175,10 +175,10 @@ def check_settings(path: Path, settings: Mapping[str, Any]) -> None:
         save_text(path, text)
         return
     before, now = json.loads(path.read_text(encoding="utf-8")), json.loads(text)
-    changed = [name for name in now if before.get(name) != now[name]]
+    changed = [name for name in {**before, **now} if before.get(name) != now.get(name)]
     if changed:
         name = changed[0]
         raise ValueError(
-            f"{path.parent} holds samples with {name} {before.get(name)}, now {now[name]}; choose another --outdir, or "
-            "delete the folder"
+            f"{path.parent} holds samples with {name} {before.get(name)}, now {now.get(name)}; choose another "
+            "--outdir, or delete the folder"
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -16,12 +17,16 @@ from ldm.output.images import png_bytes
 COLUMNS = ("fid", "kid", "precision", "recall", "recognized", "clip_score", "copies")
 
 
-def finished(folder: Path, record: Mapping[str, Any], count: int) -> Card | None:
-    """The card of a point that an earlier run of the sweep completed; None without one of these settings."""
+def finished(
+    folder: Path, record: Mapping[str, Any], count: int, weights: Mapping[str, Any], data: Mapping[str, Any]
+) -> Card | None:
+    """The card of a point that an earlier run completed; None without one of these settings, weights and data."""
     if not (folder / "card.json").is_file():
         return None
     card = Card.read(folder, "--sweep")
     same = {name: plain(value) for name, value in card.settings.items()} == {k: plain(x) for k, x in record.items()}
+    known = {name: value for name, value in card.data.items() if name != "images"}
+    same = same and [card.weights, known] == json.loads(json.dumps([weights, data], default=str))
     return card if same and card.data.get("images", "").startswith(f"{count},") else None
 
 

@@ -81,7 +81,7 @@ def evaluate_model(
     for point in points:
         folder = root / point.name if swept else root
         sampling = Sampling(point.request, info, conditions_of(info, conditions), opt.batch_size)
-        if swept and (done := sweep.finished(folder, sampling.record, opt.n_samples)):
+        if swept and (done := sweep.finished(folder, sampling.record, opt.n_samples, identity, data_record(real))):
             cards.append(done)
             continue
         settings = {**identity, "conditions": getattr(sampling.conditions, "fingerprint", None)}
@@ -231,7 +231,9 @@ def extractor_of(opt: Namespace, images: ImageSet | None, labels: Any) -> Extrac
 def conditions_of(info: ModelInfo, images: Any) -> DatasetImages | None:
     """The set that gives the conditions of samples; None for unconditional models and without a dataset."""
     conditional = info.condition_name != "__is_unconditional__"
-    return images if conditional and isinstance(images, DatasetImages) else None
+    if not conditional or not isinstance(images, DatasetImages):
+        return None
+    return None if info.n_classes is not None and images.label(0) is None else images
 
 
 def measured(opt: Namespace, images: ImageSet, real: Real) -> Measured:
@@ -255,6 +257,15 @@ def features_record(real: Real) -> dict[str, Any]:
     return {"features": dict(real.extractor.identity), "dimensions": len(real.stats.mean)}
 
 
+def data_record(real: Real) -> dict[str, Any]:
+    """The real and the held-out images of a card, and their features."""
+    record = {"real": real.stats_name, **features_record(real)}
+    if real.held_out is not None:
+        record["held_out"] = f"{len(real.held_out)}, {real.held_out.name} ({real.held_out.fingerprint[:16]})"
+        record["Frechet distance of held-out"] = real.floor
+    return record
+
+
 def write_card(
     opt: Namespace,
     folder: Path,
@@ -267,10 +278,7 @@ def write_card(
     weights: dict[str, Any] | None = None,
 ) -> Any:
 
-    data = {"images": f"{len(images)}, {images.name}", "real": real.stats_name, **features_record(real)}
-    if real.held_out is not None:
-        data["held_out"] = f"{len(real.held_out)}, {real.held_out.name} ({real.held_out.fingerprint[:16]})"
-        data["Frechet distance of held-out"] = real.floor
+    data = {"images": f"{len(images)}, {images.name}", **data_record(real)}
     card = Card(kind, title, opt.command, found.metrics, found.skipped, settings or {}, weights or {}, data)
     card.copies, card.seconds = copies_of(found), found.seconds
     report(card, card.save(folder, figure_of(title, images, real, found, opt.seed)))

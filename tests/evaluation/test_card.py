@@ -35,13 +35,15 @@ def test_two_cards_say_which_is_better_only_if_their_intervals_are_apart():
     assert verdict("fid", Metric(2.0, 1.5, 2.5), near) == "intervals overlap"
     assert verdict("fid", Metric(2.0, 1.5, 2.5), far) == "A is better"
     assert verdict("recall", Metric(0.2, 0.1, 0.3), Metric(0.6, 0.5, 0.7)) == "B is better"
-    assert verdict("kid", Metric(0.004, spread=0.001), Metric(0.001, spread=0.001)) == "B is better"
+    assert verdict("kid", Metric(0.004, spread=0.001), Metric(0.001, spread=0.001)) == ""
     assert verdict("novelty", Metric(1.0), Metric(0.5)) == "" == verdict("fid", None, near)
 
 
 def test_a_comparison_lists_the_settings_that_differ_and_warns_of_other_features():
     text = compare(card(), card(settings={"scale": 3, "steps": 25}))
     assert "| scale | 1.5 | 3 |" in text and "steps" not in text and "do not compare" not in text
+    fewer = {**card().data, "images": "5, samples"}
+    assert "numbers of images differ" in compare(card(data={**fewer, "images": "9, samples"}), card(data=fewer))
     assert "do not compare" in compare(card(), card(data={"features": {"name": "inception"}, "real": "10, train"}))
 
 

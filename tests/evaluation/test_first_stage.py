@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from torchmetrics.functional.image import structural_similarity_index_measure
 
 from ldm.evaluation.first_stage import (
     Latents,
@@ -37,6 +38,9 @@ def test_errors_of_reconstructions_are_those_of_their_images(vq):
     exact = psnr(found.images / 127.5 - 1, images.images / 127.5 - 1)  # rounded to 256 levels
     metrics = first_stage_metrics(found, np.random.rand(5, 3), np.random.rand(5, 3))
     assert metrics["psnr"].value == pytest.approx(exact, abs=0.05) and metrics["ssim"].value < 1
+    pair = [torch.from_numpy(x).permute(0, 3, 1, 2).double() / 255 for x in (found.images, images.images)]
+    known = structural_similarity_index_measure(*pair, data_range=1.0)
+    assert metrics["ssim"].value == pytest.approx(float(known), abs=2e-3)
     assert first_stage_figure("t", images, found).height > 400
 
 

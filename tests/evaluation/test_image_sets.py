@@ -73,6 +73,9 @@ def test_another_npz_is_refused(tmp_path, arrays, words):
     np.savez(tmp_path / "a.npz", **arrays)
     with pytest.raises(ValueError, match=words):
         read_npz(tmp_path / "a.npz", "--real")
-    (tmp_path / "b.npz").write_bytes(b"no zip")
-    with pytest.raises(ValueError, match="not a readable"):
-        read_npz(tmp_path / "b.npz", "--real")
+    np.save(tmp_path / "c.npy", np.zeros(3))
+    cut = (tmp_path / "a.npz").read_bytes()[:-30]
+    for content in (b"no zip", cut, (tmp_path / "c.npy").read_bytes()):
+        (tmp_path / "b.npz").write_bytes(content)
+        with pytest.raises(ValueError, match="not a readable"):
+            read_npz(tmp_path / "b.npz", "--real")

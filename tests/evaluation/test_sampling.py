@@ -90,6 +90,8 @@ def test_samples_of_other_settings_are_not_mixed(tmp_path):
     module.check_settings(tmp_path / "settings.json", {"scale": 1.5, "ckpt": "a"})
     with pytest.raises(ValueError, match=r"holds samples with scale 1\.5, now 3\.0; choose another --outdir"):
         module.check_settings(tmp_path / "settings.json", {"scale": 3.0, "ckpt": "a"})
+    with pytest.raises(ValueError, match=r"holds samples with ckpt a, now None"):  # such as --lora left out
+        module.check_settings(tmp_path / "settings.json", {"scale": 1.5})
     assert json.loads((tmp_path / "settings.json").read_text())["scale"] == 1.5
 
 

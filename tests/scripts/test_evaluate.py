@@ -88,6 +88,8 @@ def test_a_sweep_has_a_card_for_each_point_a_table_and_plots_and_resumes(runs, t
     assert run_command(main, command) == 0
     assert (tmp_path / "out" / "sweep.md").read_text() == table
     assert (tmp_path / "out" / "scale1-ddim" / "card.json").stat().st_mtime_ns == before
+    assert run_command(main, [*command, "--features", "classifier"]) == 0
+    assert card_in(tmp_path / "out" / "scale1-ddim")["data"]["features"]["name"] == "classifier"  # measured anew
 
 
 def test_held_out_images_of_a_run_folders_and_arrays_are_compared_with_real_ones(runs, images, tmp_path):  # noqa: F811
