@@ -205,7 +205,13 @@ INSIDE = {  # a file -> its calls that write to memory, or to a temporary file o
         "np.savez_compressed(file, **arrays)",
     },
     "ldm/training/cache_latents.py": {"lock.touch()"},
+    "ldm/evaluation/features.py": {"temporary.open('wb')", "np.savez(file, key=np.array(text), **arrays)"},
+    "ldm/evaluation/sampling.py": {
+        "temporary.open('wb')",
+        "np.savez(file, arr_0=images, seconds=np.float64(seconds))",
+    },
     "ldm/output/images.py": {"image.save(data, 'PNG', pnginfo=info)"},
+    "ldm/web/page.py": {"shutil.copyfile(file, copy)"},  # of the browser, in a temporary folder
     "ldm/output/sample_array.py": {
         "self._temporary.open('wb')",
         "zipfile.ZipFile(self._file, 'w', zipfile.ZIP_STORED)",

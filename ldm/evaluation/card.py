@@ -48,7 +48,7 @@ METRICS = {
 
 
 class Metric(NamedTuple):
-    """A value, its 95 % interval by bootstrap, or its standard deviation over subsets."""
+    """A value, its 95 % interval, or its standard deviation over subsets."""
 
     value: float
     low: float | None = None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -17,9 +16,9 @@ from ldm.checkpoint import ensure_weights
 from ldm.evaluation.card import Metric
 from ldm.evaluation.distances import (
     Statistics,
-    bootstrap,
     frechet_to,
     inside,
+    jackknife,
     kernel_distance,
     mean_interval,
     realism,
@@ -57,7 +56,7 @@ class Real:
     classifier: ClassifierFeatures | None = None
     cache: Path = Path("outputs/evaluation/cache")
     stats_name: str = ""  # in the card: their number, place and fingerprint
-    floor: float | None = None  # Frechet distance of the held-out images to them
+    held_out_features: np.ndarray | None = None  # (K, D)
 
 
 def real_of_images(
@@ -77,7 +76,7 @@ def real_of_images(
     name = f"{len(images)}, {images.name} ({images.fingerprint[:16]})"
     real = Real(chosen, statistics(features), images, features, held_out, classifier, cache, name)
     if held_out is not None:
-        real.floor = frechet_to(real.stats)(statistics(cached_features(cache, chosen, held_out, batch_size)))
+        real.held_out_features = cached_features(cache, chosen, held_out, batch_size)
     return real
 
 
@@ -107,6 +106,18 @@ class Measured:
     audit: Audit | None = None
     realism: np.ndarray | None = None  # (N,)
     seconds: dict[str, float] = field(default_factory=dict)
+    floor: dict[str, float] = field(default_factory=dict)  # see `floor`
+
+
+def floor(real: Real, features: np.ndarray) -> dict[str, float]:
+    """Frechet distances to the real images of as many held-out images as of these, which alone compare, by name."""
+    if real.held_out_features is None:
+        return {}
+    n, distance = min(len(features), len(real.held_out_features)), frechet_to(real.stats)
+    if n < 2:
+        return {}
+    sets = {"held-out images": real.held_out_features, "images of this card": features}
+    return {f"Frechet distance of {n} {name}": distance(statistics(x[:n])) for name, x in sets.items()}
 
 
 def measure(images: ImageSet, real: Real, batch_size: int = 64) -> Measured:
@@ -115,6 +126,7 @@ def measure(images: ImageSet, real: Real, batch_size: int = 64) -> Measured:
     features = features_of(real.extractor, images, batch_size)
     found.seconds["features"], start = time.perf_counter() - start, time.perf_counter()
     found.metrics["fid"] = frechet_metric(real.stats, features)
+    found.floor = floor(real, features)
     if real.features is None:
         reason = "the real images are given as statistics alone"
         found.skipped |= dict.fromkeys(("kid", "precision", "recall"), reason)
@@ -144,11 +156,9 @@ def measure(images: ImageSet, real: Real, batch_size: int = 64) -> Measured:
 
 
 def frechet_metric(real: Statistics, features: np.ndarray) -> Metric:
-    """The Frechet distance with the interval over resamples of the images; the real statistics are taken as given."""
+    """The Frechet distance with its interval at this number of images; the real statistics are taken as given."""
     x, distance = torch.from_numpy(features).double(), frechet_to(real)
-    value, resamples = distance(statistics(x)), resamples_of(x)
-    interval = bootstrap(lambda chosen: distance(statistics(x[chosen])), len(x), value, resamples, limits=(0, math.inf))
-    return Metric(*interval)
+    return Metric(*jackknife(lambda chosen: distance(statistics(x[chosen])), len(x), least=0.0))
 
 
 def paired_frechet_metric(originals: np.ndarray, others: np.ndarray) -> Metric:
@@ -158,12 +168,7 @@ def paired_frechet_metric(originals: np.ndarray, others: np.ndarray) -> Metric:
     def distance(chosen: torch.Tensor) -> float:
         return frechet_to(statistics(x[chosen]))(statistics(y[chosen]))
 
-    value = distance(torch.arange(len(x)))
-    return Metric(*bootstrap(distance, len(x), value, resamples_of(x), limits=(0, math.inf)))
-
-
-def resamples_of(features: torch.Tensor) -> int:
-    return 200 if features.shape[1] <= 256 else 20  # a distance takes seconds at 2048 dimensions
+    return Metric(*jackknife(distance, len(x), least=0.0))
 
 
 def sample_metrics(real: np.ndarray, features: np.ndarray) -> dict[str, Metric]:

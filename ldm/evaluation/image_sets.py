@@ -44,7 +44,10 @@ class ImageSet(Protocol):
 
 
 class DatasetImages:
-    """The images of a dataset as a run trains on them, at most `limit`; its random crops follow from (seed, index)."""
+    """The images of a dataset as a run trains on them; its random crops follow from (seed, index).
+
+    limit: of their number; a random part is taken, since a dataset may be sorted, but of a stream the first.
+    """
 
     def __init__(
         self,
@@ -63,7 +66,10 @@ class DatasetImages:
                 self.samples: Any = list(itertools.islice(dataset, limit))
         else:
             self.samples = SeededDataset(dataset, seed, repeat=True)
-        self.count = min(len(self.samples), limit or len(self.samples))
+        every = len(self.samples)
+        part = limit is not None and limit < every
+        self.order = np.random.default_rng(seed).permutation(every)[:limit] if part else np.arange(every)
+        self.count = len(self.order)
         probes = np.linspace(0, self.count - 1, min(PROBES, self.count)).astype(int)
         pixels = b"".join(self.image(int(k)).tobytes() for k in probes)
         own = getattr(dataset, "fingerprint", None)
@@ -74,16 +80,16 @@ class DatasetImages:
         return self.count
 
     def sample(self, index: int) -> Mapping[str, Any]:
-        return self.samples[index]
+        return self.samples[int(self.order[index])]
 
     def image(self, index: int) -> np.ndarray:
-        sample = self.samples[index]
+        sample = self.sample(index)
         if self.image_key not in sample:
             raise ValueError(f"{self.name}: its samples have no {self.image_key!r}; they have {', '.join(sample)}")
         return as_levels(sample[self.image_key])
 
     def label(self, index: int) -> int | None:
-        label = self.samples[index].get(self.label_key)
+        label = self.sample(index).get(self.label_key)
         return None if label is None else int(label)
 
 

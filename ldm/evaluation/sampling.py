@@ -23,6 +23,7 @@ from ldm.inference.settings import MAX_SEED, Request
 from ldm.inference.tasks.class_conditional import generate_samples
 from ldm.inference.tasks.conditional import sample_conditional
 from ldm.inference.tasks.text_to_image import text_to_image
+from ldm.rng import mix
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +31,7 @@ _BY_BATCH = ("prompt", "n_samples", "n_iter", "batch_size", "classes", "seed_mod
 
 
 class Sampling:
-    """The samples of a request under the conditions of a set: sample k has condition k, cyclically, and its own noise.
+    """The samples of a request under the conditions of a set, in a random order, repeated; each has its own noise.
 
     conditions: of text-conditional models and of those that `sample_conditional` samples; the labels of
     class-conditional ones, which else take every class in turn. None for unconditional models.
@@ -38,6 +39,7 @@ class Sampling:
 
     def __init__(self, request: Request, info: ModelInfo, conditions: DatasetImages | None, batch_size: int) -> None:
         self.request, self.info, self.conditions, self.batch_size = request, info, conditions, batch_size
+        self.order = np.random.default_rng(0).permutation(0 if conditions is None else len(conditions))
         if isinstance(request, (TextToImageRequest, ConditionalRequest)) and conditions is None:
             raise ValueError("--held_out: this model needs conditions; name a split of its data, e.g. validation")
 
@@ -53,29 +55,33 @@ class Sampling:
         if self.conditions is None or not self.info.takes_text:
             return None
         key = self.info.config["model"]["params"].get("cond_stage_key", "caption")
-        value = self.conditions.sample(index % len(self.conditions)).get(key)
+        value = self.conditions.sample(self._condition(index)).get(key)
         return value if isinstance(value, str) else None
 
     def label(self, index: int) -> int | None:
         """The class that a sample is to show; None without classes."""
         if self.conditions is not None:
-            return self.conditions.label(index % len(self.conditions))
+            return self.conditions.label(self._condition(index))
         classes = self.info.n_classes
         if classes is None:
             return None
         every = [k for k in range(classes) if k != getattr(self.request, "null_class", None)]
         return every[index % len(every)]
 
+    def _condition(self, index: int) -> int:
+        return int(self.order[index % len(self.order)])
+
     def generate(self, pipeline: Pipeline, indices: range) -> list[np.ndarray]:
         """The samples of a batch, uint8 (H, W, 3), which depend on the indices alone."""
-        request = replace(self.request, seed=(self.request.seed + indices.start) % (MAX_SEED + 1))
+        first = mix(self.request.seed) + indices.start  # so that the samples of two seeds share no noise
+        request = replace(self.request, seed=first % (MAX_SEED + 1))
         if isinstance(request, TextToImageRequest):
             images = text_to_image(pipeline, self._of_texts(request, indices), progress=False)
         elif isinstance(request, ClassConditionalRequest):
             images = generate_samples(pipeline, self._of_classes(request, indices), progress=False)
         else:
             assert isinstance(request, ConditionalRequest) and self.conditions is not None
-            samples = [self.conditions.sample(index % len(self.conditions)) for index in indices]
+            samples = [self.conditions.sample(self._condition(index)) for index in indices]
             batch = replace(request, n_samples=1, batch_size=len(indices))
             images = (each.image for each in sample_conditional(pipeline, samples, batch, progress=False))
         return [np.asarray(each.image.convert("RGB")) for each in images]

@@ -25,7 +25,7 @@ def finished(
         return None
     card = Card.read(folder, "--sweep")
     same = {name: plain(value) for name, value in card.settings.items()} == {k: plain(x) for k, x in record.items()}
-    known = {name: value for name, value in card.data.items() if name != "images"}
+    known = {name: card.data.get(name) for name in data}
     same = same and [card.weights, known] == json.loads(json.dumps([weights, data], default=str))
     return card if same and card.data.get("images", "").startswith(f"{count},") else None
 

@@ -262,7 +262,6 @@ def data_record(real: Real) -> dict[str, Any]:
     record = {"real": real.stats_name, **features_record(real)}
     if real.held_out is not None:
         record["held_out"] = f"{len(real.held_out)}, {real.held_out.name} ({real.held_out.fingerprint[:16]})"
-        record["Frechet distance of held-out"] = real.floor
     return record
 
 
@@ -278,7 +277,7 @@ def write_card(
     weights: dict[str, Any] | None = None,
 ) -> Any:
 
-    data = {"images": f"{len(images)}, {images.name}", **data_record(real)}
+    data = {"images": f"{len(images)}, {images.name}", **data_record(real), **found.floor}
     card = Card(kind, title, opt.command, found.metrics, found.skipped, settings or {}, weights or {}, data)
     card.copies, card.seconds = copies_of(found), found.seconds
     report(card, card.save(folder, figure_of(title, images, real, found, opt.seed)))

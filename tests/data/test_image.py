@@ -7,6 +7,7 @@ import struct
 import zlib
 
 import numpy as np
+import PIL
 import pytest
 import torch
 from PIL import Image, PngImagePlugin
@@ -101,6 +102,8 @@ def stored(image, orientation):
 
 @pytest.mark.parametrize("mode", MODES)
 def test_every_mode_becomes_upright_opaque_rgb(tmp_path, mode):
+    if mode == "YCbCr" and int(PIL.__version__.split(".")[0]) < 13:
+        pytest.skip("Pillow 12 cannot read the YCbCr TIFFs that it writes")
     image, expected, suffix, tolerance = MODES[mode]
     image = lab(image) if mode == "LAB" else image
     for orientation in UPRIGHT:

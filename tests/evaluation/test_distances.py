@@ -7,8 +7,9 @@ from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.kid import KernelInceptionDistance
 
 from ldm.evaluation.distances import (
-    bootstrap,
     frechet_distance,
+    frechet_of_statistics,
+    jackknife,
     kernel_distance,
     mean_interval,
     nearest,
@@ -132,6 +133,17 @@ def test_the_interval_of_a_mean_is_that_of_its_standard_error():
     assert low == pytest.approx(2 * value - high)
 
 
-def test_intervals_of_shares_stay_between_zero_and_one():
-    assert mean_interval(np.array([1.0] * 19 + [0.0])).high == 1.0
-    assert bootstrap(lambda chosen: float(chosen[0]), 9, 1.0, limits=(0, 5)) == (1.0, 0, 5)
+def test_intervals_of_shares_are_wilsons():
+    value, low, high = mean_interval(np.zeros(1000))
+    assert (value, low) == (0.0, 0.0) and high == pytest.approx(0.00383, abs=1e-5)
+    assert mean_interval(np.array([1.0] * 8 + [0.0] * 2)) == pytest.approx((0.8, 0.490, 0.943), abs=1e-3)
+
+
+def test_the_interval_of_a_frechet_distance_is_the_spread_of_new_samples():
+    random = np.random.default_rng(0)
+    real = statistics(random.normal(size=(4000, 8)))
+    values = [frechet_of_statistics(real, statistics(random.normal(1, 1, (200, 8)))) for _ in range(100)]
+    x = torch.from_numpy(random.normal(1, 1, (200, 8)))
+    value, low, high = jackknife(lambda chosen: frechet_of_statistics(real, statistics(x[chosen])), len(x), least=0.0)
+    assert value == frechet_of_statistics(real, statistics(x)) and low == pytest.approx(max(0.0, 2 * value - high))
+    assert high - value == pytest.approx(1.96 * np.std(values), rel=0.35)

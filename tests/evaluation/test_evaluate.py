@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import torch
 
-from ldm.evaluation import evaluate as module
 from ldm.evaluation import features
 from ldm.evaluation.distances import frechet_distance, precision_recall
 from ldm.evaluation.evaluate import (
@@ -30,7 +29,6 @@ PIXELS = PixelFeatures(4)
 def real(tmp_path_factory) -> Real:
     patch = pytest.MonkeyPatch()
     patch.setattr(features, "train_classifier", partial(features.train_classifier, steps=30, progress=False))
-    patch.setattr(module, "resamples_of", lambda features: 3)
     yield real_of_images(bars(40), lambda labels: PIXELS, bars(30, seed=1), tmp_path_factory.mktemp("cache"))
     patch.undo()
 
@@ -45,7 +43,9 @@ def test_metrics_are_those_of_the_features(real):
     )
     assert found.metrics["fid"].low <= found.metrics["fid"].value <= found.metrics["fid"].high
     assert found.metrics["recognized"].value > 0.9 and not found.skipped
-    assert real.floor == pytest.approx(frechet_distance(real.features, features_of(PIXELS, bars(30, seed=1))))
+    held_out = features_of(PIXELS, bars(30, seed=1))[:24]
+    assert [*found.floor.values()] == pytest.approx([frechet_distance(real.features, each) for each in (held_out, x)])
+    assert [*found.floor] == [f"Frechet distance of 24 {name}" for name in ("held-out images", "images of this card")]
 
 
 def test_wrong_classes_are_not_recognized(real):

@@ -95,9 +95,13 @@ def test_samples_of_other_settings_are_not_mixed(tmp_path):
     assert json.loads((tmp_path / "settings.json").read_text())["scale"] == 1.5
 
 
-def test_conditions_are_taken_in_turn():
+def test_all_conditions_are_taken_before_one_repeats():
     info = model_info({"model": {"params": {"cond_stage_config": {"target": "a.CaptionEmbedder"}}}})
     sampling = Sampling(TextToImageRequest(), info, CONDITIONS, 2)
-    assert [sampling.text(k) for k in (0, 2, 3)] == ["image 0", "image 2", "image 0"] and sampling.label(4) == 1
+    assert sorted(sampling.text(k) for k in range(3)) == ["image 0", "image 1", "image 2"]
+    assert all(sampling.text(k + 3) == sampling.text(k) for k in range(3))
+    assert {sampling.text(k): sampling.label(k) for k in range(3)} == {
+        f"image {k}": CONDITIONS.label(k) for k in range(3)
+    }
     with pytest.raises(ValueError, match="needs conditions"):
         Sampling(TextToImageRequest(), info, None, 2)

@@ -11,7 +11,7 @@ from PIL import Image
 
 from ldm.cli import run_command
 from ldm.config.instantiate import instantiate_from_config
-from ldm.evaluation import evaluate, features
+from ldm.evaluation import features
 from ldm.paths import ROOT
 from scripts.evaluate import main
 from tests.scripts.refusals import help_without_heavy_imports, refused
@@ -22,7 +22,6 @@ from tests.tiny import FIRST_STAGE
 @pytest.fixture(autouse=True)
 def quick(monkeypatch, tmp_path):
     """Few resamples, a short training of the classifier, and outputs in a folder of the test's own."""
-    monkeypatch.setattr(evaluate, "resamples_of", lambda features: 2)
     monkeypatch.setattr(features, "train_classifier", partial(features.train_classifier, steps=2, progress=False))
     monkeypatch.chdir(tmp_path)
 
