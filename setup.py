@@ -16,7 +16,7 @@ EXTRAS = {
     "deepspeed": ["deepspeed>=0.16"],
     "evaluation": ["torch-fidelity>=0.4"],
     "docs": ["mkdocs>=1.6,<2", "mkdocs-material>=9.7", "mkdocstrings-python>=2.0"],
-    "web": ["gradio>=6.31"],
+    "web": ["gradio>=6.31,<7"],
 }
 EXTRAS["test"] = [
     "pytest>=8.0",

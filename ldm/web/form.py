@@ -186,7 +186,6 @@ def _field(action: argparse.Action, task: str) -> Field:
     starts = {**_EVERY, **_STARTS.get(task, {})}
     choices = tuple(_CHOICES.get(action.dest, action.choices or ()))
     names = action.dest, _key(action), action.option_strings[-1], _label(action.dest, task)
-    names = action.dest, _key(action), action.option_strings[-1], _label(action.dest, task)
     field = Field(*names, kind, count, repeated, None, action.help or "", choices)
     return replace(field, default=field.shown(starts.get(action.dest, action.default)))
 

@@ -26,7 +26,7 @@ class Cancelled(Exception):
 
 
 class Job:
-    """What one user asked for, and how far it is. The thread of the queue writes it, handlers of the page read it."""
+    """A request of one user and its progress. The thread of the queue writes it, handlers of the page read it."""
 
     def __init__(self, work: Callable[[Job], None], steps: int = 0, images: int = 0) -> None:
         self.work, self.steps, self.images = work, steps, images  # steps: of the sampler, over all batches

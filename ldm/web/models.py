@@ -32,7 +32,7 @@ T = TypeVar("T")
 
 
 class Choice(NamedTuple):
-    """What a job samples with, by the names that the page offers."""
+    """Model and adapters of a job, by the names that the page offers."""
 
     model: str
     lora: tuple[tuple[str, float], ...] = ()  # (name, strength)

@@ -30,7 +30,7 @@ Generate = Callable[[Loaded, inference.Pipeline], Iterable[GeneratedImage]]
 
 
 class Uploads(NamedTuple):
-    """What was uploaded, drawn or chosen for a task besides its settings; None if nothing was."""
+    """Uploads and choices of a task besides its settings; None if there are none."""
 
     image: str | None = None  # a file
     depth: str | None = None  # a file, for depth-to-image models

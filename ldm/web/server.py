@@ -37,7 +37,7 @@ class Address(NamedTuple):
     def checked(self) -> Address:
         """The address with a token if other computers reach it; raise ValueError or OSError if it cannot be used."""
         if not 1 <= self.port <= 65535:
-            raise ValueError(f"--port {self.port}: choose 1024 to 65535; 7860 is usual")
+            raise ValueError(f"--port {self.port}: choose 1 to 65535; 7860 is usual")
         if self.token is not None and not self.token.strip():
             raise ValueError("--token '': choose a word that others cannot guess, or remove the flag for a random one")
         try:
@@ -50,8 +50,13 @@ class Address(NamedTuple):
                 f"--host {self.host} --port {self.port}: cannot listen there ({error.strerror or error}); "
                 "choose another --port, or 127.0.0.1 or 0.0.0.0 as --host"
             ) from error
-        local = ipaddress.ip_address(str(place[0]).partition("%")[0]).is_loopback
-        return self if local or self.token else self._replace(token=secrets.token_urlsafe(16))
+        return self if is_local(str(place[0])) or self.token else self._replace(token=secrets.token_urlsafe(16))
+
+
+def is_local(host: str) -> bool:
+    """Whether only this computer reaches an address or name."""
+    place = socket.getaddrinfo(host, None)[0][4][0]
+    return ipaddress.ip_address(str(place).partition("%")[0]).is_loopback
 
 
 def serve(shelf: Shelf, parsers: Mapping[str, Parser], address: Address) -> None:
@@ -66,7 +71,8 @@ def serve(shelf: Shelf, parsers: Mapping[str, Parser], address: Address) -> None
     with tempfile.TemporaryDirectory(prefix="ldm-app-") as folder, stop_on_signals():
         try:
             page = launch(shelf, parsers, address, Path(folder))
-            logger.info("http://%s:%d  (Ctrl-C stops the page)", address.host, address.port)
+            host = f"[{address.host}]" if ":" in address.host else address.host
+            logger.info("http://%s:%d  (Ctrl-C stops the page)", host, address.port)
             if address.token is not None:
                 logger.info("token: %s  (log in with any name and the token as the password)", address.token)
             page.block_thread()
@@ -82,6 +88,8 @@ def launch(shelf: Shelf, parsers: Mapping[str, Parser], address: Address, folder
 
     from ldm.web.page import CSS, THEME, Page
 
+    if not hasattr(processing_utils, "async_ssrf_protected_get"):
+        raise ImportError('this gradio fetches URLs in another way: pip install -e ".[web]" for one that is supported')
     processing_utils.async_ssrf_protected_get = _refuse  # an upload that is a URL would be fetched by the server
     page = Page(shelf, parsers, folder / "shown").blocks
     token = address.token
@@ -104,7 +112,7 @@ def launch(shelf: Shelf, parsers: Mapping[str, Parser], address: Address, folder
         mcp_server=False,
         pwa=False,
         max_file_size=MAX_UPLOAD,
-        app_kwargs={"middleware": [_headers()]},
+        app_kwargs={"middleware": _middleware(local=is_local(address.host))},
         theme=THEME,
         css=CSS,
     )
@@ -115,10 +123,13 @@ async def _refuse(url: str) -> Any:
     raise ValueError(f"{url}: upload a file; this page fetches nothing")
 
 
-def _headers() -> Any:
+def _middleware(local: bool) -> list[Any]:
+    """local: refuse other names of this computer, by which a page of another site could reach it (DNS rebinding)."""
     from starlette.middleware import Middleware  # of gradio
+    from starlette.middleware.trustedhost import TrustedHostMiddleware
 
-    return Middleware(_SecurityHeaders)
+    names = ["127.0.0.1", "localhost", "["]  # what is before the first colon: "[" of an IPv6 address
+    return [Middleware(_SecurityHeaders), *([Middleware(TrustedHostMiddleware, allowed_hosts=names)] if local else [])]
 
 
 class _SecurityHeaders:

@@ -24,7 +24,7 @@ def test_help_imports_neither_torch_nor_gradio():
     [
         (["--ckpt", "none.ckpt"], "checkpoint none.ckpt: no such file"),
         (["--models", "nowhere"], "--models nowhere: no such folder"),
-        (["--port", "0"], "--port 0: choose 1024 to 65535"),
+        (["--port", "0"], "--port 0: choose 1 to 65535"),
         (["--host", "203.0.113.1"], "--host 203.0.113.1 --port 7860: cannot listen there"),
         (["--token", " "], "--token '': choose a word"),
         (["--lora", "none.safetensors"], "--lora none.safetensors: no such file"),

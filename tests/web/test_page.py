@@ -288,6 +288,17 @@ def test_a_page_with_a_token_shows_nothing_without_it(serve, visit, models):
         page.wait_for_selector(selector)
 
 
+def test_another_name_of_this_computer_is_refused(server):
+    """As of a page of another site whose name resolves to 127.0.0.1 (DNS rebinding)."""
+    for host, code in (("localhost:7860", 200), ("evil.example", 400)):
+        request = urllib.request.Request(f"{server.url}/config", headers={"Host": host})
+        try:
+            found = urllib.request.urlopen(request).status
+        except urllib.error.HTTPError as refused:
+            found = refused.code
+        assert found == code
+
+
 def test_no_file_of_the_server_and_no_url_can_be_read_through_the_page(server, visit):
     page = visit()
     run(page, "txt2img", prompt="private", ddim_steps=2, n_samples=1)
