@@ -36,7 +36,8 @@ class Use(NamedTuple):
 
     @classmethod
     def now(cls, stat: Path = Path("/proc/stat")) -> Use:
-        allowed = {f"cpu{number}" for number in os.sched_getaffinity(0)}
+        # Of the main thread: 0 is the thread that asks.
+        allowed = {f"cpu{number}" for number in os.sched_getaffinity(os.getpid())}
         rows = (line.split() for line in stat.read_text().splitlines() if line.startswith("cpu"))
         # user, nice, system, idle, iowait, irq, softirq
         ticks = sum(int(row[column]) for row in rows if row[0] in allowed for column in (1, 3, 6, 7))
@@ -63,7 +64,7 @@ class Watch(threading.Thread):
             before, then = use, now
             torch: Any = sys.modules.get("torch")
             if threads := torch.get_num_threads() if hasattr(torch, "get_num_threads") else 0:
-                self.update(others, threads, len(os.sched_getaffinity(0)))
+                self.update(others, threads, len(os.sched_getaffinity(os.getpid())))
 
     def update(self, others: float, threads: int, cores: int) -> None:
         """others: cores that other processes use; threads: those of a parallel loop."""

@@ -46,7 +46,8 @@ def frechet_to(a: Statistics) -> Callable[[Statistics], float]:
         if a.mean.shape != b.mean.shape:
             raise ValueError(f"features have {len(a.mean)} and {len(b.mean)} dimensions: two different extractors")
         cross = torch.linalg.eigvalsh(root @ b.cov @ root).clamp(min=0).sqrt().sum()  # as C_a C_b, but symmetric
-        return max(0.0, float((a.mean - b.mean).square().sum() + a.cov.trace() + b.cov.trace() - 2 * cross))
+        value = float((a.mean - b.mean).square().sum() + a.cov.trace() + b.cov.trace() - 2 * cross)
+        return value if math.isnan(value) else max(0.0, value)
 
     return distance
 

@@ -93,6 +93,10 @@ def real_of_statistics(
     """Published statistics: mean (D,) and covariance (D, D)."""
     if mu.ndim != 1 or sigma.shape != (len(mu), len(mu)):
         raise ValueError(f"--real {name}: mu is {mu.shape} and sigma {sigma.shape}; expected (D,) and (D, D)")
+    if mu.dtype.kind != "f" or sigma.dtype.kind != "f" or not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
+        raise ValueError(f"--real {name}: mu and sigma are {mu.dtype} and {sigma.dtype}; expected finite floats")
+    if not np.allclose(sigma, sigma.T) or np.linalg.eigvalsh(sigma)[0] < -1e-3 * np.abs(sigma).max():
+        raise ValueError(f"--real {name}: sigma is not a covariance: it must be symmetric without negative eigenvalues")
     stats = Statistics(*(torch.from_numpy(x).double() for x in (mu, sigma)))
     return Real(extractor, stats, held_out=held_out, cache=cache, stats_name=f"statistics, {name}")
 
@@ -122,6 +126,8 @@ def floor(real: Real, features: np.ndarray) -> dict[str, float]:
 
 def measure(images: ImageSet, real: Real, batch_size: int = 64) -> Measured:
     """All metrics of a set of images that the real ones allow."""
+    if real.images is not None:
+        check_sizes(images, real.images)
     found, start = Measured(), time.perf_counter()
     features = features_of(real.extractor, images, batch_size)
     found.seconds["features"], start = time.perf_counter() - start, time.perf_counter()
@@ -153,6 +159,16 @@ def measure(images: ImageSet, real: Real, batch_size: int = 64) -> Measured:
             found.metrics["novelty"] = Metric(found.audit.novelty)
     found.seconds["metrics"] = time.perf_counter() - start
     return found
+
+
+def check_sizes(images: ImageSet, real: ImageSet) -> None:
+    """Raise ValueError if the images of two sets differ in size."""
+    (height, width, _), (real_height, real_width, _) = images.image(0).shape, real.image(0).shape
+    if (height, width) != (real_height, real_width):
+        raise ValueError(
+            f"{images.name}: {width}x{height} pixels, but {real.name} has {real_width}x{real_height}; pass --size for "
+            "folders, or --real with images of the same size"
+        )
 
 
 def frechet_metric(real: Statistics, features: np.ndarray) -> Metric:

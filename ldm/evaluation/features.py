@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 import os
+import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -233,9 +234,13 @@ def cached(folder: Path, key: Mapping[str, Any], make: Callable[[], Mapping[str,
     text = json.dumps(key, sort_keys=True)
     path = folder / f"{key['what']}-{hashlib.sha256(text.encode()).hexdigest()[:16]}.npz"
     if path.is_file():
-        with np.load(path, allow_pickle=False) as file:
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                found = {name: file[name] for name in file.files if name != "key"}
             logger.info("using the cached %s of %s", path.name, folder)
-            return {name: file[name] for name in file.files if name != "key"}
+            return found
+        except (ValueError, TypeError, OSError, EOFError, zipfile.BadZipFile):
+            logger.warning("%s: not readable; made anew", path)
     arrays = dict(make())
     with atomic_file(path) as temporary, temporary.open("wb") as file:
         np.savez(file, key=np.array(text), **arrays)  # type: ignore[arg-type]

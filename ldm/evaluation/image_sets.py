@@ -24,6 +24,7 @@ from ldm.inference.runs import SavedRun
 from ldm.rng import preserve_rng, seed_generators
 
 PROBES = 16  # images whose pixels are part of a fingerprint
+MAX_CLASSES = 100_000  # in an .npz
 
 
 class ImageSet(Protocol):
@@ -177,6 +178,13 @@ def read_npz(path: Path, flag: str) -> dict[str, np.ndarray]:
     images = arrays.get("arr_0")
     if images is not None and (images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3):
         raise ValueError(f"{flag} {path}: arr_0 is {images.dtype} {images.shape}; expected uint8 (N, H, W, 3)")
+    labels = arrays.get("arr_1")
+    if images is not None and labels is not None and not (labels.shape == (len(images),) and _are_classes(labels)):
+        raise ValueError(f"{flag} {path}: arr_1 is {labels.dtype} {labels.shape}; expected a class >= 0 for each image")
     if images is None and "features" not in arrays and not {"mu", "sigma"} <= set(arrays):
         raise ValueError(f"{flag} {path}: expected arr_0 (images), features, or mu and sigma (statistics)")
     return arrays
+
+
+def _are_classes(labels: np.ndarray) -> bool:
+    return labels.dtype.kind in "iu" and (not len(labels) or 0 <= labels.min() <= labels.max() < MAX_CLASSES)

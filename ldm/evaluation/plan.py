@@ -37,7 +37,9 @@ class Point(NamedTuple):
     @property
     def name(self) -> str:
         """The name of its folder."""
-        return "-".join(value if isinstance(value, str) else f"{name}{value:g}" for name, value in self.values.items())
+        return "-".join(
+            value if isinstance(value, str) else f"{name}{value:.12g}" for name, value in self.values.items()
+        )
 
 
 def request_type(info: ModelInfo) -> type[Request]:

@@ -147,3 +147,8 @@ def test_the_interval_of_a_frechet_distance_is_the_spread_of_new_samples():
     value, low, high = jackknife(lambda chosen: frechet_of_statistics(real, statistics(x[chosen])), len(x), least=0.0)
     assert value == frechet_of_statistics(real, statistics(x)) and low == pytest.approx(max(0.0, 2 * value - high))
     assert high - value == pytest.approx(1.96 * np.std(values), rel=0.35)
+
+
+def test_statistics_that_are_not_finite_have_no_distance():
+    real, other = (statistics(features(50, seed)) for seed in (0, 1))
+    assert np.isnan(frechet_of_statistics(real._replace(mean=real.mean * torch.nan), other))

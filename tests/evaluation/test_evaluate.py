@@ -83,3 +83,22 @@ def test_images_without_classes_are_not_recognized_and_without_held_out_ones_the
 def test_a_paired_distance_of_equal_images_is_zero_with_no_spread():
     x = torch.randn(20, 4).numpy()
     assert paired_frechet_metric(x, x) == pytest.approx((0, 0, 0, None), abs=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("mu", "sigma", "words"),
+    [
+        (np.full(2, np.nan), np.eye(2), "expected finite floats"),
+        (np.zeros(2), -np.eye(2), "not a covariance"),
+        (np.array(["a", "b"]), np.eye(2), "expected finite floats"),
+    ],
+)
+def test_statistics_that_are_none_are_refused(tmp_path, mu, sigma, words):
+    with pytest.raises(ValueError, match=words):
+        real_of_statistics("a.npz", PIXELS, mu, sigma, None, tmp_path)
+
+
+def test_images_of_another_size_than_the_real_ones_are_refused(real):
+    wide = ArrayImages("wide", np.zeros((8, 8, 40, 3), np.uint8))
+    with pytest.raises(ValueError, match=r"wide: 40x8 pixels, but .*; pass --size"):
+        measure(wide, real)

@@ -60,6 +60,18 @@ def test_features_are_computed_once_for_the_same_images_and_extractor(tmp_path, 
         cached_features(tmp_path, PixelFeatures(), bars(5, seed=1))
 
 
+def test_a_damaged_cache_file_is_made_anew(tmp_path, caplog):
+    def make():
+        return {"a": np.arange(3)}
+
+    cached(tmp_path, {"what": "x"}, make)
+    [file] = tmp_path.iterdir()
+    file.write_bytes(file.read_bytes()[:40])
+    assert cached(tmp_path, {"what": "x"}, make)["a"].tolist() == [0, 1, 2] and "made anew" in caplog.text
+    with np.load(file) as arrays:
+        assert arrays["a"].tolist() == [0, 1, 2]
+
+
 def test_a_cache_file_appears_whole_or_not_at_all(tmp_path):
     def fails():
         raise ValueError("stop")

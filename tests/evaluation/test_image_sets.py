@@ -79,3 +79,10 @@ def test_another_npz_is_refused(tmp_path, arrays, words):
         (tmp_path / "b.npz").write_bytes(content)
         with pytest.raises(ValueError, match="not a readable"):
             read_npz(tmp_path / "b.npz", "--real")
+
+
+@pytest.mark.parametrize("labels", [np.array([0.5, 1.0]), np.array([1]), np.array([-1, 0]), np.array([0, 10**9])])
+def test_labels_of_an_npz_are_a_class_for_each_image(tmp_path, labels):
+    np.savez(tmp_path / "a.npz", np.zeros((2, 4, 4, 3), np.uint8), labels)
+    with pytest.raises(ValueError, match=r"arr_1 is .* expected a class >= 0 for each image"):
+        read_npz(tmp_path / "a.npz", "--real")

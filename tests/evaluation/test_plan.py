@@ -35,6 +35,10 @@ def test_a_sweep_is_every_combination_of_its_values():
     swept = parse_sweep(["scale=1,1.5", "steps=2,5,5", "sampler=ddim,heun"])
     points = points_of(TextToImageRequest(prompt="a"), swept, model)
     assert len(points) == 8 and points[0].name == "scale1-steps2-ddim"
+    near = points_of(
+        TextToImageRequest(prompt="a"), parse_sweep(["seed=1234567,1234568", "scale=1.5,1.50000001"]), model
+    )
+    assert len({point.name for point in near}) == 4
     assert {(p.request.scale, p.request.steps, p.request.sampler) for p in points} == {
         (scale, steps, sampler) for scale in (1, 1.5) for steps in (2, 5) for sampler in ("ddim", "heun")
     }
