@@ -128,7 +128,7 @@ def _middleware(local: bool) -> list[Any]:
     from starlette.middleware import Middleware  # of gradio
     from starlette.middleware.trustedhost import TrustedHostMiddleware
 
-    names = ["127.0.0.1", "localhost", "["]  # what is before the first colon: "[" of an IPv6 address
+    names = ["127.0.0.1", "localhost", "[::1]", "["]  # older versions of it end at the first colon, as of "[::1]:7860"
     return [Middleware(_SecurityHeaders), *([Middleware(TrustedHostMiddleware, allowed_hosts=names)] if local else [])]
 
 
