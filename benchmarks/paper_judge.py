@@ -128,7 +128,7 @@ def _save_row(path: Path, images: np.ndarray) -> None:
     """Save images (N, H, W, 3) in [-1, 1] side by side, NULL_CLASS in a row."""
     rows = [np.concatenate(list(images[k : k + NULL_CLASS]), axis=1) for k in range(0, len(images), NULL_CLASS)]
     content = BytesIO()
-    Image.fromarray(np.uint8(np.rint((np.concatenate(rows).mean(axis=-1) + 1) * 127.5))).save(
+    Image.fromarray(np.rint((np.concatenate(rows).mean(axis=-1) + 1) * 127.5).astype(np.uint8)).save(
         content, "PNG", optimize=True
     )
     save_bytes(path, content.getvalue())
