@@ -1,4 +1,4 @@
-"""What an evaluation samples: the request of a model, the points of a sweep. Imports no torch."""
+"""Requests and sweep points of an evaluation. Imports no torch."""
 
 from __future__ import annotations
 

@@ -174,7 +174,7 @@ def default_name(run: SavedRun, point: Point, swept: bool) -> str:
 
 
 def weights_of(opt: Namespace, info: ModelInfo, prepared: cli.Prepared) -> dict[str, Any]:
-    """What identifies a model in its card, and the samples in their folder."""
+    """Identity of a model, for its card and its samples."""
     step, device = prepared.weights.step(), choose_device(opt.device).type
     others = {"step": step, "use_ema": opt.use_ema, "precision": opt.precision, "device": device}
     others |= {"quantize": opt.quantize, "lora": opt.lora or None, "embedding": opt.embedding or None}

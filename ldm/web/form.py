@@ -124,7 +124,7 @@ class Field:
         return [parsed] if self.repeated else parsed
 
     def shown(self, value: Any) -> Any:
-        """What the form shows for a parsed value."""
+        """The form's text for a parsed value."""
         if isinstance(value, (list, tuple)):
             return " ".join(map(str, value)) if self.count is not None else next(iter(value), None)
         return value
@@ -161,7 +161,7 @@ class Form:
         return opt
 
     def recorded(self, path: str, info: Mapping[str, Any]) -> dict[str, Any]:
-        """What the form shows for an image with this metadata, by field. Raises ValueError if they are invalid."""
+        """Values of the fields for an image with this metadata. Raises ValueError if they are invalid."""
         check_types(path, info, self.parser, {field.key: field.name for field in self.fields})
         names = {field.key: field for field in self.fields}
         return {field.name: field.shown(info[key]) for key, field in names.items() if key in info}

@@ -291,7 +291,7 @@ class Page:
         yield from self._follow(owner)
 
     def _follow(self, user: User) -> Iterator[Updates]:
-        """What a user sees of the job, until its end."""
+        """Updates of a job's progress, until it ends."""
         job = user.job
         if job is None:
             return

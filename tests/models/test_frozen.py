@@ -19,7 +19,7 @@ def frozen_state(model):
 
 
 class DuringTraining(pl.Callback):
-    """What a run's model computes and saves between two steps."""
+    """Outputs and state of a run's model between two steps."""
 
     def on_train_batch_end(self, trainer, model, *_):
         stages = (model.first_stage_model, model.cond_stage_model)
