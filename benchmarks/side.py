@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 
 from ldm import cli
-from ldm.allocator import share_freed_memory
-from ldm.cores import share_cores
+from ldm.machine.allocator import share_freed_memory
+from ldm.machine.cores import share_cores
 
 
 def main(name: str, who: str, size: str, device: str, folder: str) -> None:

@@ -20,10 +20,10 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, NoReturn
 
-from ldm.allocator import share_freed_memory
 from ldm.atomic import is_out_of_memory
 from ldm.config.suggest import closest
-from ldm.cores import share_cores
+from ldm.machine.allocator import share_freed_memory
+from ldm.machine.cores import share_cores
 
 only_samples = False
 """True in a program that trains nothing, such as scripts/txt2img.py: `ldm.models` then needs no Lightning."""

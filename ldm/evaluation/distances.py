@@ -81,7 +81,7 @@ def precision_recall(real: Features, generated: Features, k: int = 3) -> tuple[f
 
 
 def inside(points: Features, manifold: Features, k: int = 3) -> Tensor:
-    """Whether points (M, D) lie in the balls around the features `manifold` (N, D) -> (M,) bool."""
+    """True for points (M, D) that lie in the balls around the features `manifold` (N, D) -> (M,) bool."""
     x, centers = checked(points, "points", 1), checked(manifold, "manifold", k + 1)
     radii = neighbor_radii(centers, k)
     return torch.cat([(rows <= radii).any(dim=1) for rows in distance_rows(x, centers)])

@@ -13,7 +13,6 @@ from typing import Any, NamedTuple, TypeVar
 
 from ldm import cli as command_line
 from ldm import inference
-from ldm.allocator import reserve_memory
 from ldm.cli import Parser
 from ldm.config.instantiate import value_at
 from ldm.config.model_info import SAFETY_MODES, ModelInfo, read_model_info
@@ -37,6 +36,7 @@ from ldm.inference.settings import (
     parse_lora,
     require,
 )
+from ldm.machine.allocator import reserve_memory
 from ldm.models.diffusion.compile import check_compiler
 from ldm.models.diffusion.samplers.registry import SAMPLERS
 from ldm.output.safety import Safety, SafetySettings
@@ -323,7 +323,7 @@ def _open_weights(opt: Namespace, ckpt: Path | None) -> inference.WeightsSource:
 
 
 def has_gpu() -> bool:
-    """Whether a GPU's driver is loaded, as far as can be seen without torch."""
+    """True if a GPU's driver is loaded, as far as can be seen without torch."""
     return any(Path(device).exists() for device in ("/dev/nvidiactl", "/dev/dxg", "/dev/kfd"))
 
 

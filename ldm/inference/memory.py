@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ldm.allocator import kept_memory
 from ldm.inference.settings import AUTO
+from ldm.machine.allocator import kept_memory
 from ldm.modules.dtype import weights_dtype
 
 logger = logging.getLogger(__name__)

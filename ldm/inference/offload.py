@@ -29,9 +29,11 @@ def move_rest(model: nn.Module, stages: Sequence[nn.Module], device: torch.devic
     kept = {name: stage for name in OFFLOADS["all"] if (stage := getattr(model, name, None)) in stages}
     for name in kept:
         setattr(model, name, None)
-    model.to(device)
-    for name, stage in kept.items():
-        setattr(model, name, stage)
+    try:
+        model.to(device)
+    finally:
+        for name, stage in kept.items():
+            setattr(model, name, stage)
 
 
 def keep_on_cpu(stages: Sequence[nn.Module], networks: Iterable[nn.Module], device: torch.device) -> None:

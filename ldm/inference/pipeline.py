@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ldm import __version__, cli
-from ldm.allocator import keep_freed_memory, return_kept_memory
 from ldm.checkpoint import (
     CheckpointError,
     WeightsSource,
@@ -38,6 +37,7 @@ from ldm.inference.offload import in_use, keep_on_cpu, move_rest, offloaded_stag
 from ldm.inference.precision import cast_weights, choose_device, resolve_precision
 from ldm.inference.quantize import check_quantization, quantize_weights
 from ldm.inference.settings import LORA_MODES, Request, check_offload, embedding_text, lora_text, require
+from ldm.machine.allocator import keep_freed_memory, return_kept_memory
 from ldm.models.diffusion.compile import compile_for_sampling
 from ldm.models.diffusion.deep_cache import deep_cache
 from ldm.models.diffusion.samplers.denoiser import DiffusionModel

@@ -20,7 +20,6 @@ from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from pytorch_lightning.utilities.model_helpers import is_overridden
 from torch.distributed.rendezvous import rendezvous
 
-from ldm.allocator import keep_freed_memory
 from ldm.callbacks import SignalCallback, StepSeed
 from ldm.checkpoint import verify_checkpoint
 from ldm.checkpoint.load import advise_settings
@@ -36,6 +35,7 @@ from ldm.data.datamodule import DataModuleFromConfig
 from ldm.data.latents import use_cached_stages
 from ldm.data.shards import allow_pipes
 from ldm.inference.requests import script_for
+from ldm.machine.allocator import keep_freed_memory
 from ldm.models.diffusion.compile import check_compiler
 from ldm.paths import expand_user, shown_path
 from ldm.training.class_images import generate_class_images

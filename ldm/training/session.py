@@ -22,7 +22,7 @@ from ldm.cli import (
 from ldm.config.instantiate import ConfigError, allow_targets
 from ldm.config.merge import changes, find_config, merge
 from ldm.config.validate import check_config, forget_missing_weights
-from ldm.cores import share_cores
+from ldm.machine.cores import share_cores
 from ldm.training.flags import RunOptions, parse
 from ldm.training.launch import Launch, hold
 from ldm.training.report import console, report_error

@@ -54,7 +54,7 @@ class Address(NamedTuple):
 
 
 def is_local(host: str) -> bool:
-    """Whether only this computer reaches an address or name."""
+    """True if only this computer reaches an address or name."""
     place = socket.getaddrinfo(host, None)[0][4][0]
     return ipaddress.ip_address(str(place).partition("%")[0]).is_loopback
 

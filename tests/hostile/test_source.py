@@ -20,7 +20,7 @@ ONLY_IN = {  # a call -> the files that may contain it
     "subprocess.run": {"ldm/data/shards.py"},  # pipe: URLs of shards, which only the flag --allow-pipe permits
     "subprocess.call": set(),
     "tarfile.open": {"ldm/data/archives.py", "ldm/data/shards.py"},  # the latter reads, and extracts nothing
-    "ctypes.CDLL": {"ldm/allocator.py", "ldm/checkpoint/mapped.py"},  # of the process itself
+    "ctypes.CDLL": {"ldm/machine/allocator.py", "ldm/checkpoint/mapped.py"},  # of the process itself
 }
 ASKS_FOR = {  # a call -> a required argument
     "torch.load": ("weights_only", True),

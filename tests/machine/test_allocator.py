@@ -9,7 +9,7 @@ import pytest
 
 FAULTS = """
 import ctypes, resource
-from ldm.allocator import keep_freed_memory, kept_memory
+from ldm.machine.allocator import keep_freed_memory, kept_memory
 libc = ctypes.CDLL(None)
 libc.malloc.restype, libc.malloc.argtypes, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_size_t], [ctypes.c_void_p]
 size, large = {size}, {large}
@@ -36,7 +36,7 @@ def test_reserved_memory_needs_no_new_pages_unless_the_environment_sets_malloc(e
         monkeypatch.setenv(name, value)
     first = FAULTS[FAULTS.index("import") : FAULTS.index("keep_freed_memory(large)")]
     program = first.replace("{size}", str(2**22)).replace("{large}", "True") + (
-        "from ldm.allocator import reserve_memory\nthread = reserve_memory(2**28)\nthread and thread.join()\n"
+        "from ldm.machine.allocator import reserve_memory\nthread = reserve_memory(2**28)\nthread and thread.join()\n"
         "before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\nstep()\n"
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)"
     )
@@ -49,7 +49,7 @@ def test_reserved_memory_needs_no_new_pages_unless_the_environment_sets_malloc(e
 def test_large_blocks_that_were_kept_can_be_returned(large):
     program = FAULTS.replace("{size}", str(2**22)).replace("{large}", str(large))
     resident = "int(open('/proc/self/statm').read().split()[1]) * 4096"
-    program += f"from ldm.allocator import return_kept_memory\nbefore = {resident}\n"
+    program += f"from ldm.machine.allocator import return_kept_memory\nbefore = {resident}\n"
     program += f"return_kept_memory()\nprint(before - {resident})"
     out = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
     assert (int(out.split()[-1]) > 2**25) == large, out

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from ldm import cores
-from ldm.cores import Sleepers, Use, Watch, share_cores
+from ldm.machine import cores
+from ldm.machine.cores import Sleepers, Use, Watch, share_cores
 
 
 @pytest.fixture

@@ -84,5 +84,5 @@ def reserve_memory(size: int) -> threading.Thread | None:
 
 
 def _may_be_set() -> bool:
-    """Whether malloc is glibc's, and the environment does not set it."""
+    """True if malloc is glibc's and the environment does not set it."""
     return platform.libc_ver()[0] == "glibc" and not any(name.startswith("MALLOC_") for name in os.environ)

@@ -1,0 +1,1 @@
+"""Memory and cores that this process shares with others."""
