@@ -47,7 +47,7 @@ def parser() -> Parser:
     add("--held_out", metavar="SPLIT", help=text)
     text = (
         "features that distances are measured in (default: classifier, trained in place, if the real images have"
-        " classes; else inception if its weights are at hand, else pixels)"
+        " classes; else inception if its weights are available, else pixels)"
     )
     add("--features", choices=FEATURES, help=text)
     text = "weights of the features: a file (inception, clip), or a folder of transformers (dinov2)"
@@ -79,10 +79,29 @@ def parser() -> Parser:
     return parser
 
 
+COMMON = {"real", "held_out", "features", "weights", "clip_weights", "clip_type", "n_real", "batch_size", "size"}
+COMMON |= {"ckpt", "outdir", "cache", "device", "seed", "allow_targets", "overrides", "debug"}
+TAKEN = {  # the flags that a kind of evaluation takes; a model takes all but --images and --compare
+    "--compare": {"compare", "outdir", "debug"},
+    "--images": COMMON | {"images"},
+    "a first stage": COMMON | {"n_samples", "use_ema"},
+}
+
+
+def require_taken(opt: Namespace, kind: str) -> None:
+    """Raise ValueError for a flag on the command line that has no effect."""
+    for action in parser()._actions:
+        if action.dest in opt.given and action.dest not in TAKEN[kind]:
+            flag = action.option_strings[0] if action.option_strings else action.dest
+            raise ValueError(f"{flag}: has no effect with {kind}; remove it")
+
+
 def main(argv: Sequence[str]) -> None:
     opt = parser().parse_args(argv)
+    opt.given = {name for name, value in parser().typed(argv).items() if value not in ([], None)}
     opt.command = shlex.join(["python", "scripts/evaluate.py", *argv])
     if opt.compare:
+        require_taken(opt, "--compare")
         tasks().compare_cards(opt)
         return
     if not opt.ckpt and not opt.images:
@@ -92,13 +111,19 @@ def main(argv: Sequence[str]) -> None:
             raise ValueError(f"{flag} {value}: choose 2 or more")
     swept = plan.parse_sweep(opt.sweep)
     run = inference.find_run(find_file(opt.ckpt), "--ckpt") if opt.ckpt else None
+    if opt.held_out is not None and run is None:
+        raise ValueError(f"--held_out {opt.held_out}: it is a split of a run's data; add --ckpt RUN, or remove it")
+    if opt.weights is not None and opt.features in ("classifier", "pixels"):
+        raise ValueError(f"--weights: --features {opt.features} takes none; remove it")
+    if opt.size is not None and not any(Path(path).is_dir() for path in (opt.images, opt.real) if path):
+        raise ValueError(f"--size {opt.size}: it is for folders of images in --images or --real; remove it")
     if opt.images:
-        if swept:
-            raise ValueError("--sweep with --images: images have no settings of sampling; remove one of them")
+        require_taken(opt, "--images")
         tasks().evaluate_images(opt, run)
     elif run is not None and plan.is_first_stage(run.configs):
-        if swept:
-            raise ValueError("--sweep: a first stage has no settings of sampling; remove the flag")
+        require_taken(opt, "a first stage")
+        if opt.held_out == "none":
+            raise ValueError("--held_out none: a first stage reconstructs the images of a split; name one")
         tasks().evaluate_first_stage(opt, run)
     elif run is not None:
         info = inference.read_model_info(run.configs, plan.of_model(opt.overrides))

@@ -1,4 +1,4 @@
-"""Evaluation card: what was measured, on what, and how; as JSON, as Markdown, and beside another one."""
+"""Evaluation cards: metrics and their provenance, as JSON and Markdown; comparison of two cards."""
 
 from __future__ import annotations
 

@@ -278,7 +278,7 @@ def trained_classifier(folder: Path, images: ImageSet, labels: np.ndarray, seed:
 
 
 def default_extractor(labels: np.ndarray | None) -> str:
-    """The classifier of a labelled set, else Inception if its weights are at hand, else the pixels."""
+    """The classifier of a labelled set, else Inception if its weights are available, else the pixels."""
     if labels is not None:
         return "classifier"
     file = Path(torch.hub.get_dir()) / "checkpoints" / os.path.basename(INCEPTION_URL)

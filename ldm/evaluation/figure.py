@@ -41,8 +41,8 @@ def card_figure(title: str, sections: Iterable[Section], extra: Image.Image | No
     for section in sections:
         images = [cell(image) for row in section.rows for image in row]
         if images:
-            picture = grid(images, columns=len(section.rows[0]), padding=2)
-            blocks += [text_image((picture.width, 22), section.title, 12), picture]
+            block = grid(images, columns=len(section.rows[0]), padding=2)
+            blocks += [text_image((block.width, 22), section.title, 12), block]
     if extra is not None:
         blocks.append(extra)
     width = max([block.width for block in blocks] or [400])
@@ -51,19 +51,19 @@ def card_figure(title: str, sections: Iterable[Section], extra: Image.Image | No
 
 def cell(image: np.ndarray) -> Image.Image:
     """An image of a figure: small ones enlarged by a whole factor, large ones scaled down."""
-    picture, side = Image.fromarray(image), max(image.shape[:2])
+    shown, side = Image.fromarray(image), max(image.shape[:2])
     scale = -(-CELL // side) if side < CELL else min(1.0, LARGEST / side)
-    size = round(picture.width * scale), round(picture.height * scale)
-    return picture.resize(size, Image.Resampling.NEAREST if scale > 1 else Image.Resampling.LANCZOS)
+    size = round(shown.width * scale), round(shown.height * scale)
+    return shown.resize(size, Image.Resampling.NEAREST if scale > 1 else Image.Resampling.LANCZOS)
 
 
-def stacked(blocks: Sequence[Image.Image], beside: bool = False) -> Image.Image:
-    """Images one below the other, or beside one another, on white."""
-    along, across = ([block.size[k] for block in blocks] for k in ((0, 1) if beside else (1, 0)))
-    size = (sum(along), max(across)) if beside else (max(across), sum(along))
+def stacked(blocks: Sequence[Image.Image], side_by_side: bool = False) -> Image.Image:
+    """Images one below the other, or side by side, on white."""
+    along, across = ([block.size[k] for block in blocks] for k in ((0, 1) if side_by_side else (1, 0)))
+    size = (sum(along), max(across)) if side_by_side else (max(across), sum(along))
     sheet, place = Image.new("RGB", size, "white"), 0
     for block, length in zip(blocks, along):
-        sheet.paste(block, (place, 0) if beside else (0, place))
+        sheet.paste(block, (place, 0) if side_by_side else (0, place))
         place += length
     return sheet
 

@@ -124,7 +124,7 @@ class Latents:
 
 
 def load_lpips(device: Any) -> tuple[LPIPS | None, str]:
-    """LPIPS with its weights; None and the reason if they are not at hand (nothing is downloaded)."""
+    """LPIPS with its weights; None and the reason if they are not available (nothing is downloaded)."""
     perceptual = LPIPS()
     copy = Path(torch.hub.get_dir()) / "checkpoints" / VGG16_URL.rsplit("/", 1)[1]
     if not os.environ.get(VGG16_VARIABLE) and not copy.is_file():

@@ -13,6 +13,7 @@ from PIL import Image
 from ldm.atomic import save_bytes, save_text
 from ldm.checkpoint import open_weights
 from ldm.config.model_info import ModelInfo, read_config
+from ldm.data.datamodule import SPLITS
 from ldm.evaluation import first_stage, sweep
 from ldm.evaluation.card import METRICS, Card, interval, shown
 from ldm.evaluation.card import compare as compared
@@ -54,8 +55,6 @@ from ldm.inference.runs import SavedRun
 from ldm.output.images import png_bytes
 from ldm.paths import find_file
 
-SPLITS = ("train", "validation", "test", "predict")
-
 
 def evaluate_model(
     opt: Namespace,
@@ -66,7 +65,7 @@ def evaluate_model(
     prepared: cli.Prepared,
 ) -> None:
     """Sample a model, once or at every point of a sweep, and write the cards."""
-    real = open_real(opt, run, None)
+    real = open_real(opt, run, tuple(side * (info.factor or 1) for side in info.image_size))
     conditions = real.held_out if real.held_out is not None else real.images
     identity = weights_of(opt, info, prepared)
     loaded: list[Pipeline] = []
@@ -76,7 +75,7 @@ def evaluate_model(
             loaded.append(cli.load(opt, prepared))
         return loaded[0]
 
-    root = Path(opt.outdir) if opt.outdir else OUTPUTS / default_name(run, points[0], bool(swept))
+    root = Path(opt.outdir) if opt.outdir else OUTPUTS / default_name(opt, run, points[0], bool(swept))
     cards = []
     for point in points:
         folder = root / point.name if swept else root
@@ -88,7 +87,7 @@ def evaluate_model(
         samples = saved_samples(folder / "samples", opt.n_samples, sampling, settings, pipeline)
         title = f"{run.folder.name}: {len(samples)} samples, {point.request.sampler}, {point.request.steps} steps"
         title += f", scale {point.request.scale:g}" if point.request.scale is not None else ""
-        found = measured(opt, samples, real)
+        found = measure(samples, real, opt.batch_size)
         add_clip_score(opt, samples, found, [sampling.text(k) for k in range(len(samples))])
         found.seconds |= {"sampling": samples.seconds, "per sample": samples.seconds / len(samples)}
         cards.append(write_card(opt, folder, "samples", title, samples, real, found, sampling.record, identity))
@@ -107,7 +106,7 @@ def evaluate_images(opt: Namespace, run: SavedRun | None) -> None:
     elif path.is_file():
         arrays = read_npz(path, "--images")
         if "arr_0" not in arrays:
-            raise ValueError(f"--images {path}: no arr_0 (images) in it")
+            raise ValueError(f"--images {path}: arr_0 (images) is missing")
         images = ArrayImages(str(path), arrays["arr_0"][: opt.n_real], arrays.get("arr_1"))
     else:
         raise FileNotFoundError(f"--images {opt.images}: no such file or folder; splits need the run in --ckpt")
@@ -115,7 +114,7 @@ def evaluate_images(opt: Namespace, run: SavedRun | None) -> None:
     folder = Path(opt.outdir) if opt.outdir else OUTPUTS / images.name.replace("/", "-").replace(" ", "-").strip("-.")
     identity = {"images": images.name, "fingerprint": images.fingerprint, "real": real.stats_name}
     check_settings(folder / "settings.json", identity)
-    found = measured(opt, images, real)
+    found = measure(images, real, opt.batch_size)
     write_card(opt, folder, "images", f"{len(images)} images: {images.name}", images, real, found)
 
 
@@ -158,7 +157,7 @@ def compare_cards(opt: Namespace) -> None:
     text = compared(a, b)
     folder = Path(opt.outdir) if opt.outdir else OUTPUTS / f"compare-{paths[0].name}-and-{paths[1].name}"
     figures = [Image.open(path / "card.png").convert("RGB") for path in paths]
-    save_bytes(folder / "compare.png", png_bytes(stacked(figures, beside=True)))
+    save_bytes(folder / "compare.png", png_bytes(stacked(figures, side_by_side=True)))
     print(text)
     print(f"compared in {save_text(folder / 'compare.md', text)}")
 
@@ -166,11 +165,12 @@ def compare_cards(opt: Namespace) -> None:
 # --- parts
 
 
-def default_name(run: SavedRun, point: Point, swept: bool) -> str:
-    request = point.request
+def default_name(opt: Namespace, run: SavedRun, point: Point, swept: bool) -> str:
+    """Name of the folder of a model's card, by all that makes another card of it."""
+    request, against = point.request, [opt.features, opt.real and Path(opt.real).stem]
     scale = f"-scale{request.scale:g}" if request.scale is not None else ""
     how = "sweep" if swept else f"{request.sampler}{request.steps}{scale}-seed{request.seed}"
-    return f"{run.folder.resolve().name}-{how}"
+    return "-".join([run.folder.resolve().name, how, *filter(None, against)])
 
 
 def weights_of(opt: Namespace, info: ModelInfo, prepared: cli.Prepared) -> dict[str, Any]:
@@ -208,7 +208,7 @@ def open_real(opt: Namespace, run: SavedRun | None, size: tuple[int, ...] | None
 
 
 def open_held_out(opt: Namespace, run: SavedRun | None, real: str) -> DatasetImages | None:
-
+    """The split of --held_out, by default validation; None without a run or such a split."""
     if run is None or opt.held_out == "none":
         return None
     split = opt.held_out or "validation"
@@ -234,11 +234,6 @@ def conditions_of(info: ModelInfo, images: Any) -> DatasetImages | None:
     if not conditional or not isinstance(images, DatasetImages):
         return None
     return None if info.n_classes is not None and images.label(0) is None else images
-
-
-def measured(opt: Namespace, images: ImageSet, real: Real) -> Measured:
-
-    return measure(images, real, opt.batch_size)
 
 
 def add_clip_score(opt: Namespace, images: ImageSet, found: Measured, texts: Sequence[str | None]) -> None:
@@ -275,8 +270,8 @@ def write_card(
     found: Measured,
     settings: dict[str, Any] | None = None,
     weights: dict[str, Any] | None = None,
-) -> Any:
-
+) -> Card:
+    """Write and print the card of samples or images."""
     data = {"images": f"{len(images)}, {images.name}", **data_record(real), **found.floor}
     card = Card(kind, title, opt.command, found.metrics, found.skipped, settings or {}, weights or {}, data)
     card.copies, card.seconds = copies_of(found), found.seconds

@@ -106,7 +106,7 @@ def test_held_out_images_of_a_run_folders_and_arrays_are_compared_with_real_ones
     assert set(card_in(tmp_path / "s")["metrics"]) == {"fid"}
 
 
-def test_a_first_stage_reconstructs_held_out_images(runs, tmp_path, monkeypatch):
+def test_a_first_stage_reconstructs_held_out_images(runs, tmp_path, monkeypatch, capsys):
     monkeypatch.delenv("LDM_VGG16", raising=False)
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     config = OmegaConf.load(next((runs["class"] / "configs").glob("*.yaml")))
@@ -118,6 +118,12 @@ def test_a_first_stage_reconstructs_held_out_images(runs, tmp_path, monkeypatch)
     (tmp_path / "stage" / "checkpoints").mkdir()
     torch.save({"state_dict": model.state_dict(), "global_step": 3}, tmp_path / "stage" / "checkpoints" / "last.ckpt")
     assert run_command(main, ["--ckpt", "stage", "--features", "pixels", "--device", "cpu"]) == 0
+    capsys.readouterr()
+    for others, words in (
+        (["--lora", "a"], "--lora: has no effect with a first stage"),
+        (["--held_out", "none"], "name one"),
+    ):
+        assert words in refused(main, ["--ckpt", "stage", *others], capsys)
     card = card_in(tmp_path / "outputs" / "evaluation" / "stage")
     assert set(card["metrics"]) == {"psnr", "ssim", "rfid"} and "VGG16" in card["skipped"]["lpips"]
     assert card["latents"]["shape"] == [4, 8, 8] and len(card["latents"]["channel_std"]) == 4
@@ -145,8 +151,16 @@ def test_two_cards_are_compared_as_text_and_as_a_figure(runs, tmp_path, capsys):
         (["--ckpt", "RUN", "--n_samples", "1"], "--n_samples 1: choose 2 or more"),
         (["--ckpt", "RUN", "--steps", "2", "--sampler", "none"], "--sampler none: choose one of"),
         (["--ckpt", "RUN", "--steps", "2", "--real", "test"], "--real test: this run has no such dataset; choose one"),
-        (["--ckpt", "RUN", "--images", "validation", "--sweep", "steps=1"], "--sweep with --images"),
+        (["--ckpt", "RUN", "--images", "validation", "--sweep", "steps=1"], "--sweep: has no effect with --images"),
         (["--compare", "gone", "gone"], "--compare gone: no card.json"),
+        (
+            ["--images", "validation", "--ckpt", "RUN", "--steps", "7"],
+            "--steps: has no effect with --images; remove it",
+        ),
+        (["--compare", "a", "b", "--n_real", "9"], "--n_real: has no effect with --compare; remove it"),
+        (["--images", ".", "--real", ".", "--held_out", "test"], "--held_out test: it is a split of a run's data"),
+        (["--ckpt", "RUN", "--features", "pixels", "--weights", "a.pth"], "--features pixels takes none; remove it"),
+        (["--ckpt", "RUN", "--size", "16"], "--size 16: it is for folders of images"),
         (["--ckpt", "RUN", "--feature", "pixels"], "did you mean --features"),
     ],
 )
