@@ -212,7 +212,8 @@ class Page:
         control = self.tasks["control2img"]
         seen = [control.fields[name] for name in ("detector", "canny", "resolution")]
         for event in (control.image.change, *(field.change for field in seen)):
-            event(self._show_hint, [self.model, *control.inputs], [self.hint], **quiet)
+            alone = {"concurrency_limit": 1, "concurrency_id": "hint"}  # a detector may be a model
+            event(self._show_hint, [self.model, *control.inputs], [self.hint], **alone, **quiet)
         self.cancel.click(self._cancel, [self.user], [self.cancel], **quiet)
         self.model.input(self._show_model, [self.model], self._of_model, **quiet)
         buttons = [tab.generate for tab in self.tasks.values()]

@@ -122,7 +122,6 @@ def _inpainting(opt: Namespace, info: ModelInfo, uploads: Uploads, inputs: Path)
     kind = requests.InpaintRequest
     request = kind(**cli.request_fields(opt, kind)).checked(info)
     image, mask = drawn_mask(uploads.drawn)
-    check_share(1, image.height, image.width)
     saved = {"init_img": keep(image, inputs), "mask": keep(mask, inputs)}
     inference.check_pairs([(Path(saved["init_img"]), Path(saved["mask"]))], info.multiple)
 
@@ -179,10 +178,11 @@ def _uploaded(path: str | None, flag: str, multiple: int) -> Image.Image:
 
 
 def drawn_mask(drawn: Mapping[str, Any] | None) -> tuple[Image.Image, Image.Image]:
-    """The image of an editor, RGB, and its mask: 255 where a layer is drawn on."""
+    """The image of an editor, RGB, and its mask, 255 where a layer is drawn on. Raises ValueError as `check_share`."""
     background = None if drawn is None else drawn.get("background")
     if drawn is None or background is None:
         raise ValueError("--init-img: upload an image first, and paint over what is to be generated")
+    check_share(1, background.height, background.width)  # before anything of this size is made
     mask = Image.new("L", background.size)
     for layer in drawn.get("layers") or ():
         alpha = layer.convert("RGBA").getchannel("A").resize(background.size, Image.Resampling.NEAREST)
