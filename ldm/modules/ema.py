@@ -62,6 +62,7 @@ class LitEma(nn.Module):
                 dtype = torch.promote_types(parameter.dtype, torch.float32)
                 device = "cpu" if on_cpu and not parameter.is_meta else parameter.device
                 self.register_buffer(shadow_name, parameter.detach().to(device, dtype, copy=True))
+        self._paths = [name.split(".") for name in self.m_name2s_name]
         self._stored: list[list[Tensor]] = []
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LitEma:
@@ -77,14 +78,16 @@ class LitEma(nn.Module):
         return super()._apply(move, recurse)
 
     def _pairs(self, model: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
-        parameters = dict(model.named_parameters())
-        missing = [name for name in self.m_name2s_name if name not in parameters]
-        if missing:
+        # By their paths: `named_parameters` would take three times as long, 1 % of a small model's step.
+        try:
+            parameters = [_parameter(model, path).detach() for path in self._paths]
+        except KeyError:
+            missing = [name for name in self.m_name2s_name if name not in dict(model.named_parameters())]
             raise ValueError(
                 f"EMA: the model has no parameter {missing[0]!r} ({len(missing)} missing): built from another model?"
-            )
-        shadows = dict(self.named_buffers())
-        return [shadows[s] for s in self.m_name2s_name.values()], [parameters[m].detach() for m in self.m_name2s_name]
+            ) from None
+        shadows: dict[str, Any] = self._buffers
+        return [shadows[name] for name in self.m_name2s_name.values()], parameters
 
     def _load_from_state_dict(self, *args: Any) -> None:
         super()._load_from_state_dict(*args)
@@ -171,6 +174,13 @@ class LitEma(nn.Module):
             raise RuntimeError("EMA: restore() without a store() before it")
         for stored, parameter in zip(self._stored.pop(), parameters, strict=True):
             parameter.copy_(stored)
+
+
+def _parameter(module: Any, path: Sequence[str]) -> Tensor:
+    """The parameter at `path` of a module. Raises KeyError if there is none."""
+    for part in path[:-1]:
+        module = module._modules[part]
+    return module._parameters[path[-1]]
 
 
 def _arrived(

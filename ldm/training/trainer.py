@@ -36,7 +36,7 @@ from ldm.config.merge import DEFAULT_CALLBACKS, DEFAULT_CHECKPOINT, DEFAULT_STEP
 from ldm.modules.ema import EMAConfig
 from ldm.training.checkpoint_io import AtomicCheckpointIO
 from ldm.training.devices import Devices
-from ldm.training.loggers import MetricsFile, never_fail
+from ldm.training.loggers import MetricsFile, log_without_copies, never_fail
 from ldm.training.run_directory import RunDirectory
 from ldm.training.settings import LearningRate, RunSettings
 from ldm.training.strategies import make_strategy
@@ -72,6 +72,7 @@ def build_trainer(
     arguments.setdefault("enable_model_summary", False)
     # Inference tensors that a module keeps from validation would not be usable in training.
     arguments.setdefault("inference_mode", False)
+    log_without_copies()
     loggers = _loggers(settings.lightning, directory) if arguments.pop("logger", True) not in (False, None) else []
 
     saves = bool(arguments["enable_checkpointing"])

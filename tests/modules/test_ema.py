@@ -117,6 +117,17 @@ def test_names_that_collide_without_dots_are_errors():
         LitEma(model)
 
 
+def test_an_update_averages_the_modules_and_parameters_that_the_model_has_now():
+    model = nn.ModuleDict({"inner": make_model()})
+    ema = LitEma(model, decay=0.0, use_num_upates=False)
+    ema(model)
+    model["inner"][0] = nn.Linear(4, 3)
+    model["inner"][1].bias = nn.Parameter(torch.ones(2))
+    ema(model)
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(ema.get_buffer(ema.m_name2s_name[name]), parameter.detach(), msg=name)
+
+
 def test_another_model_is_an_error():
     with pytest.raises(ValueError, match=r"no parameter '1\.weight'"):
         LitEma(make_model())(nn.Sequential(nn.Linear(4, 3)))

@@ -3,9 +3,11 @@
 import csv
 
 import pytest
+import torch
 from pytorch_lightning.loggers import Logger, TensorBoardLogger
+from pytorch_lightning.trainer.connectors.logger_connector.result import _ResultCollection
 
-from ldm.training.loggers import MetricsFile, never_fail
+from ldm.training.loggers import MetricsFile, log_without_copies, never_fail
 from tests.callbacks.fit import fit
 
 
@@ -84,3 +86,17 @@ def test_a_tensorboard_whose_folder_cannot_be_created_does_not_end_training(tmp_
     assert isinstance(board, TensorBoardLogger)
     _, trainer = fit(tmp_path, [], logger=board, log_every_n_steps=1)
     assert trainer.global_step == 8 and "TensorBoardLogger cannot log to" in caplog.text
+
+
+def test_a_logged_value_is_moved_to_another_device_and_its_settings_are_copied_only_then():
+    log_without_copies()
+    results = _ResultCollection(training=True)
+    settings = []
+    for value in (1.0, 3.0):
+        results.log("training_step", "loss", torch.tensor(value), on_step=True, on_epoch=True, batch_size=2)
+        metric = results["training_step.loss"]
+        settings.append(metric.meta)
+    assert settings[0] is settings[1]
+    assert metric.compute() == 2.0
+    assert metric.to(torch.device("meta")).value.is_meta
+    assert metric.meta is not settings[0]
