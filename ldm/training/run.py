@@ -26,7 +26,7 @@ from ldm.checkpoint.load import advise_settings
 from ldm.checkpoint.resume import find_checkpoint
 from ldm.cli import EXIT_INTERRUPTED, Stopped, counted, one_line
 from ldm.config.files import load_yaml
-from ldm.config.instantiate import ConfigError, instantiate_from_config
+from ldm.config.instantiate import ConfigError, instantiate_from_config, value_at
 from ldm.config.merge import find_config
 from ldm.config.model_info import model_info
 from ldm.config.validate import check_class_count
@@ -49,7 +49,6 @@ from ldm.training.trainer import build_trainer, check_trainer
 
 logger = logging.getLogger(__name__)
 
-SMALL_RESOLUTION = 64  # pixels; the recipe to continue with is the small one up to here
 
 
 def execute(options: RunOptions, directory: RunDirectory, config: DictConfig, settings: RunSettings) -> int:
@@ -180,10 +179,10 @@ def next_command(config: DictConfig, run: Path, base: Sequence[str] = ()) -> str
         data = f" data.params.train.params.root={shlex.quote(str(root))}" if root else ""
         if root and (table := usual_table(expand_user(root))):
             data += f" data.params.train.params.captions={table}"
-        size = "-small" if params["ddconfig"]["resolution"] <= SMALL_RESOLUTION else ""
         more = [path for path in base if {"data"} == load_yaml(find_config(path)).keys()]
-        words = shlex.join([f"configs/recipes/text-to-image{size}-folder.yaml", *more])
-        return f"python main.py --base {words} -t {stage}{data}"
+        second, changed = _second_stage(config, base, bool(more))
+        words = shlex.join([second, *more])
+        return f"python main.py --base {words} -t {stage}{changed}{data}" if second else ""
     if "unet_config" not in params or "Classifier" in target:
         return ""
     content: Any = OmegaConf.to_container(config, resolve=True)
@@ -200,6 +199,35 @@ def next_command(config: DictConfig, run: Path, base: Sequence[str] = ()) -> str
         "scripts/sample_conditional.py": f"-r {place}",
     }
     return f"python {script} {flags[script]}" if script in flags else ""
+
+
+def _second_stage(config: DictConfig, base: Sequence[str], own_data: bool) -> tuple[str, str]:
+    """Return a config of a diffusion model that fits a trained first stage and its data, and its overrides; "" if none.
+
+    A recipe of text to image, or a YAML beside those of `base`, with latents of the same shape and, unless the data are
+    in YAMLs of `base` (`own_data`), the same dataset class. Other differences of `ddconfig` become overrides.
+    """
+    recipes = [Path("configs", "recipes", f"text-to-image{size}-folder.yaml") for size in ("-small", "")]
+    beside = {shown_path(file) for path in base for file in find_config(path).parent.glob("*.yaml")}
+    own, stage = config.model, "first_stage_config"
+    for path in [*recipes, *sorted(beside)]:
+        other = load_yaml(find_config(path))
+        model, first = value_at(other, "model", "params") or {}, value_at(other, "model", "params", stage)
+        dataset, target = value_at(other, "data", "params", "train", "target"), value_at(first, "target")
+        there, here = (dict(value_at(each, "params", "ddconfig") or {}) for each in (first, own))
+        same_data = own_data or dataset == value_at(config, "data", "params", "train", "target")
+        same_class = target == own.target and "ckpt_path" not in model  # of a model to fine-tune
+        if same_data and same_class and there.keys() <= here.keys() and _latent(first, there) == _latent(own, here):
+            place = f"model.params.{stage}.params.ddconfig"
+            changed = [f"{place}.{key}={value}" for key, value in here.items() if there.get(key) != value]
+            return str(path), "".join(f" {shlex.quote(each)}" for each in changed)
+    return "", ""
+
+
+def _latent(stage: Any, ddconfig: Mapping[str, Any]) -> tuple[Any, ...]:
+    """Return the settings of a first stage that a diffusion model repeats elsewhere than in its `ddconfig`."""
+    names = ("resolution", "z_channels", "double_z", "in_channels", "out_ch")
+    return value_at(stage, "params", "embed_dim"), len(ddconfig["ch_mult"]), *map(ddconfig.get, names)
 
 
 def _prompt(config: DictConfig) -> str:

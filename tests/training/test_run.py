@@ -62,3 +62,20 @@ def test_the_command_after_a_first_stage_names_its_data(tmp_path):
     assert next_command(yaml, Path("logs/run")).endswith(
         f".root={tmp_path} data.params.train.params.captions=captions.csv"
     )
+
+
+def test_the_command_after_a_first_stage_takes_a_config_that_fits_its_shapes_and_data():
+    digits = ROOT / "configs" / "quickstart" / "autoencoder.yaml"
+    yaml = OmegaConf.load(digits)
+    assert " --base configs/quickstart/text2image.yaml -t " in next_command(yaml, Path("logs/run"), [str(digits)])
+    assert next_command(yaml, Path("logs/run")) == ""  # digits have no folder
+    recipe = ROOT / "configs" / "recipes" / "autoencoder-small-folder.yaml"
+    yaml = OmegaConf.load(recipe)
+    yaml.model.params.ddconfig.ch_mult = [2, 2, 2]
+    narrower = "model.params.first_stage_config.params.ddconfig.ch_mult=[2, 2, 2]"
+    assert f" '{narrower}'" in next_command(yaml, Path("logs/run"), [str(recipe)])
+    yaml.model.params.embed_dim = 4  # of which the UNet's channels depend
+    assert next_command(yaml, Path("logs/run"), [str(recipe)]) == ""
+    yaml = OmegaConf.load(recipe)
+    yaml.data.params.train.target = "my.Dataset"
+    assert next_command(yaml, Path("logs/run"), [str(recipe)]) == ""
