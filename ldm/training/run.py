@@ -50,7 +50,6 @@ from ldm.training.trainer import build_trainer, check_trainer
 logger = logging.getLogger(__name__)
 
 
-
 def execute(options: RunOptions, directory: RunDirectory, config: DictConfig, settings: RunSettings) -> int:
     """Build data, model and Trainer, train if `options.train`, evaluate the test set if any; return the exit code."""
     directory = replace(directory, checkpoint=_checkpoint(directory, settings))

@@ -40,6 +40,8 @@ def place(tmp_path_factory):
         (folder / "images" / f"{k:02}.txt").write_text("many words " * 20 if k == 0 else f"image {k}")
     saved = save_text_model(folder, scale_factor=1.0)
     torch.save({"state_dict": saved.model.first_stage_model.state_dict()}, folder / "stage.ckpt")
+    (folder / "run" / "checkpoints").mkdir(parents=True)
+    shutil.copy(folder / "stage.ckpt", folder / "run" / "checkpoints" / "last.ckpt")
     with torch.no_grad():
         std = saved.model.first_stage_model.encode(torch.rand(4, 3, 32, 32) * 2 - 1).sample().std()
     params = {"scheduler_config": SCHEDULE, "scale_factor": float(1 / std), "cond_dropout": 0.1}
@@ -107,6 +109,7 @@ GPUS = ("~lightning.trainer.accelerator", "--gpus", "0,1,2,3")
 BROKEN = {
     "context width": ([f"{UNET}.context_dim=24"], f"{UNET}.context_dim 24: model.params.cond_stage_config", "equal"),
     "weights missing": ([f"{STAGE}=gone.ckpt"], f"{STAGE}: no such file: gone.ckpt", f"with {STAGE}=FILE"),
+    "run directory": ([f"{STAGE}={{}}/run"], f"{STAGE}: {{}}/run is a run directory", "/run/checkpoints/last.ckpt"),
     "frozen first stage": ([f"{STAGE}=null"], f"{STAGE}: not set, and the first stage is frozen", f"set {STAGE}"),
     "frozen text encoder": (
         ["model.params.cond_stage_trainable=false"],

@@ -71,9 +71,9 @@ def test_the_command_after_a_first_stage_takes_a_config_that_fits_its_shapes_and
     assert next_command(yaml, Path("logs/run")) == ""  # digits have no folder
     recipe = ROOT / "configs" / "recipes" / "autoencoder-small-folder.yaml"
     yaml = OmegaConf.load(recipe)
-    yaml.model.params.ddconfig.ch_mult = [2, 2, 2]
-    narrower = "model.params.first_stage_config.params.ddconfig.ch_mult=[2, 2, 2]"
-    assert f" '{narrower}'" in next_command(yaml, Path("logs/run"), [str(recipe)])
+    yaml.model.params.ddconfig.attn_resolutions = [16, 32]
+    attention = "model.params.first_stage_config.params.ddconfig.attn_resolutions=[16, 32]"
+    assert f" '{attention}'" in next_command(yaml, Path("logs/run"), [str(recipe)])
     yaml.model.params.embed_dim = 4  # of which the UNet's channels depend
     assert next_command(yaml, Path("logs/run"), [str(recipe)]) == ""
     yaml = OmegaConf.load(recipe)

@@ -172,6 +172,8 @@ def check_first_stage_scale(run: Examined) -> Iterator[Finding]:
     file = own or base
     if not isinstance(stage, TrainedModule) or file is None or not Path(file).exists() or not run.samples:
         return
+    if any(each.is_problem and str(file) in each.text for each in run.findings):  # e.g. it is a run directory
+        return
     try:
         std = _latent_std(run, str(base) if own is None else None, key)
     except (CheckpointError, ValueError, RuntimeError) as error:
