@@ -157,6 +157,9 @@ class TextToImageRequest(Request):
         check_size(height, width, factor * info.latent_multiple)
         if info.own_size and self.height is None and self.width is None:
             logger.info("%dx%d pixels, as in training (--H and --W choose another size)", width, height)
+        elif info.own_size and not 1 / 2 <= height * width / (own[0] * own[1]) <= 2:
+            text = "%dx%d pixels: the model was trained at %dx%d; at other sizes its images are worse"
+            logger.warning(text, width, height, own[1], own[0])
         return height, width
 
     def _check_prompts(self, info: ModelInfo) -> None:

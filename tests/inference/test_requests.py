@@ -83,6 +83,17 @@ def test_the_default_size_is_that_of_training_but_the_published_one_for_publishe
         assert request.checked(read_model_info(ROOT / "configs" / f"{name}.yaml")).size == (side, side), name
 
 
+def test_a_size_far_from_that_of_training_is_a_warning_with_both_sizes(caplog):
+    own = info("text")
+    TextToImageRequest(height=32, width=48).checked(own)
+    assert "trained" not in caplog.text
+    TextToImageRequest(height=512).checked(own)
+    assert "32x512 pixels: the model was trained at 32x32" in caplog.text
+    caplog.clear()
+    TextToImageRequest(height=512).checked(read_model_info(ROOT / "configs/stable-diffusion/v1-inference.yaml"))
+    assert "trained" not in caplog.text
+
+
 def test_an_image_with_more_pixels_than_in_training_is_scaled_down_to_as_many():
     assert [ImageToImageRequest().fitted(*size, info("text")).size for size in ((64, 64), (40, 90), (300, 75))] == [
         (32, 32),
