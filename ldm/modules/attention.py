@@ -22,6 +22,7 @@ from ldm.modules.diffusionmodules.util import (
     repeat_batch,
     zero_module,
 )
+from ldm.modules.run_constants import project
 from ldm.published import published_names
 from ldm.util import default
 
@@ -124,7 +125,7 @@ class CrossAttention(nn.Module):
             mask = mask.flatten(1)
         q, k, v = (
             rearrange(y, "b n (h d) -> b h n d", h=self.heads)
-            for y in (self.to_q(x), self.to_k(context), self.to_v(context))
+            for y in (self.to_q(x), project(self.to_k, context), project(self.to_v, context))
         )  # (B, heads, N or L, dim_head)
         return self.to_out(rearrange(attend(q, k, v, mask, scale=self.scale), "b h n d -> b n (h d)"))
 

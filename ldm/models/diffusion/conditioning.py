@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ldm.config.instantiate import get_obj_from_str, instantiate_from_config
 from ldm.modules.dtype import in_dtype, weights_dtype
+from ldm.modules.run_constants import cast
 
 Conditioning = Tensor | Sequence[Tensor] | Mapping[str, Any] | None
 """Condition as callers pass it: a tensor, a list of tensors, or the normal form."""
@@ -38,25 +39,27 @@ def _channels(x: Tensor, parts: Parts) -> Tensor:
     return torch.cat([x, *parts["c_concat"]], dim=1)  # (B, C + C', H, W)
 
 
-def _context(parts: Parts) -> Tensor:
-    return torch.cat(list(parts["c_crossattn"]), dim=1)  # (B, L, D)
+def joined_context(parts: Parts) -> Tensor:
+    """Return the context (B, L, D) of the normal form."""
+    first, *further = parts["c_crossattn"]
+    return torch.cat([first, *further], dim=1) if further else first.contiguous()
 
 
 ROUTES: dict[str | None, Route] = {
     None: Route((), None, lambda net, x, t, c: net(x, t)),
     "concat": Route(("c_concat",), "c_concat", lambda net, x, t, c: net(_channels(x, c), t)),
-    "crossattn": Route(("c_crossattn",), "c_crossattn", lambda net, x, t, c: net(x, t, context=_context(c))),
+    "crossattn": Route(("c_crossattn",), "c_crossattn", lambda net, x, t, c: net(x, t, context=joined_context(c))),
     "hybrid": Route(
-        ("c_concat", "c_crossattn"), None, lambda net, x, t, c: net(_channels(x, c), t, context=_context(c))
+        ("c_concat", "c_crossattn"), None, lambda net, x, t, c: net(_channels(x, c), t, context=joined_context(c))
     ),
     "adm": Route(("c_adm",), "c_adm", lambda net, x, t, c: net(x, t, y=c["c_adm"])),
     "crossattn-adm": Route(
-        ("c_crossattn", "c_adm"), None, lambda net, x, t, c: net(x, t, context=_context(c), y=c["c_adm"])
+        ("c_crossattn", "c_adm"), None, lambda net, x, t, c: net(x, t, context=joined_context(c), y=c["c_adm"])
     ),
     "hybrid-adm": Route(
         ("c_concat", "c_crossattn", "c_adm"),
         None,
-        lambda net, x, t, c: net(_channels(x, c), t, context=_context(c), y=c["c_adm"]),
+        lambda net, x, t, c: net(_channels(x, c), t, context=joined_context(c), y=c["c_adm"]),
     ),
 }
 
@@ -147,7 +150,7 @@ class DiffusionWrapper(nn.Module):
             out = call(self.diffusion_model, x, t, parts)
             graphs = out.is_cuda and self.diffusion_model._compiled_call_impl is not None and not out.requires_grad
             return out.clone() if graphs else out  # the next replay of a CUDA graph writes to the same memory
-        half = map_tensors(lambda part: part.to(dtype) if part.is_floating_point() else part, parts)
+        half = map_tensors(lambda part: cast(part, dtype) if part.is_floating_point() else part, parts)
         return in_dtype(dtype, lambda x: call(self.diffusion_model, x, t, half), x)
 
 

@@ -18,7 +18,7 @@ from ldm.checkpoint.names import use_ema_weights
 from ldm.config.consistency import ADAPTERS, HINT_BLOCK_CHANNELS
 from ldm.config.instantiate import instantiate_from_config
 from ldm.config.types import PositiveInt
-from ldm.models.diffusion.conditioning import Conditioning, Parts, normalize_condition
+from ldm.models.diffusion.conditioning import Conditioning, Parts, joined_context, normalize_condition
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.models.diffusion.image_log import log_latent_images
 from ldm.modules.diffusionmodules.openaimodel import Context, TimestepEmbedSequential, UNetModel, UNetTrunk
@@ -223,7 +223,7 @@ class ControlLDM(LatentDiffusion):
     def apply_model(self, x_noisy: Tensor, t: Tensor, cond: Conditioning = None, *args: Any, **kwargs: Any) -> Tensor:
         """As `LatentDiffusion.apply_model`; the hint is `c_concat` of the condition, None without control."""
         parts = normalize_condition(cond, self.model.conditioning_key)
-        context, hint, residuals = torch.cat(parts["c_crossattn"], 1), parts.get("c_concat"), None
+        context, hint, residuals = joined_context(parts), parts.get("c_concat"), None
         if hint is not None:
             control = Control(self.control_model, self.control_scales, self.global_average_pooling)
             residuals = control(x_noisy, torch.cat(hint, 1), t, context)
@@ -313,7 +313,7 @@ class ControlledModel:
         hints = parts.get("c_concat") or []
         if not hints:
             return self.uncontrolled.apply_model(x_noisy, t, parts)
-        context = torch.cat(parts["c_crossattn"], 1)
+        context = joined_context(parts)
         each = [control(x_noisy, hint, t, context) for control, hint in zip(self.controls, hints, strict=True)]
         total = [sum(residuals[1:], residuals[0]) for residuals in zip(*each, strict=True)]
 

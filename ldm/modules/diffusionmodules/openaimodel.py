@@ -28,6 +28,7 @@ from ldm.modules.diffusionmodules.util import (
     timestep_embedding,
     zero_module,
 )
+from ldm.modules.run_constants import cast
 from ldm.published import published_names
 
 T = TypeVar("T", int, bool)
@@ -520,7 +521,8 @@ class UNetTrunk(nn.Module):
                     raise ValueError(f"context of shape {tuple(c.shape)}: expected {expected}")
         elif not any(takes_context(type(layer)) for layer in self._block_layers()):
             raise ValueError("context is not supported: this UNet was built without use_spatial_transformer")
-        return context.to(self.dtype) if isinstance(context, Tensor) else [c.to(self.dtype) for c in context]
+        dtype = self.dtype
+        return cast(context, dtype) if isinstance(context, Tensor) else [cast(c, dtype) for c in context]
 
     def _block_layers(self) -> Iterator[nn.Module]:
         for module in self.modules():

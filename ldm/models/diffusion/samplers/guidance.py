@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ldm.models.diffusion.conditioning import Conditioning, join_conditions
+from ldm.models.diffusion.conditioning import Conditioning, join_conditions, map_tensors
+from ldm.modules.run_constants import RunConstants
 
 
 class GuidedNetwork:
@@ -34,6 +35,8 @@ class GuidedNetwork:
         self.apply_model, self.cond, self.uncond = apply_model, cond, uncond
         self.scale, self.rescale, self.image_scale = scale, rescale, image_scale
         self.guides = uncond is not None and not scale == image_scale == 1.0
+        self.constants = RunConstants()
+        map_tensors(self.constants.add, [cond, uncond])
 
     @cached_property
     def repeats_inputs(self) -> bool:
@@ -46,18 +49,20 @@ class GuidedNetwork:
         """The conditions as one batch, each tensor (2B, ...), or (3B, ...) with image guidance; None if they differ."""
         if self.image_scale != 1.0:
             image_only = join_conditions(_with_image_of(self.cond, self.uncond), self.cond)
-            return join_conditions(self.uncond, image_only)
+            return map_tensors(self.constants.add, join_conditions(self.uncond, image_only))
         if _parts_differ(self.uncond, self.cond):  # a ControlNet's hint for one half alone ("guess mode")
             return None
-        return join_conditions(self.uncond, self.cond)
+        return map_tensors(self.constants.add, join_conditions(self.uncond, self.cond))
 
     def __call__(self, x: Tensor, t: Tensor, guided: bool = True) -> Tensor:
         """Return the output (B, C, H, W), in the model's own parameterization; without guidance if not `guided`.
 
         x: (B, C, H, W), t: (B,) int64, or float for continuous-time samplers.
         """
-        if not (guided and self.guides):
-            return self.apply_model(x, t, self.cond)
+        with self.constants.in_use():
+            return self._guided(x, t) if guided and self.guides else self.apply_model(x, t, self.cond)
+
+    def _guided(self, x: Tensor, t: Tensor) -> Tensor:
         if self.image_scale != 1.0:
             out_uncond, out_image, out_cond = self._outputs(x, t, 3)
             out = out_uncond + self.image_scale * (out_image - out_uncond) + self.scale * (out_cond - out_image)
