@@ -38,7 +38,8 @@ def parser() -> Parser:
     text = "address to listen on; other computers reach 0.0.0.0, which requires the token"
     add("--host", default="127.0.0.1", metavar="ADDRESS", help=text)
     add("--port", type=int, default=7860, metavar="N", help="port to listen on")
-    text = "password of the page (default: none on this computer's own address, else random and printed)"
+    default = "$LDM_APP_TOKEN, else none on this computer's own address and a random, printed one on others"
+    text = f"password of the page (default: {default})"
     add("--token", metavar="TEXT", help=text)
     cli.add_model_flags(parser, None, None)
     return parser

@@ -211,7 +211,7 @@ INSIDE = {  # a file -> its calls that write to memory, or to a temporary file o
         "np.savez(file, arr_0=images, seconds=np.float64(seconds))",
     },
     "ldm/output/images.py": {"image.save(data, 'PNG', pnginfo=info)"},
-    "ldm/web/server.py": {"tempfile.TemporaryDirectory(prefix='ldm-app-')"},
+    "ldm/web/server.py": {"tempfile.TemporaryDirectory(prefix='ldm-app-', ignore_cleanup_errors=True)"},
     "ldm/web/page.py": {"shutil.copyfile(file, copy)"},  # of the browser, in a temporary folder
     "ldm/output/sample_array.py": {
         "self._temporary.open('wb')",

@@ -29,7 +29,8 @@ class Job:
     """A request of one user and its progress. The thread of the queue writes it, handlers of the page read it."""
 
     def __init__(self, work: Callable[[Job], None], steps: int = 0, images: int = 0) -> None:
-        self.work, self.steps, self.images = work, steps, images  # steps: of the sampler, over all batches
+        self.work: Callable[[Job], None] | None = work  # None at the end: it holds the uploads
+        self.steps, self.images = steps, images  # steps: of the sampler, over all batches
         self.state, self.step = WAITING, 0
         self.files: list[Path] = []
         self.notes: list[str] = []  # warnings, as the scripts log them
@@ -38,39 +39,27 @@ class Job:
         self.seconds = 0.0  # of work, without waiting
         self.version = 0  # counts the reports
         self._cancelled = False
-        self._changed = threading.Condition()
 
     @property
     def ended(self) -> bool:
         return self.state in ENDED
 
     def report(self, state: str | None = None) -> None:
-        """Show what has changed to whoever waits; raise Cancelled if the job was cancelled."""
-        with self._changed:
-            self.state = state or self.state
-            self.version += 1
-            self._changed.notify_all()
-        if self._cancelled and not self.ended:
+        """Count a change, for whoever follows the job; raise Cancelled if the job was cancelled."""
+        self.state = state or self.state
+        self.version += 1
+        if self.ended:
+            self.work = self.preview = None
+        elif self._cancelled:
             raise Cancelled
 
     def cancel(self) -> None:
         self._cancelled = True
 
-    def changes(self, every: float = 0.2, patience: float = 1.0) -> Iterator[None]:
-        """Yield now, after changes at most `every` so many seconds, and each `patience` without one, until the end."""
-        while True:
-            seen = self.version
-            yield
-            if self.ended and seen == self.version:
-                return
-            with self._changed:
-                self._changed.wait_for(lambda seen=seen: self.version != seen, patience)  # type: ignore[misc]
-                if not self.ended:
-                    self._changed.wait_for(lambda: self.ended, every)
-
     def run(self) -> None:
         """Do the work, in the thread of the queue; an error that the user can fix is one line, as of a script."""
         start = time.perf_counter()
+        assert self.work is not None
         try:
             with collected_warnings(self.notes):
                 self.report(LOADING)
@@ -101,7 +90,7 @@ class Queue:
     def add(self, job: Job) -> None:
         with self._changed:
             self._waiting.append(job)
-            self._changed.notify()
+            self._changed.notify_all()
 
     def ahead(self, job: Job) -> int:
         """The number of jobs that come before this one."""
@@ -119,6 +108,15 @@ class Queue:
         if waits:
             job.report(CANCELLED)
 
+    def close(self, patience: float = 2.0) -> None:
+        """Cancel all jobs, and wait `patience` seconds for the end of the running one."""
+        with self._changed:
+            jobs = [*self._waiting, *filter(None, [self._running])]
+        for job in jobs:
+            self.cancel(job)
+        with self._changed:
+            self._changed.wait_for(lambda: self._running is None, patience)
+
     def _work(self) -> None:
         while True:
             with self._changed:
@@ -127,6 +125,7 @@ class Queue:
             job.run()
             with self._changed:
                 self._running = None
+                self._changed.notify_all()
 
 
 @contextmanager

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import html
 import itertools
 import json
 import secrets
 import shutil
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,6 +25,9 @@ from ldm.web.models import Choice, Shelf
 from ldm.web.runs import Uploads, hint_of, job_of, plan
 
 SHOWN = 60  # newest images of a user
+USERS = 100  # the newest; older ones, whose jobs have ended, are forgotten
+KEPT = 24 * 3600  # seconds; uploads, previews and shown images that are older are removed from gradio's folder
+TICK = 0.4  # seconds between the requests of a tab that follows a job
 USER_ERRORS = (ValueError, OSError, ImportError)
 THEME = gr.themes.Base(
     primary_hue="indigo",
@@ -44,14 +49,15 @@ class User:
     """One browser: its job, and its images, those of the newest job first."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder, self.lock = folder, threading.Lock()
+        self.folder, self.lock = folder, threading.RLock()
         self.job: Job | None = None
+        self.jobs = 0
         self.files: list[Path] = []  # copies under a folder that nobody can guess
 
-    def collect(self, job: Job) -> None:
-        """Copy the images of a job that are not yet shown."""
+    def collect(self, job: Job) -> int:
+        """Copy the images of a job that are not yet shown -> the number of its images."""
         with self.lock:
-            for place, file in enumerate(list(job.files)):
+            for place, file in enumerate(found := list(job.files)):
                 copy = self.folder / f"{file.parent.parent.name}-{file.name}"
                 if copy not in self.files:
                     self.folder.mkdir(parents=True, exist_ok=True)
@@ -59,6 +65,7 @@ class User:
             for old in self.files[SHOWN:]:
                 old.unlink(missing_ok=True)
             del self.files[SHOWN:]
+            return len(found)
 
 
 class Tab(NamedTuple):
@@ -87,12 +94,13 @@ class Tab(NamedTuple):
 
 
 class Page:
-    """The page of a shelf of models. shown: folder for the copies of images that browsers see."""
+    """The page of a shelf of models. shown: folder for the copies of images that browsers see; uploads: gradio's."""
 
-    def __init__(self, shelf: Shelf, parsers: Mapping[str, Parser], shown: Path) -> None:
-        self.shelf, self.shown, self.queue = shelf, shown, Queue()
+    def __init__(self, shelf: Shelf, parsers: Mapping[str, Parser], shown: Path, uploads: Path) -> None:
+        self.shelf, self.shown, self.uploads, self.queue = shelf, shown, uploads, Queue()
         self.inputs = Path(shelf.opt.outdir) / "inputs"
-        self.users: dict[str, User] = {}
+        self.lock = threading.Lock()
+        self.users: dict[str, User] = {}  # the one that was active last comes last
         fixed = {"depth_model": shelf.opt.depth_model}
         first = self._reasons(next(iter(shelf.models)))
         forms = [Form(task, parsers[name], fixed) for name, task in TASKS.items()]
@@ -100,11 +108,18 @@ class Page:
             self._layout(forms, first)
             self._events()
 
+    def close(self) -> None:
+        """Cancel the jobs and end the server."""
+        self.queue.close()
+        self.blocks.close(verbose=False)
+
     # ------------------------------------------------------------------------------------------------------- layout
 
     def _layout(self, forms: Sequence[Form], reasons: Mapping[str, str]) -> None:
         self.user = gr.BrowserState(None)
-        self.selected = gr.State(None)
+        # Not gr.State, for which every tab keeps a connection, and a browser opens six to a server.
+        self.selected, self.seen = gr.Textbox(visible=False), gr.Textbox(visible=False)
+        self.timer = gr.Timer(TICK, active=False)
         gr.HTML('<div class="title">Latent diffusion</div>', padding=False)
         with gr.Row(equal_height=False):
             with gr.Column(scale=5, min_width=380):
@@ -204,7 +219,7 @@ class Page:
 
     def _events(self) -> None:
         quiet: Any = {"show_progress": "hidden", "api_visibility": "private"}
-        live = [self.status, self.cancel, self.preview, self.gallery]
+        live = [self.status, self.cancel, self.preview, self.gallery, self.seen, self.timer]
         common = [self.user, self.model, self.lora, self.strength, self.embedding]
         for name, tab in self.tasks.items():
             triggers = [tab.generate.click] + ([tab.fields["prompt"].submit] if "prompt" in tab.fields else [])
@@ -214,6 +229,7 @@ class Page:
         for event in (control.image.change, *(field.change for field in seen)):
             alone = {"concurrency_limit": 1, "concurrency_id": "hint"}  # a detector may be a model
             event(self._show_hint, [self.model, *control.inputs], [self.hint], **alone, **quiet)
+        self.timer.tick(self._follow, [self.user, self.seen], live, queue=False, **quiet)
         self.cancel.click(self._cancel, [self.user], [self.cancel], **quiet)
         self.model.input(self._show_model, [self.model], self._of_model, **quiet)
         buttons = [tab.generate for tab in self.tasks.values()]
@@ -238,14 +254,17 @@ class Page:
         """The components that depend on the model."""
         return [self.tabs, self.reasons, self.tasks["img2img"].depth, *(tab.tab for tab in self.tasks.values())]
 
-    def _enter(self, user: str | None) -> Iterator[Updates]:
+    def _enter(self, user: str | None) -> Updates:
         """A browser opens the page, or reloads it: its images are shown again, and its job is followed."""
-        if user not in self.users:
-            user = secrets.token_urlsafe(16)
-            self.users[user] = User(self.shown / user)
+        with self.lock:
+            if user not in self.users:
+                user = secrets.token_urlsafe(16)
+                self.users[user] = User(self.shown / user)
+            idle = [name for name, each in self.users.items() if name != user and (not each.job or each.job.ended)]
+            for name in idle[: max(0, len(self.users) - USERS)]:
+                shutil.rmtree(self.users.pop(name).folder, ignore_errors=True)
         ready = {tab.generate: gr.update(interactive=True) for tab in self.tasks.values()}
-        yield {self.user: user, self.gallery: self.users[user].files, **ready}
-        yield from self._follow(self.users[user])
+        return {self.user: user, self.gallery: self._owner(user).files, **ready, **self._follow(user, "")}
 
     def _reasons(self, model: str) -> dict[str, str]:
         """Why the model does not do each task; '' if it does."""
@@ -264,17 +283,16 @@ class Page:
 
     def _generate(
         self, task: str, user: str, model: str, lora: list[str], strength: float, embedding: list[str], *values: Any
-    ) -> Iterator[Updates]:
+    ) -> Updates:
         tab = self.tasks[task]
         uploads, settings = tab.read(values)
         notes: list[str] = []
         try:
-            if user not in self.users:
-                raise ValueError("this page is older than its server: reload it")
-            owner = self.users[user]
+            owner = self._owner(user)
             with owner.lock:
-                if owner.job is not None and not owner.job.ended:
-                    raise ValueError("your last job is still running: wait for it, or cancel it")
+                if owner.job is not None and not owner.job.ended:  # in another tab: this one follows it from now on
+                    gr.Warning("your last job is still running: wait for it, or cancel it")
+                    return self._follow(user, "")
                 info, names = self.shelf.info(model)
                 with collected_warnings(notes):
                     run = plan(tab.form, settings, uploads, info, names, self.inputs)
@@ -284,29 +302,47 @@ class Page:
                 self.shelf.options(choice)
                 job = job_of(run, self.shelf, choice, Path(self.shelf.opt.outdir) / task)
                 job.notes.extend(notes)
-                owner.job = job
+                owner.job, owner.jobs = job, owner.jobs + 1
         except USER_ERRORS as error:
-            yield {self.status: _status("failed", f"error: {one_line(error)}")}
-            return
+            return {self.status: _status("failed", f"error: {one_line(error)}")}
         self.queue.add(job)
-        yield from self._follow(owner)
+        remove_old(self.uploads)
+        return self._follow(user, "")
 
-    def _follow(self, user: User) -> Iterator[Updates]:
-        """Updates of a job's progress, until it ends."""
-        job = user.job
+    def _owner(self, user: str | None) -> User:
+        with self.lock:
+            owner = self.users.pop(user or "", None)
+            if user is None or owner is None:
+                raise ValueError("the server does not know this page any more: reload it")
+            self.users[user] = owner
+            return owner
+
+    def _follow(self, user: str, seen: str) -> Updates:
+        """Updates of the user's job since those that a tab has `seen`; its timer ticks until the job has ended.
+
+        A tab asks again and again: one that waited for an answer would hold a connection, and a browser opens six.
+        """
+        try:
+            owner = self._owner(user)
+        except ValueError as error:
+            return {self.status: _status("failed", f"error: {error}"), self.timer: gr.Timer(active=False)}
+        job = owner.job
         if job is None:
-            return
-        shown: Any = None
-        for _ in job.changes():
-            user.collect(job)
-            preview = gr.update(visible=False) if job.ended else gr.skip()
-            if job.preview is not None and not job.ended:
-                preview = gr.update(value=job.preview, visible=True)
-            updates: Updates = {self.status: self._progress(job), self.preview: preview}
-            updates[self.cancel] = gr.update(visible=not job.ended)
-            if shown != (now := list(user.files)):
-                updates[self.gallery], shown = now, now
-            yield updates
+            return {self.timer: gr.Timer(active=False)}
+        version, ended = job.version, job.ended  # read first: what changes after them is seen at the next tick
+        images = f"{owner.jobs} {owner.collect(job)}"
+        now = f"{images} {version} {self.queue.ahead(job)}"
+        if now == seen:
+            return {self.seen: gr.skip()}
+        updates: Updates = {self.seen: now, self.status: self._progress(job), self.timer: gr.Timer(active=not ended)}
+        updates[self.cancel] = gr.update(visible=not ended)
+        if ended:
+            updates[self.preview] = gr.update(visible=False)
+        elif (preview := job.preview) is not None:
+            updates[self.preview] = gr.update(value=preview, visible=True)
+        if not seen.startswith(f"{images} "):
+            updates[self.gallery] = list(owner.files)
+        return updates
 
     def _progress(self, job: Job) -> str:
         if job.state == FAILED:
@@ -316,17 +352,17 @@ class Page:
             where = f", saved in {job.files[0].parent}" if job.files else ""
             word = "cancelled after " if job.state == CANCELLED else ""
             return _status(job.state, f"{word}{count} in {job.seconds:.1f} s{where}", notes=job.notes)
-        if job.state == WAITING:
-            return _status(job.state, f"waiting: {counted(self.queue.ahead(job), 'job')} before yours", notes=job.notes)
-        if job.state == LOADING:
+        if ahead := self.queue.ahead(job):
+            return _status(job.state, f"waiting: {counted(ahead, 'job')} before yours", notes=job.notes)
+        if job.state in (WAITING, LOADING):
             return _status(job.state, "loading the model", notes=job.notes)
         text = f"step {job.step} of {job.steps} · {len(job.files)} of {counted(job.images, 'image')}"
         return _status(job.state, text, job.step / max(1, job.steps), job.notes)
 
     def _cancel(self, user: str) -> Updates:
-        job = self.users[user].job if user in self.users else None
-        if job is not None:
-            self.queue.cancel(job)
+        owner = self.users.get(user)
+        if owner is not None and owner.job is not None:
+            self.queue.cancel(owner.job)
         return {self.cancel: gr.skip()}
 
     def _show_hint(self, model: str, *values: Any) -> Updates:
@@ -344,7 +380,8 @@ class Page:
     # --------------------------------------------------------------------------------------------------- image info
 
     def _select(self, user: str, event: gr.SelectData) -> Updates:
-        files = self.users[user].files if user in self.users else []
+        owner = self.users.get(user)
+        files = owner.files if owner else []
         if event.index >= len(files):
             return {self.selected: None}
         file = files[event.index]
@@ -352,7 +389,8 @@ class Page:
         return {self.selected: file.name, **shown}
 
     def _use_selected(self, user: str, selected: str | None) -> Updates:
-        files = {file.name: file for file in self.users[user].files} if user in self.users else {}
+        owner = self.users.get(user)
+        files = {file.name: file for file in owner.files} if owner else {}
         return self._fill(str(files[selected])) if selected in files else {self.status: gr.skip()}
 
     def _read_info(self, path: str | None) -> Updates:
@@ -392,6 +430,14 @@ class Page:
 
 
 # ------------------------------------------------------------------------------------------------------------ parts
+
+
+def remove_old(folder: Path, age: float = KEPT) -> None:
+    """Remove what was not used for `age` seconds; gradio's `delete_cache` leaves files of components it has updated."""
+    for path in sorted(folder.rglob("*"), reverse=True):  # files before their folders
+        with contextlib.suppress(OSError):  # a folder that is not empty, a file that another request has removed
+            if time.time() - path.lstat().st_ctime > age:
+                path.rmdir() if path.is_dir() else path.unlink()
 
 
 def _image(label: str, elem_id: str, visible: bool = True) -> gr.Image:

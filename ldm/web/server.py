@@ -9,9 +9,11 @@ import secrets
 import socket
 import tempfile
 from collections.abc import Mapping
+from contextlib import closing
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
+from urllib.parse import urlsplit
 
 from ldm.cli import Parser, Stopped, stop_on_signals
 from ldm.web.models import Choice, Shelf
@@ -19,6 +21,7 @@ from ldm.web.models import Choice, Shelf
 logger = logging.getLogger(__name__)
 
 MAX_UPLOAD = "64mb"
+TOKEN = "LDM_APP_TOKEN"  # environment variable
 # The browser of a user, too, loads nothing from elsewhere.
 _CONTENT = (
     "default-src 'self' data: blob:; script-src 'self' 'unsafe-inline' 'unsafe-eval' blob:; style-src 'self' "
@@ -33,30 +36,44 @@ class Address(NamedTuple):
     host: str = "127.0.0.1"
     port: int = 7860
     token: str | None = None
+    random: bool = False  # the token is, and is printed
 
     def checked(self) -> Address:
-        """The address with a token if other computers reach it; raise ValueError or OSError if it cannot be used."""
+        """The address, with a token if other computers reach it; the environment variable LDM_APP_TOKEN may hold one.
+
+        Raises ValueError or OSError if it cannot be used.
+        """
         if not 1 <= self.port <= 65535:
             raise ValueError(f"--port {self.port}: choose 1 to 65535; 7860 is usual")
-        if self.token is not None and not self.token.strip():
-            raise ValueError("--token '': choose a word that others cannot guess, or remove the flag for a random one")
+        flag, token = ("--token", self.token) if self.token is not None else (TOKEN, os.environ.get(TOKEN))
+        if token is not None:
+            if not token.strip():
+                raise ValueError(f"{flag} '': choose a word that others cannot guess, or remove it for a random one")
+            if token != token.encode(errors="replace").decode():
+                raise ValueError(f"{flag}: not UTF-8 text; use UTF-8 in the terminal and in the locale")
         try:
-            family, *_, place = socket.getaddrinfo(self.host, self.port, type=socket.SOCK_STREAM)[0]
-            with socket.socket(family, socket.SOCK_STREAM) as probe:
-                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-                probe.bind(place)
-        except OSError as error:
+            place = socket.getaddrinfo(self.host, self.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+            for family, *_, each in (place, (socket.AF_INET, ("127.0.0.1", self.port))):  # gradio binds the latter, too
+                with socket.socket(family, socket.SOCK_STREAM) as probe:
+                    probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                    probe.bind(each)
+        except (OSError, UnicodeError) as error:
+            reason = "not a name" if isinstance(error, UnicodeError) else error.strerror or error
             raise OSError(
-                f"--host {self.host} --port {self.port}: cannot listen there ({error.strerror or error}); "
+                f"--host {self.host or '(empty)'} --port {self.port}: cannot listen there ({reason}); "
                 "choose another --port, or 127.0.0.1 or 0.0.0.0 as --host"
             ) from error
-        return self if is_local(str(place[0])) or self.token else self._replace(token=secrets.token_urlsafe(16))
+        address = self._replace(host=str(place[4][0]), token=token)
+        return address if token or address.local else address._replace(token=secrets.token_urlsafe(16), random=True)
 
+    @property
+    def local(self) -> bool:
+        """True if only this computer reaches it."""
+        return ipaddress.ip_address(self.host.partition("%")[0]).is_loopback
 
-def is_local(host: str) -> bool:
-    """True if only this computer reaches an address or name."""
-    place = socket.getaddrinfo(host, None)[0][4][0]
-    return ipaddress.ip_address(str(place).partition("%")[0]).is_loopback
+    @property
+    def url_host(self) -> str:
+        return f"[{self.host}]" if ":" in self.host else self.host
 
 
 def serve(shelf: Shelf, parsers: Mapping[str, Parser], address: Address) -> None:
@@ -68,39 +85,40 @@ def serve(shelf: Shelf, parsers: Mapping[str, Parser], address: Address) -> None
     if find_spec("gradio") is None:
         raise ImportError('the page needs gradio: pip install -e ".[web]"')
     shelf.load(Choice(next(iter(shelf.models))))
-    with tempfile.TemporaryDirectory(prefix="ldm-app-") as folder, stop_on_signals():
+    with tempfile.TemporaryDirectory(prefix="ldm-app-", ignore_cleanup_errors=True) as folder:
         try:
-            page = launch(shelf, parsers, address, Path(folder))
-            host = f"[{address.host}]" if ":" in address.host else address.host
-            logger.info("http://%s:%d  (Ctrl-C stops the page)", host, address.port)
-            if address.token is not None:
-                logger.info("token: %s  (log in with any name and the token as the password)", address.token)
-            page.block_thread()
+            with stop_on_signals(), closing(launch(shelf, parsers, address, Path(folder))) as page:
+                logger.info("http://%s:%d  (Ctrl-C stops the page)", address.url_host, address.port)
+                if address.random:
+                    logger.info("token: %s  (log in with any name and the token as the password)", address.token)
+                page.blocks.block_thread()
         except (Stopped, KeyboardInterrupt):
             logger.info("stopped")
 
 
 def launch(shelf: Shelf, parsers: Mapping[str, Parser], address: Address, folder: Path) -> Any:
-    """Open the page in the background -> its gradio Blocks; `close` ends it. folder: for uploads and shown images."""
+    """Open the page in the background -> its Page; `close` ends it. folder: for uploads and shown images."""
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read at the import of gradio
     os.environ["GRADIO_TEMP_DIR"] = str(folder / "uploads")
+    direct = (os.environ.get("no_proxy") or os.environ.get("NO_PROXY"), "localhost", address.host)
+    os.environ["no_proxy"] = os.environ["NO_PROXY"] = ",".join(filter(None, direct))  # gradio asks its own server
     from gradio import processing_utils  # heavy, optional
 
-    from ldm.web.page import CSS, THEME, Page
+    from ldm.web.page import CSS, THEME, USERS, Page
 
     if not hasattr(processing_utils, "async_ssrf_protected_get"):
         raise ImportError('this gradio fetches URLs in another way: pip install -e ".[web]" for one that is supported')
     processing_utils.async_ssrf_protected_get = _refuse  # an upload that is a URL would be fetched by the server
-    page = Page(shelf, parsers, folder / "shown").blocks
+    page = Page(shelf, parsers, folder / "shown", folder / "uploads")
     token = address.token
-    page.queue(default_concurrency_limit=None, api_open=False)
-    page.launch(
-        server_name=address.host,
+    page.blocks.queue(default_concurrency_limit=None, api_open=False)
+    page.blocks.launch(
+        server_name=address.url_host,
         server_port=address.port,
         auth=None
         if token is None
-        else lambda user, password: secrets.compare_digest(password.encode(), token.encode()),
-        auth_message="Any name, and the token that the server printed as the password.",
+        else lambda user, password: secrets.compare_digest(password.encode(errors="surrogatepass"), token.encode()),
+        auth_message="Any name, and the server's token as the password.",
         share=False,
         inbrowser=False,
         prevent_thread_lock=True,
@@ -112,7 +130,8 @@ def launch(shelf: Shelf, parsers: Mapping[str, Parser], address: Address, folder
         mcp_server=False,
         pwa=False,
         max_file_size=MAX_UPLOAD,
-        app_kwargs={"middleware": _middleware(local=is_local(address.host))},
+        state_session_capacity=USERS,
+        app_kwargs={"middleware": _middleware(names_are_checked=address.local and token is None)},
         theme=THEME,
         css=CSS,
     )
@@ -123,13 +142,36 @@ async def _refuse(url: str) -> Any:
     raise ValueError(f"{url}: upload a file; this page fetches nothing")
 
 
-def _middleware(local: bool) -> list[Any]:
-    """local: refuse other names of this computer, by which a page of another site could reach it (DNS rebinding)."""
+def _middleware(names_are_checked: bool) -> list[Any]:
     from starlette.middleware import Middleware  # of gradio
-    from starlette.middleware.trustedhost import TrustedHostMiddleware
 
-    names = ["127.0.0.1", "localhost", "[::1]", "["]  # older versions of it end at the first colon, as of "[::1]:7860"
-    return [Middleware(_SecurityHeaders), *([Middleware(TrustedHostMiddleware, allowed_hosts=names)] if local else [])]
+    return [Middleware(_SecurityHeaders), *([Middleware(_LocalNames)] if names_are_checked else [])]
+
+
+class _LocalNames:
+    """ASGI middleware that refuses other names of this computer than its own addresses and localhost.
+
+    By such a name, a page of another site could reach this one (DNS rebinding); a token prevents that, too.
+    """
+
+    def __init__(self, app: Any) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        from starlette.responses import PlainTextResponse
+
+        names = [value.decode("latin-1") for key, value in scope.get("headers", ()) if key == b"host"]
+        text = f"{' '.join(names)}: not a local address; other names of this server need a token (--token)"
+        await (self.app if all(map(_is_local, names)) else PlainTextResponse(text, 400))(scope, receive, send)
+
+
+def _is_local(name: str) -> bool:
+    """Whether the Host of a request is an address of this computer only, or localhost."""
+    try:
+        host = urlsplit(f"//{name}").hostname or ""
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
 
 
 class _SecurityHeaders:

@@ -10,10 +10,11 @@ from ldm.web.jobs import CANCELLED, DONE, FAILED, Job, Queue
 PATIENCE = 30  # seconds
 
 
-def wait(job: Job) -> Job:
-    for _ in job.changes():
-        pass
-    return job
+def wait(queue: Queue) -> None:
+    """Until the jobs that are in the queue have ended."""
+    ended = threading.Event()
+    queue.add(Job(lambda job: ended.set()))
+    assert ended.wait(PATIENCE)
 
 
 def test_jobs_run_in_order_and_one_that_waits_can_be_taken_out():
@@ -29,9 +30,10 @@ def test_jobs_run_in_order_and_one_that_waits_can_be_taken_out():
         queue.add(job)
     assert started.wait(PATIENCE) and (queue.ahead(first), queue.ahead(second), queue.ahead(third)) == (0, 1, 2)
     queue.cancel(second)
-    assert wait(second).state == CANCELLED and queue.ahead(third) == 1
+    assert second.state == CANCELLED and queue.ahead(third) == 1
     go.set()
-    assert [wait(first).state, wait(third).state] == [DONE, DONE] and order == ["slow", "third"]
+    wait(queue)
+    assert [first.state, third.state] == [DONE, DONE] and order == ["slow", "third"]
 
 
 def test_a_cancelled_job_ends_at_its_next_report_and_the_queue_goes_on():
@@ -47,9 +49,24 @@ def test_a_cancelled_job_ends_at_its_next_report_and_the_queue_goes_on():
     queue.add(job)
     assert reached.wait(PATIENCE)
     queue.cancel(job)
-    assert wait(job).state == CANCELLED and job.step > 0
-    queue.add(after := Job(lambda job: None))
-    assert wait(after).state == DONE
+    wait(queue)
+    assert job.state == CANCELLED and job.step > 0
+
+
+def test_a_queue_that_is_closed_has_ended_its_jobs_and_an_ended_job_holds_no_uploads():
+    queue, reached = Queue(), threading.Event()
+
+    def endless(job):
+        while True:
+            reached.set()
+            job.report()
+
+    jobs = [Job(endless), Job(endless)]
+    for job in jobs:
+        queue.add(job)
+    assert reached.wait(PATIENCE)
+    queue.close(PATIENCE)
+    assert [(job.state, job.work) for job in jobs] == [(CANCELLED, None)] * 2
 
 
 def test_an_error_of_the_user_is_one_line_and_another_one_names_the_log(caplog):

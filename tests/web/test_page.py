@@ -15,6 +15,8 @@ from ldm.config.model_info import read_model_info
 from ldm.inference.from_metadata import parse_given
 from ldm.inference.requests import TextToImageRequest
 from ldm.output.images import read_metadata
+from ldm.web import page as page_module
+from ldm.web.jobs import DONE, Job
 from ldm.web.models import Shelf
 from ldm.web.server import Address, launch
 from scripts import app, txt2img
@@ -54,12 +56,12 @@ def serve(tmp_path_factory):
             port = probe.getsockname()[1]
         shelf = Shelf(parse_given(app.parser(), [*argv, *flags]))
         parsers = {name: make() for name, make in app.TASKS.items()}
-        pages.append(launch(shelf, parsers, Address("127.0.0.1", port, token), folder))
-        return SimpleNamespace(url=f"http://127.0.0.1:{port}", out=folder / "out", shelf=shelf)
+        pages.append(page := launch(shelf, parsers, Address("127.0.0.1", port, token), folder))
+        return SimpleNamespace(url=f"http://127.0.0.1:{port}", out=folder / "out", shelf=shelf, page=page)
 
     yield start
     for page in pages:
-        page.close(verbose=False)
+        page.close()
 
 
 @pytest.fixture(scope="module")
@@ -167,6 +169,49 @@ def test_a_reload_shows_the_images_again_and_follows_the_job(server, visit):
     page.wait_for_selector("text=/step \\d+ of 400/")
     page.click("#cancel")
     ended(page, "cancelled")
+
+
+def test_a_tab_that_follows_a_job_keeps_no_connection_open(server, visit):
+    """A browser opens six to a server: with one for each tab that follows a job, the next tab would wait for them."""
+    page = visit()
+    opened: set[str] = set()
+    page.on("request", lambda request: opened.add(request.url))
+    for end in ("requestfinished", "requestfailed"):
+        page.on(end, lambda request: opened.discard(request.url))
+    fill(page, "txt2img", prompt="a tent", **LONG)
+    page.click("#txt2img-generate")
+    page.wait_for_selector("text=/step \\d+ of 400/")
+    for _ in range(2):
+        page.wait_for_event("requestfinished", lambda request: "predict" in request.url)
+    assert not [url for url in opened if "predict" not in url and "file=" not in url]
+    page.click("#cancel")
+    ended(page, "cancelled")
+
+
+def test_the_server_forgets_the_oldest_browsers_except_those_whose_jobs_run(server, tmp_path, monkeypatch):
+    monkeypatch.setattr(page_module, "USERS", 3)
+    parsers = {name: make() for name, make in app.TASKS.items()}
+    page = page_module.Page(server.shelf, parsers, tmp_path / "shown", tmp_path / "uploads")
+    first, second, *_ = names = [page._enter(None)[page.user] for _ in range(3)]
+    page.users[first].job = Job(lambda job: None)
+    page.users[second].folder.mkdir(parents=True)
+    folder = page.users[second].folder
+    newest = page._enter(None)[page.user]
+    assert list(page.users) == [first, names[2], newest] and not folder.exists()
+    assert page._enter(first)[page.user] == first and list(page.users)[-1] == first  # the last one that was active
+    page.users[first].job.report(DONE)
+    assert page._enter(second)[page.user] != second and next(iter(page.users)) == newest
+    sessions = server.page.blocks.state_holder  # gradio's own, half a megabyte each
+    assert [sessions[str(k)] for k in range(120)] and len(sessions.session_data) < 110
+
+
+def test_uploads_and_shown_images_are_removed_from_gradios_folder_when_nobody_uses_them(tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "upload.png").touch()
+    page_module.remove_old(tmp_path, 60)
+    assert (tmp_path / "a" / "upload.png").exists()
+    page_module.remove_old(tmp_path, -1)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_refused_setting_has_the_words_of_the_script(server, visit, models):
@@ -280,6 +325,8 @@ def test_a_page_with_a_token_shows_nothing_without_it(serve, visit, models):
         with pytest.raises(urllib.error.HTTPError) as refused:
             urllib.request.urlopen(page_server.url + path)
         assert refused.value.code == 401
+    assert status_of(f"{page_server.url}/", "images.example.org") == 200  # of a proxy: the token is asked for
+    assert status_of(f"{page_server.url}/config", "images.example.org") == 401
     page = visit(page_server.url)
     for word, selector in (("a wrong secret", "text=/[Ii]ncorrect/"), ("a long secret", "#txt2img-generate")):
         page.fill("input >> nth=0", "anyone")
@@ -288,15 +335,19 @@ def test_a_page_with_a_token_shows_nothing_without_it(serve, visit, models):
         page.wait_for_selector(selector)
 
 
-def test_another_name_of_this_computer_is_refused(server):
+def status_of(url: str, host: str) -> int:
+    try:
+        return urllib.request.urlopen(urllib.request.Request(url, headers={"Host": host})).status
+    except urllib.error.HTTPError as refused:
+        return refused.code
+
+
+def test_another_name_of_this_computer_is_refused_without_a_token(server):
     """As of a page of another site whose name resolves to 127.0.0.1 (DNS rebinding)."""
-    for host, code in (("localhost:7860", 200), ("[::1]:7860", 200), ("evil.example", 400)):
-        request = urllib.request.Request(f"{server.url}/config", headers={"Host": host})
-        try:
-            found = urllib.request.urlopen(request).status
-        except urllib.error.HTTPError as refused:
-            found = refused.code
-        assert found == code
+    for host in ("localhost:7860", "LOCALHOST", "[::1]:7860", "127.0.0.2:80", "127.9.9.9"):
+        assert status_of(f"{server.url}/config", host) == 200
+    for host in ("evil.example", "127.0.0.1.evil.example", "localhost.evil.example:7860", "10.0.0.1", "[::1"):
+        assert status_of(f"{server.url}/config", host) == 400
 
 
 def test_no_file_of_the_server_and_no_url_can_be_read_through_the_page(server, visit):
