@@ -117,6 +117,8 @@ def main(argv: Sequence[str]) -> None:
         raise ValueError(f"--weights: --features {opt.features} takes none; remove it")
     if opt.size is not None and not any(Path(path).is_dir() for path in (opt.images, opt.real) if path):
         raise ValueError(f"--size {opt.size}: it is for folders of images in --images or --real; remove it")
+    if opt.clip_weights and not find_file(opt.clip_weights).is_file():
+        raise FileNotFoundError(f"--clip_weights {opt.clip_weights}: no such file")
     if opt.images:
         require_taken(opt, "--images")
         tasks().evaluate_images(opt, run)

@@ -89,14 +89,26 @@ class Card:
         try:
             values = json.loads(file.read_text(encoding="utf-8"))
             values["metrics"] = {name: Metric(**each) for name, each in values["metrics"].items()}
-            card = cls(**values)
+            card = cls(**values)._checked()
         except FileNotFoundError as error:
             raise FileNotFoundError(f"{flag} {path}: no card.json; pass the folder of an evaluation") from error
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{flag} {file}: not a card of scripts/evaluate.py") from error
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{flag} {file}: not a card of scripts/evaluate.py, or damaged") from error
         if card.format != FORMAT:
             raise ValueError(f"{flag} {file}: format {card.format}, this version reads {FORMAT}; evaluate it again")
         return card
+
+    def _checked(self) -> Self:
+        """This card; raise TypeError for values that no card has."""
+        sections = (self.skipped, self.settings, self.weights, self.data, self.latents, self.seconds)
+        numbers = [x for metric in self.metrics.values() for x in (metric.value, *filter(None, metric[1:]))]
+        if not (
+            all(isinstance(each, dict) for each in sections)
+            and all(isinstance(x, int | float) for x in (*numbers, *self.seconds.values()))
+            and all(isinstance(x, str) for x in (self.title, self.data.get("images", "")))
+        ):
+            raise TypeError("values of other types")
+        return self
 
     def markdown(self) -> str:
         lines = [f"# {self.title}", "", f"    {self.command}", ""]

@@ -80,27 +80,31 @@ def precision_recall(real: Features, generated: Features, k: int = 3) -> tuple[f
     return float(inside(b, a, k).double().mean()), float(inside(a, b, k).double().mean())
 
 
-def inside(points: Features, manifold: Features, k: int = 3) -> Tensor:
-    """True for points (M, D) that lie in the balls around the features `manifold` (N, D) -> (M,) bool."""
+def inside(points: Features, manifold: Features, k: int = 3, radii: Tensor | None = None) -> Tensor:
+    """True for points (M, D) that lie in the balls around the features `manifold` (N, D) -> (M,) bool.
+
+    radii: `neighbor_radii` of the manifold (N,), if they are known: of many features they take minutes.
+    """
     x, centers = checked(points, "points", 1), checked(manifold, "manifold", k + 1)
-    radii = neighbor_radii(centers, k)
+    radii = neighbor_radii(centers, k) if radii is None else radii
     return torch.cat([(rows <= radii).any(dim=1) for rows in distance_rows(x, centers)])
 
 
-def realism(generated: Features, real: Features, k: int = 3) -> Tensor:
+def realism(generated: Features, real: Features, k: int = 3, radii: Tensor | None = None) -> Tensor:
     """Realism of generated features (M, D) -> (M,), at least 1 inside the manifold of the real ones (N, D).
 
     The largest ratio of a real feature's radius to its distance, over the half of them with the smaller radii
-    (Kynkaanniemi et al. 2019, eq. 4).
+    (Kynkaanniemi et al. 2019, eq. 4). radii: as in `inside`.
     """
     x, centers = checked(generated, "generated", 1), checked(real, "real", k + 1)
-    radii = neighbor_radii(centers, k)
+    radii = neighbor_radii(centers, k) if radii is None else radii
     kept = radii <= radii.median()
     return torch.cat([(radii[kept] / rows.clamp(min=1e-12)).amax(dim=1) for rows in distance_rows(x, centers[kept])])
 
 
-def neighbor_radii(features: Tensor, k: int) -> Tensor:
+def neighbor_radii(features: Features, k: int) -> Tensor:
     """Distance of each feature (N, D) to its k-th neighbor -> (N,)."""
+    features = checked(features, "features", k + 1)
     return torch.cat([rows.kthvalue(k + 1, dim=1).values for rows in distance_rows(features, features)])  # own 0 first
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from ldm.evaluation.distances import (
     jackknife,
     kernel_distance,
     mean_interval,
+    neighbor_radii,
     realism,
     statistics,
 )
@@ -57,6 +59,13 @@ class Real:
     cache: Path = Path("outputs/evaluation/cache")
     stats_name: str = ""  # in the card: their number, place and fingerprint
     held_out_features: np.ndarray | None = None  # (K, D)
+    accuracy: Metric | None = None  # of the classifier, on the held-out images
+
+    @cached_property
+    def radii(self) -> torch.Tensor:
+        """Distance of each real feature to its neighbor that bounds the manifold -> (N,)."""
+        assert self.features is not None
+        return neighbor_radii(self.features, NEIGHBORS)
 
 
 def real_of_images(
@@ -77,6 +86,9 @@ def real_of_images(
     real = Real(chosen, statistics(features), images, features, held_out, classifier, cache, name)
     if held_out is not None:
         real.held_out_features = cached_features(cache, chosen, held_out, batch_size)
+        classes = labels_of(held_out) if classifier is not None else None
+        if classifier is not None and classes is not None:
+            real.accuracy = recognized(classifier, classes, cached_features(cache, classifier, held_out, batch_size))
     return real
 
 
@@ -137,14 +149,15 @@ def measure(images: ImageSet, real: Real, batch_size: int = 64) -> Measured:
         reason = "the real images are given as statistics alone"
         found.skipped |= dict.fromkeys(("kid", "precision", "recall"), reason)
     else:
-        found.metrics |= sample_metrics(real.features, features)
-        found.realism = realism(features, real.features, NEIGHBORS).numpy()
+        found.metrics |= sample_metrics(real, features)
+        found.realism = realism(features, real.features, NEIGHBORS, real.radii).numpy()
     labels = labels_of(images)
     if real.classifier is None or labels is None:
         reason = "the real images have no classes" if real.classifier is None else "the images have no classes"
         found.skipped["recognized"] = reason
     else:
-        found.metrics["recognized"] = recognized(real.classifier, images, labels, features, real.extractor)
+        own = features if real.extractor is real.classifier else features_of(real.classifier, images, batch_size)
+        found.metrics["recognized"] = recognized(real.classifier, labels, own)
     if real.images is None:
         found.skipped["copies"] = "the real images are given as features or statistics"
     else:
@@ -187,27 +200,31 @@ def paired_frechet_metric(originals: np.ndarray, others: np.ndarray) -> Metric:
     return Metric(*jackknife(distance, len(x), least=0.0))
 
 
-def sample_metrics(real: np.ndarray, features: np.ndarray) -> dict[str, Metric]:
-    """Kernel distance, precision and recall of features (M, D) against real ones (N, D)."""
-    size = min(1000, max(2, min(len(real), len(features)) // 2))  # subsets of all images would have no spread
-    mean, spread = kernel_distance(real, features, KID_SUBSETS, size)
+def sample_metrics(real: Real, features: np.ndarray) -> dict[str, Metric]:
+    """Kernel distance, precision and recall of features (M, D) against the real ones (N, D)."""
+    assert real.features is not None
+    least = min(len(real.features), len(features))
+    size = min(1000, max(2, least // 2))  # subsets of all images would have no spread
+    mean, spread = kernel_distance(real.features, features, KID_SUBSETS, size)
     found = {"kid": Metric(mean, spread=spread)}
-    if min(len(real), len(features)) > NEIGHBORS:
-        found["precision"] = Metric(*mean_interval(inside(features, real, NEIGHBORS).double()))
-        found["recall"] = Metric(*mean_interval(inside(real, features, NEIGHBORS).double()))
+    if least > NEIGHBORS:
+        within = inside(features, real.features, NEIGHBORS, real.radii)
+        found["precision"] = Metric(*mean_interval(within.double()))
+        found["recall"] = Metric(*mean_interval(inside(real.features, features, NEIGHBORS).double()))
     return found
 
 
-def recognized(
-    classifier: ClassifierFeatures, images: ImageSet, labels: np.ndarray, features: np.ndarray, extractor: Extractor
-) -> Metric:
-    """Share of images that the classifier reads as their label."""
-    own = features if extractor is classifier else features_of(classifier, images)
-    return Metric(*mean_interval((classifier.classes(torch.from_numpy(own)).numpy() == labels).astype(float)))
+def recognized(classifier: ClassifierFeatures, labels: np.ndarray, features: np.ndarray) -> Metric:
+    """Share of images with these features of the classifier, (N, 64), that it reads as their labels (N,)."""
+    return Metric(*mean_interval((classifier.classes(torch.from_numpy(features)).numpy() == labels).astype(float)))
 
 
 def clip_score(images: ImageSet, texts: Sequence[str], version: str, weights: str, device: torch.device) -> Metric:
-    """100 times the cosine of each image and its text in CLIP's space, at least 0 (Hessel et al. 2021, 2104.08718)."""
+    """100 times the cosine of each image and its text in CLIP's space, at least 0.
+
+    CLIPScore (Hessel et al. 2021, arXiv 2104.08718, eq. 1) with torchmetrics' factor in place of the paper's 2.5.
+    Images are scaled to CLIP's square whatever their proportions.
+    """
     image_encoder = FrozenClipImageEmbedder(version, weights=weights, antialias=True, normalize=True)
     text_encoder = FrozenCLIPTextEmbedder(version, weights=weights)
     scores: list[torch.Tensor] = []

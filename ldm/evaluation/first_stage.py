@@ -50,7 +50,10 @@ def load_first_stage(config: Mapping[str, Any], source: WeightsSource, use_ema: 
 def reconstruct(
     model: Any, images: ImageSet, batch_size: int, device: Any, perceptual: LPIPS | None
 ) -> Reconstructions:
-    """Encode and decode every image; a KL first stage decodes the mode of its posterior."""
+    """Encode and decode every image; a KL first stage decodes the mode of its posterior.
+
+    All errors are those of the 8-bit images, which are also what the rFID is of.
+    """
     from torchmetrics.functional.image import structural_similarity_index_measure as ssim  # seconds to import
 
     kept: list[np.ndarray] = []
@@ -62,8 +65,8 @@ def reconstruct(
         for first in range(0, len(images), batch_size):
             batch = np.stack([images.image(k) for k in range(first, min(first + batch_size, len(images)))])
             x = torch.from_numpy(batch).permute(0, 3, 1, 2).to(device).float() / 127.5 - 1.0
-            y = latents.decoded(x).float().clamp(-1, 1)
-            kept += [np.asarray(from_tensor(each).convert("RGB")) for each in y]
+            kept += [np.asarray(from_tensor(each).convert("RGB")) for each in latents.decoded(x).float().clamp(-1, 1)]
+            y = torch.from_numpy(np.stack(kept[first:])).permute(0, 3, 1, 2).to(device).float() / 127.5 - 1.0
             errors["mse"].append((((x - y) / 2) ** 2).mean(dim=(1, 2, 3)).cpu())
             similarity = ssim((y + 1) / 2, (x + 1) / 2, data_range=1.0, reduction="none")  # defined for values >= 0
             errors["ssim"].append(torch.as_tensor(similarity).reshape(-1).cpu())

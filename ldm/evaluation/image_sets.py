@@ -81,7 +81,10 @@ class DatasetImages:
         return self.count
 
     def sample(self, index: int) -> Mapping[str, Any]:
-        return self.samples[int(self.order[index])]
+        try:
+            return self.samples[int(self.order[index])]
+        except BadImageError as error:  # whose cause has no advice on a dataset's settings
+            raise ValueError(f"{self.name}: {error.__cause__ or error}; repair or remove it") from error
 
     def image(self, index: int) -> np.ndarray:
         sample = self.sample(index)
@@ -158,9 +161,13 @@ def open_folder(path: Path, flag: str, size: int | None, limit: int | None = Non
 
 
 def _own_size(path: Path) -> ImageFolder:
-    """The images of a folder at the size of the first one."""
-    first = ImageFolder(str(path), size=None, crop_size=2)._load(0)
-    return ImageFolder(str(path), size=(first.height, first.width))
+    """The images of a folder at their own size; raise ValueError if they have several."""
+    sizes = {(int(w), int(h)) for w, h in ImageFolder(str(path), size=None, crop_size=2).sizes}
+    if len(sizes) > 1:
+        shown = ", ".join(f"{width}x{height}" for width, height in sorted(sizes)[:3])
+        raise ValueError(f"{path}: images of {len(sizes)} sizes ({shown}, ...); pass --size to scale and crop them")
+    [(width, height)] = sizes
+    return ImageFolder(str(path), size=(height, width))
 
 
 def read_npz(path: Path, flag: str) -> dict[str, np.ndarray]:
@@ -178,6 +185,8 @@ def read_npz(path: Path, flag: str) -> dict[str, np.ndarray]:
     images = arrays.get("arr_0")
     if images is not None and (images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3):
         raise ValueError(f"{flag} {path}: arr_0 is {images.dtype} {images.shape}; expected uint8 (N, H, W, 3)")
+    if images is not None and (len(images) < 2 or 0 in images.shape):
+        raise ValueError(f"{flag} {path}: arr_0 is {images.shape}; expected two images or more")
     labels = arrays.get("arr_1")
     if images is not None and labels is not None and not (labels.shape == (len(images),) and _are_classes(labels)):
         raise ValueError(f"{flag} {path}: arr_1 is {labels.dtype} {labels.shape}; expected a class >= 0 for each image")

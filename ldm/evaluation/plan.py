@@ -100,3 +100,8 @@ def is_first_stage(configs: Sequence[Path]) -> bool:
 def of_model(overrides: Sequence[str]) -> list[str]:
     """The overrides of a command line that change the model, not its data."""
     return [word for word in overrides if word.lstrip("+~").startswith("model.")]
+
+
+def without_places(identity: Mapping[str, Any]) -> dict[str, Any]:
+    """The identity of a model (see `identify`) without paths: files that were moved have the same fingerprints."""
+    return {name: value for name, value in identity.items() if name not in ("ckpt", "config")}

@@ -17,6 +17,7 @@ from tqdm import tqdm
 from ldm.atomic import atomic_file, save_text
 from ldm.config.model_info import ModelInfo
 from ldm.evaluation.image_sets import DatasetImages
+from ldm.evaluation.plan import without_places
 from ldm.inference.pipeline import Pipeline
 from ldm.inference.requests import ClassConditionalRequest, ConditionalRequest, TextToImageRequest
 from ldm.inference.settings import MAX_SEED, Request
@@ -180,7 +181,11 @@ def check_settings(path: Path, settings: Mapping[str, Any]) -> None:
     if not path.is_file():
         save_text(path, text)
         return
-    before, now = json.loads(path.read_text(encoding="utf-8")), json.loads(text)
+    try:
+        before = dict(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path}: damaged; delete {path.parent} to sample anew, or choose another --outdir") from error
+    before, now = without_places(before), without_places(json.loads(text))
     changed = [name for name in {**before, **now} if before.get(name) != now.get(name)]
     if changed:
         name = changed[0]

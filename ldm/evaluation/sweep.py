@@ -11,7 +11,7 @@ from typing import Any
 from ldm.atomic import save_bytes, save_text
 from ldm.evaluation.card import METRICS, Card, plain, shown, table
 from ldm.evaluation.figure import stacked, trade_off_plot
-from ldm.evaluation.plan import Point
+from ldm.evaluation.plan import Point, without_places
 from ldm.output.images import png_bytes
 
 COLUMNS = ("fid", "kid", "precision", "recall", "recognized", "clip_score", "copies")
@@ -26,7 +26,8 @@ def finished(
     card = Card.read(folder, "--sweep")
     same = {name: plain(value) for name, value in card.settings.items()} == {k: plain(x) for k, x in record.items()}
     known = {name: card.data.get(name) for name in data}
-    same = same and [card.weights, known] == json.loads(json.dumps([weights, data], default=str))
+    weights, data = json.loads(json.dumps([weights, data], default=str))
+    same = same and known == data and without_places(card.weights) == without_places(weights)
     return card if same and card.data.get("images", "").startswith(f"{count},") else None
 
 
@@ -38,7 +39,7 @@ def write(folder: Path, swept: Mapping[str, Sequence[Any]], points: Sequence[Poi
         [
             *(plain(point.values[name]) for name in swept),
             *(shown(name, card.metrics[name]) if name in card.metrics else "" for name in names),
-            f"{card.seconds.get('per sample', 0.0):.4f}",
+            f"{card.seconds['per sample']:.4f}" if "per sample" in card.seconds else "",
         ]
         for point, card in zip(points, cards, strict=True)
     ]
@@ -46,17 +47,17 @@ def write(folder: Path, swept: Mapping[str, Sequence[Any]], points: Sequence[Poi
         trade_off(
             points, cards, "scale", lambda card: value_of(card, "recall"), "recall (lines: one setting, in order)"
         ),
-        trade_off(points, cards, "steps", lambda card: card.seconds.get("per sample", 0.0), "seconds per sample"),
+        trade_off(points, cards, "steps", lambda card: card.seconds.get("per sample"), "seconds per sample"),
     ]
-    save_bytes(folder / "sweep.png", png_bytes(stacked(plots)))
+    save_bytes(folder / "sweep.png", png_bytes(stacked([each for each in plots if each is not None])))
     text = "\n".join([f"# {cards[0].title.partition(':')[0]}: sweep", "", *table(head, rows), "", "![](sweep.png)"])
     return save_text(folder / "sweep.md", text + "\n")
 
 
 def trade_off(
-    points: Sequence[Point], cards: Sequence[Card], along: str, x: Callable[[Card], float], x_label: str
+    points: Sequence[Point], cards: Sequence[Card], along: str, x: Callable[[Card], float | None], x_label: str
 ) -> Any:
-    """Frechet distance over x; a line for each combination of the settings other than `along`."""
+    """Frechet distance over x; a line for each combination of the settings other than `along`. None without any x."""
     groups: dict[str, list[tuple[float, float]]] = defaultdict(list)
     for point, card in zip(points, cards, strict=True):
         others = [
@@ -64,9 +65,10 @@ def trade_off(
             for name, value in point.values.items()
             if name != along
         ]
-        groups[" ".join(others) or "samples"].append((round(x(card), 5), card.metrics["fid"].value))
-    return trade_off_plot(groups, "Frechet distance", x_label, by_x=along != "scale")
+        if (at := x(card)) is not None:
+            groups[" ".join(others) or "samples"].append((round(at, 5), card.metrics["fid"].value))
+    return trade_off_plot(groups, "Frechet distance", x_label, by_x=along != "scale") if groups else None
 
 
-def value_of(card: Card, name: str) -> float:
-    return card.metrics[name].value if name in card.metrics else 0.0
+def value_of(card: Card, name: str) -> float | None:
+    return card.metrics[name].value if name in card.metrics else None

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
 from ldm.atomic import save_bytes, save_text
-from ldm.checkpoint import open_weights
+from ldm.checkpoint import WeightsSource, open_weights
+from ldm.checkpoint.names import EMA
 from ldm.config.model_info import ModelInfo, read_config
 from ldm.data.datamodule import SPLITS
+from ldm.data.image import load_image
 from ldm.evaluation import first_stage, sweep
 from ldm.evaluation.card import METRICS, Card, interval, shown
 from ldm.evaluation.card import compare as compared
@@ -52,8 +53,8 @@ from ldm.inference import cli
 from ldm.inference.pipeline import Pipeline, identify
 from ldm.inference.precision import choose_device
 from ldm.inference.runs import SavedRun
-from ldm.output.images import png_bytes
-from ldm.paths import find_file
+from ldm.output.images import make_folder, png_bytes
+from ldm.paths import find_file, fingerprint
 
 
 def evaluate_model(
@@ -65,6 +66,7 @@ def evaluate_model(
     prepared: cli.Prepared,
 ) -> None:
     """Sample a model, once or at every point of a sweep, and write the cards."""
+    require_ema(opt, prepared.weights)
     real = open_real(opt, run, tuple(side * (info.factor or 1) for side in info.image_size))
     conditions = real.held_out if real.held_out is not None else real.images
     identity = weights_of(opt, info, prepared)
@@ -120,11 +122,11 @@ def evaluate_images(opt: Namespace, run: SavedRun | None) -> None:
 
 def evaluate_first_stage(opt: Namespace, run: SavedRun) -> None:
     """Reconstruct held-out images with a first stage."""
-    device = choose_device(opt.device)
+    device, source = choose_device(opt.device), open_weights(run.ckpt)
+    require_ema(opt, source)
     split = opt.held_out if opt.held_out not in (None, "none") else "validation"
     images = open_split(run, opt.overrides, split, "--held_out", limit=opt.n_samples)
     real = open_real(opt, run, None)
-    source = open_weights(run.ckpt)
     weights = {**identify(source, run.configs[-1]), "step": source.step(), "use_ema": opt.use_ema}
     folder = Path(opt.outdir) if opt.outdir else OUTPUTS / run.folder.name
     check_settings(folder / "settings.json", {**weights, "images": images.fingerprint, "real": real.stats_name})
@@ -155,8 +157,10 @@ def compare_cards(opt: Namespace) -> None:
     a, b = (Card.read(Path(path)) for path in opt.compare)
     paths = [path if path.is_dir() else path.parent for path in map(Path, opt.compare)]
     text = compared(a, b)
-    folder = Path(opt.outdir) if opt.outdir else OUTPUTS / f"compare-{paths[0].name}-and-{paths[1].name}"
-    figures = [Image.open(path / "card.png").convert("RGB") for path in paths]
+    digest = hashlib.sha256("\n".join(str(path.resolve()) for path in paths).encode()).hexdigest()[:8]
+    name = f"compare-{paths[0].resolve().name}-and-{paths[1].resolve().name}-{digest}"
+    folder = Path(opt.outdir) if opt.outdir else OUTPUTS / name
+    figures = [load_image(path / "card.png") for path in paths]
     save_bytes(folder / "compare.png", png_bytes(stacked(figures, side_by_side=True)))
     print(text)
     print(f"compared in {save_text(folder / 'compare.md', text)}")
@@ -178,14 +182,23 @@ def weights_of(opt: Namespace, info: ModelInfo, prepared: cli.Prepared) -> dict[
     step, device = prepared.weights.step(), choose_device(opt.device).type
     others = {"step": step, "use_ema": opt.use_ema, "precision": opt.precision, "device": device}
     others |= {"quantize": opt.quantize, "lora": opt.lora or None, "embedding": opt.embedding or None}
+    others |= {"lora_fingerprint": [fingerprint(path) for path, _ in prepared.lora] or None}
+    others |= {"embedding_fingerprint": [fingerprint(path) for path, _ in prepared.embeddings] or None}
     others["overrides"] = of_model(opt.overrides) or None
     given = {name: value for name, value in others.items() if value is not None}
     return {**identify(prepared.weights, info.path), **given}
 
 
+def require_ema(opt: Namespace, source: WeightsSource) -> None:
+    """Raise ValueError if --use_ema asks for EMA weights that the file does not have."""
+    if opt.use_ema and not source.averaged and not any(name.startswith(EMA) for name in source.tensors()):
+        raise ValueError(f"--use_ema: {source.path} has no EMA weights; remove it")
+
+
 def open_real(opt: Namespace, run: SavedRun | None, size: tuple[int, ...] | None) -> Real:
     """The real images, their features (cached), the classifier of their classes, and held-out images."""
     value, cache = opt.real or "train", Path(opt.cache)
+    make_folder(cache)
     path = find_file(value)
     held_out = open_held_out(opt, run, value)
     images: ImageSet
@@ -257,6 +270,9 @@ def data_record(real: Real) -> dict[str, Any]:
     record = {"real": real.stats_name, **features_record(real)}
     if real.held_out is not None:
         record["held_out"] = f"{len(real.held_out)}, {real.held_out.name} ({real.held_out.fingerprint[:16]})"
+    if real.accuracy is not None:
+        share = f"{shown('recognized', real.accuracy)} ({interval('recognized', real.accuracy)})"
+        record["classifier"] = f"recognizes {share} of the held-out images"
     return record
 
 

@@ -1,5 +1,7 @@
 """Cards: written, read, shown, compared."""
 
+import json
+
 import pytest
 from PIL import Image
 
@@ -21,7 +23,32 @@ def test_a_card_is_read_as_it_was_written(tmp_path):
     assert "LPIPS: not measured, no weights" in text and "| 3 | 5 | 0.01 |" in text and "| scale | 1.5 |" in text
 
 
-@pytest.mark.parametrize("content", ["{}", "no json", '{"metrics": {"fid": {"wrong": 1}}}'])
+WHOLE = {"kind": "samples", "title": "a", "command": "b", "metrics": {"fid": {"value": 1.0}}, "skipped": {}}
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "{}",
+        "no json",
+        "[]",
+        "null",
+        '{"metrics": {"fid": {"wrong": 1}}}',
+        *(
+            json.dumps(WHOLE | change)
+            for change in (
+                {"metrics": {"fid": {"value": None}}},
+                {"metrics": {"fid": {"value": "1"}}},
+                {"metrics": []},
+                {"data": []},
+                {"data": {"images": 5}},
+                {"settings": None},
+                {"title": 3},
+                {"seconds": {"sampling": "1"}},
+            )
+        ),
+    ],
+)
 def test_another_file_is_no_card(tmp_path, content):
     (tmp_path / "card.json").write_text(content)
     with pytest.raises(ValueError, match="not a card"):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from ldm.evaluation import features
+from ldm.evaluation import distances, evaluate, features
 from ldm.evaluation.distances import frechet_distance, precision_recall
 from ldm.evaluation.evaluate import (
     Real,
@@ -46,6 +46,22 @@ def test_metrics_are_those_of_the_features(real):
     held_out = features_of(PIXELS, bars(30, seed=1))[:24]
     assert [*found.floor.values()] == pytest.approx([frechet_distance(real.features, each) for each in (held_out, x)])
     assert [*found.floor] == [f"Frechet distance of 24 {name}" for name in ("held-out images", "images of this card")]
+
+
+def test_the_classifier_is_measured_on_the_held_out_images(real):
+    classes = real.classifier.classes(torch.from_numpy(features_of(real.classifier, real.held_out))).numpy()
+    assert real.accuracy.value == np.mean(classes == real.held_out.labels) > 0.9
+
+
+def test_the_manifold_of_the_real_images_is_measured_once(real, monkeypatch):
+    measured = []
+    radii = distances.neighbor_radii
+    for module in (distances, evaluate):
+        monkeypatch.setattr(module, "neighbor_radii", lambda x, k: measured.append(len(x)) or radii(x, k))
+    again = replace(real)
+    for seed in (2, 3):
+        measure(bars(24, seed=seed), again)
+    assert sorted(measured) == [24, 24, 40]
 
 
 def test_wrong_classes_are_not_recognized(real):

@@ -50,11 +50,24 @@ def test_a_missing_image_key_names_those_of_the_samples():
         DatasetImages("noise", Noise(), "edited", "")
 
 
-def test_a_folder_is_read_at_the_size_of_its_first_image_or_at_the_size_asked_for(tmp_path):
-    for k, size in enumerate(((12, 8), (24, 16))):
-        Image.new("RGB", size, (50 * k, 0, 0)).save(tmp_path / f"{k}.png")
+def test_a_folder_is_read_at_the_size_of_its_images_or_at_the_size_asked_for(tmp_path):
+    for k in range(2):
+        Image.new("RGB", (12, 8), (50 * k, 0, 0)).save(tmp_path / f"{k}.png")
     assert open_folder(tmp_path, "--images", None).image(1).shape == (8, 12, 3)
-    assert open_folder(tmp_path, "--images", 6).image(0).shape == (6, 6, 3)
+    Image.new("RGB", (24, 16)).save(tmp_path / "2.png")
+    assert open_folder(tmp_path, "--images", 6).image(2).shape == (6, 6, 3)
+    with pytest.raises(ValueError, match=r"images of 2 sizes \(12x8, 24x16, \.\.\.\); pass --size"):
+        open_folder(tmp_path, "--images", None)
+
+
+def test_a_damaged_image_of_a_folder_is_named_without_settings_of_datasets(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+    for k in range(2):
+        Image.fromarray(pixels).save(tmp_path / f"{k}.png")
+    images = open_folder(tmp_path, "--images", None)
+    (tmp_path / "1.png").write_bytes((tmp_path / "0.png").read_bytes()[:120])
+    with pytest.raises(ValueError, match=r"1\.png.*; repair or remove it$"):
+        images.image(1)
 
 
 def test_an_npz_gives_images_features_or_statistics(tmp_path):

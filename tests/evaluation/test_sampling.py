@@ -90,9 +90,18 @@ def test_samples_of_other_settings_are_not_mixed(tmp_path):
     module.check_settings(tmp_path / "settings.json", {"scale": 1.5, "ckpt": "a"})
     with pytest.raises(ValueError, match=r"holds samples with scale 1\.5, now 3\.0; choose another --outdir"):
         module.check_settings(tmp_path / "settings.json", {"scale": 3.0, "ckpt": "a"})
-    with pytest.raises(ValueError, match=r"holds samples with ckpt a, now None"):  # such as --lora left out
-        module.check_settings(tmp_path / "settings.json", {"scale": 1.5})
+    with pytest.raises(ValueError, match=r"holds samples with lora None, now b"):
+        module.check_settings(tmp_path / "settings.json", {"scale": 1.5, "lora": "b"})
     assert json.loads((tmp_path / "settings.json").read_text())["scale"] == 1.5
+
+
+def test_samples_of_a_model_that_was_moved_are_kept_and_damaged_settings_are_one_line(tmp_path):
+    module.check_settings(tmp_path / "settings.json", {"ckpt": "a", "config": "b", "ckpt_fingerprint": "1"})
+    module.check_settings(tmp_path / "settings.json", {"ckpt": "c", "config": "d", "ckpt_fingerprint": "1"})
+    for content in ("{", "[1]", "null", "7"):
+        (tmp_path / "settings.json").write_text(content)
+        with pytest.raises(ValueError, match=r"settings\.json: damaged; delete"):
+            module.check_settings(tmp_path / "settings.json", {"ckpt": "a"})
 
 
 def test_all_conditions_are_taken_before_one_repeats():

@@ -14,6 +14,7 @@ from ldm.config.instantiate import instantiate_from_config
 from ldm.evaluation import features
 from ldm.paths import ROOT
 from scripts.evaluate import main
+from tests.inference.test_lora import write
 from tests.scripts.refusals import help_without_heavy_imports, refused
 from tests.scripts.test_sample_conditional import images, save_run  # noqa: F401
 from tests.tiny import FIRST_STAGE
@@ -73,6 +74,15 @@ def test_a_repeated_command_samples_nothing_and_other_settings_need_another_fold
     assert card_in(tmp_path / "out")["settings"]["seed"] == 42
 
 
+def test_samples_with_another_lora_of_the_same_name_are_not_reused(images, tmp_path, capsys):  # noqa: F811
+    saved = save_run(tmp_path, "text", images)
+    for seed in range(2):
+        write(tmp_path / "a.safetensors", saved, seed, ("attention",))
+        command = flags(saved.ckpt.parents[1], "--outdir", "out", "--lora", "a.safetensors")
+        assert run_command(main, command) == (2 if seed else 0)
+    assert "holds samples with lora_fingerprint" in capsys.readouterr().err
+
+
 def test_a_sweep_has_a_card_for_each_point_a_table_and_plots_and_resumes(runs, tmp_path, monkeypatch):
     command = flags(runs["class"], "--sweep", "scale=1,2", "--sweep", "sampler=ddim,heun", "--outdir", "out")
     assert run_command(main, command) == 0
@@ -122,6 +132,7 @@ def test_a_first_stage_reconstructs_held_out_images(runs, tmp_path, monkeypatch,
     for others, words in (
         (["--lora", "a"], "--lora: has no effect with a first stage"),
         (["--held_out", "none"], "name one"),
+        (["--use_ema"], "--use_ema: stage/checkpoints/last.ckpt has no EMA weights; remove it"),
     ):
         assert words in refused(main, ["--ckpt", "stage", *others], capsys)
     card = card_in(tmp_path / "outputs" / "evaluation" / "stage")
@@ -135,7 +146,7 @@ def test_two_cards_are_compared_as_text_and_as_a_figure(runs, tmp_path, capsys):
     capsys.readouterr()
     assert run_command(main, ["--compare", "a", "b"]) == 0
     assert "| scale | 1 | 2 |" in capsys.readouterr().out
-    folder = tmp_path / "outputs" / "evaluation" / "compare-a-and-b"
+    [folder] = (tmp_path / "outputs" / "evaluation").glob("compare-a-and-b-*")
     widths = [Image.open(tmp_path / name / "card.png").width for name in ("a", "b")]
     assert Image.open(folder / "compare.png").width == sum(widths) and (folder / "compare.md").is_file()
 
@@ -162,6 +173,8 @@ def test_two_cards_are_compared_as_text_and_as_a_figure(runs, tmp_path, capsys):
         (["--ckpt", "RUN", "--features", "pixels", "--weights", "a.pth"], "--features pixels takes none; remove it"),
         (["--ckpt", "RUN", "--size", "16"], "--size 16: it is for folders of images"),
         (["--ckpt", "RUN", "--feature", "pixels"], "did you mean --features"),
+        (["--ckpt", "RUN", "--clip_weights", "gone"], "--clip_weights gone: no such file"),
+        (["--ckpt", "RUN", "--steps", "2", "--cache", f"{ROOT}/setup.py"], "setup.py is a file or inside one"),
     ],
 )
 def test_a_mistake_is_one_line(words, message, runs, capsys):
