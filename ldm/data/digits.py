@@ -1,9 +1,11 @@
 """Scanned handwritten digits with captions, from scikit-learn: no download needed."""
 
+import importlib.util
 import itertools
 import math
 from collections.abc import Sequence
 from functools import cache
+from pathlib import Path
 from typing import Annotated
 
 import numpy as np
@@ -145,12 +147,11 @@ def captions(digit: int) -> list[str]:
 @cache
 def load_scans() -> tuple[np.ndarray, np.ndarray]:
     """Load scikit-learn's digits -> scans (1797, 8, 8) float64 with ink 0..16, labels (1797,) int64."""
-    try:
-        from sklearn.datasets import load_digits  # optional, for the quickstart only
-    except ImportError as error:
-        raise ImportError("the digits need scikit-learn: pip install -e '.[quickstart]'") from error
-    digits = load_digits()
-    return digits.images, digits.target.astype(np.int64)
+    package = importlib.util.find_spec("sklearn")  # optional, for the quickstart only; its import takes a second
+    if package is None or package.origin is None:
+        raise ImportError("the digits need scikit-learn: pip install -e '.[quickstart]'")
+    table = np.loadtxt(Path(package.origin).parent / "datasets" / "data" / "digits.csv.gz", delimiter=",")
+    return table[:, :-1].reshape(-1, 8, 8), table[:, -1].astype(np.int64)
 
 
 def split_indices(labels: np.ndarray, split: str) -> np.ndarray:

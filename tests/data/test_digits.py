@@ -1,6 +1,7 @@
 """The digits: a fixed, stratified split, images as the models take them, and captions in several phrasings."""
 
 import builtins
+import sys
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ import torch
 
 from ldm.data import digits as module
 
-pytest.importorskip("sklearn")
+datasets = pytest.importorskip("sklearn.datasets")
 
 
 @pytest.fixture(scope="module")
@@ -109,17 +110,25 @@ def test_wrong_arguments_are_refused_with_the_choices(arguments):
 
 
 def test_without_scikit_learn_the_error_names_the_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "sklearn", None)
+    module.load_scans.cache_clear()
+    with pytest.raises(ImportError, match="quickstart"):
+        module.Digits()
+
+
+def test_the_scans_are_those_of_scikit_learn_and_are_read_without_its_import(monkeypatch):
+    digits = datasets.load_digits()
     real_import = builtins.__import__
 
     def without_sklearn(name, *rest, **kwargs):
-        if name.startswith("sklearn"):
-            raise ImportError(name)
+        assert not name.startswith("sklearn")
         return real_import(name, *rest, **kwargs)
 
     monkeypatch.setattr(builtins, "__import__", without_sklearn)
     module.load_scans.cache_clear()
-    with pytest.raises(ImportError, match="quickstart"):
-        module.Digits()
+    scans, labels = module.load_scans()
+    assert np.array_equal(scans, digits.images) and scans.dtype == digits.images.dtype
+    assert np.array_equal(labels, digits.target) and labels.dtype == np.int64
 
 
 def test_edits_widen_or_narrow_the_strokes_of_the_same_digit():

@@ -163,7 +163,7 @@ def test_without_scikit_learn_it_stops_in_one_line_before_anything_else(capfd, m
     from ldm.data import digits
 
     digits.load_scans.cache_clear()
-    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+    monkeypatch.setitem(sys.modules, "sklearn", None)
     assert quickstart.run_command(quickstart.main, ["--outdir", str(tmp_path / "out")]) == 2
     err = capfd.readouterr().err
     assert err.startswith("error: ") and "quickstart" in err and err.count("\n") == 1
