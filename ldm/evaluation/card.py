@@ -152,15 +152,22 @@ def versions() -> dict[str, str]:
 
 def shown(name: str, metric: Metric) -> str:
     kind = METRICS[name]
-    spread = f" ± {metric.spread * kind.factor:.{kind.digits}f}" if metric.spread is not None else ""
-    return f"{metric.value * kind.factor:.{kind.digits}f}{spread}{kind.unit}"
+    spread = f" ± {_number(metric.spread, kind)}" if metric.spread is not None else ""
+    return f"{_number(metric.value, kind)}{spread}{kind.unit}"
 
 
 def interval(name: str, metric: Metric) -> str:
     kind = METRICS[name]
     if metric.low is None or metric.high is None:
         return "± over subsets" if metric.spread is not None else ""
-    return f"{metric.low * kind.factor:.{kind.digits}f} to {metric.high * kind.factor:.{kind.digits}f}"
+    return f"{_number(metric.low, kind)} to {_number(metric.high, kind)}"
+
+
+def _number(value: float, kind: Kind) -> str:
+    """Return a value with the digits of its kind; a distance that these would show as 0 with an exponent."""
+    scaled = value * kind.factor
+    small = not kind.unit and 1e-9 < abs(scaled) < 10**-kind.digits / 2
+    return f"{scaled:.1e}" if small else f"{scaled:.{kind.digits}f}"
 
 
 def plain(value: Any) -> str:

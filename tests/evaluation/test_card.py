@@ -5,7 +5,7 @@ import json
 import pytest
 from PIL import Image
 
-from ldm.evaluation.card import Card, Metric, compare, shown, verdict
+from ldm.evaluation.card import Card, Metric, compare, interval, shown, verdict
 
 
 def card(**changes) -> Card:
@@ -76,3 +76,5 @@ def test_a_comparison_lists_the_settings_that_differ_and_warns_of_other_features
 
 def test_values_are_shown_in_the_units_of_their_metric():
     assert shown("recognized", Metric(0.957)) == "95.7 %" and shown("psnr", Metric(36.7)) == "36.70 dB"
+    assert shown("rfid", Metric(6.9e-5)) == "6.9e-05" and shown("rfid", Metric(0.0131)) == "0.013"
+    assert interval("copies", Metric(0.0, 1e-18, 0.009)) == "0.0 to 0.9"
