@@ -51,13 +51,17 @@ def is_main_process() -> bool:
 
 @contextmanager
 def console(debug: bool = False) -> Iterator[None]:
-    """Log this package's events, and warnings as one line each, to stderr; restore the logging state afterwards."""
+    """Log this package's events, and warnings as one line each, to stderr; restore the logging state afterwards.
+
+    A line that the terminal would get from `ldm.cli.run_command` too is logged once.
+    """
     handler = TerminalHandler(logging.DEBUG if is_main_process() else logging.WARNING)
     handler.setFormatter(logging.Formatter("%(asctime)s  %(message)s", datefmt="%H:%M:%S"))
     package = logging.getLogger("ldm")
     level = package.level
     package.addHandler(handler)
     package.setLevel(logging.DEBUG if debug else logging.INFO)
+    package.propagate = not any(isinstance(each, TerminalHandler) for each in logging.getLogger().handlers)
     with warnings.catch_warnings():
         if not debug:
             for message in _NOISE:
@@ -70,6 +74,7 @@ def console(debug: bool = False) -> Iterator[None]:
         finally:
             package.removeHandler(handler)
             package.setLevel(level)
+            package.propagate = True
 
 
 def report_error(error: Exception, debug: bool) -> int:
