@@ -1,4 +1,4 @@
-"""Quality of the paper's runs: FID, precision and recall on a classifier's features, recognition, PSNR and rFID."""
+"""Quality of the paper's runs, by the functions of ldm.evaluation: FID, precision, recall, recognition, PSNR, rFID."""
 
 from __future__ import annotations
 
@@ -6,129 +6,115 @@ import json
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from PIL import Image
-from torch import Tensor, nn
 
-from benchmarks.paper import NULL_CLASS, Sampling
+from benchmarks.paper import BATCH, Samples, Study
 from ldm.atomic import save_bytes
-from ldm.checkpoint.load import load_weights
-from ldm.config.instantiate import instantiate_from_config
-from ldm.data.digits import Digits
-from ldm.data.image import to_array
+from ldm.checkpoint import open_weights
 from ldm.evaluation.distances import frechet_distance, precision_recall
-from ldm.evaluation.metrics import DigitClassifier, psnr
-from ldm.inference.pipeline import load_model
-from ldm.inference.requests import ClassConditionalRequest
-from ldm.inference.tasks.class_conditional import generate_samples
+from ldm.evaluation.evaluate import NEIGHBORS, Real, real_of_images
+from ldm.evaluation.features import default_extractor, features_of, make_extractor, trained_classifier
+from ldm.evaluation.first_stage import load_first_stage, psnr_interval, reconstruct
+from ldm.evaluation.image_sets import ArrayImages, DatasetImages
+from ldm.evaluation.plan import request_type
+from ldm.evaluation.sampling import Sampling
+from ldm.inference.pipeline import Pipeline, load_model
+from ldm.inference.precision import choose_device
+from ldm.output.images import png_bytes
+from ldm.visualize import grid
 
-EPOCHS, NEIGHBORS = 15, 3
-ROWS = 2  # samples of each digit that are kept
+REAL = 10_000  # images of each split, at most
+COLUMNS, ROWS = 10, 2  # samples that are kept
 
 
 class Judge:
-    """Compares images with the digits. Its classifier is trained on the training set with a seed of its own."""
+    """Compares images with those of a study. The classifier of their classes is trained with a seed of its own."""
 
-    def __init__(self, size: int, samples: int, batch: int) -> None:
-        self.n_samples, self.batch = samples, batch
-        self.train, self.held_out = Digits("train", size), Digits("held_out", size)
-        self.reader = DigitClassifier(self.train.images, self.train.labels)
-        self.network = train_classifier(_tensor(self.train.images), torch.from_numpy(self.train.labels))
-        self.real, self.unseen = self.features(self.train.images), self.features(self.held_out.images)
+    def __init__(self, study: Study, cache: Path) -> None:
+        self.study = study
+        train, self.held_out = (
+            DatasetImages(split, study.data[split], "image", [study.name, split], limit=REAL)
+            for split in ("train", "validation")
+        )
+        if len(self.held_out) <= NEIGHBORS:
+            advice = f"precision and recall need more than {NEIGHBORS}; add images, or a folder validation/"
+            raise ValueError(f"--data {study.root}: {len(self.held_out)} of its images are held out; {advice}")
 
-    @torch.no_grad()
-    def features(self, images: np.ndarray) -> Tensor:
-        """The classifier's last hidden layer, (N, H, W, 3) -> (N, 64)."""
-        return self.network[:-1](_tensor(images))
+        def extractor(labels: np.ndarray | None) -> Any:
+            if labels is not None:
+                return trained_classifier(cache, train, labels)
+            return make_extractor(default_extractor(None), None, choose_device("cpu"))
 
-    def quality(self, images: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-        """Values of generated images (N, H, W, 3) of classes (N,) against the training set."""
-        features = self.features(images)
-        precision, recall = precision_recall(self.real, features, NEIGHBORS)
-        fid = frechet_distance(self.real, features)
-        recognized = self.reader.accuracy(images, labels)
-        return {"fid": fid, "precision": precision, "recall": recall, "recognized": recognized}
+        self.real: Real = real_of_images(train, extractor, self.held_out, cache, BATCH)
+        shuffled = np.random.default_rng(0).permutation(len(self.held_out))
+        images = np.stack([self.held_out.image(int(k)) for k in shuffled[: study.count]])
+        labels = [self.held_out.label(int(k)) for k in shuffled[: study.count]]
+        sizes = {"training_images": len(study.data["train"]), "held_out_images": len(study.data["validation"])}
+        self.facts: dict[str, Any] = {**sizes, "compared_with": len(train), "classes": study.n_classes}
+        self.facts |= {"features": self.real.extractor.name, **self.quality(images, labels)}
+        if study.n_classes:  # of all held-out images
+            every = [self.held_out.label(k) for k in range(len(self.held_out))]
+            self.facts["recognized"] = self.recognized(self.real.held_out_features, every)
+
+    def quality(self, images: np.ndarray, labels: list[int | None]) -> dict[str, float]:
+        """Values of images uint8 (N, H, W, 3) of classes (N,) against the training set."""
+        assert self.real.features is not None
+        features = features_of(self.real.extractor, ArrayImages("samples", images), BATCH, progress=False)
+        precision, recall = precision_recall(self.real.features, features, NEIGHBORS)
+        found = {"fid": frechet_distance(self.real.features, features), "precision": precision, "recall": recall}
+        return {**found, "recognized": self.recognized(features, labels)} if self.study.n_classes else found
+
+    def recognized(self, features: Any, labels: list[int | None]) -> float:
+        """Share of images whose features (N, D) the classifier reads as their class."""
+        import torch
+
+        assert self.real.classifier is not None
+        return float(np.mean(self.real.classifier.classes(torch.from_numpy(features)).numpy() == np.array(labels)))
 
     def diffusion(
-        self, config: Mapping[str, Any], folder: Path, samplings: Sequence[Sampling], seed: int, shown: Path
+        self, config: Mapping[str, Any], folder: Path, needed: Sequence[Samples], seed: int, shown: Path
     ) -> dict[str, Any]:
-        """Values of each sampling from the EMA weights of the checkpoints in `folder`, and what the training took.
+        """Values of each set of samples from the EMA weights of the checkpoints in `folder`, and what training took.
 
-        The first samples of each digit by the last checkpoint, sampled plainly, go to the file `shown`.
+        The first samples of the last checkpoint at each scale are saved as `shown`-scale<scale>.png.
         """
         marks, loaded, values = json.loads((folder / "marks.json").read_text(encoding="utf-8")), {}, []
-        for each in samplings:
+        for each in needed:
             if each.mark not in loaded:
                 loaded[each.mark] = load_model({"model": config["model"]}, folder / f"{each.mark}.ckpt", "cpu", "full")
             began = time.process_time()
             images, labels = self.generate(loaded[each.mark], each, seed)
             spent = {"sampling_cpu_seconds": time.process_time() - began}
-            if each == Sampling():
-                _save_row(shown, images[: NULL_CLASS * ROWS])
+            if each == Samples(scale=each.scale):
+                kept = grid(list(images[: COLUMNS * ROWS]), columns=COLUMNS, padding=0)
+                save_bytes(shown.with_name(f"{shown.name}-scale{each.scale:g}.png"), png_bytes(kept))
             values.append({**asdict(each), **spent, **self.quality(images, labels)})
-        model: Any = loaded[samplings[0].mark].model
+        model: Any = loaded[needed[0].mark].model
         parameters = sum(p.numel() for p in model.model.parameters())
-        return {"marks": marks, "parameters": parameters, "samplings": values}
+        return {"marks": marks, "parameters": parameters, "samples": values}
 
-    def generate(self, pipeline: Any, sampling: Sampling, seed: int) -> tuple[np.ndarray, np.ndarray]:
-        """Images (N, H, W, 3) in [-1, 1] and their classes (N,), every digit equally often."""
-        options: dict[str, Any] = {"eta": 0.0} if sampling.sampler == "ddim" else {}
-        request = ClassConditionalRequest(
-            sampler=sampling.sampler, steps=sampling.steps, scale=sampling.scale, n_samples=self.n_samples,
-            batch_size=self.batch, seed=seed, classes=tuple(range(NULL_CLASS)), null_class=NULL_CLASS, **options,
-        )  # fmt: skip
-        generated = list(generate_samples(pipeline, request, progress=False))
-        return np.stack([to_array(each.image) for each in generated]), np.array([e.info["class"] for e in generated])
+    def generate(self, pipeline: Pipeline, samples: Samples, seed: int) -> tuple[np.ndarray, list[int | None]]:
+        """Images uint8 (N, H, W, 3) and their classes (N,): of every class in turn, or of held-out captions."""
+        options: dict[str, Any] = {"sampler": samples.sampler, "steps": samples.steps, "scale": samples.scale}
+        options |= {"eta": 0.0} if samples.sampler == "ddim" else {}
+        options |= {} if self.study.n_classes else {"prompt": "of the data"}
+        request = request_type(pipeline.info)(seed=seed, **options).checked(pipeline.info)
+        sampling = Sampling(request, pipeline.info, None if self.study.n_classes else self.held_out, BATCH)
+        count = self.study.count
+        parts = [range(first, min(first + BATCH, count)) for first in range(0, count, BATCH)]
+        images = [image for part in parts for image in sampling.generate(pipeline, part)]
+        return np.stack(images), [sampling.label(index) for index in range(count)]
 
-    @torch.no_grad()
-    def first_stage(self, model: Mapping[str, Any], checkpoint: Path) -> dict[str, float]:
-        """PSNR in dB, rFID and recognition of reconstructed held-out scans; of a codebook, the number of codes used."""
-        stage = instantiate_from_config(model).eval()
-        load_weights(stage, checkpoint)
-        images, codes = self.held_out.images, {}
-        parts = _tensor(images).split(self.batch)
-        if hasattr(stage, "quantize"):
-            outputs = [stage(part)[0] for part in parts]
-            codes = {"codes_used": len(torch.cat([stage.encode(part)[2][2].flatten() for part in parts]).unique())}
-        else:
-            outputs = [stage(part, sample_posterior=False)[0] for part in parts]
-        decoded = torch.cat(outputs).clamp(-1, 1).permute(0, 2, 3, 1).numpy()
-        values = {"psnr": psnr(decoded, images), "rfid": frechet_distance(self.unseen, self.features(decoded))}
-        return {**values, "recognized": self.reader.accuracy(decoded, self.held_out.labels), **codes}
-
-
-def train_classifier(x: Tensor, labels: Tensor) -> nn.Sequential:
-    """A small convolutional classifier of digits x (N, 3, 32, 32); its last layer but one has 64 features."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        layers: list[nn.Module] = []
-        for before, after in ((3, 16), (16, 32), (32, 64)):
-            layers += [nn.Conv2d(before, after, 3, 2, 1), nn.SiLU()]
-        network = nn.Sequential(*layers, nn.Flatten(), nn.LazyLinear(64), nn.SiLU(), nn.Linear(64, 10))
-        network(x[:1])
-        optimizer = torch.optim.AdamW(network.parameters(), 2e-3)
-        for _ in range(EPOCHS):
-            for rows in torch.randperm(len(x)).split(64):
-                optimizer.zero_grad()
-                nn.functional.cross_entropy(network(x[rows]), labels[rows]).backward()
-                optimizer.step()
-    return network.eval()
-
-
-def _tensor(images: np.ndarray) -> Tensor:
-    return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()  # (N, 3, H, W)
-
-
-def _save_row(path: Path, images: np.ndarray) -> None:
-    """Save images (N, H, W, 3) in [-1, 1] side by side, NULL_CLASS in a row."""
-    rows = [np.concatenate(list(images[k : k + NULL_CLASS]), axis=1) for k in range(0, len(images), NULL_CLASS)]
-    content = BytesIO()
-    Image.fromarray(np.rint((np.concatenate(rows).mean(axis=-1) + 1) * 127.5).astype(np.uint8)).save(
-        content, "PNG", optimize=True
-    )
-    save_bytes(path, content.getvalue())
+    def first_stage(self, model: Mapping[str, Any], checkpoint: Path) -> dict[str, Any]:
+        """PSNR in dB and rFID of reconstructed held-out images; of a codebook, the number of codes used."""
+        stage = load_first_stage({"model": model}, open_weights(checkpoint), None, "cpu")
+        found = reconstruct(stage, self.held_out, BATCH, "cpu", None)
+        features = features_of(self.real.extractor, ArrayImages("reconstructions", found.images), BATCH, progress=False)
+        assert self.real.held_out_features is not None
+        rfid = frechet_distance(self.real.held_out_features, features)
+        usage = found.latents.get("codebook_usage")
+        codes = {} if usage is None else {"codes_used": round(usage * stage.n_codes)}
+        return {"psnr": psnr_interval(found.errors["mse"]).value, "rfid": rfid, **codes}
