@@ -13,11 +13,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this script's ch
 
 from ldm import inference
 from ldm.cli import Parser, run_command
-from ldm.config.instantiate import value_at
 from ldm.config.model_info import CANNY, DETECTORS, ModelInfo
 from ldm.inference import cli
 from ldm.inference.from_metadata import add_from_metadata_flag, parse
-from ldm.inference.requests import ControlRequest
+from ldm.inference.requests import ControlRequest, require_controls
 from ldm.output.images import GeneratedImage, NumberedFiles, Output
 
 
@@ -50,13 +49,7 @@ def parser() -> Parser:
 
 def request_of(opt: Namespace, info: ModelInfo) -> ControlRequest:
     """The request, for as many controls as there are control images."""
-    own = value_at(info.config, "model", "params", "control_stage_config") is not None
-    nets, images = own + len(opt.controlnet), len(opt.control_image)
-    if not nets:
-        raise ValueError("--controlnet: pass the weights of a ControlNet, or a --config and --ckpt that have one")
-    if nets != images:
-        model = ", that of the model included" if own else ""
-        raise ValueError(f"--control-image is given {images} times, for {nets} ControlNets{model}: pass one for each")
+    nets = require_controls(info, len(opt.controlnet), len(opt.control_image))
     typed = opt.recorded.typed if opt.recorded else opt.given
     for flag, detector in (("canny", "canny"), ("depth_model", "depth")):
         if flag in typed and detector not in opt.detector:

@@ -502,6 +502,19 @@ def require_edit_model(info: ModelInfo) -> None:
     )
 
 
+def require_controls(info: ModelInfo, controlnets: int, images: int) -> int:
+    """The number of ControlNets, that of the model included. Raises ValueError unless each has its control image."""
+    own = value_at(info.config, "model", "params", "control_stage_config") is not None
+    nets = own + controlnets
+    require(nets > 0, "--controlnet: pass the weights of a ControlNet, or a --config and --ckpt that have one")
+    model = ", that of the model included" if own else ""
+    require(
+        nets == images,
+        f"--control-image is given {images} times, for {nets} ControlNets{model}: pass one for each",
+    )
+    return nets
+
+
 def require_upscaler(info: ModelInfo) -> None:
     """Raise ValueError unless the network sees a low-resolution image, as in the published models."""
     require(

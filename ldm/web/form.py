@@ -20,6 +20,7 @@ from ldm.models.diffusion.samplers.registry import SAMPLERS
 
 MOST_IMAGES = 100  # of one job, so that others get their turn
 MOST_PIXELS = 2048**2  # of one image
+MOST_CONTROLS = 3  # ControlNets at once
 
 _HIDDEN = ("C", "f", "depth")  # facts of the model
 _LABELS = {"H": "height (H)", "W": "width (W)", "vanilla_sample": "every timestep", "n_samples": "batch size"}
@@ -49,18 +50,7 @@ class Task(NamedTuple):
     require: Callable[[ModelInfo], None]  # raises ValueError for models that do not fit
 
 
-def _require_text(info: ModelInfo) -> None:
-    requests.require_text_model(info)
-    _require_no_control(info)
-
-
-def _require_no_control(info: ModelInfo) -> None:
-    if value_at(info.config, "model", "params", "control_stage_config") is not None:
-        raise ValueError("this model needs a control image; use scripts/control2img.py")
-
-
 def _require_image_to_image(info: ModelInfo) -> None:
-    _require_no_control(info)
     requests.require_text_model(info, concat_channels=1 if takes_depth(info) else 0)
 
 
@@ -69,10 +59,15 @@ def takes_depth(info: ModelInfo) -> bool:
     return info.takes_text and str(value_at(info.config, "model", "target")).endswith(".LatentDepth2ImageDiffusion")
 
 
+def has_own_control(info: ModelInfo) -> bool:
+    """True for a model with a ControlNet in its checkpoint."""
+    return value_at(info.config, "model", "params", "control_stage_config") is not None
+
+
 TASKS = {
     task.name: task
     for task in (
-        Task("txt2img", "Text to image", requests.TextToImageRequest, _require_text),
+        Task("txt2img", "Text to image", requests.TextToImageRequest, requests.require_text_model),
         Task("img2img", "Image to image", requests.ImageToImageRequest, _require_image_to_image),
         Task("inpaint", "Inpainting", requests.InpaintRequest, requests.require_inpainting_model),
         Task("control2img", "ControlNet", requests.ControlRequest, requests.require_text_model),
@@ -98,7 +93,7 @@ class Field:
     label: str
     kind: type  # bool, int, float or str
     count: int | None  # of the values of a flag that takes several
-    repeated: bool  # the flag may be given several times; the form gives it once
+    repeated: bool  # the flag is given once for each ControlNet
     default: Any
     help: str
     choices: tuple[str, ...]
@@ -109,6 +104,12 @@ class Field:
 
     def parse(self, value: Any) -> Any:
         """The value as the script's parser gives it; None for a blank. Raises ValueError with the flag."""
+        if self.repeated:
+            parsed = map(self._parse_one, value if isinstance(value, list) else [value])
+            return [self.default if one is None else one for one in parsed]
+        return self._parse_one(value)
+
+    def _parse_one(self, value: Any) -> Any:
         if value is None or (isinstance(value, str) and not value.strip() and self.name not in _TEXTS):
             return None
         try:
@@ -116,18 +117,15 @@ class Field:
                 return [self.kind(word) for word in str(value).split()]
             if self.kind is int and int(value) != float(value):
                 raise ValueError("a fraction")
-            parsed = self.kind(value)
+            return self.kind(value)
         except (TypeError, ValueError, OverflowError) as error:
             kind = "whole number" if self.kind is int else "number"
             wanted = f"a {kind}" if self.count is None else f"{self.count} {kind}s"
             raise ValueError(f"{self.flag} {value}: expected {wanted}") from error
-        return [parsed] if self.repeated else parsed
 
     def shown(self, value: Any) -> Any:
-        """The form's text for a parsed value."""
-        if isinstance(value, (list, tuple)):
-            return " ".join(map(str, value)) if self.count is not None else next(iter(value), None)
-        return value
+        """The form's value for a parsed one; a list for a flag that is given once for each ControlNet."""
+        return " ".join(map(str, value)) if self.count is not None else value
 
 
 class Form:
@@ -162,9 +160,10 @@ class Form:
 
     def recorded(self, path: str, info: Mapping[str, Any]) -> dict[str, Any]:
         """Values of the fields for an image with this metadata. Raises ValueError if they are invalid."""
+        if info.get("class") is not None:
+            info = {**info, "classes": str(info["class"])}
         check_types(path, info, self.parser, {field.key: field.name for field in self.fields})
-        names = {field.key: field for field in self.fields}
-        return {field.name: field.shown(info[key]) for key, field in names.items() if key in info}
+        return {field.name: field.shown(info[field.key]) for field in self.fields if field.key in info}
 
 
 def _key(action: argparse.Action) -> str:
@@ -193,16 +192,36 @@ def _field(action: argparse.Action, task: str) -> Field:
 def supported(info: ModelInfo, controlnets: bool) -> dict[str, str]:
     """Every task -> '' if the model can do it, else the reason, in the script's words."""
     reasons = {}
-    own = value_at(info.config, "model", "params", "control_stage_config") is not None
     for task in TASKS.values():
         try:
             task.require(info)
             reasons[task.name] = ""
         except ValueError as error:
             reasons[task.name] = str(error)
-    if not (own or controlnets or reasons["control2img"]):
+    if not (has_own_control(info) or controlnets or reasons["control2img"]):
         reasons["control2img"] = "no ControlNet is offered here; start the page with --controlnet FILE"
     return reasons
+
+
+def taken_inputs(info: ModelInfo) -> dict[str, bool]:
+    """Whether a model takes each of the inputs that only some models take."""
+    classes, text = info.n_classes is not None, info.takes_text
+    taken = {"depth": takes_depth(info), "controlnet": not has_own_control(info)}
+    taken |= {"noise_level": info.max_noise_level is not None, "classes": classes, "null_class": classes}
+    taken |= {"prompt": text, "negative_prompt": text}
+    return taken | dict.fromkeys(("scale", "guidance_rescale", "guidance_interval"), text or classes)
+
+
+def numbered(name: str, control: int) -> str:
+    """Name of an input of one ControlNet: `image`, `image-2`, `image-3`."""
+    return name if control == 0 else f"{name}-{control + 1}"
+
+
+def controls_of(values: Mapping[str, Any], by: Sequence[str] = ("image", "controlnet")) -> dict[int, dict[str, Any]]:
+    """The inputs of each ControlNet that has one of `by`, by its place in the form."""
+    names = ("image", "controlnet", "detector", "control_scale")
+    rows = {k: {name: values.get(numbered(name, k)) for name in names} for k in range(MOST_CONTROLS)}
+    return {k: row for k, row in rows.items() if any(row[name] for name in by)}
 
 
 def check_share(count: int, height: int, width: int) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from ldm import inference
-from ldm.cli import one_line
+from ldm.cli import counted, one_line
 from ldm.config.model_info import ModelInfo
 from ldm.inference import cli
 from ldm.inference.settings import embedding_text, lora_text, parse_embedding, parse_lora
@@ -37,7 +37,7 @@ class Choice(NamedTuple):
     model: str
     lora: tuple[tuple[str, float], ...] = ()  # (name, strength)
     embedding: tuple[str, ...] = ()
-    controlnet: str | None = None
+    controlnet: tuple[str, ...] = ()
 
 
 class Loaded(NamedTuple):
@@ -93,9 +93,10 @@ class Shelf:
         opt, model = copy.copy(self.opt), _offered("model", self.models, choice.model)
         opt.ckpt = str(model)
         opt.lora = [lora_text(_offered("LoRA", self.lora, name), strength) for name, strength in choice.lora]
+        for text in opt.lora:
+            parse_lora(text)  # checks the strength
         opt.embedding = [embedding_text(*_offered("embedding", self.embedding, name)) for name in choice.embedding]
-        names = [] if choice.controlnet is None else [choice.controlnet]
-        opt.controlnet = [str(_offered("ControlNet", self.controlnet, name)) for name in names]
+        opt.controlnet = [str(_offered("ControlNet", self.controlnet, name)) for name in choice.controlnet]
         if opt.config is None:
             beside = model.with_suffix(".yaml")
             opt.config = str(beside) if beside.is_file() else cli.SD_CONFIG
@@ -156,7 +157,7 @@ class Shelf:
             model[0][0] if model else next(iter(self.models)),
             tuple((name, _strength(rest)) for name, rest in lora),
             tuple(name for name, _ in tokens),
-            nets[0][0] if nets else None,
+            tuple(name for name, _ in nets),
         )
         return choice, notes
 
@@ -207,6 +208,20 @@ def _strength(text: str) -> float:
         return float(text)
     except ValueError:
         return 1.0
+
+
+def parse_strengths(text: str | None, count: int) -> list[float]:
+    """Strengths of `count` LoRAs as typed in the form: one for all, or one for each. Raises ValueError."""
+    words = (text or "").split() or ["1"]
+    try:
+        strengths = [float(word) for word in words] * (count if len(words) == 1 else 1)
+    except ValueError:
+        raise ValueError(f"LoRA strength {text}: expected numbers, e.g. 0.8, or 0.8 0.4 for two LoRAs") from None
+    if count and len(strengths) != count:
+        raise ValueError(
+            f"LoRA strength {text}: {len(words)} numbers for {counted(count, 'LoRA')}; pass one, or one for each"
+        )
+    return strengths
 
 
 def _weights_in(folder: Path) -> Iterator[Path]:

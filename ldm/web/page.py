@@ -18,11 +18,22 @@ from typing import Any, NamedTuple
 import gradio as gr
 
 from ldm.cli import Parser, counted, one_line
+from ldm.inference import requests
 from ldm.output.images import read_metadata
-from ldm.web.form import TASKS, Field, Form, supported, takes_depth
+from ldm.web.form import (
+    MOST_CONTROLS,
+    TASKS,
+    Field,
+    Form,
+    controls_of,
+    has_own_control,
+    numbered,
+    supported,
+    taken_inputs,
+)
 from ldm.web.jobs import CANCELLED, FAILED, LOADING, WAITING, Job, Queue, collected_warnings
-from ldm.web.models import Choice, Shelf
-from ldm.web.runs import Uploads, hint_of, job_of, plan
+from ldm.web.models import Choice, Shelf, parse_strengths
+from ldm.web.runs import hints_of, job_of, plan
 
 SHOWN = 60  # newest images of a user
 USERS = 100  # the newest; older ones, whose jobs have ended, are forgotten
@@ -36,8 +47,7 @@ THEME = gr.themes.Base(
     font_mono=["ui-monospace", "monospace"],
 )
 CSS = (Path(__file__).with_name("page.css")).read_text(encoding="utf-8")
-_WITH_IMAGE = {"img2img": "Image to start from", "control2img": "Control image", "edit": "Image to edit"}
-_WITH_IMAGE |= {"upscale": "Image to upscale"}
+_WITH_IMAGE = {"img2img": "Image to start from", "edit": "Image to edit", "upscale": "Image to upscale"}
 _BLANK = {"seed": "random", "H": "as trained", "W": "as trained", "negative_prompt": "", "classes": "all, shuffled"}
 
 _UPDATES = itertools.count()  # so that a message that is said twice is seen to be new
@@ -69,28 +79,12 @@ class User:
 
 
 class Tab(NamedTuple):
-    """The components of a task."""
+    """The components of a task: `inputs` are its uploads and the form's fields, by name."""
 
     form: Form
     tab: gr.Tab
-    fields: dict[str, Any]  # by the field's name
-    image: Any = None
-    depth: Any = None
-    editor: Any = None
-    controlnet: Any = None
-    generate: Any = None
-
-    @property
-    def inputs(self) -> list[Any]:
-        """The components of `Uploads` that the task has, then its fields."""
-        return [*filter(None, (self.image, self.depth, self.editor, self.controlnet)), *self.fields.values()]
-
-    def read(self, values: Sequence[Any]) -> tuple[Uploads, dict[str, Any]]:
-        """The uploads and the settings of the values of `inputs`."""
-        rest = iter(values)
-        parts = (self.image, self.depth, self.editor, self.controlnet)
-        uploads = Uploads(*(None if part is None else next(rest) for part in parts))
-        return uploads, dict(zip(self.fields, rest, strict=True))
+    inputs: dict[str, Any]
+    generate: gr.Button
 
 
 class Page:
@@ -98,14 +92,12 @@ class Page:
 
     def __init__(self, shelf: Shelf, parsers: Mapping[str, Parser], shown: Path, uploads: Path) -> None:
         self.shelf, self.shown, self.uploads, self.queue = shelf, shown, uploads, Queue()
-        self.inputs = Path(shelf.opt.outdir) / "inputs"
         self.lock = threading.Lock()
         self.users: dict[str, User] = {}  # the one that was active last comes last
         fixed = {"depth_model": shelf.opt.depth_model}
-        first = self._reasons(next(iter(shelf.models)))
         forms = [Form(task, parsers[name], fixed) for name, task in TASKS.items()]
         with gr.Blocks(title="Latent diffusion", analytics_enabled=False, fill_width=True) as self.blocks:
-            self._layout(forms, first)
+            self._layout(forms)
             self._events()
 
     def close(self) -> None:
@@ -115,51 +107,57 @@ class Page:
 
     # ------------------------------------------------------------------------------------------------------- layout
 
-    def _layout(self, forms: Sequence[Form], reasons: Mapping[str, str]) -> None:
+    def _layout(self, forms: Sequence[Form]) -> None:
+        first = next(iter(self.shelf.models))
+        reasons, taken = self._reasons(first), taken_inputs(self.shelf.info(first)[0])
         self.user = gr.BrowserState(None)
         # Not gr.State, for which every tab keeps a connection, and a browser opens six to a server.
         self.selected, self.seen = gr.Textbox(visible=False), gr.Textbox(visible=False)
         self.timer = gr.Timer(TICK, active=False)
         gr.HTML('<div class="title">Latent diffusion</div>', padding=False)
         with gr.Row(equal_height=False):
-            with gr.Column(scale=5, min_width=380):
+            with gr.Column(scale=1, min_width=380):
                 self._model_row()
-                with gr.Tabs() as self.tabs:
-                    self.tasks = {form.task.name: self._tab(form, not reasons[form.task.name]) for form in forms}
+                with gr.Tabs(selected=self._usual_tab(first, reasons)) as self.tabs:
+                    self.tasks = {form.task.name: self._tab(form, reasons, taken) for form in forms}
                     with gr.Tab("Image info", id="info", elem_id="tab-info"):
                         self._info_tab()
+                inputs = [item for tab in self.tasks.values() for item in tab.inputs.items()]
+                self.optional = {part: name for name, part in inputs if name in taken}
                 self.reasons = gr.HTML(_reasons(reasons), elem_id="reasons", padding=False)
-            with gr.Column(scale=6, min_width=380, elem_id="results"):
+            with gr.Column(scale=1, min_width=380, elem_id="results"):
                 self._results()
 
     def _model_row(self) -> None:
-        names, lora, embedding = list(self.shelf.models), list(self.shelf.lora), list(self.shelf.embedding)
-        with gr.Row():
-            self.model = gr.Dropdown(names, value=names[0], label="Model", elem_id="model", scale=3, filterable=True)
+        names, lora, embedding = list(self.shelf.models), list(self.shelf.lora), self.shelf.embedding
+        token = next((token or f"<{file.stem}>" for file, token in embedding.values()), "")
+        several: Any = {"value": [], "multiselect": True, "scale": 2}
+        self.model = gr.Dropdown(names, value=names[0], label="Model", elem_id="model", filterable=True)
         with gr.Row(visible=bool(lora or embedding)):
-            self.lora = gr.Dropdown(
-                lora, value=[], multiselect=True, label="LoRA", elem_id="lora", visible=bool(lora), scale=2
+            self.lora = gr.Dropdown(lora, label="LoRA", elem_id="lora", visible=bool(lora), **several)
+            self.strength = gr.Textbox(
+                label="LoRA strength", placeholder="1, or 0.8 0.4", elem_id="lora-strength", visible=bool(lora)
             )
-            self.strength = gr.Number(1.0, label="LoRA strength", elem_id="lora-strength", visible=bool(lora), step=0.1)
+            label = f"Embedding (prompt: {token[:20]})"
             self.embedding = gr.Dropdown(
-                embedding, value=[], multiselect=True, label="Embeddings", visible=bool(embedding), scale=2
+                list(embedding), label=label, elem_id="embedding", visible=bool(embedding), **several
             )
 
-    def _tab(self, form: Form, fits: bool) -> Tab:
-        name = form.task.name
-        image = depth = editor = controlnet = None
+    def _tab(self, form: Form, reasons: Mapping[str, str], taken: Mapping[str, bool]) -> Tab:
+        name, inputs = form.task.name, dict[str, Any]()
+        fits = not reasons[name]
         with gr.Tab(form.task.title, id=name, elem_id=f"tab-{name}", visible=fits, interactive=fits) as tab:
             if name in _WITH_IMAGE:
                 with gr.Row():
-                    image = _image(_WITH_IMAGE[name], f"{name}-image")
+                    inputs["image"] = _image(_WITH_IMAGE[name], f"{name}-image")
                     if name == "img2img":
-                        depth = _image("Depth map (near is bright)", f"{name}-depth", visible=False)
-                    if name == "control2img":
-                        self.hint = gr.Image(label="Hint", interactive=False, height=240, elem_id="hint", format="png")
+                        label = "Depth map (near is bright)"
+                        inputs["depth"] = _image(label, f"{name}-depth", visible=taken["depth"])
             if name == "inpaint":
-                editor = gr.ImageEditor(
-                    type="pil",
+                inputs["drawn"] = gr.ImageEditor(
+                    type="filepath",
                     label="Image: paint over what is to be generated",
+                    placeholder="# Upload an image\nthen paint over what is to be generated",
                     sources=("upload", "clipboard"),
                     transforms=(),
                     layers=False,
@@ -169,27 +167,53 @@ class Page:
                     elem_id="inpaint-editor",
                 )
             if name == "control2img":
-                nets = list(self.shelf.controlnet)
-                controlnet = gr.Dropdown(
-                    nets, value=next(iter(nets), None), label="ControlNet", visible=bool(nets), elem_id="controlnet"
-                )
-            fields = _fields(form)
+                inputs |= self._controls(form, taken)
+            inputs |= _fields(form, taken)
             generate = gr.Button("Generate", variant="primary", interactive=False, elem_id=f"{name}-generate")
-        return Tab(form, tab, fields, image, depth, editor, controlnet, generate)
+        return Tab(form, tab, inputs, generate)
+
+    def _controls(self, form: Form, taken: Mapping[str, bool]) -> dict[str, Any]:
+        """The inputs of each ControlNet, with the hint that its detector makes."""
+        task, nets, inputs = form.task.name, list(self.shelf.controlnet), dict[str, Any]()
+        self.controls, self.hints = list[gr.Accordion](), list[gr.Image]()
+        for k in range(MOST_CONTROLS if nets else 1):
+            with gr.Accordion(f"Control {k + 1}", open=k == 0) as control:
+                self.controls.append(control)
+                with gr.Row():
+                    inputs[numbered("image", k)] = _image("Control image", f"{task}-{numbered('image', k)}")
+                    hint = gr.Image(
+                        label="Hint", interactive=False, height=240, elem_id=numbered("hint", k), format="png"
+                    )
+                    self.hints.append(hint)
+                with gr.Row():
+                    inputs[numbered("controlnet", k)] = gr.Dropdown(
+                        [("none", ""), *((net, net) for net in nets)],
+                        value=nets[0] if nets and k == 0 else "",
+                        label="ControlNet",
+                        min_width=130,
+                        visible=bool(nets) and (k > 0 or taken["controlnet"]),
+                        elem_id=f"{task}-{numbered('controlnet', k)}",
+                    )
+                    for field in form.fields:
+                        if field.repeated:
+                            inputs[numbered(field.name, k)] = _component(field, f"{task}-{numbered(field.name, k)}")
+        return inputs
 
     def _brush(self) -> int:
-        """Width of a stroke in pixels, a sixteenth of the first model's images."""
+        """Width of a stroke in pixels, an eighth of the first model's images."""
         info, _ = self.shelf.info(next(iter(self.shelf.models)))
-        return max(2, min(info.own_size or (64,)) * (info.factor or 8) // 16)
+        return max(2, min(info.own_size or (64,)) * (info.factor or 8) // 8)
 
     def _info_tab(self) -> None:
-        gr.HTML('<p class="hint">The settings in a PNG of this page or of the scripts.</p>', padding=False)
+        gr.HTML(
+            '<p class="hint">Upload a PNG of this page or of a script: the form takes its settings.</p>', padding=False
+        )
         self.info_file = gr.File(file_types=[".png"], label="PNG", elem_id="info-file", height=120)
         self.info_fill = gr.Button("Fill in the form", elem_id="info-fill", interactive=False)
         self.info_table = gr.HTML(elem_id="info-table", padding=False)
 
     def _results(self) -> None:
-        self.status = gr.HTML(_status("", "Nothing generated yet."), elem_id="status", padding=False)
+        self.status = gr.HTML(_status("", "The images appear here."), elem_id="status", padding=False)
         self.cancel = gr.Button("Cancel", elem_id="cancel", variant="stop", size="md", visible=False)
         self.preview = gr.Image(
             label="Preview",
@@ -202,6 +226,7 @@ class Page:
         )
         self.gallery = gr.Gallery(
             label="Your images",
+            show_label=False,
             columns=4,
             fit_columns=False,
             object_fit="contain",
@@ -222,37 +247,29 @@ class Page:
         live = [self.status, self.cancel, self.preview, self.gallery, self.seen, self.timer]
         common = [self.user, self.model, self.lora, self.strength, self.embedding]
         for name, tab in self.tasks.items():
-            triggers = [tab.generate.click] + ([tab.fields["prompt"].submit] if "prompt" in tab.fields else [])
-            gr.on(triggers, partial(self._generate, name), [*common, *tab.inputs], live, **quiet)
-        control = self.tasks["control2img"]
-        seen = [control.fields[name] for name in ("detector", "canny", "resolution")]
-        for event in (control.image.change, *(field.change for field in seen)):
-            alone = {"concurrency_limit": 1, "concurrency_id": "hint"}  # a detector may be a model
-            event(self._show_hint, [self.model, *control.inputs], [self.hint], **alone, **quiet)
+            triggers = [tab.generate.click] + ([tab.inputs["prompt"].submit] if "prompt" in tab.inputs else [])
+            gr.on(triggers, partial(self._generate, name), [*common, *tab.inputs.values()], live, **quiet)
+        control = self.tasks["control2img"].inputs
+        of_hint = ("image", "detector", "canny", "resolution")
+        changes = [part.change for name, part in control.items() if name.partition("-")[0] in of_hint]
+        alone = {"concurrency_limit": 1, "concurrency_id": "hint"}  # a detector may be a model
+        gr.on(changes, self._show_hints, [self.model, *control.values()], self.hints, **alone, **quiet)
         self.timer.tick(self._follow, [self.user, self.seen], live, queue=False, **quiet)
         self.cancel.click(self._cancel, [self.user], [self.cancel], **quiet)
         self.model.input(self._show_model, [self.model], self._of_model, **quiet)
         buttons = [tab.generate for tab in self.tasks.values()]
         self.blocks.load(self._enter, [self.user], [self.user, *live, *buttons], **quiet)
         self.gallery.select(self._select, [self.user], [self.selected, self.details, self.details_table], **quiet)
-        every = [component for tab in self.tasks.values() for component in tab.fields.values()]
-        filled = [
-            *self._of_model,
-            self.status,
-            self.model,
-            self.lora,
-            self.strength,
-            self.embedding,
-            control.controlnet,
-        ]
-        self.details_fill.click(self._use_selected, [self.user, self.selected], [*filled, *every], **quiet)
+        filled = [*self._of_model, *self.controls, self.status, self.model, self.lora, self.strength, self.embedding]
+        filled += [part for tab in self.tasks.values() for part in tab.inputs.values() if part not in filled]
+        self.details_fill.click(self._use_selected, [self.user, self.selected], filled, **quiet)
         self.info_file.change(self._read_info, [self.info_file], [self.info_table, self.info_fill], **quiet)
-        self.info_fill.click(self._use_file, [self.info_file], [*filled, *every], **quiet)
+        self.info_fill.click(self._use_file, [self.info_file], filled, **quiet)
 
     @property
     def _of_model(self) -> list[Any]:
         """The components that depend on the model."""
-        return [self.tabs, self.reasons, self.tasks["img2img"].depth, *(tab.tab for tab in self.tasks.values())]
+        return [self.tabs, self.reasons, *self.optional, *(tab.tab for tab in self.tasks.values())]
 
     def _enter(self, user: str | None) -> Updates:
         """A browser opens the page, or reloads it: its images are shown again, and its job is followed."""
@@ -270,22 +287,32 @@ class Page:
         """Why the model does not do each task; '' if it does."""
         return supported(self.shelf.info(model)[0], bool(self.shelf.controlnet))
 
+    def _usual_tab(self, model: str, reasons: Mapping[str, str]) -> str:
+        """The tab of the task that a model is for."""
+        name = requests.script_for(self.shelf.info(model)[0]).removeprefix("scripts/").partition(".")[0]
+        return name if reasons.get(name) == "" else "info"
+
     def _show_model(self, model: str) -> Updates:
-        info, _ = self.shelf.info(model)
-        reasons = self._reasons(model)
-        fits = {name: not reason for name, reason in reasons.items()}
+        reasons, taken = self._reasons(model), taken_inputs(self.shelf.info(model)[0])
         updates: Updates = {
-            tab.tab: gr.update(visible=fits[name], interactive=fits[name]) for name, tab in self.tasks.items()
+            tab.tab: gr.update(visible=not reasons[name], interactive=not reasons[name])
+            for name, tab in self.tasks.items()
         }
-        updates[self.tasks["img2img"].depth] = gr.update(visible=takes_depth(info))
-        updates[self.tabs] = gr.update(selected=next((name for name in self.tasks if not reasons[name]), "info"))
+        updates |= {part: gr.update(visible=taken[name]) for part, name in self.optional.items()}
+        updates[self.tabs] = gr.update(selected=self._usual_tab(model, reasons))
         return {**updates, self.reasons: _reasons(reasons)}
 
     def _generate(
-        self, task: str, user: str, model: str, lora: list[str], strength: float, embedding: list[str], *values: Any
+        self,
+        task: str,
+        user: str,
+        model: str,
+        lora: list[str],
+        strength: str | None,
+        embedding: list[str],
+        *values: Any,
     ) -> Updates:
         tab = self.tasks[task]
-        uploads, settings = tab.read(values)
         notes: list[str] = []
         try:
             owner = self._owner(user)
@@ -294,12 +321,14 @@ class Page:
                     gr.Warning("your last job is still running: wait for it, or cancel it")
                     return self._follow(user, "")
                 info, names = self.shelf.info(model)
-                with collected_warnings(notes):
-                    run = plan(tab.form, settings, uploads, info, names, self.inputs)
-                adapters = tuple((name, float(strength)) for name in lora or ())
-                net = uploads.controlnet if task == "control2img" else None
-                choice = Choice(model, adapters, tuple(embedding or ()), net)
+                taken = taken_inputs(info)
+                settings = {name: value for name, value in zip(tab.inputs, values) if taken.get(name, True)}
+                adapters = tuple(zip(lora, parse_strengths(strength, len(lora))))
+                nets = tuple(row["controlnet"] for row in controls_of(settings, by=["controlnet"]).values())
+                choice = Choice(model, adapters, tuple(embedding), nets)
                 self.shelf.options(choice)
+                with collected_warnings(notes):
+                    run = plan(tab.form, settings, info, names)
                 job = job_of(run, self.shelf, choice, Path(self.shelf.opt.outdir) / task)
                 job.notes.extend(notes)
                 owner.job, owner.jobs = job, owner.jobs + 1
@@ -365,17 +394,16 @@ class Page:
             self.queue.cancel(owner.job)
         return {self.cancel: gr.skip()}
 
-    def _show_hint(self, model: str, *values: Any) -> Updates:
-        """The detector's preview; errors wait for Generate."""
+    def _show_hints(self, model: str, *values: Any) -> Updates:
+        """The previews of the detectors; errors wait for Generate."""
         tab = self.tasks["control2img"]
-        uploads, settings = tab.read(values)
-        if uploads.image is None:
-            return {self.hint: None}
-        try:
-            _, hint = hint_of(tab.form.options(settings), self.shelf.info(model)[0], uploads)
-        except USER_ERRORS:
-            return {self.hint: None}
-        return {self.hint: hint}
+        settings = dict(zip(tab.inputs, values))
+        controls, hints = controls_of(settings, by=["image"]), list[Any]()
+        if controls:
+            with contextlib.suppress(*USER_ERRORS):
+                *_, hints = hints_of(tab.form, settings, self.shelf.info(model)[0], list(controls.values()))
+        found = dict(zip(controls, hints))
+        return {component: found.get(k) for k, component in enumerate(self.hints)}
 
     # --------------------------------------------------------------------------------------------------- image info
 
@@ -416,16 +444,21 @@ class Page:
             choice, notes = self.shelf.choice_of(info)
         except USER_ERRORS as error:
             return {self.status: _status("failed", f"error: {_named(error, path)}")}
-        updates: Updates = {tab.fields[name]: gr.update(value=value) for name, value in values.items()}
-        for name in ("init_img", "control_image"):
-            if info.get(name):
-                notes.append(f"upload the image again: {info[name]}")
-        updates |= {**self._show_model(choice.model), self.model: choice.model}
+        updates = {**self._show_model(choice.model), self.model: choice.model}
         updates[self.tabs] = gr.update(selected=tab.form.task.name)
+        own = has_own_control(self.shelf.info(choice.model)[0])
+        values["controlnet"] = [*[""] * own, *choice.controlnet]
+        for name, value in values.items():
+            for k, each in enumerate(value if isinstance(value, list) else [value]):
+                if part := tab.inputs.get(numbered(name, k)):
+                    updates[part] = {**updates.get(part, gr.update()), "value": each}
+                    updates |= {self.controls[k]: gr.update(open=True)} if k else {}
+        for name in ("init_img", "depth", "control_image"):
+            if info.get(name):
+                files = info[name] if isinstance(info[name], list) else [info[name]]
+                notes.append(f"upload the image again: {', '.join(map(str, files))}")
         updates |= {self.lora: [name for name, _ in choice.lora], self.embedding: list(choice.embedding)}
-        updates |= {self.strength: choice.lora[0][1]} if choice.lora else {}
-        if choice.controlnet is not None:
-            updates[self.tasks["control2img"].controlnet] = choice.controlnet
+        updates[self.strength] = " ".join(f"{strength:g}" for _, strength in choice.lora)
         return {**updates, self.status: _status("", "The form has the settings of the image.", notes=notes)}
 
 
@@ -453,26 +486,26 @@ def _image(label: str, elem_id: str, visible: bool = True) -> gr.Image:
     )
 
 
-def _fields(form: Form) -> dict[str, Any]:
+def _fields(form: Form, taken: Mapping[str, bool]) -> dict[str, Any]:
     """The components of a form's fields, by name, laid out: texts, numbers in rows, the rest in an accordion."""
-    task, components = form.task.name, dict[str, Any]()
-    main = [field for field in form.fields if field.main]
+    components = dict[str, Any]()
+
+    def add(*wanted: Field) -> None:
+        for field in wanted:
+            components[field.name] = _component(field, f"{form.task.name}-{field.name}", taken.get(field.name, True))
+
+    main = [field for field in form.fields if field.main and not field.repeated]
     texts = [field for field in main if field.name in ("prompt", "negative_prompt")]
-    for field in texts:
-        components[field.name] = _component(field, task)
+    add(*texts)
     with gr.Row():
-        for field in main:
-            if field not in texts:
-                components[field.name] = _component(field, task)
+        add(*(field for field in main if field not in texts))
     with gr.Accordion("More settings", open=False), gr.Row():
-        for field in form.fields:
-            if not field.main:
-                components[field.name] = _component(field, task)
+        add(*(field for field in form.fields if not field.main))
     return components
 
 
-def _component(field: Field, task: str) -> Any:
-    shared: Any = {"label": field.label, "elem_id": f"{task}-{field.name}", "value": field.default}
+def _component(field: Field, elem_id: str, visible: bool = True) -> Any:
+    shared: Any = {"label": field.label, "elem_id": elem_id, "value": field.default, "visible": visible}
     shared |= {"min_width": 130} if field.main else {"min_width": 240, "info": field.help}
     if field.kind is bool:
         return gr.Checkbox(**{**shared, "value": bool(field.default)})

@@ -13,11 +13,10 @@ from PIL import Image, ImageChops
 
 from ldm import inference
 from ldm.atomic import save_bytes
-from ldm.config.instantiate import value_at
 from ldm.config.model_info import ModelInfo
 from ldm.inference import cli, requests
 from ldm.output.images import GeneratedImage, Output, png_bytes
-from ldm.web.form import Form, check_share, parse_classes, takes_depth
+from ldm.web.form import Form, check_share, controls_of, parse_classes, takes_depth
 from ldm.web.jobs import RUNNING, Job
 from ldm.web.models import Choice, Loaded, Shelf
 
@@ -29,45 +28,38 @@ PREVIEW_EVERY = 0.4  # seconds
 Generate = Callable[[Loaded, inference.Pipeline], Iterable[GeneratedImage]]
 
 
-class Uploads(NamedTuple):
-    """Uploads and choices of a task besides its settings; None if there are none."""
-
-    image: str | None = None  # a file
-    depth: str | None = None  # a file, for depth-to-image models
-    drawn: Mapping[str, Any] | None = None  # the editor's `background` and `layers`, PIL images
-    controlnet: str | None = None  # by the name that the page offers
-
-
 class Run(NamedTuple):
     """A checked form: the sampler's steps over all batches, the number of images, and how they are generated."""
 
     steps: int
     images: int
     generate: Generate
-    files: Mapping[str, cli.Files] = {}  # that the images are made from, for the metadata
-    shown: Image.Image | None = None  # the hint of a ControlNet
+    uploads: Mapping[str, Image.Image | list[Image.Image]] = {}  # that the images are made from, by their metadata
+    files: Mapping[str, cli.Files] = {}  # of the server, likewise
+    prompts: Sequence[str] = ()  # the negative prompt included
 
 
-def plan(
-    form: Form, values: Mapping[str, Any], uploads: Uploads, info: ModelInfo, names: Sequence[str], inputs: Path
-) -> Run:
+def plan(form: Form, values: Mapping[str, Any], info: ModelInfo, names: Sequence[str]) -> Run:
     """The run that a form asks for, by the request of its script. Raises ValueError with the script's words.
 
-    names: of the model's classes. inputs: folder for uploaded images, so that the metadata name a file that stays.
+    values: the settings by the names of the form's fields, and the uploads: `image`, `depth`, `drawn`, and those of
+    `controls_of`. names: of the model's classes.
     """
     opt, kind = form.options(values), form.task.request
     if kind is requests.ClassConditionalRequest:
         return _of_classes(opt, info, names)
     if kind is requests.InpaintRequest:
-        return _inpainting(opt, info, uploads, inputs)
-    if kind is requests.UpscaleRequest:
-        return _upscaling(opt, info, uploads, inputs)
-    if kind is requests.ControlRequest:
-        return _controlled(opt, info, uploads, inputs)
-    if kind is requests.TextToImageRequest:
+        run = _inpainting(opt, info, values)
+    elif kind is requests.UpscaleRequest:
+        run = _upscaling(opt, info, values)
+    elif kind is requests.ControlRequest:
+        run = _controlled(form, info, values)
+    elif kind is requests.TextToImageRequest:
         request = kind(**cli.request_fields(opt, kind)).checked(info)
-        return _of_text(request, lambda loaded, pipeline: inference.text_to_image(pipeline, request, progress=False))
-    return _from_image(opt, kind, info, uploads, inputs)
+        run = _of_text(request, lambda loaded, pipeline: inference.text_to_image(pipeline, request, progress=False))
+    else:
+        run = _from_image(opt, kind, info, values)
+    return run._replace(prompts=[opt.prompt, opt.negative_prompt])
 
 
 def _of_text(request: Any, generate: Generate, steps: int | None = None, **rest: Any) -> Run:
@@ -93,82 +85,81 @@ def _of_classes(opt: Namespace, info: ModelInfo, names: Sequence[str]) -> Run:
     return Run(-(-request.n_samples // request.batch_size) * steps, request.n_samples, generate)
 
 
-def _from_image(opt: Namespace, kind: Any, info: ModelInfo, uploads: Uploads, inputs: Path) -> Run:
+def _from_image(opt: Namespace, kind: Any, info: ModelInfo, values: Mapping[str, Any]) -> Run:
     """Image to image, and edits by instructions."""
-    image = _uploaded(uploads.image, "--init-img", info.multiple)
+    image = _uploaded(values["image"], "--init-img", info.multiple)
     if kind is requests.EditRequest:
         if not opt.prompt:
             raise ValueError('--prompt: pass an instruction, e.g. "make it winter"')
         request = kind(**cli.request_fields(opt, kind)).fitted(image.height, image.width, info).checked(info)
-        saved = {"init_img": keep(image, inputs)}
-        return _of_text(request, lambda _, pipeline: inference.edit(pipeline, image, request, False), files=saved)
-    by_depth = takes_depth(info)
-    if by_depth and uploads.depth is None:
+        uploads = {"init_img": image}
+        return _of_text(request, lambda _, pipeline: inference.edit(pipeline, image, request, False), uploads=uploads)
+    by_depth, path = takes_depth(info), cast(str, values.get("depth"))
+    if by_depth and path is None:
         raise ValueError("--depth: this model is conditioned on depth; upload a depth map (near is bright)")
-    depth = inference.find_depth(cast(str, uploads.depth), image.size) if by_depth else None
+    depth = inference.find_depth(path, image.size) if by_depth else None
     request = kind(**cli.request_fields(opt, kind, depth=by_depth)).fitted(image.height, image.width, info)
     request = request.checked(info)
-    saved = {"init_img": keep(image, inputs)}
-    if by_depth:
-        saved["depth"] = keep(Image.open(cast(str, uploads.depth)), inputs)
+    uploads = {"init_img": image, **({"depth": Image.open(path).copy()} if by_depth else {})}
 
     def generate(loaded: Loaded, pipeline: inference.Pipeline) -> Iterable[GeneratedImage]:
         return inference.image_to_image(pipeline, image, request, depth, False)
 
-    return _of_text(request, generate, request.encode_steps, files=saved)
+    return _of_text(request, generate, request.encode_steps, uploads=uploads)
 
 
-def _inpainting(opt: Namespace, info: ModelInfo, uploads: Uploads, inputs: Path) -> Run:
+def _inpainting(opt: Namespace, info: ModelInfo, values: Mapping[str, Any]) -> Run:
     kind = requests.InpaintRequest
     request = kind(**cli.request_fields(opt, kind)).checked(info)
-    image, mask = drawn_mask(uploads.drawn)
-    saved = {"init_img": keep(image, inputs), "mask": keep(mask, inputs)}
-    inference.check_pairs([(Path(saved["init_img"]), Path(saved["mask"]))], info.multiple)
+    drawn = values["drawn"] or {}
+    image = _uploaded(drawn.get("background"), "--init-img", info.multiple)
+    check_share(1, image.height, image.width)
+    mask = drawn_mask(image.size, drawn["layers"])
 
     def generate(loaded: Loaded, pipeline: inference.Pipeline) -> Iterable[GeneratedImage]:
         yield inference.inpaint(pipeline, image, mask, request, False)
 
-    return Run(request.steps or 0, 1, generate, saved)
+    return Run(request.steps or 0, 1, generate, {"init_img": image, "mask": mask})
 
 
-def _upscaling(opt: Namespace, info: ModelInfo, uploads: Uploads, inputs: Path) -> Run:
+def _upscaling(opt: Namespace, info: ModelInfo, values: Mapping[str, Any]) -> Run:
     kind = requests.UpscaleRequest
     request = kind(**cli.request_fields(opt, kind)).checked(info)
-    image = _uploaded(uploads.image, "--init-img", info.latent_multiple)
+    image = _uploaded(values["image"], "--init-img", info.latent_multiple)
     factor = info.factor or 1
     check_share(1, factor * image.height, factor * image.width)
 
     def generate(loaded: Loaded, pipeline: inference.Pipeline) -> Iterable[GeneratedImage]:
         yield inference.upscale(pipeline, image, request, False)
 
-    return Run(request.steps or 0, 1, generate, {"init_img": keep(image, inputs)})
+    return Run(request.steps or 0, 1, generate, {"init_img": image})
 
 
-def _controlled(opt: Namespace, info: ModelInfo, uploads: Uploads, inputs: Path) -> Run:
-    own = value_at(info.config, "model", "params", "control_stage_config") is not None
-    if own == (uploads.controlnet is not None):
-        text = "the model has its own; choose none" if own else "choose one of the ControlNets"
-        raise ValueError(f"--controlnet: {text}")
-    request, hint = hint_of(opt, info, uploads)
-    image = _uploaded(uploads.image, "--control-image", info.multiple)
-    saved: dict[str, cli.Files] = {"control_image": [keep(image, inputs)], "depth_model": opt.depth_model}
+def _controlled(form: Form, info: ModelInfo, values: Mapping[str, Any]) -> Run:
+    controls = list(controls_of(values).values())
+    given = [sum(bool(row[name]) for row in controls) for name in ("controlnet", "image")]
+    requests.require_controls(info, *given)
+    request, images, hints = hints_of(form, values, info, controls)
 
     def generate(loaded: Loaded, pipeline: inference.Pipeline) -> Iterable[GeneratedImage]:
-        return inference.control_to_image(pipeline, [hint], request, loaded.controlnets, False)
+        return inference.control_to_image(pipeline, hints, request, loaded.controlnets, False)
 
-    return _of_text(request, generate, files=saved, shown=hint)
+    files = {"depth_model": form.fixed.get("depth_model")}
+    return _of_text(request, generate, uploads={"control_image": images}, files=files)
 
 
-def hint_of(opt: Namespace, info: ModelInfo, uploads: Uploads) -> tuple[Any, Image.Image]:
-    """The request under a ControlNet, and the hint that its detector makes of the uploaded image."""
-    kind = requests.ControlRequest
-    several = {"control_scale": tuple(opt.control_scale or [1.0]), "detector": tuple(opt.detector or ["none"])}
-    request = kind(**cli.request_fields(opt, kind, canny=tuple(opt.canny), **several))
-    image = _uploaded(uploads.image, "--control-image", info.multiple)
-    request = request.fitted(image.height, image.width, info).checked(info)
+def hints_of(
+    form: Form, values: Mapping[str, Any], info: ModelInfo, controls: Sequence[Mapping[str, Any]]
+) -> tuple[requests.ControlRequest, list[Image.Image], list[Image.Image]]:
+    """The request under ControlNets, their images, and the hints that the detectors make of these."""
+    kind, several = requests.ControlRequest, ("control_scale", "detector")
+    opt = form.options({**values, **{name: [row[name] for row in controls] for name in several}})
+    images = [_uploaded(row["image"], "--control-image", info.multiple) for row in controls]
+    tuples = {name: tuple(getattr(opt, name)) for name in (*several, "canny")}
+    request = kind(**cli.request_fields(opt, kind, controls=len(images), **tuples))
+    request = request.fitted(images[0].height, images[0].width, info).checked(info)
     check_share(1, *request.size)
-    (hint,) = inference.make_hints([image], request, opt.depth_model)
-    return request, hint
+    return request, images, inference.make_hints(images, request, opt.depth_model)
 
 
 def _uploaded(path: str | None, flag: str, multiple: int) -> Image.Image:
@@ -177,17 +168,15 @@ def _uploaded(path: str | None, flag: str, multiple: int) -> Image.Image:
     return inference.check_image(path, flag, multiple)
 
 
-def drawn_mask(drawn: Mapping[str, Any] | None) -> tuple[Image.Image, Image.Image]:
-    """The image of an editor, RGB, and its mask, 255 where a layer is drawn on. Raises ValueError as `check_share`."""
-    background = None if drawn is None else drawn.get("background")
-    if drawn is None or background is None:
-        raise ValueError("--init-img: upload an image first, and paint over what is to be generated")
-    check_share(1, background.height, background.width)  # before anything of this size is made
-    mask = Image.new("L", background.size)
-    for layer in drawn.get("layers") or ():
-        alpha = layer.convert("RGBA").getchannel("A").resize(background.size, Image.Resampling.NEAREST)
+def drawn_mask(size: tuple[int, int], layers: Iterable[str]) -> Image.Image:
+    """The mask of an editor's layers, 255 where one is drawn on. Raises ValueError if none is."""
+    mask = Image.new("L", size)
+    for layer in layers:
+        alpha = Image.open(layer).convert("RGBA").getchannel("A").resize(size, Image.Resampling.NEAREST)
         mask = ImageChops.lighter(mask, alpha.point(lambda level: 255 if level >= 128 else 0))
-    return background.convert("RGB"), mask
+    if mask.getbbox() is None:
+        raise ValueError("--mask: paint over what is to be generated")
+    return mask
 
 
 def keep(image: Image.Image, folder: Path) -> str:
@@ -200,7 +189,7 @@ def keep(image: Image.Image, folder: Path) -> str:
 
 
 def job_of(run: Run, shelf: Shelf, choice: Choice, folder: Path) -> Job:
-    """The job that saves the images of a run in `folder`, as the scripts do."""
+    """The job that saves the images of a run in `folder`, as the scripts do, and its uploads beside it in inputs/."""
 
     def work(job: Job) -> None:
         loaded = shelf.load(choice)
@@ -217,7 +206,14 @@ def job_of(run: Run, shelf: Shelf, choice: Choice, folder: Path) -> Job:
             job.report()
 
         pipeline = loaded.pipeline.watched(watch)
-        pipeline.identity = {**pipeline.identity, **cli.record_files(**run.files)}
+        if loaded.prepared.embeddings:
+            inference.warn_unused(pipeline.model.cond_stage_model, run.prompts)
+        inputs = folder.parent / "inputs"
+        kept = {
+            name: [keep(each, inputs) for each in upload] if isinstance(upload, list) else keep(upload, inputs)
+            for name, upload in run.uploads.items()
+        }
+        pipeline.identity = {**pipeline.identity, **cli.record_files(**run.files, **kept)}
         for image in run.generate(loaded, pipeline):
             job.files.append(output.save_sample(image))
             job.report()

@@ -46,6 +46,8 @@ def test_metadata_become_what_the_form_shows_and_invalid_ones_are_refused():
     shown = form("txt2img").recorded("a.png", info)
     assert shown == {"ddim_steps": 9, "guidance_interval": "0.3 5.0", "prompt": "a tent", "ddim_eta": None, "H": 64}
     assert form("sample_diffusion").recorded("a.png", {"steps": 9, "vanilla": True})["vanilla_sample"] is True
+    assert form("sample_diffusion").recorded("a.png", {"class": 3}) == {"classes": "3"}
+    assert form("control2img").recorded("a.png", {"detector": ["canny", "none"]}) == {"detector": ["canny", "none"]}
     with pytest.raises(ValueError, match="invalid steps in the metadata"):
         form("txt2img").recorded("a.png", {"steps": "<script>"})
 
@@ -62,7 +64,7 @@ def test_metadata_become_what_the_form_shows_and_invalid_ones_are_refused():
         ("upscale", {"upscale"}),
         ("x4", {"upscale"}),
         ("edit", {"edit"}),
-        ("control", {"control2img"}),
+        ("control", {"txt2img", "img2img", "inpaint", "control2img"}),
     ],
 )
 def test_a_model_has_the_tasks_that_fit_it_and_reasons_for_the_others(tmp_path, kind, tasks):

@@ -9,8 +9,10 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+from ldm.checkpoint.diffusers.embeddings import write_embedding
 from ldm.config.model_info import read_model_info
 from ldm.inference.from_metadata import parse_given
 from ldm.inference.requests import TextToImageRequest
@@ -19,7 +21,8 @@ from ldm.web import page as page_module
 from ldm.web.jobs import DONE, Job
 from ldm.web.models import Shelf
 from ldm.web.server import Address, launch
-from scripts import app, txt2img
+from scripts import app, control2img, edit, img2img, txt2img
+from tests.inference.test_lora import write as write_lora
 from tests.tiny import save_model
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -31,7 +34,7 @@ pytestmark = [
 ]
 PATIENCE = 30_000  # milliseconds, for a machine that is busy
 LONG = {"ddim_steps": 100, "n_samples": 25, "n_iter": 4}  # a job that is stopped before its end
-KINDS = ("text", "class", "upscale")
+KINDS = ("text", "class", "upscale", "edit", "depth", "control")
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +53,7 @@ def serve(tmp_path_factory):
 
     def start(*argv: str, token: str | None = None) -> SimpleNamespace:
         folder = tmp_path_factory.mktemp("page")
-        flags = ["--device", "cpu", "--precision", "full", "--outdir", str(folder / "out")]
+        flags = ["--device", "cpu", "--precision", "full", "--safety", "off", "--outdir", str(folder / "out")]
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
@@ -67,9 +70,16 @@ def serve(tmp_path_factory):
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models")
-    for kind in KINDS:
+    for kind in (*KINDS, "lora", "embedding", "controlnet"):
         (folder / kind).mkdir()
-        save_model(folder / kind, kind)
+    saved = {kind: save_model(folder / kind, kind) for kind in KINDS}
+    for seed, name in enumerate(("style", "paint")):
+        write_lora(folder / "lora" / f"{name}.safetensors", saved["text"], seed, targets=("attention",))
+    write_embedding(folder / "embedding" / "cat.safetensors", "<my-cat>", torch.linspace(-3, 3, 32).reshape(2, 16))
+    weights = saved["control"].model.state_dict().items()
+    weights = {name: weight for name, weight in weights if name.startswith("control_model.")}
+    for name in ("edges", "pose"):
+        torch.save(weights, folder / "controlnet" / f"{name}.pth")
     return folder
 
 
@@ -319,6 +329,124 @@ def test_another_model_has_the_form_that_fits_it(server, visit, tmp_path):
             assert [read_metadata(path)["class"] for path in samples(server, tab)[-3:]] == [3, 1, 2]
 
 
+def upload(page, elem_id: str, path: Path) -> None:
+    page.set_input_files(f"#{elem_id} input[type=file]", path)
+    page.wait_for_selector(f"#{elem_id} img")
+
+
+def choose(page, elem_id: str, *options: str) -> None:
+    for option in options:
+        page.click(f"#{elem_id} input")
+        page.click(f"[role=option]:has-text('{option}')")
+    page.keyboard.press("Escape")
+
+
+def assert_repeated(script, result: Path, folder: Path) -> None:
+    """The script gives the same image from the metadata."""
+    script.main(["--from-metadata", str(result), "--outdir", str(folder / "again")])
+    assert (pixels(folder / "again" / "samples" / "00000.png") == pixels(result)).all()
+
+
+@pytest.fixture
+def photo(tmp_path):
+    """An image of a dark square on light gray, and its file."""
+    path = tmp_path / "photo.png"
+    image = Image.new("RGB", (48, 32), "lightgray")
+    image.paste("navy", (16, 8, 32, 24))
+    image.save(path)
+    return path
+
+
+def test_image_to_image_starts_from_the_upload_and_a_depth_map(server, visit, photo, tmp_path):
+    page = visit()
+    page.click("#tab-img2img-button")
+    assert page.locator("#img2img-depth").count() == 0
+    upload(page, "img2img-image", photo)
+    run(page, "img2img", prompt="a tent", ddim_steps=4, n_samples=1, strength=0.5, seed=3)
+    plain = samples(server, "img2img")[-1]
+    assert (pixels(Path(read_metadata(plain)["init_img"])) == pixels(photo)).all()
+    assert_repeated(img2img, plain, tmp_path)
+    choose(page, "model", "depth/tiny.ckpt")
+    assert "--depth: this model is conditioned on depth" in run(page, "img2img", "failed")
+    upload(page, "img2img-depth", photo)
+    run(page, "img2img")
+    assert read_metadata(samples(server, "img2img")[-1])["depth"].endswith(".png")
+
+
+def test_an_edit_follows_an_instruction(server, visit, photo, tmp_path):
+    page = visit()
+    choose(page, "model", "edit/tiny.ckpt")
+    upload(page, "edit-image", photo)
+    assert "--prompt: pass an instruction" in run(page, "edit", "failed")
+    run(page, "edit", prompt="make it winter", ddim_steps=3, seed=3)
+    assert_repeated(edit, samples(server, "edit")[-1], tmp_path)
+
+
+def test_several_controlnets_have_each_its_image_and_the_hint_of_its_detector(server, visit, photo, tmp_path):
+    page = visit()
+    page.click("#tab-control2img-button")
+    upload(page, "control2img-image", photo)
+    page.wait_for_selector("#hint img")
+    page.click("text=Control 2")
+    upload(page, "control2img-image-2", photo)
+    page.wait_for_selector("#hint-2 img")
+    said = run(page, "control2img", "failed", prompt="a tent", ddim_steps=3, seed=3)
+    assert said == "error: --control-image is given 2 times, for 1 ControlNets: pass one for each"
+    choose(page, "control2img-controlnet-2", "pose.pth")
+    choose(page, "control2img-detector-2", "none")
+    run(page, "control2img", **{"control_scale-2": 0.5})
+    result = samples(server, "control2img")[-1]
+    info = read_metadata(result)
+    assert (info["detector"], info["control_scale"]) == (["canny", "none"], [1.0, 0.5])
+    assert [Path(path).name for path in info["controlnet"]] == ["edges.pth", "pose.pth"]
+    assert_repeated(control2img, result, tmp_path)
+    page = visit()
+    fill_in(page, result)
+    assert value(page, "control2img", "control_scale-2") == "0.5"
+    assert value(page, "control2img", "controlnet-2") == "pose.pth"
+    choose(page, "model", "control/tiny.ckpt")
+    page.wait_for_selector("#tab-control2img-button[aria-selected=true]")
+    page.wait_for_function("!document.querySelector('#control2img-controlnet')?.offsetParent")
+    said = run(page, "control2img", "failed")
+    assert (
+        said
+        == "error: --control-image is given 0 times, for 2 ControlNets, that of the model included: pass one for each"
+    )
+
+
+def test_each_lora_has_its_strength_and_the_prompt_names_the_embedding(server, visit, tmp_path):
+    page = visit()
+    choose(page, "lora", "style.safetensors", "paint.safetensors")
+    choose(page, "embedding", "cat.safetensors")
+    for text, reason in (("1 2 3", "3 numbers for 2 LoRAs"), ("x", "expected numbers"), ("9999", "strength of -1000")):
+        page.fill("#lora-strength :is(textarea, input)", text)
+        assert reason in run(page, "txt2img", "failed")
+    page.fill("#lora-strength :is(textarea, input)", "0.5 -1")
+    said = run(page, "txt2img", prompt="a tent", ddim_steps=3, n_samples=1, seed=3)
+    assert "no prompt contains <my-cat> or <cat>" in said
+    assert "no prompt" not in run(page, "txt2img", prompt="a <my-cat>")
+    result = samples(server, "txt2img")[-1]
+    assert [text.rpartition("/")[2] for text in read_metadata(result)["lora"]] == [
+        "style.safetensors:0.5",
+        "paint.safetensors:-1.0",
+    ]
+    assert_repeated(txt2img, result, tmp_path)
+    page = visit()
+    fill_in(page, result)
+    assert page.input_value("#lora-strength :is(textarea, input)") == "0.5 -1"
+
+
+def fill_in(page, path: Path) -> None:
+    """Fill in the form from a PNG."""
+    page.click("#tab-info-button")
+    page.set_input_files("#info-file input[type=file]", path)
+    page.click("#info-fill:not([disabled])")
+    page.wait_for_selector("text=The form has the settings of the image.")
+
+
+# No test below uploads a file: a second server in this process takes over gradio's folder of uploads.
+
+
 def test_a_page_with_a_token_shows_nothing_without_it(serve, visit, models):
     page_server = serve("--ckpt", str(models / "text" / "tiny.ckpt"), token="a long secret")
     for path in ("/config", "/gradio_api/info", "/gradio_api/file=setup.py"):
@@ -372,3 +500,11 @@ def test_no_file_of_the_server_and_no_url_can_be_read_through_the_page(server, v
         str(samples(server, "txt2img")[-1]),
     )
     assert '"success":false' in said and "private" not in said
+
+
+def test_a_gradio_that_fetches_urls_by_another_function_is_refused(monkeypatch, tmp_path):
+    """The page replaces that function: without it, an upload that is a URL would be fetched by the server."""
+    monkeypatch.setenv("GRADIO_TEMP_DIR", "")  # restored at the end
+    monkeypatch.delattr("gradio.processing_utils.async_ssrf_protected_get")
+    with pytest.raises(ImportError, match="fetches URLs in another way"):
+        launch(None, {}, Address(), tmp_path)
