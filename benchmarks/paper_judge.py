@@ -14,8 +14,8 @@ import numpy as np
 from benchmarks.paper import BATCH, Samples, Study
 from ldm.atomic import save_bytes
 from ldm.checkpoint import open_weights
-from ldm.evaluation.distances import frechet_distance, precision_recall
-from ldm.evaluation.evaluate import NEIGHBORS, Real, real_of_images
+from ldm.evaluation.distances import frechet_distance, inside
+from ldm.evaluation.evaluate import NEIGHBORS, Real, real_of_images, recognized
 from ldm.evaluation.features import default_extractor, features_of, make_extractor, trained_classifier
 from ldm.evaluation.first_stage import load_first_stage, psnr_interval, reconstruct
 from ldm.evaluation.image_sets import ArrayImages, DatasetImages
@@ -55,24 +55,20 @@ class Judge:
         sizes = {"training_images": len(study.data["train"]), "held_out_images": len(study.data["validation"])}
         self.facts: dict[str, Any] = {**sizes, "compared_with": len(train), "classes": study.n_classes}
         self.facts |= {"features": self.real.extractor.name, **self.quality(images, labels)}
-        if study.n_classes:  # of all held-out images
-            every = [self.held_out.label(k) for k in range(len(self.held_out))]
-            self.facts["recognized"] = self.recognized(self.real.held_out_features, every)
+        if self.real.accuracy is not None:
+            self.facts["recognized"] = self.real.accuracy.value  # of all held-out images
 
     def quality(self, images: np.ndarray, labels: list[int | None]) -> dict[str, float]:
         """Values of images uint8 (N, H, W, 3) of classes (N,) against the training set."""
-        assert self.real.features is not None
-        features = features_of(self.real.extractor, ArrayImages("samples", images), BATCH, progress=False)
-        precision, recall = precision_recall(self.real.features, features, NEIGHBORS)
-        found = {"fid": frechet_distance(self.real.features, features), "precision": precision, "recall": recall}
-        return {**found, "recognized": self.recognized(features, labels)} if self.study.n_classes else found
-
-    def recognized(self, features: Any, labels: list[int | None]) -> float:
-        """Share of images whose features (N, D) the classifier reads as their class."""
-        import torch
-
-        assert self.real.classifier is not None
-        return float(np.mean(self.real.classifier.classes(torch.from_numpy(features)).numpy() == np.array(labels)))
+        real = self.real
+        assert real.features is not None
+        features = features_of(real.extractor, ArrayImages("samples", images), BATCH, progress=False)
+        found = {"fid": frechet_distance(real.features, features)}
+        found["precision"] = float(inside(features, real.features, NEIGHBORS, real.radii).double().mean())
+        found["recall"] = float(inside(real.features, features, NEIGHBORS).double().mean())
+        if real.classifier is not None:
+            found["recognized"] = recognized(real.classifier, np.array(labels), features).value
+        return found
 
     def diffusion(
         self, config: Mapping[str, Any], folder: Path, needed: Sequence[Samples], seed: int, shown: Path

@@ -250,3 +250,10 @@ def test_real_scans_are_judged_better_than_blurred_ones(tmp_path, monkeypatch):
     real, blurred = judge.quality(images, labels), judge.quality(mixed.astype(np.uint8), labels)
     assert blurred["fid"] > 2 * real["fid"] and judge.facts["recognized"] > 0.8
     assert real["recognized"] > 0.8 and real["precision"] > 0.7 and real["recall"] > 0.7
+
+
+def test_a_folder_with_too_few_held_out_images_is_refused_before_anything_is_trained(class_folder, tmp_path):
+    from benchmarks.paper_judge import Judge
+
+    with pytest.raises(ValueError, match=r"--data .*photos: \d of its images are held out; .* more than 3"):
+        Judge(Study(class_folder), tmp_path)
