@@ -119,6 +119,8 @@ def main(argv: Sequence[str]) -> None:
         raise ValueError(f"--size {opt.size}: it is for folders of images in --images or --real; remove it")
     if opt.clip_weights and not find_file(opt.clip_weights).is_file():
         raise FileNotFoundError(f"--clip_weights {opt.clip_weights}: no such file")
+    if opt.weights and not find_file(opt.weights).exists():
+        raise FileNotFoundError(f"--weights {opt.weights}: no such file or folder")
     if opt.images:
         require_taken(opt, "--images")
         tasks().evaluate_images(opt, run)
@@ -129,6 +131,8 @@ def main(argv: Sequence[str]) -> None:
         tasks().evaluate_first_stage(opt, run)
     elif run is not None:
         info = inference.read_model_info(run.configs, plan.of_model(opt.overrides))
+        if opt.clip_weights and opt.features != "clip" and not info.takes_text:
+            raise ValueError(f"--clip_weights {opt.clip_weights}: this model is not text-conditional; remove it")
         points = plan.points_of(request_of(opt, info), swept, info)
         prepared = cli.prepare(opt, info, run.ckpt)
         tasks().evaluate_model(opt, run, info, swept, points, prepared)

@@ -7,13 +7,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 from ldm.visualize import Curve, grid, plot, text_image
 
 CELL = 64  # pixels of a small image in a figure, at least; larger ones are scaled down to 128
 LARGEST = 128
 COLUMNS = 10
+MARGIN = 16  # pixels beside a figure of a comparison
 COLORS = (
     (31, 119, 180),
     (214, 69, 65),
@@ -55,6 +56,12 @@ def cell(image: np.ndarray) -> Image.Image:
     scale = -(-CELL // side) if side < CELL else min(1.0, LARGEST / side)
     size = round(shown.width * scale), round(shown.height * scale)
     return shown.resize(size, Image.Resampling.NEAREST if scale > 1 else Image.Resampling.LANCZOS)
+
+
+def lettered(letter: str, figure: Image.Image) -> Image.Image:
+    """A figure under a letter, with a margin on the left that parts it from the one beside it."""
+    sheet = stacked([text_image((figure.width, 28), letter, 18), figure])
+    return ImageOps.expand(sheet, (MARGIN, 0, 0, 0), "white")
 
 
 def stacked(blocks: Sequence[Image.Image], side_by_side: bool = False) -> Image.Image:

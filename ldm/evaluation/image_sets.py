@@ -61,6 +61,8 @@ class DatasetImages:
         label_key: str = "class_label",
     ) -> None:
         self.name, self.image_key, self.label_key = name, image_key, label_key
+        in_folders = isinstance(dataset, ImageFolder) and label_key == "class_label"
+        self.labels = dataset.labels if in_folders else None  # read without decoding images
         if isinstance(dataset, IterableDataset):
             with preserve_rng():
                 seed_generators(seed, all_devices=False)
@@ -93,6 +95,8 @@ class DatasetImages:
         return as_levels(sample[self.image_key])
 
     def label(self, index: int) -> int | None:
+        if self.labels is not None:
+            return int(self.labels[int(self.order[index])])
         label = self.sample(index).get(self.label_key)
         return None if label is None else int(label)
 
@@ -190,6 +194,12 @@ def read_npz(path: Path, flag: str) -> dict[str, np.ndarray]:
     labels = arrays.get("arr_1")
     if images is not None and labels is not None and not (labels.shape == (len(images),) and _are_classes(labels)):
         raise ValueError(f"{flag} {path}: arr_1 is {labels.dtype} {labels.shape}; expected a class >= 0 for each image")
+    features = arrays.get("features")
+    if features is not None and not (
+        features.ndim == 2 and len(features) > 1 and features.dtype.kind == "f" and np.isfinite(features).all()
+    ):
+        text = f"features is {features.dtype} {features.shape}; expected finite floats (N, D) of two images or more"
+        raise ValueError(f"{flag} {path}: {text}")
     if images is None and "features" not in arrays and not {"mu", "sigma"} <= set(arrays):
         raise ValueError(f"{flag} {path}: expected arr_0 (images), features, or mu and sigma (statistics)")
     return arrays

@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ldm.atomic import save_bytes, save_text
 from ldm.checkpoint import WeightsSource, open_weights
 from ldm.checkpoint.names import EMA
@@ -30,6 +32,7 @@ from ldm.evaluation.evaluate import (
     real_of_statistics,
 )
 from ldm.evaluation.features import (
+    METRIC_SIDE,
     Extractor,
     cached_features,
     default_extractor,
@@ -37,7 +40,7 @@ from ldm.evaluation.features import (
     make_extractor,
     trained_classifier,
 )
-from ldm.evaluation.figure import stacked
+from ldm.evaluation.figure import lettered, stacked
 from ldm.evaluation.image_sets import (
     ArrayImages,
     DatasetImages,
@@ -160,7 +163,7 @@ def compare_cards(opt: Namespace) -> None:
     digest = hashlib.sha256("\n".join(str(path.resolve()) for path in paths).encode()).hexdigest()[:8]
     name = f"compare-{paths[0].resolve().name}-and-{paths[1].resolve().name}-{digest}"
     folder = Path(opt.outdir) if opt.outdir else OUTPUTS / name
-    figures = [load_image(path / "card.png") for path in paths]
+    figures = [lettered(letter, load_image(path / "card.png")) for letter, path in zip("AB", paths)]
     save_bytes(folder / "compare.png", png_bytes(stacked(figures, side_by_side=True)))
     print(text)
     print(f"compared in {save_text(folder / 'compare.md', text)}")
@@ -212,12 +215,24 @@ def open_real(opt: Namespace, run: SavedRun | None, size: tuple[int, ...] | None
         if "arr_0" not in arrays:
             extractor = extractor_of(opt, None, None)
             if "features" in arrays:
-                return real_of_features(str(path), extractor, arrays["features"], held_out, cache)
-            return real_of_statistics(str(path), extractor, arrays["mu"], arrays["sigma"], held_out, cache)
+                real = real_of_features(str(path), extractor, arrays["features"], held_out, cache)
+            else:
+                real = real_of_statistics(str(path), extractor, arrays["mu"], arrays["sigma"], held_out, cache)
+            real.stats_name += f" ({fingerprint(path)})"
+            check_dimensions(real, f"--real {path}", size or (METRIC_SIDE, METRIC_SIDE))
+            return real
         images = ArrayImages(str(path), arrays["arr_0"][: opt.n_real], arrays.get("arr_1"))
     else:
         raise FileNotFoundError(f"--real {value}: no such file or folder; splits need the run in --ckpt")
     return real_of_images(images, lambda labels: extractor_of(opt, images, labels), held_out, cache, opt.batch_size)
+
+
+def check_dimensions(real: Real, given: str, size: tuple[int, ...]) -> None:
+    """Raise ValueError if features or statistics of a file have other dimensions than those of images of this size."""
+    n, expected = len(real.stats.mean), real.extractor(torch.zeros(1, *size, 3, dtype=torch.uint8)).shape[1]
+    if n != expected:
+        text = f"{given}: {n} dimensions, but the features {real.extractor.name} have {expected}"
+        raise ValueError(f"{text}; choose those of the file with --features")
 
 
 def open_held_out(opt: Namespace, run: SavedRun | None, real: str) -> DatasetImages | None:

@@ -5,6 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
+from ldm.data.folder import ImageFolder
 from ldm.evaluation.image_sets import ArrayImages, DatasetImages, open_folder, read_npz
 
 
@@ -99,3 +100,19 @@ def test_labels_of_an_npz_are_a_class_for_each_image(tmp_path, labels):
     np.savez(tmp_path / "a.npz", np.zeros((2, 4, 4, 3), np.uint8), labels)
     with pytest.raises(ValueError, match=r"arr_1 is .* expected a class >= 0 for each image"):
         read_npz(tmp_path / "a.npz", "--real")
+
+
+@pytest.mark.parametrize("features", [np.zeros((1, 4)), np.full((3, 4), np.nan), np.array([["a"], ["b"]])])
+def test_features_of_an_npz_are_finite_floats_of_two_images_or_more(tmp_path, features):
+    np.savez(tmp_path / "a.npz", features=features)
+    with pytest.raises(ValueError, match="expected finite floats"):
+        read_npz(tmp_path / "a.npz", "--real")
+
+
+def test_classes_of_a_folder_are_read_without_its_images(tmp_path, monkeypatch):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        Image.new("RGB", (8, 8)).save(tmp_path / name / "0.png")
+    images = DatasetImages("f", ImageFolder(str(tmp_path), size=8, class_labels=True), "image", "f")
+    monkeypatch.setattr(ImageFolder, "_load", None)
+    assert [images.label(k) for k in range(2)] == [0, 1]

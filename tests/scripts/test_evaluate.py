@@ -12,6 +12,7 @@ from PIL import Image
 from ldm.cli import run_command
 from ldm.config.instantiate import instantiate_from_config
 from ldm.evaluation import features
+from ldm.evaluation.figure import MARGIN
 from ldm.paths import ROOT
 from scripts.evaluate import main
 from tests.inference.test_lora import write
@@ -148,7 +149,7 @@ def test_two_cards_are_compared_as_text_and_as_a_figure(runs, tmp_path, capsys):
     assert "| scale | 1 | 2 |" in capsys.readouterr().out
     [folder] = (tmp_path / "outputs" / "evaluation").glob("compare-a-and-b-*")
     widths = [Image.open(tmp_path / name / "card.png").width for name in ("a", "b")]
-    assert Image.open(folder / "compare.png").width == sum(widths) and (folder / "compare.md").is_file()
+    assert Image.open(folder / "compare.png").width == sum(widths) + 2 * MARGIN and (folder / "compare.md").is_file()
 
 
 @pytest.mark.parametrize(
@@ -172,6 +173,8 @@ def test_two_cards_are_compared_as_text_and_as_a_figure(runs, tmp_path, capsys):
         (["--images", ".", "--real", ".", "--held_out", "test"], "--held_out test: it is a split of a run's data"),
         (["--ckpt", "RUN", "--features", "pixels", "--weights", "a.pth"], "--features pixels takes none; remove it"),
         (["--ckpt", "RUN", "--size", "16"], "--size 16: it is for folders of images"),
+        (["--ckpt", "RUN", "--features", "dinov2", "--weights", "gone"], "--weights gone: no such file or folder"),
+        (["--ckpt", "RUN", "--steps", "2", "--clip_weights", str(ROOT / "setup.py")], "not text-conditional; remove"),
         (["--ckpt", "RUN", "--feature", "pixels"], "did you mean --features"),
         (["--ckpt", "RUN", "--clip_weights", "gone"], "--clip_weights gone: no such file"),
         (["--ckpt", "RUN", "--steps", "2", "--cache", f"{ROOT}/setup.py"], "setup.py is a file or inside one"),
@@ -179,6 +182,12 @@ def test_two_cards_are_compared_as_text_and_as_a_figure(runs, tmp_path, capsys):
 )
 def test_a_mistake_is_one_line(words, message, runs, capsys):
     assert message in refused(main, [str(runs["class"]) if word == "RUN" else word for word in words], capsys)
+
+
+def test_statistics_of_other_features_are_refused_before_sampling(runs, tmp_path, capsys):
+    np.savez(tmp_path / "s.npz", mu=np.zeros(3), sigma=np.eye(3))
+    said = refused(main, flags(runs["class"], "--real", "s.npz"), capsys)
+    assert "3 dimensions, but the features pixels have 192" in said and not list(tmp_path.rglob("settings.json"))
 
 
 def test_help_imports_nothing_heavy(tmp_path):
