@@ -43,7 +43,7 @@ def card_figure(title: str, sections: Iterable[Section], extra: Image.Image | No
         images = [cell(image) for row in section.rows for image in row]
         if images:
             block = grid(images, columns=len(section.rows[0]), padding=2)
-            blocks += [text_image((block.width, 22), section.title, 12), block]
+            blocks += [text_image((max(block.width, 400), 22), section.title, 12), block]
     if extra is not None:
         blocks.append(extra)
     width = max([block.width for block in blocks] or [400])

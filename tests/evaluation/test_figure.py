@@ -33,3 +33,10 @@ def test_a_trade_off_keeps_the_order_of_its_points_if_asked():
     groups = {"ddim": [(0.9, 2.0), (0.1, 1.0), (0.5, 3.0)]}
     kept = trade_off_plot(groups, "t", "x", by_x=False)
     assert kept.size == (720, 420) and kept.tobytes() != trade_off_plot(groups, "t", "x").tobytes()
+
+
+def test_a_title_is_whole_above_few_images():
+    rows = [[np.zeros((32, 32, 3), np.uint8)]]
+    texts = ["below each, the nearest training image", "below each, the nearest training images"]
+    a, b = (card_figure("t", [Section(text, rows)]) for text in texts)
+    assert a.tobytes() != b.tobytes()
