@@ -150,7 +150,10 @@ def measure(images: ImageSet, real: Real, batch_size: int = 64) -> Measured:
         found.skipped |= dict.fromkeys(("kid", "precision", "recall"), reason)
     else:
         found.metrics |= sample_metrics(real, features)
-        found.realism = realism(features, real.features, NEIGHBORS, real.radii).numpy()
+        if "precision" not in found.metrics:
+            found.skipped |= dict.fromkeys(("precision", "recall"), f"they need more than {NEIGHBORS} images of each")
+        if len(real.features) > NEIGHBORS:
+            found.realism = realism(features, real.features, NEIGHBORS, real.radii).numpy()
     labels = labels_of(images)
     if real.classifier is None or labels is None:
         reason = "the real images have no classes" if real.classifier is None else "the images have no classes"

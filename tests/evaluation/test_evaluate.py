@@ -64,6 +64,13 @@ def test_the_manifold_of_the_real_images_is_measured_once(real, monkeypatch):
     assert sorted(measured) == [24, 24, 40]
 
 
+def test_sets_of_few_images_have_the_metrics_that_they_allow(tmp_path):
+    few = real_of_images(ArrayImages("few", bars(3).images), lambda labels: PIXELS, None, tmp_path)
+    found = measure(bars(3, seed=2), few)
+    assert {"fid", "kid"} <= set(found.metrics) and "more than 3 images" in found.skipped["recall"]
+    assert figure_of("t", bars(3, seed=2), few, found).height > 100
+
+
 def test_wrong_classes_are_not_recognized(real):
     images = bars(24, seed=2)
     images.labels = 1 - images.labels
