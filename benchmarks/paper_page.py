@@ -114,7 +114,7 @@ def replaced(text: str, name: str, block: str, study: Study, heading: str = "") 
 
 
 def setup(found: Found) -> str:
-    """What was measured, with which budget, on which machine, and which runs are missing."""
+    """Table of the data, the budget, the machine and the missing runs."""
     study, every = found.study, [result for seeds in found.results.values() for result in seeds.values()]
     real, seeds = every[0]["real"], sorted({result["seed"] for result in every})
     percents = {key: f"{100 * real[key]:.1f} %" for key in ("precision", "recall", "recognized") if key in real}

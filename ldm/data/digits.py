@@ -150,7 +150,12 @@ def load_scans() -> tuple[np.ndarray, np.ndarray]:
     package = importlib.util.find_spec("sklearn")  # optional, for the quickstart only; its import takes a second
     if package is None or package.origin is None:
         raise ImportError("the digits need scikit-learn: pip install -e '.[quickstart]'")
-    table = np.loadtxt(Path(package.origin).parent / "datasets" / "data" / "digits.csv.gz", delimiter=",")
+    file = Path(package.origin).parent / "datasets" / "data" / "digits.csv.gz"
+    if not file.is_file():
+        from sklearn.datasets import load_digits  # of a version with other files
+
+        return load_digits(return_X_y=True)
+    table = np.loadtxt(file, delimiter=",")
     return table[:, :-1].reshape(-1, 8, 8), table[:, -1].astype(np.int64)
 
 

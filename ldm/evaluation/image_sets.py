@@ -61,8 +61,9 @@ class DatasetImages:
         label_key: str = "class_label",
     ) -> None:
         self.name, self.image_key, self.label_key = name, image_key, label_key
-        in_folders = isinstance(dataset, ImageFolder) and label_key == "class_label"
-        self.labels = dataset.labels if in_folders else None  # read without decoding images
+        # Without decoding images; with on_error skip, another image with its own label may take the place of one.
+        in_folders = type(dataset) is ImageFolder and dataset.on_error == "raise" and label_key == "class_label"
+        self.labels = dataset.labels if in_folders else None
         if isinstance(dataset, IterableDataset):
             with preserve_rng():
                 seed_generators(seed, all_devices=False)

@@ -231,8 +231,8 @@ def check_dimensions(real: Real, given: str, size: tuple[int, ...]) -> None:
     """Raise ValueError if features or statistics of a file have other dimensions than those of images of this size."""
     n, expected = len(real.stats.mean), real.extractor(torch.zeros(1, *size, 3, dtype=torch.uint8)).shape[1]
     if n != expected:
-        text = f"{given}: {n} dimensions, but the features {real.extractor.name} have {expected}"
-        raise ValueError(f"{text}; choose those of the file with --features")
+        text = f"{given}: its features have {n} dimensions, those of {real.extractor.name} have {expected}"
+        raise ValueError(f"{text}; choose the file's with --features")
 
 
 def open_held_out(opt: Namespace, run: SavedRun | None, real: str) -> DatasetImages | None:
@@ -242,6 +242,8 @@ def open_held_out(opt: Namespace, run: SavedRun | None, real: str) -> DatasetIma
     split = opt.held_out or "validation"
     if opt.held_out is None and (split == real or not has_split(run, opt.overrides, split)):
         return None
+    if split == real:
+        raise ValueError(f"--held_out {split}: these are the real images of --real; choose another split, or none")
     return open_split(run, opt.overrides, split, "--held_out", limit=opt.n_real)
 
 

@@ -158,7 +158,7 @@ class TextToImageRequest(Request):
         if info.own_size and self.height is None and self.width is None:
             logger.info("%dx%d pixels, as in training (--H and --W choose another size)", width, height)
         elif info.own_size and not 1 / 2 <= height * width / (own[0] * own[1]) <= 2:
-            text = "%dx%d pixels: the model was trained at %dx%d; at other sizes its images are worse"
+            text = "%dx%d pixels: the model was trained at %dx%d; images at other sizes are usually worse"
             logger.warning(text, width, height, own[1], own[0])
         return height, width
 

@@ -147,14 +147,6 @@ class TrainedModule(LightningModule, metaclass=_WeightsAfterConstruction):
         x = x[..., None] if x.ndim == 3 else x
         return x.to(self.device).permute(0, 3, 1, 2).contiguous().float()
 
-    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
-        """Return the batch with its tensors on `device`. Lists of text stay as they are: Lightning visits each word."""
-        if type(batch) is not dict:
-            return super().transfer_batch_to_device(batch, device, dataloader_idx)
-        texts = {name: v for name, v in batch.items() if isinstance(v, list) and all(type(each) is str for each in v)}
-        others = {name: value for name, value in batch.items() if name not in texts}
-        return batch | super().transfer_batch_to_device(others, device, dataloader_idx)
-
     # ---------------------------------------------------------------------------------------------------- optimizer
 
     def trainable_parameters(self) -> list[nn.Parameter]:

@@ -62,7 +62,6 @@ class LitEma(nn.Module):
                 dtype = torch.promote_types(parameter.dtype, torch.float32)
                 device = "cpu" if on_cpu and not parameter.is_meta else parameter.device
                 self.register_buffer(shadow_name, parameter.detach().to(device, dtype, copy=True))
-        self._paths = [name.split(".") for name in self.m_name2s_name]
         self._stored: list[list[Tensor]] = []
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LitEma:
@@ -80,12 +79,14 @@ class LitEma(nn.Module):
     def _pairs(self, model: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
         # By their paths: `named_parameters` would take three times as long, 1 % of a small model's step.
         try:
-            parameters = [_parameter(model, path).detach() for path in self._paths]
-        except KeyError:
-            missing = [name for name in self.m_name2s_name if name not in dict(model.named_parameters())]
-            raise ValueError(
-                f"EMA: the model has no parameter {missing[0]!r} ({len(missing)} missing): built from another model?"
-            ) from None
+            parameters = [_parameter(model, name).detach() for name in self.m_name2s_name]
+        except (KeyError, AttributeError):  # a wrapper has names of its own
+            named = dict(model.named_parameters())
+            missing = [name for name in self.m_name2s_name if name not in named]
+            if missing:
+                text = f"EMA: the model has no parameter {missing[0]!r} ({len(missing)} missing)"
+                raise ValueError(f"{text}: built from another model?") from None
+            parameters = [named[name].detach() for name in self.m_name2s_name]
         shadows: dict[str, Any] = self._buffers
         return [shadows[name] for name in self.m_name2s_name.values()], parameters
 
@@ -176,11 +177,12 @@ class LitEma(nn.Module):
             parameter.copy_(stored)
 
 
-def _parameter(module: Any, path: Sequence[str]) -> Tensor:
-    """The parameter at `path` of a module. Raises KeyError if there is none."""
-    for part in path[:-1]:
+def _parameter(module: Any, name: str) -> Tensor:
+    """The parameter of this name. Raises KeyError or AttributeError if there is none at that place."""
+    *path, leaf = name.split(".")
+    for part in path:
         module = module._modules[part]
-    return module._parameters[path[-1]]
+    return module._parameters[leaf]
 
 
 def _arrived(

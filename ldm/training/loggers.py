@@ -11,7 +11,6 @@ from typing import Any
 
 from lightning_fabric.loggers.logger import _DummyExperiment
 from pytorch_lightning.loggers import Logger
-from pytorch_lightning.trainer.connectors.logger_connector.result import _ResultMetric
 from pytorch_lightning.utilities.rank_zero import rank_zero_only
 from torch import Tensor
 
@@ -148,7 +147,11 @@ def never_fail(board: Logger) -> Logger:
 
 
 def log_without_copies() -> None:
-    """Let `self.log` leave a value that is on its device: Lightning copies all its settings first, 0.5 ms a value."""
+    """Let `self.log` leave a value that is on its device: Lightning copies all settings of the value, 0.5 ms each."""
+    try:
+        from pytorch_lightning.trainer.connectors.logger_connector.result import _ResultMetric  # private
+    except ImportError:
+        return
     move = _ResultMetric.to
     if move.__module__ == __name__:
         return

@@ -58,10 +58,11 @@ def console(debug: bool = False) -> Iterator[None]:
     handler = TerminalHandler(logging.DEBUG if is_main_process() else logging.WARNING)
     handler.setFormatter(logging.Formatter("%(asctime)s  %(message)s", datefmt="%H:%M:%S"))
     package = logging.getLogger("ldm")
-    level = package.level
+    level, propagate = package.level, package.propagate
     package.addHandler(handler)
     package.setLevel(logging.DEBUG if debug else logging.INFO)
-    package.propagate = not any(isinstance(each, TerminalHandler) for each in logging.getLogger().handlers)
+    twice = any(isinstance(each, TerminalHandler) for each in logging.getLogger().handlers)
+    package.propagate = propagate and not twice
     with warnings.catch_warnings():
         if not debug:
             for message in _NOISE:
@@ -74,7 +75,7 @@ def console(debug: bool = False) -> Iterator[None]:
         finally:
             package.removeHandler(handler)
             package.setLevel(level)
-            package.propagate = True
+            package.propagate = propagate
 
 
 def report_error(error: Exception, debug: bool) -> int:

@@ -210,13 +210,17 @@ def _second_stage(config: DictConfig, base: Sequence[str], own_data: bool) -> tu
     beside = {shown_path(file) for path in base for file in find_config(path).parent.glob("*.yaml")}
     own, stage = config.model, "first_stage_config"
     for path in [*recipes, *sorted(beside)]:
-        other = load_yaml(find_config(path))
+        try:
+            other = load_yaml(find_config(path))
+        except (ConfigError, OSError):
+            continue  # a YAML beside those of the run, which did not need it
         model, first = value_at(other, "model", "params") or {}, value_at(other, "model", "params", stage)
         dataset, target = value_at(other, "data", "params", "train", "target"), value_at(first, "target")
         there, here = (dict(value_at(each, "params", "ddconfig") or {}) for each in (first, own))
         same_data = own_data or dataset == value_at(config, "data", "params", "train", "target")
         same_class = target == own.target and "ckpt_path" not in model  # of a model to fine-tune
-        if same_data and same_class and there.keys() <= here.keys() and _latent(first, there) == _latent(own, here):
+        fits = "ch_mult" in there.keys() <= here.keys() and _latent(first, there) == _latent(own, here)
+        if same_data and same_class and fits:
             place = f"model.params.{stage}.params.ddconfig"
             changed = [f"{place}.{key}={value}" for key, value in here.items() if there.get(key) != value]
             return str(path), "".join(f" {shlex.quote(each)}" for each in changed)

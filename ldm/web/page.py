@@ -323,9 +323,9 @@ class Page:
                 info, names = self.shelf.info(model)
                 taken = taken_inputs(info)
                 settings = {name: value for name, value in zip(tab.inputs, values) if taken.get(name, True)}
-                adapters = tuple(zip(lora, parse_strengths(strength, len(lora))))
+                adapters = tuple(zip(lora or (), parse_strengths(strength, len(lora or ()))))
                 nets = tuple(row["controlnet"] for row in controls_of(settings, by=["controlnet"]).values())
-                choice = Choice(model, adapters, tuple(embedding), nets)
+                choice = Choice(model, adapters, tuple(embedding or ()), nets)
                 self.shelf.options(choice)
                 with collected_warnings(notes):
                     run = plan(tab.form, settings, info, names)
@@ -355,15 +355,17 @@ class Page:
             owner = self._owner(user)
         except ValueError as error:
             return {self.status: _status("failed", f"error: {error}"), self.timer: gr.Timer(active=False)}
-        job = owner.job
+        with owner.lock:
+            job, number = owner.job, owner.jobs
         if job is None:
             return {self.timer: gr.Timer(active=False)}
         version, ended = job.version, job.ended  # read first: what changes after them is seen at the next tick
-        images = f"{owner.jobs} {owner.collect(job)}"
+        images = f"{number} {owner.collect(job)}"
         now = f"{images} {version} {self.queue.ahead(job)}"
         if now == seen:
-            return {self.seen: gr.skip()}
-        updates: Updates = {self.seen: now, self.status: self._progress(job), self.timer: gr.Timer(active=not ended)}
+            # Only an answer to a tab that knows the end stops its timer: a late one could be of the job before.
+            return {self.timer: gr.Timer(active=False)} if ended else {self.seen: gr.skip()}
+        updates: Updates = {self.seen: now, self.status: self._progress(job), self.timer: gr.Timer(active=True)}
         updates[self.cancel] = gr.update(visible=not ended)
         if ended:
             updates[self.preview] = gr.update(visible=False)
@@ -466,7 +468,7 @@ class Page:
 
 
 def remove_old(folder: Path, age: float = KEPT) -> None:
-    """Remove what was not used for `age` seconds; gradio's `delete_cache` leaves files of components it has updated."""
+    """Remove what is older than `age` seconds; gradio's `delete_cache` leaves files of components it has updated."""
     for path in sorted(folder.rglob("*"), reverse=True):  # files before their folders
         with contextlib.suppress(OSError):  # a folder that is not empty, a file that another request has removed
             if time.time() - path.lstat().st_ctime > age:

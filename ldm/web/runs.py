@@ -139,6 +139,10 @@ def _controlled(form: Form, info: ModelInfo, values: Mapping[str, Any]) -> Run:
     controls = list(controls_of(values).values())
     given = [sum(bool(row[name]) for row in controls) for name in ("controlnet", "image")]
     requests.require_controls(info, *given)
+    own = sum(not row["controlnet"] for row in controls)
+    if any(row["controlnet"] for row in controls[:own]):
+        text = "the image of the model's own ControlNet comes first; choose the other ControlNets below it"
+        raise ValueError(f"--controlnet: {text}")
     request, images, hints = hints_of(form, values, info, controls)
 
     def generate(loaded: Loaded, pipeline: inference.Pipeline) -> Iterable[GeneratedImage]:
@@ -172,7 +176,10 @@ def drawn_mask(size: tuple[int, int], layers: Iterable[str]) -> Image.Image:
     """The mask of an editor's layers, 255 where one is drawn on. Raises ValueError if none is."""
     mask = Image.new("L", size)
     for layer in layers:
-        alpha = Image.open(layer).convert("RGBA").getchannel("A").resize(size, Image.Resampling.NEAREST)
+        opened = Image.open(layer)
+        if opened.width * opened.height > 4 * size[0] * size[1]:
+            raise ValueError(f"--mask: {opened.width}x{opened.height} pixels for an image of {size[0]}x{size[1]}")
+        alpha = opened.convert("RGBA").getchannel("A").resize(size, Image.Resampling.NEAREST)
         mask = ImageChops.lighter(mask, alpha.point(lambda level: 255 if level >= 128 else 0))
     if mask.getbbox() is None:
         raise ValueError("--mask: paint over what is to be generated")

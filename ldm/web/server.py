@@ -36,7 +36,7 @@ class Address(NamedTuple):
     host: str = "127.0.0.1"
     port: int = 7860
     token: str | None = None
-    random: bool = False  # the token is, and is printed
+    random: bool = False  # True if the token was generated here and is printed
 
     def checked(self) -> Address:
         """The address, with a token if other computers reach it; the environment variable LDM_APP_TOKEN may hold one.
@@ -149,9 +149,10 @@ def _middleware(names_are_checked: bool) -> list[Any]:
 
 
 class _LocalNames:
-    """ASGI middleware that refuses other names of this computer than its own addresses and localhost.
+    """ASGI middleware that refuses requests for other names than this computer's own, and those of other sites.
 
-    By such a name, a page of another site could reach this one (DNS rebinding); a token prevents that, too.
+    By such a name, a page of another site could reach this one (DNS rebinding); a token prevents that, too. Pages of
+    other sites could also upload files, of which a browser tells the origin.
     """
 
     def __init__(self, app: Any) -> None:
@@ -160,13 +161,15 @@ class _LocalNames:
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         from starlette.responses import PlainTextResponse
 
-        names = [value.decode("latin-1") for key, value in scope.get("headers", ()) if key == b"host"]
+        headers = [(key, value.decode("latin-1")) for key, value in scope.get("headers", ())]
+        names = [value for key, value in headers if key == b"host"]
+        names += [value.partition("//")[2] for key, value in headers if key == b"origin"]
         text = f"{' '.join(names)}: not a local address; other names of this server need a token (--token)"
         await (self.app if all(map(_is_local, names)) else PlainTextResponse(text, 400))(scope, receive, send)
 
 
 def _is_local(name: str) -> bool:
-    """Whether the Host of a request is an address of this computer only, or localhost."""
+    """Whether the host or origin of a request is an address of this computer only, or localhost."""
     try:
         host = urlsplit(f"//{name}").hostname or ""
         return host == "localhost" or ipaddress.ip_address(host).is_loopback

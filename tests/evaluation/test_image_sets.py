@@ -61,6 +61,17 @@ def test_a_folder_is_read_at_the_size_of_its_images_or_at_the_size_asked_for(tmp
         open_folder(tmp_path, "--images", None)
 
 
+def test_the_label_of_an_image_that_takes_the_place_of_another_is_its_own(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        Image.new("RGB", (8, 8)).save(tmp_path / name / "0.png")
+    dataset = ImageFolder(str(tmp_path), size=8, class_labels=True, on_error="skip")
+    images = DatasetImages("a", dataset, "image", "")
+    assert [images.label(k) for k in range(2)] == [0, 1]
+    (tmp_path / "a" / "0.png").write_bytes(b"lost")
+    assert [images.label(k) for k in range(2)] == [1, 1]
+
+
 def test_a_damaged_image_of_a_folder_is_named_without_settings_of_datasets(tmp_path):
     pixels = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)
     for k in range(2):

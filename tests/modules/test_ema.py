@@ -128,6 +128,27 @@ def test_an_update_averages_the_modules_and_parameters_that_the_model_has_now():
         torch.testing.assert_close(ema.get_buffer(ema.m_name2s_name[name]), parameter.detach(), msg=name)
 
 
+def test_a_wrapper_with_names_of_its_own_is_averaged_under_them():
+    class Wrapper(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = make_model()
+
+        def named_parameters(self, *args, **kwargs):
+            return self.inner.named_parameters(*args, **kwargs)
+
+    model = Wrapper()
+    ema = LitEma(model, decay=0.0, use_num_upates=False)
+    with torch.no_grad():
+        model.inner[0].weight.add_(1.0)
+    del ema.m_name2s_name["1.weight"]
+    ema(model)
+    torch.testing.assert_close(ema.get_buffer("0weight"), model.inner[0].weight.detach())
+    model.inner[0].weight = None
+    with pytest.raises(ValueError, match=r"no parameter '0\.weight' \(1 missing\)"):
+        ema(model)
+
+
 def test_another_model_is_an_error():
     with pytest.raises(ValueError, match=r"no parameter '1\.weight'"):
         LitEma(make_model())(nn.Sequential(nn.Linear(4, 3)))

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from ldm.models.diffusion.conditioning import joined_context
 from ldm.models.diffusion.controlnet import Control, ControlledModel
 from ldm.models.diffusion.samplers.guidance import GuidedNetwork
 from ldm.models.diffusion.samplers.registry import make_sampler
@@ -222,3 +223,43 @@ def test_the_network_of_a_run_uses_its_constants_only_within_its_calls():
             network(X_T, torch.tensor([1, 1]))
         assert seen[0] is seen[1]
         assert cast(network.joined, torch.float64) is not seen[0]
+
+
+def test_a_network_that_modifies_its_context_has_the_same_one_at_each_step():
+    class Doubling:
+        model = None
+
+        def apply_model(self, x, t, cond):
+            context = joined_context({"c_crossattn": [cond]})
+            context = cast(context, torch.bfloat16) if self.half else context
+            return context.mul_(2.0)
+
+    with torch.no_grad():
+        for half in (False, True):
+            net, before = Doubling(), COND.clone()
+            net.half = half
+            network = GuidedNetwork(net.apply_model, COND, None, 1.0)
+            outputs = [network(X_T, torch.zeros(2)).clone() for _ in range(3)]
+            assert all(torch.equal(each, outputs[0]) for each in outputs) and torch.equal(COND, before)
+            assert len(network.constants._tensors) <= 3  # nothing is kept of the modified ones
+
+
+def test_what_autocast_computed_is_not_taken_outside_of_it_nor_weights_that_are_computed():
+    layer, parametrized, constants = nn.Linear(16, 3), nn.Linear(16, 3), RunConstants()
+    nn.utils.parametrizations.weight_norm(parametrized)
+    constants.add(COND)
+    with torch.no_grad(), constants.in_use():
+        with torch.autocast("cpu", torch.bfloat16):
+            assert project(layer, COND).dtype == torch.bfloat16
+        assert project(layer, COND).dtype == torch.float32
+        project(parametrized, COND)
+        assert len(constants._kept) == 2
+
+
+def test_conditions_in_turn_are_each_computed_once(calls):
+    layer, constants = nn.Linear(16, 3), RunConstants()
+    both = [constants.add(each) for each in (COND, UNCOND)]
+    with torch.no_grad(), constants.in_use():
+        for each in both * 3:
+            project(layer, each)
+    assert count(calls, layer) == 2

@@ -64,6 +64,16 @@ def test_the_command_after_a_first_stage_names_its_data(tmp_path):
     )
 
 
+def test_a_damaged_or_other_yaml_beside_the_config_does_not_end_a_finished_run(tmp_path):
+    yaml = OmegaConf.load(ROOT / "configs" / "quickstart" / "autoencoder.yaml")
+    OmegaConf.save(yaml, tmp_path / "own.yaml")
+    (tmp_path / "damaged.yaml").write_text("a: [")
+    stage = {"first_stage_config": {"target": yaml.model.target}}
+    other = {"model": {"params": stage}, "data": {"params": {"train": yaml.data.params.train}}}
+    OmegaConf.save(OmegaConf.create(other), tmp_path / "other.yaml")
+    assert next_command(yaml, Path("logs/run"), [str(tmp_path / "own.yaml")]) == ""
+
+
 def test_the_command_after_a_first_stage_takes_a_config_that_fits_its_shapes_and_data():
     digits = ROOT / "configs" / "quickstart" / "autoencoder.yaml"
     yaml = OmegaConf.load(digits)

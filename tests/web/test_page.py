@@ -463,9 +463,9 @@ def test_a_page_with_a_token_shows_nothing_without_it(serve, visit, models):
         page.wait_for_selector(selector)
 
 
-def status_of(url: str, host: str) -> int:
+def status_of(url: str, host: str, **headers: str) -> int:
     try:
-        return urllib.request.urlopen(urllib.request.Request(url, headers={"Host": host})).status
+        return urllib.request.urlopen(urllib.request.Request(url, headers={"Host": host, **headers})).status
     except urllib.error.HTTPError as refused:
         return refused.code
 
@@ -476,6 +476,12 @@ def test_another_name_of_this_computer_is_refused_without_a_token(server):
         assert status_of(f"{server.url}/config", host) == 200
     for host in ("evil.example", "127.0.0.1.evil.example", "localhost.evil.example:7860", "10.0.0.1", "[::1"):
         assert status_of(f"{server.url}/config", host) == 400
+
+
+def test_a_page_of_another_site_can_send_nothing_without_a_token(server):
+    assert status_of(f"{server.url}/config", "localhost", Origin="http://localhost:7860") == 200
+    for origin in ("http://evil.example", "https://localhost.evil.example", "null"):
+        assert status_of(f"{server.url}/config", "localhost", Origin=origin) == 400
 
 
 def test_no_file_of_the_server_and_no_url_can_be_read_through_the_page(server, visit):

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ldm.config.instantiate import get_obj_from_str, instantiate_from_config
 from ldm.modules.dtype import in_dtype, weights_dtype
-from ldm.modules.run_constants import cast
+from ldm.modules.run_constants import cast, own_copy
 
 Conditioning = Tensor | Sequence[Tensor] | Mapping[str, Any] | None
 """Condition as callers pass it: a tensor, a list of tensors, or the normal form."""
@@ -42,7 +42,7 @@ def _channels(x: Tensor, parts: Parts) -> Tensor:
 def joined_context(parts: Parts) -> Tensor:
     """Return the context (B, L, D) of the normal form."""
     first, *further = parts["c_crossattn"]
-    return torch.cat([first, *further], dim=1) if further else first.contiguous()
+    return torch.cat([first, *further], dim=1) if further else own_copy(first)
 
 
 ROUTES: dict[str | None, Route] = {
