@@ -14,6 +14,7 @@ import numpy as np
 from benchmarks.paper import BATCH, Samples, Study
 from ldm.atomic import save_bytes
 from ldm.checkpoint import open_weights
+from ldm.config.model_info import ModelInfo
 from ldm.evaluation.distances import frechet_distance, inside
 from ldm.evaluation.evaluate import NEIGHBORS, Real, real_of_images, recognized
 from ldm.evaluation.features import default_extractor, features_of, make_extractor, trained_classifier
@@ -23,6 +24,7 @@ from ldm.evaluation.plan import request_type
 from ldm.evaluation.sampling import Sampling
 from ldm.inference.pipeline import Pipeline, load_model
 from ldm.inference.precision import choose_device
+from ldm.inference.settings import Request
 from ldm.output.images import png_bytes
 from ldm.visualize import grid
 
@@ -94,10 +96,7 @@ class Judge:
 
     def generate(self, pipeline: Pipeline, samples: Samples, seed: int) -> tuple[np.ndarray, list[int | None]]:
         """Images uint8 (N, H, W, 3) and their classes (N,): of every class in turn, or of held-out captions."""
-        options: dict[str, Any] = {"sampler": samples.sampler, "steps": samples.steps, "scale": samples.scale}
-        options |= {"eta": 0.0} if samples.sampler == "ddim" else {}
-        options |= {} if self.study.n_classes else {"prompt": "of the data"}
-        request = request_type(pipeline.info)(seed=seed, **options).checked(pipeline.info)
+        request = request_of(samples, self.study, pipeline.info, seed)
         sampling = Sampling(request, pipeline.info, None if self.study.n_classes else self.held_out, BATCH)
         count = self.study.count
         parts = [range(first, min(first + BATCH, count)) for first in range(0, count, BATCH)]
@@ -114,3 +113,12 @@ class Judge:
         usage = found.latents.get("codebook_usage")
         codes = {} if usage is None else {"codes_used": round(usage * stage.n_codes)}
         return {"psnr": psnr_interval(found.errors["mse"]).value, "rfid": rfid, **codes}
+
+
+def request_of(samples: Samples, study: Study, info: ModelInfo, seed: int) -> Request:
+    """The checked request of samples of a model."""
+    options: dict[str, Any] = {"sampler": samples.sampler, "steps": samples.steps, "scale": samples.scale}
+    options |= {"eta": 0.0} if samples.sampler == "ddim" else {}
+    # Also without dropout, where the config states no class that means "no class".
+    options |= {"null_class": study.n_classes} if study.n_classes else {"prompt": "of the data"}
+    return request_type(info)(seed=seed, **options).checked(info)

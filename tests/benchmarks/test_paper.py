@@ -10,7 +10,9 @@ from PIL import Image
 from benchmarks import paper
 from benchmarks.cpu_budget import CPUBudget
 from benchmarks.paper import CLAIMS, DIGITS, RUNS, Samples, Study, config_of, execute, fingerprint, pending, plan
+from benchmarks.paper_judge import request_of
 from benchmarks.paper_page import Point, draw, finding, shown, write_page
+from ldm.config.model_info import model_info
 from ldm.config.validate import check_config
 
 QUALITY = {"fid": 12.0, "precision": 0.5, "recall": 0.25, "recognized": 0.9, "sampling_cpu_seconds": 2.0}
@@ -128,6 +130,13 @@ def check(run, study, folder):
 @pytest.mark.parametrize("run", RUNS, ids=lambda run: run.name)
 def test_the_config_of_each_run_is_valid(run, tmp_path):
     check(run, DIGITS, tmp_path)
+
+
+@pytest.mark.parametrize("run", [run for run in RUNS if run.diffusion], ids=lambda run: run.name)
+def test_no_sample_is_of_the_class_that_means_no_class(run, tmp_path):
+    info = model_info({"model": check(run, DIGITS, tmp_path).model})
+    for each in run.samples(tuple(CLAIMS)):
+        assert request_of(each, DIGITS, info, 0).null_class == DIGITS.n_classes == info.n_classes - 1
 
 
 @pytest.mark.parametrize("run", RUNS, ids=lambda run: run.name)
