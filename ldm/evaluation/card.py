@@ -22,7 +22,7 @@ PACKAGES = ("torch", "torchmetrics", "pytorch-lightning", "transformers", "torch
 
 
 class Kind(NamedTuple):
-    """How a metric is shown: its name, the factor and digits of its values, its unit, and which values are better."""
+    """The display of a metric: its name, the factor and digits of its values, its unit, and which values are better."""
 
     label: str
     factor: float

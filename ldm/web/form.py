@@ -204,7 +204,7 @@ def supported(info: ModelInfo, controlnets: bool) -> dict[str, str]:
 
 
 def taken_inputs(info: ModelInfo) -> dict[str, bool]:
-    """Whether a model takes each of the inputs that only some models take."""
+    """True for each input that not all models take, if this model takes it."""
     classes, text = info.n_classes is not None, info.takes_text
     taken = {"depth": takes_depth(info), "controlnet": not has_own_control(info)}
     taken |= {"noise_level": info.max_noise_level is not None, "classes": classes, "null_class": classes}

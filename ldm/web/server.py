@@ -169,7 +169,7 @@ class _LocalNames:
 
 
 def _is_local(name: str) -> bool:
-    """Whether the host or origin of a request is an address of this computer only, or localhost."""
+    """True if the host or origin of a request is an address of this computer only, or localhost."""
     try:
         host = urlsplit(f"//{name}").hostname or ""
         return host == "localhost" or ipaddress.ip_address(host).is_loopback
